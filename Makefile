@@ -1,0 +1,43 @@
+# make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
+# make test   sets everything up (builds llama.cpp's quantiser once: needs a C++ compiler) and passes the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+TINY = build/tiny/DONE
+
+.DEFAULT_GOAL := test
+.PHONY: demo methods test lint docs quantizer gsm8k clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	touch $@
+
+$(TINY): scripts/make_tiny_model.py | $(READY)
+	rm -rf build/tiny
+	$(BIN)/python scripts/make_tiny_model.py build/tiny
+
+demo: $(READY) $(TINY)  ## train, merge, export and compare, with LoRA
+	$(BIN)/python scripts/demo.py lora
+
+methods: $(READY) $(TINY) quantizer  ## the same with each method, and Q4_K_M
+	$(BIN)/python scripts/demo.py lora qlora dora qdora
+
+quantizer: $(READY)  ## llama.cpp's converters and quantiser, in the user's cache folder
+	$(BIN)/lora setup-llama-cpp --quantizer
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(READY) lint $(TINY) quantizer
+	$(BIN)/python -m pytest
+
+docs: $(READY)  ## the generated references
+	$(BIN)/lora schema > configs/schema.json
+	$(BIN)/lora schema --markdown > docs/recipe.md
+
+clean:
+	rm -rf build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

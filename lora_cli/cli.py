@@ -1,0 +1,206 @@
+"""The command line: one verb, one short function, heavy imports inside it. Errors are rendered here only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn, Optional
+
+import typer
+
+from lora_cli import __version__, foreign, ui
+from lora_cli.errors import LoraError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with LoRA, QLoRA and DoRA; merge and export what was trained.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as configs/alpaca.yaml.")]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the recipe; may be repeated."),
+]
+BaseModel = Annotated[
+    Optional[str], typer.Option("--base", metavar="MODEL", help="Use this base instead of the one the adapter names.")
+]
+LlamaCpp = Annotated[
+    Optional[Path], typer.Option("--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the tools from.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")] = False,
+) -> None:
+    """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
+    from lora_cli.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    _quiet_libraries()
+    from lora_cli.train import train
+
+    typer.echo(train(loaded, resume))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the plain model to; must not exist.")],
+    base: BaseModel = None,
+) -> None:
+    """Fold an adapter into its base model and verify the result."""
+    _quiet_libraries()
+    from lora_cli.merge import merge
+
+    merge(adapter, out, base)
+    typer.echo(out)
+
+
+@app.command("export-gguf")
+def export_gguf(
+    path: Annotated[
+        Optional[Path],
+        typer.Argument(help="A merged model or an adapter; default: the newest result under this folder."),
+    ] = None,
+    quantize: Annotated[
+        Optional[list[str]],
+        typer.Option("--quantize", "-q", metavar="TYPE", help="f32, f16, bf16, q8_0, Q4_K_M, …; may be repeated."),
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH.")
+    ] = None,
+    base: BaseModel = None,
+    llama_cpp: LlamaCpp = None,
+) -> None:
+    """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own tools."""
+    _quiet_libraries()
+    from lora_cli.export import export
+
+    for file in export(path, quantize or ["f16"], output, base, llama_cpp):
+        typer.echo(file)
+
+
+@app.command("setup-llama-cpp")
+def setup_llama_cpp(
+    quantizer: Annotated[
+        bool, typer.Option("--quantizer", help="Also build llama-quantize, for K-quants (needs a C++ compiler).")
+    ] = False,
+) -> None:
+    """Install a pinned copy of llama.cpp's converters, checked by sha256."""
+    from lora_cli import llama_cpp
+
+    typer.echo(llama_cpp.install_converters())
+    if quantizer:
+        typer.echo(llama_cpp.install_quantizer())
+
+
+@app.command()
+def generate(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Base, adapters, merged folders, .gguf files.")],
+    prompt: Annotated[Optional[list[str]], typer.Option("--prompt", "-p", help="May be repeated.")] = None,
+    file: Annotated[
+        Optional[Path],
+        typer.Option("--file", "-f", help="Prompts: lines of text, or .jsonl rows; answers in the rows are compared."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    base: BaseModel = None,
+    show: Annotated[Optional[int], typer.Option(min=0, help="Print at most this many prompts' answers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and model on stdout.")] = False,
+) -> None:
+    """Answer the same prompts with several models side by side."""
+    _quiet_libraries()
+    from lora_cli.generate import generate
+
+    generate(paths, prompt or [], file, max_new_tokens, temperature, base, show, as_json)
+
+
+@app.command()
+def chat(
+    path: Annotated[str, typer.Argument(help="Base, adapter, merged folder or .gguf file.")],
+    system: Annotated[Optional[str], typer.Option(help="A system message.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    base: BaseModel = None,
+) -> None:
+    """Talk to a model; answers stream. /reset starts over, /quit or end of input leaves."""
+    _quiet_libraries()
+    from lora_cli.generate import chat
+
+    chat(path, system, max_new_tokens, temperature, base)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference of all keys as Markdown instead.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from lora_cli import schema
+
+    typer.echo(schema.markdown() if markdown else schema.json_text(), nl=False)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own chatter and bars off the screen; their errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import logging
+    import warnings
+
+    # bitsandbytes reports at import that an optional kernel package is absent
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def main() -> NoReturn:
+    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted."""
+    try:
+        app(standalone_mode=True)
+    except LoraError as error:
+        ui.say(ui.render(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        ui.say("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        known = foreign.translate(error)
+        if known is None:
+            raise
+        ui.say(ui.render(known))
+        sys.exit(known.exit_code)
+    sys.exit(0)

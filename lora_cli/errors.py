@@ -1,0 +1,33 @@
+"""The one exception users see, and how near-misses are named. Standard library only."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraError(Exception):
+    """Something a user can cause and mend.
+
+    `message` says what is wrong (with file, line and field where there is one); `hint` what to type. The command line
+    renders both and exits 1; nothing else in the package catches it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(LoraError):
+    """A wrong recipe or wrong arguments: nothing was started. Exits 2."""
+
+    exit_code = 2
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` most likely meant, or None when none is close."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

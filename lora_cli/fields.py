@@ -1,0 +1,110 @@
+"""The fields of PEFT's and TRL's configuration classes, read from their installed source without importing them.
+
+A recipe reaches every field of `LoraConfig` and of `SFTConfig`/`TrainingArguments` under its own name. Importing those
+classes costs seconds and pulls in torch; parsing the files that define them costs milliseconds, gives the same names,
+types, defaults and help texts, and follows whichever versions are installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_cli.errors import LoraError
+
+# Where each class lives; a class comes after its bases, so that a field it redeclares wins.
+LORA_CONFIG = (("peft", "tuners/lora/config.py", "LoraConfig"),)
+TRAINING_ARGUMENTS = (("transformers", "training_args.py", "TrainingArguments"),)
+SFT_CONFIG = (
+    *TRAINING_ARGUMENTS,
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+)
+
+
+class UpstreamField(NamedTuple):
+    """One dataclass field: its annotation as a type (`Any` for parts only that library knows), default and help."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+
+@cache
+def read(classes: tuple[tuple[str, str, str], ...]) -> dict[str, UpstreamField]:
+    """All fields of `classes`, each (package, file inside it, class name), by field name.
+
+    Raises LoraError when a package is not installed or its file no longer defines the class.
+    """
+    fields: dict[str, UpstreamField] = {}
+    for package, file, class_name in classes:
+        fields.update((field.name, field) for field in _fields_of(_source(package, file), class_name))
+    return fields
+
+
+def _source(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise LoraError(f"the package {package} is not installed", "pip install lora-cli")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    if not classes:
+        raise LoraError(f"{source} does not define {class_name}: this version is not supported", "pip install lora-cli")
+    for node in classes[0].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            default, help_text = _default_and_help(node.value)
+            yield UpstreamField(node.target.id, _as_type(ast.unparse(node.annotation)), default, help_text)
+
+
+def _default_and_help(value: ast.expr | None) -> tuple[Any, str]:
+    """The literal default (None when computed) and the `metadata={"help": …}` of a `field(…)` call."""
+    if not isinstance(value, ast.Call):
+        return _literal(value), ""
+    arguments = {keyword.arg: keyword.value for keyword in value.keywords}
+    help_text = ""
+    metadata = arguments.get("metadata")
+    if isinstance(metadata, ast.Dict):
+        texts = [
+            text
+            for key, text in zip(metadata.keys, metadata.values)
+            if isinstance(key, ast.Constant) and key.value == "help"
+        ]
+        help_text = " ".join(str(_literal(texts[0]) or "").replace("%%", "%").split()) if texts else ""
+    return _literal(arguments.get("default")), help_text
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """The value of a literal expression; None for anything that would have to be run."""
+    if node is None:
+        return None
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+class _TypingNames(dict[str, Any]):
+    """Names an annotation may use; a class that only the library defines (an enum, a config) stands for Any."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+_NAMES = _TypingNames(
+    {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")},
+    **{t.__name__: t for t in (bool, int, float, str, list, dict, tuple, set)},
+)
+
+
+def _as_type(annotation: str) -> Any:
+    return eval(annotation, {"__builtins__": {}}, _NAMES)  # noqa: S307 – text of an installed library, not of a user

@@ -1,0 +1,64 @@
+"""Files and folders that appear under their final name only when they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import LoraError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path`, flush to disk, rename."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """`data` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`; LoraError naming the line where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoraError(f"{path} does not exist", f"ls {path.parent}") from None
+    except json.JSONDecodeError as error:
+        raise LoraError(f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {path}") from None
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` that is renamed to it on success and removed on failure.
+
+    `final` must not exist, or be an empty folder: LoraError otherwise, before anything is made.
+    """
+    refuse_occupied(final)
+    staging = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if final.exists():
+            final.rmdir()
+        staging.rename(final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """LoraError if `folder` exists and is anything but an empty folder."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise LoraError(f"{folder} already exists", f"choose another output, or remove it: rm -r {folder}")

@@ -1,0 +1,164 @@
+"""Load a base model and its tokenizer, and attach a new or a trained adapter to it."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from lora_cli import record
+from lora_cli.errors import LoraError, nearest
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model on the hub or in a folder; LoraError when `name` can be neither."""
+    if record.kind(name) not in ("model", "hub"):
+        raise LoraError(f"{name} is not a base model", "give a folder with config.json or a name on the hub")
+    return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The type the weights have on disk (float32 when the configuration does not say)."""
+    dtype = config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def load_base(
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The base in `dtype`, or in 4 bits with `dtype` for what is not quantised; `kwargs` go to from_pretrained."""
+    if quantization is not None and torch.cuda.is_available():
+        kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
+    model = AutoModelForCausalLM.from_pretrained(
+        name, revision=revision, dtype=dtype, quantization_config=quantization, **kwargs
+    )
+    if quantization is not None:
+        keep_4bit_weights_unpacked(model)
+    return model
+
+
+def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
+    """Turn off bitsandbytes' repacking of 4-bit weights on CPUs with AVX512_BF16.
+
+    Its first forward in eval mode repacks each `Linear4bit` in place for a kernel without autograd; the gradients of
+    every training step after an evaluation are then wrong (measured: by 89 %), without an error.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub or in a folder; LoraError if it is not a fast one (it must give offsets)."""
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if not tokenizer.is_fast:
+        raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None) -> None:
+    """The tokenizer with its template, and the base's `tokenizer.model` where there is one: llama.cpp's converter reads
+    a SentencePiece vocabulary from it, and `save_pretrained` does not write it."""
+    tokenizer.save_pretrained(str(folder))
+    pieces = cached_file(base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if pieces is not None:
+        shutil.copyfile(pieces, folder / "tokenizer.model")
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
+    """Give the tokenizer the chosen chat template (a name, a file, or `auto`) and return what was chosen, in words."""
+    if choice == "auto" and tokenizer.chat_template:
+        return "the tokenizer's own"
+    name = "alpaca" if choice == "auto" else choice
+    known = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        guess = nearest(name, known)
+        hint = f"did you mean {guess}?" if guess else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
+        raise LoraError(f"model.chat_template: there is no template {name!r} and no such file", hint)
+    template = path.read_text(encoding="utf-8")
+    if name in known and _adds_bos(tokenizer):
+        template = "{{- bos_token -}}" + template  # the rendered text is tokenised without special tokens
+    tokenizer.chat_template = template
+    return f"{name} (the tokenizer has none)" if choice == "auto" else name
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> PeftModel:
+    """A new adapter on `model`, changed in place. LoraError when a named module matches nothing."""
+    names = [name for name, _ in model.named_modules()]
+    for field in ("target_modules", "modules_to_save", "exclude_modules"):
+        wanted = getattr(config, field)
+        for target in sorted(wanted) if isinstance(wanted, (list, set)) else []:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                guess = nearest(target, {name.rpartition(".")[2] for name in names})
+                hint = f"did you mean {guess}?" if guess else "lora.target_modules: all-linear"
+                raise LoraError(f"lora.{field}: no module of {model.config.model_type} is called {target}", hint)
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns that a tied embedding cannot be merged; merge.py verifies instead of warning.
+            return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    except ValueError as error:
+        raise LoraError(f"lora: {' '.join(str(error).split())}", "lora.target_modules: all-linear") from error
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+    """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
+    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    check_adapter_complete(peft_model, folder, name)
+    return peft_model
+
+
+def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
+    """PEFT warns of tensors that match nothing and leaves B zero; here it is an error, as is a tensor not finite."""
+    stored = load_peft_weights(str(folder), device="cpu")
+    loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # An adapter may carry the base's own embeddings (after a resize), under the names of plain model tensors.
+    unplaced = stored.keys() - loaded.keys() - model.state_dict().keys()
+    for keys, what in ((unplaced, "the model has no place for"), (loaded.keys() - stored.keys(), "the adapter lacks")):
+        if keys:
+            raise LoraError(
+                f"{folder} does not fit its base model: {what} {len(keys)} tensors, such as {min(keys)}",
+                "give the base it was trained on with --base",
+            )
+    bad = [key for key, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise LoraError(f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)", "train again")
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
+    """The adapted modules by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """Names and tensors of what training changes."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,149 @@
+"""What produced an artefact: the run's record, and what a saved adapter says of itself.
+
+`record.json` in a run's folder holds the resolved recipe, the choices `auto` made, versions, base, data and results;
+a copy, `lora_record.json`, travels inside the adapter and names the parent of whatever is made from it.
+"""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_cli import __version__, yamlfile
+from lora_cli.errors import LoraError
+from lora_cli.files import read_json, refuse_occupied, write_json, write_text
+
+RUN_RECORD, ARTEFACT_RECORD, RESOLVED_RECIPE = "record.json", "lora_record.json", "recipe.yaml"
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+
+def new(command: str, **contents: Any) -> dict[str, Any]:
+    """A record of `command`, started now, with the versions at work."""
+    return {
+        "command": command,
+        "started": _now(),
+        "versions": {"lora-cli": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **contents,
+    }
+
+
+def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Claim `folder` for a run of the resolved `recipe` and write its record with status `running`.
+
+    LoraError when the folder holds something else, or, with `resume`, a run of another recipe.
+    """
+    path = folder / RUN_RECORD
+    if resume:
+        if not path.is_file():
+            raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
+        before = read_json(path)
+        if before["status"] == "finished":
+            raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
+        if changes := _differences(before["recipe"], recipe):
+            raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(changes)}", "undo the change")
+    elif path.is_file():
+        status = read_json(path)["status"]
+        hint = f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"
+        if status == "finished":
+            hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
+        raise LoraError(f"{folder} already holds a run ({status})", hint)
+    else:
+        refuse_occupied(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = new("train", status="running", recipe=recipe, **contents)
+    write_text(folder / RESOLVED_RECIPE, yamlfile.dump(recipe))
+    write_json(path, record)
+    return record
+
+
+def update(folder: Path, record: dict[str, Any], **contents: Any) -> None:
+    """Add to a run's record and write it."""
+    record |= {**contents, "updated": _now()}
+    write_json(folder / RUN_RECORD, record)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`training.learning_rate 0.0002 -> 0.0001` for each value that differs."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key} {before} -> {after}")
+    return changes
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Adapter(NamedTuple):
+    """A saved adapter folder: the base it names, and how that base was loaded if we trained it (else None)."""
+
+    folder: Path
+    base: str
+    revision: str | None
+    record: dict[str, Any] | None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe it was trained with; empty for an adapter made elsewhere."""
+        return self.record["recipe"] if self.record else {}
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The 4-bit storage of the base it was trained on."""
+        return self.recipe.get("quantization")
+
+    @property
+    def dtype(self) -> str | None:
+        """The type of the base weights it was trained on."""
+        return self.recipe.get("model", {}).get("dtype")
+
+
+def read_adapter(folder: Path, base: str | None = None) -> Adapter:
+    """What the adapter in `folder` says of itself; `base` overrides the base it names. LoraError if it is none."""
+    if not folder.is_dir():
+        raise LoraError(f"{folder} does not exist", f"ls {folder.parent}")
+    if not (folder / "adapter_config.json").is_file():
+        inside = folder / "adapter"
+        hint = f"did you mean {inside}?" if (inside / "adapter_config.json").is_file() else "give the adapter's folder"
+        raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
+    if not (folder / "adapter_model.safetensors").is_file():
+        hint = "pickled weights (.bin) are not loaded: convert them to safetensors"
+        raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise LoraError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA", "use PEFT itself")
+    record = read_json(folder / ARTEFACT_RECORD) if (folder / ARTEFACT_RECORD).is_file() else None
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise LoraError(f"{folder} does not name its base model", "--base MODEL")
+    revision = None
+    if base is None:
+        revision = (record["recipe"]["model"]["revision"] if record else None) or config.get("revision")
+    return Adapter(folder, name, revision, record)
+
+
+def kind(path: str) -> str:
+    """`gguf`, `adapter`, `model` (a folder) or `hub` for what a path on the command line is; LoraError if nothing."""
+    local = Path(path)
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise LoraError(f"{path} does not exist", f"ls {local.parent}")
+        return "gguf"
+    if local.is_dir():
+        if (local / "adapter_config.json").is_file():
+            return "adapter"
+        if (local / "config.json").is_file():
+            return "model"
+        inside = local / "adapter"
+        hint = f"did you mean {inside}?" if inside.is_dir() else "give a folder with config.json or adapter_config.json"
+        raise LoraError(f"{path} is neither a model nor an adapter", hint)
+    if local.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise LoraError(f"{path} does not exist or is no model", "give a folder, a .gguf file or a model on the hub")
+    return "hub"

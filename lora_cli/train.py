@@ -1,0 +1,252 @@
+"""`lora train`: a recipe becomes an adapter.
+
+Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter -> Trainer or SFTTrainer -> adapter/.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from lora_cli import data, files, model, record, ui, upstream
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
+
+class NonFiniteError(LoraError):
+    """The loss or a gradient stopped being a number: nothing more is trained or saved."""
+
+
+class Watch(TrainerCallback):
+    """Stops a run that stops being finite, draws the progress line and writes metrics.jsonl.
+
+    The step's loss is summed on the device and read once per optimiser step, before the optimiser can spread a value
+    that is not finite into the weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.metrics = folder / "metrics.jsonl"
+        self.progress = ui.Progress()
+        self.step_loss: torch.Tensor | float = 0.0
+        self.loss = float("nan")
+        self.began, self.began_step, self.began_tokens = 0.0, 0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; when resuming, forget what was logged after the checkpoint."""
+        self.began, self.began_step = time.monotonic(), state.global_step
+        self.began_tokens = int(state.num_input_tokens_seen)
+        kept = []
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        files.write_text(self.metrics, "".join(kept))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One read from the device: is the step's loss finite, and every gradient?"""
+        gradients = [parameter.grad for _, parameter in model.trainable(kwargs["model"]) if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.loss, finite = float(self.step_loss), bool(torch.isfinite(norm))
+        self.step_loss = 0.0
+        if not finite or self.loss != self.loss or abs(self.loss) == float("inf"):
+            what = f"the loss is {self.loss}" if finite else f"a gradient is not finite (loss {self.loss:.4g})"
+            raise NonFiniteError(
+                f"stopped at step {state.global_step + 1}: {what}; nothing was saved from this step",
+                f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data and the base's weights",
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Redraw the progress line."""
+        elapsed = time.monotonic() - self.began
+        done = state.global_step - self.began_step
+        speed = (int(state.num_input_tokens_seen) - self.began_tokens) / elapsed
+        left = elapsed / done * (state.max_steps - state.global_step)
+        rate = kwargs["lr_scheduler"].get_last_lr()[0]
+        self.progress.update(
+            f"step {state.global_step}/{state.max_steps}  loss {self.loss:.4f}  lr {rate:.2e}  "
+            f"{speed:,.0f} tokens/s  {ui.duration(left)} left",
+            force=state.global_step in (1, state.max_steps),
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append to metrics.jsonl; an evaluation gets a line on the screen too."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        if logs and "eval_loss" in logs:
+            self.progress.clear()
+            ui.say(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
+
+
+class _Watched:
+    """Lets a Trainer hand each micro-batch's loss to its `Watch`."""
+
+    watch: Watch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.watch.step_loss = self.watch.step_loss + loss
+        return loss
+
+
+class WatchedSFTTrainer(_Watched, SFTTrainer):
+    """TRL's SFTTrainer, watched."""
+
+
+class WatchedTrainer(_Watched, Trainer):
+    """transformers' Trainer, watched."""
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
+    upstream.check(recipe)
+    config = model.load_config(recipe.model.name_or_path, recipe.model.revision)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
+    folder = Path(recipe.output_dir)
+    contents = {
+        "choices": [choice._asdict() for choice in choices],
+        "base": {"name": recipe.model.name_or_path, "commit": getattr(config, "_commit_hash", None)},
+    }
+    run = record.begin(folder, recipe.plain(), contents, resume)
+    ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
+    for choice in choices:
+        ui.say(f"  {choice}")
+    try:
+        return _run(recipe, folder, run, resume)
+    except KeyboardInterrupt:
+        record.update(folder, run, status="interrupted")
+        raise
+    except BaseException:
+        record.update(folder, run, status="failed")
+        raise
+
+
+def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
+    tokenizer = model.load_tokenizer(recipe.model.name_or_path, recipe.model.revision)
+    template = model.set_chat_template(tokenizer, recipe.model.chat_template)
+    ui.say(f"  chat template: {template}")
+    train_rows, eval_rows = data.load(recipe, tokenizer)
+    ui.say(f"  data: {train_rows.summary()}")
+    if eval_rows:
+        ui.say(f"  evaluation: {eval_rows.summary()}")
+    trainer = _trainer(recipe, folder, tokenizer, train_rows, eval_rows)
+    trained = trainer.model
+    trainable, total = trained.get_nb_trainable_parameters()
+    layers = len(model.lora_layers(trained))
+    ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=_checkpoint(folder) if resume else None)
+    trainer.watch.progress.clear()
+    adapter = folder / "adapter"
+    run |= {
+        "status": "finished",
+        "data": {
+            "fingerprint": train_rows.fingerprint,
+            "read": train_rows.read,
+            "rows": len(train_rows.rows),
+            "tokens": train_rows.tokens,
+            "trained_tokens": train_rows.trained_tokens,
+            "left_out": dict(train_rows.counts),
+        },
+        "parameters": {"trainable": trainable, "total": total, "modules": layers},
+        "results": {"steps": result.global_step, "train_loss": result.training_loss},
+    }
+    _save(trained, tokenizer, adapter, run)
+    record.update(folder, run)
+    ui.say(
+        f"trained {result.global_step} steps in {ui.duration(time.monotonic() - started)}, "
+        f"mean loss {result.training_loss:.4f}; adapter in {adapter}"
+    )
+    return adapter
+
+
+def _trainer(
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: data.Prepared,
+    eval_rows: data.Prepared | None,
+) -> WatchedSFTTrainer | WatchedTrainer:
+    """The base with a fresh adapter, inside the trainer the recipe names."""
+    arguments = upstream.training_arguments(recipe)
+    set_seed(recipe.training.seed)
+    base = model.load_base(
+        recipe.model.name_or_path,
+        recipe.model.revision,
+        getattr(torch, recipe.model.dtype),
+        upstream.quantization_config(recipe),
+        **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
+        **(recipe.training.model_init_kwargs or {}),
+    )
+    base.config.use_cache = False
+    set_seed(recipe.training.seed)
+    adapted = model.attach_adapter(base, upstream.lora_config(recipe), recipe.lora.autocast_adapter_dtype)
+    if arguments.activation_checkpointing:
+        adapted.enable_input_require_grads()
+    kinds = {name: parameter.dtype for name, parameter in model.trainable(adapted)}
+    common: dict[str, Any] = {
+        "model": adapted,
+        "args": arguments,
+        "train_dataset": train_rows.rows,
+        "eval_dataset": eval_rows.rows if eval_rows else None,
+        "processing_class": tokenizer,
+    }
+    trainer: WatchedSFTTrainer | WatchedTrainer
+    if recipe.trainer == "sft":
+        arguments.model_init_kwargs = None  # already acted on
+        trainer = WatchedSFTTrainer(**common)
+    else:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        trainer = WatchedTrainer(**common, data_collator=DataCollatorForLanguageModeling(pad_token_id=pad))
+    for name, parameter in model.trainable(adapted):
+        parameter.data = parameter.data.to(kinds[name])  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+    trainer.watch = Watch(folder)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(trainer.watch)
+    return trainer
+
+
+def _checkpoint(folder: Path) -> str:
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is None:
+        raise LoraError(f"{folder} holds no checkpoint to resume from", f"rm -r {folder} and train again")
+    ui.say(f"  resuming from {checkpoint}")
+    return str(checkpoint)
+
+
+def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any]) -> None:
+    """Write adapter, tokenizer, template and record, whole or not at all; refuses tensors that are not finite."""
+    for name, parameter in model.trainable(trained):
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
+    with files.staged_folder(adapter) as staging:
+        trained.save_pretrained(str(staging))
+        model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["recipe"]["model"]["revision"])
+        files.write_json(staging / record.ARTEFACT_RECORD, run)

@@ -1,0 +1,72 @@
+"""What a person sees while a command works: prose and one progress line on stderr; stdout is left for data."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+from lora_cli.errors import LoraError
+
+
+def say(text: str = "") -> None:
+    """One line of prose."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A named warning: the run goes on, but the user must know."""
+    say(f"warning: {text}")
+
+
+def render(error: LoraError) -> str:
+    """`error: …`, a blank line, `hint: …`, the form every failure takes."""
+    text = f"error: {error.message}"
+    return f"{text}\n\nhint: {error.hint}" if error.hint else text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the header underlined; the first column left, the others right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m07s` or `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """One line that is rewritten in place on a terminal, and printed now and then where there is none."""
+
+    def __init__(self, plain_interval: float = 10.0) -> None:
+        self.live = sys.stderr.isatty()
+        self.plain_interval = plain_interval
+        self.last_plain = float("-inf")
+
+    def update(self, text: str, force: bool = False) -> None:
+        """Show `text`; off a terminal at most every `plain_interval` seconds unless forced."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write("\r\x1b[2K" + text[:width])
+            sys.stderr.flush()
+        elif force or time.monotonic() - self.last_plain >= self.plain_interval:
+            self.last_plain = time.monotonic()
+            say(text)
+
+    def clear(self) -> None:
+        """Make room for a line of prose."""
+        if self.live:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()

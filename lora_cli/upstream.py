@@ -1,0 +1,146 @@
+"""A recipe as the objects PEFT, TRL and transformers take, and what its `auto` values become on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from trl import SFTConfig
+
+from lora_cli import fields
+from lora_cli.errors import UsageError, nearest
+from lora_cli.recipe import Recipe, Section
+
+
+class Choice(NamedTuple):
+    """What one `auto` became, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        shown = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        return f"{self.name} = {shown} (auto: {self.reason})"
+
+
+def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[Choice]]:
+    """The recipe with every `auto` replaced, and the choices made; `checkpoint_dtype` is the base's type on disk."""
+    choices: list[Choice] = []
+
+    def choose(section: Section, name: str, label: str, value: Any, reason: str) -> Any:
+        if getattr(section, name) != "auto":
+            return getattr(section, name)
+        choices.append(Choice(label, value, reason))
+        return value
+
+    model, training = recipe.model, recipe.training
+    dtype = choose(model, "dtype", "model.dtype", *_dtype(checkpoint_dtype))
+    changes: dict[str, dict[str, Any]] = {"model": {"dtype": dtype}, "training": {}, "quantization": {}}
+    if recipe.quantized:
+        name = "bnb_4bit_compute_dtype"
+        changes["quantization"][name] = choose(
+            recipe.quantization, name, f"quantization.{name}", dtype, "as model.dtype"
+        )
+    gpu = torch.cuda.is_available()
+    has_eval = bool(recipe.data.eval_path or recipe.data.eval_split)
+    for name, value, reason in (
+        ("bf16", dtype == "bfloat16", f"model.dtype is {dtype}"),
+        ("gradient_checkpointing", gpu, "memory is scarce on a GPU" if gpu else "no GPU: memory is not what is scarce"),
+        ("optim", "adamw_torch_fused", "the fastest AdamW"),
+        ("eval_strategy", "epoch" if has_eval else "no", "evaluation data given" if has_eval else "no evaluation data"),
+    ):
+        changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
+    return recipe.settled(changes), choices
+
+
+def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
+    on_disk = str(checkpoint_dtype).removeprefix("torch.")
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "this GPU computes it natively"
+        return "float32", "this GPU has no native bfloat16"
+    if on_disk == "bfloat16" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16", "the checkpoint's type, which this CPU computes natively"
+    return "float32", f"on this CPU the safe choice for a {on_disk} checkpoint"
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """PEFT's configuration of the adapter."""
+    values = recipe.lora.given()
+    values.pop("autocast_adapter_dtype")  # an argument of get_peft_model, not of LoraConfig
+    values["use_dora"] = recipe.method in ("dora", "qdora")
+    return _build(recipe, "lora", values, lambda given: LoraConfig(task_type="CAUSAL_LM", **given))
+
+
+def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    """4-bit storage of the base, or None for methods that keep it as it is."""
+    if not recipe.quantized:
+        return None
+    return BitsAndBytesConfig(load_in_4bit=True, **recipe.quantization.given())
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """`SFTConfig` for SFTTrainer, `TrainingArguments` for Trainer."""
+    values = recipe.training.given()
+    values.setdefault("include_num_input_tokens_seen", "non_padding")  # what tokens/s is computed from
+    values.setdefault("fp16", recipe.model.dtype == "float16")
+    values.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # upstream's newer names
+        old = new.replace("activation", "gradient")
+        if old in values:
+            values.setdefault(new, values.pop(old))
+    # Trainer would log 0 in place of a loss that is not finite; train.py stops the run instead.
+    values["logging_nan_inf_filter"] = False
+    values["disable_tqdm"] = True
+    if recipe.trainer == "trainer":
+        for name in fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys():
+            values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers
+        return _build(recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given))
+    if not values.get("packing"):
+        values["max_length"] = None  # data.py has already cut or dropped long rows
+    return _build(recipe, "training", values, lambda given: SFTConfig(recipe.output_dir, **given))
+
+
+def check(recipe: Recipe) -> None:
+    """Build every configuration once, so that what upstream refuses is refused before anything is loaded."""
+    settled, _ = settle(recipe, torch.float32)
+    lora_config(settled)
+    quantization_config(settled)
+    known = get_available_reporting_integrations()
+    for name in training_arguments(settled).report_to:
+        if name not in known:
+            place = recipe.where("training", "report_to")
+            installed = ", ".join(known) or "none"
+            raise UsageError(
+                f"{place}: {name} is not installed or not known; there is {installed}", f"pip install {name}"
+            )
+
+
+def _build(recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Any:
+    """`build(values)`; what it refuses becomes a UsageError that names the value's file and line."""
+    refusal = _refusal(build, values)
+    if refusal is None:
+        return build(values)
+    what, _, allowed = refusal.partition(", please select one of ")
+    # Upstream's messages do not say which field: find the one that is refused on its own.
+    for name, value in values.items():
+        if recipe.source(section, name) and _refusal(build, {name: value}) == refusal:
+            guess = nearest(str(value), re.findall(r"'([^']+)'", allowed))
+            hint = f"did you mean {guess}?" if guess else f"one of {allowed}" if allowed else "lora schema --markdown"
+            raise UsageError(f"{recipe.where(section, name)}: {what}", hint)
+    raise UsageError(f"{recipe.where(section)}: {what}", f"change the values of {section} that contradict each other")
+
+
+def _refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> str | None:
+    """What `build` says against `values`, on one line; None if it takes them."""
+    try:
+        build(values)
+    except (ValueError, TypeError, ImportError) as error:
+        return " ".join(str(error).split())
+    return None

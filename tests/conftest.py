@@ -1,0 +1,58 @@
+"""Shared fixtures: the tiny model of `scripts/make_tiny_model.py`, made once, and the command line in a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "build" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """Folder with model/, train.jsonl and eval.jsonl; `make test` has made it, a bare `pytest` makes it here."""
+    if not (TINY / "DONE").is_file():
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(TINY)], check=True)
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def lora():
+    """`lora(*arguments)` runs the command line in a process of its own and returns the finished process."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "lora_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny: Path):
+    """`write_recipe(text)` writes a recipe on the tiny model and its data; `text` adds to it or replaces values."""
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}}}\n"
+        f"data: {{path: {tiny / 'train.jsonl'}, max_rows: 64}}\n"
+        "training: {max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3, max_length: 128,"
+        " save_strategy: 'no'}\n"
+        f"output_dir: {tmp_path / 'run'}\n"
+    )
+
+    def write(text: str = "", name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(f"extends: base.yaml\n{text}")
+        return path
+
+    return write
