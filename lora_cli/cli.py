@@ -111,11 +111,11 @@ def setup_llama_cpp(
     ] = False,
 ) -> None:
     """Install a pinned copy of llama.cpp's converters, checked by sha256."""
-    from lora_cli import llama_cpp
+    from lora_cli import llama_cpp_setup
 
-    typer.echo(llama_cpp.install_converters())
+    typer.echo(llama_cpp_setup.install_converters())
     if quantizer:
-        typer.echo(llama_cpp.install_quantizer())
+        typer.echo(llama_cpp_setup.install_quantizer())
 
 
 @app.command()

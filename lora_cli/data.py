@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub import resolve_revision
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError, nearest
@@ -46,6 +47,7 @@ class Prepared(NamedTuple):
     trained_tokens: int
     counts: Counter[str]
     fingerprint: str
+    commit: str | None
 
     def summary(self) -> str:
         """`7473 rows, 1.2M tokens, 41% with loss; dropped: 3 over max_length`."""
@@ -58,22 +60,22 @@ class Prepared(NamedTuple):
 def load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
     """The rows to train on and, where the recipe gives any, those to evaluate on."""
     data = recipe.data
-    train = prepare(_read(data, data.path, data.split), recipe, tokenizer)
+    train = prepare(*_read(data, data.path, data.split), recipe, tokenizer)
     if not (data.eval_path or data.eval_split):
         return train, None
     evaluation = _read(data, data.eval_path or data.path, data.eval_split or "train")
-    return train, prepare(evaluation, recipe, tokenizer)
+    return train, prepare(*evaluation, recipe, tokenizer)
 
 
-def _read(data: Data, path: str | list[str], split: str) -> Dataset:
-    """A split of a local file, folder or hub data set, as it stands."""
+def _read(data: Data, path: str | list[str], split: str) -> tuple[Dataset, str | None]:
+    """A split of a local file, folder or hub data set, as it stands, and the commit of one from the hub."""
     paths = [path] if isinstance(path, str) else path
     local = [Path(name) for name in paths]
     if len(local) == 1 and local[0].is_dir():
         if (local[0] / "dataset_info.json").is_file() or (local[0] / "dataset_dict.json").is_file():
             saved = load_from_disk(str(local[0]))
-            return saved[split] if isinstance(saved, DatasetDict) else saved
-        return load_dataset(str(local[0]), data.name, split=split)
+            return (saved[split] if isinstance(saved, DatasetDict) else saved), None
+        return load_dataset(str(local[0]), data.name, split=split), None
     if any(file.suffix in READERS or file.exists() for file in local):
         for file in local:
             if not file.is_file():
@@ -82,13 +84,22 @@ def _read(data: Data, path: str | list[str], split: str) -> Dataset:
                 raise LoraError(f"data.path: {file} is none of {', '.join(READERS)}", f"mv {file} {file}.jsonl")
             if file.stat().st_size == 0:
                 raise LoraError(f"data.path: {file} is empty", f"ls -l {file}")
-        return load_dataset(READERS[local[0].suffix], data_files=[str(file) for file in local], split=split)
+        return load_dataset(READERS[local[0].suffix], data_files=[str(file) for file in local], split=split), None
     if len(paths) > 1:
         raise LoraError(f"data.path: {paths[0]} does not exist; a list must name local files", f"ls {local[0].parent}")
-    return load_dataset(paths[0], data.name, split=split, revision=data.revision)
+    return _read_hub(data, paths[0], split)
 
 
-def prepare(dataset: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def _read_hub(data: Data, name: str, split: str) -> tuple[Dataset, str]:
+    """A hub data set at one commit. Offline, `load_dataset` would take whatever it built last: LoraError then."""
+    commit = str(resolve_revision(name, repo_type="dataset", revision=data.revision).resolved)
+    dataset = load_dataset(name, data.name, split=split, revision=commit)
+    if not all(commit in Path(file["filename"]).parts for file in dataset.cache_files):
+        raise LoraError(f"data.path: {name} is cached at another revision than {commit}", "unset HF_HUB_OFFLINE")
+    return dataset, commit
+
+
+def prepare(dataset: Dataset, commit: str | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Render, tokenise and mask each row. LoraError when a row is malformed or nothing is left to learn from."""
     data, max_length = recipe.data, recipe.training.max_length
     fingerprint = dataset._fingerprint
@@ -143,6 +154,7 @@ def prepare(dataset: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
         sum(label != IGNORED for labels in rows["labels"] for label in labels),
         counts,
         fingerprint,
+        commit,
     )
 
 

@@ -54,7 +54,7 @@ def merge(adapter: Adapter, out: Path) -> Merged:
     """
     with files.staged_folder(out) as staging:
         tokenizer = load_tokenizer(adapter)
-        probes = verify.probe_ids(tokenizer)
+        probes = verify.probes(tokenizer)
         base = load_base(adapter)
         dtype = base.config.dtype
         if adapter.quantization:

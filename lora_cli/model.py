@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import resolve_revision
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
@@ -29,10 +30,21 @@ from lora_cli.errors import LoraError, nearest
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a model on the hub or in a folder; LoraError when `name` can be neither."""
-    if record.kind(name) not in ("model", "hub"):
+def resolve(name: str, revision: str | None = None) -> str | None:
+    """The commit that a hub model's branch, tag or commit stands for now; None for a folder.
+
+    Everything of a run is loaded at this one commit, and merging loads the base at it again. LoraError when `name` is
+    neither a model's folder nor a name on the hub; the hub's own errors when it does not know the name or revision.
+    """
+    if record.kind(name) == "model":
+        return None
+    if record.kind(name) != "hub":
         raise LoraError(f"{name} is not a base model", "give a folder with config.json or a name on the hub")
+    return str(resolve_revision(name, revision=revision).resolved)
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model on the hub or in a folder."""
     return AutoConfig.from_pretrained(name, revision=revision)
 
 
@@ -123,16 +135,16 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
                 hint = f"did you mean {guess}?" if guess else "lora.target_modules: all-linear"
                 raise LoraError(f"lora.{field}: no module of {model.config.model_type} is called {target}", hint)
     try:
-        with warnings.catch_warnings():
-            # PEFT warns that a tied embedding cannot be merged; merge.py verifies instead of warning.
-            return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     except ValueError as error:
         raise LoraError(f"lora: {' '.join(str(error).split())}", "lora.target_modules: all-linear") from error
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
-    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, just below
+        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     check_adapter_complete(peft_model, folder, name)
     return peft_model
 

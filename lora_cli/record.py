@@ -125,7 +125,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         raise LoraError(f"{folder} does not name its base model", "--base MODEL")
     revision = None
     if base is None:
-        revision = (record["recipe"]["model"]["revision"] if record else None) or config.get("revision")
+        revision = (record["base"]["commit"] if record else None) or config.get("revision")
     return Adapter(folder, name, revision, record)
 
 

@@ -6,6 +6,7 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,13 @@ class Watch(TrainerCallback):
         """One read from the device: is the step's loss finite, and every gradient?"""
         gradients = [parameter.grad for _, parameter in model.trainable(kwargs["model"]) if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.loss, finite = float(self.step_loss), bool(torch.isfinite(norm))
-        self.step_loss = 0.0
-        if not finite or self.loss != self.loss or abs(self.loss) == float("inf"):
-            what = f"the loss is {self.loss}" if finite else f"a gradient is not finite (loss {self.loss:.4g})"
+        self.loss, self.step_loss = float(self.step_loss), 0.0
+        what = None
+        if not math.isfinite(self.loss):
+            what = f"the loss is {self.loss}"
+        elif not torch.isfinite(norm):
+            what = f"a gradient is not finite (loss {self.loss:.4g})"
+        if what:
             raise NonFiniteError(
                 f"stopped at step {state.global_step + 1}: {what}; nothing was saved from this step",
                 f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data and the base's weights",
@@ -127,12 +131,13 @@ class WatchedTrainer(_Watched, Trainer):
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
     upstream.check(recipe)
-    config = model.load_config(recipe.model.name_or_path, recipe.model.revision)
+    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
+    config = model.load_config(recipe.model.name_or_path, commit)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
-        "base": {"name": recipe.model.name_or_path, "commit": getattr(config, "_commit_hash", None)},
+        "base": {"name": recipe.model.name_or_path, "commit": commit},
     }
     run = record.begin(folder, recipe.plain(), contents, resume)
     ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
@@ -149,14 +154,15 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
-    tokenizer = model.load_tokenizer(recipe.model.name_or_path, recipe.model.revision)
+    commit = run["base"]["commit"]
+    tokenizer = model.load_tokenizer(recipe.model.name_or_path, commit)
     template = model.set_chat_template(tokenizer, recipe.model.chat_template)
     ui.say(f"  chat template: {template}")
     train_rows, eval_rows = data.load(recipe, tokenizer)
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    trainer = _trainer(recipe, folder, tokenizer, train_rows, eval_rows)
+    trainer = _trainer(recipe, commit, folder, tokenizer, train_rows, eval_rows)
     trained = trainer.model
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
@@ -169,6 +175,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         "status": "finished",
         "data": {
             "fingerprint": train_rows.fingerprint,
+            "commit": train_rows.commit,
             "read": train_rows.read,
             "rows": len(train_rows.rows),
             "tokens": train_rows.tokens,
@@ -189,6 +196,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
 
 def _trainer(
     recipe: Recipe,
+    commit: str | None,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: data.Prepared,
@@ -199,7 +207,7 @@ def _trainer(
     set_seed(recipe.training.seed)
     base = model.load_base(
         recipe.model.name_or_path,
-        recipe.model.revision,
+        commit,
         getattr(torch, recipe.model.dtype),
         upstream.quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
@@ -207,7 +215,9 @@ def _trainer(
     )
     base.config.use_cache = False
     set_seed(recipe.training.seed)
-    adapted = model.attach_adapter(base, upstream.lora_config(recipe), recipe.lora.autocast_adapter_dtype)
+    config = upstream.lora_config(recipe)
+    config.revision = commit  # so that other programs load the same base
+    adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
     if arguments.activation_checkpointing:
         adapted.enable_input_require_grads()
     kinds = {name: parameter.dtype for name, parameter in model.trainable(adapted)}
@@ -248,5 +258,5 @@ def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path,
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
     with files.staged_folder(adapter) as staging:
         trained.save_pretrained(str(staging))
-        model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["recipe"]["model"]["revision"])
+        model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["base"]["commit"])
         files.write_json(staging / record.ARTEFACT_RECORD, run)

@@ -34,23 +34,31 @@ class Difference(NamedTuple):
         return f"largest |Δlogit| {self.max_abs:.2e}, mean KL {self.mean_kl:.2e}, top-1 agreement {top1}"
 
 
-def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the probe prompts, rendered by the chat template where there is one."""
+class Probe(NamedTuple):
+    """A prompt as it is fed: rendered by the chat template, else plain text that still gets its BOS."""
+
+    text: str
+    ids: list[int]
+    plain: bool
+
+
+def probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+    """The probe prompts for this tokenizer."""
     if tokenizer.chat_template is None:
-        return [tokenizer(text)["input_ids"] for text in PROBES]
+        return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         for text in PROBES
     ]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [Probe(text, tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in texts]
 
 
-def logits(model: torch.nn.Module, probes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:
     """Float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval mode, on its own device."""
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode():
-        return [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in probes]
+        return [model(input_ids=torch.tensor([p.ids], device=device)).logits[0].float().cpu() for p in probes]
 
 
 def compare(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from lora_cli import llama_cpp, ui
+from lora_cli.errors import LoraError
 
 TINY = Path("build/tiny")
 METHODS = ("lora", "qlora", "dora", "qdora")
@@ -95,7 +96,11 @@ def problems(scores: dict[str, float]) -> list[str]:
 
 def quantizer_found() -> bool:
     """Whether K-quants can be made here without compiling anything."""
-    return llama_cpp.status().quantizer is not None
+    try:
+        llama_cpp.find_quantizer()
+    except LoraError:
+        return False
+    return True
 
 
 def run_lora(*arguments: str) -> str:

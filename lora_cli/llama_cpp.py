@@ -1,0 +1,299 @@
+"""llama.cpp's converter and its quantiser: where they are found, how they are run. `llama_cpp_setup.py` installs them.
+
+Both are searched for on their own, in this order: the directory the user named (`--llama-cpp DIR`), `$LLAMA_CPP_DIR`,
+the PATH, the managed copy. A directory is a llama.cpp checkout (binaries in `build/bin`, `bin` or the top). A named
+directory that does not hold what is needed is an error: the search never falls through to another llama.cpp in silence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.errors import LoraError, UsageError, nearest
+from lora_cli.ui import Progress, warn
+
+VERSION = "0.3.36"
+"""Release of llama-cpp-python whose source package carries the llama.cpp revision everything here was tried with."""
+
+CONVERTER = "convert_hf_to_gguf.py"
+QUANTIZER = "llama-quantize.exe" if os.name == "nt" else "llama-quantize"
+
+CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""What the converter writes by itself."""
+
+# Names and order of tools/quantize/quantize.cpp, without the plain copies (F32, F16, BF16, COPY: the converter's work)
+# and without MXFP4_MOE, which turns a model that is no mixture of experts into Q8_0 and does not say so.
+# fmt: off
+QUANTIZER_TYPES = (
+    "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M", "TQ1_0",
+    "TQ2_0", "Q2_K", "Q2_K_S", "IQ3_XXS", "IQ3_S", "IQ3_M", "Q3_K", "IQ3_XS", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_NL",
+    "IQ4_XS", "Q4_K", "Q4_K_S", "Q4_K_M", "Q5_K", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
+)
+# Found by running every type on a Llama. IQ3_XS is not in llama.cpp's own list, but some of its tensors are IQ3_XXS.
+NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
+# fmt: on
+
+# What the tools say when they stop -> what it means, and what to do. The last line they printed is shown as well.
+KNOWN_FAILURES = (
+    (
+        r"BPE pre-tokenizer was not recognized",
+        "llama.cpp does not know this tokenizer: it recognises BPE tokenizers by a hash of what they produce",
+        "keep the base model's own tokenizer, or point --llama-cpp at a newer llama.cpp that knows it",
+    ),
+    (
+        r"Model (\S+) is not supported",
+        r"llama.cpp's converter does not know the architecture \1",
+        "a newer llama.cpp may know it: clone it and pass its folder with --llama-cpp DIR",
+    ),
+    (r"No module named '(\w+)", r"the converter needs the Python package \1", r"python -m pip install \1"),
+    (
+        r"requantizing from type (\w+) is disabled",
+        r"the model is already quantised (\1)",
+        "pass an f16 or bf16 GGUF",
+    ),
+    (r"No space left on device|not enough space on the", "the disk is full", "make room, or write to another disk"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tool and where it came from: `--llama-cpp`, `LLAMA_CPP_DIR`, `PATH` or `managed copy`."""
+
+    path: Path
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.source})"
+
+
+def managed_home() -> Path:
+    """Folder of the managed copy, present or not: `<cache>/lora-cli/llama.cpp-<version>`.
+
+    `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache, ~/Library/Caches).
+    """
+    usual = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
+    cache = os.environ.get("LORA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or usual
+    return Path(cache).expanduser().resolve() / "lora-cli" / f"llama.cpp-{VERSION}"
+
+
+def find_converter(directory: Path | None = None) -> Found:
+    """`convert_hf_to_gguf.py`, complete.
+
+    Complete means: the `conversion` package lies beside it where it imports that (older revisions are one file), and
+    `gguf` lies beside it or is installed here; on the PATH a converter that is not complete does not count.
+    Raises LoraError with the one command that mends it.
+    """
+    found = _search_converter(directory)
+    if found is None:
+        raise _missing(directory, "lora setup-llama-cpp", lambda root: converter_lacks(root / CONVERTER))
+    return found
+
+
+def find_quantizer(directory: Path | None = None) -> Found:
+    """The `llama-quantize` program. Raises LoraError with the one command that mends it."""
+    found = _search_quantizer(directory)
+    if found is None:
+        raise _missing(directory, "lora setup-llama-cpp --quantizer", lambda _: f"{QUANTIZER} (in build/bin, bin or .)")
+    return found
+
+
+def status(directory: Path | None = None) -> str:
+    """One line: where both tools come from, or the command that installs the missing one. Raises nothing."""
+    converter = _search_converter(directory) or "missing (`lora setup-llama-cpp`)"
+    quantizer = _search_quantizer(directory) or "missing (`lora setup-llama-cpp --quantizer`)"
+    return f"llama.cpp: converter {converter}; quantizer {quantizer}"
+
+
+def converter_type(name: str) -> str:
+    """The converter's own spelling of `name`, whatever its case. Raises UsageError."""
+    return _pick(name, CONVERTER_TYPES)
+
+
+def quantizer_type(name: str) -> str:
+    """The quantiser's own spelling of `name`, whatever its case. Raises UsageError, also for types out of reach."""
+    picked = _pick(name, QUANTIZER_TYPES)
+    if picked in NEEDS_IMATRIX:
+        raise UsageError(
+            f"{picked} needs an importance matrix (imatrix) measured on text, and lora does not make one yet",
+            "take a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
+        )
+    return picked
+
+
+def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found) -> None:
+    """Write the Hugging Face model in `model_dir` as the GGUF `outfile`, all at once or not at all.
+
+    `outtype` is one of CONVERTER_TYPES. Runs in a process of its own, offline. Raises LoraError when the converter
+    fails or leaves no GGUF; `outfile` is then untouched.
+    """
+    outtype = converter_type(outtype)
+    if not (model_dir / "config.json").is_file():
+        raise LoraError(f"{model_dir} is not a model: it has no config.json", "pass the folder of a merged model")
+    with _staged(outfile) as folder:
+        made = Path(folder) / "model.gguf"
+        command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--outfile", str(made)]
+        command += ["--outtype", outtype]
+        code, lines = run(command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+        _accept(code, lines, command, made, outfile)
+
+
+def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found) -> None:
+    """Write `gguf` (f32, f16 or bf16) as `outfile` with `type_name`, one of QUANTIZER_TYPES, all at once or not at all.
+
+    Warns of tensors that llama.cpp stored in a larger type because their rows do not divide into its blocks.
+    Raises LoraError when the quantiser fails or leaves no GGUF; `outfile` is then untouched.
+    """
+    type_name = quantizer_type(type_name)
+    with _staged(outfile) as folder:
+        made = Path(folder) / "model.gguf"
+        # Absolute paths: llama-quantize reads an output name that starts with digits ("7b.gguf") as a type number.
+        command = [str(quantizer.path), str(gguf.resolve()), str(made), type_name]
+        code, lines = run(command, f"quantising to {type_name}")
+        _accept(code, lines, command, made, outfile)
+    if fallback := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", "\n".join(lines)):
+        warn(f"{fallback[1]} of {fallback[2]} tensors take a larger type: their rows do not fit {type_name}'s blocks")
+
+
+def run(
+    command: Sequence[str], label: str, env: Mapping[str, str] | None = None, log: Path | None = None
+) -> tuple[int, list[str]]:
+    """Run `command` under one progress line: (exit status, every line of its stdout and stderr).
+
+    `env` is added to the environment; `log` receives the lines as they come. The percentage is read from what the
+    program prints (`42%`, `[ 12/ 30]`). Raises LoraError when the program cannot be started.
+    """
+    progress, lines = Progress(), []
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, **(env or {})},
+        )
+    except OSError as error:
+        raise LoraError(f"{command[0]} cannot be run: {error.strerror}", f"try it: {shlex.join(command)}") from error
+    with process, (log or Path(os.devnull)).open("a", encoding="utf-8") as sink:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:  # text mode: tqdm's \r ends a line too
+                sink.write(line)
+                lines.append(line.rstrip())
+                if step := re.search(r"(\d+)%|^\[ *(\d+)/ *(\d+)\]", line):
+                    percent = int(step[1]) if step[1] else 100 * int(step[2]) // int(step[3])
+                    progress.update(f"{label}: {percent}%")
+        except BaseException:
+            process.kill()
+            raise
+    progress.clear()
+    return process.returncode, lines
+
+
+def last_line(lines: Sequence[str]) -> str:
+    """What a failed program said: its last exception or `ERROR:`, else its last line that is no logger's chatter."""
+    telling = [line for line in lines if line.strip() and not re.match(r"INFO:|WARNING:|\s*\w+:\s+\d+%", line)]
+    final = r"ERROR:|[\w.]+(Error|Exception):|llama_model_quantize: failed"
+    errors = [line for line in telling if re.match(final, line)]
+    return re.sub(r"^ERROR:([\w.-]+:)?", "", (errors or telling)[-1]).strip() if telling else "it printed nothing"
+
+
+def _search_converter(directory: Path | None) -> Found | None:
+    if chosen := _chosen(directory):
+        root, source = chosen
+        return None if converter_lacks(root / CONVERTER) else Found(root / CONVERTER, source)
+    on_path = shutil.which(CONVERTER)
+    if on_path and not converter_lacks(script := Path(on_path).resolve()):
+        return Found(script, "PATH")
+    script = managed_home() / CONVERTER
+    return None if converter_lacks(script) else Found(script, "managed copy")
+
+
+def _search_quantizer(directory: Path | None) -> Found | None:
+    root, source = _chosen(directory) or (managed_home(), "managed copy")
+    if source == "managed copy" and (on_path := shutil.which(QUANTIZER)):
+        return Found(Path(on_path).resolve(), "PATH")
+    places = [root / place / QUANTIZER for place in ("build/bin", "build/bin/Release", "bin", ".")]
+    found = [place for place in places if place.is_file() and os.access(place, os.X_OK)]
+    return Found(found[0], source) if found else None
+
+
+def _chosen(directory: Path | None) -> tuple[Path, str] | None:
+    """The directory the user named, and by what; None where the choice is ours."""
+    if directory is not None:
+        return directory.expanduser().resolve(), "--llama-cpp"
+    named = os.environ.get("LLAMA_CPP_DIR")
+    return (Path(named).expanduser().resolve(), "LLAMA_CPP_DIR") if named else None
+
+
+def converter_lacks(script: Path) -> str | None:
+    """What keeps this converter from running, or None."""
+    if not script.is_file():
+        return CONVERTER
+    split_up = re.search(r"^from conversion import", script.read_text(encoding="utf-8"), re.MULTILINE)
+    if split_up and not (script.parent / "conversion").is_dir():
+        return f"conversion/, which {CONVERTER} imports"
+    if not (script.parent / "gguf-py").is_dir() and importlib.util.find_spec("gguf") is None:
+        return "gguf-py/ (and no `gguf` package is installed)"
+    return None
+
+
+def _missing(directory: Path | None, fix: str, lacks: Callable[[Path], str | None]) -> LoraError:
+    chosen = _chosen(directory)
+    if chosen is None:
+        return LoraError(f"no {lacks(managed_home())} was found: not on the PATH, nor in the managed copy", fix)
+    root, source = chosen
+    instead = "leave out --llama-cpp" if source == "--llama-cpp" else "unset LLAMA_CPP_DIR"
+    return LoraError(f"{source} {root} has no {lacks(root)}", f"{instead} and install it: {fix}")
+
+
+def _pick(name: str, known: Sequence[str]) -> str:
+    by_upper = {each.upper(): each for each in known}
+    if name.upper() in by_upper:
+        return by_upper[name.upper()]
+    close = nearest(name.upper(), by_upper)
+    meant = f"; did you mean {by_upper[close]}?" if close else ""
+    raise UsageError(f"unknown GGUF type {name!r}{meant}", f"known types: {', '.join(known)}")
+
+
+def _staged(outfile: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder beside `outfile`, on the same disk, that goes away with all that is in it."""
+    outfile.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=".lora-gguf-", dir=outfile.parent.resolve())
+
+
+def _accept(code: int, lines: Sequence[str], command: Sequence[str], made: Path, outfile: Path) -> None:
+    """Give a finished file its final name, or say why there is none."""
+    tool = Path(command[1] if command[0] == sys.executable else command[0]).name
+    if code == 0 and _is_gguf(made):
+        made.replace(outfile)
+        return
+    said = last_line(lines)
+    for pattern, meaning, hint in KNOWN_FAILURES:
+        if match := re.search(pattern, "\n".join(lines[-50:])):
+            raise LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
+    why = f"failed (exit {code})" if code > 0 else f"was killed by signal {-code}" if code else "left no GGUF behind"
+    again = shlex.join(command).replace(str(made), str(outfile.resolve()))
+    raise LoraError(f"{tool} {why}: {said}", f"see all it says: {again}")
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether `path` starts as a GGUF that holds tensors (magic, version, number of tensors)."""
+    if not path.is_file() or path.stat().st_size < 24:
+        return False
+    with path.open("rb") as file:
+        magic, version, num_tensors = struct.unpack("<4sIQ", file.read(16))
+    return magic == b"GGUF" and version >= 2 and num_tensors > 0

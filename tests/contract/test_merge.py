@@ -1,0 +1,137 @@
+"""Merging: the merged model is the function that was trained, for each method and type, and a wrong one is refused.
+
+Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT. Alone: pytest tests/contract/test_merge.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli import fold, merge, recipe, record, train
+from lora_cli.errors import LoraError
+
+
+def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:
+    """An adapter made by PEFT alone whose B (and magnitude) are not what they start as, or merging would do nothing."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+            assert "lora_" in name
+    return adapted
+
+
+def logits(network: torch.nn.Module) -> torch.Tensor:
+    network.eval()
+    with torch.no_grad():
+        return network(input_ids=torch.arange(8, 72).reshape(2, 32)).logits.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_a_foreign_adapter_merges_with_one_rounding(
+    tiny: Path, tmp_path: Path, options: dict, dtype: torch.dtype
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=dtype)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "base")
+    # PEFT's own merge of the same adapter in float64: the exact weights
+    adapted = randomised(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    exact = adapted.double().merge_and_unload().state_dict()
+    merge.merge(tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert merged.keys() == exact.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == dtype
+        once = exact[name].float().to(dtype)
+        # float32 arithmetic may land on the other side of a tie: at most one unit in the last place, and rarely
+        off = (tensor != once).float().mean().item()
+        assert off <= (1.0 if dtype == torch.float32 else 0.002), name
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, tmp_path: Path, method: str) -> None:
+    adapter = train.train(recipe.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    merge.merge(adapter, tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    info = record.read_adapter(adapter)
+    trained = PeftModel.from_pretrained(fold.load_base(info), adapter)
+    effect = (logits(trained) - logits(fold.load_base(info))).abs().max()
+    assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base), adapter)
+    assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function
+
+
+def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tmp_path: Path) -> None:
+    adapter = train.train(recipe.load(write_recipe("")))
+    merge.merge(adapter, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
+    assert names >= {"chat_template.jinja", "lora_record.json"}
+    parent = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
+    assert parent["recipe"]["model"]["name_or_path"] == record.read_adapter(adapter).base
+    with pytest.raises(LoraError, match="out already exists"):
+        merge.merge(adapter, tmp_path / "out")
+
+
+@pytest.fixture
+def adapter(write_recipe) -> Path:
+    return train.train(recipe.load(write_recipe("")))
+
+
+def damage(adapter: Path, change) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {f"wrong.{name}": tensor for name, tensor in t.items()}, "the model has no place for"),
+        (lambda t: dict(list(t.items())[1:]), "the adapter lacks 1 tensors"),
+        (lambda t: {name: tensor * float("nan") for name, tensor in t.items()}, "holds values that are not finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, tmp_path: Path, change, said: str) -> None:
+    damage(adapter, change)
+    with pytest.raises(LoraError, match=said):
+        merge.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, monkeypatch) -> None:
+    def unmerged(adapted):  # noqa: ANN001, ANN202
+        return adapted.unload(), 21
+
+    damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
+    monkeypatch.setattr(fold, "fold", unmerged)
+    with pytest.raises(LoraError, match="the merged model differs from base with adapter"):
+        merge.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    for folder, said, hint in (
+        (tiny / "model", "is no adapter: it has no adapter_config.json", "give the adapter's folder"),
+        (adapter.parent, "is no adapter", f"did you mean {adapter}?"),
+        (tmp_path / "nothing", "does not exist", "ls "),
+    ):
+        with pytest.raises(LoraError, match=said) as caught:
+            merge.merge(folder, tmp_path / "out")
+        assert (caught.value.hint or "").startswith(hint)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(LoraError, match=r"has no adapter_model.safetensors"):
+        merge.merge(adapter, tmp_path / "out")

@@ -1,0 +1,151 @@
+"""What training must keep to: 4-bit gradients exact whatever came before, adapters in float32, runs that repeat.
+
+Hermetic: the tiny model and its data, CPU. Alone: pytest tests/contract/test_training.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lora_cli import model, recipe, train
+from lora_cli.errors import LoraError
+
+METHODS = ["lora", "qlora", "dora", "qdora"]
+
+
+def adapter_bytes(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_an_evaluation_in_the_middle_changes_nothing(write_recipe, tiny: Path, tmp_path: Path, method: str) -> None:
+    # bitsandbytes repacks 4-bit weights at the first forward in eval mode; training after it then went wrong silently
+    evaluated = f"data: {{eval_path: {tiny / 'eval.jsonl'}}}\ntraining: {{eval_strategy: steps, eval_steps: 2}}\n"
+    plain = train.train(recipe.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n")))
+    between = train.train(recipe.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}")))
+    assert "eval_loss" in (tmp_path / "b" / "metrics.jsonl").read_text()
+    assert adapter_bytes(plain) == adapter_bytes(between)
+
+
+def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights(tiny: Path) -> None:
+    quantization = recipe.Quantization(bnb_4bit_compute_dtype="float32").given()
+    config = train.upstream.BitsAndBytesConfig(load_in_4bit=True, **quantization)
+    ids = torch.arange(40).reshape(1, -1) + 10
+
+    def gradient(network: torch.nn.Module) -> torch.Tensor:
+        network.eval()
+        with torch.no_grad():
+            network(input_ids=ids)
+        network.train()
+        hidden = network.get_input_embeddings()(ids).detach().requires_grad_()
+        network(inputs_embeds=hidden, labels=ids).loss.backward()
+        return hidden.grad
+
+    quantised = gradient(model.load_base(str(tiny / "model"), None, torch.float32, config))
+    plain = gradient(model.load_base(str(tiny / "model"), None, torch.float32, config).dequantize())
+    torch.testing.assert_close(quantised, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "trainer"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
+    write_recipe, tmp_path: Path, method: str, trainer: str
+) -> None:
+    adapter = train.train(recipe.load(write_recipe(f"method: {method}\ntrainer: {trainer}\n")))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert any("lora_magnitude_vector" in name for name in tensors) == (method in ("dora", "qdora"))
+    assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    for name in ("adapter_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "lora_record.json"):
+        assert (adapter / name).is_file(), name
+    run = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (run["status"], run["recipe"]["method"], run["results"]["steps"]) == ("finished", method, 3)
+    assert run["data"]["rows"] == 64
+    resolved = recipe.load(tmp_path / "run" / "recipe.yaml")
+    assert resolved.plain() == run["recipe"]
+    assert "auto" not in (resolved.model.dtype, resolved.training.optim)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_both_trainers_compute_the_same_loss(write_recipe, tmp_path: Path) -> None:
+    losses = {}
+    for trainer in ("sft", "trainer"):
+        train.train(recipe.load(write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")))
+        losses[trainer] = json.loads((tmp_path / trainer / "record.json").read_text())["results"]["train_loss"]
+    assert losses["sft"] == pytest.approx(losses["trainer"], rel=1e-4)
+
+
+def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Path) -> None:
+    runs = {
+        name: adapter_bytes(
+            train.train(
+                recipe.load(
+                    write_recipe(
+                        f"lora: {{lora_dropout: 0.1}}\noutput_dir: {tmp_path / name}\ntraining: {{seed: {seed}}}\n"
+                    )
+                )
+            )
+        )
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    }
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Path, monkeypatch) -> None:
+    steps = "training: {max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}\n"
+    whole = train.train(recipe.load(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
+    path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
+    ended = train.Watch.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Watch, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe.load(path))
+    monkeypatch.undo()
+    with pytest.raises(LoraError, match=r"already holds a run \(interrupted\)"):
+        train.train(recipe.load(path))
+    with pytest.raises(LoraError, match="the recipe differs from the run"):
+        train.train(recipe.load(path, ["training.learning_rate=2e-3"]), resume=True)
+    resumed = train.train(recipe.load(path), resume=True)
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    steps_logged = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps_logged == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    base.save_pretrained(broken)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (broken / name).write_bytes((tiny / "model" / name).read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for trainer in ("sft", "trainer"):
+        run = tmp_path / trainer
+        path = write_recipe(f"trainer: {trainer}\noutput_dir: {run}\nmodel: {{name_or_path: {broken}}}\n")
+        with pytest.raises(train.NonFiniteError, match="stopped at step 1: the loss is nan"):
+            train.train(recipe.load(path))
+        assert not (run / "adapter").exists()
+        assert json.loads((run / "record.json").read_text())["status"] == "failed"
+
+
+def test_a_module_that_matches_nothing_is_named(write_recipe) -> None:
+    for field in ("target_modules", "modules_to_save"):
+        path = write_recipe(f"lora: {{{field}: [q_proj, lm_haed]}}\n")
+        with pytest.raises(LoraError, match=f"lora.{field}: no module of llama is called lm_haed") as caught:
+            train.train(recipe.load(path, [f"output_dir={path.parent / field}"]))
+        assert caught.value.hint == "did you mean lm_head?"

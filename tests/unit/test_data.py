@@ -1,0 +1,224 @@
+"""Rows as tokens and labels: formats, which tokens carry loss, one BOS, what is dropped or cut, and bad rows.
+
+Hermetic: a word-level tokenizer made here, files in a temporary folder. Alone: pytest tests/unit/test_data.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lora_cli import data, model, recipe
+from lora_cli.errors import LoraError
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Splits at white space and punctuation, learns words as they come; adds BOS as Llama's tokenizer does."""
+    words = ["<s>", "</s>", "<unk>", ":", ".", "user", "assistant", "system", "ask", "answer", "more", "one", "two"]
+    words += ["Below", "is", "an", "instruction", "Instruction", "Response", "Input", "###"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = TURNS
+    return made
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    """`prepare(rows, section, …)` trains on `rows`; sections are given as YAML."""
+
+    def run(rows: list[dict], extra: str = "", training: str = "") -> data.Prepared:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "r.yaml").write_text(
+            f"model: {{name_or_path: x}}\ndata: {{path: {path}, {extra}}}\ntraining: {{{training}}}\n"
+        )
+        return data.load(recipe.load(tmp_path / "r.yaml"), tokenizer)[0]
+
+    return run
+
+
+def learned(prepared: data.Prepared, tokenizer: PreTrainedTokenizerFast, row: int = 0) -> list[str]:
+    """The tokens that carry loss, as words."""
+    labels = prepared.rows[row]["labels"]
+    assert [i for i, label in zip(prepared.rows[row]["input_ids"], labels) if label != -100] == [
+        label for label in labels if label != -100
+    ]
+    return tokenizer.convert_ids_to_tokens([label for label in labels if label != data.IGNORED])
+
+
+CONVERSATION = {
+    "messages": [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "two"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "extra"),
+    [
+        ({"prompt": "ask", "completion": "answer"}, ""),
+        ({"instruction": "ask", "input": "", "output": "answer"}, ""),
+        ({"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}, ""),
+        (
+            {
+                "prompt": [{"role": "user", "content": "ask"}],
+                "completion": [{"role": "assistant", "content": "answer"}],
+            },
+            "",
+        ),
+        ({"question": "ask", "reply": "answer"}, "columns: {prompt: question, completion: reply}"),
+        ({"prompt": "other", "question": "ask", "completion": "answer"}, "columns: {prompt: question}"),
+    ],
+)
+def test_each_format_trains_the_answer_and_its_end(prepare, tokenizer, row: dict, extra: str) -> None:
+    prepared = prepare([row], extra)
+    words = tokenizer.convert_ids_to_tokens(prepared.rows[0]["input_ids"])
+    assert words == ["<s>", "user", ":", "ask", "</s>", "assistant", ":", "answer", "</s>"]
+    assert learned(prepared, tokenizer) == ["answer", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "words"),
+    [
+        ("completion", ["two", "</s>"]),
+        ("assistant", ["one", "</s>", "two", "</s>"]),
+    ],
+)
+def test_train_on_chooses_the_turns(prepare, tokenizer, train_on: str, words: list[str]) -> None:
+    assert learned(prepare([CONVERSATION], f"train_on: {train_on}"), tokenizer) == words
+
+
+def test_train_on_all_is_every_token(prepare, tokenizer) -> None:
+    prepared = prepare([CONVERSATION], "train_on: all")
+    assert prepared.rows[0]["labels"] == prepared.rows[0]["input_ids"]
+
+
+def test_what_is_trained_on_is_what_inference_feeds(prepare, tokenizer) -> None:
+    ids = prepare([CONVERSATION]).rows[0]["input_ids"]
+    fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)["input_ids"]
+    assert ids[: len(fed)] == fed
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_plain_text_gets_one_bos_and_one_eos(prepare, tokenizer) -> None:
+    prepared = prepare([{"text": "one two"}, {"text": "<s> one two </s>"}])
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in prepared.rows["input_ids"]] == [
+        ["<s>", "one", "two", "</s>"]
+    ] * 2
+    assert learned(prepared, tokenizer)[-2:] == ["two", "</s>"]
+
+
+def test_long_rows_are_dropped_cut_or_an_error(prepare, tokenizer) -> None:
+    rows = [{"prompt": "ask", "completion": "one " * n} for n in (1, 40)]
+    dropped = prepare(rows, "on_long_row: drop", "max_length: 12")
+    assert (len(dropped.rows), dropped.counts["dropped: over 12 tokens"]) == (1, 1)
+    cut = prepare(rows, "on_long_row: truncate", "max_length: 12")
+    assert [len(ids) for ids in cut.rows["input_ids"]] == [9, 12]
+    assert cut.counts["cut at 12 tokens"] == 1
+    with pytest.raises(LoraError, match="row 1 has 48 tokens, over training.max_length 12"):
+        prepare(rows, "on_long_row: error", "max_length: 12")
+
+
+def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(prepare) -> None:
+    rows = [{"prompt": "ask", "completion": "one"}, {"prompt": "more " * 20, "completion": "one"}]
+    cut = prepare(rows, "on_long_row: truncate", "max_length: 12")
+    assert (len(cut.rows), cut.counts["dropped: the answer was cut off whole"]) == (1, 1)
+
+
+def test_nothing_left_is_an_error_that_counts(prepare) -> None:
+    with pytest.raises(LoraError, match=r"no row is left to train on: 2 read \(2 dropped: over 4 tokens\)"):
+        prepare([{"prompt": "ask", "completion": "one"}] * 2, "", "max_length: 4")
+
+
+@pytest.mark.parametrize(
+    ("row", "extra", "said"),
+    [
+        ({"prompt": "ask", "completion": 3}, "", "data row 0: completion is 3, but must be text"),
+        ({"prompt": "ask", "completion": None}, "", "data row 0: completion is None, but must be text"),
+        ({"messages": [{"role": "asistant", "content": "x"}]}, "", "data row 0: the role 'asistant' is not known"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "", "data row 0: no message has the role assistant"),
+        ({"messages": "x"}, "", "data row 0: messages must be a list"),
+        ({"foo": "a", "bar": "b"}, "", "data.path: the columns foo, bar are of no known format"),
+        ({"prompt": "a", "completion": "b"}, "columns: {prompt: promt}", "data.columns: there is no column promt"),
+        ({"prompt": "a", "answer": "b"}, "format: prompt_completion", "there is no column completion"),
+    ],
+)
+def test_bad_rows_are_named(prepare, row: dict, extra: str, said: str) -> None:
+    with pytest.raises(LoraError) as caught:
+        prepare([row], extra)
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jsonl", None, "none.jsonl does not exist"),
+        ("empty.jsonl", "", "empty.jsonl is empty"),
+        ("rows.xlsx", "x", "rows.xlsx is none of .json"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, tokenizer, name: str, content: str | None, said: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {path}}}\n")
+    with pytest.raises(LoraError) as caught:
+        data.load(recipe.load(tmp_path / "r.yaml"), tokenizer)
+    assert said in caught.value.message
+
+
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nask\n\n{}### Response:\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "prompt"),
+    [
+        ("", ALPACA.format("", "")),
+        (
+            "more",
+            ALPACA.format(", paired with an input that provides further context", "### Input:\nmore\n\n"),
+        ),
+    ],
+)
+def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, prompt: str) -> None:
+    tokenizer.chat_template = None
+    assert model.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
+    row = {"instruction": "ask", "input": more, "output": "answer"}
+    text, spans = data.render(tokenizer, data.to_messages(row, "alpaca", 0, data.uses_alpaca(tokenizer)))
+    assert text == f"<s>{prompt}answer</s>"
+    assert [text[start:end] for start, end in spans] == ["answer</s>"]
+
+
+def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
+    names = sorted(path.stem for path in model.TEMPLATES.glob("*.jinja"))
+    assert names == ["alpaca", "chatml"]
+    for name in names:
+        model.set_chat_template(tokenizer, name)
+        text, spans = data.render(tokenizer, CONVERSATION["messages"])
+        assert [text[start:end] for start, end in spans] == ["one</s>", "two</s>"], name
+        assert text.count("<s>") == 1
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
+    tokenizer.chat_template = "{{ messages | length }}" + TURNS
+    with pytest.raises(LoraError, match="renders the beginning of a conversation otherwise than the whole"):
+        data.render(tokenizer, CONVERSATION["messages"])
