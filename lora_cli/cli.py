@@ -57,7 +57,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")] = False,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
-    from lora_cli.recipe import load
+    from lora_cli.recipe_file import load
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()

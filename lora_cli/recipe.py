@@ -1,21 +1,19 @@
-"""Recipes: a YAML file (and what it extends, and `--set`) becomes one frozen, fully checked `Recipe`.
+"""What a recipe is: every key with its type, range, default and help.
 
-Every key is known: ours are declared below with range and help, and each other field of PEFT's `LoraConfig` and TRL's
-`SFTConfig` (hence transformers' `TrainingArguments`) is taken over under its own name from the installed versions. All
-problems are reported at once, each with file and line. Neither torch nor anything that imports it is imported here.
+Ours are declared below; each other field of PEFT's `LoraConfig` and TRL's `SFTConfig` (hence transformers'
+`TrainingArguments`) is taken over under its own name from the installed versions. A recipe is frozen once loaded
+(`recipe_file.py`). Neither torch nor anything that imports it is imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
-from lora_cli import fields, yamlfile
-from lora_cli.errors import UsageError, nearest
-from lora_cli.yamlfile import Document, Keys, Place
+from lora_cli import fields
+from lora_cli.yamlfile import Keys, Place
 
 Auto = Literal["auto"]
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}  # marks the fields that are declared upstream, not here
@@ -264,174 +262,3 @@ class Recipe(Section):
         result: dict[str, Any] = {"method": self.method, "trainer": self.trainer}
         result |= {name: getattr(self, name).given() for name in sections if name != "quantization" or self.quantized}
         return result | {"output_dir": self.output_dir}
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every problem at once."""
-    document = _read_chain(path, ())
-    for text in overrides:
-        document = _merge(document, _override(text))
-    if not isinstance(document.data, dict) or not document.data:
-        raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
-    document.data.pop("extends", None)
-    document.data.setdefault("output_dir", f"runs/{path.stem}")
-    try:
-        recipe = Recipe.model_validate(document.data)
-    except ValidationError as error:
-        raise _as_usage_error(path, list(_problems(error, document))) from None
-    recipe._places = document.places
-    if contradictions := list(_contradictions(recipe)):
-        raise _as_usage_error(path, contradictions)
-    return recipe
-
-
-def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
-    """The file merged over the recipe it extends, that one over its own, and so on."""
-    document = yamlfile.read(path)
-    parent = document.data.get("extends") if isinstance(document.data, dict) else None
-    if parent is None:
-        return document
-    place = document.places[("extends",)]
-    if not isinstance(parent, str):
-        raise UsageError(f"{place}: extends must be the path of one recipe", "extends: base.yaml")
-    base = path.parent / parent
-    if base.resolve() in [file.resolve() for file in (*above, path)]:
-        circle = " -> ".join(map(str, (*above, path, base)))
-        raise UsageError(f"{place}: extends goes in a circle: {circle}", "remove one")
-    if not base.is_file():
-        raise UsageError(f"{place}: {base}, which it extends, does not exist", "the path is relative to this file")
-    return _merge(_read_chain(base, (*above, path)), document)
-
-
-def _merge(below: Document, above: Document) -> Document:
-    """`above` laid over `below`: sections join, other values (lists too) are replaced."""
-    if not (isinstance(below.data, dict) and isinstance(above.data, dict)):
-        return above
-    data, places = dict(below.data), {**below.places, **above.places}
-    for key, value in above.data.items():
-        data[key] = (
-            _merge(Document(data[key], {}), Document(value, {})).data
-            if isinstance(value, dict) and isinstance(data.get(key), dict)
-            else value
-        )
-    return Document(data, places)
-
-
-def _override(text: str) -> Document:
-    """`section.key=value` as a document whose places are the option itself."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UsageError(f"--set {text}: expected section.key=value", "--set training.learning_rate=1e-4")
-    document = yamlfile.parse(value, f"--set {text}", first_line=0)
-    data, keys = document.data if document.places else value, tuple(key.split("."))
-    places: dict[Keys, Place] = {(*keys, *inner): place for inner, place in document.places.items()}
-    for depth in range(1, len(keys) + 1):
-        places[keys[:depth]] = Place(f"--set {text}", 0)
-    for part in reversed(keys):
-        data = {part: data}
-    return Document(data, places)
-
-
-def _problems(error: ValidationError, document: Document) -> Iterator[tuple[str, str | None]]:
-    """One (message, hint) for each wrong key, however many alternatives of its type refused it."""
-    by_key: dict[Keys, list[Any]] = {}
-    for detail in error.errors():
-        keys: Keys = ()
-        for part in detail["loc"]:  # beyond the data, loc goes on with names of union members
-            if detail["type"] != "missing" and (*keys, part) not in document.places:
-                break
-            keys = (*keys, part)
-        by_key.setdefault(keys, []).append(detail)
-    for keys, details in sorted(by_key.items(), key=lambda item: _nearest_place(item[0], document).line):
-        name, place = ".".join(map(str, keys)), _nearest_place(keys, document)
-        if details[0]["type"] == "extra_forbidden":
-            message, hint = _unknown_key(keys)
-            yield f"{place}: {message}", hint
-        elif details[0]["type"] == "missing":
-            yield f"{place}: {name} is missing", f"add {name}"
-        else:
-            allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
-            yield f"{place}: {name} is {_shown(details[0]['input'])}, but must be {allowed}", None
-
-
-def _nearest_place(keys: Keys, document: Document) -> Place:
-    while keys not in document.places:
-        keys = keys[:-1]
-    return document.places[keys]
-
-
-def _unknown_key(keys: Keys) -> tuple[str, str]:
-    """What to say of a key that no section has."""
-    *section, key = map(str, keys)
-    name = ".".join([*section, key])
-    elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(section[0] if section else "", {})
-    if key in elsewhere:
-        return f"{name} cannot be set", elsewhere[key]
-    if key in RENAMED:
-        return f"{name} is not a known key", f"it is called {RENAMED[key]}"
-    kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    sections = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
-    homes = [parent for parent, model in sections.items() if key in model.model_fields]
-    if homes:
-        return f"{name} is not a known key", f"{key} belongs in the section {homes[0]}"
-    known = sections[section[0]].model_fields if section and section[0] in sections else Recipe.model_fields
-    guess = nearest(key, known)
-    return f"{name} is not a known key", (
-        f"did you mean {'.'.join([*section, guess])}?" if guess else "lora schema --markdown lists every key"
-    )
-
-
-_KINDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a section of keys",
-    "none_required": "null",
-}
-
-
-def _allowed(detail: Any) -> str:
-    context = detail.get("ctx", {})
-    if detail["type"] == "literal_error":
-        return str(context["expected"])
-    if detail["type"] == "string_pattern_mismatch":
-        return f"text matching {context['pattern']}"
-    if detail["type"] in _KINDS:
-        return _KINDS[detail["type"]]
-    return detail["msg"].removeprefix("Input should be ").replace("Input should", "it should")
-
-
-def _shown(value: Any) -> str:
-    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
-    return text if len(text) <= 40 else text[:37] + "…"
-
-
-def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
-    """Values that are right alone and wrong together."""
-    dora = recipe.method in ("dora", "qdora")
-    if recipe.lora.use_dora is not None and recipe.lora.use_dora != dora:
-        says = str(recipe.lora.use_dora).lower()
-        yield f"{recipe.where('lora', 'use_dora')} is {says}, but method is {recipe.method}", "change one of them"
-    if recipe.source("quantization") and not recipe.quantized:
-        place = recipe.where("quantization")
-        yield f"{place} has no effect with method: {recipe.method}", "use method: qlora, or remove the section"
-    if recipe.trainer == "trainer":
-        sft_only = fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys()
-        for key in sorted((recipe.training.model_fields_set & sft_only) - TrainingFields.model_fields.keys()):
-            yield f"{recipe.where('training', key)} works only with trainer: sft", "trainer: sft"
-    if recipe.training.eval_strategy in ("steps", "epoch") and not (recipe.data.eval_path or recipe.data.eval_split):
-        place = recipe.where("training", "eval_strategy")
-        yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
-
-
-def _as_usage_error(path: Path, problems: list[tuple[str, str | None]]) -> UsageError:
-    """One problem as it stands; several as a list."""
-    if len(problems) == 1:
-        return UsageError(*problems[0])
-    lines = [f"  {message}" + (f"\n    {hint}" if hint else "") for message, hint in problems]
-    heading = f"{len(problems)} problems in {path}"
-    return UsageError("\n".join([heading, *lines]), "lora schema --markdown lists every key")

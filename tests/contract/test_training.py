@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_cli import model, recipe, train
+from lora_cli import model, recipe, recipe_file, train
 from lora_cli.errors import LoraError
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
@@ -28,8 +28,10 @@ def adapter_bytes(folder: Path) -> str:
 def test_an_evaluation_in_the_middle_changes_nothing(write_recipe, tiny: Path, tmp_path: Path, method: str) -> None:
     # bitsandbytes repacks 4-bit weights at the first forward in eval mode; training after it then went wrong silently
     evaluated = f"data: {{eval_path: {tiny / 'eval.jsonl'}}}\ntraining: {{eval_strategy: steps, eval_steps: 2}}\n"
-    plain = train.train(recipe.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n")))
-    between = train.train(recipe.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}")))
+    plain = train.train(recipe_file.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n")))
+    between = train.train(
+        recipe_file.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}"))
+    )
     assert "eval_loss" in (tmp_path / "b" / "metrics.jsonl").read_text()
     assert adapter_bytes(plain) == adapter_bytes(between)
 
@@ -58,7 +60,7 @@ def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights
 def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     write_recipe, tmp_path: Path, method: str, trainer: str
 ) -> None:
-    adapter = train.train(recipe.load(write_recipe(f"method: {method}\ntrainer: {trainer}\n")))
+    adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntrainer: {trainer}\n")))
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert any("lora_magnitude_vector" in name for name in tensors) == (method in ("dora", "qdora"))
@@ -68,7 +70,7 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (run["status"], run["recipe"]["method"], run["results"]["steps"]) == ("finished", method, 3)
     assert run["data"]["rows"] == 64
-    resolved = recipe.load(tmp_path / "run" / "recipe.yaml")
+    resolved = recipe_file.load(tmp_path / "run" / "recipe.yaml")
     assert resolved.plain() == run["recipe"]
     assert "auto" not in (resolved.model.dtype, resolved.training.optim)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -79,7 +81,7 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
 def test_both_trainers_compute_the_same_loss(write_recipe, tmp_path: Path) -> None:
     losses = {}
     for trainer in ("sft", "trainer"):
-        train.train(recipe.load(write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")))
+        train.train(recipe_file.load(write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")))
         losses[trainer] = json.loads((tmp_path / trainer / "record.json").read_text())["results"]["train_loss"]
     assert losses["sft"] == pytest.approx(losses["trainer"], rel=1e-4)
 
@@ -88,7 +90,7 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Pa
     runs = {
         name: adapter_bytes(
             train.train(
-                recipe.load(
+                recipe_file.load(
                     write_recipe(
                         f"lora: {{lora_dropout: 0.1}}\noutput_dir: {tmp_path / name}\ntraining: {{seed: {seed}}}\n"
                     )
@@ -102,7 +104,7 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Pa
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Path, monkeypatch) -> None:
     steps = "training: {max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}\n"
-    whole = train.train(recipe.load(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
+    whole = train.train(recipe_file.load(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
     path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
     ended = train.Watch.on_step_end
 
@@ -113,13 +115,13 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Pa
 
     monkeypatch.setattr(train.Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(recipe.load(path))
+        train.train(recipe_file.load(path))
     monkeypatch.undo()
     with pytest.raises(LoraError, match=r"already holds a run \(interrupted\)"):
-        train.train(recipe.load(path))
+        train.train(recipe_file.load(path))
     with pytest.raises(LoraError, match="the recipe differs from the run"):
-        train.train(recipe.load(path, ["training.learning_rate=2e-3"]), resume=True)
-    resumed = train.train(recipe.load(path), resume=True)
+        train.train(recipe_file.load(path, ["training.learning_rate=2e-3"]), resume=True)
+    resumed = train.train(recipe_file.load(path), resume=True)
     assert adapter_bytes(resumed) == adapter_bytes(whole)
     steps_logged = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert steps_logged == [1, 2, 3, 4, 5, 6, 6]
@@ -138,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(write_recipe,
         run = tmp_path / trainer
         path = write_recipe(f"trainer: {trainer}\noutput_dir: {run}\nmodel: {{name_or_path: {broken}}}\n")
         with pytest.raises(train.NonFiniteError, match="stopped at step 1: the loss is nan"):
-            train.train(recipe.load(path))
+            train.train(recipe_file.load(path))
         assert not (run / "adapter").exists()
         assert json.loads((run / "record.json").read_text())["status"] == "failed"
 
@@ -147,5 +149,5 @@ def test_a_module_that_matches_nothing_is_named(write_recipe) -> None:
     for field in ("target_modules", "modules_to_save"):
         path = write_recipe(f"lora: {{{field}: [q_proj, lm_haed]}}\n")
         with pytest.raises(LoraError, match=f"lora.{field}: no module of llama is called lm_haed") as caught:
-            train.train(recipe.load(path, [f"output_dir={path.parent / field}"]))
+            train.train(recipe_file.load(path, [f"output_dir={path.parent / field}"]))
         assert caught.value.hint == "did you mean lm_head?"

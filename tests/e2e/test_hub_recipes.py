@@ -80,7 +80,7 @@ def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
     assert not hub.strays
     merged = lora("merge", run / "adapter", tmp_path / "out", env=environ)
     assert merged.returncode == 0, merged.stderr
-    assert "21 of 21 modules merged" in merged.stderr
+    assert "14 of 14 modules merged" in merged.stderr
 
 
 def test_revisions_are_honoured_and_recorded(hub, environ, lora, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def runs(lora, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         assert "eval_loss" in trained.stderr
         merged = lora("merge", run / "adapter", run / "merged", cwd=ROOT)
         assert merged.returncode == 0, merged.stderr
-        assert "21 of 21 modules merged" in merged.stderr
+        assert "14 of 14 modules merged" in merged.stderr
         folders[method] = run
     return folders
 
@@ -130,7 +130,11 @@ def test_the_quantiser_is_llama_cpp_s_own() -> None:
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["merge", "nothing", "out"], 1, "error: nothing does not exist"),
         (["merge", "build/tiny/model", "out"], 1, "error: build/tiny/model is no adapter"),
-        (["export-gguf", "build/tiny/model", "-q", "Q4_K_X"], 2, "error: unknown GGUF type 'Q4_K_X'; did you mean Q4_K"),
+        (
+            ["export-gguf", "build/tiny/model", "-q", "Q4_K_X"],
+            2,
+            "error: unknown GGUF type 'Q4_K_X'; did you mean Q4_K",
+        ),
         (["generate", "build/tiny/model"], 2, "error: no prompt was given"),
         (["generate", "nothing.gguf", "-p", "x"], 1, "error: nothing.gguf does not exist"),
         (["chat", "./nothing"], 1, "error: ./nothing does not exist or is no model"),

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, model, recipe
+from lora_cli import data, model, recipe_file
 from lora_cli.errors import LoraError
 
 TURNS = (
@@ -44,7 +44,7 @@ def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
         (tmp_path / "r.yaml").write_text(
             f"model: {{name_or_path: x}}\ndata: {{path: {path}, {extra}}}\ntraining: {{{training}}}\n"
         )
-        return data.load(recipe.load(tmp_path / "r.yaml"), tokenizer)[0]
+        return data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
 
     return run
 
@@ -179,7 +179,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer, name: str, content
         path.write_text(content)
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {path}}}\n")
     with pytest.raises(LoraError) as caught:
-        data.load(recipe.load(tmp_path / "r.yaml"), tokenizer)
+        data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
     assert said in caught.value.message
 
 

@@ -23,8 +23,9 @@ FLOORS = [
     {"__init__", "errors"},
     {"ui", "files", "fields", "yamlfile", "foreign"},
     {"recipe", "record", "llama_cpp"},
-    {"schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
+    {"recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"fold"},
+    {"answer"},
     {"train", "merge", "export", "generate"},  # the verbs never import each other
     {"cli"},
     {"__main__"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import recipe, upstream, yamlfile
+from lora_cli import recipe, recipe_file, upstream, yamlfile
 from lora_cli.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,7 +20,7 @@ MINIMAL = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"
 def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    return recipe.load(path, overrides)
+    return recipe_file.load(path, overrides)
 
 
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -47,7 +47,7 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
 def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "method: qdora\ntraining: {max_steps: 3, adam_beta2: 0.95}\n")
     (tmp_path / "again.yaml").write_text(yamlfile.dump(loaded.plain()))
-    assert recipe.load(tmp_path / "again.yaml").plain() == loaded.plain()
+    assert recipe_file.load(tmp_path / "again.yaml").plain() == loaded.plain()
 
 
 def test_extends_joins_sections_and_keeps_each_value_s_source(tmp_path: Path) -> None:
@@ -186,4 +186,4 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
     assert len(recipes) >= 8
     for path in recipes:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
-        upstream.check(recipe.load(path))
+        upstream.check(recipe_file.load(path))

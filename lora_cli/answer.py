@@ -1,0 +1,197 @@
+"""What answers a conversation: a base, an adapter, a merged model or a GGUF file.
+
+Adapters of one base share it: it is loaded once, and the adapters are switched on it, or off for the base itself. Each
+conversation is rendered by the chat template saved with the model that answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from lora_cli import fold, model, record, ui
+from lora_cli.gguf import GGUFModel
+
+Messages = list[dict[str, str]]
+BATCH = 16
+
+
+class Sampling(NamedTuple):
+    """How an answer is drawn."""
+
+    max_new_tokens: int
+    temperature: float
+
+
+class Answerer(Protocol):
+    """Anything that answers conversations."""
+
+    def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
+        """One answer each."""
+
+    def stream(self, conversation: Messages, sampling: Sampling) -> str:
+        """Print one answer to stdout as it comes, and return it."""
+
+
+class Bases:
+    """Base models loaded so far, by name, revision, type and quantisation; each at most once."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, PreTrainedModel | PeftModel] = {}
+
+    @staticmethod
+    def key(adapter: record.Adapter) -> str:
+        """What two adapters must agree in to share a base."""
+        return json.dumps([adapter.base, adapter.revision, adapter.dtype, adapter.quantization])
+
+    def with_adapter(self, adapter: record.Adapter, name: str) -> str:
+        """The adapter loaded on its base under `name`; returns the base's key."""
+        key = self.key(adapter)
+        base = self.loaded.get(key) or fold.load_base(adapter)
+        if isinstance(base, PeftModel):
+            base.load_adapter(str(adapter.folder), adapter_name=name)
+            model.check_adapter_complete(base, adapter.folder, name)
+        else:
+            base = model.load_adapter(base, adapter.folder, name)
+        self.loaded[key] = base.eval()
+        return key
+
+    def plain(self, name: str) -> str:
+        """A model without adapter: a base that is there already in its own type, or loaded now; returns its key."""
+        for key in self.loaded:
+            base, _, dtype, quantization = json.loads(key)
+            if base == name and quantization is None and dtype in (None, self._on_disk(name)):
+                return key
+        key = json.dumps([name, None, None, None])
+        dtype = model.checkpoint_dtype(model.load_config(name))
+        self.loaded[key] = model.load_base(name, None, dtype).eval()
+        return key
+
+    @staticmethod
+    def _on_disk(name: str) -> str:
+        return str(model.checkpoint_dtype(model.load_config(name))).removeprefix("torch.")
+
+
+class HFAnswerer:
+    """A transformers model, with one of its adapters switched on, or none."""
+
+    def __init__(self, bases: Bases, key: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.bases, self.key, self.adapter, self.tokenizer = bases, key, adapter, tokenizer
+
+    def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
+        """Greedy or sampled answers, `BATCH` conversations at a time."""
+        prompts = [self._ids(messages) for messages in conversations]
+        answers: list[str] = []
+        for start in range(0, len(prompts), BATCH):
+            answers += self._generate(prompts[start : start + BATCH], sampling)
+        return answers
+
+    def stream(self, conversation: Messages, sampling: Sampling) -> str:
+        """One answer, printed as it comes."""
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return self._generate([self._ids(conversation)], sampling, streamer=streamer)[0]
+
+    def _ids(self, messages: Messages) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
+        """Left-padded, with the pads masked; cut at the token that ends a turn."""
+        weights, tokenizer = self.bases.loaded[self.key], self.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=weights.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=weights.device)
+        drawing = (
+            {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature else {"do_sample": False}
+        )
+        with torch.inference_mode(), self._switched(weights):
+            output = weights.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self._ends(weights),
+                pad_token_id=pad,
+                **drawing,
+                **kwargs,
+            )
+        return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
+
+    def _ends(self, weights: PreTrainedModel) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and those the model's generation config adds."""
+        configured = weights.generation_config.eos_token_id
+        more = configured if isinstance(configured, list) else [configured]
+        return sorted({token for token in [self.tokenizer.eos_token_id, *more] if token is not None})
+
+    def _switched(self, weights: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
+        if not isinstance(weights, PeftModel):
+            return nullcontext()
+        if self.adapter is None:
+            return weights.disable_adapter()
+        weights.set_adapter(self.adapter)
+        return nullcontext()
+
+
+class GGUFAnswerer:
+    """A GGUF file in llama.cpp, with the chat template embedded in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = GGUFModel(path)
+
+    def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
+        """One after the other."""
+        return [
+            self.model.complete(self.model.render(messages), sampling.max_new_tokens, sampling.temperature)
+            for messages in conversations
+        ]
+
+    def stream(self, conversation: Messages, sampling: Sampling) -> str:
+        """One answer, printed as it comes."""
+        pieces = []
+        prompt = self.model.render(conversation)
+        for piece in self.model.stream(prompt, sampling.max_new_tokens, sampling.temperature):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        return "".join(pieces)
+
+
+def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:
+    """What answers for each path, by a short label. Adapters first, so that a base among the paths shares theirs."""
+    bases = Bases()
+    kinds = {path: record.kind(path) for path in paths}
+    answerers: dict[str, Answerer] = {}
+    for path in sorted(kinds, key=lambda path: kinds[path] != "adapter"):
+        if kinds[path] == "gguf":
+            answerers[path] = GGUFAnswerer(Path(path))
+        elif kinds[path] == "adapter":
+            adapter = record.read_adapter(Path(path), base)
+            name = f"adapter_{len(answerers)}"
+            answerers[path] = HFAnswerer(bases, bases.with_adapter(adapter, name), name, fold.load_tokenizer(adapter))
+        else:
+            tokenizer = _tokenizer_of_base(path, answerers.values())
+            answerers[path] = HFAnswerer(bases, bases.plain(path), None, tokenizer)
+    return {path: answerers[path] for path in paths}
+
+
+def _tokenizer_of_base(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer, with the template of an adapter on it where it has none, so that prompts compare."""
+    tokenizer = model.load_tokenizer(name)
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    for other in others:
+        if isinstance(other, HFAnswerer) and json.loads(other.key)[0] == name:
+            tokenizer.chat_template = other.tokenizer.chat_template
+            ui.say(f"{name} has no chat template: it gets that of the adapter on it")
+            return tokenizer
+    ui.say(f"{name} has no chat template: prompts are given as plain text")
+    return tokenizer
