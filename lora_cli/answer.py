@@ -54,7 +54,10 @@ class Bases:
     def with_adapter(self, adapter: record.Adapter, name: str) -> str:
         """The adapter loaded on its base under `name`; returns the base's key."""
         key = self.key(adapter)
-        base = self.loaded.get(key) or fold.load_base(adapter)
+        base = self.loaded.get(key)
+        if base is None:
+            base = fold.load_base(adapter)
+            base = base if adapter.quantization else model.to_accelerator(base)
         if isinstance(base, PeftModel):
             base.load_adapter(str(adapter.folder), adapter_name=name)
             model.check_adapter_complete(base, adapter.folder, name)
@@ -71,7 +74,7 @@ class Bases:
                 return key
         key = json.dumps([name, None, None, None])
         dtype = model.checkpoint_dtype(model.load_config(name))
-        self.loaded[key] = model.load_base(name, None, dtype).eval()
+        self.loaded[key] = model.to_accelerator(model.load_base(name, None, dtype)).eval()
         return key
 
     @staticmethod

@@ -68,6 +68,7 @@ def merge(adapter: Adapter, out: Path) -> Merged:
         plain, modules = fold(adapted)
         round_once(plain, dtype)
         plain.config.use_cache = True
+        end_where_trained(plain, tokenizer)
         plain.save_pretrained(str(staging), max_shard_size=SHARD_SIZE)
         model.save_tokenizer(tokenizer, staging, adapter.base, adapter.revision)
         files.write_json(
@@ -100,6 +101,15 @@ def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
             f"{done}; left out: {', '.join(left[:3]) or 'there are none'}", "train with other target_modules"
         )
     return plain, len(layers)
+
+
+def end_where_trained(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model's configurations name the token that ended the trained answers, beside those they had."""
+    end, configured = tokenizer.eos_token_id, plain.generation_config.eos_token_id
+    before = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if end is not None and end not in before:
+        plain.config.eos_token_id = end
+        plain.generation_config.eos_token_id = [end, *before]
 
 
 def to_float32(base: PreTrainedModel) -> PreTrainedModel:

@@ -72,6 +72,12 @@ def load_base(
     return model
 
 
+def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the GPU where there is one. Not for 4-bit weights: `load_base` has put those where they run."""
+    accelerator = torch.accelerator.current_accelerator()
+    return model if accelerator is None else model.to(accelerator)
+
+
 def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
     """Turn off bitsandbytes' repacking of 4-bit weights on CPUs with AVX512_BF16.
 
@@ -85,11 +91,22 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model on the hub or in a folder; LoraError if it is not a fast one (it must give offsets)."""
+def load_tokenizer(name: str, revision: str | None = None, **tokens: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token` replaced where given.
+
+    LoraError if it is not a fast one (it must give offsets), or has no such token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     if not tokenizer.is_fast:
         raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
+    vocabulary = tokenizer.get_vocab()
+    for kind, token in tokens.items():
+        if token is not None:
+            if token not in vocabulary:
+                guess = nearest(token, vocabulary)
+                hint = f"did you mean {guess}?" if guess else f"leave training.{kind} out"
+                raise LoraError(f"training.{kind}: the tokenizer of {name} has no token {token!r}", hint)
+            setattr(tokenizer, kind, token)
     return tokenizer
 
 

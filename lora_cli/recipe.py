@@ -150,6 +150,10 @@ class TrainingFields(Section):
     """Seed of everything random in the run."""
     report_to: str | list[str] = "none"
     """Also log to wandb, tensorboard, trackio, …"""
+    eos_token: str | None = None
+    """Token that ends an answer, where it is not the tokenizer's own; saved with the adapter's tokenizer."""
+    pad_token: str | None = None
+    """Token that fills short rows, where it is not the tokenizer's own."""
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
     model_init_kwargs: dict[str, Any] | None = None

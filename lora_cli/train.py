@@ -147,6 +147,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         return _run(recipe, folder, run, resume)
     except KeyboardInterrupt:
         record.update(folder, run, status="interrupted")
+        checkpoint = get_last_checkpoint(str(folder))
+        ui.say(f"\n--resume continues from {checkpoint}" if checkpoint else "\nno checkpoint had been saved yet")
         raise
     except BaseException:
         record.update(folder, run, status="failed")
@@ -155,7 +157,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
     commit = run["base"]["commit"]
-    tokenizer = model.load_tokenizer(recipe.model.name_or_path, commit)
+    tokens = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
+    tokenizer = model.load_tokenizer(recipe.model.name_or_path, commit, **tokens)
     template = model.set_chat_template(tokenizer, recipe.model.chat_template)
     ui.say(f"  chat template: {template}")
     train_rows, eval_rows = data.load(recipe, tokenizer)

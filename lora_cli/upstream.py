@@ -67,7 +67,7 @@ def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
         return "float32", "this GPU has no native bfloat16"
     if on_disk == "bfloat16" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "bfloat16", "the checkpoint's type, which this CPU computes natively"
-    return "float32", f"on this CPU the safe choice for a {on_disk} checkpoint"
+    return "float32", f"without CUDA the safe choice for a {on_disk} checkpoint"
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -90,7 +90,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values = recipe.training.given()
     values.setdefault("include_num_input_tokens_seen", "non_padding")  # what tokens/s is computed from
     values.setdefault("fp16", recipe.model.dtype == "float16")
-    values.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    # bitsandbytes' 4-bit weights run on CUDA and CPU, not on Apple's GPU
+    apple = torch.backends.mps.is_available() and not recipe.quantized
+    values.setdefault("use_cpu", not (torch.cuda.is_available() or apple))
     for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # upstream's newer names
         old = new.replace("activation", "gradient")
         if old in values:
@@ -98,6 +100,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Trainer would log 0 in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
+    values.pop("pad_token")  # set on the tokenizer already
     if recipe.trainer == "trainer":
         for name in fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys():
             values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers

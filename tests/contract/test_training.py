@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_cli import model, recipe, recipe_file, train
+from lora_cli import merge, model, recipe, recipe_file, train
 from lora_cli.errors import LoraError
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
@@ -151,3 +151,18 @@ def test_a_module_that_matches_nothing_is_named(write_recipe) -> None:
         with pytest.raises(LoraError, match=f"lora.{field}: no module of llama is called lm_haed") as caught:
             train.train(recipe_file.load(path, [f"output_dir={path.parent / field}"]))
         assert caught.value.hint == "did you mean lm_head?"
+
+
+def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path: Path) -> None:
+    path = write_recipe("training: {eos_token: '<|user|>'}\n")
+    adapter = train.train(recipe_file.load(path))
+    tokenizer = model.load_tokenizer(str(adapter))
+    assert tokenizer.eos_token == "<|user|>"
+    rows = train.data.load(recipe_file.load(path), tokenizer)[0].rows
+    assert all(labels[-1] == tokenizer.eos_token_id for labels in rows["labels"])
+    merge.merge(adapter, tmp_path / "out")
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
+    assert ends[0] == tokenizer.eos_token_id
+    with pytest.raises(LoraError, match=r"training.eos_token: the tokenizer of .* has no token '<\|usr\|>'") as caught:
+        train.train(recipe_file.load(path, ["training.eos_token=<|usr|>", f"output_dir={tmp_path / 'other'}"]))
+    assert caught.value.hint == "did you mean <|user|>?"
