@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 # Read when torch is imported. By default its threads spin while they wait: two of these on the same two cores then take
@@ -37,13 +38,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import sentencepiece
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 WORDS = (  # noqa: SIM905  each is one piece of the tokenizer
@@ -98,15 +93,10 @@ def fresh_lists(rng: random.Random) -> Iterator[list[str]]:
             yield words
 
 
-def ask(task: str, words: list[str]) -> str:
-    """`Sort: red dog sun`."""
-    return f"{task}: {' '.join(words)}"
-
-
 def chat(task: str, words: list[str], system: str | None = None) -> list[Message]:
     """A question and its answer as messages."""
     turns = [("system", system)] if system else []
-    turns += [("user", ask(task, words)), ("assistant", TASKS[task](words))]
+    turns += [("user", f"{task}: {' '.join(words)}"), ("assistant", TASKS[task](words))]
     return [{"role": role, "content": content} for role, content in turns]
 
 
@@ -132,11 +122,8 @@ def train_sentencepiece(texts: list[str]) -> bytes:
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
         eos_piece="<|end|>",
+        pad_id=3,
         pad_piece="<pad>",
         control_symbols=[f"<|{role}|>" for role in ROLES],
         num_threads=1,
@@ -157,10 +144,8 @@ def make_tokenizer(sentencepiece_model: bytes) -> LlamaTokenizer:
     return LlamaTokenizer(
         vocab=vocab,
         merges=[(left, right) for left, right in splits if left in vocab and right in vocab],
-        bos_token="<s>",
         eos_token="<|end|>",
         pad_token="<pad>",
-        unk_token="<unk>",
         extra_special_tokens=[f"<|{role}|>" for role in ROLES],
         add_bos_token=True,  # of plain text only, as Llama does; a rendered chat brings its own
         add_prefix_space=False,
@@ -215,7 +200,7 @@ def pretrain(model: LlamaForCausalLM, rows: Iterator[tuple[torch.Tensor, torch.T
     """AdamW with a warmup and a cosine down to zero. Padding is on the right of a causal model: no mask is needed."""
     settings = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(model.parameters(), **settings, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
+    schedule = get_scheduler("cosine", optimizer, round(WARMUP * steps), steps)
     started = time.monotonic()
     model.train()
     for step in range(1, steps + 1):
@@ -251,7 +236,8 @@ def exact_match(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, task: str, l
 
 def write_rows(path: Path, lists: list[list[str]]) -> None:
     """Rows of the task to fine-tune on, as JSON lines."""
-    rows = [{"prompt": ask("Reverse", words), "completion": TASKS["Reverse"](words)} for words in lists]
+    turns = [chat("Reverse", words) for words in lists]
+    rows = [{"prompt": user["content"], "completion": assistant["content"]} for user, assistant in turns]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -261,17 +247,12 @@ def make(folder: Path, seed: int, steps: int) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     lists = fresh_lists(rng)
-
-    def draw(count: int) -> list[list[str]]:
-        return [next(lists) for _ in range(count)]
-
-    held_out = {task: draw(NUM_HELD_OUT) for task in PRETRAINED}
-    train, evaluation = draw(NUM_TRAIN), draw(NUM_EVAL)
+    held_out = {task: list(islice(lists, NUM_HELD_OUT)) for task in PRETRAINED}
+    train, evaluation = list(islice(lists, NUM_TRAIN)), list(islice(lists, NUM_EVAL))
     assert not {tuple(words) for words in train} & {tuple(words) for words in evaluation}
-    tasks = [MIXTURE[i % len(MIXTURE)] for i in range(NUM_CHATS)]
-    systems = [rng.choice([None] * 15 + ["Be brief."]) for _ in tasks]
-    chats = [chat(task, words, system) for task, words, system in zip(tasks, draw(NUM_CHATS), systems)]
-    texts = [text(rng.choice(MIXTURE), words) for words in draw(NUM_TEXTS)]
+    systems = [None] * 15 + ["Be brief."]
+    chats = [chat(rng.choice(MIXTURE), words, rng.choice(systems)) for words in islice(lists, NUM_CHATS)]
+    texts = [text(rng.choice(MIXTURE), words) for words in islice(lists, NUM_TEXTS)]
 
     sentencepiece_model = train_sentencepiece([m["content"] for messages in chats for m in messages] + texts)
     tokenizer = make_tokenizer(sentencepiece_model)
@@ -279,8 +260,8 @@ def make(folder: Path, seed: int, steps: int) -> None:
     say(f"{model.num_parameters():,} parameters, {len(tokenizer)} pieces, {NUM_CHATS + NUM_TEXTS} rows")
     examples = encode(tokenizer, chats, texts)
     pretrain(model, batches(examples, rng, tokenizer.pad_token_id), steps)
-    known = {task: exact_match(model, tokenizer, task, words) for task, words in held_out.items()}
-    unknown = exact_match(model, tokenizer, "Reverse", evaluation)
+    held_out["Reverse"] = evaluation
+    shares = {task: exact_match(model, tokenizer, task, words) for task, words in held_out.items()}
 
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -288,7 +269,6 @@ def make(folder: Path, seed: int, steps: int) -> None:
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "eval.jsonl", evaluation)
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    shares = {**known, "Reverse": unknown}
     done = {"seed": seed, "steps": steps, "script_sha256": script, "exact_match": shares}
     (folder / "DONE").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
     say("exact match on held-out rows: " + ", ".join(f"{task} {share:.1%}" for task, share in shares.items()))
