@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lora_cli import fold, model, record, ui
+from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
 Messages = list[dict[str, str]]
@@ -31,7 +32,11 @@ class Sampling(NamedTuple):
 
 
 class Answerer(Protocol):
-    """Anything that answers conversations."""
+    """Anything that answers conversations by its `chat_template`."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template, as text."""
 
     def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
         """One answer each."""
@@ -49,7 +54,8 @@ class Bases:
     @staticmethod
     def key(adapter: record.Adapter) -> str:
         """What two adapters must agree in to share a base."""
-        return json.dumps([adapter.base, adapter.revision, adapter.dtype, adapter.quantization])
+        alone = None if adapter.shares_base else str(adapter.folder)
+        return json.dumps([adapter.base, adapter.revision, adapter.dtype, adapter.quantization, alone])
 
     def with_adapter(self, adapter: record.Adapter, name: str) -> str:
         """The adapter loaded on its base under `name`; returns the base's key."""
@@ -59,7 +65,11 @@ class Bases:
             base = fold.load_base(adapter)
             base = base if adapter.quantization else model.to_accelerator(base)
         if isinstance(base, PeftModel):
-            base.load_adapter(str(adapter.folder), adapter_name=name)
+            try:
+                base.load_adapter(str(adapter.folder), adapter_name=name)
+            except (RuntimeError, ValueError, KeyError) as error:
+                said = " ".join(str(error).split())[:300]
+                raise LoraError(f"{adapter.folder} cannot share its base: {said}", "give it in a call alone") from error
             model.check_adapter_complete(base, adapter.folder, name)
         else:
             base = model.load_adapter(base, adapter.folder, name)
@@ -69,10 +79,10 @@ class Bases:
     def plain(self, name: str) -> str:
         """A model without adapter: a base that is there already in its own type, or loaded now; returns its key."""
         for key in self.loaded:
-            base, _, dtype, quantization = json.loads(key)
-            if base == name and quantization is None and dtype in (None, self._on_disk(name)):
+            base, _, dtype, quantization, alone = json.loads(key)
+            if base == name and quantization is None and alone is None and dtype in (None, self._on_disk(name)):
                 return key
-        key = json.dumps([name, None, None, None])
+        key = json.dumps([name, None, None, None, None])
         dtype = model.checkpoint_dtype(model.load_config(name))
         self.loaded[key] = model.to_accelerator(model.load_base(name, None, dtype)).eval()
         return key
@@ -88,6 +98,11 @@ class HFAnswerer:
     def __init__(self, bases: Bases, key: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
         self.bases, self.key, self.adapter, self.tokenizer = bases, key, adapter, tokenizer
 
+    @property
+    def chat_template(self) -> str | None:
+        """That of the tokenizer."""
+        return self.tokenizer.chat_template
+
     def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
         """Greedy or sampled answers, `BATCH` conversations at a time."""
         prompts = [self._ids(messages) for messages in conversations]
@@ -102,6 +117,8 @@ class HFAnswerer:
         return self._generate([self._ids(conversation)], sampling, streamer=streamer)[0]
 
     def _ids(self, messages: Messages) -> list[int]:
+        if self.tokenizer.chat_template is None and len(messages) > 1:
+            raise LoraError("this model has no chat template: it cannot hold a conversation", "lora generate PATH")
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -149,6 +166,11 @@ class GGUFAnswerer:
 
     def __init__(self, path: Path) -> None:
         self.model = GGUFModel(path)
+
+    @property
+    def chat_template(self) -> str | None:
+        """That embedded in the file."""
+        return self.model.chat_template
 
     def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
         """One after the other."""

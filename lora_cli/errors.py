@@ -10,7 +10,7 @@ class LoraError(Exception):
     """Something a user can cause and mend.
 
     `message` says what is wrong (with file, line and field where there is one); `hint` what to type. The command line
-    renders both and exits 1; nothing else in the package catches it.
+    renders both and exits with `exit_code`; nothing else in the package catches it.
     """
 
     exit_code = 1

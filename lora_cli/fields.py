@@ -100,9 +100,17 @@ class _TypingNames(dict[str, Any]):
         return Any
 
 
+class _Tuple:
+    """YAML has lists only: upstream takes them where it says tuple."""
+
+    def __class_getitem__(cls, items: Any) -> Any:
+        return list[Any]
+
+
 _NAMES = _TypingNames(
     {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")},
-    **{t.__name__: t for t in (bool, int, float, str, list, dict, tuple, set)},
+    **{t.__name__: t for t in (bool, int, float, str, list, dict, set)},
+    tuple=_Tuple,
 )
 
 

@@ -57,7 +57,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 
 def refuse_occupied(folder: Path) -> None:
-    """LoraError if `folder` exists and is anything but an empty folder."""
+    """LoraError if `folder` exists and is anything but an empty folder, or holds the current one."""
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise LoraError(f"{folder} is the current folder or above it", "give a folder that does not exist yet")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli import files, model, record, ui, verify
@@ -33,10 +34,14 @@ class Merged(NamedTuple):
 def load_base(adapter: Adapter) -> PreTrainedModel:
     """The base as the adapter was trained on it: same revision, type, quantisation; a foreign one as its files are."""
     name, revision = adapter.base, adapter.revision
-    on_disk = model.checkpoint_dtype(model.load_config(name, revision))
-    dtype = getattr(torch, adapter.dtype) if adapter.dtype else on_disk
+    dtype = getattr(torch, adapter.dtype) if adapter.dtype else dtype_on_disk(adapter)
     quantization = BitsAndBytesConfig(load_in_4bit=True, **adapter.quantization) if adapter.quantization else None
     return model.load_base(name, revision, dtype, quantization)
+
+
+def dtype_on_disk(adapter: Adapter) -> torch.dtype:
+    """The type of the base's own files, which the merged model gets."""
+    return model.checkpoint_dtype(model.load_config(adapter.base, adapter.revision))
 
 
 def load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
@@ -55,8 +60,8 @@ def merge(adapter: Adapter, out: Path) -> Merged:
     with files.staged_folder(out) as staging:
         tokenizer = load_tokenizer(adapter)
         probes = verify.probes(tokenizer)
-        base = load_base(adapter)
-        dtype = base.config.dtype
+        base, dtype = load_base(adapter), dtype_on_disk(adapter)
+        base_dtype = base.config.dtype
         if adapter.quantization:
             quantised = model.load_adapter(base, adapter.folder)
             before = verify.logits(quantised, probes)
@@ -65,6 +70,10 @@ def merge(adapter: Adapter, out: Path) -> Merged:
         adapted = model.load_adapter(base, adapter.folder)
         if not adapter.quantization:
             before = verify.logits(adapted, probes)
+        kept = verify.check_trained(adapter.folder, before, base_dtype)
+        if kept:
+            ui.say(f"  base with adapter against the end of training: {kept}")
+        refuse_tied(adapted, adapter.base)
         plain, modules = fold(adapted)
         round_once(plain, dtype)
         plain.config.use_cache = True
@@ -93,7 +102,12 @@ def merge(adapter: Adapter, out: Path) -> Merged:
 def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
     """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
     layers = model.lora_layers(adapted)
-    plain = adapted.merge_and_unload()
+    try:
+        plain = adapted.merge_and_unload()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise LoraError(
+            f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}", "serve it as it is"
+        ) from error
     left = [name for name, layer in layers.items() if not layer.merged] + list(model.lora_layers(plain))
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
@@ -101,6 +115,17 @@ def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
             f"{done}; left out: {', '.join(left[:3]) or 'there are none'}", "train with other target_modules"
         )
     return plain, len(layers)
+
+
+def refuse_tied(adapted: PeftModel, base: str) -> None:
+    """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        raise LoraError(
+            f"{base} uses one weight for its embeddings and its head, and the adapter changes one of the two: "
+            "no plain model can hold both",
+            "train with modules_to_save, trainable_token_indices, or without embed_tokens and lm_head",
+        )
 
 
 def end_where_trained(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "SafetensorError": ("the weights cannot be read: {line}", "the file is damaged or cut off: copy it again"),
     "OutOfMemoryError": ("out of memory: {line}", "--set training.per_device_train_batch_size=1, or method: qlora"),
     "TemplateError": ("the chat template failed: {line}", TEMPLATE),
+    "ArrowInvalid": ("the data could not be read: {line}", "the file is damaged or of another kind"),
     "ConnectError": ("no connection: {line}", CONNECTION),
     "TimeoutException": ("no connection: {line}", CONNECTION),
     "ConnectionError": ("{line}", CONNECTION),
@@ -55,6 +56,8 @@ SYSTEM = {
 def translate(error: BaseException) -> LoraError | None:
     """What to tell the user, or None when `error` is not known. Looks along the chain of causes too."""
     chain = list(_chain(error))
+    if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
+        return LoraError("the disk is full", "df -h, make room, and run it again")
     for link in chain:
         for kind in type(link).__mro__:
             if kind.__name__ in TABLE:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import set_seed
 
@@ -16,25 +16,40 @@ from lora_cli.errors import UsageError
 
 
 class Question(NamedTuple):
-    """A conversation that waits for an answer, and the answer hoped for, where the file gives one."""
+    """A row that waits for an answer: `row` in one of data.FORMATS, its answer empty where the file gives none."""
 
-    messages: Messages
-    expected: str | None
+    row: dict[str, Any]
+    style: str
+    number: int
+
+    def messages(self, template: str | None) -> Messages:
+        """What is asked, as the model with this chat template was trained to be asked."""
+        return self._conversation(template)[:-1]
+
+    @property
+    def expected(self) -> str | None:
+        """The answer hoped for."""
+        return self._conversation(None)[-1]["content"] or None
 
     @property
     def text(self) -> str:
         """The last message, as a person would recognise it."""
-        return self.messages[-1]["content"]
+        return self._conversation(None)[-2]["content"]
+
+    def _conversation(self, template: str | None) -> Messages:
+        return data.to_messages(self.row, self.style, self.number - 1, data.uses_alpaca(template))
 
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     """Prompts of the command line, then those of the file: rows of a known format in .jsonl, else lines of text."""
-    questions = [Question([{"role": "user", "content": prompt}], None) for prompt in prompts]
+    questions = [_plain(prompt, number) for number, prompt in enumerate(prompts, start=1)]
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror}", f"ls -l {file}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 questions.append(_question(line, file, number))
@@ -43,19 +58,25 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     return questions
 
 
+def _plain(prompt: str, number: int) -> Question:
+    return Question({"prompt": prompt, "completion": ""}, "prompt_completion", number)
+
+
 def _question(line: str, file: Path, number: int) -> Question:
     if file.suffix not in (".jsonl", ".json"):
-        return Question([{"role": "user", "content": line}], None)
+        return _plain(line.strip(), number)
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{file}:{number}: not valid JSON: {error.msg}", "one JSON object a line") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
-        return Question([{"role": "user", "content": row["prompt"]}], None)
+        return _plain(row["prompt"], number)
     for style, needed in data.FORMATS.items():
         if style != "text" and isinstance(row, dict) and all(column in row for column in needed):
-            messages = data.to_messages(row, style, number - 1)
-            return Question(messages[:-1], messages[-1]["content"])
+            question = Question(row, style, number)
+            if question._conversation(None)[-1]["role"] != "assistant":
+                raise UsageError(f"{file}:{number}: the last message is no answer", "end it with the assistant's turn")
+            return question
     raise UsageError(f"{file}:{number}: a row needs prompt, instruction and output, or messages", '{"prompt": "…"}')
 
 
@@ -74,7 +95,7 @@ def generate(
     set_seed(0)
     answers = {}
     for label, answerer in open_models(list(dict.fromkeys(paths)), base).items():
-        conversations = [question.messages for question in questions]
+        conversations = [question.messages(answerer.chat_template) for question in questions]
         answers[label] = answerer.answer(conversations, Sampling(max_new_tokens, temperature))
     shown = questions if show is None else questions[:show]
     for index, question in enumerate(shown):
@@ -125,6 +146,8 @@ def chat(path: str, system: str | None, max_new_tokens: int, temperature: float,
 
 def _lines() -> Iterator[str]:
     """Lines of stdin, with a prompt on stderr where a person types them."""
+    if sys.stdin is None:
+        raise UsageError("there is no input to read", "lora generate PATH --prompt TEXT")
     asking = sys.stdin.isatty()
     while True:
         if asking:

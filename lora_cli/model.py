@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -64,9 +65,17 @@ def load_base(
     """The base in `dtype`, or in 4 bits with `dtype` for what is not quantised; `kwargs` go to from_pretrained."""
     if quantization is not None and torch.cuda.is_available():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    model = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype, quantization_config=quantization, **kwargs
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, revision=revision, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
     )
+    # transformers fills weights that the files lack with random numbers, and says so in a log only
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, report[what])):
+            raise LoraError(
+                f"the weights of {name} do not fit its configuration: {len(names)} {what.replace('_', ' ')}, "
+                f"such as {names[0]}",
+                "config.json and the weights must be of one model",
+            )
     if quantization is not None:
         keep_4bit_weights_unpacked(model)
     return model
@@ -153,17 +162,37 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
                 raise LoraError(f"lora.{field}: no module of {model.config.model_type} is called {target}", hint)
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    except ValueError as error:
-        raise LoraError(f"lora: {' '.join(str(error).split())}", "lora.target_modules: all-linear") from error
+    except (ValueError, TypeError, re.error) as error:
+        raise LoraError(
+            f"lora: {' '.join(str(error).split())}", "mend the values of lora, or leave them out"
+        ) from error
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
+    fit_vocabulary(model, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, just below
-        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        try:
+            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            said = " ".join(str(error).split())[:300]
+            hint = "give the base it was trained on with --base"
+            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {said}", hint) from error
     check_adapter_complete(peft_model, folder, name)
     return peft_model
+
+
+def fit_vocabulary(model: PreTrainedModel, folder: Path) -> None:
+    """Grow the embeddings to those the adapter carries, where tokens had been added before it was trained."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    stored = load_peft_weights(str(folder), device="cpu")
+    carried = [
+        tensor for key, tensor in stored.items() if key.endswith((f"{name}.weight", f"{name}.base_layer.weight"))
+    ]
+    if carried and carried[0].shape[0] > embeddings.num_embeddings:
+        model.resize_token_embeddings(carried[0].shape[0], mean_resizing=False)
 
 
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:

@@ -16,6 +16,7 @@ from lora_cli import fields
 from lora_cli.yamlfile import Keys, Place
 
 Auto = Literal["auto"]
+INITIALISATIONS = r"^(gaussian|orthogonal|olora|pissa|pissa_niter_\d+)$"
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}  # marks the fields that are declared upstream, not here
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -62,13 +63,10 @@ class LoraFields(Section):
     """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but the output head)."""
     use_dora: bool | None = None
     """Weight-decomposed LoRA; follows from `method` and need not be set."""
-    init_lora_weights: (
-        bool
-        | Annotated[
-            str, Field(pattern=r"^(gaussian|eva|olora|pissa|pissa_niter_\d+|corda|loftq|orthogonal|mica|lora_ga)$")
-        ]
-    ) = True
-    """Initial A and B; true is Kaiming-uniform A and zero B."""
+    init_lora_weights: bool | Annotated[str, Field(pattern=INITIALISATIONS)] = True
+    """Initial A and B; true is Kaiming-uniform A and zero B. pissa and olora start from the base's own weights; their
+    adapter is saved as a plain one of twice the rank. (PEFT's eva, corda, loftq and lora_ga need data or weights
+    prepared before training, which lora does not do.)"""
     autocast_adapter_dtype: bool = True
     """Keep the adapter's weights in float32 whatever the base's type (PEFT's argument of that name)."""
 
@@ -88,24 +86,29 @@ class Quantization(Section):
     """Modules that stay unquantised; unset: the output head."""
 
 
+Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"]
+
+
 class Data(Section):
     """What is trained on."""
 
-    path: str | list[str]
-    """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv .parquet .txt)."""
+    path: Paths
+    """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files of one kind (.json .jsonl .csv
+    .parquet .arrow .txt)."""
     name: str | None = None
     """Configuration of a hub data set that has several."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     split: str = "train"
     """The part to train on; slices such as `train[:1000]` work."""
-    eval_path: str | list[str] | None = None
+    eval_path: Paths | None = None
     """Files or data set to evaluate on; unset: `path`, where eval_split is given."""
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
     format: Auto | Literal["alpaca", "prompt_completion", "messages", "text"] = "auto"
     """Shape of a row; `auto` tells by the columns."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
     """Tokens with loss: the last answer, every answer, or everything."""
@@ -126,7 +129,7 @@ class TrainingFields(Section):
     """Steps of linear warm-up; below 1 a share of all steps."""
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Passes over the data."""
-    max_steps: Annotated[int, Field(ge=-1)] = -1
+    max_steps: Literal[-1] | Annotated[int, Field(ge=1)] = -1
     """Stop after this many optimiser steps; -1: as num_train_epochs says."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Rows per forward pass and device."""
@@ -156,8 +159,8 @@ class TrainingFields(Section):
     """Token that fills short rows, where it is not the tokenizer's own."""
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
-    model_init_kwargs: dict[str, Any] | None = None
-    """Further arguments of `AutoModelForCausalLM.from_pretrained`."""
+    save_only_model: bool = False
+    """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
 
 
 # Fields of upstream classes that a recipe says elsewhere, and where.
@@ -177,6 +180,8 @@ NOT_IN_TRAINING = {
     "truncation_mode": "use data.on_long_row",
     "shuffle_dataset": "rows are drawn in random order already; see train_sampling_strategy",
     "resume_from_checkpoint": "use lora train --resume",
+    "model_init_kwargs": "use model.revision, model.dtype and model.attn_implementation: merging loads the same base",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "trust_remote_code": "code from a model's repository is never run",
     "hub_token": "a recipe is no place for a secret: set HF_TOKEN in the environment",
     "disable_tqdm": "lora draws its own progress line",
@@ -236,7 +241,7 @@ class Recipe(Section):
     quantization: Quantization = Field(default_factory=Quantization)
     data: Data
     training: Training = Field(default_factory=Training)
-    output_dir: str = ""
+    output_dir: str = Field(default="", min_length=1)
     """The run's folder; default `runs/NAME` for a recipe NAME.yaml."""
 
     _places: dict[Keys, Place] = PrivateAttr(default_factory=dict)

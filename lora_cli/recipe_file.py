@@ -18,7 +18,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every problem at once."""
     document = _read_chain(path, ())
     for text in overrides:
-        document = _merge(document, _override(text))
+        override = _override(text)
+        if "extends" in override.data:
+            raise UsageError(f"--set {text}: extends belongs in the file", "--set overrides other values")
+        document = _merge(document, override)
     if not isinstance(document.data, dict) or not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     document.data.pop("extends", None)
@@ -171,7 +174,22 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
         sft_only = fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys()
         for key in sorted((recipe.training.model_fields_set & sft_only) - TrainingFields.model_fields.keys()):
             yield f"{recipe.where('training', key)} works only with trainer: sft", "trainer: sft"
-    if recipe.training.eval_strategy in ("steps", "epoch") and not (recipe.data.eval_path or recipe.data.eval_split):
+    training, given = recipe.training, recipe.training.model_fields_set
+    if {"gradient_checkpointing", "activation_checkpointing"} <= given:
+        place = recipe.where("training", "activation_checkpointing")
+        yield f"{place} and training.gradient_checkpointing are one setting", "give one of them"
+    if recipe.quantized and str(recipe.lora.init_lora_weights).startswith(("pissa", "olora")):
+        place = recipe.where("lora", "init_lora_weights")
+        yield f"{place} changes the base's weights, which {recipe.method} stores in 4 bits", "use method: lora or dora"
+    if Path(recipe.output_dir).resolve() in (Path.cwd(), *Path.cwd().parents):
+        yield f"{recipe.where('output_dir')} must be a folder of its own", "output_dir: runs/NAME"
+    twice = {column for column in recipe.data.columns.values() if list(recipe.data.columns.values()).count(column) > 1}
+    if twice:
+        yield (
+            f"{recipe.where('data', 'columns')} gives {', '.join(sorted(twice))} two names",
+            "one name for each column",
+        )
+    if training.eval_strategy in ("steps", "epoch") and not (recipe.data.eval_path or recipe.data.eval_split):
         place = recipe.where("training", "eval_strategy")
         yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
 

@@ -7,6 +7,7 @@ a copy, `lora_record.json`, travels inside the adapter and names the parent of w
 from __future__ import annotations
 
 import platform
+import shutil
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -36,16 +37,18 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
     LoraError when the folder holds something else, or, with `resume`, a run of another recipe.
     """
     path = folder / RUN_RECORD
+    if not resume and path.is_file() and _nothing_came_of(folder):
+        shutil.rmtree(folder)
     if resume:
         if not path.is_file():
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
-        before = read_json(path)
+        before = _read_record(path)
         if before["status"] == "finished":
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
         if changes := _differences(before["recipe"], recipe):
             raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(changes)}", "undo the change")
     elif path.is_file():
-        status = read_json(path)["status"]
+        status = _read_record(path)["status"]
         hint = f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"
         if status == "finished":
             hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
@@ -56,6 +59,20 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
     record = new("train", status="running", recipe=recipe, **contents)
     write_text(folder / RESOLVED_RECIPE, yamlfile.dump(recipe))
     write_json(path, record)
+    return record
+
+
+def _nothing_came_of(folder: Path) -> bool:
+    """Whether the run in `folder` failed before it saved anything: its recipe may be mended and run again."""
+    kept = {RUN_RECORD, RESOLVED_RECIPE, "metrics.jsonl"}
+    return _read_record(folder / RUN_RECORD)["status"] == "failed" and {p.name for p in folder.iterdir()} <= kept
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A record of ours; LoraError if the file is none."""
+    record = read_json(path)
+    if not isinstance(record, dict) or not {"recipe", "base", "status"} <= record.keys():
+        raise LoraError(f"{path} is no record of a run", f"remove it: rm {path}")
     return record
 
 
@@ -88,6 +105,7 @@ class Adapter(NamedTuple):
     base: str
     revision: str | None
     record: dict[str, Any] | None
+    shares_base: bool
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -117,16 +135,29 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         hint = "pickled weights (.bin) are not loaded: convert them to safetensors"
         raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
     config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise LoraError(f"{folder / 'adapter_config.json'} is no adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA", "use PEFT itself")
-    record = read_json(folder / ARTEFACT_RECORD) if (folder / ARTEFACT_RECORD).is_file() else None
+    # a checkpoint of a run has its record one folder up
+    places = [
+        folder / ARTEFACT_RECORD,
+        *([folder.parent / RUN_RECORD] if folder.name.startswith("checkpoint-") else []),
+    ]
+    record = next((_read_record(place) for place in places if place.is_file()), None)
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise LoraError(f"{folder} does not name its base model", "--base MODEL")
     revision = None
     if base is None:
         revision = (record["base"]["commit"] if record else None) or config.get("revision")
-    return Adapter(folder, name, revision, record)
+    if record and base is None and record["base"]["commit"] is None and not Path(name).is_dir():
+        raise LoraError(
+            f"the base of {folder}, the folder {name}, is not here", "--base MODEL, or run this where it is"
+        )
+    # these change the base's own weights while they are on it, so another adapter must not share it
+    changes_base = config.get("bias", "none") != "none" or isinstance(config.get("init_lora_weights"), str)
+    return Adapter(folder, name, revision, record, not changes_base)
 
 
 def kind(path: str) -> str:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import data, files, model, record, ui, upstream
+from lora_cli import data, files, foreign, model, record, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -59,7 +59,8 @@ class Watch(TrainerCallback):
         kept = []
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            whole = [line for line in lines if line.endswith("}\n")]  # the last may have been cut by a kill
+            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
         files.write_text(self.metrics, "".join(kept))
 
     def on_pre_optimizer_step(
@@ -88,8 +89,11 @@ class Watch(TrainerCallback):
         left = elapsed / done * (state.max_steps - state.global_step)
         rate = kwargs["lr_scheduler"].get_last_lr()[0]
         self.progress.update(
-            f"step {state.global_step}/{state.max_steps}  loss {self.loss:.4f}  lr {rate:.2e}  "
-            f"{speed:,.0f} tokens/s  {ui.duration(left)} left",
+            f"step {state.global_step}/{state.max_steps}",
+            f"loss {self.loss:.4f}",
+            f"lr {rate:.2e}",
+            f"{speed:,.0f} tokens/s",
+            f"{ui.duration(left)} left",
             force=state.global_step in (1, state.max_steps),
         )
 
@@ -165,14 +169,29 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    trainer = _trainer(recipe, commit, folder, tokenizer, train_rows, eval_rows)
+    try:
+        trainer = _trainer(recipe, commit, folder, tokenizer, train_rows, eval_rows)
+    except (ValueError, TypeError, ImportError) as error:
+        if foreign.translate(error) is not None:
+            raise
+        said = " ".join(str(error).split())
+        raise LoraError(
+            f"transformers, TRL or PEFT refuse this recipe: {said}", f"see {folder / 'recipe.yaml'}"
+        ) from error
     trained = trainer.model
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=_checkpoint(folder) if resume else None)
-    trainer.watch.progress.clear()
+    checkpoint = _checkpoint(folder) if resume else None
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.watch.progress.clear()
+    if result.global_step == 0:
+        raise LoraError(
+            "not a single step was trained: there is no full batch", "--set training.dataloader_drop_last=false"
+        )
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
@@ -188,7 +207,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": result.global_step, "train_loss": result.training_loss},
     }
-    _save(trained, tokenizer, adapter, run)
+    _save(trained, tokenizer, adapter, run, folder / INITIAL)
     record.update(folder, run)
     ui.say(
         f"trained {result.global_step} steps in {ui.duration(time.monotonic() - started)}, "
@@ -214,13 +233,13 @@ def _trainer(
         getattr(torch, recipe.model.dtype),
         upstream.quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
-        **(recipe.training.model_init_kwargs or {}),
     )
     base.config.use_cache = False
     set_seed(recipe.training.seed)
     config = upstream.lora_config(recipe)
     config.revision = commit  # so that other programs load the same base
     adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
+    _keep_initial(adapted, folder)
     if arguments.activation_checkpointing:
         adapted.enable_input_require_grads()
     kinds = {name: parameter.dtype for name, parameter in model.trainable(adapted)}
@@ -233,7 +252,6 @@ def _trainer(
     }
     trainer: WatchedSFTTrainer | WatchedTrainer
     if recipe.trainer == "sft":
-        arguments.model_init_kwargs = None  # already acted on
         trainer = WatchedSFTTrainer(**common)
     else:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -246,20 +264,50 @@ def _trainer(
     return trainer
 
 
+RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
+
+
 def _checkpoint(folder: Path) -> str:
+    """The last checkpoint, if it holds all that makes the continued run the same run."""
     checkpoint = get_last_checkpoint(str(folder))
     if checkpoint is None:
         raise LoraError(f"{folder} holds no checkpoint to resume from", f"rm -r {folder} and train again")
+    missing = [name for name in RESUMABLE if not any(Path(checkpoint).glob(name))]
+    if missing:
+        raise LoraError(
+            f"{checkpoint} lacks {', '.join(missing)}: the run would go on as another one",
+            f"rm -r {checkpoint} to resume from the one before, or rm -r {folder} to start again",
+        )
     ui.say(f"  resuming from {checkpoint}")
     return str(checkpoint)
 
 
-def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any]) -> None:
-    """Write adapter, tokenizer, template and record, whole or not at all; refuses tensors that are not finite."""
+INITIAL = "initial_adapter"
+
+
+def _keep_initial(adapted: PeftModel, folder: Path) -> None:
+    """Save what pissa and olora start from: they change the base, and `_save` needs the start to undo that."""
+    config = adapted.peft_config["default"]
+    if str(config.init_lora_weights).startswith(("pissa", "olora")):
+        kept, config.init_lora_weights = config.init_lora_weights, True
+        adapted.save_pretrained(str(folder / INITIAL))
+        config.init_lora_weights = kept
+
+
+def _save(
+    trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any], initial: Path
+) -> None:
+    """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is not finite.
+
+    With an `initial` adapter, what is saved is the difference to it: a plain adapter of twice the rank on the base as
+    it is on disk.
+    """
     for name, parameter in model.trainable(trained):
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
     with files.staged_folder(adapter) as staging:
-        trained.save_pretrained(str(staging))
+        verify.save_trained(trained, tokenizer, staging)
+        start = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
+        trained.save_pretrained(str(staging), **start)
         model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["base"]["commit"])
         files.write_json(staging / record.ARTEFACT_RECORD, run)

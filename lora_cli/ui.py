@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -55,10 +55,18 @@ class Progress:
         self.plain_interval = plain_interval
         self.last_plain = float("-inf")
 
-    def update(self, text: str, force: bool = False) -> None:
-        """Show `text`; off a terminal at most every `plain_interval` seconds unless forced."""
+    def update(self, *parts: str, force: bool = False) -> None:
+        """Show the parts; off a terminal at most every `plain_interval` seconds unless forced.
+
+        On a narrow terminal parts are left out, from the last but one backwards: first and last say most.
+        """
+        text = "  ".join(parts)
         if self.live:
-            width = shutil.get_terminal_size().columns - 1
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            shown = list(parts)
+            while len(text) > width and len(shown) > 2:
+                del shown[-2]
+                text = "  ".join(shown)
             sys.stderr.write("\r\x1b[2K" + text[:width])
             sys.stderr.flush()
         elif force or time.monotonic() - self.last_plain >= self.plain_interval:

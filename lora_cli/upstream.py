@@ -97,7 +97,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         old = new.replace("activation", "gradient")
         if old in values:
             values.setdefault(new, values.pop(old))
-    # Trainer would log 0 in place of a loss that is not finite; train.py stops the run instead.
+    # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
     values.pop("pad_token")  # set on the tokenizer already
@@ -115,8 +115,12 @@ def check(recipe: Recipe) -> None:
     settled, _ = settle(recipe, torch.float32)
     lora_config(settled)
     quantization_config(settled)
+    arguments = training_arguments(settled)
+    if arguments.fp16 and arguments.use_cpu:
+        place = recipe.where("training", "fp16")
+        raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
     known = get_available_reporting_integrations()
-    for name in training_arguments(settled).report_to:
+    for name in arguments.report_to:
         if name not in known:
             place = recipe.where("training", "report_to")
             installed = ", ".join(known) or "none"

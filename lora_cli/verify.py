@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
+
+TRAINED = "lora_probes.safetensors"
+# Mean KL by which arithmetic in a type (training's own, and other hardware) may differ from float32
+TRAINED_KL = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 PROBES = (
     "List three primary colours.",
@@ -51,6 +57,29 @@ def probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
         for text in PROBES
     ]
     return [Probe(text, tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in texts]
+
+
+def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Keep what the model says after each probe when training ends (float32, probes × vocabulary) with the adapter."""
+    last = torch.stack([rows[-1] for rows in logits(model, probes(tokenizer))])
+    save_file({"logits": last}, folder / TRAINED)
+
+
+def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """Whether base with adapter, whose probe logits are `given`, is still the function that training left behind.
+
+    Returns the distance in words, None for an adapter that was saved without logits. LoraError when it is another
+    function: the base has changed, or was loaded otherwise than for training.
+    """
+    if not (folder / TRAINED).is_file():
+        return None
+    difference = compare(list(load_file(folder / TRAINED)["logits"][:, None]), [rows[-1:] for rows in given])
+    if not difference.mean_kl <= TRAINED_KL[dtype]:
+        raise LoraError(
+            f"{folder} on its base is not the model that was trained: {difference}",
+            "the base has changed since: --base gives the one it was trained on",
+        )
+    return str(difference)
 
 
 def logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:

@@ -66,7 +66,7 @@ def read(path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", f"ls {path.parent}") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", f"ls -ld {path}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
@@ -75,7 +75,7 @@ def read(path: Path) -> Document:
 
 def parse(text: str, name: str, first_line: int = 1) -> Document:
     """Parse `text`; `name` stands for the file in messages; `first_line` 0 makes every place the name alone."""
-    places: dict[Keys, Place] = {}
+    places: dict[Keys, Place] = {(): Place(name, 1 if first_line else 0)}
 
     def fail(problem: str, mark: yaml.Mark) -> UsageError:
         return UsageError(f"{place(mark)}: {problem}", f"mend line {mark.line + 1}, column {mark.column + 1}")
@@ -109,6 +109,8 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
     except yaml.MarkedYAMLError as error:
         assert error.problem_mark is not None, "the scanner, parser and composer always give one"
         raise fail(error.problem or "not valid YAML", error.problem_mark) from None
+    except RecursionError:
+        raise UsageError(f"{name}: nested too deeply", "a recipe has sections of keys, no deeper") from None
     except yaml.YAMLError as error:  # an unprintable character: no mark
         raise UsageError(f"{name}: {str(error).splitlines()[0]}", "remove the character") from None
 
@@ -119,6 +121,8 @@ def _scalar(node: yaml.Node) -> Any:
         return None
     if kind == "bool":
         return node.value.lower() == "true"
+    if kind == "int" and len(node.value) > 100:
+        return node.value  # text: no field takes it, and the message shows it
     if kind == "int":
         return int(node.value, 0) if node.value[:2] in ("0x", "0o") else int(node.value)
     if kind == "float":
