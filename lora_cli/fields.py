@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lora_cli.errors import LoraError
 
@@ -62,25 +62,25 @@ def _fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
         raise LoraError(f"{source} does not define {class_name}: this version is not supported", "pip install lora-cli")
     for node in classes[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            default, help_text = _default_and_help(node.value)
-            yield UpstreamField(node.target.id, _as_type(ast.unparse(node.annotation)), default, help_text)
+            default, metadata = _default_and_metadata(node.value)
+            annotation = _as_type(ast.unparse(node.annotation))
+            choices = metadata.get("choices")
+            if annotation is str and choices:
+                annotation = Literal[tuple(choices)]
+            help_text = " ".join(str(metadata.get("help", "")).replace("%%", "%").split())
+            yield UpstreamField(node.target.id, annotation, default, help_text)
 
 
-def _default_and_help(value: ast.expr | None) -> tuple[Any, str]:
-    """The literal default (None when computed) and the `metadata={"help": …}` of a `field(…)` call."""
+def _default_and_metadata(value: ast.expr | None) -> tuple[Any, dict[str, Any]]:
+    """The literal default (None when computed) and the literal parts of a `field(…, metadata={…})` call."""
     if not isinstance(value, ast.Call):
-        return _literal(value), ""
+        return _literal(value), {}
     arguments = {keyword.arg: keyword.value for keyword in value.keywords}
-    help_text = ""
-    metadata = arguments.get("metadata")
-    if isinstance(metadata, ast.Dict):
-        texts = [
-            text
-            for key, text in zip(metadata.keys, metadata.values)
-            if isinstance(key, ast.Constant) and key.value == "help"
-        ]
-        help_text = " ".join(str(_literal(texts[0]) or "").replace("%%", "%").split()) if texts else ""
-    return _literal(arguments.get("default")), help_text
+    given = arguments.get("metadata")
+    metadata = {}
+    if isinstance(given, ast.Dict):
+        metadata = {_literal(key): _literal(item) for key, item in zip(given.keys, given.values)}
+    return _literal(arguments.get("default")), {key: item for key, item in metadata.items() if item is not None}
 
 
 def _literal(node: ast.expr | None) -> Any:

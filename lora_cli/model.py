@@ -199,8 +199,9 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
     """PEFT warns of tensors that match nothing and leaves B zero; here it is an error, as is a tensor not finite."""
     stored = load_peft_weights(str(folder), device="cpu")
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    # An adapter may carry the base's own embeddings (after a resize), under the names of plain model tensors.
-    unplaced = stored.keys() - loaded.keys() - model.state_dict().keys()
+    # An adapter may carry whole embeddings and heads as well, under the names the model has for them.
+    whole = {key.replace(f".{name}.", ".") for key in model.state_dict()}
+    unplaced = stored.keys() - loaded.keys() - whole
     for keys, what in ((unplaced, "the model has no place for"), (loaded.keys() - stored.keys(), "the adapter lacks")):
         if keys:
             raise LoraError(

@@ -24,20 +24,23 @@ Paths are relative to the current folder, `extends` to the recipe's own.
 def json_text() -> str:
     """The JSON Schema. Nothing is marked required, since `extends` may provide it; `lora train` checks that."""
     schema = Recipe.model_json_schema()
-    _drop_required(schema)
+    _tidy(schema)
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora recipe", **schema}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
-def _drop_required(node: Any) -> None:
+def _tidy(node: Any) -> None:
+    """Drop what editors must not see; one order for alternatives, since typing caches unions as they first came."""
     if isinstance(node, dict):
         node.pop("required", None)
         node.pop("x-upstream", None)
         for value in node.values():
-            _drop_required(value)
+            _tidy(value)
+        if "anyOf" in node:
+            node["anyOf"].sort(key=json.dumps)
     elif isinstance(node, list):
         for value in node:
-            _drop_required(value)
+            _tidy(value)
 
 
 def markdown() -> str:
@@ -75,7 +78,7 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(json.dumps(value) for value in arguments)
     if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(map(_type, arguments)))
+        return " | ".join(sorted(set(map(_type, arguments)), key=lambda name: (name == "null", name)))
     if origin is not None:
         return f"{origin.__name__}[{', '.join(map(_type, arguments))}]"
     return {type(None): "null", Any: "any"}.get(annotation) or str(annotation.__name__)

@@ -183,15 +183,13 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     started = time.monotonic()
+    if trainer.args.dataloader_drop_last and len(trainer.train_dataset) < trainer.args.train_batch_size:
+        raise LoraError("there is no full batch to train on", "--set training.dataloader_drop_last=false")
     checkpoint = _checkpoint(folder) if resume else None
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.watch.progress.clear()
-    if result.global_step == 0:
-        raise LoraError(
-            "not a single step was trained: there is no full batch", "--set training.dataloader_drop_last=false"
-        )
     adapter = folder / "adapter"
     run |= {
         "status": "finished",

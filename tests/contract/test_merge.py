@@ -6,6 +6,7 @@ Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT. Alone: pytest test
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import fold, merge, recipe_file, record, train
+from lora_cli import fold, merge, recipe_file, record, train, verify
 from lora_cli.errors import LoraError
 
 
@@ -117,6 +118,7 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
         return adapted.unload(), 14
 
     damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
+    (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
     monkeypatch.setattr(fold, "fold", unmerged)
     with pytest.raises(LoraError, match="the merged model differs from base with adapter"):
         merge.merge(adapter, tmp_path / "out")
@@ -135,3 +137,82 @@ def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(LoraError, match=r"has no adapter_model.safetensors"):
         merge.merge(adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
+    write_recipe, tmp_path: Path, capfd, start: str
+) -> None:
+    # PEFT loads such an adapter by running its (random) decomposition again: every load is another model
+    recipe_path = write_recipe(f"lora: {{init_lora_weights: {start}}}\ntraining: {{learning_rate: 1e-2}}\n")
+    adapter = train.train(recipe_file.load(recipe_path))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] in (True, start)
+    assert config["r"] == (32 if start.startswith(("pissa", "olora")) else 16)
+    merge.merge(adapter, tmp_path / "out")  # compares with the logits that training left
+    assert "against the end of training" in capfd.readouterr().err
+    trained = load_file(adapter / verify.TRAINED)["logits"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    probes = verify.probes(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    given = torch.stack([rows[-1] for rows in verify.logits(merged, probes)])
+    torch.testing.assert_close(given, trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    adapter = train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoraError, match="on its base is not the model that was trained"):
+        merge.merge(adapter, tmp_path / "out")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(LoraError, match="the base of .* is not here"):
+        merge.merge(adapter, tmp_path / "out")
+
+
+def test_a_base_whose_weights_do_not_fit_its_config_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    # transformers fills what is missing with random numbers
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(LoraError, match=r"do not fit its configuration: 9 missing keys, such as model.layers.2"):
+        train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+
+
+def test_lora_on_tied_embeddings_is_refused_with_the_reason(tiny: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "base")
+    adapted = randomised(base, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoraError, match="uses one weight for its embeddings and its head"):
+        merge.merge(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.add_tokens(["<|think|>", "<|done|>"], special_tokens=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    adapted = get_peft_model(base, config)
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge.merge(tmp_path / "adapter", tmp_path / "out", str(tiny / "model"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == len(tokenizer)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_path: Path, capfd) -> None:
+    steps = "training: {save_strategy: steps, save_steps: 2}\n"
+    adapter = train.train(recipe_file.load(write_recipe(f"method: qlora\n{steps}")))
+    merge.merge(adapter.parent / "checkpoint-2", tmp_path / "out")
+    assert "trained on 4-bit weights" in capfd.readouterr().err

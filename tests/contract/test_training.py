@@ -121,6 +121,11 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Pa
         train.train(recipe_file.load(path))
     with pytest.raises(LoraError, match="the recipe differs from the run"):
         train.train(recipe_file.load(path, ["training.learning_rate=2e-3"]), resume=True)
+    checkpoint = tmp_path / "b" / "checkpoint-4"
+    (checkpoint / "optimizer.pt").rename(checkpoint / "away")
+    with pytest.raises(LoraError, match="checkpoint-4 lacks optimizer.pt: the run would go on as another one"):
+        train.train(recipe_file.load(path), resume=True)
+    (checkpoint / "away").rename(checkpoint / "optimizer.pt")
     resumed = train.train(recipe_file.load(path), resume=True)
     assert adapter_bytes(resumed) == adapter_bytes(whole)
     steps_logged = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
@@ -166,3 +171,35 @@ def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path:
     with pytest.raises(LoraError, match=r"training.eos_token: the tokenizer of .* has no token '<\|usr\|>'") as caught:
         train.train(recipe_file.load(path, ["training.eos_token=<|usr|>", f"output_dir={tmp_path / 'other'}"]))
     assert caught.value.hint == "did you mean <|user|>?"
+
+
+def test_no_step_at_all_is_an_error(write_recipe) -> None:
+    path = write_recipe("training: {dataloader_drop_last: true, per_device_train_batch_size: 128, max_steps: -1}\n")
+    with pytest.raises(LoraError, match="there is no full batch to train on"):
+        train.train(recipe_file.load(path))
+
+
+def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, tmp_path: Path) -> None:
+    path = write_recipe("")
+    with pytest.raises(LoraError, match=r"data.path: .*nope.jsonl does not exist"):
+        train.train(recipe_file.load(path, [f"data.path={tmp_path / 'nope.jsonl'}"]))
+    assert train.train(recipe_file.load(path)).is_dir()
+    with pytest.raises(LoraError, match=r"already holds a run \(finished\)"):
+        train.train(recipe_file.load(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora: {target_modules: '*q_proj'}", "lora: "),
+        ("model: {attn_implementation: zzz}", "refuse this recipe"),
+        ("lora: {target_modules: [q_proj, lm_head]}", "Applying a PEFT adapter to `lm_head` is not supported"),
+        ("data: {split: 'train[:0]'}", "corresponds to no data"),
+        ("data: {split: 'train[bad'}", "data.path: "),
+    ],
+)
+def test_what_upstream_refuses_is_an_error_of_ours(write_recipe, text: str, said: str) -> None:
+    with pytest.raises(LoraError) as caught:
+        train.train(recipe_file.load(write_recipe(f"{text}\n")))
+    assert said in caught.value.message
+    assert caught.value.hint

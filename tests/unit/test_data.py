@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, model, recipe_file
+from lora_cli import data, generate, model, recipe_file
 from lora_cli.errors import LoraError
 
 TURNS = (
@@ -153,6 +153,11 @@ def test_nothing_left_is_an_error_that_counts(prepare) -> None:
         ({"messages": [{"role": "asistant", "content": "x"}]}, "", "data row 0: the role 'asistant' is not known"),
         ({"messages": [{"role": "user", "content": "x"}]}, "", "data row 0: no message has the role assistant"),
         ({"messages": "x"}, "", "data row 0: messages must be a list"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]},
+            "",
+            "data row 0: the assistant speaks first",
+        ),
         ({"foo": "a", "bar": "b"}, "", "data.path: the columns foo, bar are of no known format"),
         ({"prompt": "a", "completion": "b"}, "columns: {prompt: promt}", "data.columns: there is no column promt"),
         ({"prompt": "a", "answer": "b"}, "format: prompt_completion", "there is no column completion"),
@@ -203,7 +208,7 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
     tokenizer.chat_template = None
     assert model.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
     row = {"instruction": "ask", "input": more, "output": "answer"}
-    text, spans = data.render(tokenizer, data.to_messages(row, "alpaca", 0, data.uses_alpaca(tokenizer)))
+    text, spans = data.render(tokenizer, data.to_messages(row, "alpaca", 0, data.uses_alpaca(tokenizer.chat_template)))
     assert text == f"<s>{prompt}answer</s>"
     assert [text[start:end] for start, end in spans] == ["answer</s>"]
 
@@ -222,3 +227,26 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{{ messages | length }}" + TURNS
     with pytest.raises(LoraError, match="renders the beginning of a conversation otherwise than the whole"):
         data.render(tokenizer, CONVERSATION["messages"])
+
+
+def test_a_template_that_never_ends_an_answer_is_warned_about(prepare, tokenizer, capfd) -> None:
+    tokenizer.chat_template = TURNS.replace("+ ' ' + eos_token", "")
+    prepare([{"prompt": "ask", "completion": "answer"}] * 3)
+    assert "warning: 3 of 3 rows teach no token that ends the answer" in capfd.readouterr().err
+    tokenizer.chat_template = TURNS
+    prepare([{"prompt": "ask", "completion": "answer"}] * 3)
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
+    model.set_chat_template(tokenizer, "alpaca")
+    row = {"instruction": "ask", "input": "more", "output": "answer"}
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n")
+    question = generate.read_questions([], file)[0]
+    asked = tokenizer.apply_chat_template(
+        question.messages(tokenizer.chat_template), tokenize=False, add_generation_prompt=True
+    )
+    text, spans = data.render(tokenizer, data.to_messages(row, "alpaca", 0, True))
+    assert asked == text[: spans[0][0]]
+    assert question.expected == "answer"

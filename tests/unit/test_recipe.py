@@ -69,6 +69,41 @@ def test_the_quick_typo(tmp_path: Path) -> None:
     [
         ("data: {path: x}\n", "r.yaml:1: model is missing | add model"),
         ("[1, 2]\n", "r.yaml: a recipe has sections such as model: and data: | lora schema"),
+        (
+            MINIMAL + "training: {max_steps: 0}\n",
+            "r.yaml:3: training.max_steps is 0, but must be -1 or greater than or equal to 1 | None",
+        ),
+        (
+            MINIMAL + "training: {train_sampling_strategy: zzz}\n",
+            "r.yaml:3: training.train_sampling_strategy is 'zzz', but must be "
+            "'random', 'sequential', 'group_by_length' or 'batch_rebalance' | None",
+        ),
+        (
+            MINIMAL + "training: {fp16: true}\n",
+            "r.yaml:3: training.fp16: float16 training needs a GPU | --set model.dtype=float32",
+        ),
+        (
+            MINIMAL + "lora: {init_lora_weights: eva}\n",
+            "r.yaml:3: lora.init_lora_weights is 'eva', but must be true or false or text matching "
+            r"^(gaussian|orthogonal|olora|pissa|pissa_niter_\d+)$ | None",
+        ),
+        (
+            MINIMAL + "method: qlora\nlora: {init_lora_weights: olora}\n",
+            "r.yaml:4: lora.init_lora_weights changes the base's weights, which qlora stores in 4 bits | "
+            "use method: lora or dora",
+        ),
+        (
+            MINIMAL + "training: {gradient_checkpointing: true, activation_checkpointing: false}\n",
+            "r.yaml:3: training.activation_checkpointing and training.gradient_checkpointing are one setting | "
+            "give one of them",
+        ),
+        (MINIMAL + "output_dir: .\n", "r.yaml:3: output_dir must be a folder of its own | output_dir: runs/NAME"),
+        (
+            MINIMAL + "training: {model_init_kwargs: {num_hidden_layers: 1}}\n",
+            "r.yaml:3: training.model_init_kwargs cannot be set | "
+            "use model.revision, model.dtype and model.attn_implementation: merging loads the same base",
+        ),
+        ("a: " + "[" * 3000, "r.yaml: nested too deeply | a recipe has sections of keys, no deeper"),
         ("", "r.yaml: a recipe has sections such as model: and data: | lora schema"),
         (MINIMAL + "methd: lora\n", "r.yaml:3: methd is not a known key | did you mean method?"),
         (
@@ -159,6 +194,13 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> N
             "training.learning_rat=1",
             "--set training.learning_rat=1: training.learning_rat is not a known key | did you",
         ),
+        ("extends=x.yaml", "--set extends=x.yaml: extends belongs in the file"),
+        (
+            "data.columns={prompt: a, completion: a}",
+            "--set data.columns={prompt: a, completion: a}: data.columns gives a two",
+        ),
+        ("data.columns={zzz: a}", "--set data.columns={zzz: a}: data.columns.zzz"),
+        ("lora.r=" + "9" * 5000, "--set lora.r=999"),
         ("foo", "--set foo: expected section.key=value | --set training.learning_rate=1e-4"),
         ("=1", "--set =1: expected section.key=value"),
         ("lora.r=[", "--set lora.r=[: "),
@@ -173,6 +215,10 @@ def test_overrides_are_checked_like_the_file(tmp_path: Path, override: str, said
 @pytest.mark.parametrize(("value", "parsed"), [("1e-4", 1e-4), ("3", 3.0), ("0.5", 0.5)])
 def test_override_values_are_yaml(tmp_path: Path, value: str, parsed: float) -> None:
     assert math.isclose(load(tmp_path, MINIMAL, f"training.learning_rate={value}").training.learning_rate, parsed)
+
+
+def test_an_empty_file_with_an_override_is_answered(tmp_path: Path) -> None:
+    assert "model is missing" in refusal(tmp_path, "", "method=lora")
 
 
 def test_extends_in_a_circle_or_into_nothing(tmp_path: Path) -> None:
