@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
 from lora_cli import __version__, foreign, ui
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models with LoRA, QLoRA and DoRA; merge and export what was trained.",
 )
+
+# typer keeps its click to itself; a wrong option or argument is this base of what it does export
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as configs/alpaca.yaml.")]
 Overrides = Annotated[
@@ -187,20 +190,27 @@ def _quiet_libraries() -> None:
 def main() -> NoReturn:
     """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except LoraError as error:
-        ui.say(ui.render(error))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
         ui.say("interrupted")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except USAGE_ERROR as error:
+        if len(sys.argv) == 1:  # no command at all: the message is the help
+            ui.say(error.format_message())
+            sys.exit(2)
+        _fail(UsageError(error.format_message(), f"{error.ctx.command_path if error.ctx else 'lora'} --help"))
     except Exception as error:
         known = foreign.translate(error)
         if known is None:
             raise
-        ui.say(ui.render(known))
-        sys.exit(known.exit_code)
-    sys.exit(0)
+        _fail(known)
+
+
+def _fail(error: LoraError) -> NoReturn:
+    ui.say(ui.render(error))
+    sys.exit(error.exit_code)
