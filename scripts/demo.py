@@ -53,7 +53,7 @@ def pipeline(method: str, types: list[str]) -> tuple[dict[str, float], str]:
     shutil.rmtree(run, ignore_errors=True)
     run_lora("train", "configs/demo.yaml", "--set", f"method={method}", "--set", f"output_dir={run}")
     report = run_lora("merge", str(run / "adapter"), str(run / "merged"))
-    distance = re.search(r"largest \|Δlogit\| (\S+),", report)
+    distance = re.search(r"merged against base with adapter: largest \|Δlogit\| (\S+),", report)
     assert distance, "lora merge prints the largest difference"
     options = [option for kind in types for option in ("--quantize", kind)]
     run_lora("export-gguf", str(run / "merged"), *options)
