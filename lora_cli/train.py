@@ -238,7 +238,7 @@ def _trainer(
     config.revision = commit  # so that other programs load the same base
     adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
     _keep_initial(adapted, folder)
-    if arguments.activation_checkpointing:
+    if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     kinds = {name: parameter.dtype for name, parameter in model.trainable(adapted)}
     common: dict[str, Any] = {

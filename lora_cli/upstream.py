@@ -93,9 +93,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # bitsandbytes' 4-bit weights run on CUDA and CPU, not on Apple's GPU
     apple = torch.backends.mps.is_available() and not recipe.quantized
     values.setdefault("use_cpu", not (torch.cuda.is_available() or apple))
-    for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # upstream's newer names
+    for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # transformers' newer names
         old = new.replace("activation", "gradient")
-        if old in values:
+        if old in values and new in fields.read(fields.TRAINING_ARGUMENTS):
             values.setdefault(new, values.pop(old))
     # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
