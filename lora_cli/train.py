@@ -5,8 +5,6 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,87 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli import data, files, foreign, model, record, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-
-
-class NonFiniteError(LoraError):
-    """The loss or a gradient stopped being a number: nothing more is trained or saved."""
-
-
-class Watch(TrainerCallback):
-    """Stops a run that stops being finite, draws the progress line and writes metrics.jsonl.
-
-    The step's loss is summed on the device and read once per optimiser step, before the optimiser can spread a value
-    that is not finite into the weights.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.metrics = folder / "metrics.jsonl"
-        self.progress = ui.Progress()
-        self.step_loss: torch.Tensor | float = 0.0
-        self.loss = float("nan")
-        self.began, self.began_step, self.began_tokens = 0.0, 0, 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock; when resuming, forget what was logged after the checkpoint."""
-        self.began, self.began_step = time.monotonic(), state.global_step
-        self.began_tokens = int(state.num_input_tokens_seen)
-        kept = []
-        if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]  # the last may have been cut by a kill
-            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
-        files.write_text(self.metrics, "".join(kept))
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """One read from the device: is the step's loss finite, and every gradient?"""
-        gradients = [parameter.grad for _, parameter in model.trainable(kwargs["model"]) if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.loss, self.step_loss = float(self.step_loss), 0.0
-        what = None
-        if not math.isfinite(self.loss):
-            what = f"the loss is {self.loss}"
-        elif not torch.isfinite(norm):
-            what = f"a gradient is not finite (loss {self.loss:.4g})"
-        if what:
-            raise NonFiniteError(
-                f"stopped at step {state.global_step + 1}: {what}; nothing was saved from this step",
-                f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data and the base's weights",
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Redraw the progress line."""
-        elapsed = time.monotonic() - self.began
-        done = state.global_step - self.began_step
-        speed = (int(state.num_input_tokens_seen) - self.began_tokens) / elapsed
-        left = elapsed / done * (state.max_steps - state.global_step)
-        rate = kwargs["lr_scheduler"].get_last_lr()[0]
-        self.progress.update(
-            f"step {state.global_step}/{state.max_steps}",
-            f"loss {self.loss:.4f}",
-            f"lr {rate:.2e}",
-            f"{speed:,.0f} tokens/s",
-            f"{ui.duration(left)} left",
-            force=state.global_step in (1, state.max_steps),
-        )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append to metrics.jsonl; an evaluation gets a line on the screen too."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-        if logs and "eval_loss" in logs:
-            self.progress.clear()
-            ui.say(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
+from lora_cli.watch import NonFiniteError, Watch
 
 
 class _Watched:

@@ -24,7 +24,7 @@ FLOORS = [
     {"ui", "files", "fields", "yamlfile", "foreign"},
     {"recipe", "record", "llama_cpp"},
     {"recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold"},
+    {"fold", "watch"},
     {"answer"},
     {"train", "merge", "export", "generate"},  # the verbs never import each other
     {"cli"},
