@@ -7,7 +7,7 @@ tokenised as one text, so the ids trained on are those that inference feeds. Lab
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,12 +121,7 @@ def prepare(dataset: Dataset, commit: str | None, recipe: Recipe, tokenizer: Pre
     fingerprint = dataset._fingerprint
     if data.max_rows is not None:
         dataset = dataset.select(range(min(data.max_rows, len(dataset))))
-    renames = {theirs: ours for ours, theirs in data.columns.items()}
-    for theirs in renames:
-        if theirs not in dataset.column_names:
-            raise _missing_column(theirs, dataset.column_names, "data.columns")
-    clashes = [name for name in dataset.column_names if name in renames.values() and name not in renames]
-    dataset = dataset.remove_columns(clashes).rename_columns(renames)
+    dataset = _renamed(dataset, data.columns)
     style = _format(data, dataset.column_names)
     encoded = dataset.map(
         _encode_batch,
@@ -137,6 +132,34 @@ def prepare(dataset: Dataset, commit: str | None, recipe: Recipe, tokenizer: Pre
         load_from_cache_file=False,
         fn_kwargs={"style": style, "tokenizer": tokenizer, "train_on": data.train_on},
     )
+    rows, counts = _select(encoded, data, max_length)
+    ends = set(tokenizer.all_special_ids)
+    endless = sum(next((i for i in reversed(labels) if i != IGNORED), None) not in ends for labels in rows["labels"])
+    if endless > counts[f"cut at {max_length} tokens"]:
+        ui.warn(f"{endless} of {len(rows)} rows teach no token that ends the answer: the model may never stop")
+    return Prepared(
+        rows,
+        len(dataset),
+        sum(len(ids) for ids in rows["input_ids"]),
+        sum(label != IGNORED for labels in rows["labels"] for label in labels),
+        counts,
+        fingerprint,
+        commit,
+    )
+
+
+def _renamed(dataset: Dataset, columns: Mapping[Any, str]) -> Dataset:
+    """The data set under our column names (`columns` is ours: theirs); a column of theirs in the way is left out."""
+    renames = {theirs: ours for ours, theirs in columns.items()}
+    for theirs in renames:
+        if theirs not in dataset.column_names:
+            raise _missing_column(theirs, dataset.column_names, "data.columns")
+    clashes = [name for name in dataset.column_names if name in renames.values() and name not in renames]
+    return dataset.remove_columns(clashes).rename_columns(renames)
+
+
+def _select(encoded: Dataset, data: Data, max_length: int) -> tuple[Dataset, Counter[str]]:
+    """The rows to train on, long ones treated as data.on_long_row says, and how many were left out or cut, and why."""
     lengths = [len(ids) for ids in encoded["input_ids"]]
     trained = [sum(label != IGNORED for label in labels) for labels in encoded["labels"]]
     counts: Counter[str] = Counter()
@@ -163,20 +186,8 @@ def prepare(dataset: Dataset, commit: str | None, recipe: Recipe, tokenizer: Pre
     if len(rows) == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         hint = f"--set training.max_length={max(lengths, default=1024)}, or look at the rows"
-        raise LoraError(f"no row is left to train on: {len(dataset)} read ({reasons or 'none'})", hint)
-    ends = set(tokenizer.all_special_ids)
-    endless = sum(next((i for i in reversed(labels) if i != IGNORED), None) not in ends for labels in rows["labels"])
-    if endless > counts[f"cut at {max_length} tokens"]:
-        ui.warn(f"{endless} of {len(rows)} rows teach no token that ends the answer: the model may never stop")
-    return Prepared(
-        rows,
-        len(dataset),
-        sum(len(ids) for ids in rows["input_ids"]),
-        sum(label != IGNORED for labels in rows["labels"] for label in labels),
-        counts,
-        fingerprint,
-        commit,
-    )
+        raise LoraError(f"no row is left to train on: {len(encoded)} read ({reasons or 'none'})", hint)
+    return rows, counts
 
 
 def _format(data: Data, columns: Sequence[str]) -> str:
