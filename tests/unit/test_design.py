@@ -18,13 +18,16 @@ from lora_cli import schema
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "lora_cli"
 
+# The package's files; the reference is a folder of some.
+FILES = {path.stem: [path] for path in PACKAGE.glob("*.py")} | {"reference": [*PACKAGE.glob("reference/*.py")]}
+
 # Each file may import from the lines above its own only.
 FLOORS = [
     {"__init__", "errors"},
-    {"ui", "files", "fields", "yamlfile", "foreign"},
+    {"ui", "files", "fields", "yamlfile", "foreign", "reference"},
     {"recipe", "record", "llama_cpp"},
     {"recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold", "watch"},
+    {"fold", "watch", "oracle"},
     {"answer"},
     {"train", "merge", "export", "generate"},  # the verbs never import each other
     {"cli"},
@@ -37,7 +40,7 @@ def imported(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "lora_cli":
-            names |= {alias.name if (PACKAGE / f"{alias.name}.py").is_file() else "__init__" for alias in node.names}
+            names |= {alias.name if alias.name in FILES else "__init__" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_cli."):
             names.add(str(node.module).split(".")[1])
     return names
@@ -45,12 +48,27 @@ def imported(path: Path) -> set[str]:
 
 def test_imports_go_downward() -> None:
     floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-    files = {path.stem: path for path in PACKAGE.glob("*.py")}
-    assert files.keys() == floor_of.keys()
+    assert FILES.keys() == floor_of.keys()
     upward = {
-        (name, other) for name, path in files.items() for other in imported(path) if floor_of[other] >= floor_of[name]
+        (name, other)
+        for name, paths in FILES.items()
+        for path in paths
+        for other in imported(path) - {name if name == "reference" else ""}
+        if floor_of[other] >= floor_of[name]
     }
     assert not upward
+
+
+def test_the_reference_is_only_for_comparing() -> None:
+    users = {name for name, paths in FILES.items() for path in paths if "reference" in imported(path)}
+    assert users == {"reference", "oracle"}
+    imports = {
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
+        for path in FILES["reference"]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    assert imports - set(sys.stdlib_module_names) == {"torch", "safetensors", "lora_cli"}
 
 
 def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:

@@ -1,0 +1,251 @@
+"""The installed PEFT and bitsandbytes held against the reference: how far each pair lies apart.
+
+Every comparison starts from one small network and one adapter whose every trainable tensor is random (B ≠ 0), written
+by the reference as an adapter file and loaded by PEFT from it. `lora doctor` runs them on the user's machine, the tests
+over more cases.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lora_cli import model
+from lora_cli.reference import nf4
+from lora_cli.reference.tree import LoraModel
+
+METHODS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
+KINDS = ("Linear", "Embedding", "Conv2d")
+BIASES = ("none", "all", "lora_only")
+R, ALPHA = 4, 6
+
+EXACT = 1e-12
+"""Largest deviation allowed in float64, relative to the largest value compared."""
+SINGLE = 1e-5
+"""The same where a library computes in float32."""
+SCALE_CODES = 0.005
+"""Largest share of 8-bit scale codes that may differ under double quantisation. bitsandbytes' CPU kernel does not
+compare with the middle between two codes: it looks the value up, rounded to one of 65536 steps from −1 to 1, and a
+value within a step of the middle may get the neighbouring code (measured: 0.15 % of normal values)."""
+
+
+class Deviation(NamedTuple):
+    """How far one measure of one pair lies apart, and how far it may."""
+
+    pair: str
+    measure: str
+    value: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.limit  # False for NaN
+
+
+class Network(nn.Module):
+    """A layer `target`, to be adapted, and an `other`, not to be."""
+
+    def __init__(self, target: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.target, self.other = target, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.target(x))
+
+
+def network(kind: str, dtype: torch.dtype, device: str) -> tuple[Network, Tensor]:
+    """A network whose target is of the kind, and an input for it."""
+    torch.manual_seed(0)
+    if kind == "Embedding":
+        target: nn.Module = nn.Embedding(13, 6)
+        x = torch.randint(0, 13, (5, 7))
+    elif kind == "Conv2d":
+        target = nn.Conv2d(3, 6, kernel_size=(3, 2), stride=(2, 1), padding=(1, 2))
+        x = torch.randn(5, 3, 9, 8, dtype=torch.float64)
+    else:
+        target = nn.Linear(9, 6)
+        x = torch.randn(5, 7, 9, dtype=torch.float64)
+    other = nn.Conv2d(6, 4, 1) if kind == "Conv2d" else nn.Linear(6, 4)
+    net = Network(target, other).to(device, dtype)
+    return net, x.to(device) if kind == "Embedding" else x.to(device, dtype)
+
+
+def compare_layers(
+    kind: str,
+    method: str,
+    bias: str = "none",
+    lora_dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """PEFT's layer against the reference's: `forward`, `gradients` of all that trains, `merged` weights, `unmerged`
+    weights, and the `exchange` of the adapter file from PEFT back to the reference. AssertionError when the two do not
+    train the same tensors."""
+    base, x = network(kind, dtype, device)
+    settings: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "lora_dropout": lora_dropout, "bias": bias}
+    ours = LoraModel(copy.deepcopy(base), ["target"], **settings, **METHODS[method])
+    for tensor in ours.adapter_tensors().values():
+        tensor.data += torch.randn_like(tensor)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ours.save_adapter(folder / "ours")
+        theirs = PeftModel.from_pretrained(
+            copy.deepcopy(base), str(folder / "ours"), is_trainable=True, autocast_adapter_dtype=False
+        )
+        result = _compare_training(ours, theirs, x)
+        theirs.save_pretrained(str(folder / "theirs"))
+        ours.load_adapter(folder / "theirs", "theirs")
+    ours.eval(), theirs.eval()
+    result["exchange"] = deviation(ours(x), theirs(x))
+    theirs.merge_adapter()
+    theirs.unmerge_adapter()
+    layer = ours.adapters["theirs"]["target"]
+    layer.merge()
+    layer.unmerge()
+    original, peft_layer = base.target.weight, theirs.get_submodule("base_model.model.target")
+    result["unmerged"] = max(deviation(original, layer.base.weight), deviation(original, peft_layer.base_layer.weight))
+    plain, peft_plain = ours.merge().state_dict(), theirs.merge_and_unload().state_dict()
+    assert plain.keys() == peft_plain.keys()
+    result["merged"] = max(deviation(plain[name], peft_plain[name]) for name in plain)
+    return result
+
+
+def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str, float]:
+    """Outputs and gradients in training mode, dropout drawn alike."""
+    outputs = []
+    for side in (ours, theirs):
+        side.train()
+        torch.manual_seed(1)
+        outputs.append(side(x))
+        (outputs[-1] * torch.linspace(-1, 1, outputs[-1].numel()).to(outputs[-1]).view_as(outputs[-1])).sum().backward()
+    gradients = {
+        name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): tensor.grad
+        for name, tensor in theirs.named_parameters()
+        if tensor.requires_grad
+    }
+    trained = ours.adapter_tensors()
+    assert trained.keys() == gradients.keys(), trained.keys() ^ gradients.keys()
+    return {
+        "forward": deviation(*outputs),
+        "gradients": max(deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()),
+    }
+
+
+def deviation(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours − theirs|, relative to the largest |ours| where that is above 1."""
+    assert ours.shape == theirs.shape
+    scale = max(1.0, ours.detach().abs().max().item())
+    return (ours.detach() - theirs.detach()).abs().max().item() / scale
+
+
+def compare_nf4(weight: Tensor) -> dict[str, float]:
+    """bitsandbytes' NF4 of `weight` against the reference's.
+
+    `codes` and `absmax`: shares that differ without double quantisation; `dequantised`: deviation of those values;
+    `scale codes`: the share that differs with it.
+    """
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK)
+    ours = nf4.NF4Tensor(weight, double_quant=False)
+    _, double = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True)
+    return {
+        "codes": differing(ours.packed, packed.flatten()),
+        "absmax": differing(ours.absmax(), state.absmax),
+        "dequantised": deviation(ours.dequantize(), functional.dequantize_4bit(packed, state)),
+        "scale codes": differing(nf4.NF4Tensor(weight).scale_codes, double.absmax),
+    }
+
+
+def differing(ours: Tensor, theirs: Tensor) -> float:
+    """The share of elements that are not equal."""
+    assert ours.shape == theirs.shape
+    return (ours != theirs).float().mean().item()
+
+
+def compare_qlora(device: str = "cpu") -> dict[str, float]:
+    """LoRA on bitsandbytes' 4-bit Linear against `QLoRALinear`, in float32: `forward` and `gradients` of A, B and x,
+    after a pass in eval mode as an evaluation makes it, and the `merged` weight against the dequantised one with ΔW."""
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 192)
+    quantised = Linear4bit(128, 192, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+    quantised.load_state_dict(plain.state_dict())
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"])
+    theirs = get_peft_model(nn.Sequential(quantised).to(device), config)
+    model.keep_4bit_weights_unpacked(theirs)
+    adapted = theirs.get_submodule("base_model.model.0")
+    ours = nf4.QLoRALinear(plain.to(device), r=R, lora_alpha=ALPHA)
+    for name in ("lora_A", "lora_B"):
+        getattr(ours, name).data = 0.1 * torch.randn_like(getattr(ours, name))
+        getattr(adapted, name)["default"].weight.data = getattr(ours, name).data.clone()
+    x = torch.randn(64, 128, device=device)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    theirs.eval()
+    with torch.no_grad():
+        theirs(x)
+    theirs.train()
+    outputs = [ours(inputs[0]), theirs(inputs[1])]
+    for output in outputs:
+        output.pow(2).mean().backward()
+    pairs = [(inputs[0], inputs[1])]
+    pairs += [(getattr(ours, name), getattr(adapted, name)["default"].weight) for name in ("lora_A", "lora_B")]
+    return {
+        "forward": deviation(*outputs),
+        "gradients": max(relative(one.grad, other.grad) for one, other in pairs),
+        "merged": deviation(ours.merged_weight(), merged_4bit(theirs)),
+    }
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours − theirs| as a share of the largest |ours|."""
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+def merged_4bit(adapted: PeftModel) -> Tensor:
+    """Dequantised base plus PEFT's own ΔW: what `lora merge` makes of a 4-bit base."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    layer = adapted.get_submodule("base_model.model.0")
+    return dequantize_module_weight(layer.get_base_layer()) + layer.get_delta_weight("default")
+
+
+def deviations(device: str = "cpu") -> Iterator[Deviation]:
+    """Every pair on `device`, in float64 where it has that."""
+    dtype, limit = (torch.float32, SINGLE) if device.startswith("mps") else (torch.float64, EXACT)
+    for kind in KINDS:
+        for method in METHODS:
+            for bias in BIASES:
+                for dropout in (0.0, 0.25):
+                    found = compare_layers(kind, method, bias, dropout, dtype, device)
+                    for measure, value in found.items():
+                        yield Deviation(f"{kind} {method}", measure, value, limit)
+    if device.startswith("mps"):
+        return  # bitsandbytes does not run there
+    torch.manual_seed(0)
+    # CUDA's kernel may divide where the CPU's multiplies by a reciprocal: a value between two codes may then fall apart
+    tie = 0.0 if device == "cpu" else 1e-5
+    limits = {"codes": tie, "absmax": 0.0, "dequantised": 0.0 if device == "cpu" else 1.0, "scale codes": SCALE_CODES}
+    for shape in ((256, 256), (100, 62), (1, 70)):
+        for measure, value in compare_nf4(torch.randn(shape, device=device)).items():
+            yield Deviation("NF4", measure, value, limits[measure])
+    for measure, value in compare_qlora(device).items():
+        yield Deviation("Linear QLoRA", measure, value, SINGLE)
+
+
+def worst(found: list[Deviation]) -> list[Deviation]:
+    """The largest of each pair and measure (a NaN is larger than all)."""
+    by_key: dict[tuple[str, str], Deviation] = {}
+    for each in found:
+        key = (each.pair, each.measure)
+        if key not in by_key or not each.value <= by_key[key].value:
+            by_key[key] = each
+    return list(by_key.values())
