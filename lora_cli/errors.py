@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LoraError(Exception):
@@ -25,6 +25,16 @@ class UsageError(LoraError):
     """A wrong recipe or wrong arguments: nothing was started. Exits 2."""
 
     exit_code = 2
+
+
+def one_error(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageError:
+    """Several (message, hint) as one error: a single one as it stands, more as a list headed `N problems {where}`."""
+    if len(problems) == 1:
+        return UsageError(*problems[0])
+    lines = [f"  {message}" + (f"\n    {hint}" if hint else "") for message, hint in problems]
+    return UsageError(
+        "\n".join([f"{len(problems)} problems {where}", *lines]), "lora schema --markdown lists every key"
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

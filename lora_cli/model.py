@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from lora_cli import record
+from lora_cli import files, record, tokens
 from lora_cli.errors import LoraError, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -78,6 +77,7 @@ def load_base(
             )
     if quantization is not None:
         keep_4bit_weights_unpacked(model)
+        refuse_misread_rows(model, name)
     return model
 
 
@@ -100,7 +100,36 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_tokenizer(name: str, revision: str | None = None, **tokens: str | None) -> PreTrainedTokenizerBase:
+def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
+    """LoraError where bitsandbytes would read 4-bit weights wrongly: on some processors it gives values the scale of
+    another block when the length of a row is a multiple of 16, but not of 64 (measured with 0.50.2 and AVX512)."""
+    from bitsandbytes.nn import Linear4bit
+
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    lengths = {module.in_features for module in layers.values() if module.weight.device.type == "cpu"}
+    misread = {length for length in lengths if misreads(length)}
+    paths = [path for path, module in layers.items() if module.in_features in misread]
+    if paths:
+        endings = sorted({path.rpartition(".")[2] for path in paths})
+        raise LoraError(
+            f"bitsandbytes reads 4-bit rows of {sorted(misread)[0]} weights wrongly on this processor; {name} has such "
+            f"in {len(paths)} modules, the first {paths[0]}",
+            f"--set method=lora, or --set 'quantization.llm_int8_skip_modules=[lm_head, {', '.join(endings)}]'",
+        )
+
+
+def misreads(length: int) -> bool:
+    """Whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the same numbers in one row."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.linspace(0.01, 1, 8 * length).reshape(8, length)  # every block has another scale
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    rows = dequantize_4bit(packed, state)
+    state.shape = torch.Size([1, weight.numel()])
+    return not torch.equal(rows.flatten(), dequantize_4bit(packed, state).flatten())
+
+
+def load_tokenizer(name: str, revision: str | None = None, **roles: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token` replaced where given.
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
@@ -109,7 +138,7 @@ def load_tokenizer(name: str, revision: str | None = None, **tokens: str | None)
     if not tokenizer.is_fast:
         raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()
-    for kind, token in tokens.items():
+    for kind, token in roles.items():
         if token is not None:
             if token not in vocabulary:
                 guess = nearest(token, vocabulary)
@@ -121,11 +150,15 @@ def load_tokenizer(name: str, revision: str | None = None, **tokens: str | None)
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None) -> None:
     """The tokenizer with its template, and the base's `tokenizer.model` where there is one: llama.cpp's converter reads
-    a SentencePiece vocabulary from it, and `save_pretrained` does not write it."""
+    a SentencePiece vocabulary from it, and tokens beyond it from `added_tokens_decoder`; transformers 5 writes neither.
+    """
     tokenizer.save_pretrained(str(folder))
     pieces = cached_file(base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
     if pieces is not None:
         shutil.copyfile(pieces, folder / "tokenizer.model")
+        settings = files.read_json(folder / "tokenizer_config.json")
+        added = {str(number): token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
+        files.write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": added})
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
@@ -151,18 +184,12 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> PeftModel:
-    """A new adapter on `model`, changed in place. LoraError when a named module matches nothing."""
-    names = [name for name, _ in model.named_modules()]
-    for field in ("target_modules", "modules_to_save", "exclude_modules"):
-        wanted = getattr(config, field)
-        for target in sorted(wanted) if isinstance(wanted, (list, set)) else []:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                guess = nearest(target, {name.rpartition(".")[2] for name in names})
-                hint = f"did you mean {guess}?" if guess else "lora.target_modules: all-linear"
-                raise LoraError(f"lora.{field}: no module of {model.config.model_type} is called {target}", hint)
+    """A new adapter on `model`, changed in place. LoraError with PEFT's words where it refuses."""
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    except (ValueError, TypeError, re.error) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following rank_pattern|The following alpha_pattern")
+            return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise LoraError(
             f"lora: {' '.join(str(error).split())}", "mend the values of lora, or leave them out"
         ) from error
@@ -170,7 +197,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
-    fit_vocabulary(model, folder)
+    tokens.fit(model, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, just below
         try:
@@ -181,18 +208,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
             raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {said}", hint) from error
     check_adapter_complete(peft_model, folder, name)
     return peft_model
-
-
-def fit_vocabulary(model: PreTrainedModel, folder: Path) -> None:
-    """Grow the embeddings to those the adapter carries, where tokens had been added before it was trained."""
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    stored = load_peft_weights(str(folder), device="cpu")
-    carried = [
-        tensor for key, tensor in stored.items() if key.endswith((f"{name}.weight", f"{name}.base_layer.weight"))
-    ]
-    if carried and carried[0].shape[0] > embeddings.num_embeddings:
-        model.resize_token_embeddings(carried[0].shape[0], mean_resizing=False)
 
 
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:

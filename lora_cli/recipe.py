@@ -16,9 +16,12 @@ from lora_cli import fields
 from lora_cli.yamlfile import Keys, Place
 
 Auto = Literal["auto"]
-INITIALISATIONS = r"^(gaussian|orthogonal|olora|pissa|pissa_niter_\d+)$"
+INITIALISATIONS = r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_\d+|corda|lora_ga|mica)$"
+INITIAL_CONFIGS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}  # marks the fields that are declared upstream, not here
 DType = Literal["float32", "bfloat16", "float16"]
+Index = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[Index], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -48,6 +51,11 @@ class Model(Section):
     chat_template: str = "auto"
     """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the tokenizer's own template,
     else `alpaca`. It is saved with the adapter, the merged model and the GGUF."""
+    add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of embeddings and head are
+    trained, and nothing else of them."""
+    add_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """The same for tokens that are marks rather than text (`<|im_start|>`): left out when an answer is printed."""
 
 
 class LoraFields(Section):
@@ -64,9 +72,23 @@ class LoraFields(Section):
     use_dora: bool | None = None
     """Weight-decomposed LoRA; follows from `method` and need not be set."""
     init_lora_weights: bool | Annotated[str, Field(pattern=INITIALISATIONS)] = True
-    """Initial A and B; true is Kaiming-uniform A and zero B. pissa and olora start from the base's own weights; their
-    adapter is saved as a plain one of twice the rank. (PEFT's eva, corda, loftq and lora_ga need data or weights
-    prepared before training, which lora does not do.)"""
+    """Initial A and B. true: Kaiming-uniform A and zero B; false: both random, for tests. gaussian, orthogonal, mica
+    (trains A only): drawn or from the base's weights. eva, corda, lora_ga: from the first rows of the data, see
+    eva_config, corda_config, lora_ga_config. loftq (qlora, qdora): makes up for the error of the 4-bit storage. pissa,
+    pissa_niter_N, olora, corda and lora_ga move part of the base's weights into the adapter; it is saved as a plain one
+    of twice the rank on the base as it is."""
+    layers_to_transform: Index | Annotated[list[Index], Field(min_length=1)] | None = None
+    """Only the modules in these layers, counted from 0; needs target_modules to be a list."""
+    layers_pattern: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """What stands before the layer's number in a module's name, where it is not what PEFT finds by itself."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other ranks for some modules: name endings or regular expressions, each for other modules than the rest."""
+    alpha_pattern: dict[str, Annotated[int | float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other lora_alpha for some modules, named as in rank_pattern."""
+    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
+    """Rows of the embeddings to train whole; or the rows by module (`embed_tokens: [5, 6]`)."""
+    lora_bias: bool = False
+    """Also train a bias in B; every adapted module must have one itself, or merging would have no place for it."""
     autocast_adapter_dtype: bool = True
     """Keep the adapter's weights in float32 whatever the base's type (PEFT's argument of that name)."""
 
@@ -141,6 +163,10 @@ class TrainingFields(Section):
     """Recompute activations instead of keeping them; `auto`: on a GPU only."""
     optim: str = "auto"
     """Optimiser; `auto`: fused AdamW."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: B learns this many times faster than A, which has learning_rate (the paper takes 16)."""
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+: the learning rate of adapters on embeddings; unset: PEFT's 1e-6."""
     bf16: Auto | bool = "auto"
     """Autocast to bfloat16; `auto`: when model.dtype is bfloat16."""
     eval_strategy: Auto | Literal["no", "steps", "epoch"] = "auto"
@@ -169,6 +195,13 @@ NOT_IN_LORA = {
     "task_type": "it is always CAUSAL_LM",
     "runtime_config": "it is not saved with an adapter",
     "inference_mode": "training sets it",
+    "use_qalora": "it works on GPTQ bases only, which lora does not load",
+    "qalora_group_size": "QALoRA works on GPTQ bases only, which lora does not load",
+    "megatron_config": "Megatron's layers are not what lora loads",
+    "megatron_core": "Megatron's layers are not what lora loads",
+    "arrow_config": "Arrow routes between adapters that are trained already",
+    "layer_replication": "replicated layers share weights, so PEFT merges their adapters into one another",
+    "loftq_config": "use init_lora_weights: loftq; the bits are those of method: qlora",
 }
 NOT_IN_TRAINING = {
     "output_dir": "use output_dir at the top level",
@@ -234,8 +267,9 @@ class Recipe(Section):
     """Another recipe, relative to this file, whose values hold where this one gives none."""
     method: Literal["lora", "qlora", "dora", "qdora"] = "lora"
     """What is trained: LoRA, DoRA, or either on a base stored in 4 bits (NF4, doubly quantised)."""
-    trainer: Literal["sft", "trainer"] = "sft"
-    """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both."""
+    trainer: Auto | Literal["sft", "trainer"] = "auto"
+    """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both. `auto`: sft, unless the
+    output head is adapted: SFTTrainer's loss passes by what is put on it."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)
@@ -251,6 +285,13 @@ class Recipe(Section):
         """Whether the base is stored in 4 bits."""
         return self.method in ("qlora", "qdora")
 
+    @property
+    def adapts_head(self) -> bool:
+        """Whether something but a plain copy is put on the output head, as far as the recipe's names tell."""
+        tokens = self.model.add_tokens or self.model.add_special_tokens or self.lora.trainable_token_indices
+        targets = self.lora.target_modules
+        return bool(tokens) or (isinstance(targets, list) and "lm_head" in targets)
+
     def where(self, *keys: str) -> str:
         """`file:line: section.key` of a value that was written, else just `section.key`."""
         place = self._places.get(keys)
@@ -260,10 +301,10 @@ class Recipe(Section):
         """Where a value was written; None when it is a default."""
         return self._places.get(keys)
 
-    def settled(self, changes: dict[str, dict[str, Any]]) -> Recipe:
-        """A copy with values of sections replaced: what `auto` resolved to."""
+    def settled(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
+        """A copy with the trainer and values of sections replaced: what `auto` resolved to."""
         sections = {name: getattr(self, name).model_copy(update=values) for name, values in changes.items()}
-        return self.model_copy(update=sections)
+        return self.model_copy(update={"trainer": trainer, **sections})
 
     def plain(self) -> dict[str, Any]:
         """The recipe as data that loads to the same recipe: everything declared, and all that was set."""

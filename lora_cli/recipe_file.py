@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_cli import fields, yamlfile
-from lora_cli.errors import UsageError, nearest
-from lora_cli.recipe import NOT_IN_LORA, NOT_IN_TRAINING, RENAMED, Recipe, Section, TrainingFields
+from lora_cli.errors import UsageError, nearest, one_error
+from lora_cli.recipe import INITIAL_CONFIGS, NOT_IN_LORA, NOT_IN_TRAINING, RENAMED, Recipe, Section, TrainingFields
 from lora_cli.yamlfile import Document, Keys, Place
 
 
@@ -29,10 +29,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        raise _as_usage_error(path, list(_problems(error, document))) from None
+        raise one_error(f"in {path}", list(_problems(error, document))) from None
     recipe._places = document.places
     if contradictions := list(_contradictions(recipe)):
-        raise _as_usage_error(path, contradictions)
+        raise one_error(f"in {path}", contradictions)
     return recipe
 
 
@@ -170,17 +170,24 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     if recipe.source("quantization") and not recipe.quantized:
         place = recipe.where("quantization")
         yield f"{place} has no effect with method: {recipe.method}", "use method: qlora, or remove the section"
-    if recipe.trainer == "trainer":
+    if recipe.trainer == "sft" and recipe.adapts_head:
+        yield f"{recipe.where('trainer')}: SFTTrainer cannot adapt the output head", "trainer: auto"
+    if recipe.trainer == "trainer" or (recipe.trainer == "auto" and recipe.adapts_head):
         sft_only = fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys()
         for key in sorted((recipe.training.model_fields_set & sft_only) - TrainingFields.model_fields.keys()):
-            yield f"{recipe.where('training', key)} works only with trainer: sft", "trainer: sft"
+            yield (
+                f"{recipe.where('training', key)} works only with trainer: sft",
+                (
+                    "trainer: sft"
+                    if recipe.trainer == "trainer"
+                    else "SFTTrainer cannot adapt the output head: remove it"
+                ),
+            )
     training, given = recipe.training, recipe.training.model_fields_set
     if {"gradient_checkpointing", "activation_checkpointing"} <= given:
         place = recipe.where("training", "activation_checkpointing")
         yield f"{place} and training.gradient_checkpointing are one setting", "give one of them"
-    if recipe.quantized and str(recipe.lora.init_lora_weights).startswith(("pissa", "olora")):
-        place = recipe.where("lora", "init_lora_weights")
-        yield f"{place} changes the base's weights, which {recipe.method} stores in 4 bits", "use method: lora or dora"
+    yield from _initial_contradictions(recipe)
     if Path(recipe.output_dir).resolve() in (Path.cwd(), *Path.cwd().parents):
         yield f"{recipe.where('output_dir')} must be a folder of its own", "output_dir: runs/NAME"
     twice = {column for column in recipe.data.columns.values() if list(recipe.data.columns.values()).count(column) > 1}
@@ -194,10 +201,23 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
         yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
 
 
-def _as_usage_error(path: Path, problems: list[tuple[str, str | None]]) -> UsageError:
-    """One problem as it stands; several as a list."""
-    if len(problems) == 1:
-        return UsageError(*problems[0])
-    lines = [f"  {message}" + (f"\n    {hint}" if hint else "") for message, hint in problems]
-    heading = f"{len(problems)} problems in {path}"
-    return UsageError("\n".join([heading, *lines]), "lora schema --markdown lists every key")
+def _initial_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+    """Initialisations that the method does not allow, and their configurations without them."""
+    initial = str(recipe.lora.init_lora_weights).partition("_niter")[0]
+    place = recipe.where("lora", "init_lora_weights")
+    if recipe.quantized and initial in ("pissa", "olora", "corda", "lora_ga", "mica", "orthogonal"):
+        yield f"{place} needs the base's weights, which {recipe.method} stores in 4 bits", "use method: lora or dora"
+    if not recipe.quantized and initial == "loftq":
+        yield f"{place} makes up for 4-bit storage, which {recipe.method} has not", "use method: qlora or qdora"
+    if recipe.method == "dora" and initial == "mica":
+        yield f"{place} is not defined for DoRA", "use method: lora"
+    if recipe.lora.lora_bias and isinstance(recipe.lora.init_lora_weights, str):
+        yield f"{recipe.where('lora', 'lora_bias')} works only with init_lora_weights: true or false", None
+    for name, config in INITIAL_CONFIGS.items():
+        if recipe.source("lora", config) and initial != name:
+            place = recipe.where("lora", config)
+            yield f"{place} has no effect", f"add lora.init_lora_weights: {name}, or remove it"
+    training = recipe.training
+    if training.loraplus_lr_embedding is not None and training.loraplus_lr_ratio is None:
+        place = recipe.where("training", "loraplus_lr_embedding")
+        yield f"{place} has no effect", "add training.loraplus_lr_ratio, or remove it"

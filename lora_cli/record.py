@@ -155,8 +155,9 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         raise LoraError(
             f"the base of {folder}, the folder {name}, is not here", "--base MODEL, or run this where it is"
         )
-    # these change the base's own weights while they are on it, so another adapter must not share it
+    # these change the base's own weights or size while they are on it, so another adapter must not share it
     changes_base = config.get("bias", "none") != "none" or isinstance(config.get("init_lora_weights"), str)
+    changes_base |= bool(config.get("trainable_token_indices"))
     return Adapter(folder, name, revision, record, not changes_base)
 
 

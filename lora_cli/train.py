@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -21,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import data, files, foreign, model, record, ui, upstream, verify
+from lora_cli import data, files, foreign, initial, model, record, targets, tokens, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.watch import NonFiniteError, Watch
@@ -31,6 +32,21 @@ class _Watched:
     """Lets a Trainer hand each micro-batch's loss to its `Watch`."""
 
     watch: Watch
+    loraplus: dict[str, float] | None = None
+    """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.loraplus is None:
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
+        self.optimizer = create_loraplus_optimizer(
+            self.model,  # type: ignore[attr-defined]
+            kind,
+            **options,
+            **self.loraplus,
+            loraplus_weight_decay=self.args.weight_decay,  # type: ignore[attr-defined]
+        )
+        return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -75,8 +91,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
     commit = run["base"]["commit"]
-    tokens = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
-    tokenizer = model.load_tokenizer(recipe.model.name_or_path, commit, **tokens)
+    roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
+    tokenizer = model.load_tokenizer(recipe.model.name_or_path, commit, **roles)
+    new_ids = tokens.add(recipe, tokenizer)
     template = model.set_chat_template(tokenizer, recipe.model.chat_template)
     ui.say(f"  chat template: {template}")
     train_rows, eval_rows = data.load(recipe, tokenizer)
@@ -84,7 +101,8 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
     try:
-        trainer = _trainer(recipe, commit, folder, tokenizer, train_rows, eval_rows)
+        adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
+        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
     except (ValueError, TypeError, ImportError) as error:
         if foreign.translate(error) is not None:
             raise
@@ -119,7 +137,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": result.global_step, "train_loss": result.training_loss},
     }
-    _save(trained, tokenizer, adapter, run, folder / INITIAL)
+    _save(trained, tokenizer, adapter, run, folder / initial.START)
     record.update(folder, run)
     ui.say(
         f"trained {result.global_step} steps in {ui.duration(time.monotonic() - started)}, "
@@ -128,16 +146,15 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     return adapter
 
 
-def _trainer(
+def _adapted(
     recipe: Recipe,
     commit: str | None,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
     train_rows: data.Prepared,
-    eval_rows: data.Prepared | None,
-) -> WatchedSFTTrainer | WatchedTrainer:
-    """The base with a fresh adapter, inside the trainer the recipe names."""
-    arguments = upstream.training_arguments(recipe)
+) -> PeftModel:
+    """The base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
     base = model.load_base(
         recipe.model.name_or_path,
@@ -150,8 +167,33 @@ def _trainer(
     set_seed(recipe.training.seed)
     config = upstream.lora_config(recipe)
     config.revision = commit  # so that other programs load the same base
+    if new_ids:
+        tokens.grow(base, len(tokenizer))
+        tokens.train_rows(base, config, new_ids)
+    targets.check(recipe, base, config)
+    rows = [dict(row) for row in train_rows.rows.select(range(min(initial.ROWS, len(train_rows.rows))))]
+    collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
+    initial.before_attaching(recipe, base, config, rows, collate)
     adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
-    _keep_initial(adapted, folder)
+    initial.after_attaching(recipe, adapted, rows, collate, commit)
+    initial.keep_start(recipe, adapted, folder)
+    return adapted
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _trainer(
+    recipe: Recipe,
+    folder: Path,
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: data.Prepared,
+    eval_rows: data.Prepared | None,
+) -> WatchedSFTTrainer | WatchedTrainer:
+    """The trainer the recipe names, around the adapted model."""
+    arguments = upstream.training_arguments(recipe)
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     kinds = {name: parameter.dtype for name, parameter in model.trainable(adapted)}
@@ -166,10 +208,12 @@ def _trainer(
     if recipe.trainer == "sft":
         trainer = WatchedSFTTrainer(**common)
     else:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        trainer = WatchedTrainer(**common, data_collator=DataCollatorForLanguageModeling(pad_token_id=pad))
+        trainer = WatchedTrainer(**common, data_collator=DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer)))
     for name, parameter in model.trainable(adapted):
         parameter.data = parameter.data.to(kinds[name])  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+    if recipe.training.loraplus_lr_ratio is not None:
+        given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
+        trainer.loraplus = {name: value for name, value in given.items() if value is not None}
     trainer.watch = Watch(folder)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)
@@ -194,32 +238,17 @@ def _checkpoint(folder: Path) -> str:
     return str(checkpoint)
 
 
-INITIAL = "initial_adapter"
-
-
-def _keep_initial(adapted: PeftModel, folder: Path) -> None:
-    """Save what pissa and olora start from: they change the base, and `_save` needs the start to undo that."""
-    config = adapted.peft_config["default"]
-    if str(config.init_lora_weights).startswith(("pissa", "olora")):
-        kept, config.init_lora_weights = config.init_lora_weights, True
-        adapted.save_pretrained(str(folder / INITIAL))
-        config.init_lora_weights = kept
-
-
 def _save(
-    trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any], initial: Path
+    trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any], start: Path
 ) -> None:
-    """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is not finite.
-
-    With an `initial` adapter, what is saved is the difference to it: a plain adapter of twice the rank on the base as
-    it is on disk.
-    """
+    """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is not finite."""
     for name, parameter in model.trainable(trained):
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
     with files.staged_folder(adapter) as staging:
         verify.save_trained(trained, tokenizer, staging)
-        start = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
-        trained.save_pretrained(str(staging), **start)
+        # no whole embeddings: those that changed are among the adapter's own tensors
+        trained.save_pretrained(str(staging), save_embedding_layers=False)
+        initial.as_plain(staging, trained.peft_config["default"], start)
         model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["base"]["commit"])
         files.write_json(staging / record.ARTEFACT_RECORD, run)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
@@ -40,6 +43,9 @@ def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[
         return value
 
     model, training = recipe.model, recipe.training
+    head = recipe.adapts_head
+    reason = "SFTTrainer cannot adapt the output head" if head else "rows and labels are the same for both"
+    trainer = choose(recipe, "trainer", "trainer", "trainer" if head else "sft", reason)
     dtype = choose(model, "dtype", "model.dtype", *_dtype(checkpoint_dtype))
     changes: dict[str, dict[str, Any]] = {"model": {"dtype": dtype}, "training": {}, "quantization": {}}
     if recipe.quantized:
@@ -56,7 +62,7 @@ def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[
         ("eval_strategy", "epoch" if has_eval else "no", "evaluation data given" if has_eval else "no evaluation data"),
     ):
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
-    return recipe.settled(changes), choices
+    return recipe.settled(trainer, changes), choices
 
 
 def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
@@ -75,7 +81,45 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     values = recipe.lora.given()
     values.pop("autocast_adapter_dtype")  # an argument of get_peft_model, not of LoraConfig
     values["use_dora"] = recipe.method in ("dora", "qdora")
+    if values["init_lora_weights"] == "loftq":
+        values["init_lora_weights"] = True  # initial.py computes it, at the adapter's own scaling and on any device
+    for name, kind in VARIANT_CONFIGS.items():
+        if values.get(name) is not None:
+            values[name] = _variant(recipe, name, kind)
     return _build(recipe, "lora", values, lambda given: LoraConfig(task_type="CAUSAL_LM", **given))
+
+
+VARIANT_CONFIGS: dict[str, Any] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+}
+
+
+def _variant(recipe: Recipe, name: str, kind: Any) -> Any:
+    """The mapping a recipe gives for one of PEFT's own configuration classes, as that class.
+
+    PEFT checks the values of some and ignores unknown keys of others; here both are UsageErrors.
+    """
+    place, given = recipe.where("lora", name), getattr(recipe.lora, name)
+    known = sorted(field.name for field in dataclasses.fields(kind) if field.init)
+    if not isinstance(given, dict):
+        raise UsageError(f"{place} must be a mapping", f"its keys: {', '.join(known)}")
+    for key in given.keys() - set(known):
+        guess = nearest(str(key), known)
+        hint = f"did you mean {guess}?" if guess else f"its keys: {', '.join(known)}"
+        raise UsageError(f"{recipe.where('lora', name, str(key))} is not a known key", hint)
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"][:1])
+        where = recipe.where("lora", name, key) if key else place
+        raise UsageError(f"{where}: {detail['msg']}", "lora schema --markdown") from None
 
 
 def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -100,7 +144,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
-    values.pop("pad_token")  # set on the tokenizer already
+    for name in ("pad_token", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+        values.pop(name)  # model.py has set the one on the tokenizer, train.py makes the optimiser from the others
     if recipe.trainer == "trainer":
         for name in fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys():
             values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers

@@ -26,8 +26,9 @@ FLOORS = [
     {"__init__", "errors"},
     {"ui", "files", "fields", "yamlfile", "foreign", "reference"},
     {"recipe", "record", "llama_cpp"},
-    {"recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold", "watch", "oracle"},
+    {"tokens"},
+    {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
+    {"fold", "watch", "oracle", "initial"},
     {"answer"},
     {"train", "merge", "export", "generate"},  # the verbs never import each other
     {"cli"},

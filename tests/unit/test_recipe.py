@@ -83,14 +83,74 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:3: training.fp16: float16 training needs a GPU | --set model.dtype=float32",
         ),
         (
-            MINIMAL + "lora: {init_lora_weights: eva}\n",
-            "r.yaml:3: lora.init_lora_weights is 'eva', but must be true or false or text matching "
-            r"^(gaussian|orthogonal|olora|pissa|pissa_niter_\d+)$ | None",
+            MINIMAL + "lora: {init_lora_weights: evil}\n",
+            "r.yaml:3: lora.init_lora_weights is 'evil', but must be true or false or text matching "
+            r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_\d+|corda|lora_ga|mica)$ | None",
         ),
         (
             MINIMAL + "method: qlora\nlora: {init_lora_weights: olora}\n",
-            "r.yaml:4: lora.init_lora_weights changes the base's weights, which qlora stores in 4 bits | "
+            "r.yaml:4: lora.init_lora_weights needs the base's weights, which qlora stores in 4 bits | "
             "use method: lora or dora",
+        ),
+        (
+            MINIMAL + "lora: {init_lora_weights: loftq}\n",
+            "r.yaml:3: lora.init_lora_weights makes up for 4-bit storage, which lora has not | "
+            "use method: qlora or qdora",
+        ),
+        (
+            MINIMAL + "method: dora\nlora: {init_lora_weights: mica}\n",
+            "r.yaml:4: lora.init_lora_weights is not defined for DoRA | use method: lora",
+        ),
+        (
+            MINIMAL + "lora: {init_lora_weights: pissa, lora_bias: true}\n",
+            "r.yaml:3: lora.lora_bias works only with init_lora_weights: true or false | None",
+        ),
+        (
+            MINIMAL + "lora: {eva_config: {rho: 1.5}}\n",
+            "r.yaml:3: lora.eva_config has no effect | add lora.init_lora_weights: eva, or remove it",
+        ),
+        (
+            MINIMAL + "lora: {init_lora_weights: eva, eva_config: {rhoo: 1.5}}\n",
+            "r.yaml:3: lora.eva_config.rhoo is not a known key | did you mean rho?",
+        ),
+        (
+            MINIMAL + "lora: {init_lora_weights: lora_ga, lora_ga_config: {scale: huge}}\n",
+            "r.yaml:3: lora.lora_ga_config.scale: Input should be 'stable', 'weight_svd', 'gd_scale' or 'unit' | "
+            "lora schema --markdown",
+        ),
+        (
+            MINIMAL + "lora: {init_lora_weights: eva, eva_config: {rho: 0.5}}\n",
+            "r.yaml:3: lora.eva_config: Value error, `rho` must be >= 1.0 | lora schema --markdown",
+        ),
+        (
+            MINIMAL + "lora: {use_bdlora: true}\n",
+            "r.yaml:3: lora.use_bdlora must be a mapping | "
+            "its keys: match_strict, nblocks, target_modules_bd_a, target_modules_bd_b",
+        ),
+        (
+            MINIMAL + "lora: {use_qalora: true}\n",
+            "r.yaml:3: lora.use_qalora cannot be set | it works on GPTQ bases only, which lora does not load",
+        ),
+        (
+            MINIMAL + "lora: {rank_pattern: {q_proj: 0}}\n",
+            "r.yaml:3: lora.rank_pattern.q_proj is 0, but must be greater than or equal to 1 | None",
+        ),
+        (
+            MINIMAL + "lora: {layers_to_transform: [0, -1], target_modules: [q_proj]}\n",
+            "r.yaml:3: lora.layers_to_transform is [0, -1], but must be a whole number or greater than or equal to 0 | None",
+        ),
+        (
+            MINIMAL + "training: {loraplus_lr_embedding: 1e-5}\n",
+            "r.yaml:3: training.loraplus_lr_embedding has no effect | add training.loraplus_lr_ratio, or remove it",
+        ),
+        (
+            MINIMAL + "trainer: sft\nlora: {target_modules: [lm_head]}\n",
+            "r.yaml:3: trainer: SFTTrainer cannot adapt the output head | trainer: auto",
+        ),
+        (
+            MINIMAL + "lora: {trainable_token_indices: [3]}\ntraining: {packing: true}\n",
+            "r.yaml:4: training.packing works only with trainer: sft | "
+            "SFTTrainer cannot adapt the output head: remove it",
         ),
         (MINIMAL + "output_dir: .\n", "r.yaml:3: output_dir must be a folder of its own | output_dir: runs/NAME"),
         (

@@ -1,0 +1,306 @@
+"""What a recipe's module names, patterns and layers mean on a model: each must match, and be sound to adapt and merge.
+
+PEFT ignores most of what matches nothing, and adapts some modules in a way that it cannot merge. Here every name,
+pattern and layer is asked for alone, by PEFT's own matching, before an adapter is attached.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_cli.errors import UsageError, nearest, one_error
+from lora_cli.recipe import Recipe
+from lora_cli.tokens import matches
+
+PATTERN_SECONDS = 5.0
+"""How long the regular expressions of a recipe may take on all of a model's names."""
+NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")
+"""Initialisations that PEFT computes from the weight of a Linear."""
+
+Problem = tuple[str, str | None]
+
+
+def check(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
+    """UsageError with every part of the adapter's `config` that matches nothing in `model` or that cannot be merged."""
+    modules = dict(model.named_modules())
+    _refuse_bad_patterns(recipe, config, list(modules))
+    resolved = resolve(model, config)
+    targeted = targeted_modules(resolved, modules)
+    parameters = targeted_parameters(resolved, model)
+    problems = [
+        *_unmatched_names(recipe, config, resolved, list(modules)),
+        *_unmatched_layers(recipe, config, list(modules)),
+        *_unmatched_parameters(recipe, config, model),
+        *_unmatched_patterns(recipe, config, [*targeted, *parameters]),
+        *_wrong_token_ids(recipe, config, model, targeted),
+        *_unmergeable(recipe, config, {name: modules[name] for name in targeted}, parameters),
+        *_tied(recipe, config, model, targeted, parameters),
+    ]
+    if problems:
+        raise one_error(f"with lora on {recipe.model.name_or_path}", problems)
+
+
+def resolve(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model definitions converted."""
+    resolved = copy.deepcopy(config)
+    convert_peft_config_for_transformers(resolved, model=model, conversions=get_model_conversion_mapping(model))
+    return _maybe_include_all_linear_layers(resolved, model)
+
+
+def targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
+    """The modules that PEFT will adapt."""
+    return [name for name in names if name and check_target_module_exists(config, name)]
+
+
+def targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
+    """The parameters that PEFT will adapt through `target_parameters`."""
+    wanted = config.target_parameters or []
+    return [name for name, _ in model.named_parameters() if any(matches(name, target) for target in wanted)]
+
+
+def _guess(target: str, names: Iterable[str], otherwise: str) -> str:
+    """A hint that names the real module, or ending of a module's name, that `target` most likely meant."""
+    parts = target.count(".") + 1
+    guess = nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
+    return f"did you mean {guess}?" if guess else otherwise
+
+
+# Regular expressions ------------------------------------------------------------------------------------------------
+
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.match(pattern, name)
+    print(flush=True)
+"""
+
+
+def _refuse_bad_patterns(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> None:
+    """UsageError for a regular expression that is none, or that takes longer than PATTERN_SECONDS on these names.
+
+    `re` cannot be interrupted: they are tried in a process of their own. The expressions are those PEFT forms.
+    """
+    asked = list(_patterns(config))
+    for field, written, pattern in asked:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(
+                f"{recipe.where('lora', field)}: {written!r} is no regular expression: {error}", "lists take names"
+            ) from None
+    asked = [(field, written, pattern) for field, written, pattern in asked if re.search(r"[*+{(]", written)]
+    if not asked:
+        return
+    given = json.dumps([[pattern for _, _, pattern in asked], list(names)])
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH_ALL], input=given, text=True, capture_output=True, check=True,
+            timeout=PATTERN_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        field, written, _ = asked[len((error.stdout or b"").splitlines())]
+        raise UsageError(
+            f"{recipe.where('lora', field)}: {written!r} takes over {PATTERN_SECONDS:g} s to match {len(names)} names",
+            "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
+        ) from None
+
+
+def _patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
+    """(field, what was written, the regular expression that PEFT makes of it)."""
+    for field in ("target_modules", "exclude_modules"):
+        written = getattr(config, field)
+        if isinstance(written, str) and written != "all-linear":
+            yield field, written, f"(?:{written})\\Z"
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            yield field, key, rf"(.*\.)?({key})$"
+    for name in config.modules_to_save or []:
+        yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
+    for pattern in _listed(config.layers_pattern):
+        yield "layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+# What matches nothing -----------------------------------------------------------------------------------------------
+
+
+def _unmatched_names(
+    recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
+) -> Iterator[Problem]:
+    kind = recipe.model.name_or_path
+    converted = isinstance(config.target_modules, (set, list)) and config.target_modules != resolved.target_modules
+    for field in ("target_modules", "exclude_modules"):
+        wanted, where = getattr(config, field), recipe.where("lora", field)
+        if isinstance(wanted, str):
+            if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
+                yield f"{where}: no module of {kind} matches {wanted!r}", "an expression must match the whole name"
+        elif not (field == "target_modules" and converted):
+            for target in sorted(wanted or []):
+                if not any(matches(name, target) for name in names):
+                    hint = _guess(target, names, "lora.target_modules: all-linear")
+                    yield f"{where}: no module of {kind} is called {target}", hint
+    where = recipe.where("lora", "modules_to_save")
+    for name in config.modules_to_save or []:
+        if not any(matches(module, name) for module in names):
+            yield f"{where}: no module of {kind} is called {name}", _guess(name, names, "leave it out")
+        elif more := [module for module in names if module.endswith(name) and not matches(module, name)]:
+            full = next(module for module in names if matches(module, name))
+            yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
+
+
+def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> Iterator[Problem]:
+    """Layers and layer patterns that choose no module, and full names, for which PEFT forgets them."""
+    if config.layers_to_transform is None:
+        return
+    for target in sorted(set(config.target_modules or ()) & set(names)):
+        where = recipe.where("lora", "target_modules")
+        yield f"{where}: {target} is a full name: layers_to_transform does not apply to it", "give the end of the name"
+    alone = copy.copy(config)
+    for layer in _listed(config.layers_to_transform):
+        alone.layers_to_transform = layer
+        if not targeted_modules(alone, names):
+            numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
+            there = f"{numbers[0]} to {numbers[-1]}" if numbers else "not numbered"
+            where = recipe.where("lora", "layers_to_transform")
+            yield f"{where}: no target_modules in layer {layer}", f"the layers are {there}"
+    alone.layers_to_transform = config.layers_to_transform
+    for pattern in _listed(config.layers_pattern):
+        alone.layers_pattern = [pattern]
+        if not targeted_modules(alone, names):
+            lists = {match[1] for name in names if (match := re.match(r".*?([^.]+)\.\d+\.", name))}
+            where = recipe.where("lora", "layers_pattern")
+            yield f"{where}: no target_modules under {pattern}", f"one of {', '.join(sorted(lists))}"
+
+
+def _unmatched_parameters(recipe: Recipe, config: LoraConfig, model: nn.Module) -> Iterator[Problem]:
+    names = [name for name, _ in model.named_parameters()]
+    where = recipe.where("lora", "target_parameters")
+    for target in config.target_parameters or []:
+        if not any(matches(name, target) for name in names):
+            yield f"{where}: no parameter is called {target}", _guess(target, names, "leave it out")
+    for field in ("layers_to_transform", "exclude_modules"):
+        if config.target_parameters and getattr(config, field) is not None:
+            place = recipe.where("lora", field)
+            yield f"{place} does not apply to target_parameters", "name each parameter in full, and leave it out"
+
+
+def _unmatched_patterns(recipe: Recipe, config: LoraConfig, targeted: Sequence[str]) -> Iterator[Problem]:
+    """Keys that match no adapted module, and modules that two keys match: their order is lost in the adapter's file."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = list(getattr(config, field))
+        matched = {key: [name for name in targeted if re.match(rf"(.*\.)?({key})$", name)] for key in keys}
+        for key in keys:
+            if not matched[key]:
+                where = recipe.where("lora", field, key)
+                yield f"{where}: no adapted module matches", _guess(key, targeted, "leave it out")
+        twice = Counter(name for found in matched.values() for name in found)
+        for name in [name for name, times in twice.items() if times > 1][:1]:
+            both = " and ".join(key for key in keys if name in matched[key])
+            yield f"{recipe.where('lora', field)}: {both} both match {name}", "give each module one key"
+
+
+def _wrong_token_ids(
+    recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
+) -> Iterator[Problem]:
+    given, where = config.trainable_token_indices or {}, recipe.where("lora", "trainable_token_indices")
+    kinds = (nn.Embedding, nn.Linear)
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
+    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
+        found = [full for full in weights if matches(full, name)]
+        if not found:
+            yield f"{where}: no embedding or head is called {name}", _guess(name, weights, "leave it out")
+            continue
+        rows = weights[found[0]].shape[0]
+        if wrong := [str(number) for number in ids if number >= rows]:
+            yield f"{where}: {name} has no row {', '.join(wrong)}", f"its {rows} rows count from 0"
+        if len(set(ids)) < len(ids):
+            yield f"{where}: {name} has a row twice", "give each row once"
+        if ids and found[0] in targeted:
+            target = recipe.where("lora", "target_modules")
+            yield (
+                f"{target}: {found[0]} trains rows of its own already",
+                "leave it out, or use modules_to_save for both",
+            )
+
+
+# What PEFT would train but not merge --------------------------------------------------------------------------------
+
+
+def _unmergeable(
+    recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module], parameters: Sequence[str]
+) -> Iterator[Problem]:
+    initial = str(config.init_lora_weights).partition("_niter")[0]
+    if parameters and initial in NEEDS_LINEAR:
+        where = recipe.where("lora", "init_lora_weights")
+        yield f"{where}: {initial} is not defined for parameters such as {parameters[0]}", "init_lora_weights: true"
+    if config.lora_bias:
+        without = [name for name, module in targeted.items() if getattr(module, "bias", None) is None]
+        if without:
+            where = recipe.where("lora", "lora_bias")
+            yield f"{where}: {without[0]} has no bias, so the adapter's could not be merged", "lora_bias: false"
+    unlike = {name: why for name, module in targeted.items() if (why := _unlike_peft(module))}
+    for name, why in list(unlike.items())[:1]:
+        where, others = (
+            recipe.where("lora", "target_modules"),
+            f" ({len(unlike)} such modules)" if len(unlike) > 1 else "",
+        )
+        yield f"{where}: PEFT cannot adapt {name}, a convolution with {why}{others}", "leave it out of target_modules"
+
+
+def _unlike_peft(module: Any) -> str | None:
+    """What PEFT leaves out when it builds A for a convolution (the adapter would merge into another function)."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    if module.groups > 1:
+        return f"groups={module.groups}"
+    if set(module.dilation) != {1}:
+        return f"dilation={module.dilation}"
+    return None if module.padding_mode == "zeros" else f"padding_mode={module.padding_mode}"
+
+
+def _tied(
+    recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str], parameters: Sequence[str]
+) -> Iterator[Problem]:
+    """Adapters on a weight that serves as embedding and head: it can be merged into neither without changing the other.
+
+    `modules_to_save` and `trainable_token_indices` are sound there, but for rows of the head alone.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(head.weight, torch.Tensor):
+        return
+    if head.weight is not model.get_input_embeddings().weight:
+        return
+    shared = [name for name, module in model.named_modules() if getattr(module, "weight", None) is head.weight]
+    both = " and ".join(shared)
+    instead = "use modules_to_save or trainable_token_indices, or leave them out"
+    for name in shared:
+        if name in targeted:
+            yield f"{recipe.where('lora', 'target_modules')}: {name} shares its weight ({both})", instead
+        if f"{name}.weight" in parameters:
+            yield f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})", instead
+    given = config.trainable_token_indices
+    if isinstance(given, dict) and all(matches(shared[-1], name) for name in given):
+        yield (
+            f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight ({both})",
+            f"give the rows of {shared[0].rpartition('.')[2]}",
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]

@@ -1,0 +1,75 @@
+"""Tokens added to a base: the tokenizer takes them, the embeddings grow up to them, and their rows are trained.
+
+Growing never shrinks: many bases have more rows than tokens. A trained row is kept whole in the adapter, so that what
+the new rows started from is of no matter afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import load_peft_weights
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_cli import files
+from lora_cli.errors import UsageError
+from lora_cli.recipe import Recipe
+
+
+def add(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the tokenizer the recipe's tokens and return their ids. UsageError for one that it has already."""
+    first = len(tokenizer)
+    for field, special in (("add_tokens", False), ("add_special_tokens", True)):
+        known = tokenizer.get_vocab()
+        for token in getattr(recipe.model, field):
+            if token in known:
+                where = recipe.where("model", field)
+                raise UsageError(f"{where}: the tokenizer has {token!r} already", "remove it from the list")
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+    return list(range(first, len(tokenizer)))
+
+
+def grow(model: PreTrainedModel, rows: int) -> None:
+    """Let the embeddings, and the head, have at least so many rows; new ones are drawn around the mean of the rest."""
+    if model.get_input_embeddings().num_embeddings < rows:
+        model.resize_token_embeddings(rows)
+
+
+def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> None:
+    """Make `config` train the rows of `ids`, in the embeddings and in a head of its own, beside those it names.
+
+    A module that is trained whole (`modules_to_save`) needs none.
+    """
+    if not ids:
+        return
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    given: Any = config.trainable_token_indices or {}
+    rows = dict(given) if isinstance(given, dict) else {names[0].rpartition(".")[2]: given}
+    for name in names:
+        if not any(matches(name, saved) for saved in config.modules_to_save or ()):
+            key = next((key for key in rows if matches(name, key)), name.rpartition(".")[2])
+            rows[key] = [*rows.get(key, []), *(number for number in ids if number not in rows.get(key, []))]
+    config.trainable_token_indices = rows or None
+
+
+def matches(name: str, ending: str) -> bool:
+    """PEFT's rule for names in lists: the whole name, or its last parts."""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def fit(model: PreTrainedModel, folder: Path) -> None:
+    """Grow the embeddings of a base to those the adapter in `folder` was trained with."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    ends = tuple(f"{name}{inner}.weight" for inner in ("", ".base_layer", ".token_adapter.base_layer"))
+    stored = load_peft_weights(str(folder), device="cpu")
+    carried = [tensor.shape[0] for key, tensor in stored.items() if key.endswith(ends)]
+    given = files.read_json(folder / "adapter_config.json").get("trainable_token_indices") or []
+    ids = [number for listed in given.values() for number in listed] if isinstance(given, dict) else given
+    rows = max([*carried, *(number + 1 for number in ids)], default=0)
+    if embeddings.num_embeddings < rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
