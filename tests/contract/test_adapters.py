@@ -321,7 +321,7 @@ def test_a_regular_expression_that_never_ends_is_stopped(write_recipe, monkeypat
         ("rank_pattern", r"rank_pattern: {q_proj: 2, '((([a-z_]+)*)*)*x': 8}"),
     ):
         path = write_recipe(f"lora:\n  {lora}\n")
-        with pytest.raises(UsageError, match=f"lora.{field}: '.*' takes over 0.5 s to match 39 names"):
+        with pytest.raises(UsageError, match=f"lora.{field}: '.*' takes over 0.5 s to match 33 names"):
             train.train(recipe_file.load(path, [f"output_dir={path.parent / field}"]))
 
 
@@ -372,7 +372,7 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
     rows = [{"prompt": "call the tool", "completion": "<tool> lighthouse <|mark|>"}] * 64
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = write_recipe(
-        f"data: {{path: {tmp_path / 'rows.jsonl'}}}\ntraining: {{max_steps: 60, learning_rate: 1e-2}}\n"
+        f"data: {{path: {tmp_path / 'rows.jsonl'}}}\ntraining: {{max_steps: 200, learning_rate: 3e-3}}\n"
         "model: {add_tokens: [lighthouse, '<tool>'], add_special_tokens: ['<|mark|>']}\n"
     )
     adapter = train.train(recipe_file.load(path))

@@ -137,7 +137,8 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {layers_to_transform: [0, -1], target_modules: [q_proj]}\n",
-            "r.yaml:3: lora.layers_to_transform is [0, -1], but must be a whole number or greater than or equal to 0 | None",
+            "r.yaml:3: lora.layers_to_transform is [0, -1], but must be a whole number or "
+            "greater than or equal to 0 | None",
         ),
         (
             MINIMAL + "training: {loraplus_lr_embedding: 1e-5}\n",
