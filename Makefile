@@ -9,7 +9,7 @@ TINY = build/tiny/DONE
 .DEFAULT_GOAL := test
 .PHONY: demo methods test lint docs quantizer gsm8k clean
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
 	touch $@

@@ -158,6 +158,18 @@ def chat(
 
 
 @app.command()
+def doctor(
+    oracle: Annotated[bool, typer.Option("--oracle", help="Also print every comparison's largest deviation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+) -> None:
+    """Check what is installed here against the published formulas. Exit 1 if something a recipe needs is wrong."""
+    from lora_cli.doctor import doctor
+
+    if not doctor(oracle, as_json, _quiet_libraries):
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="The reference of all keys as Markdown instead.")

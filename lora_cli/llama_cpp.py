@@ -95,7 +95,7 @@ def find_converter(directory: Path | None = None) -> Found:
     `gguf` lies beside it or is installed here; on the PATH a converter that is not complete does not count.
     Raises LoraError with the one command that mends it.
     """
-    found = _search_converter(directory)
+    found = search_converter(directory)
     if found is None:
         raise _missing(directory, "lora setup-llama-cpp", lambda root: converter_lacks(root / CONVERTER))
     return found
@@ -103,17 +103,10 @@ def find_converter(directory: Path | None = None) -> Found:
 
 def find_quantizer(directory: Path | None = None) -> Found:
     """The `llama-quantize` program. Raises LoraError with the one command that mends it."""
-    found = _search_quantizer(directory)
+    found = search_quantizer(directory)
     if found is None:
         raise _missing(directory, "lora setup-llama-cpp --quantizer", lambda _: f"{QUANTIZER} (in build/bin, bin or .)")
     return found
-
-
-def status(directory: Path | None = None) -> str:
-    """One line: where both tools come from, or the command that installs the missing one. Raises nothing."""
-    converter = _search_converter(directory) or "missing (`lora setup-llama-cpp`)"
-    quantizer = _search_quantizer(directory) or "missing (`lora setup-llama-cpp --quantizer`)"
-    return f"llama.cpp: converter {converter}; quantizer {quantizer}"
 
 
 def converter_type(name: str) -> str:
@@ -211,7 +204,8 @@ def last_line(lines: Sequence[str]) -> str:
     return re.sub(r"^ERROR:([\w.-]+:)?", "", (errors or telling)[-1]).strip() if telling else "it printed nothing"
 
 
-def _search_converter(directory: Path | None) -> Found | None:
+def search_converter(directory: Path | None = None) -> Found | None:
+    """As `find_converter`, but None where there is none."""
     if chosen := _chosen(directory):
         root, source = chosen
         return None if converter_lacks(root / CONVERTER) else Found(root / CONVERTER, source)
@@ -222,7 +216,8 @@ def _search_converter(directory: Path | None) -> Found | None:
     return None if converter_lacks(script) else Found(script, "managed copy")
 
 
-def _search_quantizer(directory: Path | None) -> Found | None:
+def search_quantizer(directory: Path | None = None) -> Found | None:
+    """As `find_quantizer`, but None where there is none."""
     root, source = _chosen(directory) or (managed_home(), "managed copy")
     if source == "managed copy" and (on_path := shutil.which(QUANTIZER)):
         return Found(Path(on_path).resolve(), "PATH")

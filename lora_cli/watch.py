@@ -32,6 +32,8 @@ class Watch(TrainerCallback):
         self.step_loss: torch.Tensor | float = 0.0
         self.loss = float("nan")
         self.began, self.began_step, self.began_tokens = 0.0, 0, 0
+        self.untouched: set[str] | None = None
+        """Trained tensors that no step has had a gradient for; None before the first."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,8 +52,10 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """One read from the device: is the step's loss finite, and every gradient?"""
-        gradients = [parameter.grad for _, parameter in model.trainable(kwargs["model"]) if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = {name: parameter.grad for name, parameter in model.trainable(kwargs["model"])}
+        without = {name for name, gradient in gradients.items() if gradient is None}
+        self.untouched = without if self.untouched is None else self.untouched & without
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients.values() if gradient is not None])
         self.loss, self.step_loss = float(self.step_loss), 0.0
         what = None
         if not math.isfinite(self.loss):
@@ -79,6 +83,17 @@ class Watch(TrainerCallback):
             f"{ui.duration(left)} left",
             force=state.global_step in (1, state.max_steps),
         )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what was to be trained and could not be: some models read a module's weight without calling it."""
+        if self.untouched:
+            self.progress.clear()
+            ui.warn(
+                f"{len(self.untouched)} trained tensors never had a gradient and are as they started, such as "
+                f"{min(self.untouched)}; leave their modules out of lora.target_modules"
+            )
 
     def on_log(
         self,

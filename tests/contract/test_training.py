@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -194,3 +195,18 @@ def test_what_upstream_refuses_is_an_error_of_ours(write_recipe, text: str, said
         train.train(recipe_file.load(write_recipe(f"{text}\n")))
     assert said in caught.value.message
     assert caught.value.hint
+
+
+def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """As where a model reads a module's weight itself, past the adapter on it (Jamba's dt_proj)."""
+    linear = LoraLinear.forward
+
+    def past_the_adapter(self, x, *args, **kwargs):
+        return self.base_layer(x) if self.out_features == 512 else linear(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(LoraLinear, "forward", past_the_adapter)
+    train.train(recipe_file.load(write_recipe("")))
+    assert (
+        "warning: 8 trained tensors never had a gradient and are as they started, such as "
+        "base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight; leave" in capsys.readouterr().err
+    )
