@@ -54,7 +54,9 @@ def doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> boo
         print(json.dumps({"ok": not problems, "checks": [check._asdict() for check in checks], "oracle": found}))
         return not problems
     if show_oracle and deviations:
-        print("\n" + table(deviations))
+        from lora_cli import oracle
+
+        print("\n" + oracle.table(deviations))
     notes = sum(check.status == "note" for check in checks)
     ui.say(f"\nproblems: {len(problems)}, notes: {notes}")
     return not problems
@@ -88,9 +90,8 @@ def _tried(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
         yield from check()
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        yield Check(
-            name, "problem", f"cannot be tried: {type(error).__name__}: {said}", "mend the problems above first"
-        )
+        fix = f"python -m pip install -r {TESTED}"
+        yield Check(name, "problem", f"cannot be tried: {type(error).__name__}: {said}", fix)
 
 
 # Versions -----------------------------------------------------------------------------------------------------------
@@ -313,21 +314,3 @@ def memory() -> Iterator[Check]:
     yield Check(
         "memory", "ok", f"{ram.available / 1e9:.1f} of {ram.total / 1e9:.1f} GB free, {os.cpu_count()} processors"
     )
-
-
-# The oracle's table -------------------------------------------------------------------------------------------------
-
-
-def table(deviations: list[Any]) -> str:
-    """The largest deviation of every pair, one table per set of measures."""
-    rows: dict[str, dict[str, float]] = {}
-    for each in deviations:
-        rows.setdefault(each.pair, {})[each.measure] = each.value
-    by_measures: dict[tuple[str, ...], list[str]] = {}
-    for pair, found in rows.items():
-        by_measures.setdefault(tuple(found), []).append(pair)
-    tables = []
-    for measures, pairs in by_measures.items():
-        cells = [[pair, *(f"{rows[pair][measure]:.1e}" for measure in measures)] for pair in pairs]
-        tables.append(ui.table(["largest deviation", *measures], cells))
-    return "\n\n".join(tables)

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_cli import model
+from lora_cli import model, ui
 from lora_cli.reference import nf4
 from lora_cli.reference.tree import LoraModel
 
@@ -255,3 +255,18 @@ def worst(found: list[Deviation]) -> list[Deviation]:
     for each in found:
         by_key.setdefault((each.pair, each.measure), []).append(each)
     return [max(group, key=lambda each: (math.isnan(each.value), each.value)) for group in by_key.values()]
+
+
+def table(deviations: list[Deviation]) -> str:
+    """The largest deviation of every pair, one table per set of measures."""
+    rows: dict[str, dict[str, float]] = {}
+    for each in deviations:
+        rows.setdefault(each.pair, {})[each.measure] = each.value
+    by_measures: dict[tuple[str, ...], list[str]] = {}
+    for pair, found in rows.items():
+        by_measures.setdefault(tuple(found), []).append(pair)
+    tables = []
+    for measures, pairs in by_measures.items():
+        cells = [[pair, *(f"{rows[pair][measure]:.1e}" for measure in measures)] for pair in pairs]
+        tables.append(ui.table(["largest deviation", *measures], cells))
+    return "\n\n".join(tables)
