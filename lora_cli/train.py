@@ -5,6 +5,7 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -29,9 +30,15 @@ from lora_cli.watch import NonFiniteError, Watch
 
 
 class _Watched:
-    """Lets a Trainer hand each micro-batch's loss to its `Watch`."""
+    """Lets a Trainer hand each micro-batch's loss to its `Watch`, and weighs evaluation by tokens.
+
+    Trainer's own eval_loss is a mean of the batches' means: it changes with the batch size, and a row of three tokens
+    counts as much as one of a thousand.
+    """
 
     watch: Watch
+    eval_loss, eval_tokens = 0.0, 0
+    """Summed over the evaluation so far: the loss of each trained token, and their number."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
 
@@ -52,6 +59,23 @@ class _Watched:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self.watch.step_loss = self.watch.step_loss + loss
         return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        tokens = int((inputs["labels"][..., 1:] != data.IGNORED).sum())
+        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if tokens:
+            self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
+        return loss, *others
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.eval_loss, self.eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        sums = torch.tensor([self.eval_loss, self.eval_tokens], device=self.args.device)  # type: ignore[attr-defined]
+        total, tokens = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[attr-defined]
+        mean = total / tokens if tokens else float("nan")
+        output.metrics[f"{metric_key_prefix}_loss"] = mean
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))
+        return output
 
 
 class WatchedSFTTrainer(_Watched, SFTTrainer):

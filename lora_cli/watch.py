@@ -108,4 +108,6 @@ class Watch(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
         if logs and "eval_loss" in logs:
             self.progress.clear()
-            ui.say(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
+            ui.say(
+                f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}"
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,34 @@ def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.Mo
         "warning: 8 trained tensors never had a gradient and are as they started, such as "
         "base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight; leave" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("trainer", ["sft", "trainer"])
+def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, tmp_path: Path, trainer: str) -> None:
+    """Whatever the batch size, and equal to a loop of our own over the same rows."""
+    found = {}
+    for size in (1, 5, 16):
+        path = write_recipe(
+            f"trainer: {trainer}\noutput_dir: {tmp_path / str(size)}\n"
+            f"data: {{eval_path: {tiny / 'eval.jsonl'}, max_rows: 37}}\n"
+            f"training: {{eval_strategy: steps, eval_steps: 3, per_device_eval_batch_size: {size}}}\n"
+        )
+        adapter = train.train(recipe_file.load(path))
+        lines = [json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()]
+        found[size] = next(line for line in lines if "eval_loss" in line)
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    adapted = model.load_adapter(base, adapter).eval()
+    rows = train.data.load(recipe_file.load(path), model.load_tokenizer(str(adapter)))[1].rows
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            logits = adapted(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
+            )
+    expected = torch.cat(losses).mean().item()
+    for line in found.values():
+        assert line["eval_loss"] == pytest.approx(expected, rel=1e-4)
+        assert line["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-3)
+    assert torch.stack([loss.mean() for loss in losses]).mean().item() != pytest.approx(expected, rel=1e-3)
