@@ -10,39 +10,38 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
-from lora_cli import data, ui
+from lora_cli import formats, ui
 from lora_cli.answer import Messages, Sampling, open_models
 from lora_cli.errors import UsageError
 
 
 class Question(NamedTuple):
-    """A row that waits for an answer: `row` in one of data.FORMATS, its answer empty where the file gives none."""
+    """A row that waits for an answer: in one of `formats.FORMATS`, with any word where it gives no answer."""
 
     row: dict[str, Any]
     style: str
-    number: int
+    place: str
+    expected: str | None
+    """The answer hoped for."""
 
     def messages(self, template: str | None) -> Messages:
         """What is asked, as the model with this chat template was trained to be asked."""
-        return self._conversation(template)[:-1]
-
-    @property
-    def expected(self) -> str | None:
-        """The answer hoped for."""
-        return self._conversation(None)[-1]["content"] or None
+        try:
+            found = formats.converter(self.style, formats.uses_alpaca(template))(self.row)
+        except formats.BadRow as bad:
+            raise UsageError(f"{self.place}: {bad.said}", bad.hint) from None
+        assert isinstance(found, formats.Conversation)
+        return found.messages[:-1]
 
     @property
     def text(self) -> str:
         """The last message, as a person would recognise it."""
-        return self._conversation(None)[-2]["content"]
-
-    def _conversation(self, template: str | None) -> Messages:
-        return data.to_messages(self.row, self.style, self.number - 1, data.uses_alpaca(template))
+        return str(self.messages(None)[-1]["content"])
 
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     """Prompts of the command line, then those of the file: rows of a known format in .jsonl, else lines of text."""
-    questions = [_plain(prompt, number) for number, prompt in enumerate(prompts, start=1)]
+    questions = [_plain(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -52,32 +51,39 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
             raise UsageError(f"{file} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                questions.append(_question(line, file, number))
+                place, json_file = f"{file}:{number}", file.suffix in (".jsonl", ".json")
+                questions.append(_question(line, place) if json_file else _plain(line.strip(), place))
     if not questions:
         raise UsageError("no prompt was given", "--prompt TEXT, or --file FILE")
     return questions
 
 
-def _plain(prompt: str, number: int) -> Question:
-    return Question({"prompt": prompt, "completion": ""}, "prompt_completion", number)
+def _plain(prompt: str, place: str) -> Question:
+    return Question({"prompt": prompt, "completion": "?"}, "prompt_completion", place, None)
 
 
-def _question(line: str, file: Path, number: int) -> Question:
-    if file.suffix not in (".jsonl", ".json"):
-        return _plain(line.strip(), number)
+def _question(line: str, place: str) -> Question:
+    """A row of JSON: its answer, where it has one, is what is hoped for."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{file}:{number}: not valid JSON: {error.msg}", "one JSON object a line") from None
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
-        return _plain(row["prompt"], number)
-    for style, needed in data.FORMATS.items():
-        if style != "text" and isinstance(row, dict) and all(column in row for column in needed):
-            question = Question(row, style, number)
-            if question._conversation(None)[-1]["role"] != "assistant":
-                raise UsageError(f"{file}:{number}: the last message is no answer", "end it with the assistant's turn")
-            return question
-    raise UsageError(f"{file}:{number}: a row needs prompt, instruction and output, or messages", '{"prompt": "…"}')
+        raise UsageError(f"{place}: not valid JSON: {error.msg}", "one JSON object a line") from None
+    for style, asked, answer in (("prompt_completion", "prompt", "completion"), ("alpaca", "instruction", "output")):
+        if isinstance(row, dict) and isinstance(row.get(asked), str):
+            expected = row.get(answer) or None
+            return Question({**row, answer: expected or "?"}, style, place, expected)
+    found = formats.recognise(row) if isinstance(row, dict) else None
+    if found not in ("messages", "sharegpt", "prompt_completion"):
+        raise UsageError(f"{place}: a row needs prompt, instruction, messages or conversations", '{"prompt": "…"}')
+    question = Question(row, found, place, None)
+    try:
+        conversation = formats.converter(found)(row)
+    except formats.BadRow as bad:
+        raise UsageError(f"{place}: {bad.said}", bad.hint) from None
+    assert isinstance(conversation, formats.Conversation)
+    if conversation.messages[-1]["role"] != "assistant":
+        raise UsageError(f"{place}: the last message is no answer", "end it with the assistant's turn")
+    return question._replace(expected=conversation.messages[-1]["content"] or None)
 
 
 def generate(

@@ -109,15 +109,18 @@ class Quantization(Section):
 
 
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
-Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"]
+Column = Literal[
+    "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
+    "input_ids", "labels", "system", "tools",
+]  # fmt: skip
 
 
 class Data(Section):
     """What is trained on."""
 
     path: Paths
-    """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files of one kind (.json .jsonl .csv
-    .parquet .arrow .txt)."""
+    """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv .tsv .txt, also
+    under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list."""
     name: str | None = None
     """Configuration of a hub data set that has several."""
     revision: str | None = None
@@ -128,14 +131,19 @@ class Data(Section):
     """Files or data set to evaluate on; unset: `path`, where eval_split is given."""
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
-    format: Auto | Literal["alpaca", "prompt_completion", "messages", "text"] = "auto"
-    """Shape of a row; `auto` tells by the columns."""
+    format: Auto | Literal["alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens"] = "auto"
+    """Shape of a row; `auto` tells by the columns: instruction/input/output, prompt/completion, OpenAI's messages,
+    ShareGPT's conversations, text, or input_ids with labels."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens with loss: the last answer, every answer, or everything."""
-    on_long_row: Literal["drop", "truncate", "error"] = "drop"
-    """A row over training.max_length tokens is left out (counted), cut at the end (counted), or an error."""
+    """Tokens with loss: the last answer, every answer, or everything. A turn with `train: false` or `weight: 0` has
+    none."""
+    on_long_row: Literal["drop", "truncate", "split", "error"] = "drop"
+    """A row over training.max_length tokens is left out, cut at the end, cut into several, or an error; counted."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used (no JSON, a column missing or no text, an unknown role, …) is an error, or left out;
+    counted by kind, the first named with file and line."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use at most this many rows."""
 

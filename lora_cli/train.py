@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli import data, files, foreign, initial, model, record, targets, tokens, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
+from lora_cli.render import IGNORED
 from lora_cli.watch import NonFiniteError, Watch
 
 
@@ -61,7 +62,7 @@ class _Watched:
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = int((inputs["labels"][..., 1:] != data.IGNORED).sum())
+        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
         loss, *others = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if tokens:
             self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
@@ -152,11 +153,11 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         "data": {
             "fingerprint": train_rows.fingerprint,
             "commit": train_rows.commit,
-            "read": train_rows.read,
+            "read": train_rows.counts.read,
             "rows": len(train_rows.rows),
-            "tokens": train_rows.tokens,
-            "trained_tokens": train_rows.trained_tokens,
-            "left_out": dict(train_rows.counts),
+            "tokens": train_rows.counts.tokens,
+            "trained_tokens": train_rows.counts.trained_tokens,
+            "left_out": dict(train_rows.counts.left_out),
         },
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": result.global_step, "train_loss": result.training_loss},

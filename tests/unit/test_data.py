@@ -12,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, generate, model, recipe_file
+from lora_cli import data, formats, generate, model, recipe_file
 from lora_cli.errors import LoraError
+from lora_cli.render import IGNORED, Renderer
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
@@ -55,7 +56,7 @@ def learned(prepared: data.Prepared, tokenizer: PreTrainedTokenizerFast, row: in
     assert [i for i, label in zip(prepared.rows[row]["input_ids"], labels) if label != -100] == [
         label for label in labels if label != -100
     ]
-    return tokenizer.convert_ids_to_tokens([label for label in labels if label != data.IGNORED])
+    return tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])
 
 
 CONVERSATION = {
@@ -126,18 +127,18 @@ def test_plain_text_gets_one_bos_and_one_eos(prepare, tokenizer) -> None:
 def test_long_rows_are_dropped_cut_or_an_error(prepare, tokenizer) -> None:
     rows = [{"prompt": "ask", "completion": "one " * n} for n in (1, 40)]
     dropped = prepare(rows, "on_long_row: drop", "max_length: 12")
-    assert (len(dropped.rows), dropped.counts["dropped: over 12 tokens"]) == (1, 1)
+    assert (len(dropped.rows), dropped.counts.left_out["dropped: over 12 tokens"]) == (1, 1)
     cut = prepare(rows, "on_long_row: truncate", "max_length: 12")
     assert [len(ids) for ids in cut.rows["input_ids"]] == [9, 12]
-    assert cut.counts["cut at 12 tokens"] == 1
-    with pytest.raises(LoraError, match="row 1 has 48 tokens, over training.max_length 12"):
+    assert cut.counts.left_out["cut at 12 tokens"] == 1
+    with pytest.raises(LoraError, match="rows.jsonl:2: 48 tokens, over training.max_length 12"):
         prepare(rows, "on_long_row: error", "max_length: 12")
 
 
 def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(prepare) -> None:
     rows = [{"prompt": "ask", "completion": "one"}, {"prompt": "more " * 20, "completion": "one"}]
     cut = prepare(rows, "on_long_row: truncate", "max_length: 12")
-    assert (len(cut.rows), cut.counts["dropped: the answer was cut off whole"]) == (1, 1)
+    assert (len(cut.rows), cut.counts.left_out["dropped: the answer was cut off whole"]) == (1, 1)
 
 
 def test_nothing_left_is_an_error_that_counts(prepare) -> None:
@@ -148,15 +149,15 @@ def test_nothing_left_is_an_error_that_counts(prepare) -> None:
 @pytest.mark.parametrize(
     ("row", "extra", "said"),
     [
-        ({"prompt": "ask", "completion": 3}, "", "data row 0: completion is 3, but must be text"),
-        ({"prompt": "ask", "completion": None}, "", "data row 0: completion is None, but must be text"),
-        ({"messages": [{"role": "asistant", "content": "x"}]}, "", "data row 0: the role 'asistant' is not known"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "", "data row 0: no message has the role assistant"),
-        ({"messages": "x"}, "", "data row 0: messages must be a list"),
+        ({"prompt": "ask", "completion": 3}, "", "rows.jsonl:1: completion is a number (3), but must be text"),
+        ({"prompt": "ask", "completion": None}, "", "rows.jsonl:1: completion is null, but must be text"),
+        ({"messages": [{"role": "asistant", "content": "x"}]}, "", "rows.jsonl:1: turn 0: the role 'asistant' is not"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "", "rows.jsonl:1: no turn is the assistant's"),
+        ({"messages": "x"}, "", "rows.jsonl:1: messages is text, but must be a list"),
         (
             {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]},
             "",
-            "data row 0: the assistant speaks first",
+            "rows.jsonl:1: the assistant speaks first",
         ),
         ({"foo": "a", "bar": "b"}, "", "data.path: the columns foo, bar are of no known format"),
         ({"prompt": "a", "completion": "b"}, "columns: {prompt: promt}", "data.columns: there is no column promt"),
@@ -208,7 +209,8 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
     tokenizer.chat_template = None
     assert model.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
     row = {"instruction": "ask", "input": more, "output": "answer"}
-    text, spans = data.render(tokenizer, data.to_messages(row, "alpaca", 0, data.uses_alpaca(tokenizer.chat_template)))
+    conversation = formats.converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(row)
+    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(conversation)
     assert text == f"<s>{prompt}answer</s>"
     assert [text[start:end] for start, end in spans] == ["answer</s>"]
 
@@ -218,15 +220,29 @@ def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
     assert names == ["alpaca", "chatml"]
     for name in names:
         model.set_chat_template(tokenizer, name)
-        text, spans = data.render(tokenizer, CONVERSATION["messages"])
+        [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("messages")(CONVERSATION))
         assert [text[start:end] for start, end in spans] == ["one</s>", "two</s>"], name
         assert text.count("<s>") == 1
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
-    tokenizer.chat_template = "{{ messages | length }}" + TURNS
-    with pytest.raises(LoraError, match="renders the beginning of a conversation otherwise than the whole"):
-        data.render(tokenizer, CONVERSATION["messages"])
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(prepare, tokenizer, capfd) -> None:
+    """As Qwen 3's, which takes the thinking out of all answers but the last."""
+    last = "{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% else %}{{ '.' }}{% endif %}"
+    tokenizer.chat_template = TURNS.replace("m['content'] + ' ' + eos_token", "'' }}" + last + "{{ ' ' + eos_token")
+    prepared = prepare([CONVERSATION])
+    rows = [tokenizer.convert_ids_to_tokens(ids) for ids in prepared.rows["input_ids"]]
+    assert [row[-2:] for row in rows] == [["one", "</s>"], ["two", "</s>"]]
+    assert rows[1][rows[1].index("assistant") + 2] == "."  # the first answer, as it is once there is another
+    assert [learned(prepared, tokenizer, row) for row in (0, 1)] == [["one", "</s>"], ["two", "</s>"]]
+    assert "1 conversations became one row for each answer" in capfd.readouterr().err
+    fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)["input_ids"]
+    assert prepared.rows[1]["input_ids"][: len(fed)] == fed
+
+
+def test_a_generation_prompt_that_no_answer_begins_with_is_refused(prepare, tokenizer) -> None:
+    tokenizer.chat_template = TURNS.replace("{{ 'assistant : ' }}", "{{ 'assistant : think' }}")
+    with pytest.raises(LoraError, match="the chat template's generation prompt is not how it begins an answer"):
+        prepare([CONVERSATION])
 
 
 def test_a_template_that_never_ends_an_answer_is_warned_about(prepare, tokenizer, capfd) -> None:
@@ -247,6 +263,6 @@ def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Pa
     asked = tokenizer.apply_chat_template(
         question.messages(tokenizer.chat_template), tokenize=False, add_generation_prompt=True
     )
-    text, spans = data.render(tokenizer, data.to_messages(row, "alpaca", 0, True))
+    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("alpaca", True)(row))
     assert asked == text[: spans[0][0]]
     assert question.expected == "answer"

@@ -25,8 +25,8 @@ FILES = {path.stem: [path] for path in PACKAGE.glob("*.py")} | {"reference": [*P
 FLOORS = [
     {"__init__", "errors"},
     {"ui", "files", "fields", "yamlfile", "foreign", "reference"},
-    {"recipe", "record", "llama_cpp"},
-    {"tokens"},
+    {"recipe", "record", "llama_cpp", "formats"},
+    {"tokens", "sources", "render"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"fold", "watch", "oracle", "initial"},
     {"answer"},

@@ -1,0 +1,267 @@
+"""What a row is: a conversation, a text, or tokens; told by its columns and checked, whatever file it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lora_cli.errors import nearest
+
+# The columns each format needs, most specific first. Further ones: alpaca `input`; `system`; `tools`; `labels`.
+FORMATS = {
+    "tokens": ("input_ids",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+ROLES = ("system", "user", "assistant", "tool")
+# ShareGPT's names of the speakers, as its data sets spell them
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+MEND = "mend or remove the row, or --set data.on_bad_row=skip"
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `kind` is what such rows are counted by, `said` what is wrong with this one."""
+
+    def __init__(self, kind: str, said: str | None = None, hint: str = MEND) -> None:
+        super().__init__(said or kind)
+        self.kind, self.said, self.hint = kind, said or kind, hint
+
+
+class Conversation(NamedTuple):
+    """Turns as chat templates take them, the tools they may call, and whether each turn may carry loss."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    trained: list[bool]
+
+
+class Tokens(NamedTuple):
+    """A row that is tokenised already; -100 in `labels` where there is no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+Converter = Callable[[Mapping[str, Any]], Conversation | Tokens | str]
+
+
+def recognise(columns: Iterable[str]) -> str | None:
+    """The first format whose columns are all there."""
+    there = set(columns)
+    return next((style for style, needed in FORMATS.items() if there.issuperset(needed)), None)
+
+
+def converter(style: str, alpaca_prompt: bool = False) -> Converter:
+    """The function that makes a row of format `style` a Conversation, Tokens, or text; it raises BadRow.
+
+    `alpaca_prompt`: the chat template has Alpaca's own place for a row's `input`.
+    """
+    converters: dict[str, Converter] = {
+        "tokens": _tokens,
+        "messages": lambda row: _conversation(_list(row, "messages"), row),
+        "sharegpt": lambda row: _conversation([_from_sharegpt(turn) for turn in _list(row, "conversations")], row),
+        "alpaca": lambda row: _alpaca(row, alpaca_prompt),
+        "prompt_completion": _prompt_completion,
+        "text": lambda row: _filled(row, "text"),
+    }
+    return converters[style]
+
+
+def uses_alpaca(template: str | None) -> bool:
+    """Whether the chat template has Alpaca's own place for a row's `input`."""
+    return "### Input:" in (template or "")
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+_NAMES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        guess = nearest(column, row)
+        there = ", ".join(row) or "none"
+        hint = f"did you mean {guess}? --set 'data.columns={{{column}: {guess}}}'" if guess else MEND
+        raise BadRow(f"there is no {column}", f"there is no {column}; the columns are {there}", hint)
+    return row[column]
+
+
+def _text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+    value, name = _value(row, column), name or column
+    if not isinstance(value, str):
+        kind = _NAMES.get(type(value), type(value).__name__)
+        shown = "" if value is None or isinstance(value, bool) else f" ({json.dumps(value, default=str)[:40]})"
+        raise BadRow(f"{name} is {kind}", f"{name} is {kind}{shown}, but must be text")
+    return value
+
+
+def _filled(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+    text = _text(row, column, name)
+    if not text.strip():
+        raise BadRow(f"{name or column} is empty")
+    return text
+
+
+def _list(row: Mapping[str, Any], column: str) -> list[Any]:
+    value = _value(row, column)
+    if isinstance(value, str):  # some data sets keep their lists as JSON
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise BadRow(f"{column} is text", f"{column} is text, but must be a list") from None
+    if not isinstance(value, list):
+        kind = _NAMES.get(type(value), type(value).__name__)
+        raise BadRow(f"{column} is {kind}", f"{column} is {kind}, but must be a list")
+    if not value:
+        raise BadRow(f"{column} is empty")
+    return value
+
+
+# Formats ------------------------------------------------------------------------------------------------------------
+
+
+def _alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation:
+    question = _filled(row, "instruction")
+    if row.get("input"):
+        question += ("\n\n### Input:\n" if alpaca_prompt else "\n\n") + _text(row, "input")
+    return _two_turns(question, _filled(row, "output"), row)
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    prompt, completion = _value(row, "prompt"), _value(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _conversation([*prompt, *completion], row)
+    return _two_turns(_filled(row, "prompt"), _filled(row, "completion"), row)
+
+
+def _two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    system = _system(row)
+    return Conversation([*system, *messages], None, [False] * (len(system) + 1) + [True])
+
+
+def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+
+
+def _conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
+    """Turns with known roles and contents, the user before the assistant, at least one answer to learn."""
+    messages, trained = [], []
+    for number, turn in enumerate(turns):
+        message, learned = _turn(turn, number)
+        messages.append(message)
+        trained.append(learned)
+    if messages[0]["role"] != "system":
+        messages, trained = _system(row) + messages, [False] * len(_system(row)) + trained
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise BadRow("no turn is the assistant's")
+    if next(role for role in roles if role != "system") == "assistant":
+        raise BadRow("the assistant speaks first", hint="begin with a turn of the user")
+    return Conversation(messages, _tools(row), trained)
+
+
+def _turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
+    """One message as templates take it, and whether it may carry loss (`train: false` or `weight: 0` say no)."""
+    if not isinstance(turn, dict):
+        raise BadRow(
+            "a turn is no mapping", f"turn {number} is {json.dumps(turn, default=str)[:40]}, not {{role, content}}"
+        )
+    role = turn.get("role")
+    if role not in ROLES:
+        guess = nearest(str(role), ROLES)
+        hint = f"did you mean {guess}?" if guess else f"roles are {', '.join(ROLES)}"
+        raise BadRow(f"the role {role!r} is not known", f"turn {number}: the role {role!r} is not known", hint)
+    train, weight = turn.get("train"), turn.get("weight")
+    if not (train is None or isinstance(train, bool)) or weight not in (None, 0, 1):
+        raise BadRow("train is no true or false", f"turn {number}: train must be true or false, weight 0 or 1")
+    message = {"role": role}
+    calls = turn.get("tool_calls")
+    if calls:
+        message["tool_calls"] = _calls(calls, number)
+    if calls and not turn.get("content"):
+        message["content"] = ""
+    elif role in ("assistant", "user"):
+        message["content"] = _filled(turn, "content", f"the {role}'s content")
+    else:
+        message["content"] = _text(turn, "content", f"the {role}'s content")
+    for key in ("name", "tool_call_id", "reasoning_content"):
+        if turn.get(key) is not None:
+            message[key] = turn[key]
+    return message, role == "assistant" and train is not False and weight != 0
+
+
+def _calls(calls: Any, number: int) -> list[Any]:
+    """Tool calls with arguments as mappings, as templates print them (OpenAI's files hold them as JSON text)."""
+    made = []
+    for call in calls if isinstance(calls, list) else [None]:
+        call = call if isinstance(call, dict) else {}
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(
+                "tool_calls are not calls",
+                f"turn {number}: tool_calls must be a list of {{function: {{name, arguments}}}}",
+            )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except json.JSONDecodeError:
+                raise BadRow(
+                    "a tool call's arguments are no JSON",
+                    f"turn {number}: the arguments of {function['name']} are no JSON",
+                ) from None
+        named = {"id": call["id"]} if call.get("id") else {}
+        made.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return made
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    return _list(row, "tools") if row.get("tools") else None
+
+
+def _from_sharegpt(turn: Any) -> Any:
+    """A turn `{from, value}` as `{role, content}`; others as they are."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    speaker, value = turn["from"], turn.get("value")
+    others = {key: turn[key] for key in ("train", "weight") if key in turn}
+    if speaker == "function_call":
+        try:
+            calls = json.loads(str(value))
+        except json.JSONDecodeError:
+            raise BadRow("a function_call is no JSON") from None
+        return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **others}
+    return {"role": SHAREGPT_ROLES.get(str(speaker), speaker), "content": value, **others}
+
+
+def _tokens(row: Mapping[str, Any]) -> Tokens:
+    ids = _list(row, "input_ids")
+    labels = row.get("labels")
+    labels = ids if labels is None else labels
+    if not isinstance(labels, list) or len(labels) != len(ids):
+        raise BadRow("labels are not as many as input_ids")
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if not all(type(value) is int for value in values):
+            raise BadRow(f"{name} are not whole numbers")
+    return Tokens(ids, labels)
