@@ -70,6 +70,23 @@ def train(
 
 
 @app.command()
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="Rows to show as the model sees them.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+) -> None:
+    """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste the run."""
+    from lora_cli.recipe_file import load
+
+    loaded = load(recipe, overrides or [])
+    _quiet_libraries()
+    from lora_cli.check import check
+
+    check(loaded, samples, as_json)
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the plain model to; must not exist.")],

@@ -22,6 +22,10 @@ COLUMNS_FROM = 100
 """Rows, from the first, whose columns tell the format."""
 
 
+FIRST = 20
+"""Rows kept with their places, to be shown."""
+
+
 class Kept(NamedTuple):
     """A row to train on, and where it was read."""
 
@@ -53,9 +57,10 @@ class Counts:
 
 
 class Prepared(NamedTuple):
-    """Rows with `input_ids` and `labels`, and what became of the rows read."""
+    """Rows with `input_ids` and `labels`, the first of them with their places, and what became of the rows read."""
 
     rows: Dataset
+    first: list[Kept]
     counts: Counts
     fingerprint: str
     commit: str | None
@@ -86,7 +91,9 @@ def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokeniz
     LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left to learn from.
     """
     counts = Counts()
-    table = _table(_select(_encoded(source, recipe, tokenizer, counts), recipe, counts))
+    kept = _select(_encoded(source, recipe, tokenizer, counts), recipe, counts)
+    first = list(islice(kept, FIRST))
+    table = _table(chain(first, kept))
     if counts.read == 0:
         raise LoraError(f"the split {source.split} holds no row", "split: train")
     _say_bad_rows(recipe.data, counts)
@@ -98,7 +105,7 @@ def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokeniz
             f"--set training.max_length={longest}, or look at the rows",
         )
     _warn(tokenizer, counts, len(table))
-    return Prepared(Dataset(table), counts, source.fingerprint(), source.commit)
+    return Prepared(Dataset(table), first, counts, source.fingerprint(), source.commit)
 
 
 def _table(rows: Iterator[Kept]) -> pyarrow.Table:

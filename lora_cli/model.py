@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 
 from lora_cli import files, record, tokens
 from lora_cli.errors import LoraError, nearest
+from lora_cli.recipe import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -81,6 +82,12 @@ def load_base(
     return model
 
 
+def skeleton(name: str, revision: str | None) -> PreTrainedModel:
+    """The base without weights (on the `meta` device): its modules' names and shapes, in an instant."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(name, revision))
+
+
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     """The model on the GPU where there is one. Not for 4-bit weights: `load_base` has put those where they run."""
     accelerator = torch.accelerator.current_accelerator()
@@ -98,6 +105,14 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def tokenizer_for(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokenizerBase, list[int], str]:
+    """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat template in words."""
+    roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
+    tokenizer = load_tokenizer(recipe.model.name_or_path, commit, **roles)
+    new_ids = tokens.add(recipe, tokenizer)
+    return tokenizer, new_ids, set_chat_template(tokenizer, recipe.model.chat_template)
 
 
 def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:

@@ -116,10 +116,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
     commit = run["base"]["commit"]
-    roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
-    tokenizer = model.load_tokenizer(recipe.model.name_or_path, commit, **roles)
-    new_ids = tokens.add(recipe, tokenizer)
-    template = model.set_chat_template(tokenizer, recipe.model.chat_template)
+    tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
     train_rows, eval_rows = data.load(recipe, tokenizer)
     ui.say(f"  data: {train_rows.summary()}")

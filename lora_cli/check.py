@@ -1,0 +1,169 @@
+"""`lora check`: what a recipe would train on and how, seen before anything is trained. No weights are loaded.
+
+The same steps as training takes before its first: settle, tokenizer and template, targets, rows; whatever they refuse
+is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from lora_cli import data, model, targets, tokens, upstream
+from lora_cli.data import Kept, Prepared
+from lora_cli.recipe import Recipe
+from lora_cli.render import IGNORED
+
+TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
+"""Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""
+BARS = 10
+
+
+def check(recipe: Recipe, samples: int, as_json: bool) -> None:
+    """Print what training would do with `recipe`; LoraError for what would waste the run."""
+    upstream.check(recipe)
+    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
+    config = model.load_config(recipe.model.name_or_path, commit)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
+    tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
+    adapter = _adapter(recipe, commit, tokenizer, new_ids)
+    train, evaluation = data.load(recipe, tokenizer)
+    plan = _plan(recipe, train)
+    if as_json:
+        report = {
+            "choices": [choice._asdict() for choice in choices],
+            "chat_template": template,
+            "adapter": adapter,
+            "train": _numbers(train),
+            "eval": _numbers(evaluation) if evaluation else None,
+            "plan": plan,
+            "samples": [_sample(row, tokenizer) for row in train.first[:samples]],
+        }
+        print(json.dumps(report))
+        return
+    print(f"{recipe.method} on {recipe.model.name_or_path}")
+    for choice in choices:
+        print(f"  {choice}")
+    print(f"  chat template: {template}")
+    print(f"  adapter: {adapter['trainable']:,} parameters in {adapter['modules']} modules")
+    for name, prepared in (("data", train), ("evaluation", evaluation)):
+        if prepared:
+            print(f"  {name}: {prepared.summary()}")
+    print("\n" + _histogram(train.counts.lengths, recipe.training.max_length))
+    print(
+        f"\n{plan['steps_per_epoch']} steps and {train.counts.tokens:,} tokens an epoch, {plan['steps']} steps in all"
+    )
+    print(f"{plan['fill']:.0%} of the batches is text, the rest padding{' (packed)' if plan['packed'] else ''}")
+    for row in train.first[:samples]:
+        print("\n" + _shown(row, tokenizer))
+
+
+def _adapter(
+    recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
+) -> dict[str, int]:
+    """The adapter's size, from the base's shape alone; UsageError where the recipe's names match nothing."""
+    base, config = model.skeleton(recipe.model.name_or_path, commit), upstream.lora_config(recipe)
+    if new_ids:
+        tokens.grow(base, len(tokenizer))
+        tokens.train_rows(base, config, new_ids)
+    targets.check(recipe, base, config)
+    config.init_lora_weights = True  # others need the weights
+    with torch.device("meta"):
+        adapted = model.attach_adapter(base, config)
+    return {
+        "trainable": sum(parameter.numel() for _, parameter in model.trainable(adapted)),
+        "modules": len(model.lora_layers(adapted)),
+    }
+
+
+def _plan(recipe: Recipe, train: Prepared) -> dict[str, Any]:
+    """Steps, and how full the batches are (for padded ones on average, rows being drawn at random)."""
+    training = recipe.training
+    packed = bool(getattr(training, "packing", False))
+    if packed:
+        strategy = getattr(training, "packing_strategy", None) or "bfd"
+        rows = len(pack_dataset(train.rows, training.max_length, strategy))
+        fill = train.counts.tokens / (rows * training.max_length)
+    else:
+        rows = len(train.rows)
+        fill = _padded_fill([len(ids) for ids in train.rows["input_ids"]], training.per_device_train_batch_size)
+    batches = math.ceil(rows / training.per_device_train_batch_size)
+    epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
+    return {"packed": packed, "rows": rows, "steps_per_epoch": epoch, "steps": steps, "fill": fill}
+
+
+def _padded_fill(lengths: list[int], size: int) -> float:
+    """The expected share of text in batches of `size` rows drawn at random: a batch is as long as its longest row."""
+    count, longest, below = len(lengths), 0.0, 0
+    for length, number in sorted(Counter(lengths).items()):
+        share = ((below + number) / count) ** size - (below / count) ** size
+        longest, below = longest + length * share, below + number
+    return sum(lengths) / count / longest
+
+
+def _histogram(lengths: Counter[int], limit: int) -> str:
+    """Rows by length in tokens, ten bars up to the longest, and one for those over the limit."""
+    inside = max((length for length in lengths if length <= limit), default=1)
+    width = max(1, math.ceil(inside / BARS))
+    bars = Counter(min((length - 1) // width, BARS) if length <= limit else BARS + 1 for length in lengths.elements())
+    most = max(bars.values())
+    lines = []
+    for bar in range(min(bars), BARS + 2):
+        if bar <= (inside - 1) // width or bars[bar]:
+            name = f"{bar * width + 1}-{min((bar + 1) * width, limit)}" if bar <= BARS else f"over {limit}"
+            lines.append(f"{name:>14}  {bars[bar]:>8,}  {'#' * math.ceil(40 * bars[bar] / most)}".rstrip())
+    return "\n".join([f"{'tokens':>14}  {'rows':>8}", *lines])
+
+
+def _runs(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
+    """The row's text in runs that carry loss or do not, special tokens spelt out."""
+    runs: list[tuple[bool, list[int]]] = []
+    for number, label in zip(row.input_ids, row.labels):
+        learned = label != IGNORED
+        if not runs or runs[-1][0] != learned:
+            runs.append((learned, []))
+        runs[-1][1].append(number)
+    return [(learned, tokenizer.decode(ids, skip_special_tokens=False)) for learned, ids in runs]
+
+
+def _sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "place": row.place,
+        "tokens": len(row.input_ids),
+        "runs": [{"trained": learned, "text": text} for learned, text in _runs(row, tokenizer)],
+    }
+
+
+def _shown(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    parts = []
+    for learned, text in _runs(row, tokenizer):
+        before, after = (TRAINED if learned else NOT_TRAINED) if colour else ("", "")
+        parts.append(f"{before}{f'⟦{text}⟧' if learned else text}{after}")
+    trained = sum(label != IGNORED for label in row.labels)
+    return f"{row.place}: {len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧\n{''.join(parts)}"
+
+
+def _numbers(prepared: Prepared) -> dict[str, Any]:
+    counts = prepared.counts
+    return {
+        "read": counts.read,
+        "rows": len(prepared.rows),
+        "tokens": counts.tokens,
+        "trained_tokens": counts.trained_tokens,
+        "left_out": dict(counts.left_out),
+        "bad": dict(counts.bad),
+        "control_in_text": counts.control_in_text,
+        "lengths": {str(length): number for length, number in sorted(counts.lengths.items())},
+        "fingerprint": prepared.fingerprint,
+        "commit": prepared.commit,
+    }
