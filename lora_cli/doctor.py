@@ -1,19 +1,20 @@
 """`lora doctor`: does what is installed on this machine compute what it should, and is what lora uses there?
 
-Each check is tried, not looked up: a matrix product per device and type, PEFT and bitsandbytes against the reference. A
-check that cannot even run is a problem with the exception as its text.
+What a recipe needs is tried, not looked up: a matrix product per device and type, PEFT and bitsandbytes against the
+reference, a file on each disk. A check that cannot even run is a problem with the exception as its text.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -21,9 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from packaging.requirements import Requirement
-
 from lora_cli import __version__, llama_cpp, ui
+from lora_cli.errors import LoraError
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent / "constraints.txt"
@@ -50,7 +50,10 @@ def doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> boo
             print(_line(check), flush=True)
     problems = [check for check in checks if check.status == "problem"]
     if as_json:
-        found = [deviation._asdict() | {"ok": deviation.ok} for deviation in deviations]
+        found = [
+            each._asdict() | {"ok": each.ok, "value": None if math.isnan(each.value) else each.value}
+            for each in deviations
+        ]
         print(json.dumps({"ok": not problems, "checks": [check._asdict() for check in checks], "oracle": found}))
         return not problems
     if show_oracle and deviations:
@@ -74,7 +77,7 @@ def _line(check: Check) -> str:
 def run(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[Check]:
     """Every check, as it is made; what the oracle measured is added to `deviations`."""
     yield Check("lora", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
-    yield from versions()
+    yield from _tried("versions", versions)
     yield from _tried("libraries", lambda: _import_libraries(prepare))
     yield from _tried("devices", devices)
     yield from _tried("oracle", lambda: oracle_checks(deviations))
@@ -99,13 +102,15 @@ def _tried(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 def versions() -> Iterator[Check]:
     """Each package lora asks for: installed, in the range it asks for, and the version that was tested?"""
+    from packaging.requirements import Requirement
+
     tested = tested_versions()
     try:
         asked = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         yield Check(PACKAGE, "problem", "is not installed, only its source is here", "python -m pip install -e .")
-        asked = [f"{name}=={version}" for name, version in tested.items()]
-    as_tested, good = [], True
+        asked = [name for name in tested if _installed(name)]  # the ranges stand in what is missing
+    as_tested = []
     for requirement in map(Requirement, asked):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -113,7 +118,6 @@ def versions() -> Iterator[Check]:
         if check is None:
             as_tested.append(f"{name} {tested[name]}")
         else:
-            good = good and check.status != "problem"
             yield check
     if as_tested:
         yield Check("versions", "ok", f"as tested: {', '.join(as_tested)}")
@@ -121,19 +125,29 @@ def versions() -> Iterator[Check]:
 
 def tested_versions() -> dict[str, str]:
     """Package -> version of the tested set, for this Python."""
+    from packaging.requirements import Requirement
+
     lines = [line.partition(" #")[0] for line in TESTED.read_text().splitlines() if line and line[0] != "#"]
     pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate()]
     return {pin.name: next(iter(pin.specifier)).version for pin in pins}
 
 
-def _version(requirement: Requirement, tested: str | None) -> Check | None:
+def _installed(name: str) -> str | None:
+    """The version of a package; None where it is not, or not wholly, installed."""
+    try:
+        return importlib.metadata.version(name) or None
+    except (importlib.metadata.PackageNotFoundError, KeyError):  # KeyError: a folder without its metadata
+        return None
+
+
+def _version(requirement: Any, tested: str | None) -> Check | None:
     """What is to be said of one package; None when it is the tested version."""
     wanted = f"{requirement.name}=={tested}" if tested else str(requirement)
     fix = f"python -m pip install '{wanted}'"
-    try:
-        installed = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return Check(requirement.name, "problem", "is not installed", fix)
+    installed = _installed(requirement.name)
+    if installed is None:
+        again = fix.replace("install", "install --force-reinstall")
+        return Check(requirement.name, "problem", "is not, or not wholly, installed", again)
     public = installed.partition("+")[0]  # 2.13.0+cpu is the build of a version, not another one
     if not requirement.specifier.contains(public, prereleases=True):
         return Check(requirement.name, "problem", f"{installed} is not {requirement.specifier}", fix)
@@ -167,24 +181,27 @@ def devices() -> Iterator[Check]:
     import torch
 
     for device in device_names():
-        times, broken = {}, {}
+        times: dict[str, float] = {}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             try:
-                times[name] = matmul_seconds(device, dtype)
-            except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-                broken[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        if "float32" in broken:
-            yield Check(device, "problem", f"float32: {broken['float32']}", _tested_fix("torch"))
-        else:
-            ratios = [f"{name} ({times[name] / times['float32']:.2g}x the time)" for name in times if name != "float32"]
-            yield Check(device, "ok", f"works in {', '.join(['float32', *ratios])}{_device_memory(device)}")
-        for name in broken.keys() - {"float32"}:
-            yield Check(device, "note", f"{name} does not work: {broken[name]}", "--set model.dtype=float32")
+                times[name], off = matmul_seconds(device, dtype)
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                status: Literal["note", "problem"] = "problem" if name == "float32" else "note"
+                said = f"has no {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                yield Check(device, status, said, _tested_fix("torch") if status == "problem" else None)
+                continue
+            if not off <= 8 * torch.finfo(dtype).eps:
+                said = f"computes wrongly in {name}: a product is off by {off:.1e} of its largest value"
+                yield Check(device, "problem", said, _tested_fix("torch"))
+        shown = [f"{name} ({times[name] / times['float32']:.2g}x the time)" for name in times if name != "float32"]
+        if "float32" in times:
+            yield Check(device, "ok", f"tried in {', '.join(['float32', *shown])}{_device_memory(device)}")
 
 
-def matmul_seconds(device: str, dtype: Any) -> float:
-    """The time of one product of two 512x512 matrices with its gradient. AssertionError if the result is wrong."""
+def matmul_seconds(device: str, dtype: Any) -> tuple[float, float]:
+    """The time of one product of two 512x512 matrices with its gradient, and how far from exact, as a share of the
+    largest value."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -198,11 +215,10 @@ def matmul_seconds(device: str, dtype: Any) -> float:
         product.backward(torch.ones_like(product))
         found = (product.detach().cpu().double(), one.grad.cpu().double())
         best = min(best, time.perf_counter() - started)
-    limit = 8 * torch.finfo(dtype).eps
-    for exact, value in zip((exact_product, exact_gradient), found):
-        off = ((value - exact).abs().max() / exact.abs().max()).item()
-        assert off <= limit, f"a product is off by {off:.1e} of its largest value"
-    return best
+    pairs = zip((exact_product, exact_gradient), found)
+    return best, max(
+        ((value - exact).abs().max() / exact.abs().max()).nan_to_num(float("inf")).item() for exact, value in pairs
+    )
 
 
 def _device_memory(device: str) -> str:
@@ -222,28 +238,24 @@ def oracle_checks(deviations: list[Any]) -> Iterator[Check]:
     from lora_cli import oracle
 
     for device in device_names()[:2]:
-        found = oracle.worst(list(oracle.deviations(device)))
-        deviations += [each._replace(pair=f"{each.pair} ({device})") for each in found]
-        for name in ("LoRA, rsLoRA, DoRA", "QLoRA", "NF4"):
-            group = [each for each in found if _group(each.pair) == name]
-            if wrong := [each for each in group if not each.ok]:
-                pairs = [f"{each.pair} {each.measure} {each.value:.1e} (limit {each.limit:.0e})" for each in wrong[:3]]
-                said = f"on {device} not what was published: {', '.join(pairs)}"
-                yield Check(name, "problem", said, _tested_fix("peft", "bitsandbytes"))
-            elif group:
-                yield Check(name, "ok", f"on {device} as published: {_agreement(name, group)}")
+        for name, compare in oracle.deviations(device).items():
+            yield from _tried(name, lambda name=name, compare=compare: _compared(name, device, compare(), deviations))  # type: ignore[misc]
 
 
-def _group(pair: str) -> str:
-    return "NF4" if pair == "NF4" else "QLoRA" if pair.endswith("QLoRA") else "LoRA, rsLoRA, DoRA"
+def _compared(name: str, device: str, found: Iterator[Any], deviations: list[Any]) -> Iterator[Check]:
+    """One group of comparisons: as published, or the first that are not."""
+    from lora_cli import oracle
 
-
-def _agreement(name: str, group: list[Any]) -> str:
-    """How near, in words; shares for NF4, whose codes are equal or not."""
-    if name == "NF4":
-        share = next(each.value for each in group if each.measure == "scale codes")
-        return f"equal codes and scales, {share:.1%} of the scales' own codes differ"
-    return f"to {max(each.value for each in group):.1e} ({len({each.pair for each in group})} kinds of layer)"
+    group = oracle.worst(found)
+    deviations += group
+    if wrong := [each for each in group if not each.ok]:
+        shown = "; ".join(f"{each.pair} {each.measure} {each.value:.1e} (limit {each.limit:.0e})" for each in wrong[:3])
+        yield Check(name, "problem", f"not what was published: {shown}", _tested_fix("peft", "bitsandbytes"))
+    elif name == "NF4":
+        share = max(each.value for each in group if each.measure == "scale codes")
+        yield Check(name, "ok", f"on {device} as published; {share:.1%} of the scales' 8-bit codes differ")
+    else:
+        yield Check(name, "ok", f"on {device} as published, to {oracle.largest(each.value for each in group):.1e}")
 
 
 def _tested_fix(*names: str) -> str:
@@ -276,34 +288,44 @@ def four_bit() -> Iterator[Check]:
 
 
 def tools() -> Iterator[Check]:
-    """What exporting needs beyond a recipe: converter, quantiser, and an engine to open the result in."""
-    for name, find, fix in (
-        ("converter", llama_cpp.search_converter, "lora setup-llama-cpp"),
-        ("quantiser", llama_cpp.search_quantizer, "lora setup-llama-cpp --quantizer"),
-    ):
-        found = find()
-        missing = "not found; lora export-gguf needs it" + (" for K-quants" if name == "quantiser" else "")
-        yield Check(f"llama.cpp {name}", "ok" if found else "note", str(found or missing), None if found else fix)
-    if importlib.util.find_spec("xllamacpp"):
-        yield Check("llama.cpp engine", "ok", f"xllamacpp {importlib.metadata.version('xllamacpp')}")
-    else:
-        said = "not installed; GGUF files can be neither verified nor run"
+    """What exporting needs beyond a recipe, so notes only: converter and quantiser where they are looked for, and an
+    engine to open the result in."""
+    for name, find in (("converter", llama_cpp.find_converter), ("quantiser", llama_cpp.find_quantizer)):
+        try:
+            yield Check(f"llama.cpp {name}", "ok", str(find()))
+        except (LoraError, OSError, UnicodeDecodeError) as error:
+            fix = error.hint if isinstance(error, LoraError) else "lora setup-llama-cpp"
+            yield Check(f"llama.cpp {name}", "note", str(error), fix)
+    try:
+        engine = importlib.import_module("xllamacpp")
+        yield Check("llama.cpp engine", "ok", f"xllamacpp {getattr(engine, '__version__', '')}".strip())
+    except ImportError as error:
+        said = f"GGUF files can be neither verified nor run: {error}"
         yield Check("llama.cpp engine", "note", said, "python -m pip install xllamacpp")
 
 
 def disk() -> Iterator[Check]:
-    """Room where runs and downloads go, and leave to write there."""
+    """Room where runs and downloads go; a file is written there to see."""
+    from datasets import config
     from huggingface_hub import constants
 
-    for name, folder in (("this folder", Path.cwd()), ("models' cache", Path(constants.HF_HUB_CACHE))):
-        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-        free = shutil.disk_usage(place).free
-        if not os.access(place, os.W_OK):
-            yield Check("disk", "problem", f"{name}, {place}, cannot be written to", f"chmod u+w {place}")
-        else:
-            little = free < LITTLE_DISK
-            said, fix = f"{free / 1e9:.1f} GB free for {name}, {place}", "make room, or set HF_HOME to another disk"
-            yield Check("disk", "note" if little else "ok", said, fix if little else None)
+    folders = {
+        "this folder": Path.cwd(),
+        "models": Path(constants.HF_HUB_CACHE),
+        "data sets": Path(config.HF_DATASETS_CACHE),
+    }
+    for name, folder in folders.items():
+        elsewhere = "work in another folder" if name == "this folder" else "export HF_HOME=FOLDER"
+        place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                free = shutil.disk_usage(place).free
+        except OSError as error:
+            yield Check(f"disk for {name}", "problem", f"{folder} cannot be written to: {error.strerror}", elsewhere)
+            continue
+        little = free < LITTLE_DISK
+        said, fix = f"{free / 1e9:.1f} GB free at {folder}", f"make room, or {elsewhere}"
+        yield Check(f"disk for {name}", "note" if little else "ok", said, fix if little else None)
 
 
 def memory() -> Iterator[Check]:

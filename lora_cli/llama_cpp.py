@@ -95,7 +95,7 @@ def find_converter(directory: Path | None = None) -> Found:
     `gguf` lies beside it or is installed here; on the PATH a converter that is not complete does not count.
     Raises LoraError with the one command that mends it.
     """
-    found = search_converter(directory)
+    found = _search_converter(directory)
     if found is None:
         raise _missing(directory, "lora setup-llama-cpp", lambda root: converter_lacks(root / CONVERTER))
     return found
@@ -103,7 +103,7 @@ def find_converter(directory: Path | None = None) -> Found:
 
 def find_quantizer(directory: Path | None = None) -> Found:
     """The `llama-quantize` program. Raises LoraError with the one command that mends it."""
-    found = search_quantizer(directory)
+    found = _search_quantizer(directory)
     if found is None:
         raise _missing(directory, "lora setup-llama-cpp --quantizer", lambda _: f"{QUANTIZER} (in build/bin, bin or .)")
     return found
@@ -204,7 +204,7 @@ def last_line(lines: Sequence[str]) -> str:
     return re.sub(r"^ERROR:([\w.-]+:)?", "", (errors or telling)[-1]).strip() if telling else "it printed nothing"
 
 
-def search_converter(directory: Path | None = None) -> Found | None:
+def _search_converter(directory: Path | None) -> Found | None:
     """As `find_converter`, but None where there is none."""
     if chosen := _chosen(directory):
         root, source = chosen
@@ -216,7 +216,7 @@ def search_converter(directory: Path | None = None) -> Found | None:
     return None if converter_lacks(script) else Found(script, "managed copy")
 
 
-def search_quantizer(directory: Path | None = None) -> Found | None:
+def _search_quantizer(directory: Path | None) -> Found | None:
     """As `find_quantizer`, but None where there is none."""
     root, source = _chosen(directory) or (managed_home(), "managed copy")
     if source == "managed copy" and (on_path := shutil.which(QUANTIZER)):

@@ -8,9 +8,10 @@ over more cases.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ BIASES = ("none", "all", "lora_only")
 R, ALPHA = 4, 6
 
 EXACT = 1e-12
-"""Largest deviation allowed in float64, relative to the largest value compared."""
+"""Largest deviation allowed in float64: absolute up to values of 1, relative above."""
 SINGLE = 1e-5
 """The same where a library computes in float32."""
 SCALE_CODES = 0.005
@@ -40,6 +41,7 @@ value within a step of the middle may get the neighbouring code (measured: 0.15 
 class Deviation(NamedTuple):
     """How far one measure of one pair lies apart, and how far it may."""
 
+    group: str
     pair: str
     measure: str
     value: float
@@ -65,7 +67,8 @@ def network(kind: str, dtype: torch.dtype, device: str) -> tuple[Network, Tensor
     """A network whose target is of the kind, and an input for it."""
     torch.manual_seed(0)
     if kind == "Embedding":
-        target: nn.Module = nn.Embedding(13, 6)
+        target: nn.Module = nn.Embedding(13, 6, padding_idx=3, scale_grad_by_freq=True)
+        nn.init.normal_(target.weight)
         x = torch.randint(0, 13, (5, 7))
     elif kind == "Conv2d":
         target = nn.Conv2d(3, 6, kernel_size=(3, 2), stride=(2, 1), padding=(1, 2))
@@ -87,7 +90,7 @@ def compare_layers(
     device: str = "cpu",
 ) -> dict[str, float]:
     """PEFT's layer against the reference's: `forward`, `gradients` of all that trains, `merged` weights, `unmerged`
-    weights, and the `exchange` of the adapter file from PEFT back to the reference. AssertionError when the two do not
+    weights, and the `exchange` of the adapter file from PEFT back to the reference. ArithmeticError when the two do not
     train the same tensors."""
     base, x = network(kind, dtype, device)
     settings: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "lora_dropout": lora_dropout, "bias": bias}
@@ -107,15 +110,23 @@ def compare_layers(
     result["exchange"] = deviation(ours(x), theirs(x))
     theirs.merge_adapter()
     theirs.unmerge_adapter()
-    layer = ours.adapters["theirs"]["target"]
-    layer.merge()
-    layer.unmerge()
-    original, peft_layer = base.target.weight, theirs.get_submodule("base_model.model.target")
-    result["unmerged"] = max(deviation(original, layer.base.weight), deviation(original, peft_layer.base_layer.weight))
+    result["unmerged"] = deviation(
+        base.target.weight, theirs.get_submodule("base_model.model.target.base_layer").weight
+    )
     plain, peft_plain = ours.merge().state_dict(), theirs.merge_and_unload().state_dict()
-    assert plain.keys() == peft_plain.keys()
-    result["merged"] = max(deviation(plain[name], peft_plain[name]) for name in plain)
+    _same_keys(plain, peft_plain)
+    result["merged"] = largest(deviation(plain[name], peft_plain[name]) for name in plain)
     return result
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest, NaN above all."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
+def _same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if ours.keys() != theirs.keys():
+        raise ArithmeticError(f"not the same tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}")
 
 
 def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str, float]:
@@ -132,42 +143,52 @@ def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str
         if tensor.requires_grad
     }
     trained = ours.adapter_tensors()
-    assert trained.keys() == gradients.keys(), trained.keys() ^ gradients.keys()
+    _same_keys(trained, gradients)
     return {
         "forward": deviation(*outputs),
-        "gradients": max(deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()),
+        "gradients": largest(deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()),
     }
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """max |ours − theirs|, relative to the largest |ours| where that is above 1."""
-    assert ours.shape == theirs.shape
+    """max |ours − theirs|, relative to the largest |ours| where that is above 1. ArithmeticError for other shapes."""
+    _same_shape(ours, theirs)
     scale = max(1.0, ours.detach().abs().max().item())
     return (ours.detach() - theirs.detach()).abs().max().item() / scale
+
+
+def _same_shape(ours: Tensor, theirs: Tensor) -> None:
+    if ours.shape != theirs.shape:
+        raise ArithmeticError(f"a tensor of shape {tuple(theirs.shape)} in place of {tuple(ours.shape)}")
 
 
 def compare_nf4(weight: Tensor) -> dict[str, float]:
     """bitsandbytes' NF4 of `weight` against the reference's.
 
-    `codes` and `absmax`: shares that differ without double quantisation; `dequantised`: deviation of those values;
-    `scale codes`: the share that differs with it.
+    `codes` and `absmax`: shares that differ without double quantisation, `scale codes`: with it; `values` and `values
+    (double)`: deviation of what the same codes and scales are read as.
     """
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK)
-    ours = nf4.NF4Tensor(weight, double_quant=False)
-    _, double = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True)
-    return {
+    twice, double = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True)
+    ours, ours_double = nf4.NF4Tensor(weight, double_quant=False), nf4.NF4Tensor(weight)
+    result = {
         "codes": differing(ours.packed, packed.flatten()),
         "absmax": differing(ours.absmax(), state.absmax),
-        "dequantised": deviation(ours.dequantize(), functional.dequantize_4bit(packed, state)),
-        "scale codes": differing(nf4.NF4Tensor(weight).scale_codes, double.absmax),
+        "scale codes": differing(ours_double.scale_codes, double.absmax),
     }
+    ours.packed, ours.plain_absmax = packed.flatten(), state.absmax
+    ours_double.packed, ours_double.scale_codes = twice.flatten(), double.absmax
+    ours_double.scale_absmax, ours_double.offset = double.state2.absmax, double.offset
+    result["values"] = deviation(ours.dequantize(), functional.dequantize_4bit(packed, state))
+    result["values (double)"] = deviation(ours_double.dequantize(), functional.dequantize_4bit(twice, double))
+    return result
 
 
 def differing(ours: Tensor, theirs: Tensor) -> float:
     """The share of elements that are not equal."""
-    assert ours.shape == theirs.shape
+    _same_shape(ours, theirs)
     return (ours != theirs).float().mean().item()
 
 
@@ -208,7 +229,7 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
     pairs += [(getattr(ours, name), getattr(adapted, name)["default"].weight) for name in ("lora_A", "lora_B")]
     return {
         "forward": deviation(*outputs),
-        "gradients": max(relative(one.grad, other.grad) for one, other in pairs),
+        "gradients": largest(relative(one.grad, other.grad) for one, other in pairs),
         "merged": deviation(ours.merged_weight(), merged_4bit(theirs)),
     }
 
@@ -226,30 +247,38 @@ def merged_4bit(adapted: PeftModel) -> Tensor:
     return dequantize_module_weight(layer.get_base_layer()) + layer.get_delta_weight("default")
 
 
-def deviations(device: str = "cpu") -> Iterator[Deviation]:
-    """Every pair on `device`, in float64 where it has that."""
+def deviations(device: str = "cpu") -> dict[str, Callable[[], Iterator[Deviation]]]:
+    """Every pair on `device` by group, in float64 where the device has that."""
+    if device.startswith("mps"):  # bitsandbytes does not run there
+        return {"LoRA, rsLoRA, DoRA": lambda: _layers(device)}
+    return {"LoRA, rsLoRA, DoRA": lambda: _layers(device), "QLoRA": lambda: _qlora(device), "NF4": lambda: _nf4(device)}
+
+
+def _layers(device: str) -> Iterator[Deviation]:
     dtype, limit = (torch.float32, SINGLE) if device.startswith("mps") else (torch.float64, EXACT)
-    for kind in KINDS:
-        for method in METHODS:
-            for bias in BIASES:
-                for dropout in (0.0, 0.25):
-                    found = compare_layers(kind, method, bias, dropout, dtype, device)
-                    for measure, value in found.items():
-                        yield Deviation(f"{kind} {method}", measure, value, limit)
-    if device.startswith("mps"):
-        return  # bitsandbytes does not run there
-    torch.manual_seed(0)
-    # CUDA's kernel may divide where the CPU's multiplies by a reciprocal: a value between two codes may then fall apart
-    tie = 0.0 if device == "cpu" else 1e-5
-    limits = {"codes": tie, "absmax": 0.0, "dequantised": 0.0 if device == "cpu" else 1.0, "scale codes": SCALE_CODES}
-    for shape in ((256, 256), (100, 62), (1, 70)):
-        for measure, value in compare_nf4(torch.randn(shape, device=device)).items():
-            yield Deviation("NF4", measure, value, limits[measure])
+    for kind, method, bias, dropout in itertools.product(KINDS, METHODS, BIASES, (0.0, 0.25)):
+        for measure, value in compare_layers(kind, method, bias, dropout, dtype, device).items():
+            yield Deviation("LoRA, rsLoRA, DoRA", f"{kind} {method} ({device})", measure, value, limit)
+
+
+def _qlora(device: str) -> Iterator[Deviation]:
     for measure, value in compare_qlora(device).items():
-        yield Deviation("Linear QLoRA", measure, value, SINGLE)
+        yield Deviation("QLoRA", f"Linear QLoRA ({device})", measure, value, SINGLE)
 
 
-def worst(found: list[Deviation]) -> list[Deviation]:
+def _nf4(device: str) -> Iterator[Deviation]:
+    """Equal on the CPU; elsewhere a kernel may divide where this multiplies by the reciprocal, so that a value between
+    two codes falls to the other side, and round a product otherwise."""
+    cpu = device == "cpu"
+    limits = {"codes": 0.0 if cpu else 1e-5, "absmax": 0.0, "scale codes": SCALE_CODES}
+    torch.manual_seed(0)
+    for shape in ((256, 256), (100, 62), (2, 70)):
+        for measure, value in compare_nf4(torch.randn(shape, device=device)).items():
+            limit = limits.get(measure, 0.0 if cpu else 1e-6)
+            yield Deviation("NF4", f"NF4 ({device})", measure, value, limit)
+
+
+def worst(found: Iterable[Deviation]) -> list[Deviation]:
     """The largest of each pair and measure (a NaN is larger than all)."""
     by_key: dict[tuple[str, str], list[Deviation]] = {}
     for each in found:

@@ -22,14 +22,14 @@ class LoRALayer(nn.Module):
     `lora_A` starts Kaiming-uniform with a = √5, or Gaussian with standard deviation 1/r; `lora_B` starts at zero, so
     that step 0 equals the base. Both have the base's type and device.
 
-    Raises ValueError for r < 1, and for bases whose update the formulas do not cover.
+    Raises ValueError for r < 1, an unknown `init`, and bases whose update the formulas do not cover.
     """
 
     base: nn.Linear | nn.Embedding | nn.Conv2d
     out_dim = 0
     """Axis of the weight that counts outputs."""
-    per_output: tuple[int, ...] = (-1,)
-    """Shape that one number per output takes beside the result."""
+    beside_output: tuple[int, ...] = (-1,)
+    """Shape in which one number per output broadcasts on the result."""
 
     def __init__(
         self,
@@ -43,6 +43,8 @@ class LoRALayer(nn.Module):
         super().__init__()
         if r < 1:
             raise ValueError(f"r must be at least 1, not {r}")
+        if init not in ("kaiming_uniform", "gaussian"):
+            raise ValueError(f"init must be kaiming_uniform or gaussian, not {init}")
         self.base = base.requires_grad_(False)
         self.r, self.lora_alpha = r, lora_alpha
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -54,8 +56,13 @@ class LoRALayer(nn.Module):
             nn.init.normal_(self.lora_A, std=1 / r)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.merged_factor: Tensor | None = None
-        """While merged: what unmerging divides the weight by."""
+        self.original: Tensor | None = None
+        """While merged: W₀."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W₀, whether merged or not."""
+        return self.base.weight if self.original is None else self.original
 
     def adapter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of `lora_A` and `lora_B`."""
@@ -77,33 +84,29 @@ class LoRALayer(nn.Module):
         """The adapter's input: dropout while training."""
         return self.dropout(x)
 
-    def factor(self) -> Tensor:
-        """What each output's row of W₀ + ΔW is multiplied by, in a shape that broadcasts on the weight: 1 for LoRA."""
-        return torch.ones((), dtype=self.base.weight.dtype, device=self.base.weight.device)
-
     def merged_weight(self) -> Tensor:
-        """The weight of the plain layer that computes the same function: factor ⊙ (W₀ + ΔW)."""
-        return self.factor() * (self.base.weight + self.delta_weight())
+        """The weight of the plain layer that computes the same function: W₀ + ΔW."""
+        return self.weight + self.delta_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """x as the base takes it; the result in the base's shape."""
-        if self.merged_factor is not None:
+        if self.original is not None:
             return self.base(x)
         return self.base(x) + self.scaling * self.apply_adapter(self.drop(x))
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the merged weight into the base, in place. Nothing if it is there already."""
-        if self.merged_factor is None:
-            self.merged_factor, merged = self.factor(), self.merged_weight()
+        if self.original is None:
+            merged, self.original = self.merged_weight(), self.base.weight.clone()
             self.base.weight.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take it out again: W₀ = W/factor − ΔW, up to rounding. Nothing if it is not there."""
-        if self.merged_factor is not None:
-            self.base.weight.copy_(self.base.weight / self.merged_factor - self.delta_weight())
-            self.merged_factor = None
+        """Take it out again, exactly. Nothing if it is not there."""
+        if self.original is not None:
+            self.base.weight.copy_(self.original)
+            self.original = None
 
 
 class LoRALinear(LoRALayer):
@@ -126,14 +129,15 @@ class LoRAEmbedding(LoRALayer):
     """W₀ (num, dim), A (r, num), B (dim, r); ids (…) -> (…, dim): a row of Aᵀ is looked up, then mapped by B.
 
     The linear map of one-hot vectors with weight W₀ᵀ; ids are not dropped out. Refuses `max_norm`, which changes
-    weights in the forward pass. (loralib and PEFT start with A zero and B Gaussian instead: step 0 is the base too.)
+    weights in the forward pass, and `sparse` gradients. (loralib and PEFT start with A zero and B Gaussian instead:
+    step 0 is the base too.)
     """
 
     out_dim = 1
 
     def adapter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if self.base.max_norm is not None:
-            raise ValueError("an Embedding with max_norm changes its own weights: it cannot be adapted")
+        if self.base.max_norm is not None or self.base.sparse:
+            raise ValueError("an Embedding with max_norm or sparse gradients cannot be adapted")
         return (self.r, self.base.num_embeddings), (self.base.embedding_dim, self.r)
 
     def drop(self, x: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ class LoRAConv2d(LoRALayer):
     with anything but zeros.
     """
 
-    per_output = (1, -1, 1, 1)
+    beside_output = (-1, 1, 1)
 
     def adapter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         base = self.base
@@ -188,40 +192,43 @@ class DoRA(LoRALayer):
     is the Euclidean norm over everything that leads to one output: a row of Linear's weight, a column of Embedding's, a
     filter of Conv2d's. In the gradient ‖V‖ counts as a constant (section 4.3 of the paper). As in the authors' code,
     dropout acts on all that the adapter changes: with x̃ = x the middle term vanishes. Raises ValueError for an output
-    whose weights are all zero.
+    whose weights are all zero, or not finite.
     """
 
     def __init__(self, base: nn.Module, *args: object, **kwargs: object) -> None:
         super().__init__(base, *args, **kwargs)  # type: ignore[arg-type]
-        self.magnitude = nn.Parameter(self.norm().detach().clone())
+        shape = (1, -1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
+        self.magnitude = nn.Parameter(self.norm().detach().clone().reshape(shape))
         if not (self.magnitude > 0).all():
-            raise ValueError("an output whose weights are all zero has no direction: DoRA is not defined there")
+            raise ValueError("an output whose weights are all zero, or not finite, has no direction")
 
     def norm(self) -> Tensor:
-        """‖W₀ + ΔW‖ per output, in the shape of `magnitude`."""
-        rows = (self.base.weight + self.delta_weight()).transpose(0, self.out_dim).flatten(1)
-        return torch.linalg.vector_norm(rows, dim=1).reshape(self.per_output)
+        """‖W₀ + ΔW‖ per output, (out,)."""
+        rows = (self.weight + self.delta_weight()).transpose(0, self.out_dim).flatten(1)
+        return torch.linalg.vector_norm(rows, dim=1)
 
-    def on_weight(self, per_output: Tensor) -> Tensor:
+    def on_weight(self, numbers: Tensor) -> Tensor:
         """One number per output, in a shape that broadcasts on the weight."""
-        shape = [1] * self.base.weight.dim()
+        shape = [1] * self.weight.dim()
         shape[self.out_dim] = -1
-        return per_output.reshape(shape)
+        return numbers.reshape(shape)
 
     def direction(self) -> Tensor:
         """V/‖V‖, in the shape of the weight: of unit norm for each output."""
-        return (self.base.weight + self.delta_weight()) / self.on_weight(self.norm())
+        return (self.weight + self.delta_weight()) / self.on_weight(self.norm())
 
-    def factor(self) -> Tensor:
-        return self.on_weight(self.magnitude / self.norm().detach())
+    def merged_weight(self) -> Tensor:
+        """m ⊙ V/‖V‖."""
+        return self.on_weight(self.magnitude) * self.direction()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged_factor is not None:
+        if self.original is not None:
             return self.base(x)
         dropped = self.drop(x)
-        unchanged = self.apply_weight(self.base.weight, dropped)
+        unchanged = self.apply_weight(self.weight, dropped)
         adapted = unchanged + self.scaling * self.apply_adapter(dropped)
-        return self.base(x) - unchanged + self.magnitude / self.norm().detach() * adapted
+        factor = self.magnitude.flatten() / self.norm().detach()
+        return self.base(x) - unchanged + factor.reshape(self.beside_output) * adapted
 
 
 class DoRALinear(DoRA, LoRALinear):

@@ -46,7 +46,7 @@ def blocks(values: Tensor, size: int) -> Tensor:
 
 
 def nearest(values: Tensor, codebook: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Each value's nearest code relative to the largest magnitude of its block: codes (n,) and absmax (n/size,)."""
+    """Each value's nearest code relative to the largest magnitude of its block: codes (n,), absmax (⌈n/size⌉,)."""
     rows = blocks(values, size)
     absmax = rows.abs().amax(dim=1)
     scaled = rows * (1 / absmax.clamp(min=1e-38)).unsqueeze(1)
@@ -54,29 +54,32 @@ def nearest(values: Tensor, codebook: Tensor, size: int) -> tuple[Tensor, Tensor
     return codes.flatten()[: values.numel()], absmax
 
 
-class NF4Tensor:
+class NF4Tensor(nn.Module):
     """A tensor in NF4: w ≈ codebook[code]·absmax, one absmax per 64 weights, counted over the flattened tensor.
 
     `packed` (⌈n/2⌉,) uint8 holds two codes a byte, the first in the upper half. With double quantisation the absmax,
     less their mean (`offset`), are 8-bit codes themselves (`scale_codes`), one float32 `scale_absmax` per 256: 0.127
-    bit per weight in place of 0.5. Everything is computed in float32.
+    bit per weight in place of 0.5. Everything is computed in float32. A module, so that its buffers are saved.
     """
 
     def __init__(self, weight: Tensor, double_quant: bool = True) -> None:
+        super().__init__()
         self.shape, self.dtype, self.double_quant = weight.shape, weight.dtype, double_quant
-        self.codebook, self.scale_codebook = nf4_codebook().to(weight.device), dynamic_codebook().to(weight.device)
+        self.register_buffer("codebook", nf4_codebook().to(weight.device), persistent=False)
+        self.register_buffer("scale_codebook", dynamic_codebook().to(weight.device), persistent=False)
         codes, absmax = nearest(weight.detach().flatten().float(), self.codebook, BLOCK)
         pairs = blocks(codes, 2).to(torch.uint8)
-        self.packed = pairs[:, 0] << 4 | pairs[:, 1]
+        self.register_buffer("packed", pairs[:, 0] << 4 | pairs[:, 1])
         if double_quant:
-            self.offset = absmax.mean()
-            scale_codes, self.scale_absmax = nearest(absmax - self.offset, self.scale_codebook, SCALE_BLOCK)
-            self.scale_codes = scale_codes.to(torch.uint8)
+            self.register_buffer("offset", absmax.mean())
+            scale_codes, scale_absmax = nearest(absmax - self.offset, self.scale_codebook, SCALE_BLOCK)
+            self.register_buffer("scale_codes", scale_codes.to(torch.uint8))
+            self.register_buffer("scale_absmax", scale_absmax)
         else:
-            self.plain_absmax = absmax
+            self.register_buffer("plain_absmax", absmax)
 
     def absmax(self) -> Tensor:
-        """One scale per block, float32 (⌈n/64⌉,)."""
+        """One scale per block, (⌈n/64⌉,)."""
         if not self.double_quant:
             return self.plain_absmax
         rows = blocks(self.scale_codebook[self.scale_codes.long()], SCALE_BLOCK)
@@ -101,21 +104,22 @@ class QLoRALinear(LoRALinear):
         self.quantized = NF4Tensor(base.weight, double_quant)
         base.weight.data = base.weight.new_empty(0)
 
-    def merged_weight(self) -> Tensor:
-        return self.quantized.dequantize() + self.delta_weight()
+    @property
+    def weight(self) -> Tensor:
+        return self.quantized.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged_factor is not None:
+        if self.original is not None:
             return self.base(x)
-        base = nn.functional.linear(x, self.quantized.dequantize(), self.base.bias)
+        base = nn.functional.linear(x, self.weight, self.base.bias)
         return base + self.scaling * self.apply_adapter(self.drop(x))
 
     @torch.no_grad()
     def merge(self) -> None:
-        if self.merged_factor is None:
-            self.merged_factor, self.base.weight.data = self.factor(), self.merged_weight()
+        if self.original is None:
+            self.original, self.base.weight.data = self.base.weight.data, self.merged_weight()
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        if self.merged_factor is not None:
-            self.merged_factor, self.base.weight.data = None, self.base.weight.new_empty(0)
+        if self.original is not None:
+            self.original, self.base.weight.data = None, self.original

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ LORA = {nn.Linear: kinds.LoRALinear, nn.Embedding: kinds.LoRAEmbedding, nn.Conv2
 DORA = {nn.Linear: kinds.DoRALinear, nn.Embedding: kinds.DoRAEmbedding, nn.Conv2d: kinds.DoRAConv2d}
 PREFIX = "base_model.model."
 """What PEFT puts before module names in adapter files."""
+
+BEYOND = ("rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "target_parameters", "fan_in_fan_out")
+"""Fields of PEFT's configuration that change what an adapter is, and that the reference does not have."""
 
 
 def matches(name: str, rule: Rule) -> bool:
@@ -63,9 +66,25 @@ class LoraModel(nn.Module):
         bias: Bias = "none",
         **settings: Any,
     ) -> None:
-        """One more adapter, fresh, and put it to use."""
+        """One more adapter, fresh, and put it to use. ValueError for a name that is taken, or an unknown `bias`."""
+        if name in self.adapters or bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"the adapter {name} is there already, or bias {bias} is not none, all or lora_only")
+        before = self.active
         self.use(None)
-        adapted = DORA if use_dora else LORA
+        try:
+            layers = self._layers(include, exclude, DORA if use_dora else LORA, settings)
+        except ValueError:
+            self.use(before)
+            raise
+        self.adapters[name] = layers
+        self.settings[name] = {"include": include, "exclude": exclude, "use_dora": use_dora, "bias": bias, **settings}
+        self.biases[name] = {path: tensor.detach().clone() for path, tensor in self.trained_biases(name).items()}
+        self.use(name)
+
+    def _layers(
+        self, include: Rule, exclude: Rule, adapted: Mapping[Any, type[LoRALayer]], settings: Mapping[str, Any]
+    ) -> dict[str, LoRALayer]:
+        """A fresh layer around each module that is meant, by its path in the bare base."""
         owners = Counter(id(tensor) for _, tensor in self.model.named_parameters(remove_duplicate=False))
         layers = dict[str, LoRALayer]()
         for path, module in self.model.named_modules():
@@ -77,10 +96,7 @@ class LoraModel(nn.Module):
                 layers[path] = adapted[type(module)](module, **settings)
         if not layers:
             raise ValueError(f"no module matches {include}")
-        self.adapters[name] = layers
-        self.settings[name] = {"include": include, "exclude": exclude, "use_dora": use_dora, "bias": bias, **settings}
-        self.biases[name] = {path: tensor.detach().clone() for path, tensor in self.trained_biases(name).items()}
-        self.use(name)
+        return layers
 
     def trained_biases(self, name: str) -> dict[str, nn.Parameter]:
         """The base's biases that adapter `name` trains, by path in the bare base (which must be bare)."""
@@ -93,7 +109,9 @@ class LoraModel(nn.Module):
         }
 
     def use(self, name: str | None) -> None:
-        """Put adapter `name` into the tree, or take out the one that is in (None: the bare base)."""
+        """Put adapter `name` into the tree, or take out the one that is in (None: the bare base). KeyError, and nothing
+        changed, for a name that is not there."""
+        adding = self.adapters[name] if name is not None else {}
         if self.active is not None:
             for path, layer in self.adapters[self.active].items():
                 layer.unmerge()
@@ -102,7 +120,7 @@ class LoraModel(nn.Module):
         self.active = name
         if name is not None:
             self.swap_biases(None, name)
-            for path, layer in self.adapters[name].items():
+            for path, layer in adding.items():
                 self.model.set_submodule(path, layer.train(self.model.training))
 
     @torch.no_grad()
@@ -115,6 +133,7 @@ class LoraModel(nn.Module):
         for path, tensor in parameters.items():
             tensor.copy_(self.biases[into][path])
             tensor.requires_grad_(into is not None)
+            tensor.grad = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -133,18 +152,20 @@ class LoraModel(nn.Module):
             layer.merge()
             self.model.set_submodule(path, layer.base)
         self.active = None
-        return self.model
+        return self.model.requires_grad_(False)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What the adapter in use trains, by its names in PEFT's files."""
-        layers, tensors = self.adapters[str(self.active)], dict[str, nn.Parameter]()
+        """What the adapter in use trains, by its names in PEFT's files; ValueError when none is in use."""
+        if self.active is None:
+            raise ValueError("no adapter is in use")
+        layers, tensors = self.adapters[self.active], dict[str, nn.Parameter]()
         for path, layer in layers.items():
             embedding = isinstance(layer.base, nn.Embedding)
             names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
             tensors |= {f"{path}.{names[0]}": layer.lora_A, f"{path}.{names[1]}": layer.lora_B}
             if isinstance(layer, DoRA):
                 tensors[f"{path}.lora_magnitude_vector"] = layer.magnitude
-        for path in self.biases[str(self.active)]:
+        for path in self.biases[self.active]:
             owner = path.removesuffix("bias").removesuffix(".")
             adapted = owner in layers
             name = f"{owner}.base_layer.bias" if adapted else path
@@ -168,15 +189,26 @@ class LoraModel(nn.Module):
 
     @torch.no_grad()
     def load_adapter(self, folder: Path, name: str) -> None:
-        """Add the adapter of `folder`, ours or PEFT's, as `name` and put it to use. KeyError when a tensor lacks."""
+        """Add the adapter of `folder`, ours or PEFT's, as `name` and put it to use.
+
+        ValueError, and the adapter in use stays, for one that trained what the reference does not have.
+        """
         config = json.loads((folder / "adapter_config.json").read_text())
+        beyond = [field for field in BEYOND if config.get(field)]
+        if beyond or not isinstance(config.get("init_lora_weights", True), bool):
+            raise ValueError(f"{folder} has {', '.join(beyond) or config['init_lora_weights']}: not covered")
         keys = ("use_dora", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora")
+        before, stored = self.active, load_file(folder / "adapter_model.safetensors")
         self.add(name, config["target_modules"], config.get("exclude_modules") or (), **{k: config[k] for k in keys})
-        stored = load_file(folder / "adapter_model.safetensors")
-        for path, tensor in self.adapter_tensors().items():
+        tensors = self.adapter_tensors()
+        if {path: tensor.shape for path, tensor in tensors.items()} != {path: t.shape for path, t in stored.items()}:
+            self.use(before)
+            del self.adapters[name], self.settings[name], self.biases[name]
+            raise ValueError(f"the tensors of {folder} are not those its configuration describes")
+        for path, tensor in tensors.items():
             tensor.copy_(stored[path])
 
     def save_merged(self, path: Path) -> None:
         """Write the merged model's tensors as safetensors; the model in memory stays as it is."""
         merged = copy.deepcopy(self).merge().state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in merged.items()}, path, metadata={"format": "pt"})
+        save_file({name: tensor.clone() for name, tensor in merged.items()}, path, metadata={"format": "pt"})

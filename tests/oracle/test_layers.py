@@ -122,3 +122,18 @@ def test_peft_s_conv2d_forgets_dilation_and_padding_mode(options: dict) -> None:
     else:
         unmerged = adapted(x)
         assert not torch.allclose(adapted.merge_and_unload()(x), unmerged, atol=1e-3)
+
+
+def test_a_gradient_that_is_no_number_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = oracle.deviation
+    seen: list[float] = []
+
+    def third_is_nan(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        seen.append(right(ours, theirs))
+        return float("nan") if len(seen) == 3 else seen[-1]
+
+    monkeypatch.setattr(oracle, "deviation", third_is_nan)
+    found = oracle.compare_layers("Linear", "DoRA")
+    assert math.isnan(found["gradients"])
+    assert math.isnan(oracle.largest([0.0, float("nan"), 1.0]))
+    assert right(torch.zeros(2), torch.tensor([0.0, float("nan")])) != 0

@@ -33,7 +33,8 @@ def test_codes_and_scales_are_equal_byte_for_byte(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     found = oracle.compare_nf4((scale * torch.randn(rows, columns, generator=generator)).to(dtype))
-    assert (found["codes"], found["absmax"], found["dequantised"]) == (0, 0, 0)
+    assert found.pop("scale codes") <= 1  # few scales: one may be all of them
+    assert found == {"codes": 0, "absmax": 0, "values": 0, "values (double)": 0}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,8 @@ def test_codes_and_scales_are_equal_byte_for_byte(
     ids=str,
 )
 def test_odd_weights_are_equal_too(weight: torch.Tensor) -> None:
-    assert set(list(oracle.compare_nf4(weight).values())[:3]) == {0}
+    found = oracle.compare_nf4(weight)
+    assert {found[name] for name in ("codes", "absmax", "values", "values (double)")} == {0}
 
 
 def test_scale_codes_differ_only_where_bitsandbytes_rounds_to_its_grid() -> None:
@@ -105,3 +107,9 @@ def test_qlora_linear_keeps_no_float_weight_until_it_is_merged() -> None:
     torch.testing.assert_close(layer(x), unmerged)
     layer.unmerge()
     assert torch.equal(layer(x), unmerged)
+    other = nf4.QLoRALinear(nn.Linear(64, 32), r=2, lora_alpha=2)
+    other.load_state_dict(layer.state_dict())  # the codes are part of it
+    assert torch.equal(other(x), unmerged)
+    dropping = nf4.QLoRALinear(nn.Linear(64, 32), r=2, lora_alpha=2, lora_dropout=0.5)
+    nn.init.normal_(dropping.lora_B)
+    assert not torch.equal(dropping(x), dropping(x))

@@ -61,8 +61,24 @@ def test_merged_is_unmerged(kind: str, d_in: int, d_out: int, r: int, seed: int,
     torch.testing.assert_close(layer(x), unmerged, rtol=1e-9, atol=1e-9)
     layer.merge()  # nothing happens twice
     torch.testing.assert_close(base(x), unmerged, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer.merged_weight(), base.weight, rtol=1e-9, atol=1e-9)
+    layer.lora_A.data += 1  # what is merged comes out again whatever became of A
     layer.unmerge()
-    torch.testing.assert_close(base.weight, original, rtol=1e-9, atol=1e-9)
+    assert torch.equal(base.weight, original)
+
+
+def test_the_adapter_has_the_base_s_type() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        layer = layers.DoRALinear(nn.Linear(8, 6, dtype=dtype), r=2, lora_alpha=3)
+        assert {tensor.dtype for tensor in layer.parameters()} == {dtype}
+
+
+def test_a_convolution_takes_an_unbatched_input() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    x = torch.randn(3, 8, 8)
+    for kind in (layers.LoRAConv2d, layers.DoRAConv2d):
+        layer = randomised(kind(copy.deepcopy(conv), r=2, lora_alpha=3))
+        torch.testing.assert_close(layer(x), layer(x[None])[0])
 
 
 @common
@@ -144,7 +160,11 @@ def test_what_the_formulas_do_not_cover_is_refused() -> None:
         layers.LoRAConv2d(nn.Conv2d(2, 2, 1, groups=2), r=3, lora_alpha=1)
     with pytest.raises(ValueError, match="padding_mode reflect is not covered"):
         layers.LoRAConv2d(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), r=2, lora_alpha=1)
+    with pytest.raises(ValueError, match="sparse"):
+        layers.LoRAEmbedding(nn.Embedding(3, 2, sparse=True), r=1, lora_alpha=1)
+    with pytest.raises(ValueError, match="init must be kaiming_uniform or gaussian, not pissa"):
+        layers.LoRALinear(nn.Linear(2, 2), r=1, lora_alpha=1, init="pissa")
     silent = nn.Linear(3, 2)
     silent.weight.data[1] = 0
-    with pytest.raises(ValueError, match="all zero has no direction"):
+    with pytest.raises(ValueError, match="all zero, or not finite, has no direction"):
         layers.DoRALinear(copy.deepcopy(silent), r=1, lora_alpha=1)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_cli.reference.layers import LoRALayer
-from lora_cli.reference.tree import LoraModel
+from lora_cli.reference.tree import LoraModel, matches
 
 
 class Net(nn.Module):
@@ -144,3 +144,93 @@ def test_the_summary_counts(net: Net) -> None:
     assert adapted.summary() == f"trainable: 80 of {total:,} parameters ({80 / total:.2%}) in 2 modules"
     adapted.use(None)
     assert adapted.summary().startswith("trainable: 0 of ")
+
+
+def test_an_adapter_comes_back_in_the_mode_the_model_is_in(net: Net) -> None:
+    adapted = LoraModel(net, ["up"], r=2, lora_alpha=4, lora_dropout=0.9).eval()
+    adapted.add("second", ["down"], r=2, lora_alpha=4, lora_dropout=0.9)
+    randomise(adapted)
+    assert torch.equal(adapted(IDS), adapted(IDS))
+    adapted.train()
+    assert not torch.equal(adapted(IDS), adapted(IDS))
+
+
+def test_a_merged_layer_is_unmerged_when_its_adapter_goes(net: Net) -> None:
+    before = net(IDS)
+    adapted = LoraModel(net, ["up"], r=2, lora_alpha=4)
+    randomise(adapted)
+    for layer in adapted.adapters["default"].values():
+        layer.merge()
+    adapted.use(None)
+    assert torch.equal(adapted(IDS), before)
+
+
+def test_names_match_whole_parts_only() -> None:
+    assert matches("block.up", ["up"])
+    assert not matches("block.setup", ["up"])
+    assert matches("block.up", r".*\.up")
+    assert not matches("block.up.more", r".*\.up")
+
+
+def test_a_saved_name_means_itself_only(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(3, 3)}), "axb": nn.Linear(3, 3)})
+    adapted = LoraModel(network, ["a.b"], r=2, lora_alpha=4, lora_dropout=0.25)
+    adapted.save_adapter(tmp_path / "ours")
+    adapted.load_adapter(tmp_path / "ours", "again")
+    assert set(adapted.adapters["again"]) == {"a.b"}
+    assert adapted.adapters["again"]["a.b"].dropout.p == 0.25
+
+
+def test_what_is_not_there_changes_nothing(net: Net) -> None:
+    adapted = LoraModel(net, ["up"], r=2, lora_alpha=4)
+    randomise(adapted)
+    expected = adapted(IDS)
+    with pytest.raises(KeyError):
+        adapted.use("typo")
+    with pytest.raises(ValueError, match="no module matches"):
+        adapted.add("second", ["nothing"], r=2, lora_alpha=4)
+    with pytest.raises(ValueError, match="is there already"):
+        adapted.add("default", ["down"], r=2, lora_alpha=4)
+    with pytest.raises(ValueError, match="bias lora-only is not none, all or lora_only"):
+        adapted.add("second", ["down"], r=2, lora_alpha=4, bias="lora-only")
+    assert torch.equal(adapted(IDS), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"up": 1}},
+        {"alpha_pattern": {"up": 1}},
+        {"modules_to_save": ["head"]},
+        {"lora_bias": True},
+        {"init_lora_weights": "olora"},
+    ],
+    ids=str,
+)
+def test_an_adapter_the_reference_does_not_cover_is_refused(net: Net, tmp_path: Path, options: dict) -> None:
+    theirs = get_peft_model(copy.deepcopy(net).float(), LoraConfig(r=2, target_modules=["up", "down"], **options))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    adapted = LoraModel(net, ["up"], r=2, lora_alpha=4)
+    expected = adapted(IDS)
+    with pytest.raises(ValueError, match="not covered"):
+        adapted.load_adapter(tmp_path / "theirs", "theirs")
+    assert (adapted.active, list(adapted.adapters)) == ("default", ["default"])
+    assert torch.equal(adapted(IDS), expected)
+
+
+def test_a_file_that_lacks_tensors_is_refused(net: Net, tmp_path: Path) -> None:
+    adapted = LoraModel(net, ["up"], r=2, lora_alpha=4)
+    adapted.save_adapter(tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    tensors.pop(min(tensors))
+    save_file(tensors, tmp_path / "ours" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="are not those its configuration describes"):
+        adapted.load_adapter(tmp_path / "ours", "again")
+    assert (adapted.active, list(adapted.adapters)) == ("default", ["default"])
+
+
+def test_a_tied_model_is_saved_merged(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False), "mid": nn.Linear(3, 3)})
+    network["head"].weight = network["embed"].weight
+    LoraModel(network, ["mid"], r=2, lora_alpha=4).save_merged(tmp_path / "merged.safetensors")
+    assert set(load_file(tmp_path / "merged.safetensors")) == {"embed.weight", "head.weight", "mid.weight", "mid.bias"}

@@ -113,7 +113,6 @@ def test_what_is_missing_comes_with_one_command() -> None:
     with pytest.raises(LoraError) as caught:
         llama_cpp.find_quantizer()
     assert caught.value.hint == "lora setup-llama-cpp --quantizer"
-    assert llama_cpp.search_quantizer() is llama_cpp.search_converter() is None
 
 
 def test_type_names() -> None:
