@@ -19,6 +19,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -239,14 +240,14 @@ def oracle_checks(deviations: list[Any]) -> Iterator[Check]:
 
     for device in device_names()[:2]:
         for name, compare in oracle.deviations(device).items():
-            yield from _tried(name, lambda name=name, compare=compare: _compared(name, device, compare(), deviations))  # type: ignore[misc]
+            yield from _tried(name, partial(_compared, name, device, compare, deviations))
 
 
-def _compared(name: str, device: str, found: Iterator[Any], deviations: list[Any]) -> Iterator[Check]:
+def _compared(name: str, device: str, compare: Callable[[], Iterator[Any]], deviations: list[Any]) -> Iterator[Check]:
     """One group of comparisons: as published, or the first that are not."""
     from lora_cli import oracle
 
-    group = oracle.worst(found)
+    group = oracle.worst(compare())
     deviations += group
     if wrong := [each for each in group if not each.ok]:
         shown = "; ".join(f"{each.pair} {each.measure} {each.value:.1e} (limit {each.limit:.0e})" for each in wrong[:3])

@@ -29,6 +29,7 @@ from lora_cli.recipe import Recipe
 
 ROWS = 256
 """How many rows, from the first, an initialisation looks at."""
+EVA_ROWS = 8
 MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 START = "initial_adapter.safetensors"
 Rows = list[dict[str, Any]]
@@ -50,7 +51,6 @@ def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, 
         config.corda_config = config.corda_config or CordaConfig()
         preprocess_corda(base, config, run_model=run_model)
         return
-    _refuse_rank_for_lora_ga(recipe, base, config)
 
     def train_step() -> None:
         size = recipe.training.per_device_train_batch_size
@@ -62,16 +62,6 @@ def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, 
     set_seed(recipe.training.seed)
 
 
-def _refuse_rank_for_lora_ga(recipe: Recipe, base: PreTrainedModel, config: LoraConfig) -> None:
-    for name in targets.targeted_modules(config, dict(base.named_modules())):
-        smallest = min(base.get_submodule(name).weight.shape)
-        if 2 * max([config.r, *config.rank_pattern.values()]) > smallest:
-            where = recipe.where("lora", "r")
-            raise UsageError(
-                f"{where}: lora_ga needs at most half of {smallest}, the smaller side of {name}", "lower r"
-            )
-
-
 def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, commit: str | None) -> None:
     """eva and loftq: replace A and B of the attached adapter."""
     if recipe.lora.init_lora_weights == "eva":
@@ -81,6 +71,10 @@ def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
         batches = [_on(adapted, batch) for batch in _batches(rows[:ROWS], collate, needed)]
         if not batches:
             where = recipe.where("lora", "init_lora_weights")
+            if len(rows) < EVA_ROWS:
+                raise UsageError(
+                    f"{where}: eva needs at least {EVA_ROWS} rows, there are {len(rows)}", "give more rows"
+                )
             raise UsageError(
                 f"{where}: eva needs {needed} trained tokens, more than the first {ROWS} rows have", "lower r"
             )
@@ -95,11 +89,11 @@ def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
 
 
 def _batches(rows: Rows, collate: Collate, needed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of at least 8 rows and `needed` tokens with loss each: with fewer, PEFT's eva waits for ever."""
+    """Batches of at least EVA_ROWS rows and `needed` tokens with loss each: with fewer, PEFT's eva waits for ever."""
     batch: Rows = []
     for row in rows:
         batch.append(row)
-        if len(batch) >= 8 and sum(label != -100 for kept in batch for label in kept["labels"]) >= needed:
+        if len(batch) >= EVA_ROWS and sum(label != -100 for kept in batch for label in kept["labels"]) >= needed:
             yield collate(batch)
             batch = []
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from lora_cli import files, record, tokens
@@ -63,6 +65,11 @@ def load_base(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The base in `dtype`, or in 4 bits with `dtype` for what is not quantised; `kwargs` go to from_pretrained."""
+    if quantization is not None and any(isinstance(module, Conv1D) for module in skeleton(name, revision).modules()):
+        raise LoraError(
+            f"{name} keeps its weights the other way round (Conv1D), and comes back from 4 bits wrongly",
+            "--set method=lora, or method=dora",
+        )
     if quantization is not None and torch.cuda.is_available():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -198,11 +205,24 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without PEFT's warnings of what is checked here, and is an error where it is wrong."""
+    with warnings.catch_warnings():
+        for message in (
+            "Found missing adapter keys",
+            "The following (rank|alpha)_pattern keys",  # also where they did match, for experts
+            "fan_in_fan_out is set to",
+            ".*ensure_weight_tying",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
 def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> PeftModel:
     """A new adapter on `model`, changed in place. LoraError with PEFT's words where it refuses."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The following rank_pattern|The following alpha_pattern")
+        with _quiet_peft():
             return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise LoraError(
@@ -213,8 +233,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
     tokens.fit(model, folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, just below
+    with _quiet_peft():
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:

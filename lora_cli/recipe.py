@@ -16,11 +16,13 @@ from lora_cli import fields
 from lora_cli.yamlfile import Keys, Place
 
 Auto = Literal["auto"]
-INITIALISATIONS = r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_\d+|corda|lora_ga|mica)$"
+INITIALISATIONS = r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$"
 INITIAL_CONFIGS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}  # marks the fields that are declared upstream, not here
 DType = Literal["float32", "bfloat16", "float16"]
 Index = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
 TokenIds = Annotated[list[Index], Field(min_length=1)]
 
 
@@ -51,10 +53,10 @@ class Model(Section):
     chat_template: str = "auto"
     """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the tokenizer's own template,
     else `alpaca`. It is saved with the adapter, the merged model and the GGUF."""
-    add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    add_tokens: list[Name] = Field(default_factory=list)
     """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of embeddings and head are
     trained, and nothing else of them."""
-    add_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    add_special_tokens: list[Name] = Field(default_factory=list)
     """The same for tokens that are marks rather than text (`<|im_start|>`): left out when an answer is printed."""
 
 
@@ -67,8 +69,14 @@ class LoraFields(Section):
     """The update is scaled by lora_alpha/r (lora_alpha/√r with use_rslora)."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Name | list[Name] = "all-linear"
     """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but the output head)."""
+    exclude_modules: Name | Names | None = None
+    """Modules that get none although target_modules names them: endings or one regular expression."""
+    modules_to_save: Names | None = None
+    """Modules that are trained whole, and saved with the adapter."""
+    target_parameters: Names | None = None
+    """Parameters that get an adapter where there is no module to name, such as fused experts: name endings."""
     use_dora: bool | None = None
     """Weight-decomposed LoRA; follows from `method` and need not be set."""
     init_lora_weights: bool | Annotated[str, Field(pattern=INITIALISATIONS)] = True
@@ -79,7 +87,7 @@ class LoraFields(Section):
     of twice the rank on the base as it is."""
     layers_to_transform: Index | Annotated[list[Index], Field(min_length=1)] | None = None
     """Only the modules in these layers, counted from 0; needs target_modules to be a list."""
-    layers_pattern: str | Annotated[list[str], Field(min_length=1)] | None = None
+    layers_pattern: Name | Names | None = None
     """What stands before the layer's number in a module's name, where it is not what PEFT finds by itself."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Other ranks for some modules: name endings or regular expressions, each for other modules than the rest."""
@@ -208,6 +216,8 @@ NOT_IN_LORA = {
     "megatron_config": "Megatron's layers are not what lora loads",
     "megatron_core": "Megatron's layers are not what lora loads",
     "arrow_config": "Arrow routes between adapters that are trained already",
+    "alora_invocation_tokens": "an aLoRA can be trained but not merged",
+    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would be another one",
     "layer_replication": "replicated layers share weights, so PEFT merges their adapters into one another",
     "loftq_config": "use init_lora_weights: loftq; the bits are those of method: qlora",
 }
@@ -297,8 +307,8 @@ class Recipe(Section):
     def adapts_head(self) -> bool:
         """Whether something but a plain copy is put on the output head, as far as the recipe's names tell."""
         tokens = self.model.add_tokens or self.model.add_special_tokens or self.lora.trainable_token_indices
-        targets = self.lora.target_modules
-        return bool(tokens) or (isinstance(targets, list) and "lm_head" in targets)
+        named = [self.lora.target_modules, *(self.lora.target_parameters or [])]
+        return bool(tokens) or any("lm_head" in str(name) for name in named)
 
     def where(self, *keys: str) -> str:
         """`file:line: section.key` of a value that was written, else just `section.key`."""

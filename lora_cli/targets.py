@@ -1,7 +1,7 @@
-"""What a recipe's module names, patterns and layers mean on a model: each must match, and be sound to adapt and merge.
+"""What a recipe's module names, patterns, layers and rows mean on a model: each must match something.
 
-PEFT ignores most of what matches nothing, and adapts some modules in a way that it cannot merge. Here every name,
-pattern and layer is asked for alone, by PEFT's own matching, before an adapter is attached.
+PEFT ignores most of what matches nothing. Here every name, pattern and layer is asked for alone, by PEFT's own
+matching, before an adapter is attached; `limits.py` says what PEFT then could not do.
 """
 
 from __future__ import annotations
@@ -15,41 +15,42 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora_cli import limits
 from lora_cli.errors import UsageError, nearest, one_error
+from lora_cli.limits import Problem, pattern_key
 from lora_cli.recipe import Recipe
 from lora_cli.tokens import matches
 
 PATTERN_SECONDS = 5.0
 """How long the regular expressions of a recipe may take on all of a model's names."""
-NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")
-"""Initialisations that PEFT computes from the weight of a Linear."""
-
-Problem = tuple[str, str | None]
 
 
 def check(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
     """UsageError with every part of the adapter's `config` that matches nothing in `model` or that cannot be merged."""
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if name}
     _refuse_bad_patterns(recipe, config, list(modules))
     resolved = resolve(model, config)
     targeted = targeted_modules(resolved, modules)
     parameters = targeted_parameters(resolved, model)
     problems = [
         *_unmatched_names(recipe, config, resolved, list(modules)),
+        *_left_out_targets(recipe, config, resolved, list(modules)),
         *_unmatched_layers(recipe, config, list(modules)),
         *_unmatched_parameters(recipe, config, model),
         *_unmatched_patterns(recipe, config, [*targeted, *parameters]),
         *_wrong_token_ids(recipe, config, model, targeted),
-        *_unmergeable(recipe, config, {name: modules[name] for name in targeted}, parameters),
-        *_tied(recipe, config, model, targeted, parameters),
+        *limits.problems(recipe, model, config, {name: modules[name] for name in targeted}, parameters),
     ]
+    if not problems and not targeted and not parameters:
+        problems = [
+            (f"{recipe.where('lora', 'target_modules')}: nothing is left to adapt", "lora.target_modules: all-linear")
+        ]
     if problems:
         raise one_error(f"with lora on {recipe.model.name_or_path}", problems)
 
@@ -69,7 +70,16 @@ def targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
 def targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
     """The parameters that PEFT will adapt through `target_parameters`."""
     wanted = config.target_parameters or []
-    return [name for name, _ in model.named_parameters() if any(matches(name, target) for target in wanted)]
+    return [name for name in parameter_names(model) if any(matches(name, target) for target in wanted)]
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Every name of every parameter: of a shared one all."""
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
 def _guess(target: str, names: Iterable[str], otherwise: str) -> str:
@@ -129,7 +139,7 @@ def _patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
             yield field, written, f"(?:{written})\\Z"
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            yield field, key, rf"(.*\.)?({key})$"
+            yield field, key, pattern_key(key)
     for name in config.modules_to_save or []:
         yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
     for pattern in _listed(config.layers_pattern):
@@ -148,7 +158,11 @@ def _unmatched_names(
         wanted, where = getattr(config, field), recipe.where("lora", field)
         if isinstance(wanted, str):
             if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
-                yield f"{where}: no module of {kind} matches {wanted!r}", "an expression must match the whole name"
+                hint = "an expression must match the whole name"
+                if re.fullmatch(r"[\w.-]+", wanted):  # a name where a list, or the shorthand, was meant
+                    guess = nearest(wanted.lower(), ["all-linear"])
+                    hint = f"did you mean {guess}?" if guess else f"{field}: [{wanted}]"
+                yield f"{where}: no module of {kind} matches {wanted!r}", hint
         elif not (field == "target_modules" and converted):
             for target in sorted(wanted or []):
                 if not any(matches(name, target) for name in names):
@@ -161,6 +175,21 @@ def _unmatched_names(
         elif more := [module for module in names if module.endswith(name) and not matches(module, name)]:
             full = next(module for module in names if matches(module, name))
             yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
+
+
+def _left_out_targets(
+    recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
+) -> Iterator[Problem]:
+    """Names in the list of targets that exist, and that another field takes away again."""
+    if not isinstance(config.target_modules, (set, list)) or config.target_modules != resolved.target_modules:
+        return
+    alone, where = copy.copy(config), recipe.where("lora", "target_modules")
+    for target in sorted(config.target_modules):
+        alone.target_modules = [target]
+        if any(matches(name, target) for name in names) and not targeted_modules(alone, names):
+            others = ("exclude_modules", "modules_to_save", "layers_to_transform")
+            taking = " or ".join(field for field in others if getattr(config, field) is not None)
+            yield f"{where}: {target} is left out again by {taking}", "remove it from one of them"
 
 
 def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> Iterator[Problem]:
@@ -188,8 +217,7 @@ def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) 
 
 
 def _unmatched_parameters(recipe: Recipe, config: LoraConfig, model: nn.Module) -> Iterator[Problem]:
-    names = [name for name, _ in model.named_parameters()]
-    where = recipe.where("lora", "target_parameters")
+    names, where = parameter_names(model), recipe.where("lora", "target_parameters")
     for target in config.target_parameters or []:
         if not any(matches(name, target) for name in names):
             yield f"{where}: no parameter is called {target}", _guess(target, names, "leave it out")
@@ -203,7 +231,7 @@ def _unmatched_patterns(recipe: Recipe, config: LoraConfig, targeted: Sequence[s
     """Keys that match no adapted module, and modules that two keys match: their order is lost in the adapter's file."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        matched = {key: [name for name in targeted if re.match(rf"(.*\.)?({key})$", name)] for key in keys}
+        matched = {key: [name for name in targeted if re.match(pattern_key(key), name)] for key in keys}
         for key in keys:
             if not matched[key]:
                 where = recipe.where("lora", field, key)
@@ -218,14 +246,18 @@ def _wrong_token_ids(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
 ) -> Iterator[Problem]:
     given, where = config.trainable_token_indices or {}, recipe.where("lora", "trainable_token_indices")
-    kinds = (nn.Embedding, nn.Linear)
-    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    weights = {name: module.weight for name, module in model.named_modules() if any(module is end for end in ends)}
+    seen: set[str] = set()
     embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
         found = [full for full in weights if matches(full, name)]
         if not found:
             yield f"{where}: no embedding or head is called {name}", _guess(name, weights, "leave it out")
             continue
+        if found[0] in seen:
+            yield f"{where}: {found[0]} is named twice", "give all its rows under one name"
+        seen.add(found[0])
         rows = weights[found[0]].shape[0]
         if wrong := [str(number) for number in ids if number >= rows]:
             yield f"{where}: {name} has no row {', '.join(wrong)}", f"its {rows} rows count from 0"
@@ -237,70 +269,3 @@ def _wrong_token_ids(
                 f"{target}: {found[0]} trains rows of its own already",
                 "leave it out, or use modules_to_save for both",
             )
-
-
-# What PEFT would train but not merge --------------------------------------------------------------------------------
-
-
-def _unmergeable(
-    recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module], parameters: Sequence[str]
-) -> Iterator[Problem]:
-    initial = str(config.init_lora_weights).partition("_niter")[0]
-    if parameters and initial in NEEDS_LINEAR:
-        where = recipe.where("lora", "init_lora_weights")
-        yield f"{where}: {initial} is not defined for parameters such as {parameters[0]}", "init_lora_weights: true"
-    if config.lora_bias:
-        without = [name for name, module in targeted.items() if getattr(module, "bias", None) is None]
-        if without:
-            where = recipe.where("lora", "lora_bias")
-            yield f"{where}: {without[0]} has no bias, so the adapter's could not be merged", "lora_bias: false"
-    unlike = {name: why for name, module in targeted.items() if (why := _unlike_peft(module))}
-    for name, why in list(unlike.items())[:1]:
-        where, others = (
-            recipe.where("lora", "target_modules"),
-            f" ({len(unlike)} such modules)" if len(unlike) > 1 else "",
-        )
-        yield f"{where}: PEFT cannot adapt {name}, a convolution with {why}{others}", "leave it out of target_modules"
-
-
-def _unlike_peft(module: Any) -> str | None:
-    """What PEFT leaves out when it builds A for a convolution (the adapter would merge into another function)."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return None
-    if module.groups > 1:
-        return f"groups={module.groups}"
-    if set(module.dilation) != {1}:
-        return f"dilation={module.dilation}"
-    return None if module.padding_mode == "zeros" else f"padding_mode={module.padding_mode}"
-
-
-def _tied(
-    recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str], parameters: Sequence[str]
-) -> Iterator[Problem]:
-    """Adapters on a weight that serves as embedding and head: it can be merged into neither without changing the other.
-
-    `modules_to_save` and `trainable_token_indices` are sound there, but for rows of the head alone.
-    """
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(head.weight, torch.Tensor):
-        return
-    if head.weight is not model.get_input_embeddings().weight:
-        return
-    shared = [name for name, module in model.named_modules() if getattr(module, "weight", None) is head.weight]
-    both = " and ".join(shared)
-    instead = "use modules_to_save or trainable_token_indices, or leave them out"
-    for name in shared:
-        if name in targeted:
-            yield f"{recipe.where('lora', 'target_modules')}: {name} shares its weight ({both})", instead
-        if f"{name}.weight" in parameters:
-            yield f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})", instead
-    given = config.trainable_token_indices
-    if isinstance(given, dict) and all(matches(shared[-1], name) for name in given):
-        yield (
-            f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight ({both})",
-            f"give the rows of {shared[0].rpartition('.')[2]}",
-        )
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]

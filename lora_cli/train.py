@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,18 @@ class _Watched:
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _types_kept(self.model):  # type: ignore[attr-defined]  # PEFT loads adapters in float32
+            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        try:
+            return self._optimizer(*args, **kwargs)
+        except (ImportError, ValueError, TypeError) as error:
+            said = " ".join(str(error).split())
+            raise LoraError(f"training.optim: {said}", "--set training.optim=auto") from error
+
+    def _optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.loraplus is None:
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
@@ -87,6 +100,15 @@ class WatchedTrainer(_Watched, Trainer):
     """transformers' Trainer, watched."""
 
 
+@contextmanager
+def _types_kept(network: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens inside, trained tensors keep their types."""
+    kinds = {name: parameter.dtype for name, parameter in model.trainable(network)}
+    yield
+    for name, parameter in model.trainable(network):
+        parameter.data = parameter.data.to(kinds[name])
+
+
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
     upstream.check(recipe)
@@ -125,7 +147,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     try:
         adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
         trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, ArithmeticError) as error:
         if foreign.translate(error) is not None:
             raise
         said = " ".join(str(error).split())
@@ -218,7 +240,6 @@ def _trainer(
     arguments = upstream.training_arguments(recipe)
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
-    kinds = {name: parameter.dtype for name, parameter in model.trainable(adapted)}
     common: dict[str, Any] = {
         "model": adapted,
         "args": arguments,
@@ -227,12 +248,12 @@ def _trainer(
         "processing_class": tokenizer,
     }
     trainer: WatchedSFTTrainer | WatchedTrainer
-    if recipe.trainer == "sft":
-        trainer = WatchedSFTTrainer(**common)
-    else:
-        trainer = WatchedTrainer(**common, data_collator=DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer)))
-    for name, parameter in model.trainable(adapted):
-        parameter.data = parameter.data.to(kinds[name])  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+    with _types_kept(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+        if recipe.trainer == "sft":
+            trainer = WatchedSFTTrainer(**common)
+        else:
+            collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
+            trainer = WatchedTrainer(**common, data_collator=collate)
     if recipe.training.loraplus_lr_ratio is not None:
         given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
         trainer.loraplus = {name: value for name, value in given.items() if value is not None}

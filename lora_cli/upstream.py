@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import EvaConfig, LoraConfig
-from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, VeloraConfig
 from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -78,7 +79,7 @@ def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
 
 def lora_config(recipe: Recipe) -> LoraConfig:
     """PEFT's configuration of the adapter."""
-    values = recipe.lora.given()
+    values = copy.deepcopy(recipe.lora.given())  # PEFT writes into them
     values.pop("autocast_adapter_dtype")  # an argument of get_peft_model, not of LoraConfig
     values["use_dora"] = recipe.method in ("dora", "qdora")
     if values["init_lora_weights"] == "loftq":
@@ -94,7 +95,6 @@ VARIANT_CONFIGS: dict[str, Any] = {
     "corda_config": CordaConfig,
     "lora_ga_config": LoraGAConfig,
     "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
     "use_bdlora": BdLoraConfig,
     "kasa_config": KasaConfig,
 }

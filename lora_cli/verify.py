@@ -74,7 +74,9 @@ def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtyp
     if not (folder / TRAINED).is_file():
         return None
     difference = compare(list(load_file(folder / TRAINED)["logits"][:, None]), [rows[-1:] for rows in given])
-    if not difference.mean_kl <= TRAINED_KL[dtype]:
+    # one wrong row of a vocabulary hides in the mean; in float32 no logit may be far off
+    far = dtype == torch.float32 and not difference.max_abs <= 10 * limit(difference, dtype)
+    if far or not difference.mean_kl <= TRAINED_KL[dtype]:
         raise LoraError(
             f"{folder} on its base is not the model that was trained: {difference}",
             "the base has changed since: --base gives the one it was trained on",

@@ -16,9 +16,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
 
-from lora_cli import fold, merge, model, oracle, recipe, recipe_file, record, targets, tokens, train, verify
+from lora_cli import fold, initial, merge, model, oracle, recipe, recipe_file, record, targets, tokens, train, verify
 from lora_cli.errors import LoraError, UsageError
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
@@ -106,6 +106,10 @@ CASES: dict[str, Row] = {
         **{f"model.layers.{i}.mlp.experts.base_layer.lora_B.weight": (96, 16) for i in (0, 1)},
         **{f"model.layers.{i}.mlp.experts.lora_A.weight": (16, 48) for i in (0, 1)},
         **{f"model.layers.{i}.mlp.experts.lora_B.weight": (64, 16) for i in (0, 1)}}, base="moe"),
+    "ranks of experts": Row(
+        "target_modules: []\n  target_parameters: [experts.down_proj]\n  rank_pattern: {mlp.experts.down_proj: 2}", {
+        **{f"model.layers.{i}.mlp.experts.lora_A.weight": (8, 48) for i in (0, 1)},
+        **{f"model.layers.{i}.mlp.experts.lora_B.weight": (64, 8) for i in (0, 1)}}, base="moe"),
     "rslora": Row("target_modules: [q_proj, v_proj]\n  use_rslora: true", QV),
     "dora": Row("", pairs(LINEARS, dora=True), "method: dora"),
     "random start": Row("target_modules: [q_proj, v_proj]\n  init_lora_weights: false", QV),
@@ -139,6 +143,12 @@ CASES: dict[str, Row] = {
     "added tokens on tied": Row("target_modules: [q_proj]", {
         **pairs(only("q_proj")), f"model.embed_tokens.{ROWS}": (2, H)}, "model: {add_tokens: [lighthouse, '<tool>']}",
         base="tied"),
+    "added tokens, embeddings whole": Row("target_modules: [q_proj]\n  modules_to_save: [embed_tokens]", {
+        **pairs(only("q_proj")), "model.embed_tokens.weight": (VOCAB + 1, H), f"lm_head.{ROWS}": (1, H)},
+        "model: {add_tokens: [lighthouse]}"),
+    "added tokens, all whole, tied": Row("target_modules: [q_proj]\n  modules_to_save: [embed_tokens, lm_head]", {
+        **pairs(only("q_proj")), "model.embed_tokens.weight": (VOCAB + 1, H), "lm_head.weight": (VOCAB + 1, H)},
+        "model: {add_tokens: [lighthouse]}", base="tied"),
     "added tokens on qlora": Row("", {
         **pairs(LINEARS), f"model.embed_tokens.{ROWS}": (1, H), f"lm_head.{ROWS}": (1, H)},
         "method: qlora\nmodel: {add_tokens: [lighthouse]}"),
@@ -156,6 +166,8 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         "qwen": lambda: Qwen2Config(**common, **llama),
         "tied": lambda: AutoConfig.from_pretrained(tiny / "model", tie_word_embeddings=True),
         "moe": lambda: Qwen3MoeConfig(**common, **small, head_dim=16, num_experts=4, num_experts_per_tok=2),
+        "bfloat16": lambda: AutoConfig.from_pretrained(tiny / "model"),
+        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256),
         "conv": lambda: RecurrentGemmaConfig(
             **common, hidden_size=64, intermediate_size=48, attention_window_size=32, head_dim=16, lru_width=64
         ),
@@ -164,7 +176,8 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     def make(name: str) -> Path:
         if name not in made:
             torch.manual_seed(0)
-            network = AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32)
+            kind = torch.bfloat16 if name == "bfloat16" else torch.float32
+            network = AutoModelForCausalLM.from_config(configs[name](), dtype=kind)
             for parameter in network.parameters():
                 parameter.data += 0.02 * torch.randn_like(parameter)  # biases start at zero
             folder = tmp_path_factory.mktemp("bases") / name
@@ -191,7 +204,7 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     trained = load_file(adapter / verify.TRAINED)["logits"]
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    assert settings["init_lora_weights"] is True
+    assert (settings["init_lora_weights"], settings["inference_mode"]) == (True, True)
 
     info = record.read_adapter(adapter)
     tokenizer = model.load_tokenizer(str(adapter))
@@ -216,7 +229,70 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "one of several": ("target_modules: [q_proj, v_prj]", "tiny",
                        "lora.target_modules: no module of {base} is called v_prj", "did you mean v_proj?"),
     "regex": ("target_modules: 'q_proj'", "tiny",
-              "lora.target_modules: no module of {base} matches 'q_proj'", "an expression must match the whole name"),
+              "lora.target_modules: no module of {base} matches 'q_proj'", "target_modules: [q_proj]"),
+    "the shorthand": ("target_modules: All-Linear", "tiny",
+                      "lora.target_modules: no module of {base} matches 'All-Linear'", "did you mean all-linear?"),
+    "part of a name": ("target_modules: '.*q_pro'", "tiny",
+                       "lora.target_modules: no module of {base} matches '.*q_pro'",
+                       "an expression must match the whole name"),
+    "left out by layers": ("target_modules: [q_proj, embed_tokens]\n  layers_to_transform: [0]", "tiny",
+                           "lora.target_modules: embed_tokens is left out again by layers_to_transform",
+                           "remove it from one of them"),
+    "left out by exclude": ("target_modules: [q_proj, v_proj]\n  exclude_modules: [v_proj]", "tiny",
+                            "lora.target_modules: v_proj is left out again by exclude_modules",
+                            "remove it from one of them"),
+    "left out by modules_to_save": (
+        "target_modules: [q_proj, lm_head]\n  modules_to_save: [lm_head]", "tiny",
+        "lora.target_modules: lm_head is left out again by modules_to_save", "remove it from one of them"),
+    "nothing left": ("target_modules: all-linear\n  exclude_modules: '.*'", "tiny",
+                     "lora.target_modules: nothing is left to adapt",
+                     "lora.target_modules: all-linear"),
+    "no weight": ("target_modules: [mlp, q_proj]", "tiny",
+                  "lora.target_modules: PEFT cannot adapt model.layers.0.mlp, a LlamaMLP (2 such modules)",
+                  "leave it out of target_modules"),
+    "no bias": ("bias: all", "tiny", "lora.bias is all, but there is no bias to train", "bias: none"),
+    "no bias among the targets": ("target_modules: [o_proj]\n  bias: lora_only", "qwen",
+                                  "lora.bias is lora_only, but there is no bias to train", "bias: none"),
+    "one dimension": ("target_parameters: [norm.weight]\n  target_modules: [q_proj]", "tiny",
+                      "lora.target_parameters: model.norm.weight has one dimension only", "leave it out"),
+    "experts and dropout": (
+        "lora_dropout: 0.1", "moe",
+        "lora.lora_dropout: there is no dropout for parameters such as model.layers.0.mlp.experts.gate_up_proj",
+        "lora_dropout: 0, or name target_modules"),
+    "experts and eva": (
+        "target_parameters: [experts.down_proj]\n  target_modules: [q_proj]\n  init_lora_weights: eva", "moe",
+        "lora.init_lora_weights: eva is not defined for parameters such as model.layers.0.mlp.experts.down_proj",
+        "init_lora_weights: true"),
+    "eva and rows": ("init_lora_weights: eva\n  trainable_token_indices: [5]", "tiny",
+                     "lora.init_lora_weights: eva does not go with trained rows of embeddings",
+                     "init_lora_weights: true"),
+    "pissa's rank": (
+        "init_lora_weights: pissa\n  rank_pattern: {k_proj: 300}", "tiny",
+        "lora.rank_pattern.k_proj: pissa allows a rank of at most 128 for model.layers.0.self_attn.k_proj, not 300",
+        "lower it"),
+    "lora_ga's rank by pattern": (
+        "init_lora_weights: lora_ga\n  rank_pattern: {k_proj: 65, q_proj: 100}", "tiny",
+        "lora.rank_pattern.k_proj: lora_ga allows a rank of at most 64 for model.layers.0.self_attn.k_proj, not 65",
+        "lower it"),
+    "an odd rank": ("init_lora_weights: orthogonal\n  r: 5", "tiny",
+                    "lora.r: orthogonal needs an even rank, model.layers.0.self_attn.q_proj has 5", "6"),
+    "whole and rows": (
+        "modules_to_save: [embed_tokens]\n  trainable_token_indices: [5]", "tiny",
+        "lora.modules_to_save: model.embed_tokens is trained whole, and its rows by themselves",
+        "take it out of modules_to_save, or give every module with this weight there: model.embed_tokens"),
+    "two names for one": ("trainable_token_indices: {embed_tokens: [1], model.embed_tokens: [2]}", "tiny",
+                          "lora.trainable_token_indices: model.embed_tokens is named twice",
+                          "give all its rows under one name"),
+    "rows of no embedding": ("trainable_token_indices: {q_proj: [1]}", "tiny",
+                             "lora.trainable_token_indices: no embedding or head is called q_proj", "leave it out"),
+    "other rows of a tied head": (
+        "trainable_token_indices: {embed_tokens: [5], lm_head: [6]}", "tied",
+        "lora.trainable_token_indices: lm_head shares its weight (model.embed_tokens and lm_head)",
+        "give the rows of embed_tokens"),
+    "a tied parameter": (
+        "target_parameters: [lm_head.weight]\n  target_modules: [q_proj]", "tied",
+        "lora.target_parameters: lm_head shares its weight (model.embed_tokens and lm_head)",
+        "use modules_to_save or trainable_token_indices, or leave them out"),
     "no regex": ("target_modules: '*q_proj'", "tiny",
                  "lora.target_modules: '*q_proj' is no regular expression: nothing to repeat at position 3",
                  "lists take names"),
@@ -283,8 +359,8 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
                     "lora.target_modules: PEFT cannot adapt model.layers.0.temporal_block.conv_1d, a convolution with "
                     "groups=64 (2 such modules)", "leave it out of target_modules"),
     "lora_ga's rank": ("init_lora_weights: lora_ga\n  r: 65", "tiny",
-                       "lora.r: lora_ga needs at most half of 128, the smaller side of "
-                       "model.layers.0.self_attn.k_proj", "lower r"),
+                       "lora.r: lora_ga allows a rank of at most 64 for model.layers.0.self_attn.k_proj, not 65",
+                       "lower it"),
     "eva's rank": ("init_lora_weights: eva\n  r: 4000\n  target_modules: [q_proj]", "tiny",
                    "lora.init_lora_weights: eva needs 8000 trained tokens, more than the first 256 rows have",
                    "lower r"),
@@ -314,15 +390,26 @@ def test_every_problem_is_said_at_once(write_recipe) -> None:
     ]  # fmt: skip
 
 
-def test_a_regular_expression_that_never_ends_is_stopped(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+ENDLESS = "((([a-z_.0-9]+)*)*)*X"
+
+
+@pytest.mark.parametrize(
+    ("field", "lora"),
+    [
+        ("target_modules", f"target_modules: '{ENDLESS}'"),
+        ("exclude_modules", f"exclude_modules: '{ENDLESS}'"),
+        ("rank_pattern", f"rank_pattern: {{q_proj: 2, '{ENDLESS}': 8}}"),
+        ("alpha_pattern", f"alpha_pattern: {{'{ENDLESS}': 8}}"),
+        ("modules_to_save", f"modules_to_save: ['{ENDLESS}']"),
+        ("layers_pattern", f"target_modules: [q_proj]\n  layers_to_transform: 0\n  layers_pattern: '{ENDLESS}'"),
+    ],
+)
+def test_a_regular_expression_that_never_ends_is_stopped(
+    write_recipe, monkeypatch: pytest.MonkeyPatch, field: str, lora: str
+) -> None:
     monkeypatch.setattr(targets, "PATTERN_SECONDS", 0.5)
-    for field, lora in (
-        ("target_modules", r"target_modules: '((([a-z_.0-9]+)*)*)*X'"),
-        ("rank_pattern", r"rank_pattern: {q_proj: 2, '((([a-z_]+)*)*)*x': 8}"),
-    ):
-        path = write_recipe(f"lora:\n  {lora}\n")
-        with pytest.raises(UsageError, match=f"lora.{field}: '.*' takes over 0.5 s to match 33 names"):
-            train.train(recipe_file.load(path, [f"output_dir={path.parent / field}"]))
+    with pytest.raises(UsageError, match=f"lora.{field}: '.*' takes over 0.5 s to match 32 names"):
+        train.train(recipe_file.load(write_recipe(f"lora:\n  {lora}\n")))
 
 
 @pytest.mark.parametrize("base", ["tiny", "qwen", "tied", "moe", "conv"])
@@ -387,10 +474,22 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
     assert all("<tool>" in answer and "lighthouse" in answer for answer in said), said
 
 
-@pytest.mark.parametrize("init", ["pissa_niter_4", "lora_ga", "corda", "eva"])
-def test_a_start_from_the_data_is_the_same_when_resumed(write_recipe, tmp_path: Path, monkeypatch, init: str) -> None:
-    text = f"lora: {{r: 4, init_lora_weights: {init}}}\ntraining: {{save_strategy: steps, save_steps: 1}}\n"
-    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n")))
+@pytest.mark.parametrize(
+    ("lora", "base"),
+    [
+        ("init_lora_weights: pissa_niter_4", "tiny"),
+        ("init_lora_weights: lora_ga", "tiny"),
+        ("init_lora_weights: corda", "tiny"),
+        ("init_lora_weights: eva", "tiny"),
+        ("target_modules: all-linear", "moe"),  # PEFT adds ranks for the experts to the configuration
+        ("autocast_adapter_dtype: false", "bfloat16"),
+        ("init_lora_weights: eva", "bfloat16"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monkeypatch, lora: str, base: str) -> None:
+    text = f"lora: {{r: 4, {lora}}}\ntraining: {{save_strategy: steps, save_steps: 1}}\n"
+    model_override = [f"model.name_or_path={bases(base)}"]
+    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
     path = write_recipe(f"{text}output_dir: {tmp_path / 'b'}\n")
     ended = train.Watch.on_step_end
 
@@ -401,13 +500,53 @@ def test_a_start_from_the_data_is_the_same_when_resumed(write_recipe, tmp_path: 
 
     monkeypatch.setattr(train.Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(recipe_file.load(path))
+        train.train(recipe_file.load(path, model_override))
     monkeypatch.undo()
     torch.manual_seed(99)  # nothing may hang on what the process drew before
-    resumed = train.train(recipe_file.load(path), resume=True)
+    resumed = train.train(recipe_file.load(path, model_override), resume=True)
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    kind = torch.bfloat16 if lora.startswith("autocast") else torch.float32
+    assert {tensor.dtype for tensor in one.values()} == {kind}
+
+
+def test_eva_gets_batches_it_can_use(write_recipe) -> None:
+    rows = [{"input_ids": [1] * 6, "labels": [-100] * 4 + [1] * 2}] * 40
+    sizes = [len(batch) for batch in initial._batches(rows, lambda batch: batch, needed=10)]
+    assert sizes == [8] * 5
+    assert [len(batch) for batch in initial._batches(rows, lambda batch: batch, needed=50)] == [25]
+    path = write_recipe("lora: {init_lora_weights: eva}\ndata: {max_rows: 5}\n")
+    with pytest.raises(UsageError, match="eva needs at least 8 rows, there are 5"):
+        train.train(recipe_file.load(path))
+
+
+def test_eva_counts_the_largest_rank(write_recipe) -> None:
+    lora = "lora: {r: 2, init_lora_weights: eva, rank_pattern: {q_proj: 200}, eva_config: {rho: 20.0}}"
+    with pytest.raises(UsageError, match="eva needs 4000 trained tokens"):
+        train.train(recipe_file.load(write_recipe(f"{lora}\n")))
+
+
+def test_conv1d_is_not_stored_in_4_bits(write_recipe, bases) -> None:
+    path = write_recipe("method: qlora\n")
+    with pytest.raises(LoraError, match=r"keeps its weights the other way round \(Conv1D\)"):
+        train.train(recipe_file.load(path, [f"model.name_or_path={bases('gpt2')}"]))
+
+
+def test_one_wrong_row_of_the_vocabulary_is_noticed() -> None:
+    torch.manual_seed(0)
+    before = [torch.randn(4, 512)]
+    after = [before[0].clone()]
+    after[0][:, 7] += 0.3
+    difference = verify.compare(before, after)
+    assert difference.mean_kl < verify.TRAINED_KL[torch.float32]  # which would not
+    assert difference.max_abs > 10 * verify.limit(difference, torch.float32)
+
+
+def test_an_optimiser_that_is_not_there_is_an_error_of_ours(write_recipe) -> None:
+    path = write_recipe("training: {loraplus_lr_ratio: 4, optim: galore_adamw}\n")
+    with pytest.raises(LoraError, match=r"training\.optim: .*galore"):
+        train.train(recipe_file.load(path))
 
 
 def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_path: Path, tiny: Path) -> None:

@@ -27,6 +27,7 @@ FLOORS = [
     {"ui", "files", "fields", "yamlfile", "foreign", "reference"},
     {"recipe", "record", "llama_cpp", "formats"},
     {"tokens", "sources", "render"},
+    {"limits"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"fold", "watch", "oracle", "initial"},
     {"answer"},

@@ -85,7 +85,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         (
             MINIMAL + "lora: {init_lora_weights: evil}\n",
             "r.yaml:3: lora.init_lora_weights is 'evil', but must be true or false or text matching "
-            r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_\d+|corda|lora_ga|mica)$ | None",
+            r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$ | None",
         ),
         (
             MINIMAL + "method: qlora\nlora: {init_lora_weights: olora}\n",
