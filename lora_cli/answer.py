@@ -95,8 +95,15 @@ class Bases:
 class HFAnswerer:
     """A transformers model, with one of its adapters switched on, or none."""
 
-    def __init__(self, bases: Bases, key: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.bases, self.key, self.adapter, self.tokenizer = bases, key, adapter, tokenizer
+    def __init__(
+        self,
+        bases: Bases,
+        key: str,
+        adapter: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int] = (),
+    ) -> None:
+        self.bases, self.key, self.adapter, self.tokenizer, self.stops = bases, key, adapter, tokenizer, stops
 
     @property
     def chat_template(self) -> str | None:
@@ -147,10 +154,10 @@ class HFAnswerer:
         return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
 
     def _ends(self, weights: PreTrainedModel) -> list[int]:
-        """The tokens that end an answer: the tokenizer's, and those the model's generation config adds."""
+        """The tokens that end an answer: the tokenizer's, those of training, and those of the generation config."""
         configured = weights.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
-        return sorted({token for token in [self.tokenizer.eos_token_id, *more] if token is not None})
+        return sorted({token for token in [self.tokenizer.eos_token_id, *self.stops, *more] if token is not None})
 
     def _switched(self, weights: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
         if not isinstance(weights, PeftModel):
@@ -201,7 +208,8 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
         elif kinds[path] == "adapter":
             adapter = record.read_adapter(Path(path), base)
             name = f"adapter_{len(answerers)}"
-            answerers[path] = HFAnswerer(bases, bases.with_adapter(adapter, name), name, fold.load_tokenizer(adapter))
+            key, tokenizer = bases.with_adapter(adapter, name), fold.load_tokenizer(adapter)
+            answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
         else:
             tokenizer = _tokenizer_of_base(path, answerers.values())
             answerers[path] = HFAnswerer(bases, bases.plain(path), None, tokenizer)

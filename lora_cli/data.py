@@ -52,7 +52,7 @@ class Counts:
     """Rows in whose text control tokens stand."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Lengths of all encoded rows, in tokens."""
-    ends: Counter[int | None] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
     """The last token with loss of each row that was not cut."""
 
 
@@ -95,15 +95,14 @@ def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokeniz
     first = list(islice(kept, FIRST))
     table = _table(chain(first, kept))
     if counts.read == 0:
-        raise LoraError(f"the split {source.split} holds no row", "split: train")
+        where = f"split {source.split} of " if source.split != "train" else ""
+        raise LoraError(f"data.path: {where}{source.name} holds no row", f"head {source.name}")
     _say_bad_rows(recipe.data, counts)
     if not len(table):
         reasons = ", ".join(f"{number} {reason}" for reason, number in counts.left_out.items() if number)
-        longest = max(counts.lengths, default=1024)
-        raise LoraError(
-            f"no row is left to train on: {counts.read} read ({reasons or 'none'})",
-            f"--set training.max_length={longest}, or look at the rows",
-        )
+        too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
+        hint = f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
+        raise LoraError(f"no row is left to train on: {counts.read} read ({reasons})", hint)
     _warn(tokenizer, counts, len(table))
     return Prepared(Dataset(table), first, counts, source.fingerprint(), source.commit)
 
@@ -205,7 +204,7 @@ def _select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts
                 counts.left_out["dropped: nothing to learn"] += 1
                 continue
             if len(row.input_ids) <= limit:
-                counts.ends[next((label for label in reversed(row.labels) if label != IGNORED), None)] += 1
+                counts.ends[next(label for label in reversed(row.labels) if label != IGNORED)] += 1
                 pieces = [(row.input_ids, row.labels)]
             else:
                 pieces = _fitted(place, row, limit, policy, counts)
@@ -253,10 +252,16 @@ def _say_bad_rows(data: Data, counts: Counts) -> None:
     ui.warn(f"{total} bad rows of {counts.read} are left out ({kinds}); the first is {place}: {bad.said}")
 
 
+def stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
+    """The control tokens that the trained answers end with: where generation is to stop."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(token for token in counts.ends if token in special or token in tokenizer.all_special_ids)
+
+
 def _warn(tokenizer: PreTrainedTokenizerBase, counts: Counts, kept: int) -> None:
     """What is no error, and what one would want to know before a run."""
-    special = set(tokenizer.all_special_ids)
-    endless = sum(number for token, number in counts.ends.items() if token not in special)
+    stops = set(stop_ids(tokenizer, counts))
+    endless = sum(number for token, number in counts.ends.items() if token not in stops)
     if endless:
         ui.warn(f"{endless} of {kept} rows teach no token that ends the answer: the model may never stop")
     if counts.control_in_text:

@@ -7,6 +7,7 @@ fitted to (measured mean |Δlogit|: 1.5e-7 against 5.9e-2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def merge(adapter: Adapter, out: Path) -> Merged:
         plain, modules = fold(adapted)
         round_once(plain, dtype)
         plain.config.use_cache = True
-        end_where_trained(plain, tokenizer)
+        end_where_trained(plain, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         plain.save_pretrained(str(staging), max_shard_size=SHARD_SIZE)
         model.save_tokenizer(tokenizer, staging, adapter.base, adapter.revision)
         files.write_json(
@@ -128,13 +129,14 @@ def refuse_tied(adapted: PeftModel, base: str) -> None:
         )
 
 
-def end_where_trained(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the model's configurations name the token that ended the trained answers, beside those they had."""
-    end, configured = tokenizer.eos_token_id, plain.generation_config.eos_token_id
-    before = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    if end is not None and end not in before:
-        plain.config.eos_token_id = end
-        plain.generation_config.eos_token_id = [end, *before]
+def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
+    """Make the model's configurations name the tokens that ended the trained answers, beside those they had."""
+    configured = plain.generation_config.eos_token_id
+    before = configured if isinstance(configured, list) else [configured]
+    wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))
+    if wanted != [token for token in before if token is not None]:
+        plain.config.eos_token_id = wanted[0]
+        plain.generation_config.eos_token_id = wanted
 
 
 def to_float32(base: PreTrainedModel) -> PreTrainedModel:

@@ -118,6 +118,11 @@ class Adapter(NamedTuple):
         return self.recipe.get("quantization")
 
     @property
+    def stop_token_ids(self) -> list[int]:
+        """The tokens that the trained answers ended with."""
+        return list(self.record.get("data", {}).get("stop_token_ids", [])) if self.record else []
+
+    @property
     def dtype(self) -> str | None:
         """The type of the base weights it was trained on."""
         return self.recipe.get("model", {}).get("dtype")

@@ -46,8 +46,10 @@ class Renderer:
         self.tokenizer, self.train_on = tokenizer, train_on
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        special = [re.escape(str(token)) for token in tokenizer.all_special_tokens]
-        self.control = re.compile("|".join(special)) if special else None
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = sorted({*special, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.ends_turn = re.compile(f"(?:{self.control.pattern})\\Z")
 
     def encode(self, rows: Sequence[Conversation | Tokens | str]) -> list[list[Encoded] | BadRow]:
         """Each row's ids and labels, or why it has none. Mostly one item; one for each answer of a conversation whose
@@ -63,7 +65,7 @@ class Renderer:
                     pieces.append(Piece(number, text, [(0, len(text))], self._has_control(row)))
                 else:
                     written = any(self._has_control(str(message.get("content"))) for message in row.messages)
-                    pieces += [Piece(number, text, spans, written) for text, spans in self.conversation(row)]
+                    pieces += [Piece(number, *piece, written) for piece in self.conversation(row)]
             except BadRow as bad:
                 made[number] = bad
         texts = [piece.text for piece in pieces]
@@ -79,7 +81,7 @@ class Renderer:
     def conversation(self, row: Conversation) -> list[tuple[str, list[Span]]]:
         """The conversation as text with the character spans that carry loss; or one text for each answer, ending with
         it, where the template renders the beginning of a conversation otherwise than the whole."""
-        text = self._text(row.messages, row.tools)
+        text = self._ended(row, self._text(row.messages, row.tools))
         if self.train_on == "all":
             return [(text, [(0, len(text))])]
         answers = [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
@@ -90,16 +92,23 @@ class Renderer:
         alone = []
         for turn in answers:
             until = row._replace(messages=row.messages[: turn + 1])
-            ending = self._text(until.messages, row.tools)
+            ending = self._ended(until, self._text(until.messages, row.tools))
             span = self._answer(until, turn, ending)
             if span is None:
                 raise LoraError(
-                    "the chat template's generation prompt is not how it begins an answer, so what inference feeds is "
-                    "not what would be trained",
-                    "--set model.chat_template=chatml",
+                    "the chat template's generation prompt is not how it begins an answer (some open a thought first), "
+                    "so what inference feeds is not what would be trained",
+                    "give the answers their reasoning_content, or --set model.chat_template=chatml",
                 )
             alone.append((ending, [span]))
         return alone
+
+    def _ended(self, row: Conversation, text: str) -> str:
+        """The text with eos_token at its end, where an answer stands there that nothing ends."""
+        stripped, eos = text.rstrip(), self.tokenizer.eos_token
+        if row.messages[-1]["role"] != "assistant" or self.ends_turn.search(stripped) or eos is None:
+            return text
+        return stripped + eos
 
     def document(self, text: str) -> str:
         """A plain text with one BOS where the tokenizer puts one, and one EOS."""
@@ -111,13 +120,17 @@ class Renderer:
         return text if text.endswith(eos) else text + eos
 
     def _answer(self, row: Conversation, turn: int, text: str) -> Span | None:
-        """Where the answer of `turn` stands in the conversation's text, with the token that ends it, but without white
-        space after that; None where the turns up to there are rendered otherwise by themselves."""
+        """Where the answer of `turn` stands in the conversation's text, with the token that stops generation: the one
+        that ends the turn, or begins the next. None where the turns up to there are rendered otherwise alone."""
         before = self._text(row.messages[:turn], row.tools, add_generation_prompt=True)
-        after = text
-        if turn + 1 < len(row.messages):
-            after = self._text(row.messages[: turn + 1], row.tools).rstrip()
-        return (len(before), len(after.rstrip())) if text.startswith(before) and text.startswith(after) else None
+        if turn + 1 == len(row.messages):
+            end = len(text.rstrip())
+            return (len(before), end) if text.startswith(before) else None
+        after = self._text(row.messages[: turn + 1], row.tools).rstrip()
+        if not (text.startswith(before) and text.startswith(after)):
+            return None
+        following = None if self.ends_turn.search(after) else self.control.match(text, len(after))
+        return len(before), following.end() if following else len(after)
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
         from jinja2 import TemplateError
@@ -136,7 +149,7 @@ class Renderer:
         return str(texts[0])
 
     def _has_control(self, text: str) -> bool:
-        return self.control is not None and self.control.search(text) is not None
+        return self.control.search(text) is not None
 
     def _checked(self, row: Tokens) -> Encoded:
         size = len(self.tokenizer)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -40,6 +40,11 @@ class Source(NamedTuple):
     table: Dataset | IterableDataset | None
     split: str
     commit: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What is read, for messages."""
+        return str(self.files[0]) if self.files else "the data set"
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Every row with its place: `rows.jsonl:17`, or `row 17` of a table; both count from 1."""
@@ -166,7 +171,7 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
     try:
         with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
             if kind == "csv":
-                yield from _read_csv(file, stream, "\t" if ".tsv" in file.suffixes else ",")
+                yield from _read_csv(file, stream)
             elif kind == "text":
                 yield from (
                     (f"{file}:{number}", {"text": line.rstrip("\r\n")})
@@ -225,9 +230,11 @@ def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
         )
 
 
-def _read_csv(file: Path, stream: TextIO, delimiter: str) -> Iterator[tuple[str, Row]]:
+def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
+    """Rows under a header line; separated by whichever of comma, tabulator and semicolon stands in it most often."""
     csv.field_size_limit(1 << 30)
-    rows = csv.reader(stream, delimiter=delimiter, strict=True)
+    first = stream.readline()
+    rows = csv.reader(chain([first], stream), delimiter=max(",\t;", key=first.count), strict=True)
     try:
         header = next(rows)
         for values in rows:

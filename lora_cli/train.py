@@ -177,6 +177,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
             "tokens": train_rows.counts.tokens,
             "trained_tokens": train_rows.counts.trained_tokens,
             "left_out": dict(train_rows.counts.left_out),
+            "stop_token_ids": data.stop_ids(tokenizer, train_rows.counts),
         },
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": result.global_step, "train_loss": result.training_loss},

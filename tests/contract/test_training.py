@@ -187,7 +187,7 @@ def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, 
     [
         ("model: {attn_implementation: zzz}", "refuse this recipe"),
         ("trainer: sft\nlora: {target_modules: '.*(q_proj|lm_head)'}", "`lm_head`"),
-        ("data: {split: 'train[:0]'}", "the split train[:0] holds no row"),
+        ("data: {split: 'train[:0]'}", "split train[:0] of "),
         ("data: {split: 'train[bad'}", "data.path: "),
     ],
 )

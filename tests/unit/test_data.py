@@ -245,13 +245,17 @@ def test_a_generation_prompt_that_no_answer_begins_with_is_refused(prepare, toke
         prepare([CONVERSATION])
 
 
-def test_a_template_that_never_ends_an_answer_is_warned_about(prepare, tokenizer, capfd) -> None:
-    tokenizer.chat_template = TURNS.replace("+ ' ' + eos_token", "")
-    prepare([{"prompt": "ask", "completion": "answer"}] * 3)
-    assert "warning: 3 of 3 rows teach no token that ends the answer" in capfd.readouterr().err
-    tokenizer.chat_template = TURNS
-    prepare([{"prompt": "ask", "completion": "answer"}] * 3)
+def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, capfd) -> None:
+    tokenizer.chat_template = TURNS.replace("+ ' ' + eos_token", "")  # ends an answer with nothing
+    prepared = prepare([{"prompt": "ask", "completion": "answer"}] * 3)
+    assert learned(prepared, tokenizer) == ["answer", "</s>"]
+    assert data.stop_ids(tokenizer, prepared.counts) == [tokenizer.eos_token_id]
     assert "warning" not in capfd.readouterr().err
+    prepare([{"prompt": "ask", "completion": "answer"}] * 3, "train_on: all")
+    assert "warning" not in capfd.readouterr().err
+    ids = tokenizer("ask answer")["input_ids"]
+    prepare([{"input_ids": ids}, {"input_ids": [*ids, tokenizer.eos_token_id]}])
+    assert "warning: 1 of 2 rows teach no token that ends the answer" in capfd.readouterr().err
 
 
 def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
