@@ -127,7 +127,7 @@ def _histogram(lengths: Counter[int], limit: int) -> str:
 def _runs(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
     """The row's text in runs that carry loss or do not, special tokens spelt out."""
     runs: list[tuple[bool, list[int]]] = []
-    for number, label in zip(row.input_ids, row.labels):
+    for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
         learned = label != IGNORED
         if not runs or runs[-1][0] != learned:
             runs.append((learned, []))
@@ -149,7 +149,7 @@ def _shown(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
     for learned, text in _runs(row, tokenizer):
         before, after = (TRAINED if learned else NOT_TRAINED) if colour else ("", "")
         parts.append(f"{before}{f'⟦{text}⟧' if learned else text}{after}")
-    trained = sum(label != IGNORED for label in row.labels)
+    trained = int((row.labels != IGNORED).sum())
     return f"{row.place}: {len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧\n{''.join(parts)}"
 
 

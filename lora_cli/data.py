@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from lora_cli import formats, sources, ui
 from lora_cli.errors import LoraError, nearest
 from lora_cli.formats import BadRow
 from lora_cli.recipe import Data, Recipe
-from lora_cli.render import IGNORED, Encoded, Renderer
+from lora_cli.render import IGNORED, Batch, Encoded, NDArray, Renderer
 
 COLUMNS_FROM = 100
 """Rows, from the first, whose columns tell the format."""
@@ -30,8 +32,8 @@ class Kept(NamedTuple):
     """A row to train on, and where it was read."""
 
     place: str
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: NDArray
+    labels: NDArray
 
 
 @dataclass
@@ -92,8 +94,12 @@ def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokeniz
     """
     counts = Counts()
     kept = _select(_encoded(source, recipe, tokenizer, counts), recipe, counts)
-    first = list(islice(kept, FIRST))
-    table = _table(chain(first, kept))
+    gc.freeze()  # else each of many collections walks all that the libraries have made
+    try:
+        first = list(islice(kept, FIRST))
+        table = _table(chain(first, kept))
+    finally:
+        gc.unfreeze()
     if counts.read == 0:
         where = f"split {source.split} of " if source.split != "train" else ""
         raise LoraError(f"data.path: {where}{source.name} holds no row", f"head {source.name}")
@@ -107,14 +113,23 @@ def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokeniz
     return Prepared(Dataset(table), first, counts, source.fingerprint(), source.commit)
 
 
+def stream(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Kept]:
+    """The rows as they come, none kept."""
+    counts = Counts()
+    yield from _select(_encoded(source, recipe, tokenizer, counts), recipe, counts)
+    _say_bad_rows(recipe.data, counts)
+
+
 def _table(rows: Iterator[Kept]) -> pyarrow.Table:
     """The ids and labels in columns, eight bytes a token."""
     numbers = pyarrow.list_(pyarrow.int32())
     schema = pyarrow.schema({"input_ids": numbers, "labels": numbers})
     batches = []
     while batch := list(islice(rows, sources.BATCH)):
-        columns = [[row.input_ids for row in batch], [row.labels for row in batch]]
-        batches.append(pyarrow.record_batch([pyarrow.array(column, numbers) for column in columns], schema=schema))
+        ends = np.cumsum([0, *(len(row.input_ids) for row in batch)], dtype=np.int32)
+        columns = [np.concatenate([row.input_ids for row in batch]), np.concatenate([row.labels for row in batch])]
+        lists = [pyarrow.ListArray.from_arrays(ends, column) for column in columns]
+        batches.append(pyarrow.record_batch(lists, schema=schema))
     return pyarrow.Table.from_batches(batches, schema)
 
 
@@ -129,13 +144,9 @@ def _encoded(
     style = _format(data, columns) if columns else "text"
     convert = formats.converter(style, formats.uses_alpaca(tokenizer.chat_template))
     renderer = Renderer(tokenizer, data.train_on)
-    rows = chain(first, rows)
-    while batch := list(islice(rows, sources.BATCH)):
-        counts.read += len(batch)
-        usable = [(place, row) for place, row in _converted(batch, convert, data.columns, counts)]
-        if counts.first_bad and data.on_bad_row == "error":
-            continue
-        for (place, _), found in zip(usable, renderer.encode([row for _, row in usable])):
+    batches = _converted(chain(first, rows), convert, data, counts)
+    for batch, made in renderer.encode(batches):
+        for (place, _), found in zip(batch, made):
             if isinstance(found, BadRow):
                 _count_bad(counts, place, found)
             else:
@@ -143,15 +154,21 @@ def _encoded(
 
 
 def _converted(
-    batch: list[tuple[str, sources.Row]], convert: formats.Converter, columns: Mapping[Any, str], counts: Counts
-) -> Iterator[tuple[str, Any]]:
-    for place, row in batch:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            yield place, convert(_renamed(row, columns) if columns else row)
-        except BadRow as bad:
-            _count_bad(counts, place, bad)
+    rows: Iterator[tuple[str, sources.Row]], convert: formats.Converter, data: Data, counts: Counts
+) -> Iterator[Batch]:
+    """The usable rows, in batches; none any more once a bad one is an error."""
+    while read := list(islice(rows, sources.BATCH)):
+        counts.read += len(read)
+        batch: Batch = []
+        for place, row in read:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                batch.append((place, convert(_renamed(row, data.columns) if data.columns else row)))
+            except BadRow as bad:
+                _count_bad(counts, place, bad)
+        if batch and not (counts.first_bad and data.on_bad_row == "error"):
+            yield batch
 
 
 def _count_bad(counts: Counts, place: str, bad: BadRow) -> None:
@@ -200,22 +217,21 @@ def _select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts
         for row in found:
             counts.lengths[len(row.input_ids)] += 1
             counts.control_in_text += row.control_in_text
-            if all(label == IGNORED for label in row.labels):
+            if not (row.labels != IGNORED).any():
                 counts.left_out["dropped: nothing to learn"] += 1
                 continue
             if len(row.input_ids) <= limit:
-                counts.ends[next(label for label in reversed(row.labels) if label != IGNORED)] += 1
+                counts.ends[int(row.labels[row.labels != IGNORED][-1])] += 1
                 pieces = [(row.input_ids, row.labels)]
             else:
                 pieces = _fitted(place, row, limit, policy, counts)
             for ids, labels in pieces:
-                trained = len(labels) - labels.count(IGNORED)
                 counts.tokens += len(ids)
-                counts.trained_tokens += trained
+                counts.trained_tokens += int((labels != IGNORED).sum())
                 yield Kept(place, ids, labels)
 
 
-def _fitted(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[tuple[list[int], list[int]]]:
+def _fitted(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[tuple[NDArray, NDArray]]:
     """What is left of a row that is too long, with something to learn in each piece."""
     length = len(row.input_ids)
     if policy == "error":
@@ -228,7 +244,7 @@ def _fitted(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -
         return []
     ends = range(0, length if policy == "split" else 1, limit)
     pieces = [(row.input_ids[start : start + limit], row.labels[start : start + limit]) for start in ends]
-    taught = [piece for piece in pieces if any(label != IGNORED for label in piece[1])]
+    taught = [piece for piece in pieces if (piece[1] != IGNORED).any()]
     if not taught:
         counts.left_out["dropped: the answer was cut off whole"] += 1
     elif policy == "split":

@@ -8,11 +8,14 @@ its turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lora_cli.errors import LoraError
 from lora_cli.formats import BadRow, Conversation, Tokens
@@ -20,13 +23,16 @@ from lora_cli.formats import BadRow, Conversation, Tokens
 IGNORED = -100
 """The label that cross entropy skips."""
 Span = tuple[int, int]
+NDArray = np.ndarray[Any, Any]
+Batch = list[tuple[str, Conversation | Tokens | str]]
+"""Rows with their places."""
 
 
 class Encoded(NamedTuple):
-    """Ids and labels, and whether control tokens stood in what the row's author wrote."""
+    """Ids and labels (int32), and whether control tokens stood in what the row's author wrote."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: NDArray
+    labels: NDArray
     control_in_text: bool
 
 
@@ -44,16 +50,36 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
+        self.marks, self.templates = tokenizer.special_tokens_map, dict[bool, Any]()
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted({*special, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.backend = tokenizer.backend_tokenizer
+        self.lengths = _byte_lengths(tokenizer)
         self.ends_turn = re.compile(f"(?:{self.control.pattern})\\Z")
 
-    def encode(self, rows: Sequence[Conversation | Tokens | str]) -> list[list[Encoded] | BadRow]:
-        """Each row's ids and labels, or why it has none. Mostly one item; one for each answer of a conversation whose
-        earlier turns the template renders otherwise once others follow."""
+    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[list[Encoded] | BadRow]]]:
+        """Each batch of rows with each row's ids and labels, or why it has none. Mostly one item a row; one for each
+        answer of a conversation whose earlier turns the template renders otherwise once others follow.
+
+        One batch is tokenised, which needs no Python, while the next is rendered.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[Batch, list[list[Encoded] | BadRow], list[Piece], Future[Any]] | None = None
+            for batch in batches:
+                made, pieces = self._rendered([row for _, row in batch])
+                texts = [piece.text for piece in pieces]
+                tokenised = pool.submit(self.backend.encode_batch_fast, texts, add_special_tokens=False)
+                if waiting:
+                    yield waiting[0], self._labelled(*waiting[1:])
+                waiting = (batch, made, pieces, tokenised)
+            if waiting:
+                yield waiting[0], self._labelled(*waiting[1:])
+
+    def _rendered(self, rows: list[Conversation | Tokens | str]) -> tuple[list[list[Encoded] | BadRow], list[Piece]]:
+        """What needs no tokenising, by row, and the pieces of text that do."""
         made: list[list[Encoded] | BadRow] = [[] for _ in rows]
         pieces: list[Piece] = []
         for number, row in enumerate(rows):
@@ -65,18 +91,46 @@ class Renderer:
                     pieces.append(Piece(number, text, [(0, len(text))], self._has_control(row)))
                 else:
                     written = any(self._has_control(str(message.get("content"))) for message in row.messages)
-                    pieces += [Piece(number, *piece, written) for piece in self.conversation(row)]
+                    pieces += [Piece(number, text, spans, written) for text, spans in self.conversation(row)]
             except BadRow as bad:
                 made[number] = bad
-        texts = [piece.text for piece in pieces]
-        for piece, encoding in zip(
-            pieces, self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        ):
-            labels = _labels(encoding, piece.spans, len(piece.text))
+        return made, pieces
+
+    def _labelled(
+        self, made: list[list[Encoded] | BadRow], pieces: list[Piece], tokenised: Future[Any]
+    ) -> list[list[Encoded] | BadRow]:
+        for piece, encoding in zip(pieces, tokenised.result()):
             found = made[piece.row]
             assert isinstance(found, list)
-            found.append(Encoded(encoding.ids, labels, piece.control_in_text))
+            ids = np.array(encoding.ids, np.int32)
+            starts, ends = self._offsets(piece.text, ids)
+            labels = np.full(len(ids), IGNORED, np.int32)
+            for start, end in piece.spans:
+                inside = slice(np.searchsorted(starts, start, "left"), np.searchsorted(ends, end, "right"))
+                labels[inside] = ids[inside]
+            found.append(Encoded(ids, labels, piece.control_in_text))
         return made
+
+    def _offsets(self, text: str, ids: NDArray) -> tuple[NDArray, NDArray]:
+        """Where each token begins and ends in the text, in characters.
+
+        The tokenizer can say, at half again the time. Where it leaves the text as it is, the tokens' own lengths do: in
+        bytes they add up to the text.
+        """
+        normalizer = self.backend.normalizer
+        unchanged = normalizer is None or normalizer.normalize_str(text) == text
+        ends = self.lengths[ids].cumsum() if unchanged else np.zeros(0, np.int64)
+        if text.isascii():
+            if len(ends) and ends[-1] == len(text):
+                return ends - self.lengths[ids], ends
+        elif len(ends) and ends[-1] == len(raw := text.encode()):
+            # bytes to characters: those that continue a character (10xxxxxx) count for the one before
+            beginnings = np.cumsum((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80)
+            counted = np.concatenate([[0], beginnings])
+            whole = counted[ends]  # a token that ends inside a character ends with it, as the tokenizer counts
+            return np.concatenate([[0], counted[ends[:-1] + 1] - 1]), whole
+        offsets = np.array(self.backend.encode(text, add_special_tokens=False).offsets, np.int64).reshape(-1, 2)
+        return offsets[:, 0], offsets[:, 1]
 
     def conversation(self, row: Conversation) -> list[tuple[str, list[Span]]]:
         """The conversation as text with the character spans that carry loss; or one text for each answer, ending with
@@ -133,20 +187,17 @@ class Renderer:
         return len(before), following.end() if following else len(after)
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
-        from jinja2 import TemplateError
-
+        """As `apply_chat_template(tokenize=False)`, which spends most of its time around the template."""
+        template = self.templates.get(bool(tools))
+        if template is None:
+            source = self.tokenizer.get_chat_template(tools=tools)
+            template = self.templates[bool(tools)] = _compile_jinja_template(source)
+        given = {"add_generation_prompt": False, "documents": None, **self.marks, **options}
         try:
-            texts, _ = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.tokenizer.get_chat_template(tools=tools),
-                **options,
-                **self.tokenizer.special_tokens_map,
-            )
+            return str(template.render(messages=messages, tools=tools, **given))
         except (TemplateError, TypeError) as error:
             said = " ".join(str(error).split())[:200]
             raise BadRow("the chat template refuses it", f"the chat template refuses it: {said}") from None
-        return str(texts[0])
 
     def _has_control(self, text: str) -> bool:
         return self.control.search(text) is not None
@@ -160,32 +211,17 @@ class Renderer:
             )
         if any(label not in (IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
             raise BadRow("labels are not input_ids", f"labels must be those of input_ids, or {IGNORED}")
-        return Encoded(row.input_ids, row.labels, False)
+        return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
 
 
-def _labels(encoding: Any, spans: list[Span], length: int) -> list[int]:
-    """The ids that lie wholly inside one of the character `spans`; IGNORED for the others."""
-    ids = encoding.ids
-    if spans == [(0, length)]:
-        return list(ids)
-    labels, offsets = [IGNORED] * len(ids), None
-    for start, end in spans:
-        first = encoding.char_to_token(start) if start < end else None
-        last = encoding.char_to_token(end - 1) if start < end else None
-        if first is None or last is None:  # a character that the tokenizer leaves out: look at every token
-            offsets = offsets or encoding.offsets
-            inside = [i for i, (a, b) in enumerate(offsets) if start <= a < b <= end]
-        else:
-            first += encoding.token_to_chars(first)[0] < start  # a token that begins before the answer is not its own
-            while (
-                last + 1 < len(ids)
-                and (chars := encoding.token_to_chars(last + 1))
-                and chars[1] <= end
-                and chars[0] < chars[1]
-            ):
-                last += 1
-            last -= encoding.token_to_chars(last)[1] > end
-            inside = list(range(first, last + 1))
-        for i in inside:
-            labels[i] = ids[i]
-    return labels
+def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray:
+    """How many bytes of text each token stands for: of byte-level vocabularies one a letter, of SentencePiece's the
+    piece's with spaces for ▁, or one for a single byte (`<0x0A>`)."""
+    byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    lengths = np.zeros(len(tokenizer), np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        plain = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        lengths[number] = len(token) if byte_level else plain
+    for number, added in tokenizer.added_tokens_decoder.items():
+        lengths[number] = len(added.content.encode())
+    return lengths

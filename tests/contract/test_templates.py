@@ -80,21 +80,22 @@ class Seen(NamedTuple):
 def seen(name: str) -> Seen:
     """Train on both answers, and ask for each as inference does."""
     tokenizer = tokenizer_for(template(name))
-    [rows] = Renderer(tokenizer, "assistant").encode([converter("messages")({"messages": MESSAGES})])
+    conversation = converter("messages")({"messages": MESSAGES})
+    [(_, [rows])] = Renderer(tokenizer, "assistant").encode([[("here", conversation)]])
     if isinstance(rows, BadRow):
         raise rows
     asked = [tokenizer.apply_chat_template(MESSAGES[:turn], add_generation_prompt=True)["input_ids"] for turn in (1, 3)]
     answers, stops, same = [], set(), True
     for row in rows:
-        learned = [label != IGNORED for label in row.labels]
+        ids, learned = row.input_ids.tolist(), (row.labels != IGNORED).tolist()
         starts = [i for i, now in enumerate(learned) if now and not (i and learned[i - 1])]
         for start in starts:
             end = next((i for i in range(start, len(learned)) if not learned[i]), len(learned))
-            same &= row.input_ids[:start] in asked
-            answers.append(tokenizer.decode(row.input_ids[start:end], skip_special_tokens=True).strip())
-            stops.add(tokenizer.convert_ids_to_tokens(row.input_ids[end - 1]))
+            same &= ids[:start] in asked
+            answers.append(tokenizer.decode(ids[start:end], skip_special_tokens=True).strip())
+            stops.add(tokenizer.convert_ids_to_tokens(ids[end - 1]))
     assert ["4" in answers[0], "6" in answers[-1]] == [True, True], answers
-    bos = max(row.input_ids.count(tokenizer.bos_token_id) for row in rows)
+    bos = max(row.input_ids.tolist().count(tokenizer.bos_token_id) for row in rows)
     return Seen(len(rows), len(answers), same, ", ".join(sorted(stops)), bos)
 
 

@@ -186,7 +186,7 @@ def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, 
     ("text", "said"),
     [
         ("model: {attn_implementation: zzz}", "refuse this recipe"),
-        ("trainer: sft\nlora: {target_modules: '.*(q_proj|lm_head)'}", "`lm_head`"),
+        ("trainer: sft\nlora: {target_modules: '.*(q_proj|m_head)'}", "`lm_head`"),
         ("data: {split: 'train[:0]'}", "split train[:0] of "),
         ("data: {split: 'train[bad'}", "data.path: "),
     ],

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli import data, formats, generate, model, recipe_file
@@ -270,3 +273,38 @@ def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Pa
     [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("alpaca", True)(row))
     assert asked == text[: spans[0][0]]
     assert question.expected == "answer"
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with some merges, as GPT-2's and Llama 3's are."""
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    fast.train_from_iterator(["the three theses — höher, größer, 你好世界 😀😀 naïve"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def pieces(tiny: Path) -> PreTrainedTokenizerFast:
+    return model.load_tokenizer(str(tiny / "model"))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "pieces", "normalised"])
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(st.sampled_from("aet h\n▁éöß你好😀\u0301ﬁ\u00a0") | st.characters(codec="utf-8"), max_size=40),
+    cut=st.integers(0, 40),
+)
+def test_where_tokens_stand_is_what_the_tokenizer_says(request, kind: str, text: str, cut: int) -> None:
+    made = request.getfixturevalue("byte_level" if kind == "normalised" else kind)
+    backend = Tokenizer.from_str(made.backend_tokenizer.to_str())
+    if kind == "normalised":
+        backend.normalizer = normalizers.NFKC()  # which changes lengths
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=made.bos_token, eos_token=made.eos_token)
+    text = f"{text[:cut]}{made.eos_token}{text[cut:]}"
+    encoding = backend.encode(text, add_special_tokens=False)
+    starts, ends = Renderer(tokenizer, "assistant")._offsets(text, np.array(encoding.ids))
+    assert list(zip(starts.tolist(), ends.tolist())) == encoding.offsets
