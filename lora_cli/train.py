@@ -158,6 +158,12 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
+    if getattr(trainer.args, "packing", False):
+        packed = len(trainer.train_dataset)
+        fill = train_rows.counts.tokens / (packed * trainer.args.max_length)
+        ui.say(
+            f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
+        )
     started = time.monotonic()
     if trainer.args.dataloader_drop_last and len(trainer.train_dataset) < trainer.args.train_batch_size:
         raise LoraError("there is no full batch to train on", "--set training.dataloader_drop_last=false")

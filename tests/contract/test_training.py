@@ -242,3 +242,35 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
         assert line["eval_loss"] == pytest.approx(expected, rel=1e-4)
         assert line["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-3)
     assert torch.stack([loss.mean() for loss in losses]).mean().item() != pytest.approx(expected, rel=1e-3)
+
+
+def test_packed_documents_do_not_see_each_other(write_recipe, tiny: Path, capsys) -> None:
+    """The loss of a packed batch, as SFTTrainer builds it, is that of its rows one by one."""
+    batches = []
+    step = train.WatchedSFTTrainer.compute_loss
+
+    def keep(self, network, inputs, *args, **kwargs):
+        batches.append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return step(self, network, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.WatchedSFTTrainer, "compute_loss", keep)
+        recipe = recipe_file.load(write_recipe("training: {packing: true, max_steps: 1, max_length: 128}\n"))
+        train.train(recipe)
+    assert "  packed: 64 rows in " in capsys.readouterr().err
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    rows = {
+        tuple(row) for row in train.data.load(recipe, model.load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
+    }
+    batch = batches[0]
+    assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
+    with torch.no_grad():
+        packed = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 3
+    for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]]):
+        ids = batch["input_ids"][:, start:end]
+        if tuple(ids[0].tolist()) in rows:  # the last may be padding
+            with torch.no_grad():
+                alone = base(input_ids=ids).logits
+            torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
