@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain, islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli import formats, sources, ui
 from lora_cli.errors import LoraError, nearest
 from lora_cli.formats import BadRow
-from lora_cli.recipe import Data, Recipe
+from lora_cli.recipe import Data, Recipe, Rows
 from lora_cli.render import IGNORED, Batch, Encoded, NDArray, Renderer
 
 COLUMNS_FROM = 100
@@ -57,6 +58,14 @@ class Counts:
     ends: Counter[int] = field(default_factory=Counter)
     """The last token with loss of each row that was not cut."""
 
+    def plus(self, other: Counts) -> Counts:
+        """Both together; of the first bad rows the earlier."""
+        sums = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name, value in sums.items():
+            if name != "first_bad":
+                sums[name] = value + getattr(other, name)
+        return Counts(**sums | {"first_bad": self.first_bad or other.first_bad})
+
 
 class Prepared(NamedTuple):
     """Rows with `input_ids` and `labels`, the first of them with their places, and what became of the rows read."""
@@ -79,12 +88,42 @@ class Prepared(NamedTuple):
 def load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
     """The rows to train on and, where the recipe gives any, those to evaluate on."""
     data = recipe.data
-    train = prepare(sources.find(data, "path", data.path, data.split), recipe, tokenizer)
+    train = _mixed(recipe, tokenizer, data.mix) if data.mix else _one(recipe, tokenizer, "path", data.path, data.split)
     if not (data.eval_path or data.eval_split):
         return train, None
     where = "eval_path" if data.eval_path else "path"
-    evaluation = sources.find(data, where, data.eval_path or data.path, data.eval_split or "train")
-    return train, prepare(evaluation, recipe, tokenizer)
+    return train, _one(recipe, tokenizer, where, data.eval_path or data.path, data.eval_split or "train")
+
+
+def _one(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, where: str, path: str | list[str] | None, split: str
+) -> Prepared:
+    assert path is not None
+    return prepare(sources.find(recipe.data, where, path, split), recipe, tokenizer)
+
+
+def _mixed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Sequence[Rows]) -> Prepared:
+    """The data sets one after the other (training draws its rows in random order), each as often as it weighs."""
+    parts, tables = [], []
+    for number, rows in enumerate(mix):
+        own = recipe.data.model_copy(update={**dict(rows), "mix": None})
+        prepared = _one(recipe.model_copy(update={"data": own}), tokenizer, f"mix.{number}.path", rows.path, rows.split)
+        ui.say(f"  {rows.path} x {rows.weight:g}: {prepared.summary()}")
+        whole, share = divmod(rows.weight, 1)
+        draw = np.random.default_rng([recipe.training.seed, number])
+        some = np.sort(draw.permutation(len(prepared.rows))[: round(share * len(prepared.rows))])
+        tables += [prepared.rows.data.table] * int(whole) + [prepared.rows.data.table.take(some)]
+        parts.append(prepared)
+    table = pyarrow.concat_tables(tables)
+    counts = parts[0].counts
+    for part in parts[1:]:
+        counts = counts.plus(part.counts)
+    labels = table["labels"].combine_chunks().flatten().to_numpy()
+    counts.tokens, counts.trained_tokens = len(labels), int((labels != IGNORED).sum())
+    fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:32]
+    first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
+    commits = [part.commit for part in parts if part.commit]
+    return Prepared(Dataset(table), first[:FIRST], counts, fingerprint, ", ".join(commits) or None)
 
 
 def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:

@@ -36,7 +36,12 @@ class Section(BaseModel):
     def given(self) -> dict[str, Any]:
         """The values to hand upstream: all declared here, and of the taken-over fields those the recipe sets."""
         taken_over = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == TAKEN_OVER}
-        return {name: value for name, value in self if name not in taken_over or name in self.model_fields_set}
+        return {name: _plain(value) for name, value in self if name not in taken_over or name in self.model_fields_set}
+
+
+def _plain(value: Any) -> Any:
+    """Sections within a list as data."""
+    return [item.given() if isinstance(item, Section) else item for item in value] if isinstance(value, list) else value
 
 
 class Model(Section):
@@ -117,18 +122,42 @@ class Quantization(Section):
 
 
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+Format = Literal["alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens"]
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
     "input_ids", "labels", "system", "tools",
 ]  # fmt: skip
 
 
+class Rows(Section):
+    """One of several data sets in `data.mix`."""
+
+    path: Paths
+    """As data.path."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often each row is seen in an epoch: 2 twice, 0.5 one half of the rows, drawn by training.seed."""
+    name: str | None = None
+    """As data.name."""
+    revision: str | None = None
+    """As data.revision."""
+    split: str = "train"
+    """As data.split."""
+    format: Auto | Format = "auto"
+    """As data.format."""
+    columns: dict[Column, str] = Field(default_factory=dict)
+    """As data.columns."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """As data.max_rows."""
+
+
 class Data(Section):
     """What is trained on."""
 
-    path: Paths
+    path: Paths | None = None
     """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv .tsv .txt, also
     under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list."""
+    mix: Annotated[list[Rows], Field(min_length=1)] | None = None
+    """Several data sets in place of path, each with a weight, and its own format and columns."""
     name: str | None = None
     """Configuration of a hub data set that has several."""
     revision: str | None = None
@@ -139,7 +168,7 @@ class Data(Section):
     """Files or data set to evaluate on; unset: `path`, where eval_split is given."""
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
-    format: Auto | Literal["alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens"] = "auto"
+    format: Auto | Format = "auto"
     """Shape of a row; `auto` tells by the columns: instruction/input/output, prompt/completion, OpenAI's messages,
     ShareGPT's conversations, text, or input_ids with labels."""
     columns: dict[Column, str] = Field(default_factory=dict)

@@ -183,6 +183,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
                     else "SFTTrainer cannot adapt the output head: remove it"
                 ),
             )
+    yield from _data_contradictions(recipe)
     training, given = recipe.training, recipe.training.model_fields_set
     if {"gradient_checkpointing", "activation_checkpointing"} <= given:
         place = recipe.where("training", "activation_checkpointing")
@@ -190,15 +191,27 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     yield from _initial_contradictions(recipe)
     if Path(recipe.output_dir).resolve() in (Path.cwd(), *Path.cwd().parents):
         yield f"{recipe.where('output_dir')} must be a folder of its own", "output_dir: runs/NAME"
-    twice = {column for column in recipe.data.columns.values() if list(recipe.data.columns.values()).count(column) > 1}
-    if twice:
-        yield (
-            f"{recipe.where('data', 'columns')} gives {', '.join(sorted(twice))} two names",
-            "one name for each column",
-        )
     if training.eval_strategy in ("steps", "epoch") and not (recipe.data.eval_path or recipe.data.eval_split):
         place = recipe.where("training", "eval_strategy")
         yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
+
+
+def _data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+    """What is read is named once, and each column has one name."""
+    data = recipe.data
+    if data.path is None and data.mix is None:
+        yield f"{recipe.where('data')} names nothing to train on", "add data.path, or data.mix"
+    if data.mix is not None:
+        for key in ("path", "name", "revision", "split", "format", "columns", "max_rows"):
+            if recipe.source("data", key):
+                yield f"{recipe.where('data', key)} and data.mix exclude each other", f"give {key} within data.mix"
+        if data.eval_split and not data.eval_path:
+            yield f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix", "add data.eval_path"
+    for columns in [data.columns, *(rows.columns for rows in data.mix or [])]:
+        names = list(columns.values())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            place = recipe.where("data", "columns" if columns is data.columns else "mix")
+            yield f"{place} gives {', '.join(twice)} two names", "one name for each column"
 
 
 def _initial_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:

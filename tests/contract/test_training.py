@@ -274,3 +274,17 @@ def test_packed_documents_do_not_see_each_other(write_recipe, tiny: Path, capsys
             with torch.no_grad():
                 alone = base(input_ids=ids).logits
             torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mix_is_trained_recorded_and_resolved_again(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}}}\noutput_dir: {tmp_path / 'run'}\n"
+        f"data:\n  mix:\n    - {{path: {tiny / 'train.jsonl'}, max_rows: 20, weight: 2}}\n"
+        f"    - {{path: {tiny / 'eval.jsonl'}, max_rows: 10}}\n"
+        "training: {max_steps: 2, save_strategy: 'no'}\n"
+    )
+    train.train(recipe_file.load(path))
+    run = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (run["data"]["read"], run["data"]["rows"]) == (30, 50)
+    assert recipe_file.load(tmp_path / "run" / "recipe.yaml").plain() == run["recipe"]

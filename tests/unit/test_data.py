@@ -308,3 +308,43 @@ def test_where_tokens_stand_is_what_the_tokenizer_says(request, kind: str, text:
     encoding = backend.encode(text, add_special_tokens=False)
     starts, ends = Renderer(tokenizer, "assistant")._offsets(text, np.array(encoding.ids))
     assert list(zip(starts.tolist(), ends.tolist())) == encoding.offsets
+
+
+def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None:
+    for name, row, count in (("a", {"prompt": "ask", "completion": "one"}, 10), ("b", {"q": "more", "a": "two"}, 8)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * count)
+    text = (
+        f"model: {{name_or_path: x}}\ndata:\n  mix:\n    - {{path: {tmp_path / 'a.jsonl'}, weight: 2}}\n"
+        f"    - {{path: {tmp_path / 'b.jsonl'}, weight: 1.5, columns: {{prompt: q, completion: a}}}}\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = recipe_file.load(tmp_path / "r.yaml")
+    mixed = data.load(recipe, tokenizer)[0]
+    words = [tokenizer.convert_ids_to_tokens(ids)[-2] for ids in mixed.rows["input_ids"]]
+    assert (words.count("one"), words.count("two")) == (20, 12)
+    assert mixed.counts.read == 18
+    assert mixed.counts.tokens == sum(map(len, mixed.rows["input_ids"]))
+    assert mixed.counts.trained_tokens == 2 * 32
+    assert [row.place.rpartition("/")[2] for row in mixed.first[:3]] == ["a.jsonl:1", "b.jsonl:1", "a.jsonl:2"]
+    assert "b.jsonl x 1.5: 8 of 8 rows" in capfd.readouterr().err
+    again = data.load(recipe, tokenizer)[0]
+    assert (again.fingerprint, again.rows["input_ids"]) == (mixed.fingerprint, mixed.rows["input_ids"])
+
+
+def test_half_of_the_rows_is_drawn_by_the_seed(tmp_path: Path, tokenizer) -> None:
+    rows = [{"input_ids": [number] * 3} for number in range(18)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name_or_path: x}}\ndata: {{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.5}}]}}\n"
+    )
+    drawn = {
+        seed: [
+            ids[0]
+            for ids in data.load(recipe_file.load(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer)[0].rows[
+                "input_ids"
+            ]
+        ]
+        for seed in (0, 1)
+    }
+    assert len(drawn[0]) == len(set(drawn[0])) == 9
+    assert drawn[0] != drawn[1]
