@@ -10,7 +10,16 @@ from pydantic import ValidationError
 
 from lora_cli import fields, yamlfile
 from lora_cli.errors import UsageError, nearest, one_error
-from lora_cli.recipe import INITIAL_CONFIGS, NOT_IN_LORA, NOT_IN_TRAINING, RENAMED, Recipe, Section, TrainingFields
+from lora_cli.recipe import (
+    INITIAL_CONFIGS,
+    NOT_IN_LORA,
+    NOT_IN_TRAINING,
+    RENAMED,
+    Recipe,
+    Rows,
+    Section,
+    TrainingFields,
+)
 from lora_cli.yamlfile import Document, Keys, Place
 
 
@@ -126,6 +135,8 @@ def _unknown_key(keys: Keys) -> tuple[str, str]:
     if homes:
         return f"{name} is not a known key", f"{key} belongs in the section {homes[0]}"
     known = sections[section[0]].model_fields if section and section[0] in sections else Recipe.model_fields
+    if section[:2] == ["data", "mix"]:
+        known = Rows.model_fields
     guess = nearest(key, known)
     return f"{name} is not a known key", (
         f"did you mean {'.'.join([*section, guess])}?" if guess else "lora schema --markdown lists every key"
@@ -203,7 +214,7 @@ def _data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
         yield f"{recipe.where('data')} names nothing to train on", "add data.path, or data.mix"
     if data.mix is not None:
         for key in ("path", "name", "revision", "split", "format", "columns", "max_rows"):
-            if recipe.source("data", key):
+            if getattr(data, key) != type(data).model_fields[key].get_default(call_default_factory=True):
                 yield f"{recipe.where('data', key)} and data.mix exclude each other", f"give {key} within data.mix"
         if data.eval_split and not data.eval_path:
             yield f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix", "add data.eval_path"

@@ -145,6 +145,22 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:3: training.loraplus_lr_embedding has no effect | add training.loraplus_lr_ratio, or remove it",
         ),
         (
+            "model: {name_or_path: base}\ndata: {split: train}\n",
+            "r.yaml:2: data names nothing to train on | add data.path, or data.mix",
+        ),
+        (
+            "model: {name_or_path: base}\ndata: {path: a, mix: [{path: b}]}\n",
+            "r.yaml:2: data.path and data.mix exclude each other | give path within data.mix",
+        ),
+        (
+            "model: {name_or_path: base}\ndata: {mix: [{path: b, wieght: 2}]}\n",
+            "r.yaml:2: data.mix.0.wieght is not a known key | did you mean data.mix.0.weight?",
+        ),
+        (
+            "model: {name_or_path: base}\ndata: {mix: [{path: b}], eval_split: test}\n",
+            "r.yaml:2: data.eval_split needs data.eval_path beside data.mix | add data.eval_path",
+        ),
+        (
             MINIMAL + "trainer: sft\nlora: {target_modules: [lm_head]}\n",
             "r.yaml:3: trainer: SFTTrainer cannot adapt the output head | trainer: auto",
         ),
