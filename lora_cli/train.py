@@ -5,108 +5,25 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
-from trl import SFTTrainer
+from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli import data, files, foreign, initial, model, record, targets, tokens, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.render import IGNORED
+from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer, types_kept
 from lora_cli.watch import NonFiniteError, Watch
-
-
-class _Watched:
-    """Lets a Trainer hand each micro-batch's loss to its `Watch`, and weighs evaluation by tokens.
-
-    Trainer's own eval_loss is a mean of the batches' means: it changes with the batch size, and a row of three tokens
-    counts as much as one of a thousand.
-    """
-
-    watch: Watch
-    eval_loss, eval_tokens = 0.0, 0
-    """Summed over the evaluation so far: the loss of each trained token, and their number."""
-    loraplus: dict[str, float] | None = None
-    """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with _types_kept(self.model):  # type: ignore[attr-defined]  # PEFT loads adapters in float32
-            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        try:
-            return self._optimizer(*args, **kwargs)
-        except (ImportError, ValueError, TypeError) as error:
-            said = " ".join(str(error).split())
-            raise LoraError(f"training.optim: {said}", "--set training.optim=auto") from error
-
-    def _optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.loraplus is None:
-            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
-        self.optimizer = create_loraplus_optimizer(
-            self.model,  # type: ignore[attr-defined]
-            kind,
-            **options,
-            **self.loraplus,
-            loraplus_weight_decay=self.args.weight_decay,  # type: ignore[attr-defined]
-        )
-        return self.optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self.watch.step_loss = self.watch.step_loss + loss
-        return loss
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
-        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if tokens:
-            self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
-        return loss, *others
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self.eval_loss, self.eval_tokens = 0.0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        sums = torch.tensor([self.eval_loss, self.eval_tokens], device=self.args.device)  # type: ignore[attr-defined]
-        total, tokens = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[attr-defined]
-        mean = total / tokens if tokens else float("nan")
-        output.metrics[f"{metric_key_prefix}_loss"] = mean
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))
-        return output
-
-
-class WatchedSFTTrainer(_Watched, SFTTrainer):
-    """TRL's SFTTrainer, watched."""
-
-
-class WatchedTrainer(_Watched, Trainer):
-    """transformers' Trainer, watched."""
-
-
-@contextmanager
-def _types_kept(network: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, trained tensors keep their types."""
-    kinds = {name: parameter.dtype for name, parameter in model.trainable(network)}
-    yield
-    for name, parameter in model.trainable(network):
-        parameter.data = parameter.data.to(kinds[name])
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -144,16 +61,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    try:
-        adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
-        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
-    except (ValueError, TypeError, ImportError, ArithmeticError) as error:
-        if foreign.translate(error) is not None:
-            raise
-        said = " ".join(str(error).split())
-        raise LoraError(
-            f"transformers, TRL or PEFT refuse this recipe: {said}", f"see {folder / 'recipe.yaml'}"
-        ) from error
+    trainer = _built(recipe, commit, folder, tokenizer, new_ids, train_rows, eval_rows)
     trained = trainer.model
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
@@ -175,16 +83,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
-        "data": {
-            "fingerprint": train_rows.fingerprint,
-            "commit": train_rows.commit,
-            "read": train_rows.counts.read,
-            "rows": len(train_rows.rows),
-            "tokens": train_rows.counts.tokens,
-            "trained_tokens": train_rows.counts.trained_tokens,
-            "left_out": dict(train_rows.counts.left_out),
-            "stop_token_ids": data.stop_ids(tokenizer, train_rows.counts),
-        },
+        "data": _facts(train_rows, tokenizer),
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": result.global_step, "train_loss": result.training_loss},
     }
@@ -195,6 +94,42 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         f"mean loss {result.training_loss:.4f}; adapter in {adapter}"
     )
     return adapter
+
+
+def _built(
+    recipe: Recipe,
+    commit: str | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
+    train_rows: data.Prepared,
+    eval_rows: data.Prepared | None,
+) -> WatchedSFTTrainer | WatchedTrainer:
+    """The trainer, ready to train; what the libraries refuse is a LoraError in their words."""
+    try:
+        adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
+        return _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
+    except (ValueError, TypeError, ImportError, ArithmeticError) as error:
+        if foreign.translate(error) is not None:
+            raise
+        said = " ".join(str(error).split())
+        raise LoraError(
+            f"transformers, TRL or PEFT refuse this recipe: {said}", f"see {folder / 'recipe.yaml'}"
+        ) from error
+
+
+def _facts(rows: data.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a run's record keeps of the rows it trained on."""
+    return {
+        "fingerprint": rows.fingerprint,
+        "commit": rows.commit,
+        "read": rows.counts.read,
+        "rows": len(rows.rows),
+        "tokens": rows.counts.tokens,
+        "trained_tokens": rows.counts.trained_tokens,
+        "left_out": dict(rows.counts.left_out),
+        "stop_token_ids": data.stop_ids(tokenizer, rows.counts),
+    }
 
 
 def _adapted(
@@ -255,7 +190,7 @@ def _trainer(
         "processing_class": tokenizer,
     }
     trainer: WatchedSFTTrainer | WatchedTrainer
-    with _types_kept(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+    with types_kept(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
         if recipe.trainer == "sft":
             trainer = WatchedSFTTrainer(**common)
         else:

@@ -30,7 +30,7 @@ FLOORS = [
     {"limits"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"fold", "watch", "oracle", "initial"},
-    {"answer"},
+    {"answer", "trainers"},
     {"train", "check", "merge", "export", "generate", "doctor"},  # the verbs never import each other
     {"cli"},
     {"__main__"},

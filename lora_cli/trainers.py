@@ -1,0 +1,96 @@
+"""TRL's and transformers' trainers with what lora adds: watching, LoRA+, types that last, evaluation by tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from lora_cli import model
+from lora_cli.errors import LoraError
+from lora_cli.render import IGNORED
+from lora_cli.watch import Watch
+
+
+@contextmanager
+def types_kept(network: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens inside, trained tensors keep their types."""
+    kinds = {name: parameter.dtype for name, parameter in model.trainable(network)}
+    yield
+    for name, parameter in model.trainable(network):
+        parameter.data = parameter.data.to(kinds[name])
+
+
+class _Watched:
+    """Lets a Trainer hand each micro-batch's loss to its `Watch`, and weighs evaluation by tokens.
+
+    Trainer's own eval_loss is a mean of the batches' means: it changes with the batch size, and a row of three tokens
+    counts as much as one of a thousand.
+    """
+
+    watch: Watch
+    eval_loss, eval_tokens = 0.0, 0
+    """Summed over the evaluation so far: the loss of each trained token, and their number."""
+    loraplus: dict[str, float] | None = None
+    """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with types_kept(self.model):  # type: ignore[attr-defined]  # PEFT loads adapters in float32
+            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        try:
+            return self._optimizer(*args, **kwargs)
+        except (ImportError, ValueError, TypeError) as error:
+            said = " ".join(str(error).split())
+            raise LoraError(f"training.optim: {said}", "--set training.optim=auto") from error
+
+    def _optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.loraplus is None:
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[attr-defined]
+        self.optimizer = create_loraplus_optimizer(
+            self.model,  # type: ignore[attr-defined]
+            kind,
+            **options,
+            **self.loraplus,
+            loraplus_weight_decay=self.args.weight_decay,  # type: ignore[attr-defined]
+        )
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.watch.step_loss = self.watch.step_loss + loss
+        return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
+        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if tokens:
+            self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
+        return loss, *others
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.eval_loss, self.eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        sums = torch.tensor([self.eval_loss, self.eval_tokens], device=self.args.device)  # type: ignore[attr-defined]
+        total, tokens = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[attr-defined]
+        mean = total / tokens if tokens else float("nan")
+        output.metrics[f"{metric_key_prefix}_loss"] = mean
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))
+        return output
+
+
+class WatchedSFTTrainer(_Watched, SFTTrainer):
+    """TRL's SFTTrainer, watched."""
+
+
+class WatchedTrainer(_Watched, Trainer):
+    """transformers' Trainer, watched."""
