@@ -96,17 +96,14 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the merged weight into the base, in place. Nothing if it is there already."""
+        """Put the merged weight in the place of the base's. Nothing if it is there already."""
         if self.original is None:
-            merged, self.original = self.merged_weight(), self.base.weight.clone()
-            self.base.weight.copy_(merged)
+            self.original, self.base.weight.data = self.base.weight.data, self.merged_weight()
 
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Take it out again, exactly. Nothing if it is not there."""
+        """Put W₀ back, exactly. Nothing if it is there."""
         if self.original is not None:
-            self.base.weight.copy_(self.original)
-            self.original = None
+            self.original, self.base.weight.data = None, self.original
 
 
 class LoRALinear(LoRALayer):

@@ -113,13 +113,3 @@ class QLoRALinear(LoRALinear):
             return self.base(x)
         base = nn.functional.linear(x, self.weight, self.base.bias)
         return base + self.scaling * self.apply_adapter(self.drop(x))
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        if self.original is None:
-            self.original, self.base.weight.data = self.base.weight.data, self.merged_weight()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if self.original is not None:
-            self.original, self.base.weight.data = None, self.original

@@ -69,17 +69,15 @@ class LoraModel(nn.Module):
         """One more adapter, fresh, and put it to use. ValueError for a name that is taken, or an unknown `bias`."""
         if name in self.adapters or bias not in ("none", "all", "lora_only"):
             raise ValueError(f"the adapter {name} is there already, or bias {bias} is not none, all or lora_only")
-        before = self.active
+        using = self.active
         self.use(None)
         try:
-            layers = self._layers(include, exclude, DORA if use_dora else LORA, settings)
-        except ValueError:
-            self.use(before)
-            raise
-        self.adapters[name] = layers
-        self.settings[name] = {"include": include, "exclude": exclude, "use_dora": use_dora, "bias": bias, **settings}
-        self.biases[name] = {path: tensor.detach().clone() for path, tensor in self.trained_biases(name).items()}
-        self.use(name)
+            self.adapters[name] = self._layers(include, exclude, DORA if use_dora else LORA, settings)
+            self.settings[name] = {"use_dora": use_dora, "bias": bias, **settings}
+            self.biases[name] = {path: tensor.detach().clone() for path, tensor in self.trained_biases(name).items()}
+            using = name
+        finally:
+            self.use(using)
 
     def _layers(
         self, include: Rule, exclude: Rule, adapted: Mapping[Any, type[LoRALayer]], settings: Mapping[str, Any]
