@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
-from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils import get_peft_model_state_dict
@@ -48,7 +47,6 @@ def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, 
             for row in rows:
                 base(**_on(base, collate([row])))
 
-        config.corda_config = config.corda_config or CordaConfig()
         preprocess_corda(base, config, run_model=run_model)
         return
 
@@ -57,7 +55,6 @@ def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, 
         for start in range(0, len(rows), size):
             base(**_on(base, collate(rows[start : start + size]))).loss.backward()
 
-    config.lora_ga_config = config.lora_ga_config or LoraGAConfig()
     preprocess_loraga(base, config, train_step)
     set_seed(recipe.training.seed)
 
@@ -67,7 +64,7 @@ def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
     if recipe.lora.init_lora_weights == "eva":
         config = adapted.peft_config["default"]
         rank = max([config.r, *config.rank_pattern.values()])
-        needed = round(config.eva_config.rho * rank) if config.eva_config else 2 * rank
+        needed = round(config.eva_config.rho * rank)
         batches = [_on(adapted, batch) for batch in _batches(rows[:ROWS], collate, needed)]
         if not batches:
             where = recipe.where("lora", "init_lora_weights")

@@ -206,7 +206,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """Without PEFT's warnings of what is checked here, and is an error where it is wrong."""
     with warnings.catch_warnings():
         for message in (
@@ -214,6 +214,9 @@ def _quiet_peft() -> Iterator[None]:
             "The following (rank|alpha)_pattern keys",  # also where they did match, for experts
             "fan_in_fan_out is set to",
             ".*ensure_weight_tying",
+            "Adapter '.*LoRA tensor\\(s\\) have invalid shape",  # lora_bias: its tensors have one dimension
+            "lora with eva initialization used with low_cpu_mem_usage",
+            "Full backward hook is firing",
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -222,7 +225,7 @@ def _quiet_peft() -> Iterator[None]:
 def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> PeftModel:
     """A new adapter on `model`, changed in place. LoraError with PEFT's words where it refuses."""
     try:
-        with _quiet_peft():
+        with quiet_peft():
             return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise LoraError(
@@ -233,7 +236,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
     tokens.fit(model, folder)
-    with _quiet_peft():
+    with quiet_peft():
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:

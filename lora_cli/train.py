@@ -159,9 +159,10 @@ def _adapted(
     targets.check(recipe, base, config)
     rows = [dict(row) for row in train_rows.rows.select(range(min(initial.ROWS, len(train_rows.rows))))]
     collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
-    initial.before_attaching(recipe, base, config, rows, collate)
-    adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
-    initial.after_attaching(recipe, adapted, rows, collate, commit)
+    with model.quiet_peft():
+        initial.before_attaching(recipe, base, config, rows, collate)
+        adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
+        initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
     return adapted
 
@@ -233,7 +234,8 @@ def _save(
     with files.staged_folder(adapter) as staging:
         verify.save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
-        trained.save_pretrained(str(staging), save_embedding_layers=False)
+        with model.quiet_peft():
+            trained.save_pretrained(str(staging), save_embedding_layers=False)
         initial.as_plain(staging, trained.peft_config["default"], start)
         model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["base"]["commit"])
         files.write_json(staging / record.ARTEFACT_RECORD, run)

@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from lora_cli import fields
 from lora_cli.errors import UsageError, nearest
-from lora_cli.recipe import Recipe, Section
+from lora_cli.recipe import INITIAL_CONFIGS, Recipe, Section
 
 
 class Choice(NamedTuple):
@@ -87,6 +87,8 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     for name, kind in VARIANT_CONFIGS.items():
         if values.get(name) is not None:
             values[name] = _variant(recipe, name, kind)
+        elif name == INITIAL_CONFIGS.get(str(values["init_lora_weights"])):
+            values[name] = kind()
     return _build(recipe, "lora", values, lambda given: LoraConfig(task_type="CAUSAL_LM", **given))
 
 
