@@ -40,7 +40,6 @@ def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, 
     if recipe.lora.init_lora_weights not in ("corda", "lora_ga"):
         return
     config.target_modules = targets.resolve(base, config).target_modules
-    rows = rows[:ROWS]
     if recipe.lora.init_lora_weights == "corda":
 
         def run_model() -> None:  # one row at a time: PEFT's statistics take no more
@@ -65,7 +64,7 @@ def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
         config = adapted.peft_config["default"]
         rank = max([config.r, *config.rank_pattern.values()])
         needed = round(config.eva_config.rho * rank)
-        batches = [_on(adapted, batch) for batch in _batches(rows[:ROWS], collate, needed)]
+        batches = [_on(adapted, batch) for batch in _batches(rows, collate, needed)]
         if not batches:
             where = recipe.where("lora", "init_lora_weights")
             if len(rows) < EVA_ROWS:

@@ -6,6 +6,8 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,9 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    trainer = _built(recipe, commit, folder, tokenizer, new_ids, train_rows, eval_rows)
+    with _refusals_told(folder):
+        adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
+        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
     trained = trainer.model
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
@@ -96,19 +100,11 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     return adapter
 
 
-def _built(
-    recipe: Recipe,
-    commit: str | None,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    new_ids: list[int],
-    train_rows: data.Prepared,
-    eval_rows: data.Prepared | None,
-) -> WatchedSFTTrainer | WatchedTrainer:
-    """The trainer, ready to train; what the libraries refuse is a LoraError in their words."""
+@contextmanager
+def _refusals_told(folder: Path) -> Iterator[None]:
+    """What the libraries refuse inside is a LoraError in their words."""
     try:
-        adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
-        return _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
+        yield
     except (ValueError, TypeError, ImportError, ArithmeticError) as error:
         if foreign.translate(error) is not None:
             raise
