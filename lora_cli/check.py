@@ -14,13 +14,15 @@ from collections import Counter
 from typing import Any
 
 import torch
+from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from lora_cli import data, model, targets, tokens, upstream
-from lora_cli.data import Kept, Prepared
+from lora_cli.data import Prepared
 from lora_cli.recipe import Recipe
 from lora_cli.render import IGNORED
+from lora_cli.selection import Kept
 
 TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
 """Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""
@@ -58,9 +60,8 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
         if prepared:
             print(f"  {name}: {prepared.summary()}")
     print("\n" + _histogram(train.counts.lengths, recipe.training.max_length))
-    print(
-        f"\n{plan['steps_per_epoch']} steps and {train.counts.tokens:,} tokens an epoch, {plan['steps']} steps in all"
-    )
+    epoch = f"{plan['steps_per_epoch']} steps and {train.counts.tokens:,} tokens an epoch, "
+    print(f"\n{'' if train.stream is not None else epoch}{plan['steps']} steps in all")
     print(f"{plan['fill']:.0%} of the batches is text, the rest padding{' (packed)' if plan['packed'] else ''}")
     for row in train.first[:samples]:
         print("\n" + _shown(row, tokenizer))
@@ -86,28 +87,33 @@ def _adapter(
 
 def _plan(recipe: Recipe, train: Prepared) -> dict[str, Any]:
     """Steps, and how full the batches are (for padded ones on average, rows being drawn at random)."""
-    training = recipe.training
+    training, rows, fill = recipe.training, len(train.rows), 1.0
     packed = bool(getattr(training, "packing", False))
     if packed:
-        strategy = getattr(training, "packing_strategy", None) or "bfd"
-        rows = len(pack_dataset(train.rows, training.max_length, strategy))
+        rows = len(pack_dataset(train.rows, training.max_length, getattr(training, "packing_strategy", None) or "bfd"))
         fill = train.counts.tokens / (rows * training.max_length)
-    else:
-        rows = len(train.rows)
-        fill = _padded_fill([len(ids) for ids in train.rows["input_ids"]], training.per_device_train_batch_size)
+    elif not getattr(training, "padding_free", False):
+        column = train.rows.with_format("arrow")[:]["input_ids"]
+        lengths = {
+            each["values"]: each["counts"] for each in compute.list_value_length(column).value_counts().to_pylist()
+        }
+        fill = padded_fill(lengths, training.per_device_train_batch_size)
     batches = math.ceil(rows / training.per_device_train_batch_size)
     epoch = math.ceil(batches / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
     return {"packed": packed, "rows": rows, "steps_per_epoch": epoch, "steps": steps, "fill": fill}
 
 
-def _padded_fill(lengths: list[int], size: int) -> float:
-    """The expected share of text in batches of `size` rows drawn at random: a batch is as long as its longest row."""
-    count, longest, below = len(lengths), 0.0, 0
-    for length, number in sorted(Counter(lengths).items()):
+def padded_fill(lengths: dict[int, int], size: int) -> float:
+    """The expected share of text in batches of `size` rows drawn at random, each batch as long as its longest row.
+
+    `lengths` counts the rows of each length.
+    """
+    count, longest, below = sum(lengths.values()), 0.0, 0
+    for length, number in sorted(lengths.items()):
         share = ((below + number) / count) ** size - (below / count) ** size
         longest, below = longest + length * share, below + number
-    return sum(lengths) / count / longest
+    return sum(length * number for length, number in lengths.items()) / count / longest
 
 
 def _histogram(lengths: Counter[int], limit: int) -> str:

@@ -1,193 +1,221 @@
-"""The rows a recipe trains on: read, recognised, rendered, encoded, selected, counted; the same for both trainers."""
+"""The rows a recipe trains on: read, recognised, rendered, encoded, selected, counted; the same for both trainers.
+
+Prepared before the run and kept on disk (`cache.py`); or, for sets that do not fit there (`data.streaming`), the first
+of them looked at before the run, and all of them prepared while it trains, over and over, drawn from a buffer. Memory
+is constant either way.
+"""
 
 from __future__ import annotations
 
 import gc
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from datetime import date
+from functools import partial
 from itertools import chain, islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
-from datasets import Dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+)
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import formats, sources, ui
+from lora_cli import cache, formats, selection, sources, ui
 from lora_cli.errors import LoraError, nearest
 from lora_cli.formats import BadRow
 from lora_cli.recipe import Data, Recipe, Rows
-from lora_cli.render import IGNORED, Batch, Encoded, NDArray, Renderer
+from lora_cli.render import IGNORED, Batch, Encoded, Renderer
+from lora_cli.selection import Counts, Kept
+from lora_cli.sources import Source
 
 COLUMNS_FROM = 100
 """Rows, from the first, whose columns tell the format."""
-
-
 FIRST = 20
 """Rows kept with their places, to be shown."""
-
-
-class Kept(NamedTuple):
-    """A row to train on, and where it was read."""
-
-    place: str
-    input_ids: NDArray
-    labels: NDArray
-
-
-@dataclass
-class Counts:
-    """What became of the rows read, counted while they pass."""
-
-    read: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Rows dropped, cut or split, by reason."""
-    bad: Counter[str] = field(default_factory=Counter)
-    """Rows that cannot be used, by kind."""
-    first_bad: tuple[str, BadRow] | None = None
-    by_turn: int = 0
-    """Conversations that became one row for each answer."""
-    control_in_text: int = 0
-    """Rows in whose text control tokens stand."""
-    lengths: Counter[int] = field(default_factory=Counter)
-    """Lengths of all encoded rows, in tokens."""
-    ends: Counter[int] = field(default_factory=Counter)
-    """The last token with loss of each row that was not cut."""
-
-    def plus(self, other: Counts) -> Counts:
-        """Both together; of the first bad rows the earlier."""
-        sums = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name, value in sums.items():
-            if name != "first_bad":
-                sums[name] = value + getattr(other, name)
-        return Counts(**sums | {"first_bad": self.first_bad or other.first_bad})
+LOOKED_AT = 10_000
+"""Rows of a stream that are looked at before training."""
 
 
 class Prepared(NamedTuple):
-    """Rows with `input_ids` and `labels`, the first of them with their places, and what became of the rows read."""
+    """Rows with `input_ids` and `labels`, the first of them with their places, and what became of the rows read.
+
+    Of a stream, all that is but the first of the rows; `stream` gives all, without end.
+    """
 
     rows: Dataset
     first: list[Kept]
     counts: Counts
     fingerprint: str
+    """A hash of every id and label; of a stream, of the first ones and of the files' first and last megabyte."""
     commit: str | None
+    stream: IterableDataset | None = None
 
     def summary(self) -> str:
         """`571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over 512 tokens)`."""
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
         text = f"{len(self.rows)} of {counts.read} rows, {counts.tokens} tokens, {share:.0f}% with loss"
-        left_out = ", ".join(f"{number} {reason}" for reason, number in counts.left_out.items() if number)
-        return f"{text} ({left_out})" if left_out else text
+        text = f"{text} ({counts.reasons()})" if counts.reasons() else text
+        return f"a stream, of its first rows {text}" if self.stream is not None else text
 
 
-def load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
-    """The rows to train on and, where the recipe gives any, those to evaluate on."""
-    data = recipe.data
-    train = _mixed(recipe, tokenizer, data.mix) if data.mix else _one(recipe, tokenizer, "path", data.path, data.split)
+def load(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
+) -> tuple[Prepared, Prepared | None]:
+    """The rows to train on and, where the recipe gives any, those to evaluate on.
+
+    `day` is what chat templates that write the date are to write: a resumed run trains on the rows it began with.
+    """
+    data, renderer = recipe.data, Renderer(tokenizer, recipe.data.train_on, day)
+    if "strftime_now" in str(tokenizer.chat_template):
+        ui.say(f"  the chat template writes the date into every conversation: {renderer.day}")
+    train = _mixed(recipe, renderer, data.mix) if data.mix else _one(recipe, renderer, "path", data.path, data.split)
     if not (data.eval_path or data.eval_split):
         return train, None
     where = "eval_path" if data.eval_path else "path"
-    return train, _one(recipe, tokenizer, where, data.eval_path or data.path, data.eval_split or "train")
+    whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
+    return train, _one(whole, renderer, where, data.eval_path or data.path, data.eval_split or "train")
 
 
-def _one(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, where: str, path: str | list[str] | None, split: str
-) -> Prepared:
+def _one(recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str) -> Prepared:
     assert path is not None
-    return prepare(sources.find(recipe.data, where, path, split), recipe, tokenizer)
+    source = sources.find(recipe.data, where, path, split)
+    return _streamed(source, recipe, renderer) if recipe.data.streaming else prepare(source, recipe, renderer)
 
 
-def _mixed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Sequence[Rows]) -> Prepared:
-    """The data sets one after the other (training draws its rows in random order), each as often as it weighs."""
-    parts, tables = [], []
+def _mixed(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> Prepared:
+    """The data sets one after the other (training draws its rows in random order), each as often as it weighs; streams
+    are drawn from at random, the more often the more they weigh."""
+    parts: list[Prepared] = []
     for number, rows in enumerate(mix):
         own = recipe.data.model_copy(update={**dict(rows), "mix": None})
-        prepared = _one(recipe.model_copy(update={"data": own}), tokenizer, f"mix.{number}.path", rows.path, rows.split)
-        ui.say(f"  {rows.path} x {rows.weight:g}: {prepared.summary()}")
-        whole, share = divmod(rows.weight, 1)
-        draw = np.random.default_rng([recipe.training.seed, number])
-        some = np.sort(draw.permutation(len(prepared.rows))[: round(share * len(prepared.rows))])
-        tables += [prepared.rows.data.table] * int(whole) + [prepared.rows.data.table.take(some)]
-        parts.append(prepared)
-    table = pyarrow.concat_tables(tables)
-    counts = parts[0].counts
+        part = _one(recipe.model_copy(update={"data": own}), renderer, f"mix.{number}.path", rows.path, rows.split)
+        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summary()}")
+        parts.append(part)
+    seed, weights = recipe.training.seed, [rows.weight for rows in mix]
+    counts, streams = parts[0].counts, [part.stream for part in parts if part.stream is not None]
     for part in parts[1:]:
         counts = counts.plus(part.counts)
-    labels = table["labels"].combine_chunks().flatten().to_numpy()
-    counts.tokens, counts.trained_tokens = len(labels), int((labels != IGNORED).sum())
-    fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:32]
+    if not streams:
+        parts = [_weighted(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))]
+        counts.tokens = sum(part.counts.tokens for part in parts)
+        counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
+    stream = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
+    fingerprint = hashlib.sha256("".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode())
     first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
-    commits = [part.commit for part in parts if part.commit]
-    return Prepared(Dataset(table), first[:FIRST], counts, fingerprint, ", ".join(commits) or None)
+    commits = ", ".join(part.commit for part in parts if part.commit) or None
+    rows = concatenate_datasets([part.rows for part in parts])
+    return Prepared(rows, first[:FIRST], counts, fingerprint.hexdigest()[:32], commits, stream)
 
 
-def prepare(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Everything the source has, ready to train on; says what to know of it.
+def _weighted(part: Prepared, weight: float, seed: list[int]) -> Prepared:
+    """The rows so many times, and of the share that is left over as many, drawn at random; tokens counted anew."""
+    whole, share = divmod(weight, 1)
+    drawn = np.random.default_rng(seed).permutation(len(part.rows))[: round(share * len(part.rows))]
+    some = part.rows.select(np.sort(drawn))
+    tokens, learned = int(whole) * part.counts.tokens, int(whole) * part.counts.trained_tokens
+    for batch in some.with_format("numpy").iter(cache.BATCH):
+        labels = np.concatenate(list(batch["labels"]))
+        tokens, learned = tokens + len(labels), learned + int((labels != IGNORED).sum())
+    return part._replace(
+        rows=concatenate_datasets([part.rows] * int(whole) + [some]),
+        counts=Counts(tokens=tokens, trained_tokens=learned),
+    )
+
+
+def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
+    """Everything the source has, ready to train on, from the cache where it was prepared before; says what to know.
 
     LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left to learn from.
     """
-    counts = Counts()
-    kept = _select(_encoded(source, recipe, tokenizer, counts), recipe, counts)
-    gc.freeze()  # else each of many collections walks all that the libraries have made
-    try:
-        first = list(islice(kept, FIRST))
-        table = _table(chain(first, kept))
-    finally:
-        gc.unfreeze()
+    key = cache.key(source.fingerprint(), source.names, recipe, renderer.tokenizer, renderer.day)
+    entry = cache.folder() / key
+    found = cache.read(entry)
+    if found:
+        ui.say(f"  {source.name}: prepared before, in {entry}")
+    else:
+        counts = Counts()
+        rows = _kept(source, recipe, renderer, counts)
+        gc.freeze()  # else each of many collections walks all that the libraries have made
+        try:
+            cache.write(entry, rows, counts, partial(_refuse, source, recipe, counts), FIRST)
+        finally:
+            gc.unfreeze()
+        found = cache.read(entry)
+        assert found, "just written"
+    selection.warn(renderer.tokenizer, found.counts)
+    return Prepared(found.rows, _first(found.rows, found.places), found.counts, found.digest, source.commit)
+
+
+def _streamed(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
+    """The first rows looked at, as `prepare` does, and all of them as a stream."""
+    counts, notes = Counts(), cache.Notes(FIRST)
+    look = recipe.data.model_copy(update={"max_rows": min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)})
+    beginning = recipe.model_copy(update={"data": look})
+    batches = cache.batches(_kept(source, beginning, renderer, counts), notes)
+    rows = Dataset(pyarrow.Table.from_batches(batches, cache.SCHEMA))
+    _refuse(source, recipe, counts)
+    selection.warn(renderer.tokenizer, counts)
+    features = Features({name: List(Value("int32")) for name in cache.SCHEMA.names})
+    stream = IterableDataset.from_generator(partial(_endless, source, recipe, renderer), features)
+    if recipe.data.shuffle_buffer > 1:
+        stream = stream.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
+    fingerprint = f"{notes.digest}, {source.fingerprint(ends_only=True)}"
+    return Prepared(rows, _first(rows, notes.places), counts, fingerprint, source.commit, stream)
+
+
+def _endless(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[dict[str, Any]]:
+    """The source's rows from the first to the last, again and again."""
+    while True:
+        counts = Counts()
+        for row in _kept(source, recipe, renderer, counts):
+            yield {"input_ids": row.input_ids, "labels": row.labels}
+        _refuse(source, recipe, counts)
+
+
+def _first(rows: Dataset, places: list[str]) -> list[Kept]:
+    shown = rows.select(range(len(places)))
+    return [
+        Kept(place, np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32))
+        for place, row in zip(places, shown)
+    ]
+
+
+def _refuse(source: Source, recipe: Recipe, counts: Counts) -> None:
+    """LoraError where there was no row, a bad one that is not to be skipped, or none to learn from."""
     if counts.read == 0:
         where = f"split {source.split} of " if source.split != "train" else ""
         raise LoraError(f"data.path: {where}{source.name} holds no row", f"head {source.name}")
-    _say_bad_rows(recipe.data, counts)
-    if not len(table):
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.left_out.items() if number)
-        too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
-        hint = f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
-        raise LoraError(f"no row is left to train on: {counts.read} read ({reasons})", hint)
-    _warn(tokenizer, counts, len(table))
-    return Prepared(Dataset(table), first, counts, source.fingerprint(), source.commit)
+    selection.refuse_bad_rows(recipe.data, counts)
+    selection.refuse_nothing(counts)
 
 
-def stream(source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Kept]:
-    """The rows as they come, none kept."""
-    counts = Counts()
-    yield from _select(_encoded(source, recipe, tokenizer, counts), recipe, counts)
-    _say_bad_rows(recipe.data, counts)
+def _kept(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[Kept]:
+    """The rows to train on as they come, none held."""
+    return selection.select(_encoded(source, recipe, renderer, counts), recipe, counts)
 
 
-def _table(rows: Iterator[Kept]) -> pyarrow.Table:
-    """The ids and labels in columns, eight bytes a token."""
-    numbers = pyarrow.list_(pyarrow.int32())
-    schema = pyarrow.schema({"input_ids": numbers, "labels": numbers})
-    batches = []
-    while batch := list(islice(rows, sources.BATCH)):
-        ends = np.cumsum([0, *(len(row.input_ids) for row in batch)], dtype=np.int32)
-        columns = [np.concatenate([row.input_ids for row in batch]), np.concatenate([row.labels for row in batch])]
-        lists = [pyarrow.ListArray.from_arrays(ends, column) for column in columns]
-        batches.append(pyarrow.record_batch(lists, schema=schema))
-    return pyarrow.Table.from_batches(batches, schema)
-
-
-def _encoded(
-    source: sources.Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, counts: Counts
-) -> Iterator[tuple[str, list[Encoded]]]:
+def _encoded(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[tuple[str, list[Encoded]]]:
     """The usable rows with their places; bad ones are counted. Once one is an error, the rest is only looked at."""
     data = recipe.data
     rows: Iterator[tuple[str, sources.Row]] = islice(source.rows(), data.max_rows)
     first = list(islice(rows, COLUMNS_FROM))
     columns = list(dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row))
     style = _format(data, columns) if columns else "text"
-    convert = formats.converter(style, formats.uses_alpaca(tokenizer.chat_template))
-    renderer = Renderer(tokenizer, data.train_on)
+    convert = formats.converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
     batches = _converted(chain(first, rows), convert, data, counts)
     for batch, made in renderer.encode(batches):
         for (place, _), found in zip(batch, made):
             if isinstance(found, BadRow):
-                _count_bad(counts, place, found)
+                counts.count_bad(place, found)
             else:
                 yield place, found
 
@@ -205,14 +233,9 @@ def _converted(
                     raise row
                 batch.append((place, convert(_renamed(row, data.columns) if data.columns else row)))
             except BadRow as bad:
-                _count_bad(counts, place, bad)
+                counts.count_bad(place, bad)
         if batch and not (counts.first_bad and data.on_bad_row == "error"):
             yield batch
-
-
-def _count_bad(counts: Counts, place: str, bad: BadRow) -> None:
-    counts.bad[bad.kind] += 1
-    counts.first_bad = counts.first_bad or (place, bad)
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
@@ -246,80 +269,3 @@ def _missing_column(column: str, columns: list[str], where: str) -> LoraError:
     guess = nearest(column, columns)
     hint = f"did you mean {guess}?" if guess else "data.columns: {ours: theirs} names them"
     return LoraError(f"{where}: there is no column {column}; there are {', '.join(columns)}", hint)
-
-
-def _select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts) -> Iterator[Kept]:
-    """The rows to train on: those with something to learn, long ones treated as data.on_long_row says."""
-    limit, policy = recipe.training.max_length, recipe.data.on_long_row
-    for place, found in encoded:
-        counts.by_turn += len(found) > 1
-        for row in found:
-            counts.lengths[len(row.input_ids)] += 1
-            counts.control_in_text += row.control_in_text
-            if not (row.labels != IGNORED).any():
-                counts.left_out["dropped: nothing to learn"] += 1
-                continue
-            if len(row.input_ids) <= limit:
-                counts.ends[int(row.labels[row.labels != IGNORED][-1])] += 1
-                pieces = [(row.input_ids, row.labels)]
-            else:
-                pieces = _fitted(place, row, limit, policy, counts)
-            for ids, labels in pieces:
-                counts.tokens += len(ids)
-                counts.trained_tokens += int((labels != IGNORED).sum())
-                yield Kept(place, ids, labels)
-
-
-def _fitted(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[tuple[NDArray, NDArray]]:
-    """What is left of a row that is too long, with something to learn in each piece."""
-    length = len(row.input_ids)
-    if policy == "error":
-        raise LoraError(
-            f"{place}: {length} tokens, over training.max_length {limit}",
-            f"--set training.max_length={length}, or --set data.on_long_row=drop",
-        )
-    if policy == "drop":
-        counts.left_out[f"dropped: over {limit} tokens"] += 1
-        return []
-    ends = range(0, length if policy == "split" else 1, limit)
-    pieces = [(row.input_ids[start : start + limit], row.labels[start : start + limit]) for start in ends]
-    taught = [piece for piece in pieces if (piece[1] != IGNORED).any()]
-    if not taught:
-        counts.left_out["dropped: the answer was cut off whole"] += 1
-    elif policy == "split":
-        counts.left_out[f"split at {limit} tokens"] += 1
-    else:
-        counts.left_out[f"cut at {limit} tokens"] += 1
-    return taught
-
-
-def _say_bad_rows(data: Data, counts: Counts) -> None:
-    """LoraError, or a warning when they are to be skipped: the first with its place, and how many of each kind."""
-    if counts.first_bad is None:
-        return
-    place, bad = counts.first_bad
-    total = sum(counts.bad.values())
-    kinds = ", ".join(f"{number} {kind}" for kind, number in counts.bad.most_common())
-    more = f" ({total} of {counts.read} rows are bad: {kinds})" if total > 1 else ""
-    if data.on_bad_row == "error":
-        raise LoraError(f"{place}: {bad.said}{more}", bad.hint)
-    counts.left_out["dropped: bad"] += total
-    ui.warn(f"{total} bad rows of {counts.read} are left out ({kinds}); the first is {place}: {bad.said}")
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
-    """The control tokens that the trained answers end with: where generation is to stop."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(token for token in counts.ends if token in special or token in tokenizer.all_special_ids)
-
-
-def _warn(tokenizer: PreTrainedTokenizerBase, counts: Counts, kept: int) -> None:
-    """What is no error, and what one would want to know before a run."""
-    stops = set(stop_ids(tokenizer, counts))
-    endless = sum(number for token, number in counts.ends.items() if token not in stops)
-    if endless:
-        ui.warn(f"{endless} of {kept} rows teach no token that ends the answer: the model may never stop")
-    if counts.control_in_text:
-        ui.warn(f"{counts.control_in_text} rows have control tokens in their text, which are read as such")
-    if counts.by_turn:
-        ui.say(f"  {counts.by_turn} conversations became one row for each answer: the template changes earlier turns")

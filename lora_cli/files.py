@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError
+
+
+def cache_home() -> Path:
+    """The program's own folder among the user's caches, present or not: `<cache>/lora-cli`.
+
+    `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache, ~/Library/Caches).
+    """
+    usual = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
+    cache = os.environ.get("LORA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or usual
+    return Path(cache).expanduser().resolve() / "lora-cli"
 
 
 def write_text(path: Path, text: str) -> None:

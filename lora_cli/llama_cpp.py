@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_cli import files
 from lora_cli.errors import LoraError, UsageError, nearest
 from lora_cli.ui import Progress, warn
 
@@ -79,13 +79,8 @@ class Found:
 
 
 def managed_home() -> Path:
-    """Folder of the managed copy, present or not: `<cache>/lora-cli/llama.cpp-<version>`.
-
-    `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache, ~/Library/Caches).
-    """
-    usual = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
-    cache = os.environ.get("LORA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or usual
-    return Path(cache).expanduser().resolve() / "lora-cli" / f"llama.cpp-{VERSION}"
+    """Folder of the managed copy, present or not, in `files.cache_home()`."""
+    return files.cache_home() / f"llama.cpp-{VERSION}"
 
 
 def find_converter(directory: Path | None = None) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import resolve_revision
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
@@ -119,7 +121,11 @@ def tokenizer_for(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokeniz
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
     tokenizer = load_tokenizer(recipe.model.name_or_path, commit, **roles)
     new_ids = tokens.add(recipe, tokenizer)
-    return tokenizer, new_ids, set_chat_template(tokenizer, recipe.model.chat_template)
+    template = set_chat_template(tokenizer, recipe.model.chat_template)
+    if recipe.model.system_prompt:
+        set_system_prompt(tokenizer, recipe.model.system_prompt)
+        template += ", with the recipe's system prompt"
+    return tokenizer, new_ids, template
 
 
 def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
@@ -199,6 +205,31 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
         template = "{{- bos_token -}}" + template  # the rendered text is tokenised without special tokens
     tokenizer.chat_template = template
     return f"{name} (the tokenizer has none)" if choice == "auto" else name
+
+
+def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Let the chat template begin conversations without a system message with `prompt`.
+
+    LoraError where the template has no place for system messages.
+    """
+    message = f"{{'role': 'system', 'content': {json.dumps(prompt, ensure_ascii=False)}}}"
+    opening = (
+        "{%- if messages and messages[0]['role'] != 'system' %}"
+        f"{{%- set messages = [{message}] + messages %}}"
+        "{%- endif %}{{- '' }}"
+    )
+    template = tokenizer.chat_template
+    named = isinstance(template, dict)
+    tokenizer.chat_template = {n: opening + t for n, t in template.items()} if named else opening + template
+    try:
+        shown = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
+    except TemplateError as error:
+        shown = str(error)
+    if prompt.strip() not in shown:
+        raise LoraError(
+            "model.system_prompt: the chat template has no place for system messages",
+            "remove it, or --set model.chat_template=chatml",
+        )
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

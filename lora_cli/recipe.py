@@ -58,6 +58,9 @@ class Model(Section):
     chat_template: str = "auto"
     """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the tokenizer's own template,
     else `alpaca`. It is saved with the adapter, the merged model and the GGUF."""
+    system_prompt: Name | None = None
+    """What a conversation without a system message begins with. It becomes part of the chat template, and so holds
+    wherever the adapter, the merged model or the GGUF is used."""
     add_tokens: list[Name] = Field(default_factory=list)
     """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of embeddings and head are
     trained, and nothing else of them."""
@@ -183,6 +186,11 @@ class Data(Section):
     counted by kind, the first named with file and line."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use at most this many rows."""
+    streaming: bool = False
+    """Prepare rows while training instead of before it, for sets that do not fit on the disk; needs training.max_steps.
+    The data are read again when they end. In a mix, weights then say how often a row of each is drawn."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 10_000
+    """With streaming: rows are drawn at random from so many that were read; 1 keeps their order."""
 
 
 class TrainingFields(Section):

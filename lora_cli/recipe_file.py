@@ -218,6 +218,13 @@ def _data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
                 yield f"{recipe.where('data', key)} and data.mix exclude each other", f"give {key} within data.mix"
         if data.eval_split and not data.eval_path:
             yield f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix", "add data.eval_path"
+    if data.streaming:
+        place = recipe.where("data", "streaming")
+        if recipe.training.max_steps < 0:
+            yield f"{place}: a stream has no end that a run could stop at", "add training.max_steps"
+        if "train_sampling_strategy" in recipe.training.model_fields_set:
+            place = recipe.where("training", "train_sampling_strategy")
+            yield f"{place} has no effect with data.streaming", "use data.shuffle_buffer"
     for columns in [data.columns, *(rows.columns for rows in data.mix or [])]:
         names = list(columns.values())
         if twice := sorted({name for name in names if names.count(name) > 1}):

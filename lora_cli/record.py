@@ -36,7 +36,7 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
 
     LoraError when the folder holds something else, or, with `resume`, a run of another recipe.
     """
-    path = folder / RUN_RECORD
+    path, kept = folder / RUN_RECORD, dict[str, Any]()
     if not resume and path.is_file() and _nothing_came_of(folder):
         shutil.rmtree(folder)
     if resume:
@@ -47,6 +47,8 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
         if changes := _differences(before["recipe"], recipe):
             raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(changes)}", "undo the change")
+        kept = {key: before[key] for key in ("started", "data") if key in before}
+        kept["resumed"] = [*before.get("resumed", []), _now()]
     elif path.is_file():
         status = _read_record(path)["status"]
         hint = f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"
@@ -56,7 +58,7 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
     else:
         refuse_occupied(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = new("train", status="running", recipe=recipe, **contents)
+    record = new("train", status="running", recipe=recipe, **contents) | kept
     write_text(folder / RESOLVED_RECIPE, yamlfile.dump(recipe))
     write_json(path, record)
     return record

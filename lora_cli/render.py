@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,10 +47,11 @@ class Piece(NamedTuple):
 
 
 class Renderer:
-    """Renders and encodes rows for one tokenizer with its chat template; `train_on` says which answers carry loss."""
+    """Renders and encodes rows for one tokenizer with its chat template; `train_on` says which answers carry loss, and
+    `day` what a template that asks for the date is told (today)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
-        self.tokenizer, self.train_on = tokenizer, train_on
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, day: date | None = None) -> None:
+        self.tokenizer, self.train_on, self.day = tokenizer, train_on, day or date.today()
         self.marks, self.templates = tokenizer.special_tokens_map, dict[bool, Any]()
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -59,6 +61,10 @@ class Renderer:
         self.backend = tokenizer.backend_tokenizer
         self.lengths = _byte_lengths(tokenizer)
         self.ends_turn = re.compile(f"(?:{self.control.pattern})\\Z")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Compiled templates cannot be copied; `datasets` copies what its streams are made from."""
+        return Renderer, (self.tokenizer, self.train_on, self.day)
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[list[Encoded] | BadRow]]]:
         """Each batch of rows with each row's ids and labels, or why it has none. Mostly one item a row; one for each
@@ -193,6 +199,7 @@ class Renderer:
             source = self.tokenizer.get_chat_template(tools=tools)
             template = self.templates[bool(tools)] = _compile_jinja_template(source)
         given = {"add_generation_prompt": False, "documents": None, **self.marks, **options}
+        given["strftime_now"] = self.day.strftime
         try:
             return str(template.render(messages=messages, tools=tools, **given))
         except (TemplateError, TypeError) as error:

@@ -10,13 +10,15 @@ import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
 from huggingface_hub import resolve_revision
 
@@ -46,6 +48,11 @@ class Source(NamedTuple):
         """What is read, for messages."""
         return str(self.files[0]) if self.files else "the data set"
 
+    @property
+    def names(self) -> list[str]:
+        """The places of the files, as rows name them."""
+        return [str(file) for file in self.files]
+
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Every row with its place: `rows.jsonl:17`, or `row 17` of a table; both count from 1."""
         if self.table is not None:
@@ -66,16 +73,38 @@ class Source(NamedTuple):
     def _all(self) -> Iterator[tuple[str, Row]]:
         return (row for file in self.files for row in _read(file))
 
-    def fingerprint(self) -> str:
-        """A hash of what is read: the files' content, not their names or times; `datasets`' own for a table."""
-        if self.table is not None:
-            return str(getattr(self.table, "_fingerprint", self.commit))
+    def fingerprint(self, ends_only: bool = False) -> str:
+        """A hash of the content of what is read, not of times; `ends_only`: of its size, first and last megabyte."""
         total = hashlib.sha256(self.split.encode())
         for file in self.files:
             with file.open("rb") as stream:
+                if ends_only:
+                    size = file.stat().st_size
+                    total.update(b"%d" % size + stream.read(1 << 20))
+                    stream.seek(max(0, size - (1 << 20)))
                 while block := stream.read(1 << 20):
                     total.update(block)
+        if isinstance(self.table, Dataset):
+            with pyarrow.ipc.new_stream(pyarrow.PythonFile(_Hashing(total), "w"), self.table.data.schema) as writer:
+                for batch in self.table.with_format("arrow").iter(BATCH):
+                    writer.write_table(batch)
+        elif self.table is not None:
+            total.update(f"{self.commit} {self.table.info.config_name}".encode())
         return total.hexdigest()[:32]
+
+
+class _Hashing(io.RawIOBase):
+    """A file that only hashes what is written to it."""
+
+    def __init__(self, total: Any) -> None:
+        self.total = total
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, block: Any) -> int:
+        self.total.update(block)
+        return len(block)
 
 
 def find(data: Data, field: str, path: str | list[str], split: str) -> Source:
@@ -146,14 +175,14 @@ def _folder(data: Data, folder: Path, split: str) -> Source:
                 f"split: {nearest(split, saved) or next(iter(saved))}",
             )
         return Source([], saved[split] if isinstance(saved, DatasetDict) else saved, split)
-    return Source([], load_dataset(str(folder), data.name, split=split), split)
+    return Source([], load_dataset(str(folder), data.name, split=split, streaming=data.streaming), split)
 
 
 def _hub(data: Data, name: str, split: str) -> Source:
     """A hub data set at one commit. Offline, `load_dataset` would take whatever it built last: LoraError then."""
     commit = str(resolve_revision(name, repo_type="dataset", revision=data.revision).resolved)
-    table = load_dataset(name, data.name, split=split, revision=commit)
-    if not all(commit in Path(file["filename"]).parts for file in table.cache_files):
+    table = load_dataset(name, data.name, split=split, revision=commit, streaming=data.streaming)
+    if isinstance(table, Dataset) and not all(commit in Path(file["filename"]).parts for file in table.cache_files):
         raise LoraError(f"data.path: {name} is cached at another revision than {commit}", "unset HF_HUB_OFFLINE")
     return Source([], table, split, commit)
 
@@ -180,13 +209,22 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
                 )
             else:
                 yield from _read_json(file, stream)
-    except UnicodeDecodeError as error:
-        raise LoraError(
-            f"{file} is not UTF-8: {error.reason} ({error.object[error.start]:#04x})",
-            f"iconv -f LATIN1 -t UTF-8 {file}",
-        ) from None
+    except UnicodeDecodeError:
+        with opened(file, "rb") as raw:
+            raise _not_utf8(file, raw) from None
     except (gzip.BadGzipFile, EOFError) as error:
         raise LoraError(f"{file} is no whole gzip file: {error}", f"gzip -t {file}") from None
+
+
+def _not_utf8(file: Path, raw: Iterable[bytes]) -> LoraError:
+    """Where the first byte stands that is no UTF-8."""
+    for number, line in enumerate(raw, 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            said = f"{file}:{number}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
+            return LoraError(said, f"iconv -f LATIN1 -t UTF-8 {file}")
+    raise AssertionError("it was read as UTF-8 and refused")
 
 
 def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
@@ -205,7 +243,7 @@ def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
 
 def _parse(line: str, first: bool) -> Row:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         if first and line.strip() == "{":
             return BadRow("one JSON object over many lines", hint="one row a line, or one list of rows: jq -c . FILE")
@@ -252,7 +290,6 @@ def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
 
 
 def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
-    import pyarrow
     from pyarrow import ipc, parquet
 
     try:

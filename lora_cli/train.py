@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import data, files, foreign, initial, model, record, targets, tokens, ui, upstream, verify
+from lora_cli import data, files, foreign, initial, model, record, selection, targets, tokens, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer, types_kept
@@ -59,10 +60,11 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     commit = run["base"]["commit"]
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
-    train_rows, eval_rows = data.load(recipe, tokenizer)
+    train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
+    _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
         adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
         trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
@@ -70,14 +72,15 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
-    if getattr(trainer.args, "packing", False):
+    if getattr(trainer.args, "packing", False) and train_rows.stream is None:
         packed = len(trainer.train_dataset)
         fill = train_rows.counts.tokens / (packed * trainer.args.max_length)
         ui.say(
             f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
         )
     started = time.monotonic()
-    if trainer.args.dataloader_drop_last and len(trainer.train_dataset) < trainer.args.train_batch_size:
+    short = train_rows.stream is None and len(trainer.train_dataset) < trainer.args.train_batch_size
+    if trainer.args.dataloader_drop_last and short:
         raise LoraError("there is no full batch to train on", "--set training.dataloader_drop_last=false")
     checkpoint = _checkpoint(folder) if resume else None
     try:
@@ -87,7 +90,6 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
-        "data": _facts(train_rows, tokenizer),
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": result.global_step, "train_loss": result.training_loss},
     }
@@ -124,8 +126,22 @@ def _facts(rows: data.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         "tokens": rows.counts.tokens,
         "trained_tokens": rows.counts.trained_tokens,
         "left_out": dict(rows.counts.left_out),
-        "stop_token_ids": data.stop_ids(tokenizer, rows.counts),
+        "stop_token_ids": selection.stop_ids(tokenizer, rows.counts),
+        "streamed": rows.stream is not None,
     }
+
+
+def _same_rows(
+    folder: Path, run: dict[str, Any], train_rows: data.Prepared, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Record what is trained on, before it is; LoraError when a resumed run began with other rows."""
+    before, now = run.get("data"), _facts(train_rows, tokenizer)
+    if before and before["fingerprint"] != now["fingerprint"]:
+        raise LoraError(
+            f"the run in {folder} began with other rows: the data, tokenizer or chat template have changed since",
+            "undo the change; record.json says what they were",
+        )
+    record.update(folder, run, data=now)
 
 
 def _adapted(
@@ -182,7 +198,7 @@ def _trainer(
     common: dict[str, Any] = {
         "model": adapted,
         "args": arguments,
-        "train_dataset": train_rows.rows,
+        "train_dataset": train_rows.rows if train_rows.stream is None else train_rows.stream,
         "eval_dataset": eval_rows.rows if eval_rows else None,
         "processing_class": tokenizer,
     }

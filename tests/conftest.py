@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lora_cli.llama_cpp import managed_home
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of its own for the tests, with the user's llama.cpp in it."""
+    home, folder = managed_home(), tmp_path_factory.mktemp("cache")
+    if home.is_dir():
+        (folder / "lora-cli").mkdir()
+        (folder / "lora-cli" / home.name).symlink_to(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_CACHE_DIR", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ Hermetic: the tiny model and files made here. Alone: pytest tests/contract/test_
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from lora_cli import check, recipe_file, train
-from lora_cli.data import Counts
+from lora_cli.selection import Counts
 
 
 @pytest.fixture
@@ -81,8 +82,8 @@ def test_the_expected_padding() -> None:
     """Against every batch of two of three rows, drawn with replacement."""
     lengths = [10, 20, 60]
     longest = sum(max(a, b) for a in lengths for b in lengths) / 9
-    assert check._padded_fill(lengths, 2) == pytest.approx(30 / longest)
-    assert check._padded_fill([7] * 5, 4) == pytest.approx(1)
+    assert check.padded_fill(Counter(lengths), 2) == pytest.approx(30 / longest)
+    assert check.padded_fill({7: 5}, 4) == pytest.approx(1)
 
 
 def test_the_histogram_counts_every_row() -> None:

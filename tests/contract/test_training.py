@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from lora_cli import merge, model, recipe, recipe_file, train
 from lora_cli.errors import LoraError
@@ -104,8 +105,11 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Pa
     assert runs["a"] == runs["b"] != runs["c"]
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Path, monkeypatch) -> None:
-    steps = "training: {max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}\n"
+@pytest.mark.parametrize(
+    "more", ["", "data: {streaming: true, shuffle_buffer: 16, max_rows: 10}\n"], ids=["", "stream"]
+)
+def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Path, monkeypatch, more: str) -> None:
+    steps = f"training: {{max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}}\n{more}"
     whole = train.train(recipe_file.load(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
     path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
     ended = train.Watch.on_step_end
@@ -244,36 +248,48 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
     assert torch.stack([loss.mean() for loss in losses]).mean().item() != pytest.approx(expected, rel=1e-3)
 
 
-def test_packed_documents_do_not_see_each_other(write_recipe, tiny: Path, capsys) -> None:
-    """The loss of a packed batch, as SFTTrainer builds it, is that of its rows one by one."""
+ATTENTIONS = ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("joined", ["packing", "padding_free"])
+def test_joined_documents_do_not_see_each_other(
+    write_recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys, joined: str, attention: str
+) -> None:
+    """The logits of a joined batch, as SFTTrainer builds it, are those of its rows one by one."""
     batches = []
     step = train.WatchedSFTTrainer.compute_loss
 
-    def keep(self, network, inputs, *args, **kwargs):
-        batches.append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+    def keep(self, network, inputs, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        batches.append({name: value.cpu() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return step(self, network, inputs, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.WatchedSFTTrainer, "compute_loss", keep)
-        recipe = recipe_file.load(write_recipe("training: {packing: true, max_steps: 1, max_length: 128}\n"))
-        train.train(recipe)
-    assert "  packed: 64 rows in " in capsys.readouterr().err
-    base = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    monkeypatch.setattr(train.WatchedSFTTrainer, "compute_loss", keep)
+    text = f"model: {{attn_implementation: {attention}}}\ntraining: {{{joined}: true, max_steps: 1, max_length: 128}}\n"
+    recipe = recipe_file.load(write_recipe(text))
+    train.train(recipe)
+    assert ("  packed: 64 rows in " in capsys.readouterr().err) == (joined == "packing")
+    dtype, device = (torch.float32, "cpu") if attention == "sdpa" else (torch.bfloat16, "cuda")
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation=attention, dtype=dtype)
+    base = base.eval().to(device)
     rows = {
         tuple(row) for row in train.data.load(recipe, model.load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
     }
-    batch = batches[0]
+    batch = {name: tensor.to(device) for name, tensor in batches[0].items()}
     assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
     with torch.no_grad():
-        packed = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        together = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        contaminated = base(input_ids=batch["input_ids"], use_cache=False).logits
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) > 3
+    near = 1e-4 if attention == "sdpa" else 5e-2
     for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]]):
         ids = batch["input_ids"][:, start:end]
         if tuple(ids[0].tolist()) in rows:  # the last may be padding
             with torch.no_grad():
                 alone = base(input_ids=ids).logits
-            torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together[:, start:end], alone, rtol=near, atol=near)
+            assert start == 0 or (contaminated[:, start:end] - alone).abs().max() > 10 * near
 
 
 def test_a_mix_is_trained_recorded_and_resolved_again(write_recipe, tiny: Path, tmp_path: Path) -> None:
@@ -288,3 +304,69 @@ def test_a_mix_is_trained_recorded_and_resolved_again(write_recipe, tiny: Path, 
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (run["data"]["read"], run["data"]["rows"]) == (30, 50)
     assert recipe_file.load(tmp_path / "run" / "recipe.yaml").plain() == run["recipe"]
+
+
+def test_a_stream_trains_on_the_rows_in_their_order_again_and_again(write_recipe, tmp_path: Path) -> None:
+    steps = "training: {max_steps: 7, per_device_train_batch_size: 4, save_strategy: 'no'"
+    kept = write_recipe(f"{steps}, train_sampling_strategy: sequential}}\ndata: {{max_rows: 12}}\n")
+    whole = train.train(recipe_file.load(kept))
+    (tmp_path / "run").rename(tmp_path / "kept")
+    streamed = write_recipe(f"{steps}}}\ndata: {{max_rows: 12, streaming: true, shuffle_buffer: 1}}\n")
+    again = train.train(recipe_file.load(streamed))
+    assert adapter_bytes(again) == adapter_bytes(tmp_path / "kept" / whole.name)
+    run = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (run["data"]["streamed"], run["data"]["rows"]) == (True, 12)
+
+
+def test_streams_are_mixed_by_weight(tiny: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        rows = [{"prompt": f"{name}{number}", "completion": name} for number in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "mix.yaml"
+    path.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}}}\ntraining: {{max_steps: 2}}\n"
+        f"data:\n  streaming: true\n  mix:\n    - {{path: {tmp_path / 'a.jsonl'}, weight: 3}}\n"
+        f"    - {{path: {tmp_path / 'b.jsonl'}}}\n"
+    )
+    tokenizer = model.load_tokenizer(str(tiny / "model"))
+    drawn = []
+    for _ in range(2):
+        stream = train.data.load(recipe_file.load(path), tokenizer)[0].stream
+        assert stream is not None
+        texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in stream.take(400)]
+        drawn.append([text.rstrip()[-1] for text in texts])
+    assert drawn[0] == drawn[1]
+    assert 0.7 < drawn[0].count("a") / 400 < 0.8
+    assert drawn[0][:200] != sorted(drawn[0][:200])
+
+
+def test_a_bad_row_far_down_a_stream_stops_the_run_there(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    good = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "rows.jsonl").write_text(good * 11_000 + '{"prompt": "x"}\n')
+    text = f"data: {{path: {tmp_path / 'rows.jsonl'}, streaming: true, shuffle_buffer: 12000, max_rows: 20000}}\n"
+    with pytest.raises(LoraError, match=r"rows.jsonl:11001: there is no completion"):
+        train.train(recipe_file.load(write_recipe(text)))
+
+
+def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    rows = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:40]))
+    path = write_recipe(
+        f"data: {{path: {tmp_path / 'rows.jsonl'}}}\ntraining: {{save_strategy: steps, save_steps: 1}}\n"
+    )
+
+    def interrupted(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Watch, "on_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe_file.load(path))
+    monkeypatch.undo()
+    (tmp_path / "rows.jsonl").write_text("".join(rows[1:41]))
+    with pytest.raises(LoraError, match="began with other rows"):
+        train.train(recipe_file.load(path), resume=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:40]))
+    train.train(recipe_file.load(path), resume=True)
+    run = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert len(run["resumed"]) == 2
+    assert run["started"] <= run["resumed"][0]

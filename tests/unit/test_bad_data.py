@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -163,4 +164,5 @@ def test_what_is_said_of_a_bad_data_set(name: str, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["LORA_CACHE_DIR"] = tempfile.mkdtemp()
     sys.stdout.write("\n".join(snapshot()))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, formats, generate, model, recipe_file
+from lora_cli import data, formats, generate, model, recipe_file, selection
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED, Renderer
 
@@ -252,7 +252,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
     tokenizer.chat_template = TURNS.replace("+ ' ' + eos_token", "")  # ends an answer with nothing
     prepared = prepare([{"prompt": "ask", "completion": "answer"}] * 3)
     assert learned(prepared, tokenizer) == ["answer", "</s>"]
-    assert data.stop_ids(tokenizer, prepared.counts) == [tokenizer.eos_token_id]
+    assert selection.stop_ids(tokenizer, prepared.counts) == [tokenizer.eos_token_id]
     assert "warning" not in capfd.readouterr().err
     prepare([{"prompt": "ask", "completion": "answer"}] * 3, "train_on: all")
     assert "warning" not in capfd.readouterr().err

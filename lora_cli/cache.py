@@ -1,0 +1,154 @@
+"""Prepared rows on disk: the same rows are rendered and tokenised once, and training reads them without holding them.
+
+An entry is a folder named by a hash of all that its rows depend on: the content of the files, the tokenizer and its
+chat template, every option, the libraries' versions and this program's own code. It holds `rows.arrow`, which is mapped
+into memory, and `counts.json`. A new entry drives out those that were not used for 30 days.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli import files, ui
+from lora_cli.recipe import Recipe
+from lora_cli.selection import Counts, Kept
+
+DAYS = 30
+CODE = ("cache", "data", "formats", "render", "selection", "sources")
+PACKAGES = ("transformers", "tokenizers", "jinja2")
+OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
+ROWS, COUNTS = "rows.arrow", "counts.json"
+BATCH = 1000
+NUMBERS = pyarrow.list_(pyarrow.int32())
+SCHEMA = pyarrow.schema({"input_ids": NUMBERS, "labels": NUMBERS})
+
+
+class Notes:
+    """What is remembered of rows as they pass: the places of the first ones, and a hash of every id and label."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.places, self.hash = first, list[str](), hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits."""
+        return self.hash.hexdigest()[:32]
+
+
+class Entry(NamedTuple):
+    """Prepared rows, their counts, the places of the first of them, and a hash of them all."""
+
+    rows: Dataset
+    counts: Counts
+    places: list[str]
+    digest: str
+
+
+def folder() -> Path:
+    """Where the entries are."""
+    return files.cache_home() / "rows"
+
+
+def key(source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
+    """A hash (32 hex digits) of all that decides the rows; `source` is one of their content, `names` are their places.
+
+    `day` counts only for templates that write the date.
+    """
+    code = hashlib.sha256()
+    for name in CODE:
+        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    template = tokenizer.chat_template
+    decides = {
+        "code": code.hexdigest(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "source": source,
+        "names": names,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": template,
+        "day": str(day) if "strftime_now" in str(template) else None,
+        "options": {name: getattr(recipe.data, name) for name in OPTIONS},
+        "max_length": recipe.training.max_length,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read(entry: Path) -> Entry | None:
+    """What was kept in the folder `entry`; None where there is none, or a damaged one."""
+    if not entry.is_dir():
+        return None
+    try:
+        kept = json.loads((entry / COUNTS).read_text(encoding="utf-8"))
+        rows, counts = Dataset.from_file(str(entry / ROWS)), Counts.of(kept["counts"])
+        if len(rows) != counts.kept:
+            raise ValueError(f"{len(rows)} rows, not {counts.kept}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ArrowInvalid is a ValueError
+        ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")
+        shutil.rmtree(entry)
+        return None
+    os.utime(entry / COUNTS)
+    return Entry(rows, counts, kept["places"], kept["digest"])
+
+
+def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[], None], first: int) -> None:
+    """Make an entry of `rows`, whole or not at all, with the places of the `first` ones.
+
+    When the last row has passed, and so `counts` are complete, `check()` may refuse it.
+    """
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    notes = Notes(first)
+    with tempfile.TemporaryDirectory(prefix=".rows-", dir=entry.parent) as staging:
+        fresh = Path(staging) / entry.name
+        fresh.mkdir()
+        with (fresh / ROWS).open("wb") as file:
+            with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+                for batch in batches(rows, notes):
+                    writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        check()
+        files.write_json(fresh / COUNTS, {"places": notes.places, "digest": notes.digest, "counts": counts.plain()})
+        _drive_out(entry.parent)
+        try:
+            fresh.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process was first, with the same rows
+                raise
+
+
+def batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordBatch]:
+    """The rows' ids and labels in columns, eight bytes a token, noted in `notes`."""
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        notes.places += [row.place for row in batch[: notes.first - len(notes.places)]]
+        ends = np.cumsum([0, *(len(row.input_ids) for row in batch)], dtype=np.int32)
+        columns = [np.concatenate([row.input_ids for row in batch]), np.concatenate([row.labels for row in batch])]
+        for numbers in (ends, *columns):
+            notes.hash.update(numbers.tobytes())
+        lists = [pyarrow.ListArray.from_arrays(ends, column) for column in columns]
+        yield pyarrow.record_batch(lists, schema=SCHEMA)
+
+
+def _drive_out(parent: Path) -> None:
+    """Remove what was not used for DAYS days: entries, and what a killed process left half-made."""
+    oldest = time.time() - DAYS * 24 * 3600
+    for entry in parent.iterdir():
+        used = entry / COUNTS if (entry / COUNTS).is_file() else entry
+        if used.stat().st_mtime < oldest:
+            shutil.rmtree(entry, ignore_errors=True)

@@ -1,0 +1,173 @@
+"""Which encoded rows are trained on, and the counts of what became of every row read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli import ui
+from lora_cli.errors import LoraError
+from lora_cli.formats import BadRow
+from lora_cli.recipe import Data, Recipe
+from lora_cli.render import IGNORED, Encoded, NDArray
+
+
+class Kept(NamedTuple):
+    """A row to train on, and where it was read."""
+
+    place: str
+    input_ids: NDArray
+    labels: NDArray
+
+
+@dataclass
+class Counts:
+    """What became of the rows read, counted while they pass."""
+
+    read: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows dropped, cut or split, by reason."""
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows that cannot be used, by kind."""
+    first_bad: tuple[str, str, str] | None = None
+    """Place, what is wrong, and the hint, of the first of them."""
+    by_turn: int = 0
+    """Conversations that became one row for each answer."""
+    control_in_text: int = 0
+    """Rows in whose text control tokens stand."""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Lengths of all encoded rows, in tokens."""
+    ends: Counter[int] = field(default_factory=Counter)
+    """The last token with loss of each row that was not cut."""
+
+    def plus(self, other: Counts) -> Counts:
+        """Both together; of the first bad rows the earlier."""
+        sums = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name, value in sums.items():
+            if name != "first_bad":
+                sums[name] = value + getattr(other, name)
+        return Counts(**sums | {"first_bad": self.first_bad or other.first_bad})
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Counts:
+        """From `plain`, after JSON has made its keys text and its tuples lists."""
+        numbered = {name: Counter({int(key): n for key, n in plain[name].items()}) for name in ("lengths", "ends")}
+        named = {name: Counter(plain[name]) for name in ("left_out", "bad")}
+        first = plain["first_bad"]
+        return cls(**plain | numbered | named | {"first_bad": tuple(first) if first else None})
+
+    def count_bad(self, place: str, bad: BadRow) -> None:
+        """One more row that cannot be used."""
+        self.bad[bad.kind] += 1
+        self.first_bad = self.first_bad or (place, bad.said, bad.hint)
+
+    def reasons(self) -> str:
+        """`429 dropped: over 512 tokens, 3 split at …`."""
+        return ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
+
+
+def select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts) -> Iterator[Kept]:
+    """The rows to train on: those with something to learn, long ones treated as data.on_long_row says."""
+    limit, policy = recipe.training.max_length, recipe.data.on_long_row
+    for place, found in encoded:
+        counts.by_turn += len(found) > 1
+        for row in found:
+            counts.lengths[len(row.input_ids)] += 1
+            counts.control_in_text += row.control_in_text
+            learned = row.labels[row.labels != IGNORED]
+            if not len(learned):
+                counts.left_out["dropped: nothing to learn"] += 1
+            elif len(row.input_ids) <= limit:
+                counts.ends[int(learned[-1])] += 1
+                yield _counted(Kept(place, row.input_ids, row.labels), len(learned), counts)
+            else:
+                for piece in _fitted(place, row, limit, policy, counts):
+                    yield _counted(piece, int((piece.labels != IGNORED).sum()), counts)
+
+
+def _counted(row: Kept, learned: int, counts: Counts) -> Kept:
+    counts.kept += 1
+    counts.tokens += len(row.input_ids)
+    counts.trained_tokens += learned
+    return row
+
+
+def _fitted(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[Kept]:
+    """What is left of a row that is too long, with something to learn in each piece."""
+    length = len(row.input_ids)
+    if policy == "error":
+        raise LoraError(
+            f"{place}: {length} tokens, over training.max_length {limit}",
+            f"--set training.max_length={length}, or --set data.on_long_row=drop",
+        )
+    if policy == "drop":
+        counts.left_out[f"dropped: over {limit} tokens"] += 1
+        return []
+    starts = range(0, length if policy == "split" else 1, limit)
+    pieces = [Kept(place, row.input_ids[start : start + limit], row.labels[start : start + limit]) for start in starts]
+    taught = [piece for piece in pieces if (piece.labels != IGNORED).any()]
+    if not taught:
+        counts.left_out["dropped: the answer was cut off whole"] += 1
+    elif policy == "split":
+        counts.left_out[f"split at {limit} tokens"] += 1
+    else:
+        counts.left_out[f"cut at {limit} tokens"] += 1
+    return taught
+
+
+def refuse_bad_rows(data: Data, counts: Counts) -> None:
+    """LoraError for the first bad row, with how many of each kind there are, unless they are to be skipped."""
+    total = sum(counts.bad.values())
+    if counts.first_bad is None or data.on_bad_row == "skip":
+        counts.left_out["dropped: bad"] += total
+        return
+    place, said, hint = counts.first_bad
+    more = f" ({total} of {counts.read} rows are bad: {_kinds(counts)})" if total > 1 else ""
+    raise LoraError(f"{place}: {said}{more}", hint)
+
+
+def _kinds(counts: Counts) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in counts.bad.most_common())
+
+
+def refuse_nothing(counts: Counts) -> None:
+    """LoraError where no row is left to learn from, with the reasons."""
+    if not counts.kept:
+        too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
+        hint = f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
+        if counts.first_bad and not too_long:
+            hint = "look at the first bad row, {}: {}".format(*counts.first_bad)
+        raise LoraError(f"no row is left to train on: {counts.read} read ({counts.reasons()})", hint)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
+    """The control tokens that the trained answers end with: where generation is to stop."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(token for token in counts.ends if token in special or token in tokenizer.all_special_ids)
+
+
+def warn(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
+    """What is no error, and what one would want to know before a run."""
+    if counts.first_bad:
+        place, said, _ = counts.first_bad
+        left_out = f"{sum(counts.bad.values())} bad rows of {counts.read} are left out ({_kinds(counts)})"
+        ui.warn(f"{left_out}; the first is {place}: {said}")
+    stops = set(stop_ids(tokenizer, counts))
+    endless = sum(number for token, number in counts.ends.items() if token not in stops)
+    if endless:
+        ui.warn(f"{endless} of {counts.kept} rows teach no token that ends the answer: the model may never stop")
+    if counts.control_in_text:
+        ui.warn(f"{counts.control_in_text} rows have control tokens in their text, which are read as such")
+    if counts.by_turn:
+        ui.say(f"  {counts.by_turn} conversations became one row for each answer: the template changes earlier turns")
