@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lora_cli import llama_cpp_setup
 from lora_cli.llama_cpp import managed_home
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +37,23 @@ def tiny() -> Path:
     if not (TINY / "DONE").is_file():
         subprocess.run([sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(TINY)], check=True)
     return TINY
+
+
+@pytest.fixture(scope="session")
+def vocabularies() -> Path:
+    """Folder with published models' vocabularies (GGUF files without weights), fetched once: they are in the source
+    package that llama.cpp's converters come in."""
+    folder = ROOT / "build" / "vocabularies"
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+            with tarfile.open(llama_cpp_setup._download(Path(staging))) as archive:
+                for member in archive:
+                    name = Path(member.name).name
+                    if name.startswith("ggml-vocab-") and name.endswith(".gguf"):
+                        archive.extract(member.replace(name=name), Path(staging) / "fresh", filter="data")
+            (Path(staging) / "fresh").rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli import model
 from lora_cli.errors import LoraError
@@ -77,9 +77,8 @@ class Seen(NamedTuple):
     bos: int
 
 
-def seen(name: str) -> Seen:
+def seen(tokenizer: PreTrainedTokenizerBase) -> Seen:
     """Train on both answers, and ask for each as inference does."""
-    tokenizer = tokenizer_for(template(name))
     conversation = converter("messages")({"messages": MESSAGES})
     [(_, [rows])] = Renderer(tokenizer, "assistant").encode([[("here", conversation)]])
     if isinstance(rows, BadRow):
@@ -106,9 +105,9 @@ def test_the_families_are_there() -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_is_trained_is_what_inference_feeds(name: str) -> None:
-    found = seen(name)
-    assert (found.answers, found.same_as_inference) == (2, True)
     tokenizer = tokenizer_for(template(name))
+    found = seen(tokenizer)
+    assert (found.answers, found.same_as_inference) == (2, True)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     assert set(found.stop.split(", ")) <= special
     assert found.bos == (1 if "bos_token" in str(tokenizer.chat_template) else 0)
@@ -117,11 +116,65 @@ def test_what_is_trained_is_what_inference_feeds(name: str) -> None:
 @pytest.mark.parametrize("name", THINKING)
 def test_a_thought_that_only_inference_opens_is_refused(name: str) -> None:
     with pytest.raises(LoraError, match="the chat template's generation prompt is not how it begins an answer"):
-        seen(name)
+        seen(tokenizer_for(template(name)))
+
+
+REAL = {
+    "qwen2": ("", "qwen3", "chatml", "alpaca"),
+    "llama-bpe": ("llama3", "alpaca"),
+    "phi-3": ("", "phi3"),
+    "gpt-2": ("chatml", "alpaca"),
+    "llama-spm": ("mistral", "alpaca"),
+}
+"""Vocabularies of published models, with the template in the file ("") or others."""
+
+
+@pytest.mark.parametrize("vocabulary", REAL)
+def test_real_tokenizers_are_trained_as_inference_feeds_them(vocabulary: str, vocabularies: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(vocabularies, gguf_file=f"ggml-vocab-{vocabulary}.gguf")
+    own = tokenizer.chat_template
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for name in REAL[vocabulary]:
+        tokenizer.chat_template = own
+        if name in ("chatml", "alpaca"):
+            model.set_chat_template(tokenizer, name)
+        elif name:
+            tokenizer.chat_template = template(name)
+        found = seen(tokenizer)
+        assert (found.answers, found.same_as_inference) == (2, True), name
+        assert set(found.stop.split(", ")) <= special, name
+        if tokenizer.bos_token != tokenizer.eos_token:
+            writes = "bos_token" in str(tokenizer.chat_template)
+            assert found.bos == writes, name
+            if name in ("chatml", "alpaca"):
+                assert writes == Renderer(tokenizer, "assistant").adds_bos
+
+
+def test_a_system_prompt_is_part_of_every_template_that_has_a_place_for_one() -> None:
+    prompt, without = 'You are "terse".\nSay little: {{ no }} – 😀', []
+    for name in TRAINED:
+        tokenizer = tokenizer_for(template(name))
+        try:
+            model.set_system_prompt(tokenizer, prompt)
+        except LoraError as error:
+            assert "the chat template has no place for system messages" in error.message
+            without.append(name)
+            continue
+        given = tokenizer_for(template(name))
+        system = [{"role": "system", "content": prompt}]
+        for messages in (MESSAGES[:1], MESSAGES, [{"role": "system", "content": "other"}, *MESSAGES]):
+            expected = messages if messages[0]["role"] == "system" else system + messages
+            for asks in (False, True):
+                shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+                assert shown == given.apply_chat_template(expected, tokenize=False, add_generation_prompt=asks)
+        found = seen(tokenizer)
+        assert (found.answers, found.same_as_inference) == (2, True), name
+    assert "gemma" in without
+    assert len(without) < len(TRAINED) / 3
 
 
 if __name__ == "__main__":
     print(f"{'template':28} rows  answers  trained = inference  stop token            BOS")
     for each in TRAINED:
-        f = seen(each)
+        f = seen(tokenizer_for(template(each)))
         print(f"{each:28} {f.rows:4}  {f.answers:7}  {f.same_as_inference!s:>19}  {f.stop:20}  {f.bos:3}")

@@ -20,6 +20,7 @@ from lora_cli.gguf import GGUFModel
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "Reverse: red dog sun"
+SYSTEM = 'Words, in "order".'
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def runs(lora, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for method in ("lora", "qlora", "dora", "qdora"):
         run = tmp_path_factory.mktemp("pipeline") / method
         options = ["--set", f"method={method}", "--set", f"output_dir={run}"]
+        options += ["--set", f"model.system_prompt={SYSTEM}"] if method == "dora" else []
         trained = lora("train", "configs/smoke.yaml", *options, cwd=ROOT)
         assert trained.returncode == 0, trained.stderr
         assert "eval_loss" in trained.stderr
@@ -73,6 +75,7 @@ def test_the_gguf_files_answer_in_llama_cpp(runs, lora, method: str) -> None:
         with GGUFModel(file) as model:
             rendered = model.render([{"role": "user", "content": PROMPT}])
             assert model.tokenize(rendered) == ids
+            assert (SYSTEM in rendered) == (method == "dora")
             answer = model.complete(rendered, 24)
         assert answer
         if "f16" in file.name:
