@@ -13,12 +13,9 @@ import sys
 from collections import Counter
 from typing import Any
 
-import torch
-from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
-from trl import pack_dataset
 
-from lora_cli import data, model, targets, tokens, upstream
+from lora_cli import data, model, plan, upstream
 from lora_cli.data import Prepared
 from lora_cli.recipe import Recipe
 from lora_cli.render import IGNORED
@@ -36,17 +33,17 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     config = model.load_config(recipe.model.name_or_path, commit)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
-    adapter = _adapter(recipe, commit, tokenizer, new_ids)
+    adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)
-    plan = _plan(recipe, train)
+    steps = plan.steps(recipe, train)
     if as_json:
         report = {
             "choices": [choice._asdict() for choice in choices],
             "chat_template": template,
-            "adapter": adapter,
+            "adapter": adapter._asdict(),
             "train": _numbers(train),
             "eval": _numbers(evaluation) if evaluation else None,
-            "plan": plan,
+            "plan": steps._asdict(),
             "samples": [_sample(row, tokenizer) for row in train.first[:samples]],
         }
         print(json.dumps(report))
@@ -55,65 +52,17 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     for choice in choices:
         print(f"  {choice}")
     print(f"  chat template: {template}")
-    print(f"  adapter: {adapter['trainable']:,} parameters in {adapter['modules']} modules")
+    print(f"  adapter: {adapter.trainable:,} parameters in {adapter.modules} modules")
     for name, prepared in (("data", train), ("evaluation", evaluation)):
         if prepared:
             print(f"  {name}: {prepared.summary()}")
     print("\n" + _histogram(train.counts.lengths, recipe.training.max_length))
-    epoch = f"{plan['steps_per_epoch']} steps and {train.counts.tokens:,} tokens an epoch, "
-    print(f"\n{'' if train.stream is not None else epoch}{plan['steps']} steps in all")
-    print(f"{plan['fill']:.0%} of the batches is text, the rest padding{' (packed)' if plan['packed'] else ''}")
+    print("\n" + _quantiles(train.counts.lengths))
+    epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
+    print(f"{'' if train.stream is not None else epoch}{steps.steps} steps in all")
+    print(f"{steps.fill:.0%} of the batches is text, the rest padding{' (packed)' if steps.packed else ''}")
     for row in train.first[:samples]:
         print("\n" + _shown(row, tokenizer))
-
-
-def _adapter(
-    recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
-) -> dict[str, int]:
-    """The adapter's size, from the base's shape alone; UsageError where the recipe's names match nothing."""
-    base, config = model.skeleton(recipe.model.name_or_path, commit), upstream.lora_config(recipe)
-    if new_ids:
-        tokens.grow(base, len(tokenizer))
-        tokens.train_rows(base, config, new_ids)
-    targets.check(recipe, base, config)
-    config.init_lora_weights = True  # others need the weights
-    with torch.device("meta"):
-        adapted = model.attach_adapter(base, config)
-    return {
-        "trainable": sum(parameter.numel() for _, parameter in model.trainable(adapted)),
-        "modules": len(model.lora_layers(adapted)),
-    }
-
-
-def _plan(recipe: Recipe, train: Prepared) -> dict[str, Any]:
-    """Steps, and how full the batches are (for padded ones on average, rows being drawn at random)."""
-    training, rows, fill = recipe.training, len(train.rows), 1.0
-    packed = bool(getattr(training, "packing", False))
-    if packed:
-        rows = len(pack_dataset(train.rows, training.max_length, getattr(training, "packing_strategy", None) or "bfd"))
-        fill = train.counts.tokens / (rows * training.max_length)
-    elif not getattr(training, "padding_free", False):
-        column = train.rows.with_format("arrow")[:]["input_ids"]
-        lengths = {
-            each["values"]: each["counts"] for each in compute.list_value_length(column).value_counts().to_pylist()
-        }
-        fill = padded_fill(lengths, training.per_device_train_batch_size)
-    batches = math.ceil(rows / training.per_device_train_batch_size)
-    epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
-    return {"packed": packed, "rows": rows, "steps_per_epoch": epoch, "steps": steps, "fill": fill}
-
-
-def padded_fill(lengths: dict[int, int], size: int) -> float:
-    """The expected share of text in batches of `size` rows drawn at random, each batch as long as its longest row.
-
-    `lengths` counts the rows of each length.
-    """
-    count, longest, below = sum(lengths.values()), 0.0, 0
-    for length, number in sorted(lengths.items()):
-        share = ((below + number) / count) ** size - (below / count) ** size
-        longest, below = longest + length * share, below + number
-    return sum(length * number for length, number in lengths.items()) / count / longest
 
 
 def _histogram(lengths: Counter[int], limit: int) -> str:
@@ -128,6 +77,17 @@ def _histogram(lengths: Counter[int], limit: int) -> str:
             name = f"{bar * width + 1}-{min((bar + 1) * width, limit)}" if bar <= BARS else f"over {limit}"
             lines.append(f"{name:>14}  {bars[bar]:>8,}  {'#' * math.ceil(40 * bars[bar] / most)}".rstrip())
     return "\n".join([f"{'tokens':>14}  {'rows':>8}", *lines])
+
+
+def _quantiles(lengths: Counter[int]) -> str:
+    """`half of the rows have up to 83 tokens, 95% up to 210, all up to 512`: what to choose training.max_length by."""
+    total, below, found = lengths.total(), 0, list[str]()
+    shares = [(0.5, "half of the rows have"), (0.95, "95%"), (1.0, "all")]
+    for length, number in sorted(lengths.items()):
+        below += number
+        while shares and below >= shares[0][0] * total:
+            found.append(f"{shares.pop(0)[1]} up to {length}{' tokens' if not found else ''}")
+    return ", ".join(found)
 
 
 def _runs(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:

@@ -22,7 +22,21 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import data, files, foreign, initial, model, record, selection, targets, tokens, ui, upstream, verify
+from lora_cli import (
+    data,
+    files,
+    foreign,
+    initial,
+    model,
+    plan,
+    record,
+    selection,
+    targets,
+    tokens,
+    ui,
+    upstream,
+    verify,
+)
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer, types_kept
@@ -60,6 +74,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     commit = run["base"]["commit"]
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
+    plan.adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:

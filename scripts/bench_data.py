@@ -3,9 +3,9 @@
     python scripts/bench_data.py [--rows 50000] [--large 5000000]
 
 Rows are made like Alpaca's (instruction, output; 5 to 30 and 5 to 120 common words). The ratio is `data.prepare` over
-`tokenizer(texts)` in one batch call on the same rendered texts, both sides alternating, the best of five. Then the
-growth of the process's memory while the rows of a large .jsonl pass through reading and encoding, against the same for
-a file a tenth as large.
+`tokenizer(texts)` in one batch call on the same rendered texts, both sides alternating, the best of five; and what it
+takes when the same rows were prepared before. Then the growth of the process's memory while the rows of a large .jsonl
+are prepared and read back, and while they are streamed, against the same for a file a tenth as large.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def speed(folder: Path, count: int) -> None:
     """Print both times and their ratio."""
-    from lora_cli import data, formats, model, recipe_file, sources
+    from lora_cli import cache, data, formats, model, recipe_file, sources
     from lora_cli.render import Renderer
 
     write_rows(folder / "rows.jsonl", count)
@@ -58,52 +60,73 @@ def speed(folder: Path, count: int) -> None:
     source = sources.find(loaded.data, "path", loaded.data.path, "train")
     convert, renderer = formats.converter("alpaca"), Renderer(tokenizer, "assistant")
     texts = [renderer.conversation(convert(row))[0][0] for _, row in source.rows()]
-    times: dict[str, list[float]] = {"tokenizer": [], "prepare": []}
+    alone, whole, again = [], [], []
     for _ in range(5):
+        shutil.rmtree(cache.folder(), ignore_errors=True)
         started = time.perf_counter()
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        times["tokenizer"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        prepared = data.prepare(source, loaded, tokenizer)
-        times["prepare"].append(time.perf_counter() - started)
+        alone.append(time.perf_counter() - started)
+        for times in (whole, again):
+            started = time.perf_counter()
+            prepared = data.prepare(source, loaded, renderer)
+            times.append(time.perf_counter() - started)
     assert prepared.counts.tokens == sum(map(len, ids))
-    alone, whole = min(times["tokenizer"]), min(times["prepare"])
-    print(f"{count:,} rows, {prepared.counts.tokens:,} tokens: tokenizer alone {alone:.2f} s, prepare {whole:.2f} s")
-    print(f"ratio {whole / alone:.2f}")
+    print(f"{count:,} rows, {prepared.counts.tokens:,} tokens: tokenizer alone {min(alone):.2f} s")
+    print(f"prepare {min(whole):.2f} s, ratio {min(whole) / min(alone):.2f}; from the cache {min(again):.2f} s")
+    ratios = sorted(ours / theirs for ours, theirs in zip(whole, alone))
+    print(f"the five ratios: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
 
 
-def memory_of(path: Path) -> float:
-    """Growth of the process's memory, in MB, while every row of `path` is read and encoded, and nothing kept."""
-    from lora_cli import data, model, recipe_file, sources
+def memory_of(path: Path, streamed: bool) -> float:
+    """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
+    from lora_cli import cache, data, model, recipe_file
 
     recipe = path.with_suffix(".yaml")
-    recipe.write_text(f"model: {{name_or_path: x}}\ndata: {{path: {path}}}\n")
+    steps = "training: {max_steps: 1}\n"
+    recipe.write_text(
+        f"model: {{name_or_path: x}}\ndata: {{path: {path}, streaming: {str(streamed).lower()}}}\n{steps}"
+    )
     loaded = recipe_file.load(recipe)
     tokenizer = model.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
-    process = psutil.Process()
-    source = sources.find(loaded.data, "path", loaded.data.path, "train")
-    before = most = process.memory_info().rss
-    for number, _ in enumerate(data.stream(source, loaded, tokenizer)):
-        if number % 5000 == 0:
-            most = max(most, process.memory_info().rss)
+    process, done = psutil.Process(), threading.Event()
+    before = most = anonymous(process)
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.2):
+            most = max(most, anonymous(process))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    prepared = data.load(loaded, tokenizer)[0]
+    with path.open(encoding="utf-8") as file:
+        number = sum(1 for _ in file)
+    rows = prepared.rows if prepared.stream is None else prepared.stream.take(number)
+    passed = sum(len(batch["labels"]) for batch in rows.iter(cache.BATCH))
+    assert passed == number, (passed, number)
+    done.set()
+    watcher.join()
     return (most - before) / 1e6
 
 
+def anonymous(process: psutil.Process) -> int:
+    """Memory of the process in bytes, without the pages of mapped files, which the system takes back at will."""
+    info = process.memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
 def memory(folder: Path, large: int) -> None:
-    """Print the growth for a tenth of the rows and for all, each in a process of its own."""
-    found = []
+    """Print the growth for a tenth of the rows and for all, prepared and streamed, each in a process of its own."""
     for count in (large // 10, large):
-        write_rows(folder / "large.jsonl", count)
-        done = subprocess.run(
-            [sys.executable, __file__, "--memory-of", str(folder / "large.jsonl")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found.append(float(done.stdout.split()[-1]))
-        size = (folder / "large.jsonl").stat().st_size / 1e6
-        print(f"{count:,} rows, {size:,.0f} MB: memory grows by {found[-1]:.0f} MB while they pass")
-    print(f"difference {found[1] - found[0]:.0f} MB for {large - large // 10:,} more rows")
+        path = folder / "large.jsonl"
+        write_rows(path, count)
+        for how in ("prepared", "streamed"):
+            started = time.perf_counter()
+            command = [sys.executable, __file__, "--memory-of", str(path), "--how", how]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            grown, took = float(done.stdout.split()[-1]), time.perf_counter() - started
+            size = path.stat().st_size / 1e6
+            print(f"{count:,} rows, {size:,.0f} MB, {how}: memory grows by {grown:.0f} MB ({took:.0f} s)", flush=True)
 
 
 def main() -> None:
@@ -111,12 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--large", type=int, default=5_000_000)
-    parser.add_argument("--memory-of", type=Path)
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--how", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(memory_of(arguments.memory_of))
+        print(memory_of(arguments.memory_of, arguments.how == "streamed"))
         return
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["LORA_CACHE_DIR"] = folder
         speed(Path(folder), arguments.rows)
         memory(Path(folder), arguments.large)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import check, recipe_file, train
+from lora_cli import check, model, plan, recipe_file, train
+from lora_cli.errors import UsageError
 from lora_cli.selection import Counts
 
 
@@ -82,8 +83,8 @@ def test_the_expected_padding() -> None:
     """Against every batch of two of three rows, drawn with replacement."""
     lengths = [10, 20, 60]
     longest = sum(max(a, b) for a in lengths for b in lengths) / 9
-    assert check.padded_fill(Counter(lengths), 2) == pytest.approx(30 / longest)
-    assert check.padded_fill({7: 5}, 4) == pytest.approx(1)
+    assert plan.padded_fill(Counter(lengths), 2) == pytest.approx(30 / longest)
+    assert plan.padded_fill({7: 5}, 4) == pytest.approx(1)
 
 
 def test_the_histogram_counts_every_row() -> None:
@@ -93,3 +94,16 @@ def test_the_histogram_counts_every_row() -> None:
     assert [line.split()[:2] for line in lines[1:2]] == [["1-4", "5"]]
     assert sum(int(line.replace("over 100", "over").split()[1]) for line in lines[1:]) == 14
     assert lines[-1].split()[:3] == ["over", "100", "2"]
+
+
+def test_the_lengths_that_hold_most_rows() -> None:
+    assert check._quantiles(Counter({3: 50, 40: 45, 101: 5})) == (
+        "half of the rows have up to 3 tokens, 95% up to 40, all up to 101"
+    )
+    assert check._quantiles(Counter({7: 1})) == "half of the rows have up to 7 tokens, 95% up to 7, all up to 7"
+
+
+def test_training_refuses_names_before_weights_are_loaded(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "load_base", None)
+    with pytest.raises(UsageError, match="q_prj"):
+        train.train(recipe_file.load(write_recipe("lora: {target_modules: [q_prj]}\n")))

@@ -1,0 +1,79 @@
+"""What a run will be, from the base's shape and the rows alone: the adapter's size, steps, how full the batches are.
+
+No weights are loaded. Training looks here first, so that what the recipe's names do not match is refused at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pyarrow import compute
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from lora_cli import model, targets, tokens, upstream
+from lora_cli.data import Prepared
+from lora_cli.recipe import Recipe
+
+
+class Size(NamedTuple):
+    """An adapter's trained parameters, and the modules that have one."""
+
+    trainable: int
+    modules: int
+
+
+class Steps(NamedTuple):
+    """Batches of a run. `fill` is the share of them that is text: exact when packed, else what rows drawn at random are
+    expected to give."""
+
+    packed: bool
+    rows: int
+    steps_per_epoch: int
+    steps: int
+    fill: float
+
+
+def adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]) -> Size:
+    """The adapter's size; UsageError where the recipe's names match nothing in the base."""
+    base, config = model.skeleton(recipe.model.name_or_path, commit), upstream.lora_config(recipe)
+    if new_ids:
+        tokens.grow(base, len(tokenizer))
+        tokens.train_rows(base, config, new_ids)
+    targets.check(recipe, base, config)
+    config.init_lora_weights = True  # others need the weights
+    with torch.device("meta"), model.quiet_peft():
+        adapted = model.attach_adapter(base, config)
+    trainable = sum(parameter.numel() for _, parameter in model.trainable(adapted))
+    return Size(trainable, len(model.lora_layers(adapted)))
+
+
+def steps(recipe: Recipe, train: Prepared) -> Steps:
+    """How many steps the rows make; of a stream, its first rows tell how full they are."""
+    training, rows, fill = recipe.training, len(train.rows), 1.0
+    packed = bool(getattr(training, "packing", False))
+    if packed:
+        rows = len(pack_dataset(train.rows, training.max_length, getattr(training, "packing_strategy", None) or "bfd"))
+        fill = train.counts.tokens / (rows * training.max_length)
+    elif not getattr(training, "padding_free", False):
+        lengths = compute.list_value_length(train.rows.with_format("arrow")[:]["input_ids"]).value_counts()
+        counted = {each["values"]: each["counts"] for each in lengths.to_pylist()}
+        fill = padded_fill(counted, training.per_device_train_batch_size)
+    batches = math.ceil(rows / training.per_device_train_batch_size)
+    epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    total = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
+    return Steps(packed, rows, epoch, total, fill)
+
+
+def padded_fill(lengths: dict[int, int], size: int) -> float:
+    """The expected share of text in batches of `size` rows drawn at random, each batch as long as its longest row.
+
+    `lengths` counts the rows of each length.
+    """
+    count, longest, below = sum(lengths.values()), 0.0, 0
+    for length, number in sorted(lengths.items()):
+        share = ((below + number) / count) ** size - (below / count) ** size
+        longest, below = longest + length * share, below + number
+    return sum(length * number for length, number in lengths.items()) / count / longest
