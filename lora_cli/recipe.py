@@ -216,6 +216,9 @@ class TrainingFields(Section):
     """Recompute activations instead of keeping them; `auto`: on a GPU only."""
     optim: str = "auto"
     """Optimiser; `auto`: fused AdamW."""
+    loss_head: Auto | Literal["trained_tokens", "stock"] = "auto"
+    """Where logits are made: at tokens with a label only, some at a time, or as transformers and TRL do; `auto`: the
+    first, unless label smoothing, loss_type or Liger's kernels ask for the other."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
     """LoRA+: B learns this many times faster than A, which has learning_rate (the paper takes 16)."""
     loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None

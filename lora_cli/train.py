@@ -27,6 +27,7 @@ from lora_cli import (
     files,
     foreign,
     initial,
+    loss,
     model,
     plan,
     record,
@@ -227,6 +228,13 @@ def _trainer(
     if recipe.training.loraplus_lr_ratio is not None:
         given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
         trainer.loraplus = {name: value for name, value in given.items() if value is not None}
+    if recipe.training.loss_head == "trained_tokens":
+        base = adapted.get_base_model()
+        other = loss.install(base)
+        if other:
+            ui.say(f"  training.loss_head = stock: {other}")
+        else:
+            trainer.own_loss = trainer.model_accepts_loss_kwargs = True
     trainer.watch = Watch(folder)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)

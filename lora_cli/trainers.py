@@ -89,8 +89,17 @@ class _Watched:
 
 
 class WatchedSFTTrainer(_Watched, SFTTrainer):
-    """TRL's SFTTrainer, watched."""
+    """TRL's SFTTrainer, watched; with `own_loss` the model computes its loss itself (`loss.py`), and not TRL's head."""
+
+    own_loss = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.own_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
 class WatchedTrainer(_Watched, Trainer):
-    """transformers' Trainer, watched."""
+    """transformers' Trainer, watched; the model computes its loss itself in any case."""
+
+    own_loss = True

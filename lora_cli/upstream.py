@@ -58,12 +58,21 @@ def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[
     has_eval = bool(recipe.data.eval_path or recipe.data.eval_split)
     for name, value, reason in (
         ("bf16", dtype == "bfloat16", f"model.dtype is {dtype}"),
+        ("loss_head", *_loss_head(recipe)),
         ("gradient_checkpointing", gpu, "memory is scarce on a GPU" if gpu else "no GPU: memory is not what is scarce"),
         ("optim", "adamw_torch_fused", "the fastest AdamW"),
         ("eval_strategy", "epoch" if has_eval else "no", "evaluation data given" if has_eval else "no evaluation data"),
     ):
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
     return recipe.settled(trainer, changes), choices
+
+
+def _loss_head(recipe: Recipe) -> tuple[str, str]:
+    given = recipe.training.given()
+    for name, usual in (("label_smoothing_factor", 0.0), ("loss_type", "nll"), ("use_liger_kernel", False)):
+        if given.get(name) not in (None, usual):
+            return "stock", f"training.{name} needs it"
+    return "trained_tokens", "the same loss for less time and memory"
 
 
 def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
@@ -146,8 +155,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
-    for name in ("pad_token", "loraplus_lr_ratio", "loraplus_lr_embedding"):
-        values.pop(name)  # model.py has set the one on the tokenizer, train.py makes the optimiser from the others
+    for name in ("pad_token", "loss_head", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+        values.pop(name)  # what lora does itself: model.py, loss.py, trainers.py
     if recipe.trainer == "trainer":
         for name in fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys():
             values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers
