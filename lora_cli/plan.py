@@ -26,8 +26,10 @@ class Size(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Batches of a run. `fill` is the share of them that is text: exact when packed, else what rows drawn at random are
-    expected to give."""
+    """Batches of a run; `packed` over the whole data set.
+
+    `fill` is the share of them that is text: exact when packed, else what rows drawn at random are expected to give.
+    """
 
     packed: bool
     rows: int
@@ -53,11 +55,11 @@ def adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBa
 def steps(recipe: Recipe, train: Prepared) -> Steps:
     """How many steps the rows make; of a stream, its first rows tell how full they are."""
     training, rows, fill = recipe.training, len(train.rows), 1.0
-    packed = bool(getattr(training, "packing", False))
+    packed = training.packing in (True, "dataset")
     if packed:
         rows = len(pack_dataset(train.rows, training.max_length, getattr(training, "packing_strategy", None) or "bfd"))
         fill = train.counts.tokens / (rows * training.max_length)
-    elif not getattr(training, "padding_free", False):
+    elif training.packing != "step" and not getattr(training, "padding_free", False):
         lengths = compute.list_value_length(train.rows.with_format("arrow")[:]["input_ids"]).value_counts()
         counted = {each["values"]: each["counts"] for each in lengths.to_pylist()}
         fill = padded_fill(counted, training.per_device_train_batch_size)

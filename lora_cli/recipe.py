@@ -216,6 +216,10 @@ class TrainingFields(Section):
     """Recompute activations instead of keeping them; `auto`: on a GPU only."""
     optim: str = "auto"
     """Optimiser; `auto`: fused AdamW."""
+    packing: Auto | Literal["step", "dataset"] | bool = "auto"
+    """Rows share sequences, kept apart. step: those of one optimiser step, so that the run stays the same without its
+    padding; dataset (or true): TRL's packing over the whole set, whose steps see other rows than the batch size says;
+    false: padded batches; `auto`: step, for models in which it keeps rows apart."""
     loss_head: Auto | Literal["trained_tokens", "stock"] = "auto"
     """Where logits are made: at tokens with a label only, some at a time, or as transformers and TRL do; `auto`: the
     first, unless label smoothing, loss_type or Liger's kernels ask for the other."""

@@ -194,6 +194,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
                     else "SFTTrainer cannot adapt the output head: remove it"
                 ),
             )
+        if recipe.training.packing in (True, "dataset"):
+            place = recipe.where("training", "packing")
+            yield f"{place}: packing the whole data set works only with trainer: sft", "packing: step"
+    if recipe.training.packing == "step" and getattr(recipe.training, "padding_free", None):
+        place = recipe.where("training", "padding_free")
+        yield f"{place} has no effect with training.packing: step", "remove one of them"
     yield from _data_contradictions(recipe)
     training, given = recipe.training, recipe.training.model_fields_set
     if {"gradient_checkpointing", "activation_checkpointing"} <= given:

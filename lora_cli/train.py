@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     set_seed,
@@ -29,6 +30,7 @@ from lora_cli import (
     initial,
     loss,
     model,
+    packing,
     plan,
     record,
     selection,
@@ -82,13 +84,15 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         ui.say(f"  evaluation: {eval_rows.summary()}")
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
-        adapted = _adapted(recipe, commit, folder, tokenizer, new_ids, train_rows)
+        base = _base(recipe, commit)
+        recipe = _suited(recipe, base)
+        adapted = _adapted(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
         trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
     trained = trainer.model
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
-    if getattr(trainer.args, "packing", False) and train_rows.stream is None:
+    if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
         packed = len(trainer.train_dataset)
         fill = train_rows.counts.tokens / (packed * trainer.args.max_length)
         ui.say(
@@ -160,15 +164,8 @@ def _same_rows(
     record.update(folder, run, data=now)
 
 
-def _adapted(
-    recipe: Recipe,
-    commit: str | None,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    new_ids: list[int],
-    train_rows: data.Prepared,
-) -> PeftModel:
-    """The base with the recipe's adapter as training starts it."""
+def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
+    """The base as the recipe wants it stored."""
     set_seed(recipe.training.seed)
     base = model.load_base(
         recipe.model.name_or_path,
@@ -178,6 +175,28 @@ def _adapted(
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
     base.config.use_cache = False
+    return base
+
+
+def _suited(recipe: Recipe, base: PreTrainedModel) -> Recipe:
+    """The recipe, with padded batches where rows in one sequence would see each other in this base."""
+    why = packing.unsuitable(base) if recipe.training.packing == "step" else None
+    if why is None:
+        return recipe
+    ui.say(f"  training.packing = false: {why}")
+    return recipe.settled(recipe.trainer, {"training": {"packing": False}})
+
+
+def _adapted(
+    recipe: Recipe,
+    base: PreTrainedModel,
+    commit: str | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
+    train_rows: data.Prepared,
+) -> PeftModel:
+    """The base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
     config = upstream.lora_config(recipe)
     config.revision = commit  # so that other programs load the same base
@@ -218,13 +237,13 @@ def _trainer(
         "eval_dataset": eval_rows.rows if eval_rows else None,
         "processing_class": tokenizer,
     }
+    if recipe.training.packing == "step":
+        common["data_collator"] = packing.StepCollator(min(recipe.training.max_length, packing.SEQUENCE))
+    elif recipe.trainer == "trainer":
+        common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
     trainer: WatchedSFTTrainer | WatchedTrainer
     with types_kept(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
-        if recipe.trainer == "sft":
-            trainer = WatchedSFTTrainer(**common)
-        else:
-            collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
-            trainer = WatchedTrainer(**common, data_collator=collate)
+        trainer = WatchedSFTTrainer(**common) if recipe.trainer == "sft" else WatchedTrainer(**common)
     if recipe.training.loraplus_lr_ratio is not None:
         given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
         trainer.loraplus = {name: value for name, value in given.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import model
+from lora_cli import model, packing
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
 from lora_cli.watch import Watch
@@ -65,16 +65,23 @@ class _Watched:
         )
         return self.optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor | float = 0.0
+        parts = packing.sequences(inputs) if packing.CUTS in inputs else [inputs]
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(model):  # type: ignore[attr-defined]
+                loss = loss + super().training_step(model, part, *args, **kwargs)  # type: ignore[misc]
+        assert isinstance(loss, torch.Tensor)
         self.watch.step_loss = self.watch.step_loss + loss
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
-        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if tokens:
-            self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
+        for part in packing.sequences(inputs) if packing.CUTS in inputs else [inputs]:
+            tokens = int((part["labels"][..., 1:] != IGNORED).sum())
+            loss, *others = super().prediction_step(model, part, *args, **kwargs)  # type: ignore[misc]
+            if tokens:
+                self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
         return loss, *others
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -59,6 +59,7 @@ def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[
     for name, value, reason in (
         ("bf16", dtype == "bfloat16", f"model.dtype is {dtype}"),
         ("loss_head", *_loss_head(recipe)),
+        ("packing", *_packing(recipe)),
         ("gradient_checkpointing", gpu, "memory is scarce on a GPU" if gpu else "no GPU: memory is not what is scarce"),
         ("optim", "adamw_torch_fused", "the fastest AdamW"),
         ("eval_strategy", "epoch" if has_eval else "no", "evaluation data given" if has_eval else "no evaluation data"),
@@ -73,6 +74,13 @@ def _loss_head(recipe: Recipe) -> tuple[str, str]:
         if given.get(name) not in (None, usual):
             return "stock", f"training.{name} needs it"
     return "trained_tokens", "the same loss for less time and memory"
+
+
+def _packing(recipe: Recipe) -> tuple[str | bool, str]:
+    for name in ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing"):
+        if recipe.training.given().get(name):
+            return False, f"training.{name} is given"
+    return "step", "no padding, and the same run"
 
 
 def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
@@ -157,6 +165,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values["disable_tqdm"] = True
     for name in ("pad_token", "loss_head", "loraplus_lr_ratio", "loraplus_lr_embedding"):
         values.pop(name)  # what lora does itself: model.py, loss.py, trainers.py
+    by_step = values["packing"] == "step"
+    if by_step:  # trainers.py takes a step's sequences one at a time
+        values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
+    values["packing"] = values["packing"] in (True, "dataset")
     if recipe.trainer == "trainer":
         for name in fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys():
             values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers

@@ -30,7 +30,7 @@ FLOORS = [
     {"limits", "selection"},
     {"cache"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold", "watch", "oracle", "initial", "plan", "loss"},
+    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing"},
     {"answer", "trainers"},
     {"train", "check", "merge", "export", "generate", "doctor"},  # the verbs never import each other
     {"cli"},

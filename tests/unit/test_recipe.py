@@ -165,8 +165,8 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:3: trainer: SFTTrainer cannot adapt the output head | trainer: auto",
         ),
         (
-            MINIMAL + "lora: {trainable_token_indices: [3]}\ntraining: {packing: true}\n",
-            "r.yaml:4: training.packing works only with trainer: sft | "
+            MINIMAL + "lora: {trainable_token_indices: [3]}\ntraining: {padding_free: true}\n",
+            "r.yaml:4: training.padding_free works only with trainer: sft | "
             "SFTTrainer cannot adapt the output head: remove it",
         ),
         (MINIMAL + "output_dir: .\n", "r.yaml:3: output_dir must be a folder of its own | output_dir: runs/NAME"),
@@ -224,7 +224,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "trainer: trainer\ntraining: {packing: true}\n",
-            "r.yaml:4: training.packing works only with trainer: sft | trainer: sft",
+            "r.yaml:4: training.packing: packing the whole data set works only with trainer: sft | packing: step",
         ),
         (
             MINIMAL + "training: {eval_strategy: epoch}\n",
