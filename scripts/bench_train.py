@@ -1,0 +1,288 @@
+"""Training speed on this machine: lora against SFTTrainer as it is, with its best flags, and a bare loop.
+
+    python scripts/bench_train.py [--method lora] [--rows 192] [--rounds 3] [--vocabulary 32000] …
+
+A random Llama (10 million parameters beside the embeddings unless told otherwise, in bfloat16 where the processor
+computes it) and rows with the lengths of Alpaca's (log-normal, median 95 tokens, at most 1024; 55 % of the tokens carry
+loss). Every side trains on every row once, with rank 16 on all linear layers, 8 rows to a step, and in a process of its
+own; the sides alternate. Printed: real tokens (no padding) per CPU second and per second, medians over the rounds and
+spread, peak memory over what the process had when training began, and the mean loss of the last quarter of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+STEP_ROWS, MAX_LENGTH, RANK, RATE = 8, 1024, 16, 2e-4
+KNOWN = 500
+"""Tokens that occur in the rows: those of the tiny model's tokenizer. The head has the whole vocabulary."""
+
+
+def write_rows(path: Path, count: int) -> int:
+    """Tokenised rows in which every token but the first follows from the one before; returns the number of tokens."""
+    draw, total = random.Random(0), 0
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            length = max(16, min(MAX_LENGTH, round(draw.lognormvariate(4.55, 0.75))))
+            ids = [draw.randrange(10, KNOWN)]
+            while len(ids) < length:
+                ids.append((ids[-1] * 7 + 11) % (KNOWN - 10) + 10)
+            asked = round(length * 0.45)
+            file.write(json.dumps({"input_ids": ids, "labels": [-100] * asked + ids[asked:]}) + "\n")
+            total += length
+    return total
+
+
+def make_model(folder: Path, options: argparse.Namespace) -> None:
+    """A random Llama with the tiny model's tokenizer, whose few tokens are the first of the vocabulary."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=options.width * 3,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 64,
+        dtype=options.dtype,
+    )
+    LlamaForCausalLM(config).to(getattr(torch, options.dtype)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model").save_pretrained(folder)
+
+
+class Measured:
+    """Wall and CPU seconds and peak memory of what runs inside, in this process."""
+
+    def __enter__(self) -> Measured:
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.before = self.most = self.process.memory_info().rss
+        self.watcher = threading.Thread(target=self._watch)
+        self.watcher.start()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        self.done.set()
+        self.watcher.join()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.02):
+            self.most = max(self.most, self.process.memory_info().rss)
+
+
+def report(measured: Measured, losses: list[float]) -> None:
+    """One line of JSON on stdout, for the process that compares."""
+    last = losses[-max(1, len(losses) // 4) :]
+    found = {"wall": measured.wall, "cpu": measured.cpu, "mb": (measured.most - measured.before) / 1e6}
+    print("FOUND " + json.dumps(found | {"loss": sum(last) / len(last)}))
+
+
+def trained(build: Callable[[], Any]) -> None:
+    """Train with what `build` makes, measured from the first step to the last."""
+    trainer = build()
+    with Measured() as measured:
+        trainer.train()
+    report(measured, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+def stock(folder: Path, options: argparse.Namespace, **flags: Any) -> Any:
+    """SFTTrainer with its own defaults but for what all sides share, and `flags`."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    quantised = {}
+    if options.method.startswith("q"):
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        kind = getattr(torch, options.dtype)
+        quantised["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=kind, **nf4)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options.dtype, **quantised)
+    shared: dict[str, Any] = {"per_device_train_batch_size": STEP_ROWS, "learning_rate": RATE, "num_train_epochs": 1}
+    shared |= {"max_length": MAX_LENGTH, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0}
+    arguments = SFTConfig(str(folder / "out"), use_cpu=not torch.cuda.is_available(), **shared, **flags)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", use_dora="dora" in options.method)
+    return SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        peft_config=config,
+    )
+
+
+def ours(folder: Path, options: argparse.Namespace) -> None:
+    """`lora train` with a recipe that says nothing of speed."""
+    from transformers import Trainer
+
+    from lora_cli import recipe_file, train
+
+    text = (
+        f"method: {options.method}\noutput_dir: {folder / 'run'}\nmodel: {{name_or_path: {folder / 'model'}}}\n"
+        f"lora: {{r: {RANK}}}\ndata: {{path: {folder / 'rows.jsonl'}}}\n"
+        f"training: {{per_device_train_batch_size: {STEP_ROWS}, learning_rate: {RATE}, max_length: {MAX_LENGTH}, "
+        "logging_steps: 1, save_strategy: 'no', lr_scheduler_type: linear, warmup_steps: 0}\n"
+    )
+    (folder / "r.yaml").write_text(text)
+    run, losses = Trainer.train, list[float]()
+
+    def measured_run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        with Measured() as measured:
+            result = run(self, *args, **kwargs)
+        losses.extend(line["loss"] for line in self.state.log_history if "loss" in line)
+        report(measured, losses)
+        return result
+
+    Trainer.train = measured_run
+    train.train(recipe_file.load(folder / "r.yaml"))
+
+
+def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> None:
+    """A loop around PEFT with lora's levers and nothing else; `frozen`: the base alone, with no adapter to learn."""
+    import torch
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from lora_cli import loss, model, packing, recipe, upstream
+
+    chosen = recipe.Recipe(
+        method=options.method,
+        model=recipe.Model(name_or_path=str(folder / "model"), dtype=options.dtype),
+        lora=recipe.Lora(r=RANK),
+        data=recipe.Data(path="x"),
+        output_dir="x",
+    )
+    chosen, _ = upstream.settle(chosen, getattr(torch, options.dtype))
+    set_seed(0)
+    quantization = upstream.quantization_config(chosen)
+    base = model.load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)
+    adapted: Any = base.requires_grad_(requires_grad=False)
+    if frozen:
+        base.enable_input_require_grads()
+    else:
+        adapted = get_peft_model(base, upstream.lora_config(chosen))
+    assert loss.install(base) is None
+    learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, RATE, weight_decay=0.0, fused=True) if learned else None
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    collate, losses = packing.StepCollator(min(MAX_LENGTH, packing.SEQUENCE)), []
+    device, half = base.device.type, options.dtype == "bfloat16"
+    adapted.train()
+    with Measured() as measured:
+        starts = range(0, len(order), STEP_ROWS)
+        for step, start in enumerate(starts):
+            batch = collate([rows[number] for number in order[start : start + STEP_ROWS]])
+            labels = (batch["labels"] != -100).sum()
+            total = 0.0
+            for part in packing.sequences(batch):
+                with torch.autocast(device, torch.bfloat16, enabled=half):
+                    found = adapted(**part, num_items_in_batch=labels, use_cache=False).loss
+                found.backward()
+                total += float(found.detach())
+            if optimizer:
+                optimizer.param_groups[0]["lr"] = RATE * (1 - step / len(starts))
+                torch.nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(total)
+    report(measured, losses)
+
+
+SIDES: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "lora train": ours,
+    "SFTTrainer": lambda folder, options: trained(lambda: stock(folder, options)),
+    "SFTTrainer, best flags": lambda folder, options: trained(
+        lambda: stock(folder, options, packing=True, gradient_checkpointing=False, optim="adamw_torch_fused")
+    ),
+    "bare loop": bare,
+    "frozen base": lambda folder, options: bare(folder, options, frozen=True),
+}
+
+
+def measure(side: str, folder: Path, arguments: list[str]) -> dict[str, float]:
+    """One side in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for name in ("model", "rows.jsonl"):
+            (Path(scratch) / name).symlink_to(folder / name)
+        command = [sys.executable, __file__, *arguments, "--side", side, "--folder", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    if not lines:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(lines[0].removeprefix("FOUND "))
+    return found
+
+
+def main() -> None:
+    """All sides in turn, as often as there are rounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=("lora", "dora", "qlora", "qdora"), default="lora")
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--sides", default=",".join(SIDES).replace("SFTTrainer, best", "SFTTrainer best"))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        os.environ["LORA_CACHE_DIR"] = str(options.folder)
+        SIDES[options.side](options.folder, options)
+        return
+    from lora_cli import ui
+
+    arguments = sys.argv[1:]
+    wanted = [side for side in SIDES if side.replace(",", "") in options.sides.split(",")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model", options)
+        tokens = write_rows(folder / "rows.jsonl", options.rows)
+        found: dict[str, list[dict[str, float]]] = {side: [] for side in wanted}
+        for _ in range(options.rounds):
+            for side in wanted:
+                found[side].append(measure(side, folder, arguments))
+    print(f"{options.method}, {options.rows} rows, {tokens:,} tokens, {options.dtype}, {options.rounds} rounds")
+    reference = statistics.median(each["cpu"] for each in found[wanted[0]])
+    table = []
+    for side, runs in found.items():
+        speeds = sorted(tokens / each["cpu"] for each in runs)
+        cpu = statistics.median(each["cpu"] for each in runs)
+        table.append(
+            [
+                side,
+                f"{tokens / cpu:,.0f} ({speeds[0]:,.0f}-{speeds[-1]:,.0f})",
+                f"{tokens / statistics.median(each['wall'] for each in runs):,.0f}",
+                f"{reference / cpu:.2f}",
+                f"{statistics.median(each['mb'] for each in runs):,.0f}",
+                f"{statistics.median(each['loss'] for each in runs):.4f}",
+            ]
+        )
+    print(ui.table(["", "tokens/CPU s", "tokens/s", "of lora train", "MB", "loss"], table))
+
+
+if __name__ == "__main__":
+    main()
