@@ -20,8 +20,15 @@ from lora_cli import fold, model, record, ui
 from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 BATCH = 16
+
+
+class Asked(NamedTuple):
+    """A conversation that waits for an answer, and the tools that may be called in it."""
+
+    messages: Messages
+    tools: list[Any] | None = None
 
 
 class Sampling(NamedTuple):
@@ -38,10 +45,10 @@ class Answerer(Protocol):
     def chat_template(self) -> str | None:
         """The template, as text."""
 
-    def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
+    def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One answer each."""
 
-    def stream(self, conversation: Messages, sampling: Sampling) -> str:
+    def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """Print one answer to stdout as it comes, and return it."""
 
 
@@ -110,25 +117,28 @@ class HFAnswerer:
         """That of the tokenizer."""
         return self.tokenizer.chat_template
 
-    def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
+    def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """Greedy or sampled answers, `BATCH` conversations at a time."""
-        prompts = [self._ids(messages) for messages in conversations]
+        prompts = [self._ids(asked) for asked in conversations]
         answers: list[str] = []
         for start in range(0, len(prompts), BATCH):
             answers += self._generate(prompts[start : start + BATCH], sampling)
         return answers
 
-    def stream(self, conversation: Messages, sampling: Sampling) -> str:
+    def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return self._generate([self._ids(conversation)], sampling, streamer=streamer)[0]
 
-    def _ids(self, messages: Messages) -> list[int]:
+    def _ids(self, asked: Asked) -> list[int]:
+        messages = asked.messages
         if self.tokenizer.chat_template is None and len(messages) > 1:
             raise LoraError("this model has no chat template: it cannot hold a conversation", "lora generate PATH")
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            messages, tools=asked.tools, tokenize=False, add_generation_prompt=True
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
@@ -179,17 +189,17 @@ class GGUFAnswerer:
         """That embedded in the file."""
         return self.model.chat_template
 
-    def answer(self, conversations: Sequence[Messages], sampling: Sampling) -> list[str]:
+    def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One after the other."""
         return [
-            self.model.complete(self.model.render(messages), sampling.max_new_tokens, sampling.temperature)
-            for messages in conversations
+            self.model.complete(self.model.render(*asked), sampling.max_new_tokens, sampling.temperature)
+            for asked in conversations
         ]
 
-    def stream(self, conversation: Messages, sampling: Sampling) -> str:
+    def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
         pieces = []
-        prompt = self.model.render(conversation)
+        prompt = self.model.render(*conversation)
         for piece in self.model.stream(prompt, sampling.max_new_tokens, sampling.temperature):
             print(piece, end="", flush=True)
             pieces.append(piece)

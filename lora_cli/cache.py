@@ -26,11 +26,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli import files, ui
+from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.selection import Counts, Kept
 
 DAYS = 30
-CODE = ("cache", "data", "formats", "render", "selection", "sources")
+CODE = ("cache", "data", "formats", "readers", "render", "selection", "sources")
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
 ROWS, COUNTS = "rows.arrow", "counts.json"
@@ -91,19 +92,31 @@ def key(source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedToke
 
 def read(entry: Path) -> Entry | None:
     """What was kept in the folder `entry`; None where there is none, or a damaged one."""
-    if not entry.is_dir():
+    if not entry.exists():
         return None
     try:
         kept = json.loads((entry / COUNTS).read_text(encoding="utf-8"))
         rows, counts = Dataset.from_file(str(entry / ROWS)), Counts.of(kept["counts"])
-        if len(rows) != counts.kept:
+        if len(rows) != counts.kept or not len(kept["places"]) <= len(rows):
             raise ValueError(f"{len(rows)} rows, not {counts.kept}")
+        if _digest(rows) != kept["digest"]:
+            raise ValueError("other numbers than were written")
+        os.utime(entry / COUNTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ArrowInvalid is a ValueError
         ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")
-        shutil.rmtree(entry)
+        entry.unlink() if entry.is_file() else shutil.rmtree(entry, ignore_errors=True)
         return None
-    os.utime(entry / COUNTS)
     return Entry(rows, counts, kept["places"], kept["digest"])
+
+
+def _digest(rows: Dataset) -> str:
+    """The digest of rows as they were written, batch by batch."""
+    notes = Notes(0)
+    for batch in rows.data.table.to_batches():
+        ids, labels = batch.column("input_ids"), batch.column("labels")
+        for numbers in (ids.offsets, ids.values, labels.values):
+            notes.hash.update(numbers.to_numpy())
+    return notes.digest
 
 
 def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[], None], first: int) -> None:
@@ -111,7 +124,12 @@ def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[],
 
     When the last row has passed, and so `counts` are complete, `check()` may refuse it.
     """
-    entry.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoraError(
+            f"prepared rows cannot be kept in {entry.parent}: {error.strerror}", "LORA_CACHE_DIR names another folder"
+        ) from error
     notes = Notes(first)
     with tempfile.TemporaryDirectory(prefix=".rows-", dir=entry.parent) as staging:
         fresh = Path(staging) / entry.name
@@ -150,5 +168,9 @@ def _drive_out(parent: Path) -> None:
     oldest = time.time() - DAYS * 24 * 3600
     for entry in parent.iterdir():
         used = entry / COUNTS if (entry / COUNTS).is_file() else entry
-        if used.stat().st_mtime < oldest:
+        try:
+            unused = used.stat().st_mtime < oldest
+        except FileNotFoundError:  # another process has just renamed or removed it
+            continue
+        if unused:
             shutil.rmtree(entry, ignore_errors=True)

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, formats, selection, sources, ui
+from lora_cli import cache, formats, readers, selection, sources, ui
 from lora_cli.errors import LoraError, nearest
 from lora_cli.formats import BadRow
 from lora_cli.recipe import Data, Recipe, Rows
@@ -78,11 +78,29 @@ def load(
     if "strftime_now" in str(tokenizer.chat_template):
         ui.say(f"  the chat template writes the date into every conversation: {renderer.day}")
     train = _mixed(recipe, renderer, data.mix) if data.mix else _one(recipe, renderer, "path", data.path, data.split)
+    if renderer.adds_bos and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first):
+        ui.warn(f"rows do not begin with {tokenizer.bos_token}: the chat template writes none, the tokenizer would")
     if not (data.eval_path or data.eval_split):
         return train, None
     where = "eval_path" if data.eval_path else "path"
     whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
-    return train, _one(whole, renderer, where, data.eval_path or data.path, data.eval_split or "train")
+    evaluation = _one(whole, renderer, where, data.eval_path or data.path, data.eval_split or "train")
+    if both := _shared(train.rows, evaluation.rows):
+        ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
+    return train, evaluation
+
+
+def _shared(train: Dataset, evaluation: Dataset) -> int:
+    """How many rows of `evaluation` are in `train` too, looking at the first million."""
+    trained = {bytes(ids) for ids in _ids(train, 1_000_000)}
+    return sum(bytes(ids) in trained for ids in _ids(evaluation, 1_000_000))
+
+
+def _ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
+    for batch in rows.select(range(min(limit, len(rows)))).with_format("arrow").iter(cache.BATCH):
+        for chunk in batch["input_ids"].chunks:
+            ends, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
+            yield from (memoryview(values[start:end]).cast("B") for start, end in pairwise(ends))
 
 
 def _one(recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str) -> Prepared:
@@ -113,6 +131,8 @@ def _mixed(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> Prepared:
     first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
     commits = ", ".join(part.commit for part in parts if part.commit) or None
     rows = concatenate_datasets([part.rows for part in parts])
+    if not len(rows):
+        raise LoraError("the weights of data.mix leave no row", "give one of them a larger weight")
     return Prepared(rows, first[:FIRST], counts, fingerprint.hexdigest()[:32], commits, stream)
 
 
@@ -206,8 +226,12 @@ def _kept(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) ->
 def _encoded(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[tuple[str, list[Encoded]]]:
     """The usable rows with their places; bad ones are counted. Once one is an error, the rest is only looked at."""
     data = recipe.data
-    rows: Iterator[tuple[str, sources.Row]] = islice(source.rows(), data.max_rows)
-    first = list(islice(rows, COLUMNS_FROM))
+    rows: Iterator[tuple[str, readers.Row]] = islice(source.rows(), data.max_rows)
+    first = list[tuple[str, readers.Row]]()
+    readable = 0
+    while readable < COLUMNS_FROM and len(first) < LOOKED_AT and (row := next(rows, None)):
+        first.append(row)
+        readable += not isinstance(row[1], BadRow)
     columns = list(dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row))
     style = _format(data, columns) if columns else "text"
     convert = formats.converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
@@ -221,10 +245,10 @@ def _encoded(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts)
 
 
 def _converted(
-    rows: Iterator[tuple[str, sources.Row]], convert: formats.Converter, data: Data, counts: Counts
+    rows: Iterator[tuple[str, readers.Row]], convert: formats.Converter, data: Data, counts: Counts
 ) -> Iterator[Batch]:
     """The usable rows, in batches; none any more once a bad one is an error."""
-    while read := list(islice(rows, sources.BATCH)):
+    while read := list(islice(rows, readers.BATCH)):
         counts.read += len(read)
         batch: Batch = []
         for place, row in read:
@@ -258,10 +282,11 @@ def _format(data: Data, columns: list[str]) -> str:
         return data.format
     if style := formats.recognise(named):
         return style
+    answer = next((name for name in columns if name in ("chosen", "answer", "response")), columns[-1])
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
     raise LoraError(
         f"data.path: the columns {', '.join(columns)} are of no known format ({shapes})",
-        f"--set data.columns='{{prompt: {columns[0]}, completion: {columns[-1]}}}'",
+        f"--set data.columns='{{prompt: {columns[0]}, completion: {answer}}}'",
     )
 
 

@@ -127,7 +127,7 @@ def _list(row: Mapping[str, Any], column: str) -> list[Any]:
     if isinstance(value, str):  # some data sets keep their lists as JSON
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise BadRow(f"{column} is text", f"{column} is text, but must be a list") from None
     if not isinstance(value, list):
         kind = _NAMES.get(type(value), type(value).__name__)
@@ -157,7 +157,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
 def _two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     system = _system(row)
-    return Conversation([*system, *messages], None, [False] * (len(system) + 1) + [True])
+    return Conversation([*system, *messages], _tools(row), [False] * (len(system) + 1) + [True])
 
 
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -167,6 +167,8 @@ def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
     """Turns with known roles and contents, the user before the assistant, at least one answer to learn."""
     messages, trained = [], []
+    if not turns:
+        raise BadRow("there is no turn")
     for number, turn in enumerate(turns):
         message, learned = _turn(turn, number)
         messages.append(message)
@@ -226,7 +228,7 @@ def _calls(calls: Any, number: int) -> list[Any]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise BadRow(
                     "a tool call's arguments are no JSON",
                     f"turn {number}: the arguments of {function['name']} are no JSON",
@@ -249,19 +251,39 @@ def _from_sharegpt(turn: Any) -> Any:
     if speaker == "function_call":
         try:
             calls = json.loads(str(value))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise BadRow("a function_call is no JSON") from None
         return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **others}
     return {"role": SHAREGPT_ROLES.get(str(speaker), speaker), "content": value, **others}
 
 
+MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+"""Columns beside `input_ids` that say with 0 what is no text, or has no loss."""
+
+
 def _tokens(row: Mapping[str, Any]) -> Tokens:
     ids = _list(row, "input_ids")
     labels = row.get("labels")
-    labels = ids if labels is None else labels
+    labels = list(ids) if labels is None else labels
     if not isinstance(labels, list) or len(labels) != len(ids):
         raise BadRow("labels are not as many as input_ids")
     for name, values in (("input_ids", ids), ("labels", labels)):
         if not all(type(value) is int for value in values):
             raise BadRow(f"{name} are not whole numbers")
+    for name in MASKS:
+        if row.get(name) is not None:
+            mask = _list(row, name)
+            if len(mask) != len(ids) or any(value not in (0, 1) for value in mask):
+                raise BadRow(f"{name} is not a 0 or 1 for each of input_ids")
+            if name == "attention_mask":
+                ids = [number for number, kept in zip(ids, mask) if kept]
+                labels = [label for label, kept in zip(labels, mask) if kept]
+                row = {key: _kept(row[key], mask) if key in MASKS[1:] else row[key] for key in row}
+            else:
+                labels = [label if kept else -100 for label, kept in zip(labels, mask)]
     return Tokens(ids, labels)
+
+
+def _kept(values: Any, mask: list[int]) -> Any:
+    same = isinstance(values, list) and len(values) == len(mask)
+    return [value for value, kept in zip(values, mask) if kept] if same else values

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from transformers import set_seed
 
 from lora_cli import formats, ui
-from lora_cli.answer import Messages, Sampling, open_models
+from lora_cli.answer import Asked, Messages, Sampling, open_models
 from lora_cli.errors import UsageError
 
 
@@ -24,19 +24,19 @@ class Question(NamedTuple):
     expected: str | None
     """The answer hoped for."""
 
-    def messages(self, template: str | None) -> Messages:
+    def asked(self, template: str | None) -> Asked:
         """What is asked, as the model with this chat template was trained to be asked."""
         try:
             found = formats.converter(self.style, formats.uses_alpaca(template))(self.row)
         except formats.BadRow as bad:
             raise UsageError(f"{self.place}: {bad.said}", bad.hint) from None
         assert isinstance(found, formats.Conversation)
-        return found.messages[:-1]
+        return Asked(found.messages[:-1], found.tools)
 
     @property
     def text(self) -> str:
         """The last message, as a person would recognise it."""
-        return str(self.messages(None)[-1]["content"])
+        return str(self.asked(None).messages[-1]["content"])
 
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
@@ -101,7 +101,7 @@ def generate(
     set_seed(0)
     answers = {}
     for label, answerer in open_models(list(dict.fromkeys(paths)), base).items():
-        conversations = [question.messages(answerer.chat_template) for question in questions]
+        conversations = [question.asked(answerer.chat_template) for question in questions]
         answers[label] = answerer.answer(conversations, Sampling(max_new_tokens, temperature))
     shown = questions if show is None else questions[:show]
     for index, question in enumerate(shown):
@@ -146,7 +146,7 @@ def chat(path: str, system: str | None, max_new_tokens: int, temperature: float,
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = answerer.stream(messages, Sampling(max_new_tokens, temperature))
+            answer = answerer.stream(Asked(messages), Sampling(max_new_tokens, temperature))
             messages.append({"role": "assistant", "content": answer})
 
 

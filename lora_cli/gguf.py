@@ -69,13 +69,14 @@ class GGUFModel:
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return self._ask("/tokenize", body)["tokens"]
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for `messages` (`role`, `content`) by the embedded chat template, ready for an answer.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
+        """The prompt for `messages` (`role`, `content`) and `tools` by the embedded chat template, ready for an answer.
 
         llama.cpp takes a leading BOS out of the text, since it adds one when it tokenises: `complete(render(…))` and
         `tokenize(render(…))` have exactly one.
         """
-        return self._ask("/apply-template", {"messages": [dict(message) for message in messages]})["prompt"]
+        asked: dict[str, Any] = {"messages": [dict(message) for message in messages]}
+        return self._ask("/apply-template", asked | ({"tools": list(tools)} if tools else {}))["prompt"]
 
     def complete(
         self, prompt: str | Sequence[int], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0

@@ -219,17 +219,20 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
         "{%- endif %}{{- '' }}"
     )
     template = tokenizer.chat_template
-    named = isinstance(template, dict)
-    tokenizer.chat_template = {n: opening + t for n, t in template.items()} if named else opening + template
-    try:
-        shown = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
-    except TemplateError as error:
-        shown = str(error)
-    if prompt.strip() not in shown:
-        raise LoraError(
-            "model.system_prompt: the chat template has no place for system messages",
-            "remove it, or --set model.chat_template=chatml",
-        )
+    given = template if isinstance(template, dict) else {"default": template}
+    made = {name: opening + text for name, text in given.items()}
+    for text in made.values():
+        try:
+            asked = [{"role": "user", "content": "x"}]
+            shown = str(tokenizer.apply_chat_template(asked, chat_template=text, tokenize=False))
+        except TemplateError:
+            shown = ""
+        if prompt.strip() not in shown:
+            raise LoraError(
+                "model.system_prompt: the chat template has no place for system messages",
+                "remove it, or --set model.chat_template=chatml",
+            )
+    tokenizer.chat_template = made if isinstance(template, dict) else made["default"]
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -15,6 +15,7 @@ from trl import pack_dataset
 
 from lora_cli import model, targets, tokens, upstream
 from lora_cli.data import Prepared
+from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
 
@@ -64,6 +65,10 @@ def steps(recipe: Recipe, train: Prepared) -> Steps:
         counted = {each["values"]: each["counts"] for each in lengths.to_pylist()}
         fill = padded_fill(counted, training.per_device_train_batch_size)
     batches = math.ceil(rows / training.per_device_train_batch_size)
+    if getattr(training, "dataloader_drop_last", False) and train.stream is None:
+        batches = rows // training.per_device_train_batch_size
+        if not batches:
+            raise LoraError("there is no full batch to train on", "--set training.dataloader_drop_last=false")
     epoch = math.ceil(batches / training.gradient_accumulation_steps)
     total = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
     return Steps(packed, rows, epoch, total, fill)

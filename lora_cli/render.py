@@ -14,7 +14,6 @@ from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -30,11 +29,13 @@ Batch = list[tuple[str, Conversation | Tokens | str]]
 
 
 class Encoded(NamedTuple):
-    """Ids and labels (int32), and whether control tokens stood in what the row's author wrote."""
+    """Ids and labels (int32), whether control tokens stood in what the row's author wrote, and whether an answer begins
+    inside a token, which inference, not knowing the answer, would split."""
 
     input_ids: NDArray
     labels: NDArray
     control_in_text: bool
+    begins_inside: bool = False
 
 
 class Piece(NamedTuple):
@@ -61,6 +62,8 @@ class Renderer:
         self.backend = tokenizer.backend_tokenizer
         self.lengths = _byte_lengths(tokenizer)
         self.ends_turn = re.compile(f"(?:{self.control.pattern})\\Z")
+        self.next_control = re.compile(rf"\s*(?:{self.control.pattern})")
+        self.added = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Compiled templates cannot be copied; `datasets` copies what its streams are made from."""
@@ -92,15 +95,28 @@ class Renderer:
             try:
                 if isinstance(row, Tokens):
                     made[number] = [self._checked(row)]
-                elif isinstance(row, str):
-                    text = self.document(row)
-                    pieces.append(Piece(number, text, [(0, len(text))], self._has_control(row)))
                 else:
-                    written = any(self._has_control(str(message.get("content"))) for message in row.messages)
-                    pieces += [Piece(number, text, spans, written) for text, spans in self.conversation(row)]
+                    pieces += [self._piece(number, row, text, spans) for text, spans in self._texts(row)]
             except BadRow as bad:
                 made[number] = bad
         return made, pieces
+
+    def _texts(self, row: Conversation | str) -> list[tuple[str, list[Span]]]:
+        if not isinstance(row, str):
+            return self.conversation(row)
+        text = self.document(row)
+        return [(text, [(0, len(text))])]
+
+    def _piece(self, number: int, row: Conversation | str, text: str, spans: list[Span]) -> Piece:
+        """BadRow for halves of characters, which JSON can spell and no encoding can."""
+        written = [row] if isinstance(row, str) else _strings([row.messages, row.tools])
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(text[error.start]):04x}"
+                raise BadRow("half a character", f"its text has {half}, which is half a character") from None
+        return Piece(number, text, spans, any(map(self._has_control, written)))
 
     def _labelled(
         self, made: list[list[Encoded] | BadRow], pieces: list[Piece], tokenised: Future[Any]
@@ -110,11 +126,15 @@ class Renderer:
             assert isinstance(found, list)
             ids = np.array(encoding.ids, np.int32)
             starts, ends = self._offsets(piece.text, ids)
-            labels = np.full(len(ids), IGNORED, np.int32)
+            labels, begins_inside = np.full(len(ids), IGNORED, np.int32), False
             for start, end in piece.spans:
-                inside = slice(np.searchsorted(starts, start, "left"), np.searchsorted(ends, end, "right"))
-                labels[inside] = ids[inside]
-            found.append(Encoded(ids, labels, piece.control_in_text))
+                first, last = np.searchsorted(starts, [start, end])
+                begins_inside |= bool(first and ends[first - 1] > start)
+                # a control token may have swallowed the space after it; others that reach beyond are not the answer's
+                if last > first and ends[last - 1] > end and ids[last - 1] not in self.added:
+                    last -= 1
+                labels[first:last] = ids[first:last]
+            found.append(Encoded(ids, labels, piece.control_in_text, begins_inside))
         return made
 
     def _offsets(self, text: str, ids: NDArray) -> tuple[NDArray, NDArray]:
@@ -142,9 +162,9 @@ class Renderer:
         """The conversation as text with the character spans that carry loss; or one text for each answer, ending with
         it, where the template renders the beginning of a conversation otherwise than the whole."""
         text = self._ended(row, self._text(row.messages, row.tools))
-        if self.train_on == "all":
-            return [(text, [(0, len(text))])]
         answers = [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if self.train_on == "all":
+            return [(text, self._all_but(row, [turn for turn in answers if not row.trained[turn]], text))]
         answers = [turn for turn in answers[-1 if self.train_on == "completion" else 0 :] if row.trained[turn]]
         spans = [self._answer(row, turn, text) for turn in answers]
         if all(spans):
@@ -162,6 +182,16 @@ class Renderer:
                 )
             alone.append((ending, [span]))
         return alone
+
+    def _all_but(self, row: Conversation, left_out: list[int], text: str) -> list[Span]:
+        """What lies around the answers of some turns."""
+        spans, begins = list[Span](), 0
+        for turn in left_out:
+            answer = self._answer(row, turn, text)
+            if answer is None:
+                raise BadRow("a turn without loss changes as others follow it")
+            spans, begins = [*spans, (begins, answer[0])], answer[1]
+        return [*spans, (begins, len(text))]
 
     def _ended(self, row: Conversation, text: str) -> str:
         """The text with eos_token at its end, where an answer stands there that nothing ends."""
@@ -189,7 +219,7 @@ class Renderer:
         after = self._text(row.messages[: turn + 1], row.tools).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             return None
-        following = None if self.ends_turn.search(after) else self.control.match(text, len(after))
+        following = None if self.ends_turn.search(after) else self.next_control.match(text, len(after))
         return len(before), following.end() if following else len(after)
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
@@ -202,8 +232,8 @@ class Renderer:
         given["strftime_now"] = self.day.strftime
         try:
             return str(template.render(messages=messages, tools=tools, **given))
-        except (TemplateError, TypeError) as error:
-            said = " ".join(str(error).split())[:200]
+        except Exception as error:  # a template is a program of someone else's: whatever it raises is its refusal
+            said = " ".join(str(error).split())[:200] or type(error).__name__
             raise BadRow("the chat template refuses it", f"the chat template refuses it: {said}") from None
 
     def _has_control(self, text: str) -> bool:
@@ -219,6 +249,18 @@ class Renderer:
         if any(label not in (IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
             raise BadRow("labels are not input_ids", f"labels must be those of input_ids, or {IGNORED}")
         return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside nested lists and mappings, but for the roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(inner if key != "role" else None)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray:

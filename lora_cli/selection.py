@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli import ui
@@ -14,6 +15,8 @@ from lora_cli.errors import LoraError
 from lora_cli.formats import BadRow
 from lora_cli.recipe import Data, Recipe
 from lora_cli.render import IGNORED, Encoded, NDArray
+
+BEGINS_INSIDE = "dropped: an answer begins inside a token of the prompt"
 
 
 class Kept(NamedTuple):
@@ -45,7 +48,7 @@ class Counts:
     lengths: Counter[int] = field(default_factory=Counter)
     """Lengths of all encoded rows, in tokens."""
     ends: Counter[int] = field(default_factory=Counter)
-    """The last token with loss of each row that was not cut."""
+    """The last tokens of the answers with loss in rows that were not cut."""
 
     def plus(self, other: Counts) -> Counts:
         """Both together; of the first bad rows the earlier."""
@@ -85,12 +88,15 @@ def select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts:
         for row in found:
             counts.lengths[len(row.input_ids)] += 1
             counts.control_in_text += row.control_in_text
-            learned = row.labels[row.labels != IGNORED]
-            if not len(learned):
+            learned = row.labels != IGNORED
+            if row.begins_inside:
+                counts.left_out[BEGINS_INSIDE] += 1
+            elif not learned.any():
                 counts.left_out["dropped: nothing to learn"] += 1
             elif len(row.input_ids) <= limit:
-                counts.ends[int(learned[-1])] += 1
-                yield _counted(Kept(place, row.input_ids, row.labels), len(learned), counts)
+                last = np.flatnonzero(learned & ~np.append(learned[1:], False))
+                counts.ends.update(row.labels[last].tolist())
+                yield _counted(Kept(place, row.input_ids, row.labels), int(learned.sum()), counts)
             else:
                 for piece in _fitted(place, row, limit, policy, counts):
                     yield _counted(piece, int((piece.labels != IGNORED).sum()), counts)
@@ -142,7 +148,14 @@ def _kinds(counts: Counts) -> str:
 
 
 def refuse_nothing(counts: Counts) -> None:
-    """LoraError where no row is left to learn from, with the reasons."""
+    """LoraError where no row is left to learn from, with the reasons, or most answers could not be told to begin."""
+    inside = counts.left_out[BEGINS_INSIDE]
+    if 2 * inside > counts.read:
+        raise LoraError(
+            f"the chat template's generation prompt ends in the middle of a token in {inside} of {counts.read} rows: "
+            "inference would feed other tokens than training",
+            "mend the template (a space at its end?), or --set model.chat_template=chatml",
+        )
     if not counts.kept:
         too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
         hint = f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
@@ -166,7 +179,7 @@ def warn(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
     stops = set(stop_ids(tokenizer, counts))
     endless = sum(number for token, number in counts.ends.items() if token not in stops)
     if endless:
-        ui.warn(f"{endless} of {counts.kept} rows teach no token that ends the answer: the model may never stop")
+        ui.warn(f"{endless} of {counts.ends.total()} answers end in no token that stops: the model may never stop")
     if counts.control_in_text:
         ui.warn(f"{counts.control_in_text} rows have control tokens in their text, which are read as such")
     if counts.by_turn:

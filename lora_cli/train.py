@@ -82,6 +82,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
+    plan.steps(recipe, train_rows)
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
         base = _base(recipe, commit)
@@ -99,9 +100,6 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
             f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
         )
     started = time.monotonic()
-    short = train_rows.stream is None and len(trainer.train_dataset) < trainer.args.train_batch_size
-    if trainer.args.dataloader_drop_last and short:
-        raise LoraError("there is no full batch to train on", "--set training.dataloader_drop_last=false")
     checkpoint = _checkpoint(folder) if resume else None
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)

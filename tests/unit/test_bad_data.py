@@ -104,6 +104,18 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "no such split": ("rows.jsonl", GOOD, "split: test"),
     "an empty slice": ("rows.jsonl", GOOD, "'split': 'train[5:]'"),
     "skipped": ("rows.jsonl", GOOD + '{"prompt": "ask", "completion": null}\n' * 2 + "{\n", "on_bad_row: skip"),
+    "half a character": ("rows.jsonl", GOOD + '{"prompt": "a\\ud800", "completion": "answer"}\n', ""),
+    "thousands of digits": ("rows.jsonl", GOOD + '{"prompt": ' + "9" * 5000 + "}\n", ""),
+    "thousands of brackets": ("rows.jsonl", GOOD + "[" * 200_000 + "\n", ""),
+    "damaged gzip": (
+        "rows.jsonl.gz", gzip.compress(GOOD.encode() * 500)[:30] + b"\xff" * 60, ""),
+    "no turns": ("rows.jsonl", '{"prompt": [], "completion": []}\n', ""),
+    "no slice": ("rows.jsonl", GOOD, "'split': 'train[foo]'"),
+    "a column twice": ("rows.csv", "prompt,completion,completion\nask,answer,other\n", ""),
+    "a misspelt file in a list": ("rows.jsonl", GOOD, "path: [DIR/rows.jsonl, DIR/rows.jsnl]"),
+    "preferences": ("rows.jsonl", '{"prompt": "ask", "chosen": "answer", "rejected": "user"}\n', ""),
+    "UTF-16": ("rows.jsonl", GOOD.encode("utf-16"), ""),
+    "a mask too short": ("rows.jsonl", '{"input_ids": [1, 2], "completion_mask": [1]}\n', ""),
     "all skipped": ("rows.jsonl", '{"prompt": "ask", "completion": null}\n', "on_bad_row: skip"),
 }  # fmt: skip
 

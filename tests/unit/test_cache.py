@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -132,6 +135,39 @@ def test_a_damaged_entry_is_made_anew(load, capfd, name: str, damage: str) -> No
     assert load().rows[:] == once
     assert "are damaged" in capfd.readouterr().err
     assert file.read_bytes() == content
+
+
+def test_a_flipped_bit_is_noticed(load, capfd) -> None:
+    once = load().rows[:]
+    file = entries()[0] / cache.ROWS
+    content = bytearray(file.read_bytes())
+    place = content.rindex(np.array(once["input_ids"][-1], np.int32).tobytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    assert load().rows[:] == once
+    assert "other numbers than were written" in capfd.readouterr().err
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(load) -> None:
+    once = load().rows[:]
+    entry = entries()[0]
+    shutil.rmtree(entry)
+    entry.write_text("x")
+    assert load().rows[:] == once
+
+
+def test_several_may_prepare_at_once(load) -> None:
+    limits = [40, 50, 60, 70] * 6
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda limit: len(load(f"training.max_length={limit}").rows), limits))
+    assert made == [len(load(f"training.max_length={limit}").rows) for limit in limits]
+    assert len(entries()) == 4
+
+
+def test_a_folder_that_cannot_be_is_named(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_CACHE_DIR", "/dev/null/x")
+    with pytest.raises(LoraError, match="prepared rows cannot be kept in /dev/null/x/lora-cli/rows"):
+        load()
 
 
 def test_what_fails_leaves_no_entry(load, tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ Hermetic: a word-level tokenizer made here, files in a temporary folder. Alone: 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from pyarrow import parquet
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, formats, generate, model, recipe_file, selection
+from lora_cli import data, formats, generate, model, recipe_file, selection, sources
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED, Renderer
 
@@ -258,7 +262,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
     assert "warning" not in capfd.readouterr().err
     ids = tokenizer("ask answer")["input_ids"]
     prepare([{"input_ids": ids}, {"input_ids": [*ids, tokenizer.eos_token_id]}])
-    assert "warning: 1 of 2 rows teach no token that ends the answer" in capfd.readouterr().err
+    assert "warning: 1 of 2 answers end in no token that stops" in capfd.readouterr().err
 
 
 def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
@@ -268,7 +272,7 @@ def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Pa
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n")
     question = generate.read_questions([], file)[0]
     asked = tokenizer.apply_chat_template(
-        question.messages(tokenizer.chat_template), tokenize=False, add_generation_prompt=True
+        question.asked(tokenizer.chat_template).messages, tokenize=False, add_generation_prompt=True
     )
     [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("alpaca", True)(row))
     assert asked == text[: spans[0][0]]
@@ -348,3 +352,156 @@ def test_half_of_the_rows_is_drawn_by_the_seed(tmp_path: Path, tokenizer) -> Non
     }
     assert len(drawn[0]) == len(set(drawn[0])) == 9
     assert drawn[0] != drawn[1]
+
+
+def test_a_control_token_that_swallows_the_space_after_it_carries_loss(prepare, tokenizer) -> None:
+    """As Phi 3's, whose marks take the line break after them."""
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True, normalized=False)], special_tokens=True)
+    tokenizer.chat_template = TURNS.replace("' ' + eos_token + ' '", "' <|end|>\\n'")
+    prepared = prepare([CONVERSATION])
+    assert learned(prepared, tokenizer) == ["one", "<|end|>", "two", "<|end|>"]
+    assert selection.stop_ids(tokenizer, prepared.counts) == [tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
+def test_the_token_that_ends_a_turn_may_stand_on_the_next_line(prepare, tokenizer) -> None:
+    tokenizer.chat_template = TURNS.replace("' ' + eos_token + ' '", "'\\n' + eos_token + ' '")
+    assert learned(prepare([CONVERSATION]), tokenizer) == ["one", "</s>", "two", "</s>"]
+
+
+def test_answers_that_begin_inside_a_token_are_not_trained_on(tmp_path: Path) -> None:
+    """Inference, which does not know the answer, feeds another token there."""
+    pieces = [*"askwer:\n\u0120\u010a", "\u010a\u010a", "</s>"]  # two line breaks are one token
+    fast = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [("\u010a", "\u010a")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    other = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
+    other.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ':\\n' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    rows = [{"prompt": "ask", "completion": word} for word in ("swer", "\nswer", "raw")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
+    made = data.load(recipe_file.load(tmp_path / "r.yaml"), other)[0]
+    assert (len(made.rows), made.counts.left_out[selection.BEGINS_INSIDE]) == (2, 1)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(LoraError, match="generation prompt ends in the middle of a token in 1 of 1 rows"):
+        data.load(recipe_file.load(tmp_path / "r.yaml"), other)
+
+
+def test_turns_without_loss_have_none_when_all_is_trained_on(prepare, tokenizer) -> None:
+    turns = [dict(turn) for turn in CONVERSATION["messages"]]
+    turns[1]["train"] = False
+    words = learned(prepare([{"messages": turns}], "train_on: all"), tokenizer)
+    assert "one" not in words
+    assert words[:5] == ["<s>", "user", ":", "ask", "</s>"]
+    assert words[-2:] == ["two", "</s>"]
+
+
+def test_masks_of_tokenised_rows_are_kept_to(prepare) -> None:
+    made = prepare(
+        [
+            {"input_ids": [1, 5, 6, 2, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0]},
+            {"input_ids": [1, 5, 6, 2], "completion_mask": [0, 0, 1, 1]},
+            {"input_ids": [0, 1, 5, 6], "assistant_masks": [0, 0, 0, 1], "attention_mask": [0, 1, 1, 1]},
+        ]
+    ).rows
+    assert made["input_ids"] == [[1, 5, 6, 2], [1, 5, 6, 2], [1, 5, 6]]
+    assert made["labels"] == [[1, 5, 6, 2], [-100, -100, 6, 2], [-100, -100, 6]]
+
+
+def test_tables_do_not_invent_arguments(tmp_path: Path) -> None:
+    """Arrow gives every mapping of a column the keys of all."""
+    calls = [{"function": {"name": name, "arguments": given}} for name, given in (("f", {"c": "x"}), ("g", {"n": 3}))]
+    rows = [{"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "tool_calls": [c]}]} for c in calls]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "r.yaml").write_text("model: {name_or_path: x}\ndata: {path: y}\n")
+    recipe = recipe_file.load(tmp_path / "r.yaml").data
+    for name in ("rows.parquet", "saved"):
+        read = [row for _, row in sources.find(recipe, "path", str(tmp_path / name), "train").rows()]
+        found = [formats.converter("messages")(row).messages[1]["tool_calls"][0]["function"] for row in read]
+        assert [call["arguments"] for call in found] == [{"c": "x"}, {"n": 3}], name
+
+
+def test_splits_of_saved_sets_are_kept_to(tmp_path: Path) -> None:
+    saved = Dataset.from_list([{"text": str(number)} for number in range(10)])
+    saved.save_to_disk(str(tmp_path / "one"))
+    DatasetDict(train=saved, test=saved.select(range(2))).save_to_disk(str(tmp_path / "two"))
+    (tmp_path / "r.yaml").write_text("model: {name_or_path: x}\ndata: {path: y}\n")
+    recipe = recipe_file.load(tmp_path / "r.yaml").data
+
+    def read(name: str, split: str) -> list[str]:
+        return [row["text"] for _, row in sources.find(recipe, "path", str(tmp_path / name), split).rows()]
+
+    assert read("one", "train[2:4]") == ["2", "3"]
+    assert read("two", "test+train[90%:]") == ["0", "1", "9"]
+    with pytest.raises(LoraError, match="has no split 'test'; it has train"):
+        read("one", "test")
+
+
+def test_a_folder_s_files_are_read_anew_whatever_their_times(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'set'}}}\n")
+    for word in ("one", "two"):
+        file = tmp_path / "set" / "a.jsonl"
+        file.write_text(json.dumps({"prompt": "ask", "completion": word}) + "\n")
+        os.utime(file, (1e9, 1e9))
+        made = data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
+        assert learned(made, tokenizer) == [word, "</s>"]
+
+
+def test_what_is_counted_and_said(prepare, tokenizer, capfd) -> None:
+    call = {"function": {"name": "f", "arguments": {"a": "</s>"}}}
+    tokenizer.chat_template = TURNS.replace("m['content']", "(m['content'] or m['tool_calls']|string)")
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "tool_calls": [call]}]
+    prepare([{"messages": turns}])
+    assert "1 rows have control tokens in their text" in capfd.readouterr().err
+    tokenizer.chat_template = TURNS.replace("{{ bos_token }}", "")
+    prepare([CONVERSATION])
+    assert "rows do not begin with <s>: the chat template writes none" in capfd.readouterr().err
+
+
+def test_evaluation_rows_that_are_trained_on_are_counted(prepare, capfd) -> None:
+    rows = [{"prompt": "ask", "completion": word} for word in ("one", "two", "answer", "more")]
+    prepare(rows, "'eval_split': 'train[50%:]'")
+    assert "2 of 2 evaluation rows are trained on as well" in capfd.readouterr().err
+    prepare(rows, "'split': 'train[:50%]', 'eval_split': 'train[50%:]'")
+    assert "trained on as well" not in capfd.readouterr().err
+
+
+def test_a_mix_of_no_rows_is_refused(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "ask", "completion": "one"}\n')
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name_or_path: x}}\ndata: {{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.01}}]}}\n"
+    )
+    with pytest.raises(LoraError, match="the weights of data.mix leave no row"):
+        data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
+
+
+def test_unreadable_rows_at_the_start_do_not_hide_the_columns(prepare, tmp_path: Path) -> None:
+    prepare([{"prompt": "ask", "completion": "one"}] * 3)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("oops\n" * 150 + path.read_text())
+    recipe = recipe_file.load(tmp_path / "r.yaml", ["data.on_bad_row=skip"])
+    made = data.load(recipe, PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS))
+    assert (len(made[0].rows), made[0].counts.bad["invalid JSON"]) == (3, 150)
+
+
+def _words() -> Tokenizer:
+    fast = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["</s>", "<unk>", "one"])}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    return fast
+
+
+def test_tools_are_asked_with_as_they_were_trained(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for row in (
+        {"messages": CONVERSATION["messages"], "tools": [tool]},
+        {"prompt": "ask", "completion": "one", "tools": [tool]},
+    ):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        asked = generate.read_questions([], tmp_path / "rows.jsonl")[0].asked(TURNS)
+        assert asked.tools == [tool]
+        style = "messages" if "messages" in row else "prompt_completion"
+        assert formats.converter(style)(row).tools == [tool]
