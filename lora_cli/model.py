@@ -233,12 +233,17 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
         ) from error
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
-    """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
+def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
+    """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one of its tensors
+    found its place."""
     tokens.fit(model, folder)
     with quiet_peft():
         try:
-            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            if isinstance(model, PeftModel):
+                peft_model = model
+                model.load_adapter(str(folder), adapter_name=name)
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             said = " ".join(str(error).split())[:300]
             hint = "give the base it was trained on with --base"

@@ -29,9 +29,18 @@ FLOORS = [
     {"tokens", "sources", "render"},
     {"limits"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold", "watch", "oracle", "initial"},
+    {"fold", "watch", "oracle", "initial", "factors", "derived"},
     {"answer", "trainers"},
-    {"train", "check", "merge", "export", "generate", "doctor"},  # the verbs never import each other
+    {
+        "train",
+        "check",
+        "merge",
+        "export",
+        "generate",
+        "doctor",
+        "combine",
+        "extract",
+    },  # the verbs never import each other
     {"cli"},
     {"__main__"},
 ]
