@@ -179,13 +179,24 @@ def export_gguf(
         Optional[Path], typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH.")
     ] = None,
     base: BaseModel = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base.")
+    ] = False,
     llama_cpp: LlamaCpp = None,
 ) -> None:
     """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own tools."""
     _quiet_libraries()
-    from lora_cli.export import export
+    if adapter_only:
+        from lora_cli.export_adapter import export_adapter
 
-    for file in export(path, quantize or ["f16"], output, base, llama_cpp):
+        if path is None:
+            raise UsageError("--adapter-only needs the adapter's folder", "lora export-gguf ADAPTER --adapter-only")
+        files = export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
+    else:
+        from lora_cli.export import export
+
+        files = export(path, quantize or ["f16"], output, base, llama_cpp)
+    for file in files:
         typer.echo(file)
 
 

@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 
 import torch
 from peft import LoraModel, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli import derived, factors, files, fold, model, record, ui
 from lora_cli.errors import LoraError, UsageError, nearest
@@ -72,7 +72,7 @@ def combine(
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
         made, distance = _combined(adapted, numbers, combination, density, r)
         rank = factors.save(made, staging, first.base, fan_in_fan_out)
-        model.load_adapter(_without_weights(first), staging)
+        model.load_adapter(model.weightless(first.base, first.revision), staging)
         settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
         derived.finish(staging, tokenizer, "combine", adapters, distance=distance, **settings)
     ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
@@ -141,21 +141,12 @@ def _tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
     return tokenizers[0]
 
 
-def _without_weights(adapter: Adapter) -> PreTrainedModel:
-    """The adapter's base with zeros for weights, all of a tensor being one number in memory."""
-    network = model.skeleton(adapter.base, adapter.revision)
-    for module in network.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
-    return network
-
-
 def _side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
     """All adapters, named 0, 1, …, on one base without weights, each with exactly the modules it adapts as targets.
 
     PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
     """
-    adapted = _without_weights(adapters[0])
+    adapted = model.weightless(adapters[0].base, adapters[0].revision)
     for number, adapter in enumerate(adapters):
         adapted = model.load_adapter(adapted, adapter.folder, str(number))
     layers = model.lora_layers(adapted)

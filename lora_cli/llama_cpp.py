@@ -27,11 +27,13 @@ from lora_cli.ui import Progress, warn
 VERSION = "0.3.36"
 """Release of llama-cpp-python whose source package carries the llama.cpp revision everything here was tried with."""
 
-CONVERTER = "convert_hf_to_gguf.py"
+CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 QUANTIZER = "llama-quantize.exe" if os.name == "nt" else "llama-quantize"
 
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself."""
+EXACT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""Which of these holds weights of a type of torch as they are."""
 
 # Names and order of tools/quantize/quantize.cpp, without the plain copies (F32, F16, BF16, COPY: the converter's work)
 # and without MXFP4_MOE, which turns a model that is no mixture of experts into Q8_0 and does not say so.
@@ -125,21 +127,38 @@ def quantizer_type(name: str) -> str:
     return picked
 
 
-def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found) -> None:
+def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found, base: Path | None = None) -> None:
     """Write the Hugging Face model in `model_dir` as the GGUF `outfile`, all at once or not at all.
 
-    `outtype` is one of CONVERTER_TYPES. Runs in a process of its own, offline. Raises LoraError when the converter
-    fails or leaves no GGUF; `outfile` is then untouched.
+    `outtype` is one of CONVERTER_TYPES. With `base`, the folder of a model, `model_dir` is a LoRA adapter of it. Runs
+    in a process of its own, offline. Raises LoraError when the converter fails or leaves no GGUF; `outfile` is then
+    untouched.
     """
     outtype = converter_type(outtype)
-    if not (model_dir / "config.json").is_file():
-        raise LoraError(f"{model_dir} is not a model: it has no config.json", "pass the folder of a merged model")
+    script, wanted = converter.path, "config.json"
+    if base is not None:
+        script, wanted = converter.path.with_name(LORA_CONVERTER), "adapter_config.json"
+    if not (model_dir / wanted).is_file():
+        raise LoraError(f"{model_dir} is not a model: it has no {wanted}", "pass the folder of a merged model")
+    if not script.is_file():
+        raise LoraError(f"{converter} has no {script.name} beside it", "leave out --llama-cpp: lora setup-llama-cpp")
     with _staged(outfile) as folder:
         made = Path(folder) / "model.gguf"
-        command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--outfile", str(made)]
-        command += ["--outtype", outtype]
+        command = [sys.executable, str(script), str(model_dir.resolve()), "--outfile", str(made), "--outtype", outtype]
+        command += ["--base", str(base.resolve())] if base else []
         code, lines = run(command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
         _accept(code, lines, command, made, outfile)
+
+
+def try_vocabulary(model_dir: Path, converter: Found) -> None:
+    """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError for an architecture
+    or a tokenizer that it does not know."""
+    with tempfile.TemporaryDirectory(prefix="lora-vocabulary-") as folder:
+        command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--vocab-only"]
+        command += ["--outfile", str(Path(folder) / "vocabulary.gguf")]
+        code, lines = run(command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+    if code:
+        raise _failure(code, lines, command)
 
 
 def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found) -> None:
@@ -272,17 +291,20 @@ def _staged(outfile: Path) -> tempfile.TemporaryDirectory[str]:
 
 def _accept(code: int, lines: Sequence[str], command: Sequence[str], made: Path, outfile: Path) -> None:
     """Give a finished file its final name, or say why there is none."""
-    tool = Path(command[1] if command[0] == sys.executable else command[0]).name
     if code == 0 and _is_gguf(made):
         made.replace(outfile)
         return
-    said = last_line(lines)
+    raise _failure(code, lines, [part.replace(str(made), str(outfile.resolve())) for part in command])
+
+
+def _failure(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraError:
+    """What a program that failed said, in a user's words where they are known."""
+    tool, said = Path(command[1] if command[0] == sys.executable else command[0]).name, last_line(lines)
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):
-            raise LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
+            return LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
     why = f"failed (exit {code})" if code > 0 else f"was killed by signal {-code}" if code else "left no GGUF behind"
-    again = shlex.join(command).replace(str(made), str(outfile.resolve()))
-    raise LoraError(f"{tool} {why}: {said}", f"see all it says: {again}")
+    return LoraError(f"{tool} {why}: {said}", f"see all it says: {shlex.join(command)}")
 
 
 def _is_gguf(path: Path) -> bool:

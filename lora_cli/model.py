@@ -91,8 +91,22 @@ def load_base(
 
 def skeleton(name: str, revision: str | None) -> PreTrainedModel:
     """The base without weights (on the `meta` device): its modules' names and shapes, in an instant."""
+    return from_config(load_config(name, revision))
+
+
+def from_config(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name, revision))
+        return AutoModelForCausalLM.from_config(config)
+
+
+def weightless(name: str, revision: str | None) -> PreTrainedModel:
+    """The base with float32 zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
+    network = skeleton(name, revision)
+    for module in network.modules():
+        for key, weight in module.named_parameters(recurse=False):
+            setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return network
 
 
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
@@ -195,13 +209,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
         hint = f"did you mean {guess}?" if guess else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
         raise LoraError(f"model.chat_template: there is no template {name!r} and no such file", hint)
     template = path.read_text(encoding="utf-8")
-    if name in known and _adds_bos(tokenizer):
+    if name in known and adds_bos(tokenizer):
         template = "{{- bos_token -}}" + template  # the rendered text is tokenised without special tokens
     tokenizer.chat_template = template
     return f"{name} (the tokenizer has none)" if choice == "auto" else name
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts its BOS before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
