@@ -17,6 +17,8 @@ from lora_cli.errors import LoraError
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
 
+START = "give the model that the fine-tuning started from"
+
 
 def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     """Write to `out` the LoRA adapter of rank `r` that comes closest to what fine-tuning changed in `base`.
@@ -89,19 +91,28 @@ def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetun
         raise LoraError(
             f"{base} and {finetuned} are not of one architecture: {type(before).__name__} and {type(after).__name__}"
             + (f", {odd[0]} is in one of them only" if odd else ""),
-            "give the model that the fine-tuning started from",
+            START,
         )
+    heads = (before.get_input_embeddings(), before.get_output_embeddings())
+    ends = {id(end.weight) for end in heads if end is not None}
     linear = {name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     linear_names: list[str] = []
     others: list[str] = []
     for name, weight in new.items():
         if old[name].shape != weight.shape:
-            others.append(f"{name} ({'x'.join(map(str, old[name].shape))} -> {'x'.join(map(str, weight.shape))})")
+            sizes = f"{name} ({'x'.join(map(str, old[name].shape))} -> {'x'.join(map(str, weight.shape))})"
+            if id(old[name]) not in ends:
+                raise LoraError(f"{base} and {finetuned} are not of one size: {sizes}", START)
+            others.append(sizes)
         elif not torch.equal(old[name], weight):
             module = name.removesuffix(".weight")
             (linear_names if module in linear else others).append(module if module in linear else name)
     if not linear_names:
-        hint = f"they differ in {_some(others)} only" if others else "they are one and the same model"
+        hint = (
+            f"they differ in {len(others)} other tensors only, such as {others[0]}"
+            if others
+            else "they are one and the same model"
+        )
         raise LoraError(f"no linear weight of {finetuned} differs from {base}", hint)
     return linear_names, others
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from huggingface_hub import resolve_revision
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -72,9 +74,12 @@ def load_base(
         )
     if quantization is not None and torch.cuda.is_available():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise LoraError(f"the weights of {name} are damaged or cut off: {error}", "copy them again") from error
     # transformers fills weights that the files lack with random numbers, and says so in a log only
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, report[what])):
@@ -260,11 +265,20 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
             else:
                 peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            said = " ".join(str(error).split())[:300]
             hint = "give the base it was trained on with --base"
-            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {said}", hint) from error
+            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {_misfit(error)}", hint) from error
     check_adapter_complete(peft_model, folder, name)
     return peft_model
+
+
+def _misfit(error: Exception) -> str:
+    """PEFT's words; of tensors that have another size, how many and the first."""
+    said = " ".join(str(error).split())
+    sizes = re.findall(r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said)
+    if not sizes:
+        return said[:300]
+    name, given, wanted = sizes[0]
+    return f"{len(sizes)} tensors are of another size, the first {name}: ({given}), where ({wanted}) is wanted"
 
 
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:

@@ -60,8 +60,9 @@ def check_disk(folder: Path, config: PretrainedConfig, types: Iterable[str], mer
     bits += (8 * model.checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
     needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
+        megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1
         raise LoraError(
-            f"the export needs about {needed >> 20} MB in {folder}, {(needed - free >> 20) + 1} MB more than are free",
+            f"the export needs about {megabytes} MB in {folder}, {missing} MB more than are free",
             "--output DIR on another disk, or fewer types",
         )
 

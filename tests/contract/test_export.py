@@ -136,7 +136,9 @@ def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Pat
     free = 3 * 2**20
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     needed = int(1.02 * parameters * (16 + 32 + 32) / 8)
-    with pytest.raises(LoraError, match=rf"about {needed >> 20} MB in .*, {(needed - free >> 20) + 1} MB more than"):
+    with pytest.raises(
+        LoraError, match=rf"about {(needed >> 20) + 1} MB in .*, {(needed - free >> 20) + 1} MB more than"
+    ):
         preflight.check_disk(tmp_path, config, ["f16"], merged=True, exact="f32")
     preflight.check_disk(tmp_path, config, ["Q2_K"], merged=False, exact=None)
     assert preflight.bits_per_weight("Q4_K_M") == 5.5

@@ -31,17 +31,8 @@ FLOORS = [
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"fold", "watch", "oracle", "initial", "factors", "derived", "parity", "preflight"},
     {"answer", "trainers", "serving"},
-    {
-        "train",
-        "check",
-        "merge",
-        "export",
-        "export_adapter",
-        "generate",
-        "doctor",
-        "combine",
-        "extract",
-    },  # the verbs never import each other
+    # the verbs never import each other
+    {"train", "check", "merge", "export", "export_adapter", "generate", "doctor", "combine", "extract"},
     {"cli"},
     {"__main__"},
 ]
