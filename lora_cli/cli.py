@@ -179,6 +179,10 @@ def export_gguf(
         Optional[Path], typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH.")
     ] = None,
     base: BaseModel = None,
+    imatrix: Annotated[
+        Optional[str],
+        typer.Option("--imatrix", metavar="FILE|DATA", help="An importance matrix, or rows to measure one on."),
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base.")
     ] = False,
@@ -189,13 +193,15 @@ def export_gguf(
     if adapter_only:
         from lora_cli.export_adapter import export_adapter
 
+        if imatrix is not None:
+            raise UsageError("--imatrix is for the quantiser's types, which an adapter has none of", "leave it out")
         if path is None:
             raise UsageError("--adapter-only needs the adapter's folder", "lora export-gguf ADAPTER --adapter-only")
         files = export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
     else:
         from lora_cli.export import export
 
-        files = export(path, quantize or ["f16"], output, base, llama_cpp)
+        files = export(path, quantize or ["f16"], output, base, llama_cpp, imatrix)
     for file in files:
         typer.echo(file)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli import files, fold, llama_cpp, model, parity, preflight, record, serving, ui, verify
+from lora_cli import files, fold, imatrix, llama_cpp, model, parity, preflight, record, serving, ui, verify
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.llama_cpp import Found
 
@@ -22,7 +22,12 @@ class Tools(NamedTuple):
 
 
 def export(
-    path: Path | None, types: Sequence[str], output: Path | None, base: str | None, llama_cpp_dir: Path | None
+    path: Path | None,
+    types: Sequence[str],
+    output: Path | None,
+    base: str | None,
+    llama_cpp_dir: Path | None,
+    weighted: str | None = None,
 ) -> list[Path]:
     """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns their paths.
 
@@ -30,12 +35,16 @@ def export(
     current folder. Files are named after the folder, in `output` or beside the weights. Raises LoraError for missing
     tools and files in the way before anything is converted, and when a file's answers differ; nothing is left then.
     """
-    names = list(dict.fromkeys(_type(name) for name in types))
+    names = list(dict.fromkeys(_type(name, weighted is not None) for name in types))
     path = path or newest_result()
     kind = record.kind(str(path))
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
+    if weighted is not None:
+        imatrix.check(weighted)
     wants_quantizer = any(name not in llama_cpp.CONVERTER_TYPES for name in names)
+    if weighted is not None and not wants_quantizer:
+        raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(names)}", "-q Q4_K_M")
     quantizer = llama_cpp.find_quantizer(llama_cpp_dir) if wants_quantizer else None
     tools = Tools(llama_cpp.find_converter(llama_cpp_dir), quantizer)
     folder, stem = output or (path if kind == "model" else path.parent), files.stem(path)
@@ -51,7 +60,7 @@ def export(
         if adapter is not None:
             merged = Path(scratch) / stem
             fold.merge(adapter, merged)
-        _convert_all(merged, targets, tools, Path(scratch))
+        _convert_all(merged, targets, tools, Path(scratch), weighted)
         serving.write_modelfile(folder, list(targets.values()), merged)
     serving.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
@@ -78,11 +87,11 @@ def _check_first(path: Path, adapter: record.Adapter | None, converter: Found, s
     return config
 
 
-def _type(name: str) -> str:
+def _type(name: str, weighted: bool) -> str:
     """The converter's own types first: it writes q8_0 without a quantiser."""
     if name.lower() in llama_cpp.CONVERTER_TYPES:
         return name.lower()
-    return llama_cpp.quantizer_type(name)
+    return llama_cpp.quantizer_type(name, weighted)
 
 
 def newest_result() -> Path:
@@ -95,11 +104,12 @@ def newest_result() -> Path:
     return newest
 
 
-def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path) -> None:
+def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path, weighted: str | None) -> None:
     """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
     config = model.load_config(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
     exact: Path | None = None
+    matrix: Path | None = None
     for name, file in made.items():
         if name in llama_cpp.CONVERTER_TYPES:
             llama_cpp.convert(merged, file, name, tools.converter)
@@ -108,16 +118,33 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         if exact is None:
             exact = scratch / "exact.gguf"
             llama_cpp.convert(merged, exact, _exact(config), tools.converter)
-        llama_cpp.quantize(exact, file, name, tools.quantizer)
+            matrix = _imatrix(weighted, merged, exact, tools.converter)
+        llama_cpp.quantize(exact, file, name, tools.quantizer, matrix)
     reports = _compare_all(merged, config, made)
     parent = files.read_json(merged / record.ARTEFACT_RECORD) if (merged / record.ARTEFACT_RECORD).is_file() else None
     for name, target in targets.items():
         contents = record.new(
-            "export-gguf", type=name, llama_cpp=llama_cpp.VERSION, checked=reports[name], parent=parent
+            "export-gguf",
+            type=name,
+            llama_cpp=llama_cpp.VERSION,
+            imatrix=weighted,
+            checked=reports[name],
+            parent=parent,
         )
         files.write_json(target.with_name(f"{target.name}.json"), contents)
         made[name].rename(target)
         ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, {reports[name]}")
+
+
+def _imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
+    """The importance matrix named by `--imatrix`, measured where that is data."""
+    if weighted is None:
+        return None
+    if Path(weighted).suffix in imatrix.FILES:
+        return Path(weighted)
+    made = exact.with_name("imatrix.gguf")
+    imatrix.make(weighted, merged, exact, made, converter)
+    return made
 
 
 def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) -> dict[str, str]:

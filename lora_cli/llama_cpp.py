@@ -27,6 +27,9 @@ from lora_cli.ui import Progress, warn
 VERSION = "0.3.36"
 """Release of llama-cpp-python whose source package carries the llama.cpp revision everything here was tried with."""
 
+KIND = 2
+"""Counted up when more of that revision is installed than before, so that an older copy is not taken for it."""
+
 CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 QUANTIZER = "llama-quantize.exe" if os.name == "nt" else "llama-quantize"
 
@@ -81,13 +84,13 @@ class Found:
 
 
 def managed_home() -> Path:
-    """Folder of the managed copy, present or not: `<cache>/lora-cli/llama.cpp-<version>`.
+    """Folder of the managed copy, present or not: `<cache>/lora-cli/llama.cpp-<version>-<number of its kind>`.
 
     `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache, ~/Library/Caches).
     """
     usual = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
     cache = os.environ.get("LORA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or usual
-    return Path(cache).expanduser().resolve() / "lora-cli" / f"llama.cpp-{VERSION}"
+    return Path(cache).expanduser().resolve() / "lora-cli" / f"llama.cpp-{VERSION}-{KIND}"
 
 
 def find_converter(directory: Path | None = None) -> Found:
@@ -116,13 +119,14 @@ def converter_type(name: str) -> str:
     return _pick(name, CONVERTER_TYPES)
 
 
-def quantizer_type(name: str) -> str:
-    """The quantiser's own spelling of `name`, whatever its case. Raises UsageError, also for types out of reach."""
+def quantizer_type(name: str, imatrix: bool = False) -> str:
+    """The quantiser's own spelling of `name`, whatever its case. Raises UsageError, also for a type that needs an
+    importance matrix where there is none."""
     picked = _pick(name, QUANTIZER_TYPES)
-    if picked in NEEDS_IMATRIX:
+    if picked in NEEDS_IMATRIX and not imatrix:
         raise UsageError(
-            f"{picked} needs an importance matrix (imatrix) measured on text, and lora does not make one yet",
-            "take a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
+            f"{picked} needs an importance matrix, measured on text like that the model is for",
+            "--imatrix DATA.jsonl, or a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
         )
     return picked
 
@@ -161,17 +165,19 @@ def try_vocabulary(model_dir: Path, converter: Found) -> None:
         raise _failure(code, lines, command)
 
 
-def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found) -> None:
+def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found, imatrix: Path | None = None) -> None:
     """Write `gguf` (f32, f16 or bf16) as `outfile` with `type_name`, one of QUANTIZER_TYPES, all at once or not at all.
 
-    Warns of tensors that llama.cpp stored in a larger type because their rows do not divide into its blocks.
-    Raises LoraError when the quantiser fails or leaves no GGUF; `outfile` is then untouched.
+    `imatrix` is an importance matrix as llama.cpp writes it. Warns of tensors that llama.cpp stored in a larger type
+    because their rows do not divide into its blocks. Raises LoraError when the quantiser fails or leaves no GGUF;
+    `outfile` is then untouched.
     """
-    type_name = quantizer_type(type_name)
+    type_name = quantizer_type(type_name, imatrix is not None)
     with _staged(outfile) as folder:
         made = Path(folder) / "model.gguf"
         # Absolute paths: llama-quantize reads an output name that starts with digits ("7b.gguf") as a type number.
-        command = [str(quantizer.path), str(gguf.resolve()), str(made), type_name]
+        weighted = ["--imatrix", str(imatrix.resolve())] if imatrix else []
+        command = [str(quantizer.path), *weighted, str(gguf.resolve()), str(made), type_name]
         code, lines = run(command, f"quantising to {type_name}")
         _accept(code, lines, command, made, outfile)
     if fallback := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", "\n".join(lines)):

@@ -217,6 +217,9 @@ BAD: dict[str, Callable[[Path], object]] = {
     "export: unknown type": lambda d: _export(d, "Q4_KM"),
     "export: unlike any type": lambda d: _export(d, "small"),
     "export: a type that needs an importance matrix": lambda d: _export(d, "IQ2_XS"),
+    "export: the importance matrix is not there": lambda d: export(
+        base(d), ["IQ2_XS"], None, None, None, str(d / "x.gguf")),
+    "export: an importance matrix for nothing": lambda d: export(base(d), ["q8_0"], None, None, None, str(base(d))),
     "export: no such folder": lambda d: _export(d / "out"),
     "export: a GGUF": lambda d: _export(gguf(d)),
     "export: neither model nor adapter": lambda d: _export(occupied(d)),

@@ -20,19 +20,17 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli import export_adapter, llama_cpp, model, parity, preflight, serving, verify
+from lora_cli import export_adapter, imatrix, llama_cpp, model, parity, preflight, record, serving, verify
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.export import export
+from lora_cli.gguf import GGUFModel
 
-# fmt: off
-SCALES: dict[str, dict] = {
-    "plain": {"lora_alpha": 16},
-    "rslora": {
-        "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"q_proj": 1, "down_proj": 32},
-        "rank_pattern": {"v_proj": 2},
-    },
+SCALED = {
+    "lora_alpha": 8,
+    "use_rslora": True,
+    "alpha_pattern": {"q_proj": 1, "down_proj": 32},
+    "rank_pattern": {"v_proj": 2},
 }
-# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +50,37 @@ def make_adapter(base: Path, folder: Path, **options) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_an_adapter_alone_runs_at_its_true_strength(base: Path, tmp_path: Path, scale: str, capfd) -> None:
-    adapter = make_adapter(base, tmp_path / scale, **SCALES[scale])
+def test_an_adapter_alone_runs_at_its_true_strength(base: Path, tmp_path: Path, capfd) -> None:
+    adapter = make_adapter(base, tmp_path / "scaled", **SCALED)
     files = export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
-    assert [file.name for file in files] == [f"{scale}-lora-f16.gguf"]
+    assert [file.name for file in files] == ["scaled-lora-f16.gguf"]
     said = capfd.readouterr().err
     effect = float(re.search(r"does to the base here: .* mean KL (\S+),", said)[1])
     kls = [float(kl) for kl in re.findall(r"base with adapter in llama.cpp: mean KL (\S+),", said)]
     assert len(kls) == 1
     assert effect > 0.05  # else any strength would do
     assert max(kls) <= 1e-5
-    assert json.loads((tmp_path / "out" / f"{scale}-lora-f16.gguf.json").read_text())["type"] == "f16"
+    assert json.loads((tmp_path / "out" / "scaled-lora-f16.gguf.json").read_text())["type"] == "f16"
 
 
 def test_the_scale_that_the_converter_would_write_is_noticed(base: Path, tmp_path: Path, monkeypatch) -> None:
-    adapter = make_adapter(base, tmp_path / "rslora", **SCALES["rslora"])
+    adapter = make_adapter(base, tmp_path / "scaled", **SCALED)
 
     def as_it_is(given, folder: Path) -> None:
         shutil.copytree(given.folder, folder)
 
     monkeypatch.setattr(export_adapter, "_write_scaled", as_it_is)
-    with pytest.raises(LoraError, match="rslora-lora-f16.gguf differs from the model it was made from"):
+    with pytest.raises(LoraError, match="scaled-lora-f16.gguf differs from the model it was made from"):
         export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_plain_adapter_is_converted_as_it_is(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "plain", lora_alpha=16)
+    export_adapter._write_scaled(record.read_adapter(adapter), tmp_path / "scaled")
+    given, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain"))
+    assert given.keys() == wanted.keys()
+    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(("options", "said", "hint"), [
@@ -202,8 +207,6 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
 
 
 def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Path, capfd) -> None:
-    from lora_cli import record
-
     for name, options in (("plain", {}), ("dora", {"use_dora": True})):
         adapter = record.read_adapter(make_adapter(base, tmp_path / name, **options))
         serving.say_how([tmp_path / "x-f16.gguf"], None, adapter)
@@ -211,3 +214,43 @@ def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Pat
     assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
     assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules plain={tmp_path / 'plain'}" in said
     assert f"vLLM and llama-server cannot load from {tmp_path / 'dora'}: DoRA magnitudes; merge it" in said
+
+
+def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((tiny / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    batches = list(imatrix.read(str(rows), tokenizer))
+    assert 20 <= len(batches) <= 40
+    sums, num_tokens = imatrix.measure(network, batches)
+    assert num_tokens == sum(map(len, batches))
+    # what goes into the first attention and into the head, taken from transformers' own hidden states
+    first, last = torch.zeros(256), torch.zeros(256)
+    for ids in batches:
+        with torch.no_grad():
+            states = network.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            first += network.model.layers[0].input_layernorm(states[0])[0].square().sum(0)
+            last += states[-1][0].square().sum(0)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"):
+        torch.testing.assert_close(sums[name], first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums["lm_head"], last, rtol=1e-4, atol=1e-4)
+    # llama.cpp reads it, writes the types that need it, and answers such rows closer to the model with it than without
+    export(base, ["Q2_K", "Q2_K_S"], tmp_path / "with", None, None, str(rows))
+    assert b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
+    exact, without = tmp_path / "exact.gguf", tmp_path / "without.gguf"
+    llama_cpp.convert(base, exact, "f32", llama_cpp.find_converter())
+    llama_cpp.quantize(exact, without, "Q2_K", llama_cpp.find_quantizer())
+    held_out = list(imatrix.read(str(tiny / "eval.jsonl"), tokenizer))[:30]
+    weighted = distance(network, tmp_path / "with" / "base-Q2_K.gguf", held_out)
+    assert weighted < 0.7 * distance(network, without, held_out)
+
+
+def distance(network: torch.nn.Module, file: Path, rows: list[list[int]]) -> float:
+    """Mean KL of llama.cpp's next token from `network`'s, three tokens before the end of each row."""
+    with GGUFModel(file, exact=True) as engine, torch.no_grad():
+        total = 0.0
+        for ids in rows:
+            wanted = network(torch.tensor([ids[:-3]])).logits[0, -1].double().log_softmax(-1)
+            total += (wanted.exp() * (wanted - torch.tensor(engine.logprobs(ids[:-3])).double())).sum().item()
+    return total / len(rows)

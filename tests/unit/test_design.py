@@ -24,13 +24,13 @@ FILES = {path.stem: [path] for path in PACKAGE.glob("*.py")} | {"reference": [*P
 # Each file may import from the lines above its own only.
 FLOORS = [
     {"__init__", "errors"},
-    {"ui", "files", "fields", "yamlfile", "foreign", "reference"},
+    {"imatrix_file", "ui", "files", "fields", "yamlfile", "foreign", "reference"},
     {"recipe", "record", "llama_cpp", "formats"},
     {"tokens", "sources", "render"},
     {"limits"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"fold", "watch", "oracle", "initial", "factors", "derived", "parity", "preflight"},
-    {"answer", "trainers", "serving"},
+    {"answer", "trainers", "serving", "imatrix"},
     # the verbs never import each other
     {"train", "check", "merge", "export", "export_adapter", "generate", "doctor", "combine", "extract"},
     {"cli"},
