@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import resolve_revision
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
@@ -56,11 +57,14 @@ def finish(
     """Tokenizer and record beside the adapter; the record names the parents, and says what merging needs to know."""
     first = sources[0]
     model.save_tokenizer(tokenizer, staging, first.base, first.revision)
+    commit = first.revision
+    if commit is None and not Path(first.base).is_dir():  # made elsewhere, and saying only the name
+        commit = str(resolve_revision(first.base).resolved)
     stops = sorted({token for source in sources for token in source.stop_token_ids})
     made = record.new(
         command,
         status="finished",
-        base={"name": first.base, "commit": first.revision},
+        base={"name": first.base, "commit": commit},
         recipe={key: first.recipe[key] for key in ("model", "quantization") if key in first.recipe},
         data={"stop_token_ids": stops},
         **contents,
