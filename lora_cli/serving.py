@@ -152,14 +152,16 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
         ui.say(f"  vLLM and llama-server cannot load from {adapter.folder}: {', '.join(more)}; merge it for vLLM:")
         ui.say(f"  lora merge {adapter.folder} OUT && vllm serve OUT")
         return
-    r = max(files.read_json(adapter.folder / "adapter_config.json")["r"], *_ranks(adapter))
-    rank = next((each for each in VLLM_RANKS if each >= r), r)
+    config = files.read_json(adapter.folder / "adapter_config.json")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = next((each for each in VLLM_RANKS if each >= max(config["r"], *ranks.values(), 0)), VLLM_RANKS[-1])
+    served = adapter.folder
+    all_one = ranks == alphas and config["lora_alpha"] == config["r"] and not config.get("use_rslora")
+    if (ranks or alphas) and not all_one:  # vllm/lora/peft_helper.py: one scale for all, lora_alpha over r
+        ui.say(f"  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {adapter.folder} OUT")
+        served = Path("OUT")
     ui.say(
         f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules {files.stem(adapter.folder)}="
-        f"{adapter.folder}"
+        f"{served}"
     )
     ui.say(f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} --adapter-only")
-
-
-def _ranks(adapter: Adapter) -> list[int]:
-    return list(files.read_json(adapter.folder / "adapter_config.json").get("rank_pattern", {}).values()) or [0]

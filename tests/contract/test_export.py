@@ -207,13 +207,18 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
 
 
 def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Path, capfd) -> None:
-    for name, options in (("plain", {}), ("dora", {"use_dora": True})):
+    for name, options in (("plain", {}), ("dora", {"use_dora": True}), ("scaled", SCALED)):
         adapter = record.read_adapter(make_adapter(base, tmp_path / name, **options))
         serving.say_how([tmp_path / "x-f16.gguf"], None, adapter)
     said = capfd.readouterr().err
     assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
     assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules plain={tmp_path / 'plain'}" in said
     assert f"vLLM and llama-server cannot load from {tmp_path / 'dora'}: DoRA magnitudes; merge it" in said
+    assert (
+        f"vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {tmp_path / 'scaled'} OUT"
+        in said
+    )
+    assert "--lora-modules scaled=OUT" in said
 
 
 def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Path, tmp_path: Path) -> None:
