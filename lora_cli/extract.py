@@ -69,7 +69,8 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         cut = {name: factors.truncate(_merged_delta(layers[name]), rank) for name in _shown(list(layers))}
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
         factors.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
-        meant = [(name, _merged_delta(layer), cut[name]) for name, layer in layers.items()]
+        # one at a time, as they are asked for: all of them in float64 are larger than the model
+        meant = ((name, _merged_delta(layer), cut[name]) for name, layer in layers.items())
         given = verify.logits(factors.check_saved(adapted.unload(), staging, meant), probes)
         difference = str(verify.compare(wanted, given))
         derived.finish(
@@ -86,35 +87,43 @@ def _in_float32(name: str, commit: str | None) -> PreTrainedModel:
 def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> tuple[list[str], list[str]]:
     """Names of the linear modules whose weights differ, and of the other tensors that do; LoraError."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())  # a tied head is there once
-    if type(before) is not type(after) or old.keys() != new.keys():
-        odd = sorted(old.keys() ^ new.keys())
-        raise LoraError(
-            f"{base} and {finetuned} are not of one architecture: {type(before).__name__} and {type(after).__name__}"
-            + (f", {odd[0]} is in one of them only" if odd else ""),
-            START,
-        )
-    heads = (before.get_input_embeddings(), before.get_output_embeddings())
-    ends = {id(end.weight) for end in heads if end is not None}
-    linear = {name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    linear_names: list[str] = []
+    _refuse_other_architecture(before, after, base, finetuned)
+    modules = {name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear: list[str] = []
     others: list[str] = []
     for name, weight in new.items():
+        module = name.removesuffix(".weight")
         if old[name].shape != weight.shape:
-            sizes = f"{name} ({'x'.join(map(str, old[name].shape))} -> {'x'.join(map(str, weight.shape))})"
-            if id(old[name]) not in ends:
-                raise LoraError(f"{base} and {finetuned} are not of one size: {sizes}", START)
-            others.append(sizes)
+            others.append(f"{name} ({_sizes(old[name], weight)})")
         elif not torch.equal(old[name], weight):
-            module = name.removesuffix(".weight")
-            (linear_names if module in linear else others).append(module if module in linear else name)
-    if not linear_names:
-        hint = (
-            f"they differ in {len(others)} other tensors only, such as {others[0]}"
-            if others
-            else "they are one and the same model"
+            (linear if module in modules else others).append(module if module in modules else name)
+    if not linear:
+        found = (
+            f"they differ in {len(others)} other tensors only, such as {others[0]}" if others else "they are the same"
         )
-        raise LoraError(f"no linear weight of {finetuned} differs from {base}", hint)
-    return linear_names, others
+        raise LoraError(f"no linear weight of {finetuned} differs from {base}", found)
+    return linear, others
+
+
+def _refuse_other_architecture(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> None:
+    """LoraError unless both have the same tensors, of the same sizes but for those of the vocabulary."""
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    if type(before) is not type(after) or old.keys() != new.keys():
+        kinds = f"{type(before).__name__} and {type(after).__name__}"
+        odd = min(old.keys() ^ new.keys(), default="")
+        raise LoraError(
+            f"{base} and {finetuned} are not of one architecture: {kinds}"
+            + (f", {odd} is in one of them only" if odd else ""),
+            START,
+        )
+    ends = [end.weight for end in (before.get_input_embeddings(), before.get_output_embeddings()) if end is not None]
+    for name, weight in new.items():
+        if old[name].shape != weight.shape and not any(old[name] is end for end in ends):
+            raise LoraError(f"{base} and {finetuned} are not of one size: {name} ({_sizes(old[name], weight)})", START)
+
+
+def _sizes(old: torch.Tensor, new: torch.Tensor) -> str:
+    return f"{'x'.join(map(str, old.shape))} -> {'x'.join(map(str, new.shape))}"
 
 
 def _delta(before: PreTrainedModel, after: PreTrainedModel, name: str) -> torch.Tensor:

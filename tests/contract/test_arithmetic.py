@@ -258,3 +258,24 @@ def test_another_update_than_the_one_meant_is_refused(make, tmp_path: Path, monk
     with pytest.raises(LoraError, match="was not written as it should be"):
         convert(adapter, tmp_path / "out", None, None)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grown_vocabulary_is_named_and_the_rest_extracted(tiny: Path, tmp_path: Path, capfd) -> None:
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.add_tokens(["<|think|>"], special_tokens=True)
+    tuned = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    tuned.resize_token_embeddings(len(tokenizer))
+    tuned.model.layers[0].mlp.up_proj.weight.data += 0.01
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    extract(str(tiny / "model"), str(tmp_path / "tuned"), tmp_path / "out", 2)
+    said = capfd.readouterr().err
+    assert (
+        "no linear weights: model.embed_tokens.weight (512x256 -> 513x256), lm_head.weight (512x256 -> 513x256)" in said
+    )
+    assert "not compared, since the vocabularies differ" in said
+    kept = json.loads((tmp_path / "out" / "lora_record.json").read_text())
+    assert [(entry["module"], round(entry["energy_kept"], 6)) for entry in kept["modules"]] == [
+        ("model.layers.0.mlp.up_proj", 1.0)
+    ]
