@@ -34,6 +34,13 @@ BaseModel = Annotated[
 LlamaCpp = Annotated[
     Optional[Path], typer.Option("--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the tools from.")
 ]
+Weights = Annotated[
+    Optional[str], typer.Option("--weights", metavar="W,W…", help="One number per adapter; default: 1 each.")
+]
+Combination = Annotated[str, typer.Option(help="cat, svd, linear, ties, dare_ties, …: PEFT's combination_type.")]
+Density = Annotated[
+    Optional[float], typer.Option(min=0.0, max=1.0, help="Share of the weights that ties, dare, magnitude_prune keep.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 
@@ -88,15 +95,73 @@ def check(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the plain model to; must not exist.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER... OUT", help="LoRA or DoRA adapters, ours or any PEFT ones; a new folder."),
+    ],
     base: BaseModel = None,
+    weights: Weights = None,
+    combination: Combination = "cat",
+    density: Density = None,
 ) -> None:
-    """Fold an adapter into its base model and verify the result."""
+    """Fold an adapter, or several combined, into their base model and verify the result."""
+    *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
     _quiet_libraries()
+    from lora_cli.combine import one_adapter
     from lora_cli.merge import merge
 
-    merge(adapter, out, base)
+    with one_adapter(adapters, out, weights, combination, density, base) as adapter:
+        merge(adapter, out, base)
+    typer.echo(out)
+
+
+@app.command()
+def combine(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER ADAPTER... OUT", help="LoRA adapters of one base; a new folder.")
+    ],
+    weights: Weights = None,
+    combination: Combination = "cat",
+    density: Density = None,
+    r: Annotated[Optional[int], typer.Option("--r", min=1, help="Rank of the svd kinds; default: the largest.")] = None,
+    base: BaseModel = None,
+) -> None:
+    """Make one adapter of several, by PEFT's add_weighted_adapter."""
+    *adapters, out = _two_or_more(paths, "lora combine ADAPTER ADAPTER OUT")
+    _quiet_libraries()
+    from lora_cli.combine import combine
+
+    combine(adapters, out, weights, combination, density, r, base)
+    typer.echo(out)
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model that the fine-tuning started from.")],
+    finetuned: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the adapter to; must not exist.")],
+    r: Annotated[int, typer.Option("--r", min=1, help="Rank of the adapter.")] = 64,
+) -> None:
+    """Make a LoRA adapter of what a full fine-tuning changed, by truncated SVD."""
+    _quiet_libraries()
+    from lora_cli.extract import extract
+
+    extract(base, finetuned, out, r)
+    typer.echo(out)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the plain LoRA adapter to; must not exist.")],
+    r: Annotated[Optional[int], typer.Option("--r", min=1, help="Rank; default: the adapter's largest.")] = None,
+    base: BaseModel = None,
+) -> None:
+    """Make a plain LoRA adapter of a DoRA one, or one of a smaller rank, and say what that costs."""
+    _quiet_libraries()
+    from lora_cli.extract import convert
+
+    convert(adapter, out, r, base)
     typer.echo(out)
 
 
@@ -114,13 +179,30 @@ def export_gguf(
         Optional[Path], typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH.")
     ] = None,
     base: BaseModel = None,
+    imatrix: Annotated[
+        Optional[str],
+        typer.Option("--imatrix", metavar="FILE|DATA", help="An importance matrix, or rows to measure one on."),
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base.")
+    ] = False,
     llama_cpp: LlamaCpp = None,
 ) -> None:
     """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own tools."""
     _quiet_libraries()
-    from lora_cli.export import export
+    if adapter_only:
+        from lora_cli.export_adapter import export_adapter
 
-    for file in export(path, quantize or ["f16"], output, base, llama_cpp):
+        if imatrix is not None:
+            raise UsageError("--imatrix is for the quantiser's types, which an adapter has none of", "leave it out")
+        if path is None:
+            raise UsageError("--adapter-only needs the adapter's folder", "lora export-gguf ADAPTER --adapter-only")
+        files = export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
+    else:
+        from lora_cli.export import export
+
+        files = export(path, quantize or ["f16"], output, base, llama_cpp, imatrix)
+    for file in files:
         typer.echo(file)
 
 
@@ -196,6 +278,13 @@ def schema(
     from lora_cli import schema
 
     typer.echo(schema.markdown() if markdown else schema.json_text(), nl=False)
+
+
+def _two_or_more(paths: list[Path], usage: str) -> list[Path]:
+    """The paths; UsageError for a single one."""
+    if len(paths) < 2:
+        raise UsageError("the folder to write to is missing", usage)
+    return paths
 
 
 def _quiet_libraries() -> None:

@@ -126,14 +126,14 @@ def _mixed(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> Prepared:
         parts = [_weighted(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))]
         counts.tokens = sum(part.counts.tokens for part in parts)
         counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
-    stream = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
+    drawn = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
     fingerprint = hashlib.sha256("".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode())
     first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
     commits = ", ".join(part.commit for part in parts if part.commit) or None
     rows = concatenate_datasets([part.rows for part in parts])
     if not len(rows):
         raise LoraError("the weights of data.mix leave no row", "give one of them a larger weight")
-    return Prepared(rows, first[:FIRST], counts, fingerprint.hexdigest()[:32], commits, stream)
+    return Prepared(rows, first[:FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn)
 
 
 def _weighted(part: Prepared, weight: float, seed: list[int]) -> Prepared:
@@ -185,20 +185,25 @@ def _streamed(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     _refuse(source, recipe, counts)
     selection.warn(renderer.tokenizer, counts)
     features = Features({name: List(Value("int32")) for name in cache.SCHEMA.names})
-    stream = IterableDataset.from_generator(partial(_endless, source, recipe, renderer), features)
+    endless = IterableDataset.from_generator(partial(_endless, source, recipe, renderer), features)
     if recipe.data.shuffle_buffer > 1:
-        stream = stream.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
+        endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
     fingerprint = f"{notes.digest}, {source.fingerprint(ends_only=True)}"
-    return Prepared(rows, _first(rows, notes.places), counts, fingerprint, source.commit, stream)
+    return Prepared(rows, _first(rows, notes.places), counts, fingerprint, source.commit, endless)
+
+
+def stream(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[Kept]:
+    """The rows as they come, none held; LoraError after the last for what `prepare` refuses."""
+    counts = Counts()
+    yield from _kept(source, recipe, renderer, counts)
+    _refuse(source, recipe, counts)
 
 
 def _endless(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[dict[str, Any]]:
     """The source's rows from the first to the last, again and again."""
     while True:
-        counts = Counts()
-        for row in _kept(source, recipe, renderer, counts):
+        for row in stream(source, recipe, renderer):
             yield {"input_ids": row.input_ids, "labels": row.labels}
-        _refuse(source, recipe, counts)
 
 
 def _first(rows: Dataset, places: list[str]) -> list[Kept]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from transformers import PretrainedConfig
 
-from lora_cli import files, fold, llama_cpp, model, record, ui, verify
+from lora_cli import files, fold, imatrix, llama_cpp, model, parity, preflight, record, serving, ui, verify
 from lora_cli.errors import LoraError, UsageError
-from lora_cli.gguf import GGUFModel
 from lora_cli.llama_cpp import Found
-
-# Mean KL of the next token against the Hugging Face model that a type may cost; the others are reported, not judged.
-KL_LIMIT = {"f32": 1e-3, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
-# The converter's type that holds a model's weights exactly, from which the quantiser starts.
-EXACT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 class Tools(NamedTuple):
@@ -29,7 +22,12 @@ class Tools(NamedTuple):
 
 
 def export(
-    path: Path | None, types: Sequence[str], output: Path | None, base: str | None, llama_cpp_dir: Path | None
+    path: Path | None,
+    types: Sequence[str],
+    output: Path | None,
+    base: str | None,
+    llama_cpp_dir: Path | None,
+    weighted: str | None = None,
 ) -> list[Path]:
     """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns their paths.
 
@@ -37,36 +35,63 @@ def export(
     current folder. Files are named after the folder, in `output` or beside the weights. Raises LoraError for missing
     tools and files in the way before anything is converted, and when a file's answers differ; nothing is left then.
     """
-    names = list(dict.fromkeys(_type(name) for name in types))
+    names = list(dict.fromkeys(_type(name, weighted is not None) for name in types))
     path = path or newest_result()
     kind = record.kind(str(path))
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
+    if weighted is not None:
+        imatrix.check(weighted)
     wants_quantizer = any(name not in llama_cpp.CONVERTER_TYPES for name in names)
+    if weighted is not None and not wants_quantizer:
+        raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(names)}", "-q Q4_K_M")
     quantizer = llama_cpp.find_quantizer(llama_cpp_dir) if wants_quantizer else None
     tools = Tools(llama_cpp.find_converter(llama_cpp_dir), quantizer)
-    folder = output or (path if kind == "model" else path.parent)
-    stem = path.resolve().name if path.resolve().name not in ("adapter", "merged") else path.resolve().parent.name
+    folder, stem = output or (path if kind == "model" else path.parent), files.stem(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
-    for target in targets.values():
-        if target.exists():
-            raise LoraError(f"{target} already exists", f"rm {target}")
+    files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {tools.converter}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
-        merged = path
-        if kind == "adapter":
+        merged, adapter = path, record.read_adapter(path, base) if kind == "adapter" else None
+        config = _check_first(path, adapter, tools.converter, Path(scratch))
+        exact = _exact(config) if wants_quantizer else None
+        preflight.check_disk(folder, config, names, adapter is not None, exact)
+        if adapter is not None:
             merged = Path(scratch) / stem
-            fold.merge(record.read_adapter(path, base), merged)
-        _convert_all(merged, targets, tools, Path(scratch))
+            fold.merge(adapter, merged)
+        _convert_all(merged, targets, tools, Path(scratch), weighted)
+        serving.write_modelfile(folder, list(targets.values()), merged)
+    serving.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
 
 
-def _type(name: str) -> str:
+def _exact(config: PretrainedConfig) -> str:
+    """The converter's type that holds the model's weights as they are, from which the quantiser starts."""
+    return llama_cpp.EXACT[str(model.checkpoint_dtype(config)).removeprefix("torch.")]
+
+
+def _check_first(path: Path, adapter: record.Adapter | None, converter: Found, scratch: Path) -> PretrainedConfig:
+    """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
+    if adapter is None:
+        config = model.load_config(str(path))
+        preflight.check(path, config, model.load_tokenizer(str(path)), converter)
+        return config
+    config, tokenizer = model.load_config(adapter.base, adapter.revision), fold.load_tokenizer(adapter)
+    # an adapter with tokens of its own grows the base to them
+    config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
+    unmerged = scratch / "unmerged"
+    config.save_pretrained(str(unmerged))
+    model.save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
+    preflight.check(unmerged, config, tokenizer, converter)
+    return config
+
+
+def _type(name: str, weighted: bool) -> str:
     """The converter's own types first: it writes q8_0 without a quantiser."""
     if name.lower() in llama_cpp.CONVERTER_TYPES:
         return name.lower()
-    return llama_cpp.quantizer_type(name)
+    return llama_cpp.quantizer_type(name, weighted)
 
 
 def newest_result() -> Path:
@@ -79,11 +104,12 @@ def newest_result() -> Path:
     return newest
 
 
-def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path) -> None:
+def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path, weighted: str | None) -> None:
     """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
-    dtype = model.checkpoint_dtype(model.load_config(str(merged)))
+    config = model.load_config(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
     exact: Path | None = None
+    matrix: Path | None = None
     for name, file in made.items():
         if name in llama_cpp.CONVERTER_TYPES:
             llama_cpp.convert(merged, file, name, tools.converter)
@@ -91,51 +117,45 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         assert tools.quantizer is not None, "export looked for it"
         if exact is None:
             exact = scratch / "exact.gguf"
-            llama_cpp.convert(merged, exact, EXACT[dtype], tools.converter)
-        llama_cpp.quantize(exact, file, name, tools.quantizer)
-    reports = _compare_all(merged, dtype, made)
+            llama_cpp.convert(merged, exact, _exact(config), tools.converter)
+            matrix = _imatrix(weighted, merged, exact, tools.converter)
+        llama_cpp.quantize(exact, file, name, tools.quantizer, matrix)
+    reports = _compare_all(merged, config, made)
     parent = files.read_json(merged / record.ARTEFACT_RECORD) if (merged / record.ARTEFACT_RECORD).is_file() else None
     for name, target in targets.items():
         contents = record.new(
-            "export-gguf", type=name, llama_cpp=llama_cpp.VERSION, checked=reports[name], parent=parent
+            "export-gguf",
+            type=name,
+            llama_cpp=llama_cpp.VERSION,
+            imatrix=weighted,
+            checked=reports[name],
+            parent=parent,
         )
         files.write_json(target.with_name(f"{target.name}.json"), contents)
         made[name].rename(target)
         ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, {reports[name]}")
 
 
-def _compare_all(merged: Path, dtype: torch.dtype, made: dict[str, Path]) -> dict[str, str]:
+def _imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
+    """The importance matrix named by `--imatrix`, measured where that is data."""
+    if weighted is None:
+        return None
+    if Path(weighted).suffix in imatrix.FILES:
+        return Path(weighted)
+    made = exact.with_name("imatrix.gguf")
+    imatrix.make(weighted, merged, exact, made, converter)
+    return made
+
+
+def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) -> dict[str, str]:
     """What comparing each file with the Hugging Face model showed, by type; LoraError if one may not be handed over."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        ui.warn("not compared with the Hugging Face model: no llama.cpp engine here (pip install 'lora-cli[gguf]')")
-        return dict.fromkeys(made, "not compared: no llama.cpp engine")
-    probes = verify.probes(model.load_tokenizer(str(merged)))
-    weights = fold.to_float32(model.load_base(str(merged), None, dtype))
+    if not parity.engine_found():
+        return dict.fromkeys(made, parity.NO_ENGINE)
+    tokenizer = model.load_tokenizer(str(merged))
+    probes = verify.probes(tokenizer)
+    weights = fold.to_float32(model.load_base(str(merged), None, model.checkpoint_dtype(config)))
     expected = [logits[-1] for logits in verify.logits(weights, probes)]
-    return {name: compare(file, probes, expected, KL_LIMIT.get(name)) for name, file in made.items()}
-
-
-def compare(
-    gguf: Path, probes: Sequence[verify.Probe], expected: Sequence[torch.Tensor], kl_limit: float | None
-) -> str:
-    """llama.cpp's token ids and next-token distributions on the probes against the Hugging Face model's, in words.
-
-    `expected` holds the logits after each probe's last token. Raises LoraError when ids differ, or the mean KL is over
-    `kl_limit` (None: reported only).
-    """
-    with GGUFModel(gguf, exact=True) as engine:
-        for probe in probes:
-            if engine.tokenize(probe.text, add_special=probe.plain) != probe.ids:
-                raise LoraError(f"{gguf.name}: llama.cpp splits {probe.text!r} into other tokens", "report it")
-        given = torch.tensor([engine.logprobs(probe.ids) for probe in probes], dtype=torch.float64)
-    wanted = torch.stack(list(expected)).double().log_softmax(-1)
-    if given.shape != wanted.shape:
-        raise LoraError(f"{gguf.name} has {given.shape[-1]} tokens, the model {wanted.shape[-1]}", "report this model")
-    kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
-    agree = int((wanted.argmax(-1) == given.argmax(-1)).sum())
-    report = f"in llama.cpp: mean KL {max(kl, 0.0):.1e}, top-1 agrees on {agree} of {len(probes)} probes"
-    if kl_limit is not None and not kl <= kl_limit:
-        raise LoraError(
-            f"{gguf.name} differs from the model it was made from: {report} (limit {kl_limit:.0e})", "report it"
-        )
-    return report
+    source = parity.Source(config, tokenizer, weights.num_parameters())
+    return {
+        name: parity.compare(file, probes, expected, parity.KL_LIMIT.get(name), source) for name, file in made.items()
+    }

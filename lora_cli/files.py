@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,19 @@ def staged_folder(final: Path) -> Iterator[Path]:
         staging.rename(final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(targets: Iterable[Path]) -> None:
+    """LoraError for the first of these files that exists."""
+    for target in targets:
+        if target.exists() or target.is_symlink():
+            raise LoraError(f"{target} already exists", f"rm {target}")
+
+
+def stem(folder: Path) -> str:
+    """What files made from the result in `folder` are called: its name, or its run's where that says nothing."""
+    name = folder.resolve().name
+    return name if name not in ("adapter", "merged") else folder.resolve().parent.name
 
 
 def refuse_occupied(folder: Path) -> None:

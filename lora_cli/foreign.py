@@ -67,7 +67,7 @@ def translate(error: BaseException) -> LoraError | None:
         return LoraError(f"{SYSTEM[error.errno]}: {error.filename or _line(error)}", "free or choose another place")
     # transformers raises a bare OSError for a name that is neither a folder nor on the hub, or lacks files
     if type(error) is OSError and error.errno is None:
-        return LoraError(_line(error), "check model.name_or_path (a folder, or a name on the hub) and model.revision")
+        return LoraError(_line(error), "check the model's name (a folder, or a name on the hub) and its revision")
     for start, hint in WORDS.items():
         if isinstance(error, ValueError) and str(error).startswith(start):
             return LoraError(_line(error), hint)

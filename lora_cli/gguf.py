@@ -29,13 +29,17 @@ from lora_cli.errors import LoraError
 class GGUFModel:
     """A loaded GGUF. Use as a context manager, or `close()` it: it holds the model in memory, a port and threads."""
 
-    def __init__(self, path: Path, n_ctx: int = 4096, gpu_layers: int = 0, exact: bool = False) -> None:
+    def __init__(
+        self, path: Path, n_ctx: int = 4096, gpu_layers: int = 0, exact: bool = False, adapter: Path | None = None
+    ) -> None:
         """Load `path` without a word on stderr.
 
         `n_ctx`: tokens of prompt and answer together (0: what the model was trained for, which can be a lot of memory).
         `gpu_layers`: layers put on the GPU by a GPU build of xllamacpp (-1: all).
         `exact`: float32 KV cache and no flash attention, to compare a model with a reference: flash attention reads K
-        and V as float16, which alone moves log-probabilities of a float32 model by 1e-2 (6e-5 with `exact`).
+        and V as float16, which alone moves log-probabilities of a float32 model by 1e-2 (6e-5 with `exact`). Every
+        tensor is also looked through for values that are not finite.
+        `adapter`: a GGUF of a LoRA adapter, applied at full strength.
         Raises LoraError when xllamacpp is not installed or llama.cpp cannot load the file.
         """
         xlc = _xllamacpp()
@@ -49,6 +53,9 @@ class GGUFModel:
         if exact:
             params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.check_tensors = True
+        if adapter is not None:
+            params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.path = path
         self._server = _load(xlc, params)
         # A proxy set in the environment must not get the requests to this process.

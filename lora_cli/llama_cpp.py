@@ -27,11 +27,16 @@ from lora_cli.ui import Progress, warn
 VERSION = "0.3.36"
 """Release of llama-cpp-python whose source package carries the llama.cpp revision everything here was tried with."""
 
-CONVERTER = "convert_hf_to_gguf.py"
+KIND = 2
+"""Counted up when more of that revision is installed than before, so that an older copy is not taken for it."""
+
+CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 QUANTIZER = "llama-quantize.exe" if os.name == "nt" else "llama-quantize"
 
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself."""
+EXACT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""Which of these holds weights of a type of torch as they are."""
 
 # Names and order of tools/quantize/quantize.cpp, without the plain copies (F32, F16, BF16, COPY: the converter's work)
 # and without MXFP4_MOE, which turns a model that is no mixture of experts into Q8_0 and does not say so.
@@ -79,8 +84,8 @@ class Found:
 
 
 def managed_home() -> Path:
-    """Folder of the managed copy, present or not, in `files.cache_home()`."""
-    return files.cache_home() / f"llama.cpp-{VERSION}"
+    """Folder of the managed copy, present or not, in `files.cache_home()`; its last number is that of its kind."""
+    return files.cache_home() / f"llama.cpp-{VERSION}-{KIND}"
 
 
 def find_converter(directory: Path | None = None) -> Found:
@@ -109,45 +114,65 @@ def converter_type(name: str) -> str:
     return _pick(name, CONVERTER_TYPES)
 
 
-def quantizer_type(name: str) -> str:
-    """The quantiser's own spelling of `name`, whatever its case. Raises UsageError, also for types out of reach."""
+def quantizer_type(name: str, imatrix: bool = False) -> str:
+    """The quantiser's own spelling of `name`, whatever its case. Raises UsageError, also for a type that needs an
+    importance matrix where there is none."""
     picked = _pick(name, QUANTIZER_TYPES)
-    if picked in NEEDS_IMATRIX:
+    if picked in NEEDS_IMATRIX and not imatrix:
         raise UsageError(
-            f"{picked} needs an importance matrix (imatrix) measured on text, and lora does not make one yet",
-            "take a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
+            f"{picked} needs an importance matrix, measured on text like that the model is for",
+            "--imatrix DATA.jsonl, or a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
         )
     return picked
 
 
-def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found) -> None:
+def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found, base: Path | None = None) -> None:
     """Write the Hugging Face model in `model_dir` as the GGUF `outfile`, all at once or not at all.
 
-    `outtype` is one of CONVERTER_TYPES. Runs in a process of its own, offline. Raises LoraError when the converter
-    fails or leaves no GGUF; `outfile` is then untouched.
+    `outtype` is one of CONVERTER_TYPES. With `base`, the folder of a model, `model_dir` is a LoRA adapter of it. Runs
+    in a process of its own, offline. Raises LoraError when the converter fails or leaves no GGUF; `outfile` is then
+    untouched.
     """
     outtype = converter_type(outtype)
-    if not (model_dir / "config.json").is_file():
-        raise LoraError(f"{model_dir} is not a model: it has no config.json", "pass the folder of a merged model")
+    script, wanted = converter.path, "config.json"
+    if base is not None:
+        script, wanted = converter.path.with_name(LORA_CONVERTER), "adapter_config.json"
+    if not (model_dir / wanted).is_file():
+        raise LoraError(f"{model_dir} is not a model: it has no {wanted}", "pass the folder of a merged model")
+    if not script.is_file():
+        raise LoraError(f"{converter} has no {script.name} beside it", "leave out --llama-cpp: lora setup-llama-cpp")
     with _staged(outfile) as folder:
         made = Path(folder) / "model.gguf"
-        command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--outfile", str(made)]
-        command += ["--outtype", outtype]
+        command = [sys.executable, str(script), str(model_dir.resolve()), "--outfile", str(made), "--outtype", outtype]
+        command += ["--base", str(base.resolve())] if base else []
         code, lines = run(command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
         _accept(code, lines, command, made, outfile)
 
 
-def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found) -> None:
+def try_vocabulary(model_dir: Path, converter: Found) -> None:
+    """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError for an architecture
+    or a tokenizer that it does not know."""
+    with tempfile.TemporaryDirectory(prefix="lora-vocabulary-") as folder:
+        command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--vocab-only"]
+        command += ["--outfile", str(Path(folder) / "vocabulary.gguf")]
+        code, lines = run(command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+    if code:
+        raise _failure(code, lines, command)
+
+
+def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found, imatrix: Path | None = None) -> None:
     """Write `gguf` (f32, f16 or bf16) as `outfile` with `type_name`, one of QUANTIZER_TYPES, all at once or not at all.
 
-    Warns of tensors that llama.cpp stored in a larger type because their rows do not divide into its blocks.
-    Raises LoraError when the quantiser fails or leaves no GGUF; `outfile` is then untouched.
+    `imatrix` is an importance matrix as llama.cpp writes it. Warns of tensors that llama.cpp stored in a larger type
+    because their rows do not divide into its blocks. Raises LoraError when the quantiser fails or leaves no GGUF;
+    `outfile` is then untouched.
     """
-    type_name = quantizer_type(type_name)
+    type_name = quantizer_type(type_name, imatrix is not None)
     with _staged(outfile) as folder:
         made = Path(folder) / "model.gguf"
         # Absolute paths: llama-quantize reads an output name that starts with digits ("7b.gguf") as a type number.
-        command = [str(quantizer.path), str(gguf.resolve()), str(made), type_name]
+        weighted = ["--imatrix", str(imatrix.resolve())] if imatrix else []
+        command = [str(quantizer.path), *weighted, str(gguf.resolve()), str(made), type_name]
         code, lines = run(command, f"quantising to {type_name}")
         _accept(code, lines, command, made, outfile)
     if fallback := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", "\n".join(lines)):
@@ -267,17 +292,20 @@ def _staged(outfile: Path) -> tempfile.TemporaryDirectory[str]:
 
 def _accept(code: int, lines: Sequence[str], command: Sequence[str], made: Path, outfile: Path) -> None:
     """Give a finished file its final name, or say why there is none."""
-    tool = Path(command[1] if command[0] == sys.executable else command[0]).name
     if code == 0 and _is_gguf(made):
         made.replace(outfile)
         return
-    said = last_line(lines)
+    raise _failure(code, lines, [part.replace(str(made), str(outfile.resolve())) for part in command])
+
+
+def _failure(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraError:
+    """What a program that failed said, in a user's words where they are known."""
+    tool, said = Path(command[1] if command[0] == sys.executable else command[0]).name, last_line(lines)
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):
-            raise LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
+            return LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
     why = f"failed (exit {code})" if code > 0 else f"was killed by signal {-code}" if code else "left no GGUF behind"
-    again = shlex.join(command).replace(str(made), str(outfile.resolve()))
-    raise LoraError(f"{tool} {why}: {said}", f"see all it says: {again}")
+    return LoraError(f"{tool} {why}: {said}", f"see all it says: {shlex.join(command)}")
 
 
 def _is_gguf(path: Path) -> bool:

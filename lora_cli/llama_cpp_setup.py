@@ -30,7 +30,7 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 KEEP = re.compile(
     r"LICENSE|convert_(hf|lora)_to_gguf\.py|(conversion|gguf-py|cmake|include|src)/.+|CMakeLists\.txt"
     r"|ggml/(CMakeLists\.txt|(cmake|include)/.+|src/(ggml-cpu/[^/]+\.h|[^/]+))|tools/quantize/[^/]+"
-    r"|common/(build-info\.h|build-info\.cpp\.in|common\.h|imatrix-loader\.h)|vendor/(.+/)?CMakeLists\.txt|vendor/hash/.+"
+    r"|common/(build-info\.h|build-info\.cpp\.in|common\.h|log\.h|imatrix-loader\.(h|cpp))|vendor/(.+/)?CMakeLists\.txt|vendor/hash/.+"
 )
 
 # llama.cpp's own target compiles its whole `common` library (chat templates, HTTP, downloads) and the CPU backend:
@@ -43,18 +43,24 @@ set(BUILD_COMPILER "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
 set(BUILD_TARGET "${CMAKE_SYSTEM_NAME} ${CMAKE_SYSTEM_PROCESSOR}")
 configure_file(${LLAMA_CPP}/common/build-info.cpp.in build-info.cpp)
 add_executable(llama-quantize ${LLAMA_CPP}/tools/quantize/main.cpp ${LLAMA_CPP}/tools/quantize/quantize.cpp
-               left_out.cpp ${CMAKE_CURRENT_BINARY_DIR}/build-info.cpp)
+               ${LLAMA_CPP}/common/imatrix-loader.cpp left_out.cpp ${CMAKE_CURRENT_BINARY_DIR}/build-info.cpp)
 target_include_directories(llama-quantize PRIVATE ${LLAMA_CPP}/common)
 target_link_libraries(llama-quantize PRIVATE llama)
 set_target_properties(llama-quantize PROPERTIES RUNTIME_OUTPUT_DIRECTORY "$<1:${CMAKE_BINARY_DIR}/bin>")
 """
-# The two functions of `common` that llama-quantize calls, for options that `quantize` never passes.
+# Of the rest of `common`, what llama-quantize and its reader of importance matrices call: its log as plain stderr, and
+# a function for an option that `quantize` never passes.
 LEFT_OUT = """\
+#include <cstdarg>
 #include "common.h"
-#include "imatrix-loader.h"
-bool common_imatrix_load(const std::string &, common_imatrix &) {
-    fprintf(stderr, "this llama-quantize was built without --imatrix\\n");
-    return false;
+#include "log.h"
+int common_log_get_verbosity_thold() { return LOG_LEVEL_ERROR; }
+struct common_log * common_log_main() { return nullptr; }
+void common_log_add(struct common_log *, enum ggml_log_level, const char * format, ...) {
+    va_list values;
+    va_start(values, format);
+    vfprintf(stderr, format, values);
+    va_end(values);
 }
 bool string_parse_kv_override(const char *, std::vector<llama_model_kv_override> &) {
     fprintf(stderr, "this llama-quantize was built without --override-kv\\n");

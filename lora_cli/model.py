@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,9 +76,12 @@ def load_base(
         )
     if quantization is not None and torch.cuda.is_available():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise LoraError(f"the weights of {name} are damaged or cut off: {error}", "copy them again") from error
     # transformers fills weights that the files lack with random numbers, and says so in a log only
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, report[what])):
@@ -93,8 +98,22 @@ def load_base(
 
 def skeleton(name: str, revision: str | None) -> PreTrainedModel:
     """The base without weights (on the `meta` device): its modules' names and shapes, in an instant."""
+    return from_config(load_config(name, revision))
+
+
+def from_config(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name, revision))
+        return AutoModelForCausalLM.from_config(config)
+
+
+def weightless(name: str, revision: str | None) -> PreTrainedModel:
+    """The base with float32 zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
+    network = skeleton(name, revision)
+    for module in network.modules():
+        for key, weight in module.named_parameters(recurse=False):
+            setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return network
 
 
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
@@ -201,7 +220,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
         hint = f"did you mean {guess}?" if guess else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
         raise LoraError(f"model.chat_template: there is no template {name!r} and no such file", hint)
     template = path.read_text(encoding="utf-8")
-    if name in known and _adds_bos(tokenizer):
+    if name in known and adds_bos(tokenizer):
         template = "{{- bos_token -}}" + template  # the rendered text is tokenised without special tokens
     tokenizer.chat_template = template
     return f"{name} (the tokenizer has none)" if choice == "auto" else name
@@ -235,7 +254,8 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     tokenizer.chat_template = made if isinstance(template, dict) else made["default"]
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts its BOS before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -267,18 +287,32 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
         ) from error
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
-    """`model` with the trained adapter of `folder`; LoraError unless every one of its tensors found its place."""
+def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
+    """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one of its tensors
+    found its place."""
     tokens.fit(model, folder)
     with quiet_peft():
         try:
-            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            if isinstance(model, PeftModel):
+                peft_model = model
+                model.load_adapter(str(folder), adapter_name=name)
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            said = " ".join(str(error).split())[:300]
             hint = "give the base it was trained on with --base"
-            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {said}", hint) from error
+            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {_misfit(error)}", hint) from error
     check_adapter_complete(peft_model, folder, name)
     return peft_model
+
+
+def _misfit(error: Exception) -> str:
+    """PEFT's words; of tensors that have another size, how many and the first."""
+    said = " ".join(str(error).split())
+    sizes = re.findall(r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said)
+    if not sizes:
+        return said[:300]
+    name, given, wanted = sizes[0]
+    return f"{len(sizes)} tensors are of another size, the first {name}: ({given}), where ({wanted}) is wanted"
 
 
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from lora_cli import __version__, yamlfile
 from lora_cli.errors import LoraError
 from lora_cli.files import read_json, refuse_occupied, write_json, write_text
@@ -132,15 +134,15 @@ class Adapter(NamedTuple):
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     """What the adapter in `folder` says of itself; `base` overrides the base it names. LoraError if it is none."""
+    if folder.is_file():
+        raise LoraError(f"{folder} is a file, and an adapter is a folder", f"ls {folder.parent}")
     if not folder.is_dir():
         raise LoraError(f"{folder} does not exist", f"ls {folder.parent}")
     if not (folder / "adapter_config.json").is_file():
         inside = folder / "adapter"
         hint = f"did you mean {inside}?" if (inside / "adapter_config.json").is_file() else "give the adapter's folder"
         raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
-    if not (folder / "adapter_model.safetensors").is_file():
-        hint = "pickled weights (.bin) are not loaded: convert them to safetensors"
-        raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
+    _check_weights(folder)
     config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict):
         raise LoraError(f"{folder / 'adapter_config.json'} is no adapter configuration", "copy the adapter again")
@@ -162,10 +164,36 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         raise LoraError(
             f"the base of {folder}, the folder {name}, is not here", "--base MODEL, or run this where it is"
         )
+    if not _may_be_model(name):
+        raise LoraError(f"the base of {folder}, {name}, is no model", "--base MODEL")
     # these change the base's own weights or size while they are on it, so another adapter must not share it
     changes_base = config.get("bias", "none") != "none" or isinstance(config.get("init_lora_weights"), str)
     changes_base |= bool(config.get("trainable_token_indices"))
     return Adapter(folder, name, revision, record, not changes_base)
+
+
+def _check_weights(folder: Path) -> None:
+    """LoraError unless the adapter's weights are there, whole, and not pickled."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = "pickled weights (.bin) are not loaded: convert them to safetensors" if pickled else "copy it again"
+        raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
+    try:
+        with safe_open(weights, framework="pt") as stored:
+            num_tensors = len(stored.keys())
+    except SafetensorError as error:
+        raise LoraError(f"{weights} is damaged or cut off: {error}", "copy it again") from error
+    if not num_tensors:
+        raise LoraError(f"{weights} holds no tensors", "copy it again, or train again")
+
+
+def _may_be_model(name: str) -> bool:
+    """Whether `name` is a model's folder, or may be a name on the hub: no other folder, no file, no longer path."""
+    path = Path(name)
+    if path.exists():
+        return (path / "config.json").is_file()
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def kind(path: str) -> str:

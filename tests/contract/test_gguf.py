@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import export, llama_cpp, verify
+from lora_cli import llama_cpp, parity, verify
 from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
@@ -74,11 +74,11 @@ def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> N
     probes = verify.probes(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
     right = [logits[-1] for logits in verify.logits(model, probes)]
-    assert "top-1 agrees on 4 of 4 probes" in export.compare(gguf, probes, right, 1e-3)
+    assert "top-1 agrees on 4 of 4 probes" in parity.compare(gguf, probes, right, 1e-3)
     model.lm_head.weight.data *= 0.9
     wrong = [logits[-1] for logits in verify.logits(model, probes)]
     with pytest.raises(LoraError, match="differs from the model it was made from"):
-        export.compare(gguf, probes, wrong, 1e-3)
+        parity.compare(gguf, probes, wrong, 1e-3)
 
 
 def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
     merged = lora("merge", run / "adapter", tmp_path / "out", env=environ)
     assert merged.returncode == 0, merged.stderr
     assert "14 of 14 modules merged" in merged.stderr
+    # the same adapter as if made elsewhere, naming its base only: what is made of it names the commit as well
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run / "adapter", foreign)
+    (foreign / "lora_record.json").unlink()
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(json.dumps({**config, "revision": None}))
+    converted = lora("convert", foreign, tmp_path / "small", "--r", "4", env=environ)
+    assert converted.returncode == 0, converted.stderr
+    assert json.loads((tmp_path / "small" / "lora_record.json").read_text())["base"]["commit"] == main
+    alone = lora("export-gguf", tmp_path / "small", "--adapter-only", env=environ)
+    assert alone.returncode == 0, alone.stderr
+    assert "base with adapter in llama.cpp: mean KL" in alone.stderr
 
 
 def test_revisions_are_honoured_and_recorded(hub, environ, lora, tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def test_an_adapter_is_exported_by_merging_it_on_the_way(runs, lora, tmp_path: P
     run = runs["lora"]
     done = lora("export-gguf", run / "adapter", "-q", "q8_0", "-o", tmp_path / "out", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["lora-q8_0.gguf", "lora-q8_0.gguf.json"]
+    names = [path.name for path in sorted((tmp_path / "out").iterdir())]
+    assert names == ["Modelfile", "lora-q8_0.gguf", "lora-q8_0.gguf.json"]
 
 
 def test_the_newest_result_is_exported_and_named_first(runs, lora) -> None:

@@ -24,15 +24,16 @@ FILES = {path.stem: [path] for path in PACKAGE.glob("*.py")} | {"reference": [*P
 # Each file may import from the lines above its own only.
 FLOORS = [
     {"__init__", "errors"},
-    {"ui", "files", "fields", "yamlfile", "foreign", "reference"},
+    {"imatrix_file", "ui", "files", "fields", "yamlfile", "foreign", "reference"},
     {"recipe", "record", "llama_cpp", "formats"},
     {"tokens", "readers", "render"},
     {"limits", "selection", "sources"},
     {"cache"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing"},
-    {"answer", "trainers"},
-    {"train", "check", "merge", "export", "generate", "doctor"},  # the verbs never import each other
+    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing", "factors", "derived", "parity", "preflight"},
+    {"answer", "trainers", "serving", "imatrix"},
+    # the verbs never import each other
+    {"train", "check", "merge", "export", "export_adapter", "generate", "doctor", "combine", "extract"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,187 @@
+"""`lora combine`: several adapters of one base become one, by PEFT's `add_weighted_adapter`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args, get_type_hints
+
+import torch
+from peft import LoraModel, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli import derived, factors, files, fold, model, record, ui
+from lora_cli.errors import LoraError, UsageError, nearest
+from lora_cli.factors import PREFIX
+from lora_cli.record import Adapter
+
+COMBINATIONS: tuple[str, ...] = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
+SEED = 0
+"""For the combinations that drop weights at random (dare)."""
+
+
+@contextmanager
+def one_adapter(
+    folders: Sequence[Path],
+    out: Path,
+    weights: str | None,
+    combination: str,
+    density: float | None,
+    base: str | None,
+) -> Iterator[Path]:
+    """A single adapter's folder as it is; several combined into one, in a temporary folder."""
+    if len(folders) == 1:
+        if weights is not None:
+            raise UsageError("--weights is for several adapters, and there is one", "leave --weights out")
+        yield folders[0]
+        return
+    files.refuse_occupied(out)
+    with TemporaryDirectory(prefix="lora-combined-") as scratch:
+        combine(folders, Path(scratch) / "combined", weights, combination, density, None, base)
+        yield Path(scratch) / "combined"
+
+
+def combine(
+    folders: Sequence[Path],
+    out: Path,
+    weights: str | None,
+    combination: str,
+    density: float | None,
+    r: int | None,
+    base: str | None,
+) -> None:
+    """Combine adapters of one base by PEFT's `add_weighted_adapter` and write the new adapter to `out`.
+
+    `weights` is one number per adapter, `0.7,0.3` (None: 1 each); `density` the share of weights that ties, dare and
+    magnitude_prune keep; `r` the rank of the svd kinds. No weights of the base are loaded.
+    Raises UsageError for a wrong option, LoraError for adapters that cannot be combined.
+    """
+    numbers = _weights(weights, len(folders))
+    _check_combination(combination, density, r)
+    adapters = [record.read_adapter(folder, base) for folder in folders]
+    _refuse_other_bases(adapters)
+    for adapter in adapters:
+        derived.refuse_beyond(adapter.folder)
+    first = adapters[0]
+    with files.staged_folder(out) as staging:
+        tokenizer = _tokenizer(adapters)
+        adapted = _side_by_side(adapters)
+        fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
+        made, distance = _combined(adapted, numbers, combination, density, r)
+        rank = factors.save(made, staging, first.base, fan_in_fan_out)
+        model.load_adapter(model.weightless(first.base, first.revision), staging)
+        settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
+        derived.finish(staging, tokenizer, "combine", adapters, distance=distance, **settings)
+    ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
+    ui.say(f"  relative distance from the weighted sum of their updates: {distance:.1e}{_why(combination)}")
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    """One number per adapter from `0.7,0.3`; UsageError."""
+    if count < 2:
+        raise UsageError("one adapter cannot be combined", "lora combine A B OUT")
+    if text is None:
+        return [1.0] * count
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text}: not numbers", "--weights 0.7,0.3") from None
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        example = ",".join([f"{1 / count:.2g}"] * count)
+        raise UsageError(f"--weights {text}: {len(numbers)} numbers for {count} adapters", f"--weights {example}")
+    return numbers
+
+
+def _check_combination(name: str, density: float | None, r: int | None) -> None:
+    """UsageError for an unknown combination, or an option that it has not."""
+    if name not in COMBINATIONS:
+        guess = nearest(name, COMBINATIONS)
+        hint = f"did you mean {guess}?" if guess else f"one of {', '.join(COMBINATIONS)}"
+        raise UsageError(f"--combination {name} is not known", hint)
+    drops = name.startswith(("ties", "dare", "magnitude_prune"))
+    if drops and density is None:
+        raise UsageError(f"{name} keeps a share of the weights, and none is given", "--density 0.5")
+    if density is not None and not drops:
+        raise UsageError(f"{name} keeps all weights: --density is for ties, dare and magnitude_prune", "leave it out")
+    if r is not None and not name.endswith("svd"):
+        raise UsageError(f"--r is the rank of the svd combinations, not of {name}", "--combination svd")
+
+
+def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
+    """LoraError, naming both, unless all adapters are of one base; a warning where only some are of a 4-bit one."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if (_place(first.base), first.revision) != (_place(other.base), other.revision):
+            raise LoraError(
+                f"the adapters are of different bases: {first.folder} of {_named(first)}, {other.folder} of "
+                f"{_named(other)}",
+                "if they are one and the same: --base MODEL",
+            )
+        if first.quantization != other.quantization:
+            ui.warn(f"{first.folder} and {other.folder} were trained on the base in different precisions")
+
+
+def _place(base: str) -> str:
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
+def _named(adapter: Adapter) -> str:
+    return adapter.base + (f" at {adapter.revision}" if adapter.revision else "")
+
+
+def _tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
+    """That of the first; a warning where another renders chats otherwise."""
+    tokenizers = [fold.load_tokenizer(adapter) for adapter in adapters]
+    for adapter, tokenizer in zip(adapters[1:], tokenizers[1:]):
+        if tokenizer.chat_template != tokenizers[0].chat_template:
+            ui.warn(f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken")
+    return tokenizers[0]
+
+
+def _side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
+    """All adapters, named 0, 1, …, on one base without weights, each with exactly the modules it adapts as targets.
+
+    PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
+    """
+    adapted = model.weightless(adapters[0].base, adapters[0].revision)
+    for number, adapter in enumerate(adapters):
+        adapted = model.load_adapter(adapted, adapter.folder, str(number))
+    layers = model.lora_layers(adapted)
+    for name, config in adapted.peft_config.items():
+        config.target_modules = {path.removeprefix(PREFIX) for path, layer in layers.items() if name in layer.lora_A}
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        config.init_lora_weights = True
+    return adapted
+
+
+def _combined(
+    adapted: PeftModel, weights: Sequence[float], combination: str, density: float | None, r: int | None
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """`(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all updates."""
+    names = [str(number) for number in range(len(weights))]
+    torch.manual_seed(SEED)
+    try:
+        adapted.add_weighted_adapter(names, list(weights), "combined", combination, svd_rank=r, density=density)
+    except (ValueError, RuntimeError, IndexError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise LoraError(f"PEFT cannot combine them: {said}", "--combination cat, or svd") from error
+    made, off, whole = {}, 0.0, 0.0
+    for path, layer in model.lora_layers(adapted).items():
+        lora_A, lora_B = layer.lora_A["combined"].weight.data, layer.lora_B["combined"].weight.data
+        given = lora_B.double() @ lora_A.double()
+        updates = [(w, n) for w, n in zip(weights, names) if n in layer.lora_A]
+        wanted = sum(w * layer.get_delta_weight(n).double() for w, n in updates)
+        wanted = wanted.T if layer.fan_in_fan_out else wanted
+        off, whole = off + (given - wanted).square().sum().item(), whole + wanted.square().sum().item()
+        made[path.removeprefix(PREFIX)] = (lora_A, lora_B)
+    return made, (off / whole) ** 0.5 if whole else 0.0
+
+
+def _why(combination: str) -> str:
+    """What makes a combination other than that sum."""
+    if combination == "linear":
+        return " (linear sums the A's and the B's, whose products mix the adapters; cat is exact)"
+    return "" if combination in ("cat", "svd") else f" ({combination} means to differ)"

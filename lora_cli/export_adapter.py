@@ -1,0 +1,101 @@
+"""`lora export-gguf ADAPTER --adapter-only`: a LoRA adapter as a GGUF of its own, for llama.cpp to lay over the base.
+
+llama.cpp's converter writes the raw `lora_alpha` of the configuration, and llama.cpp multiplies each B·A by that over
+the module's rank: rsLoRA and alpha_pattern would run at another strength. So it is given B times what is missing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+
+from lora_cli import derived, files, fold, llama_cpp, model, parity, record, ui, verify
+from lora_cli.errors import UsageError
+from lora_cli.llama_cpp import Found
+from lora_cli.record import Adapter
+
+
+def export_adapter(
+    path: Path, types: Sequence[str], output: Path | None, base: str | None, llama_cpp_dir: Path | None
+) -> list[Path]:
+    """Write the adapter in `path` as one GGUF per type (f32, f16, bf16, q8_0), each compared in llama.cpp, on its base,
+    with base and adapter here; returns the files' paths, in `output` or beside `path`.
+
+    Raises LoraError for an adapter that llama.cpp cannot hold, files in the way, and answers that differ; nothing is
+    left then.
+    """
+    if kquants := [name for name in types if name.lower() not in llama_cpp.CONVERTER_TYPES]:
+        known = ", ".join(llama_cpp.CONVERTER_TYPES)
+        raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
+    adapter = record.read_adapter(path, base)
+    derived.refuse_beyond(path)
+    converter = llama_cpp.find_converter(llama_cpp_dir)
+    folder, stem = output or path.parent, files.stem(path)
+    targets = {name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))}
+    files.refuse_existing(targets.values())
+    ui.say(f"exporting the adapter {path} with the converter {converter}")
+    if adapter.quantization:
+        ui.warn(
+            "trained on 4-bit weights: over a GGUF of the original base it is another function; merge it for the same"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
+        scaled, made = Path(scratch) / "scaled", {name: Path(scratch) / file.name for name, file in targets.items()}
+        base_folder = _base_folder(adapter)
+        _write_scaled(adapter, scaled)
+        for name, file in made.items():
+            llama_cpp.convert(scaled, file, name, converter, base_folder)
+        reports = _compare_all(adapter, base_folder, made, converter, Path(scratch))
+        for name, target in targets.items():
+            contents = record.new(
+                "export-gguf", type=name, llama_cpp=llama_cpp.VERSION, checked=reports[name], parent=adapter.record
+            )
+            files.write_json(target.with_name(f"{target.name}.json"), contents)
+            made[name].rename(target)
+            ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, base with adapter {reports[name]}")
+    ui.say(f"to run it: llama-server -m BASE.gguf --lora {next(iter(targets.values()))}")
+    return list(targets.values())
+
+
+def _base_folder(adapter: Adapter) -> Path:
+    """The folder of the adapter's base; that of the hub's cache for a name on the hub."""
+    return Path(
+        adapter.base if Path(adapter.base).is_dir() else snapshot_download(adapter.base, revision=adapter.revision)
+    )
+
+
+def _write_scaled(adapter: Adapter, folder: Path) -> None:
+    """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by 1 for plain LoRA."""
+    adapted = model.load_adapter(model.weightless(adapter.base, adapter.revision), adapter.folder)
+    config, tensors = adapted.peft_config["default"], {}
+    for path, layer in model.lora_layers(adapted).items():
+        factor = layer.scaling["default"] * layer.r["default"] / config.lora_alpha
+        tensors[f"{path}.lora_A.weight"] = layer.lora_A["default"].weight.data
+        tensors[f"{path}.lora_B.weight"] = layer.lora_B["default"].weight.data * factor
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _compare_all(
+    adapter: Adapter, base_folder: Path, made: dict[str, Path], converter: Found, scratch: Path
+) -> dict[str, str]:
+    """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one differs."""
+    if not parity.engine_found():
+        return dict.fromkeys(made, parity.NO_ENGINE)
+    dtype = fold.dtype_on_disk(adapter)
+    base = fold.to_float32(model.load_base(adapter.base, adapter.revision, dtype))
+    exact = scratch / "base.gguf"
+    llama_cpp.convert(base_folder, exact, llama_cpp.EXACT[str(dtype).removeprefix("torch.")], converter)
+    probes = verify.probes(fold.load_tokenizer(adapter))
+    without = verify.logits(base, probes)
+    given = verify.logits(model.load_adapter(base, adapter.folder), probes)
+    ui.say(f"  what the adapter does to the base here: {verify.compare(without, given)}")
+    expected = [rows[-1] for rows in given]
+    return {
+        name: parity.compare(exact, probes, expected, parity.KL_LIMIT[name], adapter=file)
+        for name, file in made.items()
+    }

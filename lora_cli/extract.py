@@ -1,0 +1,162 @@
+"""`lora extract`, `lora convert`: the plain LoRA closest to a fine-tuned model, or to a DoRA or larger adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli import derived, factors, files, fold, model, record, ui, verify
+from lora_cli.errors import LoraError
+from lora_cli.factors import PREFIX
+from lora_cli.record import Adapter
+
+START = "give the model that the fine-tuning started from"
+
+
+def extract(base: str, finetuned: str, out: Path, r: int) -> None:
+    """Write to `out` the LoRA adapter of rank `r` that comes closest to what fine-tuning changed in `base`.
+
+    What changed and is no linear weight (norms, embeddings, biases, a tied head) is named: the adapter lacks it.
+    Raises LoraError when the two are not of one architecture, or no linear weight differs.
+    """
+    with files.staged_folder(out) as staging:
+        commits = [model.resolve(name) for name in (base, finetuned)]
+        before, after = (_in_float32(name, commit) for name, commit in zip((base, finetuned), commits))
+        linear, others = _changed(before, after, base, finetuned)
+        cut = {name: factors.truncate(_delta(before, after, name), r) for name in _shown(linear)}
+        fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
+        factors.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
+        if others:
+            ui.warn(f"not in the adapter, since they are no linear weights: {_some(others)}")
+        tokenizer = model.load_tokenizer(finetuned, commits[1])
+        probes = verify.probes(tokenizer)
+        wanted = verify.logits(after, probes)
+        meant = ((name, _delta(before, after, name), each) for name, each in cut.items())
+        given = verify.logits(factors.check_saved(before, staging, meant), probes)
+        comparable = given[0].shape == wanted[0].shape
+        difference = str(verify.compare(wanted, given)) if comparable else "not compared, since the vocabularies differ"
+        contents: dict[str, Any] = {"finetuned": {"name": finetuned, "commit": commits[1]}, "left_out": others}
+        contents |= {"r": r, "modules": factors.listed(cut), "difference": difference}
+        derived.finish(staging, tokenizer, "extract", [Adapter(staging, base, commits[0], None, True)], **contents)
+    ui.say(factors.table(cut))
+    ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
+
+
+def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
+    """Write to `out` the plain LoRA of rank `r` closest to the LoRA or DoRA adapter in `folder`, and say what it costs.
+
+    `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than linear updates.
+    """
+    adapter = record.read_adapter(folder, base)
+    derived.refuse_beyond(folder, [derived.DORA])
+    with files.staged_folder(out) as staging:
+        tokenizer = fold.load_tokenizer(adapter)
+        network = fold.load_base(adapter)
+        if adapter.quantization:
+            network = network.dequantize()
+        adapted = model.load_adapter(fold.to_float32(network), folder)
+        probes = verify.probes(tokenizer)
+        wanted = verify.logits(adapted, probes)
+        layers = {name.removeprefix(PREFIX): layer for name, layer in model.lora_layers(adapted).items()}
+        rank = r or max(layer.r["default"] for layer in layers.values())
+        cut = {name: factors.truncate(_merged_delta(layers[name]), rank) for name in _shown(list(layers))}
+        fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
+        factors.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
+        # one at a time, as they are asked for: all of them in float64 are larger than the model
+        meant = ((name, _merged_delta(layer), cut[name]) for name, layer in layers.items())
+        given = verify.logits(factors.check_saved(adapted.unload(), staging, meant), probes)
+        difference = str(verify.compare(wanted, given))
+        derived.finish(
+            staging, tokenizer, "convert", [adapter], r=rank, modules=factors.listed(cut), difference=difference
+        )
+    ui.say(factors.table(cut))
+    ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
+
+
+def _in_float32(name: str, commit: str | None) -> PreTrainedModel:
+    return fold.to_float32(model.load_base(name, commit, model.checkpoint_dtype(model.load_config(name, commit))))
+
+
+def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> tuple[list[str], list[str]]:
+    """Names of the linear modules whose weights differ, and of the other tensors that do; LoraError."""
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())  # a tied head is there once
+    _refuse_other_architecture(before, after, base, finetuned)
+    modules = {name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear: list[str] = []
+    others: list[str] = []
+    for name, weight in new.items():
+        module = name.removesuffix(".weight")
+        if old[name].shape != weight.shape:
+            others.append(f"{name} ({_sizes(old[name], weight)})")
+        elif not torch.equal(old[name], weight):
+            (linear if module in modules else others).append(module if module in modules else name)
+    if not linear:
+        found = (
+            f"they differ in {len(others)} other tensors only, such as {others[0]}" if others else "they are the same"
+        )
+        raise LoraError(f"no linear weight of {finetuned} differs from {base}", found)
+    return linear, others
+
+
+def _refuse_other_architecture(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> None:
+    """LoraError unless both have the same tensors, of the same sizes but for those of the vocabulary."""
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    if type(before) is not type(after) or old.keys() != new.keys():
+        kinds = f"{type(before).__name__} and {type(after).__name__}"
+        odd = min(old.keys() ^ new.keys(), default="")
+        raise LoraError(
+            f"{base} and {finetuned} are not of one architecture: {kinds}"
+            + (f", {odd} is in one of them only" if odd else ""),
+            START,
+        )
+    ends = [end.weight for end in (before.get_input_embeddings(), before.get_output_embeddings()) if end is not None]
+    for name, weight in new.items():
+        if old[name].shape != weight.shape and not any(old[name] is end for end in ends):
+            raise LoraError(f"{base} and {finetuned} are not of one size: {name} ({_sizes(old[name], weight)})", START)
+
+
+def _sizes(old: torch.Tensor, new: torch.Tensor) -> str:
+    return f"{'x'.join(map(str, old.shape))} -> {'x'.join(map(str, new.shape))}"
+
+
+def _delta(before: PreTrainedModel, after: PreTrainedModel, name: str) -> torch.Tensor:
+    """What fine-tuning changed in a linear weight (out, in), in float64."""
+    module = after.get_submodule(name)
+    delta = module.weight.data.double() - before.get_submodule(name).weight.data.double()
+    return delta.T if isinstance(module, Conv1D) else delta
+
+
+def _merged_delta(layer: Linear) -> torch.Tensor:
+    """What merging by PEFT changes in the layer's weight (out, in), in float64; the layer stays as it was."""
+    if not isinstance(layer, Linear):
+        raise LoraError(f"{type(layer).__name__} is no linear layer", "merge the adapter instead: lora merge")
+    layer.double()
+    weight = layer.get_base_layer().weight
+    before = weight.data.clone()
+    layer.merge()
+    delta = weight.data - before
+    weight.data = before
+    layer.merged_adapters.clear()
+    layer.float()
+    return delta.T if layer.fan_in_fan_out else delta
+
+
+def _shown(names: Sequence[str]) -> Iterator[str]:
+    """The names, one after the other, under a progress line."""
+    progress = ui.Progress()
+    for number, name in enumerate(names, 1):
+        progress.update(f"decomposing {number}/{len(names)}", name)
+        yield name
+    progress.clear()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more (all in {record.ARTEFACT_RECORD})" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,105 @@
+"""Importance matrices: how large the inputs of each linear layer are over rows of text, for llama.cpp's quantiser.
+
+As llama.cpp's own llama-imatrix (tools/imatrix/imatrix.cpp): the sum of squares of every input column, and the number
+of tokens. Measured here on the Hugging Face model; written by `imatrix_file.py` with the converter's gguf package.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli import data, llama_cpp, model, sources, ui
+from lora_cli.errors import LoraError
+from lora_cli.llama_cpp import Found
+from lora_cli.recipe import Data, Model, Recipe, Training
+from lora_cli.render import Renderer
+
+MAX_TOKENS, CHUNK = 65536, 512
+FILES = (".gguf", ".dat", ".imatrix")
+"""Endings of importance matrices; anything else is data to measure one on."""
+
+
+def check(given: str) -> None:
+    """LoraError where `--imatrix` names a file that is not there."""
+    if Path(given).suffix and not Path(given).exists():
+        raise LoraError(f"--imatrix {given} does not exist", f"ls {Path(given).parent}")
+
+
+def make(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) -> None:
+    """Measure the model in `folder` on `rows` (a file or data set as in `data.path`) and write `outfile`.
+
+    `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows that cannot be used.
+    """
+    tokenizer = model.load_tokenizer(str(folder))
+    network = model.load_base(str(folder), None, model.checkpoint_dtype(model.load_config(str(folder))))
+    batches = list(read(rows, tokenizer))
+    sums, num_tokens = measure(model.to_accelerator(network), batches)
+    ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")
+    scratch = outfile.with_suffix(".safetensors")
+    save_file(sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows})
+    script, package = Path(__file__).with_name("imatrix_file.py"), converter.path.parent / "gguf-py"
+    command = [sys.executable, str(script), str(scratch), str(exact), str(outfile)]
+    code, lines = llama_cpp.run(command, "writing the importance matrix", {"PYTHONPATH": str(package)})
+    left_out = [line.partition(": ")[2] for line in lines if line.startswith("left out: ")]
+    if left_out:
+        ui.warn(f"{len(left_out)} layers have no importance matrix, since their names are not known: {left_out[0]}, …")
+    if code or len(left_out) == len(sums):
+        raise LoraError(f"the importance matrix cannot be written: {llama_cpp.last_line(lines)}", "leave --imatrix out")
+
+
+def read(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of the rows as they would be trained on, in pieces of at most CHUNK, up to MAX_TOKENS in all."""
+    recipe = Recipe(
+        model=Model(name_or_path="-"),
+        data=Data(path=rows, on_long_row="split"),
+        training=Training(max_length=CHUNK),
+        output_dir="-",
+    )
+    left = MAX_TOKENS
+    source = sources.find(recipe.data, "path", rows, "train")
+    for row in data.stream(source, recipe, Renderer(tokenizer, recipe.data.train_on)):
+        if left <= 0:
+            ui.say(f"  importance matrix: the first {MAX_TOKENS} tokens of {rows}")
+            return
+        left -= len(row.input_ids)
+        yield [int(token) for token in row.input_ids]
+
+
+def measure(network: PreTrainedModel, batches: Iterable[list[int]]) -> tuple[dict[str, torch.Tensor], int]:
+    """The sum of squares of each input column (float32, on the CPU) by linear module, and the number of tokens."""
+    sums: dict[str, torch.Tensor] = {}
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    device, num_tokens = next(network.parameters()).device, 0
+    with ExitStack() as stack, torch.inference_mode():
+        for name, module in layers.items():
+            stack.enter_context(_watched(name, module, sums))
+        for ids in batches:
+            network.eval()(input_ids=torch.tensor([ids], device=device))
+            num_tokens += len(ids)
+    if not num_tokens:
+        raise LoraError("there are no rows to measure an importance matrix on", "--imatrix DATA with rows of text")
+    return {name: each.float().cpu() for name, each in sums.items()}, num_tokens
+
+
+@contextmanager
+def _watched(name: str, module: nn.Module, sums: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Add up the squares of what goes into `module`, for a while."""
+
+    def add(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        squares = given[0].float().square().flatten(0, -2).sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    hook = module.register_forward_pre_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,73 @@
+"""What would make an export fail or mislead, found before anything is converted: vocabulary, ties, template, disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lora_cli import llama_cpp, model, ui
+from lora_cli.errors import LoraError
+from lora_cli.llama_cpp import Found
+
+BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+
+
+def check(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, converter: Found) -> None:
+    """LoraError for a model in `folder` (configuration and tokenizer; weights where they are there) that the converter
+    would refuse, or convert into another function; a warning where a chat template is missing."""
+    rows, ids = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
+    if ids >= rows:
+        last = tokenizer.convert_ids_to_tokens(ids)
+        raise LoraError(
+            f"the tokenizer of {folder} has token {ids} ({last!r}), the embeddings end at {rows - 1}",
+            "merge the adapter with the tokenizer it was trained with, or resize the embeddings",
+        )
+    _refuse_head_of_its_own(folder, config)
+    if tokenizer.chat_template is None:
+        ui.warn("the model has no chat template: llama.cpp will render chats as ChatML")
+    llama_cpp.try_vocabulary(folder, converter)
+
+
+def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
+    """LoraError where the configuration ties the head to the embeddings and the files hold another head."""
+    if not config.get_text_config().tie_word_embeddings:
+        return
+    ends: dict[str, torch.Tensor] = {}
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                ends |= {name: stored.get_tensor(name)} if name in stored.keys() else {}  # noqa: SIM118
+    if len(ends) == 2 and not torch.equal(*ends.values()):
+        raise LoraError(
+            f"{folder} ties its head to its embeddings in config.json, and its files hold a head of its own",
+            'set "tie_word_embeddings" in config.json to what was trained',
+        )
+
+
+def check_disk(folder: Path, config: PretrainedConfig, types: Iterable[str], merged: bool, exact: str | None) -> None:
+    """LoraError naming the megabytes that are missing in `folder` for GGUFs of `types`, estimated from the parameters.
+
+    `merged`: a merged model is written there first; `exact`: so is a GGUF of that type.
+    """
+    num_params = model.from_config(config).num_parameters()
+    bits = sum(bits_per_weight(name) for name in types)
+    bits += (8 * model.checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
+    needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
+    if needed > free:
+        megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1
+        raise LoraError(
+            f"the export needs about {megabytes} MB in {folder}, {missing} MB more than are free",
+            "--output DIR on another disk, or fewer types",
+        )
+
+
+def bits_per_weight(name: str) -> float:
+    """An upper estimate for a type: llama.cpp's mixtures (Q4_K_M) hold some tensors in more bits than the name says."""
+    number = re.search(r"\d", name)
+    return BITS.get(name, (float(number[0]) if number else 16.0) + 1.5)
