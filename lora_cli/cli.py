@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -36,6 +37,13 @@ LlamaCpp = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+
+
+class BaseWeights(str, Enum):
+    """The weights that an adapter trained in 4 bits is merged into (`--base` names the model)."""
+
+    dequantized = "dequantized"
+    original = "original"
 
 
 def _version(show: bool) -> None:
@@ -91,12 +99,19 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the plain model to; must not exist.")],
     base: BaseModel = None,
+    stream: Annotated[
+        Optional[bool],
+        typer.Option("--stream/--no-stream", help="In constant memory, or not; default: where that is possible."),
+    ] = None,
+    base_weights: Annotated[
+        BaseWeights, typer.Option(help="Of an adapter trained in 4 bits: what it is merged into.")
+    ] = BaseWeights.dequantized,
 ) -> None:
     """Fold an adapter into its base model and verify the result."""
     _quiet_libraries()
     from lora_cli.merge import merge
 
-    merge(adapter, out, base)
+    merge(adapter, out, base, stream, base_weights is BaseWeights.original)
     typer.echo(out)
 
 

@@ -47,6 +47,11 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
         if changes := _differences(before["recipe"], recipe):
             raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(changes)}", "undo the change")
+        if "fingerprint" in before["base"] and (changes := _differences(before["base"], contents["base"], "base.")):
+            raise LoraError(
+                f"the base differs from that of the run in {folder}: {'; '.join(changes[:3])}",
+                f"give the same base, or rm -r {folder} to start again",
+            )
     elif path.is_file():
         status = _read_record(path)["status"]
         hint = f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"

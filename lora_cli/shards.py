@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from lora_cli import files
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, RejectedError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {
@@ -37,9 +35,11 @@ TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+# Bits of the exponent, which are all set in a NaN or an infinity alone
+EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
+UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
 # Bytes of float32 worked on at a time: some rows of a tensor, small enough for a processor's cache
-BLOCK = 4 * 2**20
-WAITING = 4
+BLOCK = 2**20
 
 
 class Entry(NamedTuple):
@@ -61,7 +61,6 @@ class Tensors:
         for path in self.paths:
             for name, entry in sorted(_header(path).items(), key=lambda pair: pair[1].start):
                 self.entries[name] = entry
-        self._open: dict[Path, IO[bytes]] = {}
 
     def names(self, path: Path) -> list[str]:
         """The tensors of one file."""
@@ -78,25 +77,17 @@ class Tensors:
         return self._read(entry, entry.start + start * row, shape)
 
     def _read(self, entry: Entry, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-        file = self._open.get(entry.file)
-        if file is None:
-            file = self._open[entry.file] = entry.file.open("rb", buffering=0)
         data = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
         view = memoryview(data.numpy())
-        file.seek(offset)
         done = 0
-        while done < len(view):  # the system reads at most 2 GiB at once
-            read = file.readinto(view[done:])
-            if not read:
-                raise SafetensorError(f"{entry.file} is shorter than its header says")
-            done += read
+        with entry.file.open("rb", buffering=0) as file:  # one of its own, for threads read at the same time
+            file.seek(offset)
+            while done < len(view):  # the system reads at most 2 GiB at once
+                read = file.readinto(view[done:])
+                if not read:
+                    raise SafetensorError(f"{entry.file} is shorter than its header says")
+                done += read
         return data.view(entry.dtype).reshape(shape)
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
 
 
 def _header(path: Path) -> dict[str, Entry]:
@@ -141,67 +132,84 @@ def _find(name: str, file: str, revision: str | None, required: bool = False) ->
     return None if found is None else Path(found)
 
 
-class Writer:
-    """One safetensors file, its header first; the tensors follow in that order, from a thread of its own.
+def create(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
+    """A safetensors file with its header and room for these tensors (name -> type, shape); where each is to go."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + offset)
+    return _header(path)
 
-    Every value is looked at on its way: the first that is not finite raises LoraError.
-    """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self.file = path.open("wb", buffering=0)
-        self.pool = ThreadPoolExecutor(1)
-        self.waiting: deque[Future[None]] = deque()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, (dtype, shape) in tensors.items():
-            end = offset + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.file.write(len(text).to_bytes(8, "little") + text)
-        self.payload = offset
-        self.size = self.file.tell() + offset
-
-    def write(self, name: str, rows: torch.Tensor) -> None:
-        """The next rows of the tensor whose turn it is; `name` is for the message when they are not finite."""
-        if len(self.waiting) >= WAITING:
-            self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(self._write, name, rows))
-
-    def _write(self, name: str, rows: torch.Tensor) -> None:
-        if not finite(rows):
-            raise LoraError(f"{name} of the merged model holds values that are not finite", "lora merge into float32")
-        view = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
-        done = 0
-        while done < len(view):
-            done += self.file.write(view[done:])
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        try:
-            while self.waiting and error is None:
-                self.waiting.popleft().result()
-            assert error is not None or self.file.tell() == self.size, "not every tensor was written"
-        finally:
-            self.pool.shutdown()
-            self.file.close()
+def fill(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
+    """Write a tensor's pieces, in order, to their place; returns their checksum. LoraError for one not finite."""
+    total = 0
+    with entry.file.open("r+b", buffering=0) as file:
+        file.seek(entry.start)
+        for rows in pieces:
+            if not finite(rows):
+                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
+            total += checksum(rows)
+            view = _bits(rows).view(np.uint8).data
+            done = 0
+            while done < len(view):
+                done += file.write(view[done:])
+        end = entry.start + math.prod(entry.shape) * entry.dtype.itemsize
+        assert file.tell() == end, f"not all of {name} was written"
+    return total % 2**64
 
 
 def finite(rows: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: their sum is then finite too, which is one pass, but for huge values."""
-    if not rows.is_floating_point() or torch.isfinite(rows.sum(dtype=torch.float32)):
+    """Whether no value is NaN or infinite; by the exponent's bits, many times faster than torch.isfinite on a CPU."""
+    if not rows.is_floating_point() or not rows.numel():
         return True
-    return bool(torch.isfinite(rows).all())
+    mask = EXPONENT[rows.dtype]
+    return bool((_bits(rows) & UNSIGNED[rows.dtype.itemsize](mask)).max() != mask)
 
 
-def write_index(folder: Path, places: Mapping[str, str], size: int) -> None:
-    """The index of several shards: `places` is tensor name -> file name, `size` their tensors' bytes."""
-    files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+def checksum(rows: torch.Tensor) -> int:
+    """The sum of all values' bits: any one value that is changed afterwards changes it."""
+    return int(_bits(rows).sum(dtype=np.uint64))
+
+
+def _bits(rows: torch.Tensor) -> np.ndarray[Any, Any]:
+    return rows.contiguous().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[rows.dtype.itemsize])
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed blocks of some megabytes, by freeing a larger one first.
+
+    Otherwise glibc hands each of them back to the system, and fetching their pages again takes two thirds of the time
+    of merging a block (measured: 0.5 against 1.5 GB/s).
+    """
+    torch.empty(30 * 2**20, dtype=torch.uint8)
+
+
+def changed_since(folder: Path, sums: Mapping[str, int]) -> str | None:
+    """The first tensor of a folder's files that is not what was written, by its checksum; None if all are."""
+    tensors = open_model(str(folder))
+    assert tensors is not None, "written just now"
+    if tensors.entries.keys() != sums.keys():
+        return min(tensors.entries.keys() ^ sums.keys())
+    for name, entry in tensors.entries.items():
+        total = sum(checksum(tensors.rows(name, start, stop)) for start, stop in blocks(entry.shape))
+        if total % 2**64 != sums[name]:
+            return name
+    return None
+
+
+def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
+    """The index of several shards."""
+    size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in places.values())
+    shard_of = {name: entry.file.name for name, entry in sorted(places.items())}
+    files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -10,15 +10,16 @@ magnitude and norm. Other layers take their whole tensor at once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli import shards
@@ -28,8 +29,9 @@ from lora_cli.shards import Tensors
 NAME = "default"
 # PEFT's own steps in the path of a base's tensor
 STEPS = {"base_layer", "token_adapter", "original_module", "modules_to_save", NAME}
+# Tensors worked on at a time, at most: some ten megabytes each, and more threads than this wait for the disk
+WORKERS = 4
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
-Layer = LoraLayer | TrainableTokensLayer
 
 
 def plain(path: str) -> str:
@@ -54,7 +56,7 @@ class Weights:
         packed: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.base, self.carried, self.replaced, self.trained, self.packed = base, carried, replaced, trained, packed
-        self._dequantised: tuple[str, torch.Tensor] | None = None
+        self._dequantised = threading.local()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of a tensor, in float32; integers and booleans as they are."""
@@ -66,28 +68,24 @@ class Weights:
         return rows.to(self.trained).float() if rows.is_floating_point() else rows
 
     def _from_4bit(self, name: str) -> torch.Tensor:
-        """The whole tensor, quantised as bitsandbytes does it and back; kept until another is asked for."""
+        """The whole tensor, quantised as bitsandbytes does it and back; kept until the thread asks for another."""
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Params4bit
 
-        if self._dequantised is None or self._dequantised[0] != name:
-            self._dequantised = None
+        kept = self._dequantised
+        if getattr(kept, "name", None) != name:
+            kept.name, kept.tensor = name, None
             weight = self.base.rows(name).to(self.trained)
             stored = Params4bit(weight, requires_grad=False, **self.packed[name]).to("cpu")
-            self._dequantised = name, dequantize_4bit(stored.data, stored.quant_state)
-        return self._dequantised[1]
-
-    def close(self) -> None:
-        """Close the files."""
-        self.base.close()
-        self.carried.close()
+            kept.tensor = dequantize_4bit(stored.data, stored.quant_state)
+        return kept.tensor
 
 
 class Changed(NamedTuple):
-    """A layer of PEFT's that changes a tensor: its path in the model, and what fills it."""
+    """A LoraLayer or TrainableTokensLayer of PEFT's: its path in the model, and what fills it."""
 
     path: str
-    layer: Layer
+    layer: Any
     own: dict[str, str]
     """Path inside the layer -> key in the adapter's file."""
     base: dict[str, str]
@@ -160,7 +158,11 @@ class Plan(NamedTuple):
 
     def merged(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor of the merged model in pieces: merged in float32 and rounded once to `dtype`."""
-        changed = self.layers.get(name)
+        changed, weights = self.layers.get(name), self.weights
+        stored = weights.base.entries[name]
+        untouched = changed is None and name not in weights.replaced and name not in weights.packed
+        if untouched and stored.dtype == self.dtype(name, dtype) and weights.trained in (stored.dtype, torch.float32):
+            return (weights.base.rows(name, start, stop) for start, stop in shards.blocks(stored.shape))
         pieces = self._plain(name) if changed is None else self._through(name, changed)
         return (rows.to(self.dtype(name, dtype)) for rows in pieces)
 
@@ -194,29 +196,48 @@ def refused(error: Exception) -> LoraError:
     return LoraError(f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}", "serve it as it is")
 
 
-def write(plan: Plan, folder: Path, dtype: torch.dtype) -> int:
-    """Write the merged model's weights, in files named as the base's are, and return how many modules were merged.
+def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Write the merged model's weights, in files named as the base's are.
+
+    Returns how many modules were merged, and a checksum of each tensor.
 
     LoraError where a value is not finite, or a module or tensor of the adapter was left out.
     """
-    places: dict[str, str] = {}
-    size = 0
-    with torch.inference_mode():
-        for path in plan.weights.base.paths:
-            names = [name for name in plan.weights.base.names(path) if name in plan.parameters]
-            entries = {name: (plan.dtype(name, dtype), plan.weights.base.entries[name].shape) for name in names}
-            with shards.Writer(folder / path.name, entries) as writer:
-                for name in names:
-                    for rows in plan.merged(name, dtype):
-                        writer.write(name, rows)
-                places |= dict.fromkeys(names, path.name)
-                size += writer.payload
-    if len(plan.weights.base.paths) > 1:
-        shards.write_index(folder, places, size)
-    return _count(plan, places)
+    base = plan.weights.base
+    places: dict[str, shards.Entry] = {}
+    for path in base.paths:
+        names = [name for name in base.names(path) if name in plan.parameters]
+        entries = {name: (plan.dtype(name, dtype), base.entries[name].shape) for name in names}
+        places |= shards.create(folder / path.name, entries)
+
+    def fill(name: str) -> int:
+        with torch.inference_mode():
+            return shards.fill(places[name], name, plan.merged(name, dtype))
+
+    with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+        tasks = {name: pool.submit(fill, name) for name in places}
+        try:
+            sums = {name: task.result() for name, task in tasks.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if len(base.paths) > 1:
+        shards.write_index(folder, places)
+    return _count(plan, places), sums
 
 
-def _count(plan: Plan, written: Mapping[str, str]) -> int:
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """How many tensors to work on at a time: blocks are small, so each thread of torch's does better with its own."""
+    threads = torch.get_num_threads()
+    shards.keep_memory()
+    torch.set_num_threads(1)
+    try:
+        yield min(threads, WORKERS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _count(plan: Plan, written: Mapping[str, shards.Entry]) -> int:
     """How many modules were merged, all of them: every tensor that one changes was written, and every one used."""
     modules = {changed.path: changed for name, changed in plan.layers.items() if name in written}
     used = {key for changed in modules.values() for key in changed.own.values()}

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import data, files, foreign, initial, model, record, targets, tokens, ui, upstream, verify
+from lora_cli import data, files, foreign, identity, initial, model, record, targets, tokens, ui, upstream, verify
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer, types_kept
@@ -37,7 +37,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
-        "base": {"name": recipe.model.name_or_path, "commit": commit},
+        "base": {
+            "name": recipe.model.name_or_path,
+            "commit": commit,
+            "fingerprint": identity.fingerprint(recipe.model.name_or_path, commit),
+        },
     }
     run = record.begin(folder, recipe.plain(), contents, resume)
     ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")

@@ -1,13 +1,14 @@
 """Logits of a model of any size: its weights are read from the files as the forward pass comes to them.
 
 The modules of a model without weights keep their own forward, which gets real tensors for as long as it runs: linear
-modules some rows of output at a time, embeddings the rows of the tokens given, PEFT's layers what they were trained with.
+modules some rows of output at a time, embeddings the rows of the tokens given, PEFT's layers their adapter's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli import shards
+from lora_cli import attach, shards
 from lora_cli.stream import Changed, Plan, filled, plain
 from lora_cli.verify import Probe
 
@@ -30,6 +31,7 @@ def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Pro
     `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32. `plan` says which of its
     modules are PEFT's layers. RuntimeError or NotImplementedError where a module reads weights that are not its own.
     """
+    shards.keep_memory()
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing
     ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
@@ -38,6 +40,18 @@ def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Pro
     with torch.inference_mode(), _walking(model, read, plan), _only(model.get_output_embeddings(), wanted):
         rows = model.eval()(input_ids=ids, use_cache=False).logits
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
+
+
+def logits_of_folder(folder: Path, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    """The same for a plain model in safetensors files."""
+    tensors = shards.open_model(str(folder))
+    assert tensors is not None, "its files have been read before"
+
+    def read(name: str, start: int, stop: int | None) -> torch.Tensor:
+        rows = tensors.rows(name, start, stop)
+        return rows.float() if rows.is_floating_point() else rows
+
+    return logits(attach.skeleton(str(folder), None), read, None, probes)
 
 
 @contextmanager

@@ -29,6 +29,10 @@ FLOORS = [
     {"tokens", "sources", "render"},
     {"limits"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
+    {"shards"},
+    {"stream", "identity"},
+    {"attach"},
+    {"walk"},
     {"fold", "watch", "oracle", "initial"},
     {"answer", "trainers"},
     {"train", "check", "merge", "export", "generate", "doctor"},  # the verbs never import each other
