@@ -106,8 +106,10 @@ def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
     for name, entry in base.entries.items():
         if entry.shape != tuple(whole[name].shape):
             raise Unstreamable(f"{name} has another shape in its files")
-    tied = whole.keys() - parameters.keys() - dict(empty.named_buffers()).keys()
-    return {name: name in parameters for name in base.entries if name not in tied}
+        if name not in parameters and name not in dict(empty.named_buffers()):
+            # transformers ties such weights only if they are equal
+            raise Unstreamable(f"{name} is in its files, and tied to another tensor by its configuration")
+    return {name: name in parameters for name in base.entries}
 
 
 def _attach(empty: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -120,17 +122,17 @@ def _attach(empty: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 def _places(adapted: PeftModel) -> dict[str, str]:
     """Key in the adapter's file -> the parameter it is for, as PEFT saves it."""
-    state = dict(adapted.named_parameters())
-    names = {id(parameter): name for name, parameter in state.items()}
+    state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+    names = {id(tensor): name for name, tensor in state.items()}
     with model.quiet_peft():
         saved = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
-    if unknown := [key for key, parameter in saved.items() if id(parameter) not in names]:
+    if unknown := [key for key, tensor in saved.items() if id(tensor) not in names]:
         raise Unstreamable(f"PEFT changes {unknown[0]} when it loads it")
-    return {key: names[id(parameter)] for key, parameter in saved.items()}
+    return {key: names[id(tensor)] for key, tensor in saved.items()}
 
 
 def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors, adapter: Adapter) -> None:
-    state = dict(adapted.named_parameters())
+    state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
     model.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
     for key in carried.entries:

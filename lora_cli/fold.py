@@ -88,7 +88,9 @@ def merge(
             record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
         )
         way.check_files(staging)
-        difference = compare(adapter, way.merged(staging, dtype, probes), expected, dtype) if check else None
+        difference = (
+            compare(adapter, way.merged(staging, dtype, probes), expected, dtype, way.arithmetic) if check else None
+        )
     return Merged(modules, dtype, difference)
 
 
@@ -123,11 +125,18 @@ def check_trained(
 
 
 def compare(
-    adapter: Adapter, given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype
+    adapter: Adapter,
+    given: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    arithmetic: torch.dtype,
 ) -> verify.Difference:
-    """The merged model's distance from base with adapter. RejectedError where rounding does not explain it."""
+    """The merged model's distance from base with adapter.
+
+    RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of `expected`, explains it.
+    """
     difference = verify.compare(expected, given)
-    limit = verify.limit(difference, dtype)
+    limit = max(verify.limit(difference, each) for each in (dtype, arithmetic))
     distance = f"{difference} (limit {limit:.2e})"
     ui.say(f"  merged against base with adapter: {distance}")
     if not difference.max_abs <= limit:
@@ -160,6 +169,7 @@ class Streamed:
     def __init__(self, adapter: Adapter, trained: torch.dtype, original: bool) -> None:
         """Raises attach.Unstreamable."""
         self.adapter, self.trained, self.original = adapter, trained, original
+        self.arithmetic = torch.float32
         self.plan, self.adapted = attach.make(adapter, trained, None if original else adapter.quantization)
         attach.refuse_tied(self.adapted, adapter.base)
         self.sums: dict[str, int] = {}
@@ -195,6 +205,8 @@ class Whole:
 
     def __init__(self, adapter: Adapter, original: bool) -> None:
         self.adapter, self.original = adapter, original
+        # 4-bit weights answer in the type of training
+        self.arithmetic = trained_dtype(adapter) if adapter.quantization and not original else torch.float32
         self.adapted: PeftModel | None = None
 
     def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:

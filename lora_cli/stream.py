@@ -106,7 +106,9 @@ class Changed(NamedTuple):
     def take(
         self, weights: Weights, adapter: Mapping[str, torch.Tensor], start: int, stop: int
     ) -> dict[str, torch.Tensor]:
-        """What fills the layer for rows `start` to `stop`."""
+        """What fills the layer for rows `start` to `stop`, or for all where its rows are not apart."""
+        if not self.by_rows:
+            return {**{inside: weights.rows(name) for inside, name in self.base.items()}, **adapter}
         given = {inside: weights.rows(name, start, stop) for inside, name in self.base.items()}
         for inside, tensor in adapter.items():
             if inside.startswith("lora_embedding_A"):
