@@ -94,6 +94,15 @@ def _check_config(config: PeftConfig) -> None:
         raise Unstreamable("it repeats layers of the base")
 
 
+def as_stored(name: str, revision: str | None, base: Tensors) -> bool:
+    """Whether a model's files name its tensors as the model does, so that they can be read one by one."""
+    try:
+        _tensors(skeleton(name, revision), base)
+    except Unstreamable:
+        return False
+    return True
+
+
 def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
     """The tensors to write: name -> whether it is a parameter. Names and shapes must be the model's own."""
     parameters = dict(empty.named_parameters())

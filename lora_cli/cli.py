@@ -115,6 +115,19 @@ def merge(
     typer.echo(out)
 
 
+@app.command()
+def verify(
+    first: Annotated[str, typer.Argument(metavar="A", help="An adapter, a model (folder or hub), or a .gguf file.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="What should be the same function: any of these.")],
+    base: BaseModel = None,
+) -> None:
+    """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not explain it."""
+    _quiet_libraries()
+    from lora_cli.compare import compare
+
+    typer.echo(compare(first, second, base))
+
+
 @app.command("export-gguf")
 def export_gguf(
     path: Annotated[

@@ -15,8 +15,6 @@ from lora_cli.errors import LoraError, UsageError
 from lora_cli.gguf import GGUFModel
 from lora_cli.llama_cpp import Found
 
-# Mean KL of the next token against the Hugging Face model that a type may cost; the others are reported, not judged.
-KL_LIMIT = {"f32": 1e-3, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
 # The converter's type that holds a model's weights exactly, from which the quantiser starts.
 EXACT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -112,7 +110,7 @@ def _compare_all(merged: Path, dtype: torch.dtype, made: dict[str, Path]) -> dic
     probes = verify.probes(model.load_tokenizer(str(merged)))
     weights = fold.to_float32(model.load_base(str(merged), None, dtype))
     expected = [logits[-1] for logits in verify.logits(weights, probes)]
-    return {name: compare(file, probes, expected, KL_LIMIT.get(name)) for name, file in made.items()}
+    return {name: compare(file, probes, expected, verify.KL_LIMIT.get(name)) for name, file in made.items()}
 
 
 def compare(

@@ -76,22 +76,26 @@ def merge(
         tokenizer = load_tokenizer(adapter)
         way = choose(adapter, stream, original)
         probes = verify.probes(tokenizer)
-        expected = way.expected(probes) if check else []
-        if check:
+        expected = way.expected(probes) if check else None
+        if expected is not None:
             check_trained(adapter, way, probes, expected, original)
         dtype = dtype_on_disk(adapter)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
-        model.save_tokenizer(tokenizer, staging, adapter.base, adapter.revision)
-        files.write_json(
-            staging / record.ARTEFACT_RECORD,
-            record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
-        )
+        complete(adapter, tokenizer, staging)
         way.check_files(staging)
-        difference = (
-            compare(adapter, way.merged(staging, dtype, probes), expected, dtype, way.arithmetic) if check else None
-        )
+        given = way.merged(staging, dtype, probes) if expected is not None else None
+        difference = compare(adapter, given, expected, dtype, way.arithmetic) if expected and given else None
     return Merged(modules, dtype, difference)
+
+
+def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
+    model.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
+    files.write_json(
+        folder / record.ARTEFACT_RECORD,
+        record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
+    )
 
 
 def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | Whole:
@@ -115,6 +119,8 @@ def check_trained(
 ) -> None:
     """Is base with adapter the function that training left? After 4-bit weights: how far are the original ones off?"""
     other = way.other(probes) if adapter.quantization else expected
+    if other is None:
+        return
     trained = other if original else expected
     kept = verify.check_trained(adapter.folder, trained, trained_dtype(adapter))
     if kept:
@@ -174,30 +180,38 @@ class Streamed:
         attach.refuse_tied(self.adapted, adapter.base)
         self.sums: dict[str, int] = {}
 
-    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Read as the forward pass comes to them."""
-        return walk.logits(self.adapted, self.plan.read, self.plan, probes)
+    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
+        """Logits of base with adapter, on the weights that are merged into; None where they cannot be had."""
+        return walk.or_loaded(
+            lambda: walk.logits(self.adapted, self.plan.read, self.plan, probes),
+            lambda: Whole(self.adapter, self.original).expected(probes),
+            self.plan.weights.base,
+        )
 
-    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Read as the forward pass comes to them."""
+    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
+        """The same on the other weights of an adapter trained in 4 bits: original for dequantised, and so on."""
         plan, adapted = attach.make(self.adapter, self.trained, self.adapter.quantization if self.original else None)
-        return walk.logits(adapted, plan.read, plan, probes)
+        return walk.or_loaded(
+            lambda: walk.logits(adapted, plan.read, plan, probes),
+            lambda: Whole(self.adapter, self.original).other(probes),
+            plan.weights.base,
+        )
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
-        """The base's files again, tensor by tensor."""
+        """The base's files again, tensor by tensor; returns how many modules were merged. Answers end in `ends`."""
         modules, self.sums = stream.write(self.plan, folder, dtype)
         attach.write_config(self.adapter, folder, dtype, ends)
         return modules
 
     def check_files(self, folder: Path) -> None:
-        """By the checksums of what was written; whether it was finite has been looked at on the way."""
+        """RejectedError where they hold something else than was written; that this was finite has been looked at."""
         changed = shards.changed_since(folder, self.sums)
         if changed:
             raise RejectedError(f"{changed} in the merged model's files is not what was written", "check the disk")
 
-    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Read as the forward pass comes to them."""
-        return walk.logits_of_folder(folder, probes)
+    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
+        """Logits of the model that was written."""
+        return walk.logits_of(str(folder), None, dtype, probes)
 
 
 class Whole:
@@ -210,12 +224,12 @@ class Whole:
         self.adapted: PeftModel | None = None
 
     def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """The base stays in memory for `write`."""
+        """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
         self.adapted = self._load(original=self.original)
         return verify.logits(self.adapted, probes)
 
     def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Beside the one that is merged into."""
+        """The same on the other weights of an adapter trained in 4 bits."""
         return verify.logits(self._load(original=not self.original), probes)
 
     def _load(self, original: bool) -> PeftModel:
@@ -238,7 +252,7 @@ class Whole:
         return modules
 
     def check_files(self, folder: Path) -> None:
-        """Every value is looked at."""
+        """RejectedError where a value is not finite: every one is looked at."""
         tensors = shards.open_model(str(folder))
         assert tensors is not None, "save_pretrained writes safetensors"
         for name, entry in tensors.entries.items():
@@ -246,7 +260,7 @@ class Whole:
                 raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
 
     def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Loaded as anybody would."""
+        """Logits of the model that was written, loaded as anybody would."""
         return verify.logits(to_float32(model.load_base(str(folder), None, dtype)), probes)
 
 

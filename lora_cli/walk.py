@@ -6,17 +6,18 @@ modules some rows of output at a time, embeddings the rows of the tokens given, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli import attach, shards
+from lora_cli import attach, model, shards, ui, verify
 from lora_cli.stream import Changed, Plan, filled, plain
 from lora_cli.verify import Probe
 
@@ -42,16 +43,46 @@ def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Pro
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
 
-def logits_of_folder(folder: Path, probes: Sequence[Probe]) -> list[torch.Tensor]:
-    """The same for a plain model in safetensors files."""
-    tensors = shards.open_model(str(folder))
-    assert tensors is not None, "its files have been read before"
+def logits_of(
+    name: str, revision: str | None, dtype: torch.dtype, probes: Sequence[Probe]
+) -> list[torch.Tensor] | None:
+    """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
+    tensors = shards.open_model(name, revision)
 
-    def read(name: str, start: int, stop: int | None) -> torch.Tensor:
-        rows = tensors.rows(name, start, stop)
+    def load() -> list[torch.Tensor]:
+        network = model.load_base(name, revision, dtype)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.float()
+        return verify.logits(network, probes)
+
+    if tensors is None or not attach.as_stored(name, revision, tensors):
+        return [rows[-KEPT:] for rows in load()]
+    return or_loaded(lambda: _of_files(name, revision, tensors, probes), load, tensors)
+
+
+def or_loaded(
+    walked: Callable[[], list[torch.Tensor]], loaded: Callable[[], list[torch.Tensor]], tensors: shards.Tensors
+) -> list[torch.Tensor] | None:
+    """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of memory suffices."""
+    try:
+        return walked()
+    except (RuntimeError, NotImplementedError) as error:  # a tensor without data has no values to give
+        needed = 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
+        if needed > psutil.virtual_memory().available / 4:
+            ui.warn(
+                f"logits were not compared: this model has to be loaded for that ({needed / 2**30:.0f} GiB), since "
+                f"{' '.join(str(error).split())[:100]}"
+            )
+            return None
+    return [rows[-KEPT:] for rows in loaded()]
+
+
+def _of_files(name: str, revision: str | None, tensors: shards.Tensors, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    def read(tensor: str, start: int, stop: int | None) -> torch.Tensor:
+        rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
 
-    return logits(attach.skeleton(str(folder), None), read, None, probes)
+    return logits(attach.skeleton(name, revision), read, None, probes)
 
 
 @contextmanager
