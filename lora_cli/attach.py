@@ -67,7 +67,7 @@ def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any]
     for name, key in replaced.items():
         if name not in parameters or carried.entries[key].shape != base.entries[name].shape:
             raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
-    _check_tied(adapted, empty, replaced)
+    _check_tied(adapted)
     return Plan(Weights(base, carried, replaced, trained, packed), layers, parameters, by_name), adapted
 
 
@@ -189,7 +189,7 @@ def _changed(path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mappin
     return Changed(path, layer, own, base)
 
 
-def _check_tied(adapted: PeftModel, empty: PreTrainedModel, replaced: Mapping[str, str]) -> None:
+def _check_tied(adapted: PeftModel) -> None:
     if not adapted.config.tie_word_embeddings:
         return
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())

@@ -21,6 +21,8 @@ from lora_cli.errors import LoraError, RejectedError
 from lora_cli.record import Adapter
 
 SHARD_SIZE = "5GB"
+# MiB that merging a tensor may take before it is said
+LARGE = 500
 # Tokens of each probe prompt that are enough to compare a merged model with what it was made from
 SHORT = 32
 
@@ -203,6 +205,9 @@ class Streamed:
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """The base's files again, tensor by tensor; returns how many modules were merged. Answers end in `ends`."""
+        needed = self.plan.largest_whole() / 2**20
+        if needed > LARGE:
+            ui.say(f"  some tensors are merged whole, for which up to {needed:.0f} MiB are needed each")
         modules, self.sums = stream.write(self.plan, folder, dtype)
         attach.write_config(self.adapter, folder, dtype, ends)
         return modules

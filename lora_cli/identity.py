@@ -7,25 +7,28 @@ or scaled, or cast, differ everywhere; a single changed value between the sample
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from pathlib import Path
 from typing import Any
 
-from lora_cli import model, shards
+from transformers.utils.hub import cached_file
+
+from lora_cli import files, shards
 from lora_cli.errors import LoraError
 from lora_cli.record import Adapter
 
 SAMPLE = 64
-# Written by transformers anew wherever a model is saved or loaded
+# Written by transformers anew wherever a model is saved
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "use_cache", "architectures")
 
 
 def fingerprint(name: str, revision: str | None) -> dict[str, Any]:
-    """`config` (as in config.json) and `tensors` (name -> type, shape and hash) of a model on the hub or in a folder.
+    """`config` (as its file has it) and `tensors` (name -> type, shape and hash) of a model on the hub or in a folder.
 
     No tensors where it has no safetensors files.
     """
-    settings = json.loads(model.load_config(name, revision).to_json_string(use_diff=True))
+    path = cached_file(name, "config.json", revision=revision)
+    settings = files.read_json(Path(str(path)))
     config = {key: value for key, value in settings.items() if key not in VOLATILE}
     found = shards.open_model(name, revision)
     tensors = {} if found is None else {name: _of_tensor(found, name) for name in sorted(found.entries)}
@@ -56,6 +59,7 @@ def check(adapter: Adapter) -> None:
     different = [
         f"{kind} {name}" + (f" ({kept[part].get(name)}, now {now[part].get(name)})" if part == "config" else "")
         for part, kind in (("config", "the configuration's"), ("tensors", "the tensor"))
+        if kept[part] and now[part]  # weights that are not in safetensors files have none
         for name in sorted(kept[part].keys() | now[part].keys())
         if kept[part].get(name) != now[part].get(name)
     ]

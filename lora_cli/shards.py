@@ -27,6 +27,8 @@ TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -170,6 +172,8 @@ def finite(rows: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; by the exponent's bits, many times faster than torch.isfinite on a CPU."""
     if not rows.is_floating_point() or not rows.numel():
         return True
+    if rows.dtype not in EXPONENT:
+        return bool(torch.isfinite(rows.float()).all())
     mask = EXPONENT[rows.dtype]
     return bool((_bits(rows) & UNSIGNED[rows.dtype.itemsize](mask)).max() != mask)
 

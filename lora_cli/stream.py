@@ -10,8 +10,9 @@ magnitude and norm. Other layers take their whole tensor at once.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli import shards
@@ -96,6 +98,8 @@ class Changed(NamedTuple):
         """Whether each row is merged, and answers, apart from the others."""
         if type(self.layer) is Embedding:
             return not self.layer.lora_variant
+        if isinstance(self.layer, TrainableTokensLayer):
+            return True
         variants = [type(variant) for variant in getattr(self.layer, "lora_variant", {}).values()]
         return type(self.layer) is Linear and not self.layer.fan_in_fan_out and variants in ([], [DoraLinearVariant])
 
@@ -161,12 +165,19 @@ class Plan(NamedTuple):
     def merged(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor of the merged model in pieces: merged in float32 and rounded once to `dtype`."""
         changed, weights = self.layers.get(name), self.weights
+        if changed is not None and isinstance(changed.layer, TrainableTokensLayer):
+            return (rows.to(self.dtype(name, dtype)) for rows in self._with_tokens(name, changed))
         stored = weights.base.entries[name]
         untouched = changed is None and name not in weights.replaced and name not in weights.packed
         if untouched and stored.dtype == self.dtype(name, dtype) and weights.trained in (stored.dtype, torch.float32):
             return (weights.base.rows(name, start, stop) for start, stop in shards.blocks(stored.shape))
         pieces = self._plain(name) if changed is None else self._through(name, changed)
         return (rows.to(self.dtype(name, dtype)) for rows in pieces)
+
+    def largest_whole(self) -> int:
+        """The most bytes that merging a tensor which has to be taken whole needs: it, its change, and both again."""
+        whole = [name for name, changed in self.layers.items() if not changed.by_rows]
+        return max((4 * 4 * math.prod(self.weights.base.entries[name].shape) for name in whole), default=0)
 
     def dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The type of a tensor in a merged model of type `dtype`."""
@@ -176,6 +187,23 @@ class Plan(NamedTuple):
     def _plain(self, name: str) -> Iterator[torch.Tensor]:
         for start, stop in shards.blocks(self.weights.base.entries[name].shape):
             yield self.weights.rows(name, start, stop)
+
+    def _with_tokens(self, name: str, changed: Changed) -> Iterator[torch.Tensor]:
+        """The pieces of embeddings of which some rows were trained."""
+        layer, ids = changed.layer, changed.layer.token_indices[NAME]
+        (inside,) = changed.base
+        trained = changed.adapter(self.weights)
+        for start, stop in shards.blocks(self.weights.base.entries[name].shape):
+            rows = self.weights.rows(name, start, stop)
+            here = [number for number, token in enumerate(ids) if start <= token < stop]
+            if here:
+                layer.token_indices[NAME] = [ids[number] - start for number in here]
+                with filled(layer, {inside: rows, **{path: tensor[here] for path, tensor in trained.items()}}):
+                    layer.merge()
+                    layer.merged_adapters.clear()
+                    rows = layer.get_base_layer().weight.data
+                layer.token_indices[NAME] = ids
+            yield rows
 
     def _through(self, name: str, changed: Changed) -> Iterator[torch.Tensor]:
         """The pieces of a tensor that a layer merges."""
@@ -212,19 +240,29 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
         entries = {name: (plan.dtype(name, dtype), base.entries[name].shape) for name in names}
         places |= shards.create(folder / path.name, entries)
 
-    def fill(name: str) -> int:
+    def fill(names: Sequence[str]) -> dict[str, int]:
         with torch.inference_mode():
-            return shards.fill(places[name], name, plan.merged(name, dtype))
+            return {name: shards.fill(places[name], name, plan.merged(name, dtype)) for name in names}
 
+    sums: dict[str, int] = {}
     with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-        tasks = {name: pool.submit(fill, name) for name in places}
+        tasks = [pool.submit(fill, names) for names in _together(plan, places)]
         try:
-            sums = {name: task.result() for name, task in tasks.items()}
+            for task in tasks:
+                sums |= task.result()
         finally:
             pool.shutdown(cancel_futures=True)
     if len(base.paths) > 1:
         shards.write_index(folder, places)
     return _count(plan, places), sums
+
+
+def _together(plan: Plan, names: Iterable[str]) -> list[list[str]]:
+    """The tensors that one thread must do after each other, for one layer changes them all."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(plan.layers[name].path if name in plan.layers else name, []).append(name)
+    return list(groups.values())
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _forward(
 ) -> Callable[..., Any] | None:
     """The module's forward, reading its tensors as it runs; None for a module that has none on `meta`."""
     forward = module.forward
-    if changed is not None and plan is not None and changed.by_rows and isinstance(module, Linear):
+    if changed is not None and plan is not None and changed.by_rows and type(module) is Linear:
         return _adapted_linear(module, forward, plan, changed)
     whole = isinstance(module, (LoraLayer, TrainableTokensLayer))
     tensors = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]

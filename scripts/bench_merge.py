@@ -3,9 +3,9 @@
     python scripts/bench_merge.py [--gigabytes 2] [--half] [--repeat 3]
 
 The base is a random bfloat16 Llama of about that size in four shards, the adapters a LoRA and a DoRA of rank 16 on
-every linear module. Each side runs in a process of its own, one after the other, `--repeat` times round; the best wall
-time counts, from after the imports, and the highest resident memory, over that after the imports. `--half` does the
-same for a base of half the size.
+every linear module. Each side runs in a process of its own, one after the other, `--repeat` times round. Of each the
+best wall time counts, from after the imports, also until everything is on the disk; and the highest resident memory,
+over that after the imports. `--half` does the same for a base of half the size.
 """
 
 from __future__ import annotations
@@ -82,9 +82,12 @@ def run(side: str, folder: Path, name: str) -> None:
             fold.merge(record.read_adapter(folder / name), out, stream=True, check=side == "lora merge")
 
     before = memory()
+    os.sync()
     started = time.perf_counter()
     work()
-    print(json.dumps({"wall": time.perf_counter() - started, "peak": memory(), "imports": before}))
+    wall, peak = time.perf_counter() - started, memory()
+    os.sync()
+    print(json.dumps({"wall": wall, "disk": time.perf_counter() - started, "peak": peak, "imports": before}))
 
 
 def memory() -> float:
@@ -97,7 +100,8 @@ def bench(folder: Path, gigabytes: float, repeat: int) -> None:
     subprocess.run([sys.executable, __file__, "--make", str(gigabytes), str(folder)], check=True)
     size = sum(file.stat().st_size for file in (folder / "base").iterdir()) / 1e9
     shards = len(list((folder / "base").glob("*.safetensors")))
-    print(f"\nbase of {size:.2f} GB in {shards} shards\nadapter  side                    wall s  of PEFT  of copy  MiB")
+    print(f"\nbase of {size:.2f} GB in {shards} shards")
+    print("adapter  side                    wall s  of PEFT  of copy  to disk s  of PEFT  of copy    MiB")
     for name in ("LoRA", "DoRA"):
         found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for _ in range(repeat):
@@ -111,11 +115,17 @@ def bench(folder: Path, gigabytes: float, repeat: int) -> None:
                 )
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
                 shutil.rmtree(folder / "out")
-        wall = {side: min(run["wall"] for run in runs) for side, runs in found.items()}
+        best = {
+            side: {until: min(run[until] for run in runs) for until in ("wall", "disk")} for side, runs in found.items()
+        }
         for side, runs in found.items():
-            grown = max(run["peak"] - run["imports"] for run in runs)
-            ratios = f"{wall[side] / wall[SIDES[0]]:7.2f}  {wall[side] / wall[SIDES[-1]]:7.2f}"
-            print(f"{name:7}  {side:22}  {wall[side]:6.2f}  {ratios}  {grown:+5.0f}", flush=True)
+            cells = [f"{name:7}", f"{side:22}"]
+            for until, width in (("wall", 6), ("disk", 9)):
+                seconds = best[side][until]
+                cells.append(f"{seconds:{width}.2f}")
+                cells += [f"{seconds / best[other][until]:7.2f}" for other in (SIDES[0], SIDES[-1])]
+            cells.append(f"{max(run['peak'] - run['imports'] for run in runs):+5.0f}")
+            print("  ".join(cells), flush=True)
 
 
 def main() -> None:

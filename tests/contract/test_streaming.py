@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_merge_and_unload_bit_for_bit(made, tmp_path: Path, monkeypatch, shape: str, dtype: str) -> None:
     monkeypatch.setattr(shards, "BLOCK", 16384)  # several blocks for these small tensors
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # several at a time
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     (name, options), wanted = SHAPES[shape], DTYPES[dtype]
     base, adapter, out = made(name, wanted), tmp_path / "adapter", tmp_path / "out"
     save_adapter(base, adapter, wanted, options)
@@ -146,7 +149,7 @@ def test_what_cannot_be_streamed_says_why_and_is_merged_whole(made, tmp_path: Pa
         assert all(torch.equal(tensor, oracle[key]) for key, tensor in given.items())
 
 
-def test_tied_weights_that_differ_in_the_files_are_kept_apart(made, tiny: Path, tmp_path: Path) -> None:
+def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_path: Path, capfd) -> None:
     # transformers leaves them untied, whatever the configuration says
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(tiny / "model", base)
@@ -154,6 +157,7 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(made, tiny: Path, 
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     save_adapter(base, adapter, torch.float32, {})
     merge.merge(adapter, tmp_path / "out")
+    assert "the whole model is loaded: lm_head.weight is in its files, and tied" in capfd.readouterr().err
     oracle = peft_merge(base, adapter, torch.float32, tmp_path / "peft")
     given = tensors_of(tmp_path / "out")
     assert "lm_head.weight" in oracle
@@ -262,11 +266,25 @@ def test_a_wrong_streaming_merge_is_rejected(foreign: Path, tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_tensor_that_is_not_used_is_an_error(foreign: Path, tmp_path: Path, monkeypatch) -> None:
-    layers = attach._layers
-    monkeypatch.setattr(attach, "_layers", lambda *given: dict(list(layers(*given).items())[1:]))
-    with pytest.raises((LoraError, attach.Unstreamable)):
-        fold.merge(record.read_adapter(foreign), tmp_path / "out", stream=True)
+def test_an_adapter_tensor_that_is_not_used_is_an_error(foreign: Path, tmp_path: Path) -> None:
+    plan, _ = attach.make(record.read_adapter(foreign), torch.bfloat16, None)
+    fewer = plan._replace(layers=dict(list(plan.layers.items())[1:]))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LoraError, match="2 tensors of the adapter were not merged, such as base_model.model"):
+        stream.write(fewer, tmp_path / "out", torch.bfloat16)
+
+
+def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
+    foreign: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    def meta(*given):  # noqa: ANN002, ANN202
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setattr(walk, "logits", meta)
+    assert fold.merge(record.read_adapter(foreign), tmp_path / "loaded", stream=True).difference is not None
+    monkeypatch.setattr(walk.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert fold.merge(record.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference is None
+    assert "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
 
 
 def test_a_base_that_is_quantised_already_is_refused_at_once(foreign: Path, made, tmp_path: Path) -> None:
