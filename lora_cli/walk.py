@@ -18,7 +18,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli import attach, model, shards, ui, verify
-from lora_cli.stream import Changed, Plan, filled, plain
+from lora_cli.stream import Changed, Plan, filled, one_thread_each, plain
 from lora_cli.verify import Probe
 
 # Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
@@ -32,14 +32,14 @@ def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Pro
     `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32. `plan` says which of its
     modules are PEFT's layers. RuntimeError or NotImplementedError where a module reads weights that are not its own.
     """
-    shards.keep_memory()
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing
     ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
     kept = [range(max(0, len(probe.ids) - KEPT), len(probe.ids)) for probe in probes]
     wanted = [(row, position) for row, positions in enumerate(kept) for position in positions]
-    with torch.inference_mode(), _walking(model, read, plan), _only(model.get_output_embeddings(), wanted):
-        rows = model.eval()(input_ids=ids, use_cache=False).logits
+    with torch.inference_mode(), one_thread_each(), _walking(model, read, plan):
+        with _only(model.get_output_embeddings(), wanted):
+            rows = model.eval()(input_ids=ids, use_cache=False).logits
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
 
