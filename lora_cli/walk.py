@@ -37,9 +37,9 @@ def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Pro
     ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
     kept = [range(max(0, len(probe.ids) - KEPT), len(probe.ids)) for probe in probes]
     wanted = [(row, position) for row, positions in enumerate(kept) for position in positions]
-    with torch.inference_mode(), one_thread_each(), _walking(model, read, plan):
-        with _only(model.get_output_embeddings(), wanted):
-            rows = model.eval()(input_ids=ids, use_cache=False).logits
+    head = _only(model.get_output_embeddings(), wanted)
+    with torch.inference_mode(), one_thread_each(), _walking(model, read, plan), head:
+        rows = model.eval()(input_ids=ids, use_cache=False).logits
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
 
