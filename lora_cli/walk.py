@@ -24,6 +24,7 @@ from lora_cli.verify import Probe
 # Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
 KEPT = 8
 Read = Callable[[str, int, int | None], torch.Tensor]
+Forward = Callable[..., Any]
 
 
 def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]) -> list[torch.Tensor]:
@@ -122,7 +123,7 @@ def _walking(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[None]:
 
 def _forward(
     module: nn.Module, names: dict[int, str], read: Read, plan: Plan | None, changed: Changed | None
-) -> Callable[..., Any] | None:
+) -> Forward | None:
     """The module's forward, reading its tensors as it runs; None for a module that has none on `meta`."""
     forward = module.forward
     if changed is not None and plan is not None and changed.by_rows and type(module) is Linear:
@@ -134,26 +135,9 @@ def _forward(
     if not own:
         return None
     if type(module) is nn.Linear:
-        shape = tuple(module.weight.shape)
-
-        def by_rows(x: torch.Tensor) -> torch.Tensor:
-            pieces = []
-            for start, stop in shards.blocks(shape):
-                with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
-                    pieces.append(forward(x))
-            return torch.cat(pieces, -1)
-
-        return by_rows
+        return _linear(module, forward, own, read)
     if isinstance(module, nn.Embedding):
-        module.padding_idx = None  # says which row is not trained; the rows here are others
-
-        def of_tokens(ids: torch.Tensor) -> torch.Tensor:
-            tokens, positions = ids.unique(return_inverse=True)
-            rows = torch.cat([read(own["weight"], token, token + 1) for token in tokens.tolist()])
-            with filled(module, {"weight": rows}):
-                return forward(positions)
-
-        return of_tokens
+        return _embedding(module, forward, own["weight"], read)
 
     def with_all(*given: Any, **options: Any) -> Any:
         with filled(module, {leaf: read(name, 0, None) for leaf, name in own.items()}):
@@ -162,9 +146,34 @@ def _forward(
     return with_all
 
 
-def _adapted_linear(
-    layer: Linear, forward: Callable[..., torch.Tensor], plan: Plan, changed: Changed
-) -> Callable[..., torch.Tensor]:
+def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read) -> Forward:
+    """Some rows of its output at a time; `own` are its tensors (weight, bias) and their names."""
+    shape = tuple(module.weight.shape)
+
+    def by_rows(x: torch.Tensor) -> torch.Tensor:
+        pieces = []
+        for start, stop in shards.blocks(shape):
+            with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
+                pieces.append(forward(x))
+        return torch.cat(pieces, -1)
+
+    return by_rows
+
+
+def _embedding(module: nn.Embedding, forward: Forward, name: str, read: Read) -> Forward:
+    """The rows of the tokens it is given, and no others."""
+    module.padding_idx = None  # says which row is not trained; the rows here are others
+
+    def of_tokens(ids: torch.Tensor) -> torch.Tensor:
+        tokens, positions = ids.unique(return_inverse=True)
+        rows = torch.cat([read(name, token, token + 1) for token in tokens.tolist()])
+        with filled(module, {"weight": rows}):
+            return forward(positions)
+
+    return of_tokens
+
+
+def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Changed) -> Forward:
     """LoRA or DoRA on a linear module, some rows of its output at a time."""
     if layer.get_base_layer().bias is not None:
         changed = changed._replace(base={**changed.base, "base_layer.bias": plain(f"{changed.path}.bias")})

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from lora_cli import attach, fold, identity, merge, recipe_file, record, shards, stream, train, verify, walk
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli.errors import LoraError, RejectedError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = "all-linear"
@@ -192,6 +192,11 @@ def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, me
     for name in names:
         if name not in ("model.safetensors", "lora_record.json"):
             assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_original_weights_are_for_adapters_trained_in_4_bits(foreign: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="was not trained on 4-bit weights"):
+        merge.merge(foreign, tmp_path / "out", original=True)
 
 
 def test_the_original_weights_are_not_what_was_trained_on(write_recipe, tmp_path: Path) -> None:
