@@ -151,11 +151,11 @@ def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read
     shape = tuple(module.weight.shape)
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
-        pieces = []
+        out = x.new_empty(*x.shape[:-1], shape[0])  # pieces kept between the blocks would leave holes in memory
         for start, stop in shards.blocks(shape):
             with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
-                pieces.append(forward(x))
-        return torch.cat(pieces, -1)
+                out[..., start:stop] = forward(x)
+        return out
 
     return by_rows
 
@@ -184,10 +184,10 @@ def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Change
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
         adapter = changed.adapter(plan.weights)
-        pieces = []
+        out = x.new_empty(*x.shape[:-1], shape[0])
         for start, stop in shards.blocks(shape):
             with filled(layer, changed.take(plan.weights, adapter, start, stop)):
-                pieces.append(forward(x))
-        return torch.cat(pieces, -1)
+                out[..., start:stop] = forward(x)
+        return out
 
     return by_rows
