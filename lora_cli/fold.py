@@ -105,7 +105,7 @@ def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path)
 
 
 def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | Whole:
-    """The way to merge. Constant memory is the default: it was faster at every size measured, with the same result."""
+    """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
     if stream is not False:
         try:
             return Streamed(adapter, trained_dtype(adapter), original)
