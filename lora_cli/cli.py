@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -43,6 +44,13 @@ Density = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+
+
+class BaseWeights(str, Enum):
+    """The weights that an adapter trained in 4 bits is merged into (`--base` names the model)."""
+
+    dequantized = "dequantized"
+    original = "original"
 
 
 def _version(show: bool) -> None:
@@ -103,6 +111,13 @@ def merge(
     weights: Weights = None,
     combination: Combination = "cat",
     density: Density = None,
+    stream: Annotated[
+        Optional[bool],
+        typer.Option("--stream/--no-stream", help="In constant memory, or not; default: where that is possible."),
+    ] = None,
+    base_weights: Annotated[
+        BaseWeights, typer.Option(help="Of an adapter trained in 4 bits: what it is merged into.")
+    ] = BaseWeights.dequantized,
 ) -> None:
     """Fold an adapter, or several combined, into their base model and verify the result."""
     *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
@@ -111,7 +126,7 @@ def merge(
     from lora_cli.merge import merge
 
     with one_adapter(adapters, out, weights, combination, density, base) as adapter:
-        merge(adapter, out, base)
+        merge(adapter, out, base, stream, base_weights is BaseWeights.original)
     typer.echo(out)
 
 
@@ -163,6 +178,19 @@ def convert(
 
     convert(adapter, out, r, base)
     typer.echo(out)
+
+
+@app.command()
+def verify(
+    first: Annotated[str, typer.Argument(metavar="A", help="An adapter, a model (folder or hub), or a .gguf file.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="What should be the same function: any of these.")],
+    base: BaseModel = None,
+) -> None:
+    """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not explain it."""
+    _quiet_libraries()
+    from lora_cli.compare import compare
+
+    typer.echo(compare(first, second, base))
 
 
 @app.command("export-gguf")

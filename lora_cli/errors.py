@@ -27,6 +27,10 @@ class UsageError(LoraError):
     exit_code = 2
 
 
+class RejectedError(LoraError):
+    """A result that failed its check; `files.staged_folder` keeps it, where it was given a place for that."""
+
+
 def one_error(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageError:
     """Several (message, hint) as one error: a single one as it stands, more as a list headed `N problems {where}`."""
     if len(problems) == 1:

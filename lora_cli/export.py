@@ -157,5 +157,5 @@ def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) 
     expected = [logits[-1] for logits in verify.logits(weights, probes)]
     source = parity.Source(config, tokenizer, weights.num_parameters())
     return {
-        name: parity.compare(file, probes, expected, parity.KL_LIMIT.get(name), source) for name, file in made.items()
+        name: parity.compare(file, probes, expected, verify.KL_LIMIT.get(name), source) for name, file in made.items()
     }

@@ -96,6 +96,6 @@ def _compare_all(
     ui.say(f"  what the adapter does to the base here: {verify.compare(without, given)}")
     expected = [rows[-1] for rows in given]
     return {
-        name: parity.compare(exact, probes, expected, parity.KL_LIMIT[name], adapter=file)
+        name: parity.compare(exact, probes, expected, verify.KL_LIMIT[name], adapter=file)
         for name, file in made.items()
     }

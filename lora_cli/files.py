@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, RejectedError
 
 
 def cache_home() -> Path:
@@ -50,12 +50,14 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
+def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
     """An empty folder beside `final` that is renamed to it on success and removed on failure.
 
-    `final` must not exist, or be an empty folder: LoraError otherwise, before anything is made.
+    After a RejectedError it is renamed to `rejected`, where that is given. Both must not exist, or be empty folders:
+    LoraError otherwise, before anything is made.
     """
-    refuse_occupied(final)
+    for folder in [final, *([rejected] if rejected else [])]:
+        refuse_occupied(folder)
     staging = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     staging.mkdir(parents=True)
     try:
@@ -63,6 +65,10 @@ def staged_folder(final: Path) -> Iterator[Path]:
         if final.exists():
             final.rmdir()
         staging.rename(final)
+    except RejectedError:
+        if rejected:
+            staging.rename(rejected)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

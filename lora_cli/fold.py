@@ -1,8 +1,9 @@
-"""The merge engine: a base with its adapter becomes one plain model, written whole and compared with what it came from.
+"""The merge engine: a base with its adapter becomes one plain model, written and compared with what it came from.
 
-The adapter is folded by PEFT's `merge_and_unload` in float32 and each weight rounded once to the base's type. A base
-that was trained in 4 bits is dequantised first: those values, not the original 16-bit ones, are what the adapter was
-fitted to (measured mean |Δlogit|: 1.5e-7 against 5.9e-2).
+The adapter is folded by PEFT in float32 and each weight rounded once to the base's type: tensor by tensor in constant
+memory (`stream`), or, where that is not possible, by `merge_and_unload` on the whole model. A base that was trained in
+4 bits is dequantised first: those values, not the original 16-bit ones, are what the adapter was fitted to (measured
+mean |Δlogit|: 1.5e-7 against 5.9e-2).
 """
 
 from __future__ import annotations
@@ -13,31 +14,36 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli import files, model, record, ui, verify
-from lora_cli.errors import LoraError
+from lora_cli import attach, files, identity, model, record, shards, stream, ui, verify, walk
+from lora_cli.errors import LoraError, RejectedError
 from lora_cli.record import Adapter
 
 SHARD_SIZE = "5GB"
+# MiB that merging a tensor may take before it is said
+LARGE = 500
+# Tokens of each probe prompt that are enough to compare a merged model with what it was made from
+SHORT = 32
 
 
 class Merged(NamedTuple):
-    """What a merge did: modules folded, and the merged model's distance from base with adapter."""
+    """What a merge did: modules folded, and the merged model's distance from base with adapter, if it was measured."""
 
     modules: int
     dtype: torch.dtype
-    difference: verify.Difference
-    limit: float
+    difference: verify.Difference | None
 
 
-def load_base(adapter: Adapter) -> PreTrainedModel:
-    """The base as the adapter was trained on it: same revision, type, quantisation; a foreign one as its files are."""
-    name, revision = adapter.base, adapter.revision
-    dtype = getattr(torch, adapter.dtype) if adapter.dtype else dtype_on_disk(adapter)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, **adapter.quantization) if adapter.quantization else None
-    return model.load_base(name, revision, dtype, quantization)
+def load_base(adapter: Adapter, original: bool = False) -> PreTrainedModel:
+    """The base as the adapter was trained on it: same revision, type, quantisation; a foreign one as its files are.
+
+    `original` leaves the quantisation out. LoraError where it is not the base that was trained on.
+    """
+    identity.check(adapter)
+    quantization = adapter.quantization if not original else None
+    settings = BitsAndBytesConfig(load_in_4bit=True, **quantization) if quantization else None
+    return model.load_base(adapter.base, adapter.revision, trained_dtype(adapter), settings)
 
 
 def dtype_on_disk(adapter: Adapter) -> torch.dtype:
@@ -52,52 +58,219 @@ def load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
     return model.load_tokenizer(adapter.base, adapter.revision)
 
 
-def merge(adapter: Adapter, out: Path) -> Merged:
+def merge(
+    adapter: Adapter,
+    out: Path,
+    stream: bool | None = None,
+    original: bool = False,
+    rejected: Path | None = None,
+    check: bool = True,
+) -> Merged:
     """Merge `adapter` into its base and write the plain model to `out`.
 
-    Raises LoraError when `out` is occupied, a module was not merged, or the merged model's logits on the probe prompts
-    lie further from base with adapter than rounding explains; `out` is not made then.
+    `stream`: in constant memory (None: where that is possible), or with the whole model in memory. `original`: an
+    adapter trained on 4-bit weights goes into the base's own weights, not the dequantised. `check`: compare logits.
+    Raises LoraError when `out` is occupied or PEFT cannot merge, and RejectedError when the merged model's logits on
+    the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
+    then, if that is given.
     """
-    with files.staged_folder(out) as staging:
+    refuse_unmergeable(adapter)
+    identity.check(adapter)
+    with files.staged_folder(out, rejected) as staging:
         tokenizer = load_tokenizer(adapter)
+        way = choose(adapter, stream, original)
         probes = verify.probes(tokenizer)
-        base, dtype = load_base(adapter), dtype_on_disk(adapter)
-        base_dtype = base.config.dtype
-        if adapter.quantization:
-            quantised = model.load_adapter(base, adapter.folder)
-            before = verify.logits(quantised, probes)
-            base = quantised.unload().dequantize()
-        to_float32(base)
-        adapted = model.load_adapter(base, adapter.folder)
-        if not adapter.quantization:
-            before = verify.logits(adapted, probes)
-        kept = verify.check_trained(adapter.folder, before, base_dtype)
-        if kept:
-            ui.say(f"  base with adapter against the end of training: {kept}")
-        refuse_tied(adapted, adapter.base)
+        if not (adapter.folder / verify.TRAINED).is_file():  # whole, they are for what training left
+            probes = [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
+        expected = way.expected(probes) if check else None
+        if expected is not None:
+            check_trained(adapter, way, probes, expected, original)
+        dtype = dtype_on_disk(adapter)
+        modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
+        ui.say(f"  {modules} of {modules} modules merged")
+        complete(adapter, tokenizer, staging)
+        way.check_files(staging)
+        given = way.merged(staging, dtype, probes) if expected is not None else None
+        difference = compare(adapter, given, expected, dtype, way.arithmetic) if expected and given else None
+    return Merged(modules, dtype, difference)
+
+
+def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
+    model.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
+    files.write_json(
+        folder / record.ARTEFACT_RECORD,
+        record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
+    )
+
+
+def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | Whole:
+    """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
+    if stream is not False:
+        try:
+            return Streamed(adapter, trained_dtype(adapter), original)
+        except attach.Unstreamable as reason:
+            if stream:
+                raise LoraError(f"not in constant memory: {reason}", "leave --stream out") from reason
+            ui.say(f"  the whole model is loaded: {reason}")
+    return Whole(adapter, original)
+
+
+def check_trained(
+    adapter: Adapter,
+    way: Streamed | Whole,
+    probes: Sequence[verify.Probe],
+    expected: Sequence[torch.Tensor],
+    original: bool,
+) -> None:
+    """Is base with adapter the function that training left? After 4-bit weights: how far are the original ones off?"""
+    other = way.other(probes) if adapter.quantization else expected
+    if other is None:
+        return
+    trained = other if original else expected
+    kept = verify.check_trained(adapter.folder, trained, trained_dtype(adapter))
+    if kept:
+        ui.say(f"  base with adapter against the end of training: {kept}")
+    if adapter.quantization:
+        into = "original ones, as asked, which is" if original else "dequantised weights; the original ones would be"
+        ui.say(f"  merged into the {into} off from what was trained: {verify.compare(expected, other)}")
+
+
+def compare(
+    adapter: Adapter,
+    given: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    arithmetic: torch.dtype,
+) -> verify.Difference:
+    """The merged model's distance from base with adapter.
+
+    RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of `expected`, explains it.
+    """
+    difference = verify.compare(expected, given)
+    limit = max(verify.limit(difference, each) for each in (dtype, arithmetic))
+    distance = f"{difference} (limit {limit:.2e})"
+    ui.say(f"  merged against base with adapter: {distance}")
+    if not difference.max_abs <= limit:
+        raise RejectedError(
+            f"the merged model differs from base with adapter: {distance}",
+            f"is {adapter.base} the base it was trained on? --base gives another",
+        )
+    return difference
+
+
+def refuse_unmergeable(adapter: Adapter) -> None:
+    """LoraError for a base whose files hold weights in a form that nothing can be added to."""
+    stored = getattr(model.load_config(adapter.base, adapter.revision), "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise LoraError(
+            f"{adapter.base} keeps its weights quantised ({method}): an adapter cannot be merged into them",
+            "--base with the 16-bit model that it was made from",
+        )
+
+
+def trained_dtype(adapter: Adapter) -> torch.dtype:
+    """The type the base's weights had in training; that of its files for an adapter made elsewhere."""
+    return getattr(torch, adapter.dtype) if adapter.dtype else dtype_on_disk(adapter)
+
+
+class Streamed:
+    """In constant memory."""
+
+    def __init__(self, adapter: Adapter, trained: torch.dtype, original: bool) -> None:
+        """Raises attach.Unstreamable."""
+        self.adapter, self.trained, self.original = adapter, trained, original
+        self.arithmetic = torch.float32
+        self.plan, self.adapted = attach.make(adapter, trained, None if original else adapter.quantization)
+        attach.refuse_tied(self.adapted, adapter.base)
+        self.sums: dict[str, int] = {}
+
+    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
+        """Logits of base with adapter, on the weights that are merged into; None where they cannot be had."""
+        return walk.or_loaded(
+            lambda: walk.logits(self.adapted, self.plan.read, self.plan, probes),
+            lambda: Whole(self.adapter, self.original).expected(probes),
+            self.plan.weights.base,
+        )
+
+    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
+        """The same on the other weights of an adapter trained in 4 bits: original for dequantised, and so on."""
+        plan, adapted = attach.make(self.adapter, self.trained, self.adapter.quantization if self.original else None)
+        return walk.or_loaded(
+            lambda: walk.logits(adapted, plan.read, plan, probes),
+            lambda: Whole(self.adapter, self.original).other(probes),
+            plan.weights.base,
+        )
+
+    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
+        """The base's files again, tensor by tensor; returns how many modules were merged. Answers end in `ends`."""
+        needed = self.plan.largest_whole() / 2**20
+        if needed > LARGE:
+            ui.say(f"  some tensors are merged whole, for which up to {needed:.0f} MiB are needed each")
+        modules, self.sums = stream.write(self.plan, folder, dtype)
+        attach.write_config(self.adapter, folder, dtype, ends)
+        return modules
+
+    def check_files(self, folder: Path) -> None:
+        """RejectedError where they hold something else than was written; that this was finite has been looked at."""
+        changed = shards.changed_since(folder, self.sums)
+        if changed:
+            raise RejectedError(f"{changed} in the merged model's files is not what was written", "check the disk")
+
+    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
+        """Logits of the model that was written."""
+        return walk.logits_of(str(folder), None, dtype, probes)
+
+
+class Whole:
+    """With the whole model in memory."""
+
+    def __init__(self, adapter: Adapter, original: bool) -> None:
+        self.adapter, self.original = adapter, original
+        # 4-bit weights answer in the type of training
+        self.arithmetic = trained_dtype(adapter) if adapter.quantization and not original else torch.float32
+        self.adapted: PeftModel | None = None
+
+    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+        """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
+        self.adapted = self._load(original=self.original)
+        return verify.logits(self.adapted, probes)
+
+    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+        """The same on the other weights of an adapter trained in 4 bits."""
+        return verify.logits(self._load(original=not self.original), probes)
+
+    def _load(self, original: bool) -> PeftModel:
+        base = load_base(self.adapter, original)
+        quantised = self.adapter.quantization and not original
+        return model.load_adapter(base if quantised else to_float32(base), self.adapter.folder)
+
+    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
+        """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
+        adapted = self.adapted or self._load(original=self.original)
+        self.adapted = None
+        if self.adapter.quantization and not self.original:
+            adapted = model.load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
+        attach.refuse_tied(adapted, self.adapter.base)
         plain, modules = fold(adapted)
         round_once(plain, dtype)
         plain.config.use_cache = True
-        end_where_trained(plain, [tokenizer.eos_token_id, *adapter.stop_token_ids])
-        plain.save_pretrained(str(staging), max_shard_size=SHARD_SIZE)
-        model.save_tokenizer(tokenizer, staging, adapter.base, adapter.revision)
-        files.write_json(
-            staging / record.ARTEFACT_RECORD,
-            record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
-        )
-        del base, adapted, plain
-        written = to_float32(model.load_base(str(staging), None, dtype))
-        difference = verify.compare(before, verify.logits(written, probes))
-        result = Merged(modules, dtype, difference, verify.limit(difference, dtype))
-        ui.say(f"  {modules} of {modules} modules merged")
-        distance = f"{difference} (limit {result.limit:.2e})"
-        ui.say(f"  merged against base with adapter: {distance}")
-        if not difference.max_abs <= result.limit:
-            raise LoraError(
-                f"the merged model differs from base with adapter: {distance}; not written",
-                f"is {adapter.base} the base it was trained on? --base gives another",
-            )
-    return result
+        attach.end_where_trained(plain, ends)
+        plain.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
+        return modules
+
+    def check_files(self, folder: Path) -> None:
+        """RejectedError where a value is not finite: every one is looked at."""
+        tensors = shards.open_model(str(folder))
+        assert tensors is not None, "save_pretrained writes safetensors"
+        for name, entry in tensors.entries.items():
+            if not all(shards.finite(tensors.rows(name, *block)) for block in shards.blocks(entry.shape)):
+                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
+
+    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+        """Logits of the model that was written, loaded as anybody would."""
+        return verify.logits(to_float32(model.load_base(str(folder), None, dtype)), probes)
 
 
 def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
@@ -105,10 +278,8 @@ def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
     layers = model.lora_layers(adapted)
     try:
         plain = adapted.merge_and_unload()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise LoraError(
-            f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}", "serve it as it is"
-        ) from error
+    except stream.REFUSALS as error:
+        raise stream.refused(error) from error
     left = [name for name, layer in layers.items() if not layer.merged] + list(model.lora_layers(plain))
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
@@ -116,27 +287,6 @@ def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
             f"{done}; left out: {', '.join(left[:3]) or 'there are none'}", "train with other target_modules"
         )
     return plain, len(layers)
-
-
-def refuse_tied(adapted: PeftModel, base: str) -> None:
-    """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
-    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
-        raise LoraError(
-            f"{base} uses one weight for its embeddings and its head, and the adapter changes one of the two: "
-            "no plain model can hold both",
-            "train with modules_to_save, trainable_token_indices, or without embed_tokens and lm_head",
-        )
-
-
-def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
-    """Make the model's configurations name the tokens that ended the trained answers, beside those they had."""
-    configured = plain.generation_config.eos_token_id
-    before = configured if isinstance(configured, list) else [configured]
-    wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))
-    if wanted != [token for token in before if token is not None]:
-        plain.config.eos_token_id = wanted[0]
-        plain.generation_config.eos_token_id = wanted
 
 
 def to_float32(base: PreTrainedModel) -> PreTrainedModel:

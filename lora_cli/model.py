@@ -321,16 +321,21 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # An adapter may carry whole embeddings and heads as well, under the names the model has for them.
     whole = {key.replace(f".{name}.", ".") for key in model.state_dict()}
-    unplaced = stored.keys() - loaded.keys() - whole
-    for keys, what in ((unplaced, "the model has no place for"), (loaded.keys() - stored.keys(), "the adapter lacks")):
+    refuse_incomplete(folder, set(stored), set(loaded), whole)
+    bad = [key for key, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise LoraError(f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)", "train again")
+
+
+def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: set[str]) -> None:
+    """LoraError unless the adapter's tensors are those the model has places for: `loaded`, and any of its `whole`."""
+    unplaced = stored - loaded - whole
+    for keys, what in ((unplaced, "the model has no place for"), (loaded - stored, "the adapter lacks")):
         if keys:
             raise LoraError(
                 f"{folder} does not fit its base model: {what} {len(keys)} tensors, such as {min(keys)}",
                 "give the base it was trained on with --base",
             )
-    bad = [key for key, tensor in stored.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise LoraError(f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)", "train again")
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:

@@ -14,8 +14,6 @@ from lora_cli import ui, verify
 from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
-# Mean KL of the next token against the Hugging Face model that a type may cost; the others are reported, not judged.
-KL_LIMIT = {"f32": 1e-3, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
 NO_ENGINE = "not compared: no llama.cpp engine"
 REPORT = "report it, with the model's name"
 

@@ -49,6 +49,11 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
         if changes := _differences(before["recipe"], recipe):
             raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(changes)}", "undo the change")
+        if "fingerprint" in before["base"] and (changes := _differences(before["base"], contents["base"], "base.")):
+            raise LoraError(
+                f"the base differs from that of the run in {folder}: {'; '.join(changes[:3])}",
+                f"give the same base, or rm -r {folder} to start again",
+            )
         kept = {key: before[key] for key in ("started", "data") if key in before}
         kept["resumed"] = [*before.get("resumed", []), _now()]
     elif path.is_file():

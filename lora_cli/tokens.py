@@ -6,6 +6,7 @@ the new rows started from is of no matter afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def add(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def grow(model: PreTrainedModel, rows: int) -> None:
     """Let the embeddings, and the head, have at least so many rows; new ones are drawn around the mean of the rest."""
     if model.get_input_embeddings().num_embeddings < rows:
-        model.resize_token_embeddings(rows)
+        model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
 
 
 def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> None:
@@ -63,13 +64,18 @@ def matches(name: str, ending: str) -> bool:
 
 def fit(model: PreTrainedModel, folder: Path) -> None:
     """Grow the embeddings of a base to those the adapter in `folder` was trained with."""
+    stored = load_peft_weights(str(folder), device="cpu")
+    rows = rows_trained(model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()})
+    if model.get_input_embeddings().num_embeddings < rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def rows_trained(model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many rows of embeddings the adapter in `folder` speaks of; `shapes` are those of its tensors, by key."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
     ends = tuple(f"{name}{inner}.weight" for inner in ("", ".base_layer", ".token_adapter.base_layer"))
-    stored = load_peft_weights(str(folder), device="cpu")
-    carried = [tensor.shape[0] for key, tensor in stored.items() if key.endswith(ends)]
+    carried = [shape[0] for key, shape in shapes.items() if key.endswith(ends)]
     given = files.read_json(folder / "adapter_config.json").get("trainable_token_indices") or []
     ids = [number for listed in given.values() for number in listed] if isinstance(given, dict) else given
-    rows = max([*carried, *(number + 1 for number in ids)], default=0)
-    if embeddings.num_embeddings < rows:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    return max([*carried, *(number + 1 for number in ids)], default=0)

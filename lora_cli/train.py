@@ -27,6 +27,7 @@ from lora_cli import (
     data,
     files,
     foreign,
+    identity,
     initial,
     loss,
     model,
@@ -55,7 +56,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
-        "base": {"name": recipe.model.name_or_path, "commit": commit},
+        "base": {
+            "name": recipe.model.name_or_path,
+            "commit": commit,
+            "fingerprint": identity.fingerprint(recipe.model.name_or_path, commit),
+        },
     }
     run = record.begin(folder, recipe.plain(), contents, resume)
     ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")

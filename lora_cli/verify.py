@@ -27,6 +27,10 @@ PROBES = (
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 
 
+# Mean KL of the next token that a GGUF type may cost against the Hugging Face model; others are reported, not judged
+KL_LIMIT = {"f32": 1e-3, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
+
+
 class Difference(NamedTuple):
     """How far two sets of logits lie apart, over every position of every probe."""
 

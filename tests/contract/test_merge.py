@@ -120,9 +120,10 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
     damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
     (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
     monkeypatch.setattr(fold, "fold", unmerged)
-    with pytest.raises(LoraError, match="the merged model differs from base with adapter"):
-        merge.merge(adapter, tmp_path / "out")
+    with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
+        merge.merge(adapter, tmp_path / "out", stream=False)
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "model.safetensors").is_file()
 
 
 def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
@@ -164,8 +165,15 @@ def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: P
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoraError, match="on its base is not the model that was trained"):
+    said = r"is not the base that .* was trained on: the tensor model.layers.0.mlp.up_proj.weight differ"
+    with pytest.raises(LoraError, match=said):
         merge.merge(adapter, tmp_path / "out")
+    kept = json.loads((adapter / record.ARTEFACT_RECORD).read_text())
+    del kept["base"]["fingerprint"]  # as an adapter from before there were any
+    (adapter / record.ARTEFACT_RECORD).write_text(json.dumps(kept))
+    for stream in (True, False):
+        with pytest.raises(LoraError, match="on its base is not the model that was trained"):
+            merge.merge(adapter, tmp_path / "out", stream=stream)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(LoraError, match="the base of .* is not here"):
         merge.merge(adapter, tmp_path / "out")

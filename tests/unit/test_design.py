@@ -30,10 +30,15 @@ FLOORS = [
     {"limits", "selection", "sources"},
     {"cache"},
     {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
-    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing", "factors", "derived", "parity", "preflight"},
+    {"shards"},
+    {"stream", "identity"},
+    {"attach"},
+    {"walk"},
+    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing", "factors", "parity", "preflight"},
+    {"derived"},
     {"answer", "trainers", "serving", "imatrix"},
     # the verbs never import each other
-    {"train", "check", "merge", "export", "export_adapter", "generate", "doctor", "combine", "extract"},
+    {"train", "check", "merge", "compare", "export", "export_adapter", "generate", "doctor", "combine", "extract"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,233 @@
+"""Can this adapter be merged in constant memory, and how? PEFT's answer, on a base without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from lora_cli import model, shards, tokens
+from lora_cli.errors import LoraError
+from lora_cli.record import Adapter
+from lora_cli.shards import Tensors
+from lora_cli.stream import NAME, REFUSALS, Changed, Plan, Weights, plain
+
+# Starts that PEFT works out again from the base's weights when it loads such an adapter, changing them
+FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "eva", "loftq")
+
+
+class Unstreamable(Exception):
+    """Why an adapter must be merged with the whole model in memory, in words."""
+
+
+def skeleton(name: str, revision: str | None) -> PreTrainedModel:
+    """The base in float32 without its parameters; buffers that are worked out, such as rotary frequencies, are real."""
+    with init_empty_weights(include_buffers=False):
+        empty = AutoModelForCausalLM.from_config(model.load_config(name, revision), dtype=torch.float32)
+    empty.tie_weights()  # taking the weights away has parted them
+    return empty
+
+
+def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None) -> tuple[Plan, PeftModel]:
+    """How each tensor is merged, and the adapter on its base without weights.
+
+    `trained` is the type the base's weights had in training, `quantization` how they were stored in 4 bits (None: they
+    were not, or the original weights are wanted). Raises Unstreamable.
+    """
+    base = shards.open_model(adapter.base, adapter.revision)
+    if base is None:
+        raise Unstreamable("the base has no safetensors files")
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    _check_config(config)
+    empty = skeleton(adapter.base, adapter.revision)
+    parameters = _tensors(empty, base)
+    packed = packing(empty, adapter, quantization) if quantization else {}
+    carried = Tensors([adapter.folder / "adapter_model.safetensors"])
+    shapes = {key: entry.shape for key, entry in carried.entries.items()}
+    if empty.get_input_embeddings().num_embeddings < tokens.rows_trained(empty, adapter.folder, shapes):
+        raise Unstreamable("the adapter makes its embeddings larger")
+    adapted = _attach(empty, config)
+    places = _places(adapted)
+    _check_names(adapted, places, carried, adapter)
+    by_name = {name: key for key, name in places.items()}
+    layers = _layers(adapted, by_name, parameters)
+    own = {key for changed in layers.values() for key in changed.own.values()}
+    replaced = {plain(places.get(key, key)): key for key in carried.entries if key not in own}
+    for name, key in replaced.items():
+        if name not in parameters or carried.entries[key].shape != base.entries[name].shape:
+            raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
+    _check_tied(adapted)
+    return Plan(Weights(base, carried, replaced, trained, packed), layers, parameters, by_name), adapted
+
+
+def packing(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tensors that transformers would quantise with these settings, and bitsandbytes' options for each."""
+    from bitsandbytes.nn import Linear4bit
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, **quantization)
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    other = skeleton(adapter.base, adapter.revision)
+    quantizer.preprocess_model(model=other, device_map=None)
+    found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
+    for length in sorted({module.in_features for module in found.values()}):
+        if model.misreads(length):
+            raise Unstreamable(f"bitsandbytes misreads rows of {length} weights here")
+    return {f"{name}.weight": dict(module.weight.__dict__) for name, module in found.items()}
+
+
+def _check_config(config: PeftConfig) -> None:
+    assert isinstance(config, LoraConfig), "read_adapter has refused others"
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(FROM_WEIGHTS):
+        raise Unstreamable(f"its start, {config.init_lora_weights}, is worked out from the base's weights again")
+    if config.layer_replication:
+        raise Unstreamable("it repeats layers of the base")
+
+
+def as_stored(name: str, revision: str | None, base: Tensors) -> bool:
+    """Whether a model's files name its tensors as the model does, so that they can be read one by one."""
+    try:
+        _tensors(skeleton(name, revision), base)
+    except Unstreamable:
+        return False
+    return True
+
+
+def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
+    """The tensors to write: name -> whether it is a parameter. Names and shapes must be the model's own."""
+    parameters = dict(empty.named_parameters())
+    whole = empty.state_dict()
+    missing = sorted(name for name in parameters if name not in base.entries)
+    foreign = sorted(base.entries.keys() - whole.keys())
+    if missing or foreign:
+        name = (missing or foreign)[0]
+        raise Unstreamable(f"its files name the tensors otherwise than the model, or lack some ({name})")
+    for name, entry in base.entries.items():
+        if entry.shape != tuple(whole[name].shape):
+            raise Unstreamable(f"{name} has another shape in its files")
+        if name not in parameters and name not in dict(empty.named_buffers()):
+            # transformers ties such weights only if they are equal
+            raise Unstreamable(f"{name} is in its files, and tied to another tensor by its configuration")
+    return {name: name in parameters for name in base.entries}
+
+
+def _attach(empty: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    try:
+        with model.quiet_peft():
+            return get_peft_model(empty, config, low_cpu_mem_usage=True).eval()
+    except REFUSALS as error:
+        raise Unstreamable(f"PEFT: {' '.join(str(error).split())[:200]}") from error
+
+
+def _places(adapted: PeftModel) -> dict[str, str]:
+    """Key in the adapter's file -> the parameter it is for, as PEFT saves it."""
+    state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+    names = {id(tensor): name for name, tensor in state.items()}
+    with model.quiet_peft():
+        saved = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    if unknown := [key for key, tensor in saved.items() if id(tensor) not in names]:
+        raise Unstreamable(f"PEFT changes {unknown[0]} when it loads it")
+    return {key: names[id(tensor)] for key, tensor in saved.items()}
+
+
+def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors, adapter: Adapter) -> None:
+    state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+    whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
+    model.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
+    for key in carried.entries:
+        if not shards.finite(carried.rows(key)):
+            raise LoraError(f"{adapter.folder}: {key} holds values that are not finite", "train again")
+    for key, name in places.items():
+        if carried.entries[key].shape != tuple(state[name].shape):
+            shapes = f"{list(carried.entries[key].shape)}, the model has {list(state[name].shape)}"
+            raise LoraError(
+                f"{adapter.folder} does not fit its base model: {key} is {shapes}",
+                "give the base it was trained on with --base",
+            )
+
+
+def _layers(adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[str, bool]) -> dict[str, Changed]:
+    """Which layer changes each tensor."""
+    found: dict[str, Changed] = {}
+    for path, layer in adapted.named_modules():
+        if isinstance(layer, MultiheadAttention):
+            raise Unstreamable(f"{plain(path)} is adapted as a whole")
+        if isinstance(layer, (LoraLayer, TrainableTokensLayer)):
+            changed = _changed(path, layer, by_name)
+            if not changed.own:  # tied rows, which another layer has
+                continue
+            for name in changed.base.values():
+                if name in found:
+                    raise Unstreamable(f"{name} is adapted twice")
+                if name not in parameters:
+                    raise Unstreamable(f"{name} is not in the base's files")
+                found[name] = changed
+    return found
+
+
+def _changed(path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mapping[str, str]) -> Changed:
+    own = {
+        name.removeprefix(f"{path}."): key
+        for name, key in by_name.items()
+        if name.startswith(f"{path}.") and not name.startswith(f"{path}.base_layer.")
+    }
+    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    inside = [path for path, module in layer.named_modules() if module is layer.get_base_layer()][0]
+    base = {f"{inside}.{leaf}": plain(f"{path}.{leaf}")}
+    if any(getattr(layer, "lora_bias", {}).values()):
+        base[f"{inside}.bias"] = plain(f"{path}.bias")
+    return Changed(path, layer, own, base)
+
+
+def _check_tied(adapted: PeftModel) -> None:
+    if not adapted.config.tie_word_embeddings:
+        return
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    saved = {plain(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
+    weights = {plain(name) for name, module in adapted.named_modules() if any(module is end for end in ends)}
+    if any(name.rpartition(".")[0] in weights for name in saved):
+        raise Unstreamable("it gives tied embeddings and head weights of their own")
+
+
+def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
+    """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
+    plain_model = skeleton(adapter.base, adapter.revision)
+    with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
+        plain_model.generation_config = GenerationConfig.from_pretrained(adapter.base, revision=adapter.revision)
+    plain_model.config.dtype = str(dtype).removeprefix("torch.")
+    plain_model.config.architectures = [type(plain_model).__name__]
+    plain_model.config.use_cache = True
+    end_where_trained(plain_model, ends)
+    plain_model.config.save_pretrained(str(folder))
+    plain_model.generation_config.save_pretrained(str(folder))
+
+
+def refuse_tied(adapted: PeftModel, base: str) -> None:
+    """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        raise LoraError(
+            f"{base} uses one weight for its embeddings and its head, and the adapter changes one of the two: "
+            "no plain model can hold both",
+            "train with modules_to_save, trainable_token_indices, or without embed_tokens and lm_head",
+        )
+
+
+def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
+    """Make the model's configurations name the tokens that ended the trained answers, beside those they had."""
+    configured = plain.generation_config.eos_token_id
+    before = configured if isinstance(configured, list) else [configured]
+    wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))
+    if wanted != [token for token in before if token is not None]:
+        plain.config.eos_token_id = wanted[0]
+        plain.generation_config.eos_token_id = wanted

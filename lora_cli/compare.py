@@ -1,0 +1,110 @@
+"""`lora verify`: are two forms of a model the same function? Any two of adapter, model and GGUF file.
+
+Each answers the same probe prompts, in constant memory where that is possible. Between Hugging Face models the logits
+after the last tokens of each probe are compared; with a GGUF file, the distribution after the very last, in llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli import fold, model, record, ui, verify, walk
+from lora_cli.errors import LoraError, RejectedError
+from lora_cli.gguf import GGUFModel
+from lora_cli.verify import Probe
+
+
+class Form(NamedTuple):
+    """What one form says: logits of some positions per probe, and the type that its weights have."""
+
+    logits: list[torch.Tensor]
+    type: str
+
+    @property
+    def last(self) -> list[torch.Tensor]:
+        """Those after the last token of each probe."""
+        return [rows[-1:] for rows in self.logits]
+
+
+def compare(first: str, second: str, base: str | None) -> str:
+    """The difference in words. RejectedError where it is more than the forms' types explain.
+
+    `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be compared.
+    """
+    kinds = {path: record.kind(path) for path in (first, second)}
+    by_model = next((path for path in kinds if kinds[path] != "gguf"), None)
+    # one side's tokenizer and template make the prompts of both
+    probes = verify.probes(_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain(Path(first))
+    one, other = (_form(path, kinds[path], base, probes) for path in (first, second))
+    gguf = "gguf" in kinds.values()
+    difference = verify.compare(*((one.last, other.last) if gguf else (one.logits, other.logits)))
+    said = f"{first} ({one.type}) and {second} ({other.type}): {difference}"
+    limit, value = _limit(difference, one, other, gguf)
+    if limit is None:
+        return f"{said} (reported: {' and '.join(sorted({one.type, other.type}))} has no limit)"
+    said = f"{said} (limit: {'mean KL' if gguf else '|Δlogit|'} {limit:.2e})"
+    if not value <= limit:
+        raise RejectedError(f"not the same function: {said}", "merge or export again; lora generate shows answers")
+    return said
+
+
+def _limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
+    """The limit, and the figure it is for: KL where a GGUF takes part, else the largest |Δlogit|."""
+    if not gguf:
+        limits = [verify.limit(difference, getattr(torch, form.type)) for form in (one, other)]
+        return max(limits), difference.max_abs
+    # Hugging Face models are compared in float32
+    known = [verify.KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None) for form in (one, other)]
+    return (None if None in known else max(limit for limit in known if limit is not None)), difference.mean_kl
+
+
+def _tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
+    if kind == "adapter":
+        return fold.load_tokenizer(record.read_adapter(Path(path), base))
+    return model.load_tokenizer(path)
+
+
+def _plain(path: Path) -> list[Probe]:
+    """Probes for two GGUF files: plain text, with the ids of the first."""
+    with GGUFModel(path) as engine:
+        return [Probe(text, engine.tokenize(text), True) for text in verify.PROBES]
+
+
+def _form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Form:
+    """What the model at `path` says to the probes."""
+    if kind == "gguf":
+        return _of_gguf(Path(path), probes)
+    tokenizer = _tokenizer(path, kind, base)
+    for probe in probes:
+        ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]
+        _same_ids(path, probe, ids)
+    if kind == "adapter":
+        adapter = record.read_adapter(Path(path), base)
+        ui.say(f"{path}: on {adapter.base}")
+        dtype = fold.trained_dtype(adapter)
+        logits = fold.choose(adapter, stream=None, original=False).expected(probes)
+        logits = logits and [rows[-walk.KEPT :] for rows in logits]
+    else:
+        dtype = model.checkpoint_dtype(model.load_config(path))
+        logits = walk.logits_of(path, None, dtype, probes)
+    if logits is None:
+        raise LoraError(f"{path} could not be read weight by weight", "compare it where there is more memory")
+    return Form(logits, str(dtype).removeprefix("torch."))
+
+
+def _of_gguf(path: Path, probes: Sequence[Probe]) -> Form:
+    with GGUFModel(path, exact=True) as engine:
+        for probe in probes:
+            _same_ids(str(path), probe, engine.tokenize(probe.text, add_special=probe.plain))
+        given = [torch.tensor([engine.logprobs(probe.ids)]) for probe in probes]
+        return Form(given, str(engine.metadata["ftype"]).lower().removeprefix("all "))
+
+
+def _same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:
+    if list(ids) != probe.ids:
+        raise LoraError(f"{path} splits {probe.text[:60]!r} into other tokens than the other", "they are two models")

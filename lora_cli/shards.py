@@ -1,0 +1,226 @@
+"""safetensors files read a few rows at a time and written in order, without holding or mapping a whole one.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header with type, shape and
+offsets of each tensor, then the tensors' bytes. Mapped memory counts as the process's own, so files are read plainly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from transformers.utils.hub import cached_file
+
+from lora_cli import files
+from lora_cli.errors import LoraError, RejectedError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+# Bits of the exponent, which are all set in a NaN or an infinity alone
+EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
+UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
+# Bytes of float32 worked on at a time: some rows of a tensor, small enough for a processor's cache
+BLOCK = 2**20
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its file, type, shape, and the offset of its first byte in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class Tensors:
+    """The tensors of some safetensors files, by name, in the order of their bytes."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Read the headers. SafetensorError (as the library's own) for a file that is damaged or cut off."""
+        self.entries: dict[str, Entry] = {}
+        self.paths = list(paths)
+        for path in self.paths:
+            for name, entry in sorted(_header(path).items(), key=lambda pair: pair[1].start):
+                self.entries[name] = entry
+
+    def names(self, path: Path) -> list[str]:
+        """The tensors of one file."""
+        return [name for name, entry in self.entries.items() if entry.file == path]
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor along its first dimension, a new tensor of the file's type."""
+        entry = self.entries[name]
+        if not entry.shape:
+            return self._read(entry, entry.start, ())
+        stop = entry.shape[0] if stop is None else min(stop, entry.shape[0])
+        shape = (stop - start, *entry.shape[1:])
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        return self._read(entry, entry.start + start * row, shape)
+
+    def _read(self, entry: Entry, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        data = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        view = memoryview(data.numpy())
+        done = 0
+        with entry.file.open("rb", buffering=0) as file:  # one of its own, for threads read at the same time
+            file.seek(offset)
+            while done < len(view):  # the system reads at most 2 GiB at once
+                read = file.readinto(view[done:])
+                if not read:
+                    raise SafetensorError(f"{entry.file} is shorter than its header says")
+                done += read
+        return data.view(entry.dtype).reshape(shape)
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    """The entries of one file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise SafetensorError(f"{path} is no safetensors file, or is cut off")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError:
+            raise SafetensorError(f"{path} has no safetensors header") from None
+    header.pop("__metadata__", None)
+    unknown = {tensor["dtype"] for tensor in header.values()} - TYPES.keys()
+    if unknown:
+        raise LoraError(f"{path} holds {sorted(unknown)[0]} weights, which are not merged into", "take a 16-bit base")
+    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != end:
+        raise SafetensorError(f"{path} has {size} bytes, its header says {end}")
+    return {
+        name: Entry(path, TYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
+        for name, tensor in header.items()
+    }
+
+
+def open_model(name: str, revision: str | None = None) -> Tensors | None:
+    """The weights of a model on the hub or in a folder; None where they are not in safetensors files."""
+    index = _find(name, INDEX, revision)
+    if index is not None:
+        shards = sorted(set(files.read_json(index)["weight_map"].values()))
+        return Tensors([path for shard in shards if (path := _find(name, shard, revision, required=True))])
+    single = _find(name, SINGLE, revision)
+    return None if single is None else Tensors([single])
+
+
+def _find(name: str, file: str, revision: str | None, required: bool = False) -> Path | None:
+    try:
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=required)
+    except (OSError, EntryNotFoundError) as error:
+        raise LoraError(f"{name} lacks {file}, which its index names", "copy or download it again") from error
+    return None if found is None else Path(found)
+
+
+def create(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
+    """A safetensors file with its header and room for these tensors (name -> type, shape); where each is to go."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + offset)
+    return _header(path)
+
+
+def fill(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
+    """Write a tensor's pieces, in order, to their place; returns their checksum. LoraError for one not finite."""
+    total = 0
+    with entry.file.open("r+b", buffering=0) as file:
+        file.seek(entry.start)
+        for rows in pieces:
+            if not finite(rows):
+                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
+            total += checksum(rows)
+            view = _bits(rows).view(np.uint8).data
+            done = 0
+            while done < len(view):
+                done += file.write(view[done:])
+        end = entry.start + math.prod(entry.shape) * entry.dtype.itemsize
+        assert file.tell() == end, f"not all of {name} was written"
+    return total % 2**64
+
+
+def finite(rows: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; by the exponent's bits, many times faster than torch.isfinite on a CPU."""
+    if not rows.is_floating_point() or not rows.numel():
+        return True
+    if rows.dtype not in EXPONENT:
+        return bool(torch.isfinite(rows.float()).all())
+    mask = EXPONENT[rows.dtype]
+    return bool((_bits(rows) & UNSIGNED[rows.dtype.itemsize](mask)).max() != mask)
+
+
+def checksum(rows: torch.Tensor) -> int:
+    """The sum of all values' bits: any one value that is changed afterwards changes it."""
+    return int(_bits(rows).sum(dtype=np.uint64))
+
+
+def _bits(rows: torch.Tensor) -> np.ndarray[Any, Any]:
+    return rows.contiguous().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[rows.dtype.itemsize])
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed blocks of some megabytes, by freeing a larger one first.
+
+    Otherwise glibc hands each of them back to the system, and fetching their pages again takes two thirds of the time
+    of merging a block (measured: 0.5 against 1.5 GB/s).
+    """
+    torch.empty(30 * 2**20, dtype=torch.uint8)
+
+
+def changed_since(folder: Path, sums: Mapping[str, int]) -> str | None:
+    """The first tensor of a folder's files that is not what was written, by its checksum; None if all are."""
+    tensors = open_model(str(folder))
+    assert tensors is not None, "written just now"
+    if tensors.entries.keys() != sums.keys():
+        return min(tensors.entries.keys() ^ sums.keys())
+    for name, entry in tensors.entries.items():
+        total = sum(checksum(tensors.rows(name, start, stop)) for start, stop in blocks(entry.shape))
+        if total % 2**64 != sums[name]:
+            return name
+    return None
+
+
+def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
+    """The index of several shards."""
+    size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in places.values())
+    shard_of = {name: entry.file.name for name, entry in sorted(places.items())}
+    files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `BLOCK` bytes in float32 that cover a tensor of this shape, in order."""
+    if not shape:
+        yield 0, 1
+        return
+    step = max(1, BLOCK // max(1, 4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

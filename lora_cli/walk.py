@@ -1,0 +1,193 @@
+"""Logits of a model of any size: its weights are read from the files as the forward pass comes to them.
+
+The modules of a model without weights keep their own forward, which gets real tensors for as long as it runs: linear
+modules some rows of output at a time, embeddings the rows of the tokens given, PEFT's layers their adapter's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import nn
+
+from lora_cli import attach, model, shards, ui, verify
+from lora_cli.stream import Changed, Plan, filled, one_thread_each, plain
+from lora_cli.verify import Probe
+
+# Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
+KEPT = 8
+Read = Callable[[str, int, int | None], torch.Tensor]
+Forward = Callable[..., Any]
+
+
+def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    """Float32 logits at the last positions of each probe: one (positions, vocabulary) tensor per probe.
+
+    `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32. `plan` says which of its
+    modules are PEFT's layers. RuntimeError or NotImplementedError where a module reads weights that are not its own.
+    """
+    width = max(len(probe.ids) for probe in probes)
+    # later positions are hidden from earlier ones, so padding on the right changes nothing
+    ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
+    kept = [range(max(0, len(probe.ids) - KEPT), len(probe.ids)) for probe in probes]
+    wanted = [(row, position) for row, positions in enumerate(kept) for position in positions]
+    head = _only(model.get_output_embeddings(), wanted)
+    with torch.inference_mode(), one_thread_each(), _walking(model, read, plan), head:
+        rows = model.eval()(input_ids=ids, use_cache=False).logits
+    return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
+
+
+def logits_of(
+    name: str, revision: str | None, dtype: torch.dtype, probes: Sequence[Probe]
+) -> list[torch.Tensor] | None:
+    """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
+    tensors = shards.open_model(name, revision)
+
+    def load() -> list[torch.Tensor]:
+        network = model.load_base(name, revision, dtype)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.float()
+        return verify.logits(network, probes)
+
+    if tensors is None or not attach.as_stored(name, revision, tensors):
+        return [rows[-KEPT:] for rows in load()]
+    return or_loaded(lambda: _of_files(name, revision, tensors, probes), load, tensors)
+
+
+def or_loaded(
+    walked: Callable[[], list[torch.Tensor]], loaded: Callable[[], list[torch.Tensor]], tensors: shards.Tensors
+) -> list[torch.Tensor] | None:
+    """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of memory suffices."""
+    try:
+        return walked()
+    except (RuntimeError, NotImplementedError) as error:  # a tensor without data has no values to give
+        needed = 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
+        if needed > psutil.virtual_memory().available / 4:
+            ui.warn(
+                f"logits were not compared: this model has to be loaded for that ({needed / 2**30:.0f} GiB), since "
+                f"{' '.join(str(error).split())[:100]}"
+            )
+            return None
+    return [rows[-KEPT:] for rows in loaded()]
+
+
+def _of_files(name: str, revision: str | None, tensors: shards.Tensors, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    def read(tensor: str, start: int, stop: int | None) -> torch.Tensor:
+        rows = tensors.rows(tensor, start, stop)
+        return rows.float() if rows.is_floating_point() else rows
+
+    return logits(attach.skeleton(name, revision), read, None, probes)
+
+
+@contextmanager
+def _only(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """The head sees these (row, position) of the hidden states alone."""
+    rows, positions = torch.tensor(wanted).T
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions][None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _walking(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[None]:
+    """`model` with each module's forward reading what it needs."""
+    changed = {layer.path: layer for layer in plan.layers.values()} if plan is not None else {}
+    # tied weights have one name, that of the first module which has them
+    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    done: list[nn.Module] = []
+    inside: tuple[str, ...] = ()
+    for path, module in list(model.named_modules()):
+        if path.startswith(inside) and inside:
+            continue
+        if isinstance(module, (LoraLayer, TrainableTokensLayer)):
+            inside += (f"{path}.",)
+        forward = _forward(module, names, read, plan, changed.get(path))
+        if forward is not None:
+            module.forward = forward
+            done.append(module)
+    try:
+        yield
+    finally:
+        for module in done:
+            del module.forward  # the class's own shows again
+
+
+def _forward(
+    module: nn.Module, names: dict[int, str], read: Read, plan: Plan | None, changed: Changed | None
+) -> Forward | None:
+    """The module's forward, reading its tensors as it runs; None for a module that has none on `meta`."""
+    forward = module.forward
+    if changed is not None and plan is not None and changed.by_rows and type(module) is Linear:
+        return _adapted_linear(module, forward, plan, changed)
+    whole = isinstance(module, (LoraLayer, TrainableTokensLayer))
+    tensors = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
+    # PEFT keeps the rows it has replaced, which no forward reads
+    own = {path: names[id(t)] for path, t in tensors if t.is_meta and not path.startswith("trainable_tokens_original")}
+    if not own:
+        return None
+    if type(module) is nn.Linear:
+        return _linear(module, forward, own, read)
+    if isinstance(module, nn.Embedding):
+        return _embedding(module, forward, own["weight"], read)
+
+    def with_all(*given: Any, **options: Any) -> Any:
+        with filled(module, {leaf: read(name, 0, None) for leaf, name in own.items()}):
+            return forward(*given, **options)
+
+    return with_all
+
+
+def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read) -> Forward:
+    """Some rows of its output at a time; `own` are its tensors (weight, bias) and their names."""
+    shape = tuple(module.weight.shape)
+
+    def by_rows(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(*x.shape[:-1], shape[0])  # pieces kept between the blocks would leave holes in memory
+        for start, stop in shards.blocks(shape):
+            with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
+                out[..., start:stop] = forward(x)
+        return out
+
+    return by_rows
+
+
+def _embedding(module: nn.Embedding, forward: Forward, name: str, read: Read) -> Forward:
+    """The rows of the tokens it is given, and no others."""
+    module.padding_idx = None  # says which row is not trained; the rows here are others
+
+    def of_tokens(ids: torch.Tensor) -> torch.Tensor:
+        tokens, positions = ids.unique(return_inverse=True)
+        rows = torch.cat([read(name, token, token + 1) for token in tokens.tolist()])
+        with filled(module, {"weight": rows}):
+            return forward(positions)
+
+    return of_tokens
+
+
+def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Changed) -> Forward:
+    """LoRA or DoRA on a linear module, some rows of its output at a time."""
+    if layer.get_base_layer().bias is not None:
+        changed = changed._replace(base={**changed.base, "base_layer.bias": plain(f"{changed.path}.bias")})
+    for magnitude in layer.lora_magnitude_vector.values():
+        # PEFT multiplies an identity of the input's width through both, for FSDP's sake; the product is the same
+        magnitude.get_lora_weight = lambda lora_A, lora_B, adapter_name=None: lora_B.weight @ lora_A.weight
+    shape = tuple(layer.get_base_layer().weight.shape)
+
+    def by_rows(x: torch.Tensor) -> torch.Tensor:
+        adapter = changed.adapter(plan.weights)
+        out = x.new_empty(*x.shape[:-1], shape[0])
+        for start, stop in shards.blocks(shape):
+            with filled(layer, changed.take(plan.weights, adapter, start, stop)):
+                out[..., start:stop] = forward(x)
+        return out
+
+    return by_rows

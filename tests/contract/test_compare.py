@@ -1,0 +1,76 @@
+"""`lora verify`: forms of one model are the same function, others are not, by their logits and in llama.cpp.
+
+Hermetic: the tiny model, an adapter with B ≠ 0, a GGUF converted here. Alone: pytest tests/contract/test_compare.py
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli import compare, llama_cpp, merge
+from lora_cli.errors import LoraError, RejectedError
+
+
+@pytest.fixture(scope="module")
+def forms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same function as adapter, merged folder and GGUF; another as `base`."""
+    folder = tmp_path_factory.mktemp("forms")
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny / "model"),
+        LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", use_dora=True),
+    )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
+    adapted.save_pretrained(folder / "adapter")
+    merge.merge(folder / "adapter", folder / "merged")
+    shutil.copy(tiny / "model" / "tokenizer.model", folder / "merged")
+    llama_cpp.convert(folder / "merged", folder / "m.gguf", "f16", llama_cpp.find_converter())
+    names = {"adapter": folder / "adapter", "merged": folder / "merged", "gguf": folder / "m.gguf"}
+    return {**{name: str(path) for name, path in names.items()}, "base": str(tiny / "model")}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("adapter", "merged"), ("merged", "adapter"), ("merged", "gguf"), ("gguf", "adapter"), ("gguf", "gguf")],
+)
+def test_forms_of_one_model_are_the_same_function(forms: dict[str, str], one: str, other: str) -> None:
+    said = compare.compare(forms[one], forms[other], None)
+    assert said.startswith(forms[one])
+    assert "(limit: mean KL 1.00e-03)" in said if "gguf" in (one, other) else "(limit: |Δlogit| " in said
+
+
+@pytest.mark.parametrize("other", ["adapter", "merged", "gguf"])
+def test_another_model_is_another_function(forms: dict[str, str], other: str) -> None:
+    with pytest.raises(RejectedError, match="not the same function: "):
+        compare.compare(forms["base"], forms[other], None)
+
+
+def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(forms["merged"], tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["primary"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(LoraError, match="splits .* into other tokens"):
+        compare.compare(forms["merged"], str(tmp_path / "other"), None)
+
+
+def test_the_command_prints_the_difference_and_exits_1_beyond_it(lora, forms: dict[str, str], tmp_path: Path) -> None:
+    done = lora("verify", forms["adapter"], forms["merged"])
+    assert (done.returncode, done.stdout.count("largest |Δlogit|")) == (0, 1), done.stderr
+    shutil.copytree(forms["merged"], tmp_path / "off")
+    weights = load_file(tmp_path / "off" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.1
+    save_file(weights, tmp_path / "off" / "model.safetensors", metadata={"format": "pt"})
+    done = lora("verify", forms["merged"], tmp_path / "off")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: not the same function: ")
