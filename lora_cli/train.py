@@ -25,6 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli import (
     data,
+    dora,
     files,
     foreign,
     identity,
@@ -214,6 +215,7 @@ def _adapted(
         adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
         initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
+    dora.install(adapted)  # last: it remembers what the base's weights are
     return adapted
 
 

@@ -34,7 +34,7 @@ FLOORS = [
     {"stream", "identity"},
     {"attach"},
     {"walk"},
-    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing", "factors", "parity", "preflight"},
+    {"fold", "watch", "oracle", "initial", "plan", "loss", "packing", "dora", "factors", "parity", "preflight"},
     {"derived"},
     {"answer", "trainers", "serving", "imatrix"},
     # the verbs never import each other
