@@ -333,8 +333,15 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
+def _terminate(*_: object) -> NoReturn:
+    """SIGTERM: what is half made is removed, as after an interruption by hand."""
+    ui.say("terminated")
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main() -> NoReturn:
-    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted."""
+    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 143 by SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(app(standalone_mode=False))
     except LoraError as error:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import derived, factors, files, fold, model, record, ui
+from lora_cli import derived, factors, files, fold, identity, model, record, ui
 from lora_cli.errors import LoraError, UsageError, nearest
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
@@ -65,6 +65,7 @@ def combine(
     _refuse_other_bases(adapters)
     for adapter in adapters:
         derived.refuse_beyond(adapter.folder)
+        identity.check(adapter)
     first = adapters[0]
     with files.staged_folder(out) as staging:
         tokenizer = _tokenizer(adapters)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import fold, model, record, ui, verify, walk
+from lora_cli import fold, identity, model, record, ui, verify, walk
 from lora_cli.errors import LoraError, RejectedError
 from lora_cli.gguf import GGUFModel
 from lora_cli.verify import Probe
@@ -27,8 +27,8 @@ class Form(NamedTuple):
 
     @property
     def last(self) -> list[torch.Tensor]:
-        """Those after the last token of each probe."""
-        return [rows[-1:] for rows in self.logits]
+        """Log-probabilities after the last token of each probe: llama.cpp gives no others."""
+        return [rows[-1:].double().log_softmax(-1) for rows in self.logits]
 
 
 def compare(first: str, second: str, base: str | None) -> str:
@@ -80,11 +80,14 @@ def _form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Fo
     if kind == "gguf":
         return _of_gguf(Path(path), probes)
     tokenizer = _tokenizer(path, kind, base)
+    if any(probe.text != other.text for probe, other in zip(probes, verify.probes(tokenizer)) if not probe.plain):
+        raise RejectedError(f"{path} has another chat template: it renders the same prompts otherwise", "diff the two")
     for probe in probes:
         ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]
         _same_ids(path, probe, ids)
     if kind == "adapter":
         adapter = record.read_adapter(Path(path), base)
+        identity.check(adapter)
         ui.say(f"{path}: on {adapter.base}")
         dtype = fold.trained_dtype(adapter)
         logits = fold.choose(adapter, stream=None, original=False).expected(probes)

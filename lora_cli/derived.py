@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import files, model, record
+from lora_cli import files, identity, model, record
 from lora_cli.errors import LoraError
 from lora_cli.record import Adapter
 
@@ -64,7 +64,7 @@ def finish(
     made = record.new(
         command,
         status="finished",
-        base={"name": first.base, "commit": commit},
+        base={"name": first.base, "commit": commit, "fingerprint": identity.fingerprint(first.base, commit)},
         recipe={key: first.recipe[key] for key in ("model", "quantization") if key in first.recipe},
         data={"stop_token_ids": stops},
         **contents,

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from lora_cli import derived, files, fold, llama_cpp, model, parity, record, ui, verify
+from lora_cli import derived, files, fold, identity, llama_cpp, model, parity, record, ui, verify
 from lora_cli.errors import UsageError
 from lora_cli.llama_cpp import Found
 from lora_cli.record import Adapter
@@ -33,6 +33,7 @@ def export_adapter(
         raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
     adapter = record.read_adapter(path, base)
     derived.refuse_beyond(path)
+    identity.check(adapter)
     converter = llama_cpp.find_converter(llama_cpp_dir)
     folder, stem = output or path.parent, files.stem(path)
     targets = {name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import derived, factors, files, fold, model, record, ui, verify
+from lora_cli import derived, factors, files, fold, identity, model, record, ui, verify
 from lora_cli.errors import LoraError
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
@@ -56,6 +56,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     """
     adapter = record.read_adapter(folder, base)
     derived.refuse_beyond(folder, [derived.DORA])
+    identity.check(adapter)
     with files.staged_folder(out) as staging:
         tokenizer = fold.load_tokenizer(adapter)
         network = fold.load_base(adapter)

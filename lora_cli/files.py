@@ -90,7 +90,7 @@ def refuse_occupied(folder: Path) -> None:
     """LoraError if `folder` exists and is anything but an empty folder, or holds the current one."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise LoraError(f"{folder} is the current folder or above it", "give a folder that does not exist yet")
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
         raise LoraError(f"{folder} already exists", f"choose another output, or remove it: rm -r {folder}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
-from lora_cli import files, record, tokens
+from lora_cli import files, record, shards, tokens
 from lora_cli.errors import LoraError, nearest
 from lora_cli.recipe import Recipe
 
@@ -51,8 +53,14 @@ def resolve(name: str, revision: str | None = None) -> str | None:
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a model on the hub or in a folder."""
-    return AutoConfig.from_pretrained(name, revision=revision)
+    """The configuration of a model on the hub or in a folder; where it names no type, with that of the weights."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if config.dtype is None and (found := shards.open_model(name, revision)):
+        sizes = Counter[torch.dtype]()
+        for entry in found.entries.values():
+            sizes[entry.dtype] += math.prod(entry.shape) if entry.dtype.is_floating_point else 0
+        config.dtype = sizes.most_common(1)[0][0]
+    return config
 
 
 def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
@@ -181,7 +189,10 @@ def load_tokenizer(name: str, revision: str | None = None, **roles: str | None) 
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except json.JSONDecodeError as error:
+        raise LoraError(f"the tokenizer of {name} is damaged: {error}", "copy its files again") from error
     if not tokenizer.is_fast:
         raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()

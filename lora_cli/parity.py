@@ -15,6 +15,7 @@ from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
 NO_ENGINE = "not compared: no llama.cpp engine"
+SPLITS = "a base that transformers saved anew lacks tokenizer.model: copy it from the original; else report it"
 REPORT = "report it, with the model's name"
 
 
@@ -55,7 +56,7 @@ def compare(
             _check_metadata(engine, judged, source)
         for probe in probes:
             if engine.tokenize(probe.text, add_special=probe.plain) != probe.ids:
-                raise LoraError(f"{judged}: llama.cpp splits {probe.text!r} into other tokens", REPORT)
+                raise LoraError(f"{judged}: llama.cpp splits {probe.text!r} into other tokens", SPLITS)
         given = torch.tensor([engine.logprobs(probe.ids) for probe in probes], dtype=torch.float64)
     wanted = torch.stack(list(expected)).double().log_softmax(-1)
     if given.shape != wanted.shape:

@@ -160,7 +160,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     ]
     record = next((_read_record(place) for place in places if place.is_file()), None)
     name = base or config.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise LoraError(f"{folder} does not name its base model", "--base MODEL")
     revision = None
     if base is None:

@@ -118,12 +118,14 @@ def _header(path: Path) -> dict[str, Entry]:
 
 def open_model(name: str, revision: str | None = None) -> Tensors | None:
     """The weights of a model on the hub or in a folder; None where they are not in safetensors files."""
+    single = _find(name, SINGLE, revision)  # first, as transformers: a model saved anew leaves an old index behind
+    if single is not None:
+        return Tensors([single])
     index = _find(name, INDEX, revision)
-    if index is not None:
-        shards = sorted(set(files.read_json(index)["weight_map"].values()))
-        return Tensors([path for shard in shards if (path := _find(name, shard, revision, required=True))])
-    single = _find(name, SINGLE, revision)
-    return None if single is None else Tensors([single])
+    if index is None:
+        return None
+    shards = sorted(set(files.read_json(index)["weight_map"].values()))
+    return Tensors([path for shard in shards if (path := _find(name, shard, revision, required=True))])
 
 
 def _find(name: str, file: str, revision: str | None, required: bool = False) -> Path | None:

@@ -69,7 +69,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         ui.say(f"  {choice}")
     try:
         return _run(recipe, folder, run, resume)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
         record.update(folder, run, status="interrupted")
         checkpoint = get_last_checkpoint(str(folder))
         ui.say(f"\n--resume continues from {checkpoint}" if checkpoint else "\nno checkpoint had been saved yet")

@@ -64,6 +64,15 @@ def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Pat
         compare.compare(forms["merged"], str(tmp_path / "other"), None)
 
 
+def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(forms["merged"], tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text("{{ 'SECRET ' }}" + template.read_text())
+    for pair in ((forms["merged"], str(tmp_path / "other")), (str(tmp_path / "other"), forms["adapter"])):
+        with pytest.raises(RejectedError, match="has another chat template"):
+            compare.compare(*pair, None)
+
+
 def test_the_command_prints_the_difference_and_exits_1_beyond_it(lora, forms: dict[str, str], tmp_path: Path) -> None:
     done = lora("verify", forms["adapter"], forms["merged"])
     assert (done.returncode, done.stdout.count("largest |Δlogit|")) == (0, 1), done.stderr

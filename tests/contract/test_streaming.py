@@ -8,7 +8,11 @@ with B ≠ 0, several shards, rows in several blocks. Alone: pytest tests/contra
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +23,23 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from lora_cli import attach, fold, identity, merge, recipe_file, record, shards, stream, train, verify, walk
+from lora_cli import (
+    attach,
+    combine,
+    compare,
+    export_adapter,
+    extract,
+    fold,
+    identity,
+    merge,
+    recipe_file,
+    record,
+    shards,
+    stream,
+    train,
+    verify,
+    walk,
+)
 from lora_cli.errors import LoraError, RejectedError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -336,3 +356,113 @@ def test_another_base_is_not_resumed_on(write_recipe, tiny: Path, tmp_path: Path
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoraError, match="the base differs from that of the run .*lm_head.weight"):
         train.train(recipe, resume=True)
+
+
+def changed_base(write_recipe, tiny: Path, tmp_path: Path, number: int = 1) -> list[Path]:
+    """Adapters trained on a base whose weights are others by now."""
+    if not (tmp_path / "base").exists():
+        shutil.copytree(tiny / "model", tmp_path / "base")
+    made = []
+    for each in range(number):
+        text = f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / f'run{each}'}\n"
+        made.append(train.train(recipe_file.load(write_recipe(text))))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    changed = {name: tensor * 1.02 for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+def test_every_verb_knows_the_base(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    one, other = changed_base(write_recipe, tiny, tmp_path, 2)
+    said = "is not the base that .* was trained on"
+    with pytest.raises(LoraError, match=said):
+        combine.combine([one, other], tmp_path / "both", None, "cat", None, None, None)
+    with pytest.raises(LoraError, match=said):
+        extract.convert(one, tmp_path / "plain", 4, None)
+    with pytest.raises(LoraError, match=said):
+        compare.compare(str(one), str(tiny / "model"), None)
+    with pytest.raises(LoraError, match=said):
+        export_adapter.export_adapter(one, ["f16"], tmp_path, None, None)
+    assert not (tmp_path / "both").exists()
+
+
+def test_what_is_made_of_adapters_knows_its_base(made, tmp_path: Path) -> None:
+    base = made("llama", torch.float32)
+    shutil.copytree(base, tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "a", torch.float32, {})
+    combine.combine([tmp_path / "a", tmp_path / "a"], tmp_path / "both", None, "cat", None, None, None)
+    file = next((tmp_path / "base").glob("*.safetensors"))
+    save_file({name: tensor * 1.02 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(LoraError, match="is not the base that .* was trained on"):
+        merge.merge(tmp_path / "both", tmp_path / "out")
+
+
+def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> None:
+    """Saving a model anew in one file leaves the index of its shards, and may leave the shards."""
+    base = tmp_path / "base"
+    shutil.copytree(made("llama", torch.float32), base)
+    network = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in network.parameters():
+        parameter.data *= 1.1
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert (base / shards.INDEX).is_file()
+    save_adapter(base, tmp_path / "a", torch.float32, {})
+    expected = peft_merge(base, tmp_path / "a", torch.float32, tmp_path / "peft")
+    merge.merge(tmp_path / "a", tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_configuration_without_a_type_has_that_of_the_weights(made, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made("llama", torch.bfloat16), base)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config))
+    save_adapter(base, tmp_path / "a", torch.bfloat16, {})
+    for stream_it in (True, False):
+        fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
+        assert {tensor.dtype for tensor in tensors_of(tmp_path / str(stream_it)).values()} == {torch.bfloat16}
+
+
+def test_experts_may_be_chosen_otherwise_at_a_few_tokens(made, tmp_path: Path, monkeypatch, capfd) -> None:
+    base = made("moe", torch.bfloat16)
+    save_adapter(base, tmp_path / "a", torch.bfloat16, {"target_modules": ["q_proj"]})
+    off = verify.Difference(max_abs=1.0, mean_kl=1e-6, top1=0.99, spread=0.1)
+    monkeypatch.setattr(verify, "compare", lambda *args: off)
+    fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / "out")
+    assert "rounding sends those to another expert" in capfd.readouterr().err
+    monkeypatch.setattr(verify, "compare", lambda *args: off._replace(mean_kl=1e-2))
+    with pytest.raises(RejectedError):
+        fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / "other")
+
+
+def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path: Path) -> None:
+    base = made("llama", torch.float32)
+    save_adapter(base, tmp_path / "a", torch.float32, {})
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(LoraError, match="link already exists"):
+        merge.merge(tmp_path / "a", tmp_path / "link")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("{")
+    with pytest.raises(LoraError, match="the tokenizer of .* is damaged"):
+        merge.merge(tmp_path / "a", tmp_path / "out")
+
+
+def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:
+    save_adapter(made("llama", torch.float32), tmp_path / "a", torch.float32, {})
+    command = [sys.executable, "-m", "lora_cli", "merge", str(tmp_path / "a"), str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(Path(fold.__file__).parent.parent)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        while process.poll() is None and not list(tmp_path.glob(".out.*")):
+            time.sleep(0.005)
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 143, said
+    assert "terminated" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
