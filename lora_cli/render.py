@@ -53,7 +53,8 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, day: date | None = None) -> None:
         self.tokenizer, self.train_on, self.day = tokenizer, train_on, day or date.today()
-        self.marks, self.templates = tokenizer.special_tokens_map, dict[bool, Any]()
+        self.marks, self.templates = dict(tokenizer.special_tokens_map), dict[bool, Any]()
+        self.given = dict[str, Any]()
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -109,7 +110,7 @@ class Renderer:
 
     def _piece(self, number: int, row: Conversation | str, text: str, spans: list[Span]) -> Piece:
         """BadRow for halves of characters, which JSON can spell and no encoding can."""
-        written = [row] if isinstance(row, str) else _strings([row.messages, row.tools])
+        written = [row] if isinstance(row, str) else _strings(row)
         if not text.isascii():
             try:
                 text.encode()
@@ -228,10 +229,11 @@ class Renderer:
         if template is None:
             source = self.tokenizer.get_chat_template(tools=tools)
             template = self.templates[bool(tools)] = _compile_jinja_template(source)
-        given = {"add_generation_prompt": False, "documents": None, **self.marks, **options}
-        given["strftime_now"] = self.day.strftime
+            self.given = {**template.globals, "documents": None, **self.marks, "strftime_now": self.day.strftime}
+        given = {**self.given, "messages": messages, "tools": tools, "add_generation_prompt": False, **options}
         try:
-            return str(template.render(messages=messages, tools=tools, **given))
+            # what template.render does, but for merging its globals into the variables each time
+            return "".join(template.root_render_func(template.new_context(given, shared=True)))
         except Exception as error:  # a template is a program of someone else's: whatever it raises is its refusal
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise BadRow("the chat template refuses it", f"the chat template refuses it: {said}") from None
@@ -251,16 +253,21 @@ class Renderer:
         return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text inside nested lists and mappings, but for the roles."""
+def _strings(row: Conversation) -> Iterator[str]:
+    """Every text in the messages and tools, but for the roles."""
+    for message in row.messages:
+        for key, value in message.items():
+            if key != "role":
+                yield from [value] if isinstance(value, str) else _nested(value)
+    yield from _nested(row.tools)
+
+
+def _nested(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _strings(inner if key != "role" else None)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _nested(inner)
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray:
