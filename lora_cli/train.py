@@ -99,12 +99,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
-    if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
-        packed = len(trainer.train_dataset)
-        fill = train_rows.counts.tokens / (packed * trainer.args.max_length)
-        ui.say(
-            f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
-        )
+    _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
     checkpoint = _checkpoint(folder) if resume else None
     try:
@@ -124,6 +119,16 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         f"mean loss {result.training_loss:.4f}; adapter in {adapter}"
     )
     return adapter
+
+
+def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: data.Prepared) -> None:
+    """How full TRL's packing made the sequences."""
+    if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
+        packed = len(trainer.train_dataset)
+        fill = train_rows.counts.tokens / (packed * trainer.args.max_length)
+        ui.say(
+            f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
+        )
 
 
 @contextmanager
