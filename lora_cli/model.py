@@ -35,6 +35,7 @@ from transformers.utils.hub import cached_file
 from lora_cli import files, record, shards, tokens
 from lora_cli.errors import LoraError, nearest
 from lora_cli.recipe import Recipe
+from lora_cli.render import adds_bos
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -263,11 +264,6 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
                 "remove it, or --set model.chat_template=chatml",
             )
     tokenizer.chat_template = made if isinstance(template, dict) else made["default"]
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it puts its BOS before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 @contextmanager

@@ -55,8 +55,7 @@ class Renderer:
         self.tokenizer, self.train_on, self.day = tokenizer, train_on, day or date.today()
         self.marks, self.templates = dict(tokenizer.special_tokens_map), dict[bool, Any]()
         self.given = dict[str, Any]()
-        bos = tokenizer.bos_token_id
-        self.adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self.adds_bos = adds_bos(tokenizer)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted({*special, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -268,6 +267,11 @@ def _nested(value: Any) -> Iterator[str]:
     elif isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _nested(inner)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts its BOS before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli import derived, files, model, ui
+from lora_cli import derived, files, model, render, ui
 from lora_cli.record import Adapter
 
 MADE_BY = "# made by lora export-gguf"
@@ -88,7 +88,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
     """The conversation as the template renders it, without the BOS that Ollama and llama.cpp add."""
     text = str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=ask))
-    return text.removeprefix(tokenizer.bos_token) if model.adds_bos(tokenizer) else text
+    return text.removeprefix(tokenizer.bos_token) if render.adds_bos(tokenizer) else text
 
 
 def _probes() -> list[Conversation]:
