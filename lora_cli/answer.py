@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli import fold, model, record, ui
+from lora_cli import model, origin, record, ui
 from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
@@ -69,7 +69,7 @@ class Bases:
         key = self.key(adapter)
         base = self.loaded.get(key)
         if base is None:
-            base = fold.load_base(adapter)
+            base = origin.load_base(adapter)
             base = base if adapter.quantization else model.to_accelerator(base)
         if isinstance(base, PeftModel):
             try:
@@ -218,7 +218,7 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
         elif kinds[path] == "adapter":
             adapter = record.read_adapter(Path(path), base)
             name = f"adapter_{len(answerers)}"
-            key, tokenizer = bases.with_adapter(adapter, name), fold.load_tokenizer(adapter)
+            key, tokenizer = bases.with_adapter(adapter, name), origin.load_tokenizer(adapter)
             answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
         else:
             tokenizer = _tokenizer_of_base(path, answerers.values())

@@ -13,7 +13,7 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import derived, factors, files, fold, identity, model, record, ui
+from lora_cli import derived, factors, files, identity, model, origin, record, ui
 from lora_cli.errors import LoraError, UsageError, nearest
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
@@ -70,6 +70,7 @@ def combine(
     with files.staged_folder(out) as staging:
         tokenizer = _tokenizer(adapters)
         adapted = _side_by_side(adapters)
+        _check_rank(adapted, r)
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
         made, distance = _combined(adapted, numbers, combination, density, r)
         rank = factors.save(made, staging, first.base, fan_in_fan_out)
@@ -111,6 +112,14 @@ def _check_combination(name: str, density: float | None, r: int | None) -> None:
         raise UsageError(f"--r is the rank of the svd combinations, not of {name}", "--combination svd")
 
 
+def _check_rank(adapted: PeftModel, r: int | None) -> None:
+    """UsageError where a module has no update of rank `r`."""
+    layers = model.lora_layers(adapted)
+    most, path = min((min(layer.in_features, layer.out_features), path) for path, layer in layers.items())
+    if r is not None and r > most:
+        raise UsageError(f"--r {r}: {path.removeprefix(PREFIX)} has no update of a rank over {most}", f"--r {most}")
+
+
 def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
     """LoraError, naming both, unless all adapters are of one base; a warning where only some are of a 4-bit one."""
     first = adapters[0]
@@ -135,7 +144,7 @@ def _named(adapter: Adapter) -> str:
 
 def _tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
     """That of the first; a warning where another renders chats otherwise."""
-    tokenizers = [fold.load_tokenizer(adapter) for adapter in adapters]
+    tokenizers = [origin.load_tokenizer(adapter) for adapter in adapters]
     for adapter, tokenizer in zip(adapters[1:], tokenizers[1:]):
         if tokenizer.chat_template != tokenizers[0].chat_template:
             ui.warn(f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken")

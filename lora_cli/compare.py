@@ -6,14 +6,14 @@ after the last tokens of each probe are compared; with a GGUF file, the distribu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import fold, identity, model, record, ui, verify, walk
+from lora_cli import fold, identity, model, origin, record, ui, verify, walk, weights
 from lora_cli.errors import LoraError, RejectedError
 from lora_cli.gguf import GGUFModel
 from lora_cli.verify import Probe
@@ -50,7 +50,18 @@ def compare(first: str, second: str, base: str | None) -> str:
     said = f"{said} (limit: {'mean KL' if gguf else '|Δlogit|'} {limit:.2e})"
     if not value <= limit:
         raise RejectedError(f"not the same function: {said}", "merge or export again; lora generate shows answers")
-    return said
+    return said + _by_weight(kinds, base)
+
+
+def _by_weight(kinds: Mapping[str, str], base: str | None) -> str:
+    """What the weights of an adapter and a merged model say beyond their logits. RejectedError."""
+    adapters = [path for path in kinds if kinds[path] == "adapter"]
+    models = [path for path in kinds if kinds[path] in ("model", "hub")]
+    if not adapters or not models:
+        return ""
+    dtype = model.checkpoint_dtype(model.load_config(models[0]))
+    found = weights.compare(record.read_adapter(Path(adapters[0]), base), models[0], dtype)
+    return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
 def _limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
@@ -65,7 +76,7 @@ def _limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) ->
 
 def _tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
     if kind == "adapter":
-        return fold.load_tokenizer(record.read_adapter(Path(path), base))
+        return origin.load_tokenizer(record.read_adapter(Path(path), base))
     return model.load_tokenizer(path)
 
 
@@ -89,7 +100,7 @@ def _form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Fo
         adapter = record.read_adapter(Path(path), base)
         identity.check(adapter)
         ui.say(f"{path}: on {adapter.base}")
-        dtype = fold.trained_dtype(adapter)
+        dtype = origin.trained_dtype(adapter)
         logits = fold.choose(adapter, stream=None, original=False).expected(probes)
         logits = logits and [rows[-walk.KEPT :] for rows in logits]
     else:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli import files, fold, imatrix, llama_cpp, model, parity, preflight, record, serving, ui, verify
+from lora_cli import files, fold, imatrix, llama_cpp, model, origin, parity, preflight, record, serving, ui, verify
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.llama_cpp import Found
 
@@ -77,7 +77,7 @@ def _check_first(path: Path, adapter: record.Adapter | None, converter: Found, s
         config = model.load_config(str(path))
         preflight.check(path, config, model.load_tokenizer(str(path)), converter)
         return config
-    config, tokenizer = model.load_config(adapter.base, adapter.revision), fold.load_tokenizer(adapter)
+    config, tokenizer = model.load_config(adapter.base, adapter.revision), origin.load_tokenizer(adapter)
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = scratch / "unmerged"
@@ -153,7 +153,7 @@ def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) 
         return dict.fromkeys(made, parity.NO_ENGINE)
     tokenizer = model.load_tokenizer(str(merged))
     probes = verify.probes(tokenizer)
-    weights = fold.to_float32(model.load_base(str(merged), None, model.checkpoint_dtype(config)))
+    weights = origin.to_float32(model.load_base(str(merged), None, model.checkpoint_dtype(config)))
     expected = [logits[-1] for logits in verify.logits(weights, probes)]
     source = parity.Source(config, tokenizer, weights.num_parameters())
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from lora_cli import derived, files, fold, identity, llama_cpp, model, parity, record, ui, verify
+from lora_cli import derived, files, identity, llama_cpp, model, origin, parity, record, ui, verify
 from lora_cli.errors import UsageError
 from lora_cli.llama_cpp import Found
 from lora_cli.record import Adapter
@@ -87,11 +87,11 @@ def _compare_all(
     """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one differs."""
     if not parity.engine_found():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    dtype = fold.dtype_on_disk(adapter)
-    base = fold.to_float32(model.load_base(adapter.base, adapter.revision, dtype))
+    dtype = origin.dtype_on_disk(adapter)
+    base = origin.to_float32(model.load_base(adapter.base, adapter.revision, dtype))
     exact = scratch / "base.gguf"
     llama_cpp.convert(base_folder, exact, llama_cpp.EXACT[str(dtype).removeprefix("torch.")], converter)
-    probes = verify.probes(fold.load_tokenizer(adapter))
+    probes = verify.probes(origin.load_tokenizer(adapter))
     without = verify.logits(base, probes)
     given = verify.logits(model.load_adapter(base, adapter.folder), probes)
     ui.say(f"  what the adapter does to the base here: {verify.compare(without, given)}")

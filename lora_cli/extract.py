@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import derived, factors, files, fold, identity, model, record, ui, verify
+from lora_cli import derived, factors, files, identity, model, origin, record, ui, verify
 from lora_cli.errors import LoraError
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
@@ -58,11 +58,11 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     derived.refuse_beyond(folder, [derived.DORA])
     identity.check(adapter)
     with files.staged_folder(out) as staging:
-        tokenizer = fold.load_tokenizer(adapter)
-        network = fold.load_base(adapter)
+        tokenizer = origin.load_tokenizer(adapter)
+        network = origin.load_base(adapter)
         if adapter.quantization:
             network = network.dequantize()
-        adapted = model.load_adapter(fold.to_float32(network), folder)
+        adapted = model.load_adapter(origin.to_float32(network), folder)
         probes = verify.probes(tokenizer)
         wanted = verify.logits(adapted, probes)
         layers = {name.removeprefix(PREFIX): layer for name, layer in model.lora_layers(adapted).items()}
@@ -82,7 +82,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
 
 
 def _in_float32(name: str, commit: str | None) -> PreTrainedModel:
-    return fold.to_float32(model.load_base(name, commit, model.checkpoint_dtype(model.load_config(name, commit))))
+    return origin.to_float32(model.load_base(name, commit, model.checkpoint_dtype(model.load_config(name, commit))))
 
 
 def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> tuple[list[str], list[str]]:

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lora_cli import attach, files, identity, model, record, shards, stream, ui, verify, walk
+from lora_cli import attach, files, identity, model, origin, record, shards, stream, ui, verify, walk, whole
 from lora_cli.errors import LoraError, RejectedError
 from lora_cli.record import Adapter
 
-SHARD_SIZE = "5GB"
 ROUTED_KL = 1e-4
 """Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""
 # MiB that merging a tensor may take before it is said
@@ -37,29 +35,6 @@ class Merged(NamedTuple):
     difference: verify.Difference | None
 
 
-def load_base(adapter: Adapter, original: bool = False) -> PreTrainedModel:
-    """The base as the adapter was trained on it: same revision, type, quantisation; a foreign one as its files are.
-
-    `original` leaves the quantisation out. LoraError where it is not the base that was trained on.
-    """
-    identity.check(adapter)
-    quantization = adapter.quantization if not original else None
-    settings = BitsAndBytesConfig(load_in_4bit=True, **quantization) if quantization else None
-    return model.load_base(adapter.base, adapter.revision, trained_dtype(adapter), settings)
-
-
-def dtype_on_disk(adapter: Adapter) -> torch.dtype:
-    """The type of the base's own files, which the merged model gets."""
-    return model.checkpoint_dtype(model.load_config(adapter.base, adapter.revision))
-
-
-def load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the adapter, with the template that was trained; the base's where it has none."""
-    if (adapter.folder / "tokenizer_config.json").is_file():
-        return model.load_tokenizer(str(adapter.folder))
-    return model.load_tokenizer(adapter.base, adapter.revision)
-
-
 def merge(
     adapter: Adapter,
     out: Path,
@@ -71,7 +46,8 @@ def merge(
     """Merge `adapter` into its base and write the plain model to `out`.
 
     `stream`: in constant memory (None: where that is possible), or with the whole model in memory. `original`: an
-    adapter trained on 4-bit weights goes into the base's own weights, not the dequantised. `check`: compare logits.
+    adapter trained on 4-bit weights goes into the base's own weights, not the dequantised. `check`: read what was
+    written again, and compare logits.
     Raises LoraError when `out` is occupied or PEFT cannot merge, and RejectedError when the merged model's logits on
     the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
     then, if that is given.
@@ -79,7 +55,7 @@ def merge(
     refuse_unmergeable(adapter)
     identity.check(adapter)
     with files.staged_folder(out, rejected) as staging:
-        tokenizer = load_tokenizer(adapter)
+        tokenizer = origin.load_tokenizer(adapter)
         way = choose(adapter, stream, original)
         probes = verify.probes(tokenizer)
         if not (adapter.folder / verify.TRAINED).is_file():  # whole, they are for what training left
@@ -87,11 +63,12 @@ def merge(
         expected = way.expected(probes) if check else None
         if expected is not None:
             check_trained(adapter, way, probes, expected, original)
-        dtype = dtype_on_disk(adapter)
+        dtype = origin.dtype_on_disk(adapter)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
         complete(adapter, tokenizer, staging)
-        way.check_files(staging)
+        if check:
+            way.check_files(staging)
         given = way.merged(staging, dtype, probes) if expected is not None else None
         difference = compare(adapter, given, expected, dtype, way.arithmetic) if expected and given else None
     return Merged(modules, dtype, difference)
@@ -106,21 +83,22 @@ def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path)
     )
 
 
-def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | Whole:
+def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | whole.Whole:
     """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
     if stream is not False:
         try:
-            return Streamed(adapter, trained_dtype(adapter), original)
+            return Streamed(adapter, origin.trained_dtype(adapter), original)
         except attach.Unstreamable as reason:
             if stream:
                 raise LoraError(f"not in constant memory: {reason}", "leave --stream out") from reason
             ui.say(f"  the whole model is loaded: {reason}")
-    return Whole(adapter, original)
+    whole.say_needed(adapter)
+    return whole.Whole(adapter, original)
 
 
 def check_trained(
     adapter: Adapter,
-    way: Streamed | Whole,
+    way: Streamed | whole.Whole,
     probes: Sequence[verify.Probe],
     expected: Sequence[torch.Tensor],
     original: bool,
@@ -130,7 +108,7 @@ def check_trained(
     if other is None:
         return
     trained = other if original else expected
-    kept = verify.check_trained(adapter.folder, trained, trained_dtype(adapter))
+    kept = verify.check_trained(adapter.folder, trained, origin.trained_dtype(adapter))
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:
@@ -181,11 +159,6 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         )
 
 
-def trained_dtype(adapter: Adapter) -> torch.dtype:
-    """The type the base's weights had in training; that of its files for an adapter made elsewhere."""
-    return getattr(torch, adapter.dtype) if adapter.dtype else dtype_on_disk(adapter)
-
-
 class Streamed:
     """In constant memory."""
 
@@ -201,7 +174,7 @@ class Streamed:
         """Logits of base with adapter, on the weights that are merged into; None where they cannot be had."""
         return walk.or_loaded(
             lambda: walk.logits(self.adapted, self.plan.read, self.plan, probes),
-            lambda: Whole(self.adapter, self.original).expected(probes),
+            lambda: whole.Whole(self.adapter, self.original).expected(probes),
             self.plan.weights.base,
         )
 
@@ -210,7 +183,7 @@ class Streamed:
         plan, adapted = attach.make(self.adapter, self.trained, self.adapter.quantization if self.original else None)
         return walk.or_loaded(
             lambda: walk.logits(adapted, plan.read, plan, probes),
-            lambda: Whole(self.adapter, self.original).other(probes),
+            lambda: whole.Whole(self.adapter, self.original).other(probes),
             plan.weights.base,
         )
 
@@ -232,84 +205,3 @@ class Streamed:
     def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
         """Logits of the model that was written."""
         return walk.logits_of(str(folder), None, dtype, probes)
-
-
-class Whole:
-    """With the whole model in memory."""
-
-    def __init__(self, adapter: Adapter, original: bool) -> None:
-        self.adapter, self.original = adapter, original
-        # 4-bit weights answer in the type of training
-        self.arithmetic = trained_dtype(adapter) if adapter.quantization and not original else torch.float32
-        self.adapted: PeftModel | None = None
-
-    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
-        self.adapted = self._load(original=self.original)
-        return verify.logits(self.adapted, probes)
-
-    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """The same on the other weights of an adapter trained in 4 bits."""
-        return verify.logits(self._load(original=not self.original), probes)
-
-    def _load(self, original: bool) -> PeftModel:
-        base = load_base(self.adapter, original)
-        quantised = self.adapter.quantization and not original
-        return model.load_adapter(base if quantised else to_float32(base), self.adapter.folder)
-
-    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
-        """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
-        adapted = self.adapted or self._load(original=self.original)
-        self.adapted = None
-        if self.adapter.quantization and not self.original:
-            adapted = model.load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
-        attach.refuse_tied(adapted, self.adapter.base)
-        plain, modules = fold(adapted)
-        round_once(plain, dtype)
-        plain.config.use_cache = True
-        attach.end_where_trained(plain, ends)
-        plain.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
-        return modules
-
-    def check_files(self, folder: Path) -> None:
-        """RejectedError where a value is not finite: every one is looked at."""
-        tensors = shards.open_model(str(folder))
-        assert tensors is not None, "save_pretrained writes safetensors"
-        for name, entry in tensors.entries.items():
-            if not all(shards.finite(tensors.rows(name, *block)) for block in shards.blocks(entry.shape)):
-                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
-
-    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
-        """Logits of the model that was written, loaded as anybody would."""
-        return verify.logits(to_float32(model.load_base(str(folder), None, dtype)), probes)
-
-
-def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
-    """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
-    layers = model.lora_layers(adapted)
-    try:
-        plain = adapted.merge_and_unload()
-    except stream.REFUSALS as error:
-        raise stream.refused(error) from error
-    left = [name for name, layer in layers.items() if not layer.merged] + list(model.lora_layers(plain))
-    if left or not layers:
-        done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
-        raise LoraError(
-            f"{done}; left out: {', '.join(left[:3]) or 'there are none'}", "train with other target_modules"
-        )
-    return plain, len(layers)
-
-
-def to_float32(base: PreTrainedModel) -> PreTrainedModel:
-    """Every weight in float32, exactly; buffers such as rotary frequencies as they are."""
-    for parameter in base.parameters():
-        parameter.data = parameter.data.float()
-    base.config.dtype = torch.float32
-    return base
-
-
-def round_once(plain: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Every weight to `dtype`, to nearest even; tied weights stay tied."""
-    for parameter in plain.parameters():
-        parameter.data = parameter.data.to(dtype)
-    plain.config.dtype = dtype

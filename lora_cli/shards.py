@@ -6,9 +6,12 @@ offsets of each tensor, then the tensors' bytes. Mapped memory counts as the pro
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import platform
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +43,10 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 # Bits of the exponent, which are all set in a NaN or an infinity alone
 EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
 UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
-# Bytes of float32 worked on at a time: some rows of a tensor, small enough for a processor's cache
-BLOCK = 2**20
+# Bytes of float32 worked on at a time, some rows of a tensor. Smaller blocks wait for Python, larger ones for memory
+# (merging a GB with LoRA and DoRA: 1.06 and 1.60 s at 2^20, 0.87 and 1.37 s here, 0.80 and 1.29 s at 2^21, where DoRA
+# holds 70 MiB more)
+BLOCK = 3 * 2**19
 
 
 class Entry(NamedTuple):
@@ -181,8 +186,10 @@ def finite(rows: torch.Tensor) -> bool:
 
 
 def checksum(rows: torch.Tensor) -> int:
-    """The sum of all values' bits: any one value that is changed afterwards changes it."""
-    return int(_bits(rows).sum(dtype=np.uint64))
+    """The sum of all bytes, taken eight at a time: any one value that is changed afterwards changes it."""
+    data = _bits(rows).view(np.uint8)
+    whole = len(data) // 8 * 8
+    return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int.from_bytes(data[whole:].tobytes(), "little")
 
 
 def _bits(rows: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -198,17 +205,26 @@ def keep_memory() -> None:
     torch.empty(30 * 2**20, dtype=torch.uint8)
 
 
+def give_back_memory() -> None:
+    """Hand freed memory back to the system after `keep_memory`, where the C library is glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def changed_since(folder: Path, sums: Mapping[str, int]) -> str | None:
     """The first tensor of a folder's files that is not what was written, by its checksum; None if all are."""
     tensors = open_model(str(folder))
     assert tensors is not None, "written just now"
     if tensors.entries.keys() != sums.keys():
         return min(tensors.entries.keys() ^ sums.keys())
-    for name, entry in tensors.entries.items():
-        total = sum(checksum(tensors.rows(name, start, stop)) for start, stop in blocks(entry.shape))
-        if total % 2**64 != sums[name]:
-            return name
-    return None
+
+    def total(name: str) -> int:
+        shape = tensors.entries[name].shape
+        return sum(checksum(tensors.rows(name, start, stop)) for start, stop in blocks(shape)) % 2**64
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        totals = pool.map(total, sums)
+        return next((name for name, now in zip(sums, totals) if now != sums[name]), None)
 
 
 def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
@@ -219,10 +235,16 @@ def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `BLOCK` bytes in float32 that cover a tensor of this shape, in order."""
+    """Ranges of rows of about `BLOCK` bytes in float32 that cover a tensor of this shape, in order.
+
+    Each but the last has a multiple of eight values, so that checksums do not depend on the ranges.
+    """
     if not shape:
         yield 0, 1
         return
-    step = max(1, BLOCK // max(1, 4 * math.prod(shape[1:])))
+    row = math.prod(shape[1:])
+    step = max(1, BLOCK // max(1, 4 * row))
+    if row % 8:
+        step = max(8, step // 8 * 8)
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])

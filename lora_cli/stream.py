@@ -246,7 +246,7 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
 
     sums: dict[str, int] = {}
     with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-        tasks = [pool.submit(fill, names) for names in _together(plan, places)]
+        tasks = [pool.submit(fill, names) for names in together(plan, places)]
         try:
             for task in tasks:
                 sums |= task.result()
@@ -257,7 +257,7 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
     return _count(plan, places), sums
 
 
-def _together(plan: Plan, names: Iterable[str]) -> list[list[str]]:
+def together(plan: Plan, names: Iterable[str]) -> list[list[str]]:
     """The tensors that one thread must do after each other, for one layer changes them all."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -279,6 +279,7 @@ def one_thread_each() -> Iterator[int]:
         yield min(threads, WORKERS)
     finally:
         torch.set_num_threads(threads)
+        shards.give_back_memory()
 
 
 def _count(plan: Plan, written: Mapping[str, shards.Entry]) -> int:

@@ -98,17 +98,25 @@ def logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor
 
 def compare(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:
     """Differences of `after` from `before`, as `logits` gives them. LoraError if the vocabularies differ."""
-    first, second = torch.cat(list(before)).double(), torch.cat(list(after)).double()
-    if first.shape != second.shape:
-        sizes = f"{first.shape[-1]} and {second.shape[-1]}"
-        raise LoraError(f"the vocabularies differ: {sizes} tokens", "use the base it was trained on")
-    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    sizes = [logits[0].shape[-1] for logits in (before, after)]
+    if sizes[0] != sizes[1]:
+        raise LoraError(f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens", "use the base it was trained on")
+    # one probe at a time: in double precision, a large vocabulary at every position is itself large
+    each = [_differ(first.double(), second.double()) for first, second in zip(before, after, strict=True)]
+    max_abs, kl, same = torch.cat(each, dim=1)
     return Difference(
-        max_abs=(first - second).abs().max().item(),
-        mean_kl=(p.exp() * (p - q)).sum(-1).mean().item(),
-        top1=(first.argmax(-1) == second.argmax(-1)).float().mean().item(),
-        spread=first.std().item(),
+        max_abs=max_abs.max().item(),
+        mean_kl=kl.mean().item(),
+        top1=same.mean().item(),
+        spread=torch.cat(list(before)).std().item(),
     )
+
+
+def _differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Of each position: largest difference, KL, and whether the same token is the likeliest, as (3, positions)."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    same = first.argmax(-1) == second.argmax(-1)
+    return torch.stack([(first - second).abs().amax(-1), (p.exp() * (p - q)).sum(-1), same.double()])
 
 
 def limit(difference: Difference, dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
 
-from lora_cli import fold, initial, merge, model, oracle, recipe, recipe_file, record, targets, tokens, train, verify
+from lora_cli import initial, merge, model, oracle, origin, recipe, recipe_file, record, targets, tokens, train, verify
 from lora_cli.errors import LoraError, UsageError
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
@@ -213,7 +213,7 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     def last(network: torch.nn.Module) -> torch.Tensor:
         return torch.stack([rows[-1] for rows in verify.logits(network, probes)])
 
-    base = fold.load_base(info)
+    base = origin.load_base(info)
     if "added tokens" in name:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     start = last(base)
@@ -560,7 +560,7 @@ def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_pa
             f"method: qlora\n{lora}\noutput_dir: {tmp_path / init}\ntraining: {{learning_rate: 1e-30}}\n"
         )
         adapter = train.train(recipe_file.load(path))
-        started = model.load_adapter(fold.load_base(record.read_adapter(adapter)), adapter)
+        started = model.load_adapter(origin.load_base(record.read_adapter(adapter)), adapter)
         errors[init] = (torch.cat(verify.logits(started, probes)) - exact).pow(2).mean().sqrt().item()
     assert errors["loftq"] < 0.8 * errors["true"]
 

@@ -245,6 +245,9 @@ BAD: dict[str, Callable[[Path], object]] = {
     "combine: no density": lambda d: _twice(d, d, d, how="ties"),
     "combine: density for nothing": lambda d: _twice(d, d, d, how="svd", density=0.5),
     "combine: rank for nothing": lambda d: _twice(d, d, d, r=8),
+    "combine: rank over a module's size": lambda d: _twice(
+        d, adapter(base(d)), adapter(d / "base", "second"), how="svd", r=64
+    ),
     "combine: different bases": lambda d: _twice(d, adapter(base(d)), adapter(base(d, "other"), "second")),
     "combine: different ranks": lambda d: _twice(
         d, adapter(base(d)), adapter(d / "base", "second", r=4), how="linear"),

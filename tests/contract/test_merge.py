@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import fold, merge, recipe_file, record, train, verify
+from lora_cli import merge, origin, recipe_file, record, train, verify, whole
 from lora_cli.errors import LoraError
 
 
@@ -68,8 +68,8 @@ def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     info = record.read_adapter(adapter)
-    trained = PeftModel.from_pretrained(fold.load_base(info), adapter)
-    effect = (logits(trained) - logits(fold.load_base(info))).abs().max()
+    trained = PeftModel.from_pretrained(origin.load_base(info), adapter)
+    effect = (logits(trained) - logits(origin.load_base(info))).abs().max()
     assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base), adapter)
     assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function
@@ -119,7 +119,7 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
 
     damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
     (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
-    monkeypatch.setattr(fold, "fold", unmerged)
+    monkeypatch.setattr(whole, "fold", unmerged)
     with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
         merge.merge(adapter, tmp_path / "out", stream=False)
     assert not (tmp_path / "out").exists()
@@ -224,3 +224,12 @@ def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_pa
     adapter = train.train(recipe_file.load(write_recipe(f"method: qlora\n{steps}")))
     merge.merge(adapter.parent / "checkpoint-2", tmp_path / "out")
     assert "trained on 4-bit weights" in capfd.readouterr().err
+
+
+def test_an_adapter_of_no_strength_is_said(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapted = randomised(AutoModelForCausalLM.from_pretrained(tiny / "model"), LoraConfig(target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
+    adapted.peft_config["default"].alpha_pattern = {"layers.0.self_attn.q_proj": 0}
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge.merge(tmp_path / "adapter", tmp_path / "out")
+    assert "has a lora_alpha of 0: the adapter changes nothing there" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from lora_cli import (
     fold,
     identity,
     merge,
+    origin,
     recipe_file,
     record,
     shards,
@@ -334,7 +335,7 @@ def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: 
     with pytest.raises(LoraError, match=r"the configuration's rms_norm_eps \(1e-06, now 1e-05\) differ"):
         identity.check(record.read_adapter(adapter))
     with pytest.raises(LoraError, match="rms_norm_eps"):
-        fold.load_base(record.read_adapter(adapter))  # as generating does
+        origin.load_base(record.read_adapter(adapter))  # as generating does
     (base / "config.json").write_text(json.dumps(config))
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1e-4
@@ -466,3 +467,19 @@ def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:
     assert process.returncode == 143, said
     assert "terminated" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(999, 2055), (70_001,), (3, 5, 200_003)])
+def test_a_tensors_checksum_does_not_depend_on_the_pieces_it_comes_in(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Widths that are no multiple of eight bytes: merged whole, and read back in blocks."""
+    torch.manual_seed(0)
+    whole = torch.randint(0, 256, shape, dtype=torch.uint8).to(dtype)
+    pieces = [whole[start:stop] for start, stop in shards.blocks(shape)]
+    assert sum(map(len, pieces)) == shape[0]
+    assert sum(map(shards.checksum, pieces)) % 2**64 == shards.checksum(whole) % 2**64
+    before = shards.checksum(whole)
+    whole.view(-1)[-1] += 1
+    assert shards.checksum(whole) != before

@@ -1,0 +1,101 @@
+"""Merging with the whole model in memory, by PEFT's `merge_and_unload`: for what cannot be merged tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lora_cli import attach, model, origin, shards, stream, ui, verify
+from lora_cli.errors import LoraError, RejectedError
+from lora_cli.origin import to_float32
+from lora_cli.record import Adapter
+
+SHARD_SIZE = "5GB"
+
+
+class Whole:
+    """With the whole model in memory."""
+
+    def __init__(self, adapter: Adapter, original: bool) -> None:
+        self.adapter, self.original = adapter, original
+        # 4-bit weights answer in the type of training
+        self.arithmetic = origin.trained_dtype(adapter) if adapter.quantization and not original else torch.float32
+        self.adapted: PeftModel | None = None
+
+    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+        """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
+        self.adapted = self._load(original=self.original)
+        return verify.logits(self.adapted, probes)
+
+    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+        """The same on the other weights of an adapter trained in 4 bits."""
+        return verify.logits(self._load(original=not self.original), probes)
+
+    def _load(self, original: bool) -> PeftModel:
+        base = origin.load_base(self.adapter, original)
+        quantised = self.adapter.quantization and not original
+        return model.load_adapter(base if quantised else to_float32(base), self.adapter.folder)
+
+    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
+        """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
+        adapted = self.adapted or self._load(original=self.original)
+        self.adapted = None
+        if self.adapter.quantization and not self.original:
+            adapted = model.load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
+        attach.refuse_tied(adapted, self.adapter.base)
+        plain, modules = fold(adapted)
+        round_once(plain, dtype)
+        plain.config.use_cache = True
+        attach.end_where_trained(plain, ends)
+        plain.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
+        return modules
+
+    def check_files(self, folder: Path) -> None:
+        """RejectedError where a value is not finite: every one is looked at."""
+        tensors = shards.open_model(str(folder))
+        assert tensors is not None, "save_pretrained writes safetensors"
+        for name, entry in tensors.entries.items():
+            if not all(shards.finite(tensors.rows(name, *block)) for block in shards.blocks(entry.shape)):
+                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
+
+    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+        """Logits of the model that was written, loaded as anybody would."""
+        return verify.logits(to_float32(model.load_base(str(folder), None, dtype)), probes)
+
+
+def say_needed(adapter: Adapter) -> None:
+    """How much memory a merge of the whole model takes: in float32, with what is being saved."""
+    base = shards.open_model(adapter.base, adapter.revision)
+    if base is not None:
+        needed = 4 * sum(math.prod(entry.shape) for entry in base.entries.values()) / 2**30
+        free = psutil.virtual_memory().available / 2**30
+        ui.say(f"  its weights take {needed:.1f} GiB of memory in float32, of {free:.1f} free")
+
+
+def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
+    """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
+    layers = model.lora_layers(adapted)
+    try:
+        plain = adapted.merge_and_unload()
+    except stream.REFUSALS as error:
+        raise stream.refused(error) from error
+    left = [name for name, layer in layers.items() if not layer.merged] + list(model.lora_layers(plain))
+    if left or not layers:
+        done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
+        raise LoraError(
+            f"{done}; left out: {', '.join(left[:3]) or 'there are none'}", "train with other target_modules"
+        )
+    return plain, len(layers)
+
+
+def round_once(plain: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Every weight to `dtype`, to nearest even; tied weights stay tied."""
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(dtype)
+    plain.config.dtype = dtype
