@@ -24,8 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli import (
+    attention,
     data,
     dora,
+    dropout,
     files,
     foreign,
     identity,
@@ -184,6 +186,8 @@ def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
     base.config.use_cache = False
+    if not recipe.model.attn_implementation:
+        attention.install(base)
     return base
 
 
@@ -220,7 +224,6 @@ def _adapted(
         adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
         initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
-    dora.install(adapted)  # last: it remembers what the base's weights are
     return adapted
 
 
@@ -264,6 +267,8 @@ def _trainer(
             ui.say(f"  training.loss_head = stock: {other}")
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
+    dropout.install(adapted)
+    trainer.dora_layers = dora.install(adapted)  # after all else: it remembers what the base's weights are
     trainer.watch = Watch(folder)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)

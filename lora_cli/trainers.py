@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import model, packing
+from lora_cli import dora, model, packing
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
 from lora_cli.watch import Watch
@@ -38,12 +39,20 @@ class _Watched:
     watch: Watch
     eval_loss, eval_tokens = 0.0, 0
     """Summed over the evaluation so far: the loss of each trained token, and their number."""
+    dora_layers: Sequence[dora.FactoredDora] = ()
+    """Layers whose norms are the same in all sequences of a step."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with types_kept(self.model):  # type: ignore[attr-defined]  # PEFT loads adapters in float32
             super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        half = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
+        # PEFT casts inputs to the adapter's float32, and autocast casts them back: the same values, for time and memory
+        with disable_input_dtype_casting(self.model, active=half):  # type: ignore[attr-defined]
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         try:
@@ -68,10 +77,11 @@ class _Watched:
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
         parts = packing.sequences(inputs) if packing.CUTS in inputs else [inputs]
-        for number, part in enumerate(parts, 1):
-            last = number == len(parts)
-            with nullcontext() if last else self.accelerator.no_sync(model):  # type: ignore[attr-defined]
-                loss = loss + super().training_step(model, part, *args, **kwargs)  # type: ignore[misc]
+        with dora.norms_kept(self.dora_layers):
+            for number, part in enumerate(parts, 1):
+                last = number == len(parts)
+                with nullcontext() if last else self.accelerator.no_sync(model):  # type: ignore[attr-defined]
+                    loss = loss + super().training_step(model, part, *args, **kwargs)  # type: ignore[misc]
         assert isinstance(loss, torch.Tensor)
         self.watch.step_loss = self.watch.step_loss + loss
         return loss

@@ -104,8 +104,11 @@ def trained(build: Callable[[], Any]) -> None:
     report(measured, [line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
-def stock(folder: Path, options: argparse.Namespace, **flags: Any) -> Any:
-    """SFTTrainer with its own defaults but for what all sides share, and `flags`."""
+def stock(folder: Path, options: argparse.Namespace, by_name: bool = False, **flags: Any) -> Any:
+    """SFTTrainer with its own defaults but for what all sides share, and `flags`.
+
+    `by_name`: it loads the model itself, in float32 as it does.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -117,7 +120,9 @@ def stock(folder: Path, options: argparse.Namespace, **flags: Any) -> Any:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         kind = getattr(torch, options.dtype)
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=kind, **nf4)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options.dtype, **quantised)
+    model: Any = str(folder / "model")
+    if not by_name or quantised:
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype, **quantised)
     shared: dict[str, Any] = {"per_device_train_batch_size": STEP_ROWS, "learning_rate": RATE, "num_train_epochs": 1}
     shared |= {"max_length": MAX_LENGTH, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0}
     arguments = SFTConfig(str(folder / "out"), use_cpu=not torch.cuda.is_available(), **shared, **flags)
@@ -164,7 +169,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft import get_peft_model
     from transformers import set_seed
 
-    from lora_cli import loss, model, packing, recipe, upstream
+    from lora_cli import attention, loss, model, packing, recipe, upstream
 
     chosen = recipe.Recipe(
         method=options.method,
@@ -177,6 +182,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     set_seed(0)
     quantization = upstream.quantization_config(chosen)
     base = model.load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)
+    attention.install(base)
     adapted: Any = base.requires_grad_(requires_grad=False)
     if frozen:
         base.enable_input_require_grads()
@@ -212,7 +218,8 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
 
 SIDES: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "lora train": ours,
-    "SFTTrainer": lambda folder, options: trained(lambda: stock(folder, options)),
+    "SFTTrainer": lambda folder, options: trained(lambda: stock(folder, options, by_name=True)),
+    "SFTTrainer, model loaded": lambda folder, options: trained(lambda: stock(folder, options)),
     "SFTTrainer, best flags": lambda folder, options: trained(
         lambda: stock(folder, options, packing=True, gradient_checkpointing=False, optim="adamw_torch_fused")
     ),
@@ -245,7 +252,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--sides", default=",".join(SIDES).replace("SFTTrainer, best", "SFTTrainer best"))
+    parser.add_argument("--sides", default=",".join(side.replace(",", "") for side in SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -42,7 +42,7 @@ def pair(network: torch.nn.Module, targets: list[str], **options) -> tuple[PeftM
         if "lora_" in name:
             parameter.data += 0.2 * torch.rand_like(parameter) * parameter.abs().mean().clamp(min=0.05)
     factored = copy.deepcopy(stock)
-    assert dora.install(factored) == len(model.lora_layers(stock))
+    assert len(dora.install(factored)) == len(model.lora_layers(stock))
     return stock, factored
 
 
@@ -118,9 +118,25 @@ def test_training_is_the_same_with_either(
     for name in ("ours", "stock"):
         text = f"method: {method}\noutput_dir: {tmp_path / name}\ntraining: {{logging_steps: 1, max_steps: 6}}\n"
         if name == "stock":
-            monkeypatch.setattr(dora, "install", lambda adapted: 0)
+            monkeypatch.setattr(dora, "install", lambda adapted: [])
         train.train(recipe_file.load(write_recipe(text)))
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 6
+
+
+def test_norms_are_computed_once_where_they_are_kept_and_anew_after_it() -> None:
+    _, factored = pair(Layers(), ["first"])
+    layers = [factored.base_model.model.first.lora_magnitude_vector["default"]]
+    x, b = torch.randn(3, IN), factored.base_model.model.first.lora_B["default"].weight
+    with dora.norms_kept(layers), _Largest():
+        before = factored(x)
+        assert layers[0].norms is not None
+        b.data *= 3  # what nobody does there, and what shows that they were not computed again
+        kept = layers[0].norms.clone()
+        factored(x)
+        assert torch.equal(layers[0].norms, kept)
+    assert layers[0].norms is None
+    assert (factored(x) - before).abs().max() > 1e-3
+    assert layers[0].norms is None

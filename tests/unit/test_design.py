@@ -42,6 +42,8 @@ FLOORS = [
         "plan",
         "loss",
         "packing",
+        "attention",
+        "dropout",
         "dora",
         "factors",
         "parity",
