@@ -4,8 +4,9 @@
 
 A random Llama (10 million parameters beside the embeddings unless told otherwise, in bfloat16 where the processor
 computes it) and rows with the lengths of Alpaca's (log-normal, median 95 tokens, at most 1024; 55 % of the tokens carry
-loss). Every side trains on every row once, with rank 16 on all linear layers, 8 rows to a step, and in a process of its
-own; the sides alternate. Printed: real tokens (no padding) per CPU second and per second, medians over the rounds and
+loss; `--length`: all as long, `--data FILE`: questions and answers of a .jsonl, spelt by the tiny model's tokenizer).
+Every side trains on every row once, with rank 16 on all linear layers, 8 rows to a step, and in a process of its own;
+the sides alternate. Printed: real tokens (no padding) per CPU second and per second, medians over the rounds and
 spread, peak memory over what the process had when training began, and the mean loss of the last quarter of the steps.
 """
 
@@ -29,24 +30,43 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-STEP_ROWS, MAX_LENGTH, RANK, RATE = 8, 1024, 16, 2e-4
+STEP_ROWS, RATE = 8, 2e-4
 KNOWN = 500
 """Tokens that occur in the rows: those of the tiny model's tokenizer. The head has the whole vocabulary."""
 
 
-def write_rows(path: Path, count: int) -> int:
-    """Tokenised rows in which every token but the first follows from the one before; returns the number of tokens."""
-    draw, total = random.Random(0), 0
+def write_rows(path: Path, options: argparse.Namespace) -> int:
+    """The tokenised rows; returns the number of tokens."""
+    rows = real_rows(options) if options.data else made_rows(options)
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            length = max(16, min(MAX_LENGTH, round(draw.lognormvariate(4.55, 0.75))))
-            ids = [draw.randrange(10, KNOWN)]
-            while len(ids) < length:
-                ids.append((ids[-1] * 7 + 11) % (KNOWN - 10) + 10)
-            asked = round(length * 0.45)
+        for ids, asked in rows:
             file.write(json.dumps({"input_ids": ids, "labels": [-100] * asked + ids[asked:]}) + "\n")
-            total += length
-    return total
+    return sum(len(ids) for ids, _ in rows)
+
+
+def made_rows(options: argparse.Namespace) -> list[tuple[list[int], int]]:
+    """Tokens of which every one but the first follows from the one before, and how many carry no loss."""
+    draw, rows = random.Random(0), []
+    for _ in range(options.rows):
+        length = options.length or max(16, min(options.max_length, round(draw.lognormvariate(4.55, 0.75))))
+        ids = [draw.randrange(10, KNOWN)]
+        while len(ids) < length:
+            ids.append((ids[-1] * 7 + 11) % (KNOWN - 10) + 10)
+        rows.append((ids, round(length * 0.45)))
+    return rows
+
+
+def real_rows(options: argparse.Namespace) -> list[tuple[list[int], int]]:
+    """The first questions and answers of at most `--max-length` tokens, and the length of each question."""
+    from transformers import AutoTokenizer
+
+    tokenizer, rows = AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model"), []
+    for line in Path(options.data).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        asked, answered = (tokenizer(row[name], add_special_tokens=False).input_ids for name in ("question", "answer"))
+        if len(asked) + len(answered) <= options.max_length and len(rows) < options.rows:
+            rows.append((asked + answered, len(asked)))
+    return rows
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
@@ -124,10 +144,22 @@ def stock(folder: Path, options: argparse.Namespace, by_name: bool = False, **fl
     if not by_name or quantised:
         model = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype, **quantised)
     shared: dict[str, Any] = {"per_device_train_batch_size": STEP_ROWS, "learning_rate": RATE, "num_train_epochs": 1}
-    shared |= {"max_length": MAX_LENGTH, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0}
+    shared |= {
+        "max_length": options.max_length,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 0,
+    }
     arguments = SFTConfig(str(folder / "out"), use_cpu=not torch.cuda.is_available(), **shared, **flags)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    config = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", use_dora="dora" in options.method)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        lora_dropout=options.dropout,
+        target_modules="all-linear",
+        use_dora="dora" in options.method,
+    )
     return SFTTrainer(
         model,
         arguments,
@@ -145,9 +177,10 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
 
     text = (
         f"method: {options.method}\noutput_dir: {folder / 'run'}\nmodel: {{name_or_path: {folder / 'model'}}}\n"
-        f"lora: {{r: {RANK}}}\ndata: {{path: {folder / 'rows.jsonl'}}}\n"
-        f"training: {{per_device_train_batch_size: {STEP_ROWS}, learning_rate: {RATE}, max_length: {MAX_LENGTH}, "
-        "logging_steps: 1, save_strategy: 'no', lr_scheduler_type: linear, warmup_steps: 0}\n"
+        f"lora: {{r: {options.rank}, lora_alpha: {2 * options.rank}, lora_dropout: {options.dropout}}}\n"
+        f"data: {{path: {folder / 'rows.jsonl'}}}\n"
+        f"training: {{per_device_train_batch_size: {STEP_ROWS}, learning_rate: {RATE}, logging_steps: 1, "
+        f"max_length: {options.max_length}, save_strategy: 'no', lr_scheduler_type: linear, warmup_steps: 0}}\n"
     )
     (folder / "r.yaml").write_text(text)
     run, losses = Trainer.train, list[float]()
@@ -174,7 +207,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     chosen = recipe.Recipe(
         method=options.method,
         model=recipe.Model(name_or_path=str(folder / "model"), dtype=options.dtype),
-        lora=recipe.Lora(r=RANK),
+        lora=recipe.Lora(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout),
         data=recipe.Data(path="x"),
         output_dir="x",
     )
@@ -193,7 +226,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     optimizer = torch.optim.AdamW(learned, RATE, weight_decay=0.0, fused=True) if learned else None
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    collate, losses = packing.StepCollator(min(MAX_LENGTH, packing.SEQUENCE)), []
+    collate, losses = packing.StepCollator(min(options.max_length, packing.SEQUENCE)), []
     device, half = base.device.type, options.dtype == "bfloat16"
     adapted.train()
     with Measured() as measured:
@@ -242,16 +275,30 @@ def measure(side: str, folder: Path, arguments: list[str]) -> dict[str, float]:
     return found
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model, the adapter and the rows."""
+    parser.add_argument("--method", choices=("lora", "dora", "qlora", "qdora"), default="lora")
+    numbers = {
+        "rows": 192,
+        "vocabulary": 32_000,
+        "width": 320,
+        "layers": 8,
+        "rank": 16,
+        "max-length": 1024,
+        "length": 0,
+    }
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--data")
+
+
 def main() -> None:
     """All sides in turn, as often as there are rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("lora", "dora", "qlora", "qdora"), default="lora")
-    parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_model_options(parser)
     parser.add_argument("--sides", default=",".join(side.replace(",", "") for side in SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -267,12 +314,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model", options)
-        tokens = write_rows(folder / "rows.jsonl", options.rows)
+        tokens = write_rows(folder / "rows.jsonl", options)
         found: dict[str, list[dict[str, float]]] = {side: [] for side in wanted}
         for _ in range(options.rounds):
             for side in wanted:
                 found[side].append(measure(side, folder, arguments))
-    print(f"{options.method}, {options.rows} rows, {tokens:,} tokens, {options.dtype}, {options.rounds} rounds")
+    print(f"{' '.join(arguments)}: {tokens:,} tokens, {options.dtype}, {options.rounds} rounds")
     reference = statistics.median(each["cpu"] for each in found[wanted[0]])
     table = []
     for side, runs in found.items():

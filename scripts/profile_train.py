@@ -26,17 +26,17 @@ import bench_train  # noqa: E402
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::mkldnn_linear"}
 
 
-def kind_of(name: str, shapes: list[Any], vocabulary: int) -> str:
+def kind_of(name: str, shapes: list[Any], options: argparse.Namespace) -> str:
     """What an operation of this name, on tensors of these shapes, belongs to."""
     sizes = {size for shape in shapes if isinstance(shape, (list, tuple)) for size in shape if isinstance(size, int)}
     if "attention" in name or "flash" in name or "softmax" in name:
-        return "head and loss" if vocabulary in sizes else "attention"
+        return "head and loss" if options.vocabulary in sizes else "attention"
     if "adam" in name or "foreach_norm" in name or "_foreach" in name:
         return "optimiser"
-    if vocabulary in sizes:
+    if options.vocabulary in sizes:
         return "head and loss"
     if name in PRODUCTS or "linear" in name or "mm" in name.removeprefix("aten::"):
-        return "LoRA products" if bench_train.RANK in sizes else "base products"
+        return "LoRA products" if options.rank in sizes else "base products"
     if name in ("aten::copy_", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous"):
         return "casts and copies"
     return "norms, activations, sums"
@@ -45,10 +45,8 @@ def kind_of(name: str, shapes: list[Any], vocabulary: int) -> str:
 def main() -> None:
     """Train once to warm up and once under torch's profiler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("lora", "dora", "qlora", "qdora"), default="lora")
-    for name, default in (("rows", 48), ("vocabulary", 32_000), ("width", 320), ("layers", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="bfloat16")
+    bench_train.add_model_options(parser)
+    parser.set_defaults(rows=48)
     options = parser.parse_args()
     from torch.profiler import ProfilerActivity, profile
     from transformers import Trainer
@@ -66,7 +64,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
         for event in found.events():
             if event.name.startswith(("aten::", "mkldnn", "bitsandbytes::")):
-                kind = kind_of(event.name, event.input_shapes, options.vocabulary)
+                kind = kind_of(event.name, event.input_shapes, options)
                 times[kind] += event.self_cpu_time_total / 1e6
                 names.setdefault(kind, Counter())[event.name] += event.self_cpu_time_total / 1e6
         return result
@@ -74,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORA_CACHE_DIR"] = folder
         bench_train.make_model(Path(folder) / "model", options)
-        tokens = bench_train.write_rows(Path(folder) / "rows.jsonl", options.rows)
+        tokens = bench_train.write_rows(Path(folder) / "rows.jsonl", options)
         Trainer.train = profiled
         bench_train.ours(Path(folder), options)
     times["framework"] = seconds - sum(times.values())
