@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli import model, origin, record, ui
+from lora_cli import chat, model, origin, record, ui
 from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
@@ -136,9 +136,7 @@ class HFAnswerer:
             raise LoraError("this model has no chat template: it cannot hold a conversation", "lora generate PATH")
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=asked.tools, tokenize=False, add_generation_prompt=True
-        )
+        text = chat.render(self.tokenizer, messages, asked.tools, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:

@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli import model, shards, tokens
+from lora_cli import foreign, model, shards, tokens, trust
 from lora_cli.errors import LoraError
 from lora_cli.record import Adapter
 from lora_cli.shards import Tensors
@@ -33,8 +33,13 @@ class Unstreamable(Exception):
 
 def skeleton(name: str, revision: str | None) -> PreTrainedModel:
     """The base in float32 without its parameters; buffers that are worked out, such as rotary frequencies, are real."""
-    with init_empty_weights(include_buffers=False):
-        empty = AutoModelForCausalLM.from_config(model.load_config(name, revision), dtype=torch.float32)
+    with (
+        init_empty_weights(include_buffers=False),
+        foreign.refused(model.UNBUILDABLE, model.BROKEN_CONFIG),
+    ):
+        empty = AutoModelForCausalLM.from_config(
+            model.load_config(name, revision), dtype=torch.float32, trust_remote_code=trust.allowed()
+        )
     empty.tie_weights()  # taking the weights away has parted them
     return empty
 
@@ -48,7 +53,7 @@ def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any]
     base = shards.open_model(adapter.base, adapter.revision)
     if base is None:
         raise Unstreamable("the base has no safetensors files")
-    config = PeftConfig.from_pretrained(str(adapter.folder))
+    config = model.adapter_config(adapter.folder)
     _check_config(config)
     empty = skeleton(adapter.base, adapter.revision)
     parameters = _tensors(empty, base)
@@ -57,7 +62,8 @@ def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any]
     shapes = {key: entry.shape for key, entry in carried.entries.items()}
     if empty.get_input_embeddings().num_embeddings < tokens.rows_trained(empty, adapter.folder, shapes):
         raise Unstreamable("the adapter makes its embeddings larger")
-    adapted = _attach(empty, config)
+    model.refuse_slow_patterns(empty, adapter.folder)
+    adapted = _attach(empty, config, adapter.folder)
     places = _places(adapted)
     _check_names(adapted, places, carried, adapter)
     by_name = {name: key for key, name in places.items()}
@@ -121,9 +127,10 @@ def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
     return {name: name in parameters for name in base.entries}
 
 
-def _attach(empty: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
+    refusal = foreign.refused(f"PEFT cannot put the adapter {folder} on its base", "copy the adapter again", REFUSALS)
     try:
-        with model.quiet_peft():
+        with model.quiet_peft(), refusal:
             return get_peft_model(empty, config, low_cpu_mem_usage=True).eval()
     except REFUSALS as error:
         raise Unstreamable(f"PEFT: {' '.join(str(error).split())[:200]}") from error

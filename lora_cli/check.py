@@ -29,12 +29,12 @@ BARS = 10
 def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
     upstream.check(recipe)
-    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
-    config = model.load_config(recipe.model.name_or_path, commit)
+    commit, config = model.of_recipe(recipe)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)
+    plan.refuse_unknown_ids(adapter, train, tokenizer)
     steps = plan.steps(recipe, train)
     if as_json:
         report = {

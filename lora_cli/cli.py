@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
-from lora_cli import __version__, foreign, ui
+from lora_cli import __version__, foreign, launcher, private, trust, ui
 from lora_cli.errors import LoraError, UsageError
+
+if TYPE_CHECKING:
+    from lora_cli.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models with LoRA, QLoRA and DoRA; merge and export what was trained.",
 )
+
+BUG = 70
+"""Exit status of a bug: EX_SOFTWARE of sysexits.h."""
 
 # typer keeps its click to itself; a wrong option or argument is this base of what it does export
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -43,6 +52,14 @@ Density = Annotated[
     Optional[float], typer.Option(min=0.0, max=1.0, help="Share of the weights that ties, dare, magnitude_prune keep.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        trust.FLAG,
+        callback=lambda given: trust.allow(given),
+        help="Let a model's repository run Python code of its own here; only this option allows it.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 
 
@@ -73,15 +90,19 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
+    launcher.check(os.environ)
     from lora_cli.recipe_file import load
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
     from lora_cli.train import train
 
-    typer.echo(train(loaded, resume))
+    with _placed(loaded):
+        adapter = train(loaded, resume)
+    typer.echo(adapter)
 
 
 @app.command()
@@ -90,6 +111,7 @@ def check(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Rows to show as the model sees them.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste the run."""
     from lora_cli.recipe_file import load
@@ -98,7 +120,8 @@ def check(
     _quiet_libraries()
     from lora_cli.check import check
 
-    check(loaded, samples, as_json)
+    with _placed(loaded):
+        check(loaded, samples, as_json)
 
 
 @app.command()
@@ -118,6 +141,7 @@ def merge(
     base_weights: Annotated[
         BaseWeights, typer.Option(help="Of an adapter trained in 4 bits: what it is merged into.")
     ] = BaseWeights.dequantized,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fold an adapter, or several combined, into their base model and verify the result."""
     *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
@@ -140,6 +164,7 @@ def combine(
     density: Density = None,
     r: Annotated[Optional[int], typer.Option("--r", min=1, help="Rank of the svd kinds; default: the largest.")] = None,
     base: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make one adapter of several, by PEFT's add_weighted_adapter."""
     *adapters, out = _two_or_more(paths, "lora combine ADAPTER ADAPTER OUT")
@@ -156,6 +181,7 @@ def extract(
     finetuned: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to; must not exist.")],
     r: Annotated[int, typer.Option("--r", min=1, help="Rank of the adapter.")] = 64,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a LoRA adapter of what a full fine-tuning changed, by truncated SVD."""
     _quiet_libraries()
@@ -171,6 +197,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write the plain LoRA adapter to; must not exist.")],
     r: Annotated[Optional[int], typer.Option("--r", min=1, help="Rank; default: the adapter's largest.")] = None,
     base: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a plain LoRA adapter of a DoRA one, or one of a smaller rank, and say what that costs."""
     _quiet_libraries()
@@ -185,6 +212,7 @@ def verify(
     first: Annotated[str, typer.Argument(metavar="A", help="An adapter, a model (folder or hub), or a .gguf file.")],
     second: Annotated[str, typer.Argument(metavar="B", help="What should be the same function: any of these.")],
     base: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not explain it."""
     _quiet_libraries()
@@ -215,6 +243,7 @@ def export_gguf(
         bool, typer.Option("--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base.")
     ] = False,
     llama_cpp: LlamaCpp = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own tools."""
     _quiet_libraries()
@@ -261,6 +290,7 @@ def generate(
     base: BaseModel = None,
     show: Annotated[Optional[int], typer.Option(min=0, help="Print at most this many prompts' answers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and model on stdout.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer the same prompts with several models side by side."""
     _quiet_libraries()
@@ -276,6 +306,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
     base: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model; answers stream. /reset starts over, /quit or end of input leaves."""
     _quiet_libraries()
@@ -306,6 +337,16 @@ def schema(
     from lora_cli import schema
 
     typer.echo(schema.markdown() if markdown else schema.json_text(), nl=False)
+
+
+@contextmanager
+def _placed(recipe: Recipe) -> Iterator[None]:
+    """Errors that begin with a key of the recipe name the file and line it stands in."""
+    try:
+        yield
+    except LoraError as error:
+        error.message = recipe.placed(error.message)
+        raise
 
 
 def _two_or_more(paths: list[Path], usage: str) -> list[Path]:
@@ -340,10 +381,11 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 143 by SIGTERM."""
+    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 130 when
+    interrupted, 143 by SIGTERM."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="lora", standalone_mode=False))
     except LoraError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -360,8 +402,19 @@ def main() -> NoReturn:
     except Exception as error:
         known = foreign.translate(error)
         if known is None:
-            raise
+            _report(error)
         _fail(known)
+
+
+def _report(error: Exception) -> NoReturn:
+    """What nobody has thought of is a bug: its traceback, and how to report it."""
+    lines = "".join(traceback.format_exception(error))
+    ui.say(private.without_home(lines).rstrip())
+    ui.say(
+        f"\nThis is a bug in lora {__version__}, not a mistake of yours. Please report it with the lines above, the\n"
+        "command, the recipe, and what `lora doctor --json` prints. Tokens and your home folder are left out above."
+    )
+    sys.exit(BUG)
 
 
 def _fail(error: LoraError) -> NoReturn:

@@ -71,3 +71,4 @@ def finish(
         parents=[{"folder": str(source.folder), "record": source.record} for source in sources if source.record],
     )
     files.write_json(staging / record.ARTEFACT_RECORD, made)
+    files.leave_out_home(staging)

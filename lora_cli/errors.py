@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+SHOWN = 4
+"""Problems of one error that are shown."""
+
 
 class LoraError(Exception):
     """Something a user can cause and mend.
@@ -32,10 +35,14 @@ class RejectedError(LoraError):
 
 
 def one_error(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageError:
-    """Several (message, hint) as one error: a single one as it stands, more as a list headed `N problems {where}`."""
+    """Several (message, hint) as one error: a single one as it stands, more as a list headed `N problems {where}`, of
+    which a line each is shown, and so many that the whole stays within six."""
     if len(problems) == 1:
         return UsageError(*problems[0])
-    lines = [f"  {message}" + (f"\n    {hint}" if hint else "") for message, hint in problems]
+    shown = problems if len(problems) <= SHOWN else problems[: SHOWN - 1]
+    lines = [f"  {message}" + (f" ({hint})" if hint else "") for message, hint in shown]
+    if more := len(problems) - len(shown):
+        lines.append(f"  … and {more} more, which come up once these are mended")
     return UsageError(
         "\n".join([f"{len(problems)} problems {where}", *lines]), "lora schema --markdown lists every key"
     )

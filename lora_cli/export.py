@@ -51,7 +51,7 @@ def export(
     targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {tools.converter}")
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         merged, adapter = path, record.read_adapter(path, base) if kind == "adapter" else None
         config = _check_first(path, adapter, tools.converter, Path(scratch))

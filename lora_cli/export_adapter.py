@@ -43,7 +43,7 @@ def export_adapter(
         ui.warn(
             "trained on 4-bit weights: over a GGUF of the original base it is another function; merge it for the same"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         scaled, made = Path(scratch) / "scaled", {name: Path(scratch) / file.name for name, file in targets.items()}
         base_folder = _base_folder(adapter)

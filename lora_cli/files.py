@@ -6,11 +6,13 @@ import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_cli import private
 from lora_cli.errors import LoraError, RejectedError
 
 
@@ -24,14 +26,57 @@ def cache_home() -> Path:
     return Path(cache).expanduser().resolve() / "lora-cli"
 
 
+MADE_HERE = ("record.json", "lora_record.json")
+"""Files of which a folder that lora made has one: such a folder may be suggested for removal."""
+SMALL = 2**24
+"""Bytes that a configuration has at most."""
+
+
+def read_small(path: Path, most: int = SMALL) -> str:
+    """The text of a plain file of at most `most` bytes; LoraError for anything else, a pipe or device among it."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise LoraError(f"{path} is {_kind(status.st_mode)}, not a file", f"ls -ld {path}")
+        if status.st_size > most:
+            raise LoraError(
+                f"{path} has {status.st_size} bytes, over {most}: it is not what it should be", f"less {path}"
+            )
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise LoraError(f"{path} does not exist", f"ls {path.parent}") from None
+    except UnicodeDecodeError as error:
+        raise LoraError(f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {path}") from None
+
+
+def _kind(mode: int) -> str:
+    for test, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket")):
+        if test(mode):
+            return name
+    return "a device"
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, flush to disk, rename."""
+    """Write beside `path`, flush to disk, rename: a link of that name is replaced, not followed."""
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
+    staging.unlink(missing_ok=True)  # a dead process's of our number, or a link that somebody has put there
+    with staging.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     staging.replace(path)
+
+
+def leave_out_home(folder: Path) -> None:
+    """Let the configurations and cards that libraries have written into `folder` say ~ for the user's home folder."""
+    for path in (*folder.glob("*.json"), *folder.glob("*.md")):
+        if path.name != "tokenizer.json" and path.stat().st_size <= SMALL:
+            text = path.read_text(encoding="utf-8")
+            if text != (portable := private.without_home(text)):
+                write_text(path, portable)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -41,12 +86,14 @@ def write_json(path: Path, data: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The JSON in `path`; LoraError naming the line where it is not JSON."""
+    text = read_small(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoraError(f"{path} does not exist", f"ls {path.parent}") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise LoraError(f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {path}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        said = str(error).partition(";")[0]
+        raise LoraError(f"{path}: JSON that cannot be read: {said}", f"less {path}") from None
 
 
 @contextmanager
@@ -59,7 +106,7 @@ def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
     for folder in [final, *([rejected] if rejected else [])]:
         refuse_occupied(folder)
     staging = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    staging.mkdir(parents=True)
+    make_folder(staging, final)
     try:
         yield staging
         if final.exists():
@@ -86,6 +133,23 @@ def stem(folder: Path) -> str:
     return name if name not in ("adapter", "merged") else folder.resolve().parent.name
 
 
+def make_folder(folder: Path, final: Path | None = None) -> None:
+    """Make `folder` and those above it; LoraError, naming `final` where it stands for that, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        named = final or folder
+        raise LoraError(f"{named} cannot be made: {error.strerror}", f"ls -ld {named.parent}") from error
+
+
+def refuse_link(folder: Path) -> None:
+    """LoraError if `folder` is a symbolic link: what is written or removed would be elsewhere than it looks."""
+    if folder.is_symlink():
+        raise LoraError(
+            f"{folder} is a link, to {folder.readlink()}", f"give that folder itself, or remove it: rm {folder}"
+        )
+
+
 def refuse_occupied(folder: Path) -> None:
     """LoraError if `folder` exists and is anything but an empty folder, or holds the current one."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -93,4 +157,7 @@ def refuse_occupied(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
-        raise LoraError(f"{folder} already exists", f"choose another output, or remove it: rm -r {folder}")
+        hint = "choose another output"
+        if folder.is_dir() and any((folder / name).is_file() for name in MADE_HERE):
+            hint += f", or remove it: rm -r {folder}"
+        raise LoraError(f"{folder} already exists", hint)

@@ -52,6 +52,7 @@ def merge(
     the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
     then, if that is given.
     """
+    adapter = adapter._replace(revision=model.resolve(adapter.base, adapter.revision))  # what the record is to name
     refuse_unmergeable(adapter)
     identity.check(adapter)
     with files.staged_folder(out, rejected) as staging:
@@ -81,6 +82,7 @@ def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path)
         folder / record.ARTEFACT_RECORD,
         record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
     )
+    files.leave_out_home(folder)
 
 
 def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | whole.Whole:

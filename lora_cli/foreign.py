@@ -1,4 +1,4 @@
-"""Exceptions of other libraries that a user can cause, as messages of ours: one table, matched by class name.
+"""Exceptions of other libraries that a user can cause, as messages of ours: one table, matched by class name and words.
 
 Names rather than classes, so that nothing need be imported to compare. What is not in the table is a bug and keeps its
 traceback.
@@ -9,48 +9,166 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from lora_cli.errors import LoraError
 
+LONGEST = 400
+"""Characters of another library's words that are shown."""
 CONNECTION = "is there a connection? HF_HUB_OFFLINE=1 uses only what is cached"
+COPY = "the file is damaged or cut off: copy it again"
+DATA = "check data.path and data.split"
+MODEL = "check the model's name (a folder, or a name on the hub) and its revision"
+SMALLER = "--set training.per_device_train_batch_size=1, or method: qlora"
 TEMPLATE = "--set model.chat_template=chatml, or mend the template"
-# class name -> (message, hint); {line} is the first telling line of the original message, {cause} that of its root
-TABLE: dict[str, tuple[str, str]] = {
-    "GatedRepoError": ("{line}", "ask for access on its page, then: hf auth login"),
-    "RepositoryNotFoundError": ("{line}", "check the name; for a private repository: hf auth login"),
-    "RevisionNotFoundError": ("{line}", "check model.revision or data.revision"),
-    "EntryNotFoundError": ("{line}", "check the name and the revision"),
-    "HFValidationError": ("{line}", "a name on the hub is OWNER/NAME"),
-    "LocalEntryNotFoundError": ("{line}", CONNECTION),
-    "OfflineModeIsEnabled": ("{line}", "unset HF_HUB_OFFLINE"),
-    "DatasetNotFoundError": ("{line}", "check data.path; for a private or gated data set: hf auth login"),
-    "DataFilesNotFoundError": ("{line}", "check data.path and data.split"),
-    "EmptyDatasetError": ("{line}", "check data.path and data.split"),
-    "DatasetGenerationCastError": ("the files have different columns: {cause}", "name one with data.path"),
-    "DatasetGenerationError": ("the data could not be read: {cause}", "check that each row is well formed"),
-    "SafetensorError": ("the weights cannot be read: {line}", "the file is damaged or cut off: copy it again"),
-    "OutOfMemoryError": ("out of memory: {line}", "--set training.per_device_train_batch_size=1, or method: qlora"),
-    "TemplateError": ("the chat template failed: {line}", TEMPLATE),
-    "ArrowInvalid": ("the data could not be read: {line}", "the file is damaged or of another kind"),
-    "ConnectError": ("no connection: {line}", CONNECTION),
-    "TimeoutException": ("no connection: {line}", CONNECTION),
-    "ConnectionError": ("{line}", CONNECTION),
-}
-# Plain ValueErrors, told apart by how they begin
-WORDS = {
-    "Unrecognized model in": "check model.name_or_path: the folder or repository holds no model",
-    "Couldn't instantiate the backend tokenizer": "the model's folder or repository holds no usable tokenizer",
-    "Unknown split": "check data.split and data.eval_split",
-    "BuilderConfig": "check data.name",
-    "Config name is missing": "set data.name to one of them",
-    "Tokenizer class": "the tokenizer needs another version of transformers",
-}
+CODE = "--trust-remote-code, if you have read its code and want to run it here"
+CUDA = "lora doctor, which tries the devices one by one; CUDA_VISIBLE_DEVICES= trains on the CPU"
+
+
+class Known(NamedTuple):
+    """One kind of failure: the exception's class or a base of it, what its text says somewhere (any text: ""), and what
+    the user is told: {line} is the first telling line of the text, {cause} that of its root, {match} what was found."""
+
+    kind: str
+    words: str
+    message: str
+    hint: str
+
+
+TABLE = (
+    # huggingface_hub
+    Known("GatedRepoError", "", "{line}", "ask for access on its page, then: hf auth login"),
+    Known("DisabledRepoError", "", "{line}", "the repository was closed: take another"),
+    Known("RepositoryNotFoundError", "", "{line}", "check the name; for a private repository: hf auth login"),
+    Known("RevisionNotFoundError", "", "{line}", "check model.revision or data.revision"),
+    Known("LocalEntryNotFoundError", "", "{line}", CONNECTION),
+    Known("EntryNotFoundError", "", "{line}", "check the name and the revision"),
+    Known("HFValidationError", "", "{line}", "a name on the hub is OWNER/NAME"),
+    Known("LocalTokenNotFoundError", "", "{line}", "hf auth login, or HF_TOKEN in the environment"),
+    Known("OfflineModeIsEnabled", "", "{line}", "unset HF_HUB_OFFLINE"),
+    Known("FileMetadataError", "", "{line}", CONNECTION),
+    Known(
+        "HfHubHTTPError", r"\b401\b|\b403\b", "the hub refuses: {line}", "hf auth login; is the token one for reading?"
+    ),
+    Known(
+        "HfHubHTTPError", r"\b429\b", "the hub has had too many requests: {line}", "wait some minutes, and run it again"
+    ),
+    Known(
+        "HfHubHTTPError", "", "the hub answers: {line}", "try again later; https://status.huggingface.co says how it is"
+    ),
+    Known("CorruptedCacheException", "", "the hub's cache is damaged: {line}", "hf cache rm, and run it again"),
+    # the network under it
+    Known("ConnectError", "", "no connection: {line}", CONNECTION),
+    Known("TimeoutException", "", "no connection: {line}", CONNECTION),
+    Known("ProxyError", "", "the proxy does not answer: {line}", "check HTTPS_PROXY"),
+    Known("SSLError", "", "no secure connection: {line}", "check the machine's clock and certificates (SSL_CERT_FILE)"),
+    Known(
+        "RemoteProtocolError",
+        "",
+        "the connection broke off: {line}",
+        "run it again: what is there is not fetched twice",
+    ),
+    Known("ReadError", "", "the connection broke off: {line}", "run it again: what is there is not fetched twice"),
+    Known(
+        "ChunkedEncodingError",
+        "",
+        "the connection broke off: {line}",
+        "run it again: what is there is not fetched twice",
+    ),
+    Known("gaierror", "", "no connection: {line}", CONNECTION),
+    Known("ConnectionError", "", "{line}", CONNECTION),
+    # datasets
+    Known("DatasetNotFoundError", "", "{line}", "check data.path; for a private or gated data set: hf auth login"),
+    Known("DataFilesNotFoundError", "", "{line}", DATA),
+    Known("EmptyDatasetError", "", "{line}", DATA),
+    Known("DatasetGenerationCastError", "", "the files have different columns: {cause}", "name one with data.path"),
+    Known("DatasetGenerationError", "", "the data could not be read: {cause}", "check that each row is well formed"),
+    Known(
+        "NonMatchingSplitsSizesError",
+        "",
+        "the data set is not what its card says: {line}",
+        "--set data.revision=COMMIT",
+    ),
+    Known(
+        "NonMatchingChecksumError", "", "the data set is not what its card says: {line}", "--set data.revision=COMMIT"
+    ),
+    Known("ValueError", r"^Unknown split", "{line}", "check data.split and data.eval_split"),
+    Known("ValueError", r"^BuilderConfig", "{line}", "check data.name"),
+    Known("ValueError", r"^Config name is missing", "{line}", "set data.name to one of them"),
+    Known("ArrowMemoryError", "", "out of memory: {line}", "data.streaming: true"),
+    Known("ArrowException", "", "the data could not be read: {line}", "the file is damaged or of another kind"),
+    # safetensors
+    Known("SafetensorError", "", "the weights cannot be read: {line}", COPY),
+    # transformers
+    Known("ValueError", r"contains custom code|references custom code", "{line}", CODE),
+    Known("ImportError", r"requires .*?packages that were not found.*?: ?([\w, -]+)", "{line}", "pip install {match}"),
+    Known(
+        "ValueError",
+        r"^Unrecognized model in|Should have a `model_type` key",
+        "{line}",
+        "check model.name_or_path: the folder or repository holds no model",
+    ),
+    Known(
+        "ValueError",
+        r"model type `(.+?)` but Transformers does not recognize",
+        "transformers knows no models of type {match}",
+        "pip install -U transformers, if it is a new one; else check model_type in its config.json",
+    ),
+    Known(
+        "ValueError",
+        r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'",
+        "{match} is of no model that writes text",
+        "give a causal language model",
+    ),
+    Known(
+        "ValueError",
+        r"Couldn't instantiate the backend tokenizer",
+        "the model has no tokenizer that can be read",
+        "copy tokenizer.json and tokenizer_config.json into its folder",
+    ),
+    Known("ValueError", r"^Tokenizer class", "{line}", "the tokenizer needs another version of transformers"),
+    Known("StrictDataclassError", "", "the model's config.json has a value that cannot be: {cause}", "copy it again"),
+    # jinja
+    Known("TemplateError", "", "the chat template failed: {line}", TEMPLATE),
+    # YAML, where it is not a recipe that is read
+    Known("YAMLError", "", "a YAML file cannot be read: {line}", "is it a model's README.md, or a data set's?"),
+    # torch
+    Known("OutOfMemoryError", "", "out of memory: {line}", SMALLER),
+    Known("MemoryError", "", "out of memory: {line}", SMALLER),
+    Known("RuntimeError", r"out of memory|can't allocate memory|not enough memory", "out of memory: {line}", SMALLER),
+    Known("RuntimeError", r"Found no NVIDIA driver|CUDA driver version is insufficient", "{line}", CUDA),
+    Known("RuntimeError", r"no kernel image is available", "this build of torch does not know the GPU: {line}", CUDA),
+    Known("RuntimeError", r"^CUDA error|cuDNN error|CUBLAS_STATUS|NCCL error", "the GPU failed: {line}", CUDA),
+    Known("RuntimeError", r"PytorchStreamReader failed", "a file of torch's cannot be read: {line}", COPY),
+    Known(
+        "UnpicklingError", "", "a pickle is refused: {line}", "pickles may run code: have it converted to safetensors"
+    ),
+    # bitsandbytes
+    Known("RuntimeError", r"CUDA Setup failed|compiled without GPU support", "bitsandbytes: {line}", "lora doctor"),
+    Known("ImportError", r"bitsandbytes", "{line}", "pip install -U bitsandbytes; lora doctor tries it"),
+)
 SYSTEM = {
     errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk's quota is used up",
+    errno.EFBIG: "a file is larger than is allowed here",
     errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "a folder was expected",
+    errno.EISDIR: "a file was expected, and this is a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links go in a circle",
+    errno.ENOENT: "there is no such file or folder any more",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+    errno.EIO: "the disk failed",
+    errno.ESTALE: "the network drive is gone",
+    errno.ENOMEM: "out of memory",
 }
+ROOM = {errno.ENOSPC: "df -h", errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f unlimited"}
+"""What shows how much is free."""
+REMEDIES = {errno.EMFILE: "ulimit -n 4096", errno.ENFILE: "ulimit -n 4096", errno.EIO: "dmesg says more"}
 
 
 def translate(error: BaseException) -> LoraError | None:
@@ -59,19 +177,36 @@ def translate(error: BaseException) -> LoraError | None:
     if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
         return LoraError("the disk is full", "df -h, make room, and run it again")
     for link in chain:
-        for kind in type(link).__mro__:
-            if kind.__name__ in TABLE:
-                message, hint = TABLE[kind.__name__]
-                return LoraError(message.format(line=_line(link), cause=_line(chain[-1])), hint)
-    if isinstance(error, OSError) and error.errno in SYSTEM:
-        return LoraError(f"{SYSTEM[error.errno]}: {error.filename or _line(error)}", "free or choose another place")
+        kinds = [kind.__name__ for kind in type(link).__mro__]
+        for known in TABLE:
+            if known.kind in kinds and (found := re.search(known.words, str(link))):
+                parts = {"line": _line(link), "cause": _line(chain[-1]), "match": found[found.re.groups and 1]}
+                return LoraError(known.message.format(**parts), known.hint.format(**parts))
+    return _of_system(error) if isinstance(error, OSError) else None
+
+
+@contextmanager
+def refused(what: str, hint: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around a library's reading of a file of somebody else's: whatever it raises there is its refusal of that file.
+
+    LoraError saying `what` could not be done and why, and `hint`; what the table knows, or `but` names, stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (LoraError, *but)) or translate(error) is not None:
+            raise
+        raise LoraError(f"{what}: {type(error).__name__}: {_line(error)}", hint) from error
+
+
+def _of_system(error: OSError) -> LoraError | None:
+    if error.errno in ROOM:
+        return LoraError(SYSTEM[error.errno], f"{ROOM[error.errno]}, make room, and run it again")
+    if error.errno in SYSTEM:
+        hint = REMEDIES.get(error.errno, f"ls -ld {error.filename}" if error.filename else "choose another place")
+        return LoraError(f"{SYSTEM[error.errno]}: {error.filename or _line(error)}", hint)
     # transformers raises a bare OSError for a name that is neither a folder nor on the hub, or lacks files
-    if type(error) is OSError and error.errno is None:
-        return LoraError(_line(error), "check the model's name (a folder, or a name on the hub) and its revision")
-    for start, hint in WORDS.items():
-        if isinstance(error, ValueError) and str(error).startswith(start):
-            return LoraError(_line(error), hint)
-    return None
+    return LoraError(_line(error), MODEL) if type(error) is OSError and error.errno is None else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -85,4 +220,5 @@ def _line(error: BaseException) -> str:
     """The first line that says more than an HTTP status."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not re.match(r"\d{3} (Client|Server) Error", line)]
-    return (telling or lines or [type(error).__name__])[0]
+    first = (telling or lines or [type(error).__name__])[0]
+    return first if len(first) <= LONGEST else f"{first[: LONGEST - 1]}…"

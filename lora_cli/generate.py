@@ -68,6 +68,9 @@ def _question(line: str, place: str) -> Question:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{place}: not valid JSON: {error.msg}", "one JSON object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        said = str(error).partition(";")[0]
+        raise UsageError(f"{place}: JSON that cannot be read: {said}", "one JSON object a line") from None
     for style, asked, answer in (("prompt_completion", "prompt", "completion"), ("alpaca", "instruction", "output")):
         if isinstance(row, dict) and isinstance(row.get(asked), str):
             expected = row.get(answer) or None

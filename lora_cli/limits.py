@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli import patterns
 from lora_cli.recipe import Recipe
 from lora_cli.tokens import matches
 
@@ -36,11 +37,6 @@ def problems(
     yield from _wrong_starts(recipe, config, targeted)
     yield from _wrong_copies(recipe, config, model)
     yield from _tied(recipe, config, model, list(targeted), parameters)
-
-
-def pattern_key(key: str) -> str:
-    """PEFT's regular expression for a key of rank_pattern or alpha_pattern."""
-    return rf"(.*\.)?({key})$"
 
 
 def _wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
@@ -123,7 +119,7 @@ def _wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Mod
             yield f"{where}: {initial} is not defined for {name}, a {type(module).__name__}", "init_lora_weights: true"
             return
         rank, field = next(
-            ((rank, key) for key, rank in config.rank_pattern.items() if re.match(pattern_key(key), name)),
+            ((rank, key) for key, rank in config.rank_pattern.items() if re.match(patterns.key(key), name)),
             (config.r, None),
         )
         place = recipe.where("lora", "rank_pattern", field) if field else recipe.where("lora", "r")

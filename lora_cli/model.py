@@ -19,7 +19,6 @@ from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,11 +31,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
-from lora_cli import files, record, shards, tokens
+from lora_cli import chat, files, foreign, patterns, record, shards, tokens, trust
 from lora_cli.errors import LoraError, nearest
 from lora_cli.recipe import Recipe
 from lora_cli.render import adds_bos
 
+BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
+UNBUILDABLE = "transformers cannot build the model that its config.json describes"
+UNBUILDABLE = "transformers cannot build the model that its config.json describes"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -50,12 +52,27 @@ def resolve(name: str, revision: str | None = None) -> str | None:
         return None
     if record.kind(name) != "hub":
         raise LoraError(f"{name} is not a base model", "give a folder with config.json or a name on the hub")
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     return str(resolve_revision(name, revision=revision).resolved)
+
+
+def of_recipe(recipe: Recipe) -> tuple[str | None, PretrainedConfig]:
+    """The commit that a recipe's base stands for now, and its configuration; LoraError naming the key."""
+    try:
+        commit = resolve(recipe.model.name_or_path, recipe.model.revision)
+        return commit, load_config(recipe.model.name_or_path, commit)
+    except LoraError as error:
+        if not error.message.startswith("model."):
+            error.message = f"model.name_or_path: {error.message}"
+        raise
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a model on the hub or in a folder; where it names no type, with that of the weights."""
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    with foreign.refused(f"transformers cannot read the configuration of {name}", BROKEN_CONFIG):
+        trust.check(name, PretrainedConfig.get_config_dict(name, revision=revision)[0])
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust.allowed())
     if config.dtype is None and (found := shards.open_model(name, revision)):
         sizes = Counter[torch.dtype]()
         for entry in found.entries.values():
@@ -78,6 +95,7 @@ def load_base(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The base in `dtype`, or in 4 bits with `dtype` for what is not quantised; `kwargs` go to from_pretrained."""
+    refuse_without_safetensors(name, revision)
     if quantization is not None and any(isinstance(module, Conv1D) for module in skeleton(name, revision).modules()):
         raise LoraError(
             f"{name} keeps its weights the other way round (Conv1D), and comes back from 4 bits wrongly",
@@ -85,15 +103,20 @@ def load_base(
         )
     if quantization is not None and torch.cuda.is_available():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
-        )
-    except SafetensorError as error:
-        raise LoraError(f"the weights of {name} are damaged or cut off: {error}", "copy them again") from error
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=quantization,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=trust.allowed(),
+        ignore_mismatched_sizes=True,  # so that they are in the report, which is looked at below
+        **kwargs,
+    )
     # transformers fills weights that the files lack with random numbers, and says so in a log only
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(map(str, report[what])):
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what]):
             raise LoraError(
                 f"the weights of {name} do not fit its configuration: {len(names)} {what.replace('_', ' ')}, "
                 f"such as {names[0]}",
@@ -105,6 +128,18 @@ def load_base(
     return model
 
 
+def refuse_without_safetensors(name: str, revision: str | None) -> None:
+    """LoraError where a model's weights are not there, or pickled, or where it is a base and an adapter at once."""
+    if Path(name, "adapter_config.json").is_file():  # transformers would load the base that it names instead
+        raise LoraError(f"{name} is an adapter as well as a base", f"move {name}/adapter_*.* to another folder")
+    if shards.open_model(name, revision) is None:
+        pickled = sorted(file.name for kind in record.PICKLED for file in Path(name).glob(f"*{kind}"))
+        only = f": it has pickled ones ({pickled[0]}), which may run code when they are loaded" if pickled else ""
+        raise LoraError(
+            f"{name} has no weights in safetensors files{only}", "take a revision or copy that has model.safetensors"
+        )
+
+
 def skeleton(name: str, revision: str | None) -> PreTrainedModel:
     """The base without weights (on the `meta` device): its modules' names and shapes, in an instant."""
     return from_config(load_config(name, revision))
@@ -112,8 +147,11 @@ def skeleton(name: str, revision: str | None) -> PreTrainedModel:
 
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with (
+        torch.device("meta"),
+        foreign.refused(UNBUILDABLE, BROKEN_CONFIG),
+    ):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.allowed())
 
 
 def weightless(name: str, revision: str | None) -> PreTrainedModel:
@@ -190,10 +228,8 @@ def load_tokenizer(name: str, revision: str | None = None, **roles: str | None) 
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except json.JSONDecodeError as error:
-        raise LoraError(f"the tokenizer of {name} is damaged: {error}", "copy its files again") from error
+    with foreign.refused(f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust.allowed())
     if not tokenizer.is_fast:
         raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()
@@ -255,7 +291,7 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     for text in made.values():
         try:
             asked = [{"role": "user", "content": "x"}]
-            shown = str(tokenizer.apply_chat_template(asked, chat_template=text, tokenize=False))
+            shown = chat.render(tokenizer, asked, source=text)
         except TemplateError:
             shown = ""
         if prompt.strip() not in shown:
@@ -297,8 +333,10 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
 def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
     """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one of its tensors
     found its place."""
+    refuse_slow_patterns(model, folder)
     tokens.fit(model, folder)
-    with quiet_peft():
+    hint = "give the base it was trained on with --base"
+    with quiet_peft(), foreign.refused(f"PEFT cannot put the adapter {folder} on its base", hint):
         try:
             if isinstance(model, PeftModel):
                 peft_model = model
@@ -306,10 +344,21 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
             else:
                 peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            hint = "give the base it was trained on with --base"
             raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {_misfit(error)}", hint) from error
     check_adapter_complete(peft_model, folder, name)
     return peft_model
+
+
+def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
+    """UsageError for an adapter whose regular expressions would keep PEFT busy for ever on the model's names."""
+    names = [name for name, _ in model.named_modules() if name]
+    patterns.refuse(adapter_config(folder), names, lambda field: f"{folder / 'adapter_config.json'}: {field}")
+
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """What the adapter in `folder` says of itself, as PEFT reads it; LoraError with PEFT's words where it does not."""
+    with foreign.refused(f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"):
+        return LoraConfig.from_pretrained(str(folder))
 
 
 def _misfit(error: Exception) -> str:

@@ -47,7 +47,7 @@ def _plain(value: Any) -> Any:
 class Model(Section):
     """The base model."""
 
-    name_or_path: str
+    name_or_path: Name
     """A model on the hub (`HuggingFaceTB/SmolLM2-135M`) or a local folder, relative to the current folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; the commit it resolves to is recorded."""
@@ -277,7 +277,7 @@ NOT_IN_TRAINING = {
     "resume_from_checkpoint": "use lora train --resume",
     "model_init_kwargs": "use model.revision, model.dtype and model.attn_implementation: merging loads the same base",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "trust_remote_code": "code from a model's repository is never run",
+    "trust_remote_code": "only the command line allows code of a model's repository: --trust-remote-code",
     "hub_token": "a recipe is no place for a secret: set HF_TOKEN in the environment",
     "disable_tqdm": "lora draws its own progress line",
     "do_train": "lora train always trains",
@@ -362,6 +362,12 @@ class Recipe(Section):
     def source(self, *keys: str) -> Place | None:
         """Where a value was written; None when it is a default."""
         return self._places.get(keys)
+
+    def placed(self, message: str) -> str:
+        """A message that begins with a key of this recipe, with the key's file and line before it."""
+        key = message.partition(":")[0].partition(" ")[0]
+        place = self._places.get(tuple(int(part) if part.isdigit() else part for part in key.split(".")))
+        return f"{place}: {message}" if place and "." in key else message
 
     def settled(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
         """A copy with the trainer and values of sections replaced: what `auto` resolved to."""

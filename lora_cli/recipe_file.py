@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from lora_cli import fields, yamlfile
+from lora_cli import fields, private, yamlfile
 from lora_cli.errors import UsageError, nearest, one_error
 from lora_cli.recipe import (
     INITIAL_CONFIGS,
@@ -33,7 +34,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         document = _merge(document, override)
     if not isinstance(document.data, dict) or not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
+    if secret := private.held(document.data):
+        raise UsageError(
+            f"{path}: the recipe holds the value of {secret}, and it is written to the run's folder",
+            "take it out: what needs it reads the environment",
+        )
     document.data.pop("extends", None)
+    _expand_home(document.data)
     document.data.setdefault("output_dir", f"runs/{path.stem}")
     try:
         recipe = Recipe.model_validate(document.data)
@@ -43,6 +50,26 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if contradictions := list(_contradictions(recipe)):
         raise one_error(f"in {path}", contradictions)
     return recipe
+
+
+HOME_PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path"), "": ("output_dir",)}
+"""Keys whose value may be a path, by section: there `~/` is the user's home folder, which only a shell knows else."""
+
+
+def _expand_home(data: dict[str, Any]) -> None:
+    """Replace `~/` in paths of the recipe's data, in place."""
+    sections = [(data.get(name) if name else data, keys) for name, keys in HOME_PATHS.items()]
+    mix = data["data"].get("mix") if isinstance(data.get("data"), dict) else None
+    sections += [(rows, ("path",)) for rows in (mix if isinstance(mix, list) else [])]
+    for section, keys in sections:
+        if isinstance(section, dict):
+            section |= {key: _expanded(section[key]) for key in keys if key in section}
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    return private.expanded(value) if isinstance(value, str) else value
 
 
 def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
@@ -59,7 +86,8 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
         circle = " -> ".join(map(str, (*above, path, base)))
         raise UsageError(f"{place}: extends goes in a circle: {circle}", "remove one")
     if not base.is_file():
-        raise UsageError(f"{place}: {base}, which it extends, does not exist", "the path is relative to this file")
+        why = "is no file" if base.exists() else "does not exist"
+        raise UsageError(f"{place}: {base}, which it extends, {why}", "the path is relative to this file")
     return _merge(_read_chain(base, (*above, path)), document)
 
 
@@ -103,7 +131,7 @@ def _problems(error: ValidationError, document: Document) -> Iterator[tuple[str,
             keys = (*keys, part)
         by_key.setdefault(keys, []).append(detail)
     for keys, details in sorted(by_key.items(), key=lambda item: _nearest_place(item[0], document).line):
-        name, place = ".".join(map(str, keys)), _nearest_place(keys, document)
+        name, place = ".".join(map(_spelt, keys)), _nearest_place(keys, document)
         if details[0]["type"] == "extra_forbidden":
             message, hint = _unknown_key(keys)
             yield f"{place}: {message}", hint
@@ -111,7 +139,14 @@ def _problems(error: ValidationError, document: Document) -> Iterator[tuple[str,
             yield f"{place}: {name} is missing", f"add {name}"
         else:
             allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
-            yield f"{place}: {name} is {_shown(details[0]['input'])}, but must be {allowed}", None
+            wrong = details[0]["input"]
+            yield f"{place}: {name} is {_shown(wrong)}, but must be {allowed}", _instead(keys, wrong, details)
+
+
+def _spelt(key: str | int) -> str:
+    """A key as it may stand in a line: one that is long, or not of printable characters, is quoted and cut."""
+    text = str(key)
+    return text if text.isprintable() and 0 < len(text) <= 40 else _shown(text)
 
 
 def _nearest_place(keys: Keys, document: Document) -> Place:
@@ -122,7 +157,7 @@ def _nearest_place(keys: Keys, document: Document) -> Place:
 
 def _unknown_key(keys: Keys) -> tuple[str, str]:
     """What to say of a key that no section has."""
-    *section, key = map(str, keys)
+    *section, key = map(_spelt, keys)
     name = ".".join([*section, key])
     elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(section[0] if section else "", {})
     if key in elsewhere:
@@ -143,6 +178,24 @@ def _unknown_key(keys: Keys) -> tuple[str, str]:
     )
 
 
+def _instead(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
+    """What to write in place of a wrong value: the word that was meant, or the default."""
+    expected = " ".join(str(detail.get("ctx", {}).get("expected", "")) for detail in details)
+    if isinstance(wrong, str) and (guess := nearest(wrong, re.findall(r"'([^']+)'", expected))):
+        return f"did you mean {guess}?"
+    kind: Any = Recipe
+    for key in keys[:-1]:
+        field = kind.model_fields.get(str(key)) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        kind = field.annotation if field else None
+    field = kind.model_fields.get(str(keys[-1])) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    if field is None or field.is_required() or isinstance(field.get_default(call_default_factory=True), BaseModel):
+        return "lora schema --markdown describes every key"
+    default = field.get_default(call_default_factory=True)
+    if default is None:
+        return "leave it out"
+    return f"leave it out for its default, {_shown(default)}"
+
+
 _KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -153,6 +206,8 @@ _KINDS = {
     "dict_type": "a mapping",
     "model_type": "a section of keys",
     "none_required": "null",
+    "string_too_short": "some text",
+    "too_short": "a list with something in it",
 }
 
 
@@ -249,7 +304,8 @@ def _initial_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     if recipe.method == "dora" and initial == "mica":
         yield f"{place} is not defined for DoRA", "use method: lora"
     if recipe.lora.lora_bias and isinstance(recipe.lora.init_lora_weights, str):
-        yield f"{recipe.where('lora', 'lora_bias')} works only with init_lora_weights: true or false", None
+        place = recipe.where("lora", "lora_bias")
+        yield f"{place} works only with init_lora_weights: true or false", "remove one of them"
     for name, config in INITIAL_CONFIGS.items():
         if recipe.source("lora", config) and initial != name:
             place = recipe.where("lora", config)

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli import __version__, yamlfile
-from lora_cli.errors import LoraError
-from lora_cli.files import read_json, refuse_occupied, write_json, write_text
+from lora_cli import __version__, claims, private, trust, yamlfile
+from lora_cli.errors import LoraError, UsageError
+from lora_cli.files import make_folder, read_json, refuse_link, refuse_occupied, write_json, write_text
 
 RUN_RECORD, ARTEFACT_RECORD, RESOLVED_RECIPE = "record.json", "lora_record.json", "recipe.yaml"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -29,7 +30,8 @@ def new(command: str, **contents: Any) -> dict[str, Any]:
         "command": command,
         "started": _now(),
         "versions": {"lora-cli": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        **contents,
+        **({"trusted_remote_code": True} if trust.allowed() else {}),
+        **private.portable(contents),
     }
 
 
@@ -38,6 +40,8 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
 
     LoraError when the folder holds something else, or, with `resume`, a run of another recipe.
     """
+    refuse_link(folder)
+    recipe, contents = private.portable(recipe), private.portable(contents)
     path, kept = folder / RUN_RECORD, dict[str, Any]()
     if not resume and path.is_file() and _nothing_came_of(folder):
         shutil.rmtree(folder)
@@ -64,7 +68,7 @@ def begin(folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume
         raise LoraError(f"{folder} already holds a run ({status})", hint)
     else:
         refuse_occupied(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     record = new("train", status="running", recipe=recipe, **contents) | kept
     write_text(folder / RESOLVED_RECIPE, yamlfile.dump(recipe))
     write_json(path, record)
@@ -80,14 +84,15 @@ def _nothing_came_of(folder: Path) -> bool:
 def _read_record(path: Path) -> dict[str, Any]:
     """A record of ours; LoraError if the file is none."""
     record = read_json(path)
-    if not isinstance(record, dict) or not {"recipe", "base", "status"} <= record.keys():
+    kinds = {"recipe": dict, "base": dict, "status": str}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise LoraError(f"{path} is no record of a run", f"remove it: rm {path}")
     return record
 
 
 def update(folder: Path, record: dict[str, Any], **contents: Any) -> None:
     """Add to a run's record and write it."""
-    record |= {**contents, "updated": _now()}
+    record |= {**private.portable(contents), "updated": _now()}
     write_json(folder / RUN_RECORD, record)
 
 
@@ -139,6 +144,8 @@ class Adapter(NamedTuple):
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     """What the adapter in `folder` says of itself; `base` overrides the base it names. LoraError if it is none."""
+    if base is not None and not base.strip():
+        raise UsageError("--base is empty", "leave it out, or --base MODEL")
     if folder.is_file():
         raise LoraError(f"{folder} is a file, and an adapter is a folder", f"ls {folder.parent}")
     if not folder.is_dir():
@@ -147,20 +154,26 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         inside = folder / "adapter"
         hint = f"did you mean {inside}?" if (inside / "adapter_config.json").is_file() else "give the adapter's folder"
         raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
-    _check_weights(folder)
+    shapes = _check_weights(folder)
     config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict):
         raise LoraError(f"{folder / 'adapter_config.json'} is no adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA", "use PEFT itself")
+    claims.check(folder / "adapter_config.json", config)
+    claims.refuse_other_task(folder, config.get("task_type"))
+    claims.refuse_other_ranks(folder, config, shapes)
     # a checkpoint of a run has its record one folder up
     places = [
         folder / ARTEFACT_RECORD,
         *([folder.parent / RUN_RECORD] if folder.name.startswith("checkpoint-") else []),
     ]
     record = next((_read_record(place) for place in places if place.is_file()), None)
-    name = base or config.get("base_model_name_or_path")
-    if not name or not isinstance(name, str):
+    named = config.get("base_model_name_or_path")
+    if record and base is None:
+        claims.refuse_other_base(folder, private.portable(named), private.portable(record["base"].get("name")))
+    name = private.expanded(base or named or "")
+    if not name:
         raise LoraError(f"{folder} does not name its base model", "--base MODEL")
     revision = None
     if base is None:
@@ -171,26 +184,37 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         )
     if not _may_be_model(name):
         raise LoraError(f"the base of {folder}, {name}, is no model", "--base MODEL")
+    if record is None and base is None:
+        claims.announce(folder, name, revision)
     # these change the base's own weights or size while they are on it, so another adapter must not share it
     changes_base = config.get("bias", "none") != "none" or isinstance(config.get("init_lora_weights"), str)
     changes_base |= bool(config.get("trainable_token_indices"))
     return Adapter(folder, name, revision, record, not changes_base)
 
 
-def _check_weights(folder: Path) -> None:
-    """LoraError unless the adapter's weights are there, whole, and not pickled."""
+def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the adapter's tensors; LoraError unless its weights are there, whole, and not pickled."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        hint = "pickled weights (.bin) are not loaded: convert them to safetensors" if pickled else "copy it again"
+        pickled = next((file for kind in PICKLED for file in sorted(folder.glob(f"*{kind}"))), None)
+        hint = (
+            f"{pickled.name} is a pickle, which may run code when it is loaded: have it converted to safetensors"
+            if (pickled)
+            else "copy it again"
+        )
         raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
     try:
         with safe_open(weights, framework="pt") as stored:
-            num_tensors = len(stored.keys())
+            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+            whole = [name for name, each in slices.items() if "F" not in each.get_dtype()]
     except SafetensorError as error:
         raise LoraError(f"{weights} is damaged or cut off: {error}", "copy it again") from error
-    if not num_tensors:
+    if not shapes:
         raise LoraError(f"{weights} holds no tensors", "copy it again, or train again")
+    if whole:
+        raise LoraError(f"{weights}: {whole[0]} holds whole numbers, as no adapter does", "copy it again")
+    return shapes
 
 
 def _may_be_model(name: str) -> bool:
@@ -204,6 +228,8 @@ def _may_be_model(name: str) -> bool:
 def kind(path: str) -> str:
     """`gguf`, `adapter`, `model` (a folder) or `hub` for what a path on the command line is; LoraError if nothing."""
     local = Path(path)
+    if not path.strip():
+        raise UsageError("an empty name is no model", "give a folder, a .gguf file or a model on the hub")
     if local.suffix == ".gguf":
         if not local.is_file():
             raise LoraError(f"{path} does not exist", f"ls {local.parent}")

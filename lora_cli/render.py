@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from lora_cli import chat
 from lora_cli.errors import LoraError
 from lora_cli.formats import BadRow, Conversation, Tokens
 
@@ -91,14 +91,16 @@ class Renderer:
         """What needs no tokenising, by row, and the pieces of text that do."""
         made: list[list[Encoded] | BadRow] = [[] for _ in rows]
         pieces: list[Piece] = []
-        for number, row in enumerate(rows):
-            try:
-                if isinstance(row, Tokens):
-                    made[number] = [self._checked(row)]
-                else:
-                    pieces += [self._piece(number, row, text, spans) for text, spans in self._texts(row)]
-            except BadRow as bad:
-                made[number] = bad
+        with chat.Limits() as limits:
+            for number, row in enumerate(rows):
+                limits.begin()
+                try:
+                    if isinstance(row, Tokens):
+                        made[number] = [self._checked(row)]
+                    else:
+                        pieces += [self._piece(number, row, text, spans) for text, spans in self._texts(row)]
+                except BadRow as bad:
+                    made[number] = bad
         return made, pieces
 
     def _texts(self, row: Conversation | str) -> list[tuple[str, list[Span]]]:
@@ -227,14 +229,17 @@ class Renderer:
         template = self.templates.get(bool(tools))
         if template is None:
             source = self.tokenizer.get_chat_template(tools=tools)
-            template = self.templates[bool(tools)] = _compile_jinja_template(source)
+            template = self.templates[bool(tools)] = chat.compiled(source)
             self.given = {**template.globals, "documents": None, **self.marks, "strftime_now": self.day.strftime}
         given = {**self.given, "messages": messages, "tools": tools, "add_generation_prompt": False, **options}
         try:
             # what template.render does, but for merging its globals into the variables each time
-            return "".join(template.root_render_func(template.new_context(given, shared=True)))
+            return chat.joined(template.root_render_func(template.new_context(given, shared=True)))
+        except LoraError:  # over a limit
+            raise
         except Exception as error:  # a template is a program of someone else's: whatever it raises is its refusal
             said = " ".join(str(error).split())[:200] or type(error).__name__
+            said = "it calls itself without end" if isinstance(error, RecursionError) else said
             raise BadRow("the chat template refuses it", f"the chat template refuses it: {said}") from None
 
     def _has_control(self, text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli import derived, files, model, render, ui
+from lora_cli import chat, derived, files, model, render, ui
 from lora_cli.record import Adapter
 
 MADE_BY = "# made by lora export-gguf"
@@ -87,7 +87,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
     """The conversation as the template renders it, without the BOS that Ollama and llama.cpp add."""
-    text = str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=ask))
+    text = chat.render(tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask)
     return text.removeprefix(tokenizer.bos_token) if render.adds_bos(tokenizer) else text
 
 
@@ -110,7 +110,7 @@ def _probes() -> list[Conversation]:
 def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     """Write `folder`/Modelfile for the first of `ggufs`, made from the model in `merged`; one of a user's own stays."""
     path = folder / "Modelfile"
-    if path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY):
+    if path.is_symlink() or (path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)):
         ui.warn(f"{path} is not ours and was left as it is")
         return
     tokenizer = model.load_tokenizer(str(merged))

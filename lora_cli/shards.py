@@ -40,6 +40,8 @@ TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+LONGEST_HEADER = 100_000_000
+"""Bytes, the limit of safetensors itself."""
 # Bits of the exponent, which are all set in a NaN or an infinity alone
 EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
 UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
@@ -105,9 +107,11 @@ def _header(path: Path) -> dict[str, Entry]:
         if length > size - 8:
             raise SafetensorError(f"{path} is no safetensors file, or is cut off")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError:
+            header: dict[str, Any] = json.loads(file.read(min(length, LONGEST_HEADER)))
+        except (ValueError, RecursionError):
             raise SafetensorError(f"{path} has no safetensors header") from None
+    if not isinstance(header, dict) or not all(map(_is_entry, header.items())):
+        raise SafetensorError(f"{path} has a header that is none of safetensors")
     header.pop("__metadata__", None)
     unknown = {tensor["dtype"] for tensor in header.values()} - TYPES.keys()
     if unknown:
@@ -121,6 +125,21 @@ def _header(path: Path) -> dict[str, Entry]:
     }
 
 
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether a header says of this tensor what safetensors' format asks for, sizes that agree among it."""
+    name, entry = item
+    if name == "__metadata__":
+        return True
+    try:
+        kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, end]
+    except (KeyError, TypeError, ValueError):
+        return False
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        return False
+    return isinstance(kind, str) and (kind not in TYPES or end - start == math.prod(shape) * TYPES[kind].itemsize)
+
+
 def open_model(name: str, revision: str | None = None) -> Tensors | None:
     """The weights of a model on the hub or in a folder; None where they are not in safetensors files."""
     single = _find(name, SINGLE, revision)  # first, as transformers: a model saved anew leaves an old index behind
@@ -129,8 +148,19 @@ def open_model(name: str, revision: str | None = None) -> Tensors | None:
     index = _find(name, INDEX, revision)
     if index is None:
         return None
-    shards = sorted(set(files.read_json(index)["weight_map"].values()))
+    shards = _shards(index)
     return Tensors([path for shard in shards if (path := _find(name, shard, revision, required=True))])
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it; LoraError for an index that is none."""
+    found = files.read_json(index)
+    named = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise LoraError(f"{index} is no index of weights: it has no weight_map", "copy or download it again")
+    if outside := [file for file in named.values() if Path(file).name != file or "\\" in file]:
+        raise LoraError(f"{index} names a file in another folder, {outside[0]}", "take the model from its first source")
+    return sorted(set(named.values()))
 
 
 def _find(name: str, file: str, revision: str | None, required: bool = False) -> Path | None:

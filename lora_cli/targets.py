@@ -7,13 +7,9 @@ matching, before an adapter is attached; `limits.py` says what PEFT then could n
 from __future__ import annotations
 
 import copy
-import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -21,20 +17,18 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli import limits
-from lora_cli.errors import UsageError, nearest, one_error
-from lora_cli.limits import Problem, pattern_key
+from lora_cli import limits, patterns
+from lora_cli.errors import nearest, one_error
+from lora_cli.limits import Problem
+from lora_cli.patterns import listed
 from lora_cli.recipe import Recipe
 from lora_cli.tokens import matches
-
-PATTERN_SECONDS = 5.0
-"""How long the regular expressions of a recipe may take on all of a model's names."""
 
 
 def check(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
     """UsageError with every part of the adapter's `config` that matches nothing in `model` or that cannot be merged."""
     modules = {name: module for name, module in model.named_modules() if name}
-    _refuse_bad_patterns(recipe, config, list(modules))
+    patterns.refuse(config, list(modules), lambda field: recipe.where("lora", field))
     resolved = resolve(model, config)
     targeted = targeted_modules(resolved, modules)
     parameters = targeted_parameters(resolved, model)
@@ -78,72 +72,11 @@ def parameter_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
-
-
 def _guess(target: str, names: Iterable[str], otherwise: str) -> str:
     """A hint that names the real module, or ending of a module's name, that `target` most likely meant."""
     parts = target.count(".") + 1
     guess = nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
     return f"did you mean {guess}?" if guess else otherwise
-
-
-# Regular expressions ------------------------------------------------------------------------------------------------
-
-_MATCH_ALL = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        re.match(pattern, name)
-    print(flush=True)
-"""
-
-
-def _refuse_bad_patterns(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> None:
-    """UsageError for a regular expression that is none, or that takes longer than PATTERN_SECONDS on these names.
-
-    `re` cannot be interrupted: they are tried in a process of their own. The expressions are those PEFT forms.
-    """
-    asked = list(_patterns(config))
-    for field, written, pattern in asked:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UsageError(
-                f"{recipe.where('lora', field)}: {written!r} is no regular expression: {error}", "lists take names"
-            ) from None
-    asked = [(field, written, pattern) for field, written, pattern in asked if re.search(r"[*+{(]", written)]
-    if not asked:
-        return
-    given = json.dumps([[pattern for _, _, pattern in asked], list(names)])
-    try:
-        subprocess.run(
-            [sys.executable, "-I", "-c", _MATCH_ALL], input=given, text=True, capture_output=True, check=True,
-            timeout=PATTERN_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        field, written, _ = asked[len((error.stdout or b"").splitlines())]
-        raise UsageError(
-            f"{recipe.where('lora', field)}: {written!r} takes over {PATTERN_SECONDS:g} s to match {len(names)} names",
-            "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
-        ) from None
-
-
-def _patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
-    """(field, what was written, the regular expression that PEFT makes of it)."""
-    for field in ("target_modules", "exclude_modules"):
-        written = getattr(config, field)
-        if isinstance(written, str) and written != "all-linear":
-            yield field, written, f"(?:{written})\\Z"
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            yield field, key, pattern_key(key)
-    for name in config.modules_to_save or []:
-        yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
-    for pattern in _listed(config.layers_pattern):
-        yield "layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 # What matches nothing -----------------------------------------------------------------------------------------------
@@ -200,7 +133,7 @@ def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) 
         where = recipe.where("lora", "target_modules")
         yield f"{where}: {target} is a full name: layers_to_transform does not apply to it", "give the end of the name"
     alone = copy.copy(config)
-    for layer in _listed(config.layers_to_transform):
+    for layer in listed(config.layers_to_transform):
         alone.layers_to_transform = layer
         if not targeted_modules(alone, names):
             numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
@@ -208,7 +141,7 @@ def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) 
             where = recipe.where("lora", "layers_to_transform")
             yield f"{where}: no target_modules in layer {layer}", f"the layers are {there}"
     alone.layers_to_transform = config.layers_to_transform
-    for pattern in _listed(config.layers_pattern):
+    for pattern in listed(config.layers_pattern):
         alone.layers_pattern = [pattern]
         if not targeted_modules(alone, names):
             lists = {match[1] for name in names if (match := re.match(r".*?([^.]+)\.\d+\.", name))}
@@ -231,7 +164,7 @@ def _unmatched_patterns(recipe: Recipe, config: LoraConfig, targeted: Sequence[s
     """Keys that match no adapted module, and modules that two keys match: their order is lost in the adapter's file."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        matched = {key: [name for name in targeted if re.match(pattern_key(key), name)] for key in keys}
+        matched = {key: [name for name in targeted if re.match(patterns.key(key), name)] for key in keys}
         for key in keys:
             if not matched[key]:
                 where = recipe.where("lora", field, key)

@@ -15,8 +15,11 @@ from peft.utils import load_peft_weights
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli import files
-from lora_cli.errors import UsageError
+from lora_cli.errors import LoraError, UsageError
 from lora_cli.recipe import Recipe
+
+MOST_ADDED = 2**17
+"""Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""
 
 
 def add(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -66,7 +69,12 @@ def fit(model: PreTrainedModel, folder: Path) -> None:
     """Grow the embeddings of a base to those the adapter in `folder` was trained with."""
     stored = load_peft_weights(str(folder), device="cpu")
     rows = rows_trained(model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()})
-    if model.get_input_embeddings().num_embeddings < rows:
+    there = model.get_input_embeddings().num_embeddings
+    if rows > there + MOST_ADDED:
+        raise LoraError(
+            f"{folder} speaks of row {rows - 1} of the embeddings, and its base has {there}", "copy the adapter again"
+        )
+    if there < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 

@@ -36,6 +36,7 @@ from lora_cli import (
     model,
     packing,
     plan,
+    private,
     record,
     selection,
     targets,
@@ -53,8 +54,7 @@ from lora_cli.watch import NonFiniteError, Watch
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
     upstream.check(recipe)
-    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
-    config = model.load_config(recipe.model.name_or_path, commit)
+    commit, config = model.of_recipe(recipe)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
     folder = Path(recipe.output_dir)
     contents = {
@@ -85,11 +85,12 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     commit = run["base"]["commit"]
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
-    plan.adapter(recipe, commit, tokenizer, new_ids)
+    size = plan.adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
+    plan.refuse_unknown_ids(size, train_rows, tokenizer)
     plan.steps(recipe, train_rows)
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
@@ -306,5 +307,6 @@ def _save(
         with model.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
         initial.as_plain(staging, trained.peft_config["default"], start)
-        model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["base"]["commit"])
+        model.save_tokenizer(tokenizer, staging, private.expanded(run["base"]["name"]), run["base"]["commit"])
+        files.leave_out_home(staging)
         files.write_json(staging / record.ARTEFACT_RECORD, run)

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from lora_cli import private
 from lora_cli.errors import LoraError
 
 
 def say(text: str = "") -> None:
-    """One line of prose."""
-    print(text, file=sys.stderr, flush=True)
+    """One line of prose, without secrets."""
+    print(private.masked(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

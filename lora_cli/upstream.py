@@ -14,9 +14,10 @@ from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraG
 from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig
 
-from lora_cli import fields
+from lora_cli import fields, trust
 from lora_cli.errors import UsageError, nearest
 from lora_cli.recipe import INITIAL_CONFIGS, Recipe, Section
 
@@ -180,6 +181,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def check(recipe: Recipe) -> None:
     """Build every configuration once, so that what upstream refuses is refused before anything is loaded."""
+    if trust.is_repository(recipe.model.attn_implementation):
+        where = recipe.where("model", "attn_implementation")
+        trust.require(f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa")
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if (given := recipe.model.attn_implementation) not in (None, *known) and not trust.is_repository(given):
+        where = recipe.where("model", "attn_implementation")
+        guess = nearest(str(given), known)
+        raise UsageError(
+            f"{where}: there is no {given}", f"did you mean {guess}?" if guess else f"one of {', '.join(known)}"
+        )
     settled, _ = settle(recipe, torch.float32)
     lora_config(settled)
     quantization_config(settled)

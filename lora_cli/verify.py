@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli import chat
 from lora_cli.errors import LoraError
 
 TRAINED = "lora_probes.safetensors"
@@ -56,10 +57,7 @@ def probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     """The probe prompts for this tokenizer."""
     if tokenizer.chat_template is None:
         return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        for text in PROBES
-    ]
+    texts = [chat.render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True) for text in PROBES]
     return [Probe(text, tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in texts]
 
 

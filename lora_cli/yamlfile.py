@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lora_cli.errors import UsageError
+from lora_cli import files
+from lora_cli.errors import LoraError, UsageError
 
+LARGEST = 2**17
+"""Bytes of a recipe: a hundred times what the longest here has, and read in a second."""
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""What an escape (\\0, \\ud800) can put into a text and no file or name can hold."""
 Keys = tuple[str | int, ...]
 
 
@@ -63,14 +68,11 @@ for _tag, _pattern, _first in (
 def read(path: Path) -> Document:
     """Parse the file. UsageError with file and line for anything that is not strict YAML."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist", f"ls {path.parent}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", f"ls -ld {path}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
-    return parse(text, str(path))
+        return parse(files.read_small(path, LARGEST), str(path))
+    except UsageError:
+        raise
+    except LoraError as error:
+        raise UsageError(error.message, error.hint) from None
 
 
 def parse(text: str, name: str, first_line: int = 1) -> Document:
@@ -89,6 +91,8 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
             return mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [build(child, (*path, index)) for index, child in enumerate(node.value)]
+        if odd := UNWRITABLE.search(node.value):
+            raise fail(f"\\x{ord(odd[0]):02x} is half a character or none", node.start_mark)
         return _scalar(node)
 
     def mapping(node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
@@ -97,6 +101,8 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise fail("a key must be plain text", key_node.start_mark)
             key = str(key_node.value)
+            if UNWRITABLE.search(key):
+                raise fail("a key must be plain text", key_node.start_mark)
             if key in result:
                 raise fail(f"{key} is given twice (first on line {places[(*path, key)].line})", key_node.start_mark)
             places[(*path, key)] = place(key_node.start_mark)

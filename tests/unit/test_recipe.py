@@ -71,12 +71,13 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ("[1, 2]\n", "r.yaml: a recipe has sections such as model: and data: | lora schema"),
         (
             MINIMAL + "training: {max_steps: 0}\n",
-            "r.yaml:3: training.max_steps is 0, but must be -1 or greater than or equal to 1 | None",
+            "r.yaml:3: training.max_steps is 0, but must be -1 or greater than or equal to 1 | "
+            "leave it out for its default, -1",
         ),
         (
             MINIMAL + "training: {train_sampling_strategy: zzz}\n",
             "r.yaml:3: training.train_sampling_strategy is 'zzz', but must be "
-            "'random', 'sequential', 'group_by_length' or 'batch_rebalance' | None",
+            "'random', 'sequential', 'group_by_length' or 'batch_rebalance' | leave it out for its default, 'random'",
         ),
         (
             MINIMAL + "training: {fp16: true}\n",
@@ -85,7 +86,8 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         (
             MINIMAL + "lora: {init_lora_weights: evil}\n",
             "r.yaml:3: lora.init_lora_weights is 'evil', but must be true or false or text matching "
-            r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$ | None",
+            r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$ | "
+            "leave it out for its default, true",
         ),
         (
             MINIMAL + "method: qlora\nlora: {init_lora_weights: olora}\n",
@@ -103,7 +105,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {init_lora_weights: pissa, lora_bias: true}\n",
-            "r.yaml:3: lora.lora_bias works only with init_lora_weights: true or false | None",
+            "r.yaml:3: lora.lora_bias works only with init_lora_weights: true or false | remove one of them",
         ),
         (
             MINIMAL + "lora: {eva_config: {rho: 1.5}}\n",
@@ -133,12 +135,13 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {rank_pattern: {q_proj: 0}}\n",
-            "r.yaml:3: lora.rank_pattern.q_proj is 0, but must be greater than or equal to 1 | None",
+            "r.yaml:3: lora.rank_pattern.q_proj is 0, but must be greater than or equal to 1 | "
+            "lora schema --markdown describes every key",
         ),
         (
             MINIMAL + "lora: {layers_to_transform: [0, -1], target_modules: [q_proj]}\n",
             "r.yaml:3: lora.layers_to_transform is [0, -1], but must be a whole number or "
-            "greater than or equal to 0 | None",
+            "greater than or equal to 0 | leave it out",
         ),
         (
             MINIMAL + "training: {loraplus_lr_embedding: 1e-5}\n",
@@ -191,28 +194,39 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:3: training.hub_token cannot be set | "
             "a recipe is no place for a secret: set HF_TOKEN in the environment",
         ),
-        (MINIMAL + "lora: {r: 0}\n", "r.yaml:3: lora.r is 0, but must be greater than or equal to 1 | None"),
-        (MINIMAL + "lora: {r: '16'}\n", "r.yaml:3: lora.r is '16', but must be a whole number | None"),
-        (MINIMAL + "lora: {lora_dropout: 7}\n", "r.yaml:3: lora.lora_dropout is 7, but must be less than 1 | None"),
+        (
+            MINIMAL + "lora: {r: 0}\n",
+            "r.yaml:3: lora.r is 0, but must be greater than or equal to 1 | leave it out for its default, 16",
+        ),
+        (
+            MINIMAL + "lora: {r: '16'}\n",
+            "r.yaml:3: lora.r is '16', but must be a whole number | leave it out for its default, 16",
+        ),
+        (
+            MINIMAL + "lora: {lora_dropout: 7}\n",
+            "r.yaml:3: lora.lora_dropout is 7, but must be less than 1 | leave it out for its default, 0.0",
+        ),
         (
             MINIMAL + "lora: {bias: nonsense}\n",
-            "r.yaml:3: lora.bias is 'nonsense', but must be 'none', 'all' or 'lora_only' | None",
+            "r.yaml:3: lora.bias is 'nonsense', but must be 'none', 'all' or 'lora_only' | did you mean none?",
         ),
         (
             MINIMAL + "training: {learning_rate: abc}\n",
-            "r.yaml:3: training.learning_rate is 'abc', but must be a number | None",
+            "r.yaml:3: training.learning_rate is 'abc', but must be a number | leave it out for its default, 0.0002",
         ),
         (
             MINIMAL + "training: {adam_beta1: hello}\n",
-            "r.yaml:3: training.adam_beta1 is 'hello', but must be a number | None",
+            "r.yaml:3: training.adam_beta1 is 'hello', but must be a number | leave it out for its default, 0.9",
         ),
         (
             MINIMAL + "training: {max_length: -5}\n",
-            "r.yaml:3: training.max_length is -5, but must be greater than or equal to 2 | None",
+            "r.yaml:3: training.max_length is -5, but must be greater than or equal to 2 | "
+            "leave it out for its default, 1024",
         ),
         (
             MINIMAL + "training: {gradient_checkpointing: 3}\n",
-            "r.yaml:3: training.gradient_checkpointing is 3, but must be 'auto' or true or false | None",
+            "r.yaml:3: training.gradient_checkpointing is 3, but must be 'auto' or true or false | "
+            "leave it out for its default, 'auto'",
         ),
         (
             MINIMAL + "method: qlora\nlora: {use_dora: true}\n",
