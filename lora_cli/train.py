@@ -30,6 +30,7 @@ from lora_cli import (
     dropout,
     files,
     foreign,
+    fused,
     identity,
     initial,
     loss,
@@ -269,6 +270,7 @@ def _trainer(
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
     dropout.install(adapted)
+    fused.install(adapted)
     trainer.dora_layers = dora.install(adapted)  # after all else: it remembers what the base's weights are
     trainer.watch = Watch(folder)
     trainer.remove_callback(PrinterCallback)

@@ -45,6 +45,7 @@ FLOORS = [
         "packing",
         "attention",
         "dropout",
+        "fused",
         "dora",
         "factors",
         "parity",
