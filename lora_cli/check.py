@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import data, model, plan, upstream
+from lora_cli import data, hardware, memory, model, plan, upstream
 from lora_cli.data import Prepared
 from lora_cli.recipe import Recipe
 from lora_cli.render import IGNORED
@@ -31,7 +31,9 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     upstream.check(recipe)
     commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
     config = model.load_config(recipe.model.name_or_path, commit)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
+    device = hardware.here()
+    levers = memory.levers(config, device)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)

@@ -27,10 +27,13 @@ from lora_cli import (
     data,
     dora,
     files,
+    flops,
     foreign,
+    hardware,
     identity,
     initial,
     loss,
+    memory,
     model,
     packing,
     plan,
@@ -53,7 +56,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     upstream.check(recipe)
     commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
     config = model.load_config(recipe.model.name_or_path, commit)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
+    device = hardware.here()
+    levers = memory.levers(config, device)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
@@ -110,7 +115,8 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     run |= {
         "status": "finished",
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
-        "results": {"steps": result.global_step, "train_loss": result.training_loss},
+        "results": {"steps": result.global_step, "train_loss": result.training_loss}
+        | trainer.watch.effort(trainer.state),
     }
     _save(trained, tokenizer, adapter, run, folder / initial.START)
     record.update(folder, run)
@@ -265,9 +271,18 @@ def _trainer(
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
     trainer.watch = Watch(folder)
+    trainer.watch.work = _work(recipe, adapted, train_rows)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)
     return trainer
+
+
+def _work(recipe: Recipe, adapted: PeftModel, train_rows: data.Prepared) -> flops.Work:
+    """What training on one of these tokens costs, and what the device could do."""
+    counts, device = train_rows.counts, hardware.here()
+    context = counts.tokens / max(len(train_rows.rows), 1)
+    each = flops.per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
+    return flops.Work(each, flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)
 
 
 RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
