@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from lora_cli import hardware, model, packing, rehearse
 from lora_cli.data import Prepared
+from lora_cli.errors import LoraError
 from lora_cli.hardware import GIB, Hardware
 from lora_cli.recipe import Recipe
 from lora_cli.rehearse import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
@@ -149,7 +150,7 @@ def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dic
                 return usual | {"gradient_checkpointing": (False, f"{shown(plain.total)} of {device} without it")}
             again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
             saving = forecast(again, config, device).need(batch_of(recipe))
-        except rehearse.Unforeseen as error:
+        except LoraError as error:  # what is wrong with the recipe is told where it is used
             return usual | {"gradient_checkpointing": (device.kind == "cuda", str(error))}
         said = f"{shown(saving.total)} with it, {shown(plain.total)} without, of {device}"
         missing = saving.total - device.memory

@@ -12,6 +12,7 @@ added: the weight that a product with a 4-bit one dequantises.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import weakref
 from collections import Counter
@@ -39,6 +40,7 @@ from lora_cli.recipe import Recipe
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
 ACTIVATIONS, HEAD, BACKWARD = "activations", "head and loss", "backward pass"
 ITEMS = (WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
+GROUPED = torch.ops.aten._grouped_mm.default
 GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
 LARGE = 32 << 20
 """Bytes from which on glibc gives memory back as soon as it is freed."""
@@ -58,6 +60,21 @@ class Batch(NamedTuple):
 
 class Unforeseen(LoraError):
     """The network does something that depends on the content of its tensors, so that it cannot be rehearsed."""
+
+
+@contextmanager
+def unforeseen_told() -> Iterator[None]:
+    """What the libraries raise inside, for tensors without content, as Unforeseen in their words."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # says all again, with a traceback
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except UNFORESEEN as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unforeseen(f"the memory of this recipe cannot be foreseen: {said}", "train, and watch it") from error
+    finally:
+        logger.setLevel(level)
 
 
 class _Packed(FakeTensor):
@@ -90,7 +107,10 @@ class Live(TorchDispatchMode):
         self.owner: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        if func is GROUPED and args[0].dtype == torch.float32:  # torch's fake of it knows bfloat16 only
+            made = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
+        else:
+            made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
@@ -150,9 +170,9 @@ def skeleton(
         tokens.train_rows(base, lora_config, new_ids)
     targets.check(recipe, base, lora_config)
     lora_config.init_lora_weights = True  # others need the weights
-    if recipe.quantized:
-        _in_4_bits(recipe, base)
-    with torch.device("meta"), model.quiet_peft():
+    with unforeseen_told(), torch.device("meta"), model.quiet_peft():
+        if recipe.quantized:
+            _in_4_bits(recipe, base)
         return model.attach_adapter(base, lora_config, recipe.lora.autocast_adapter_dtype)
 
 
@@ -162,7 +182,8 @@ def _in_4_bits(recipe: Recipe, base: PreTrainedModel) -> None:
     quantizer.preprocess_model(model=base, device_map=None)
     base.is_loaded_in_4bit = True  # PEFT asks
     # bitsandbytes keeps the first table it makes for the whole process: it must not be one without content
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    with torch.device("cpu"):
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.weight._quantize("meta")
@@ -219,12 +240,8 @@ class Rehearsal:
 
     @contextmanager
     def _fake(self) -> Iterator[None]:
-        try:
-            with self.mode, self.live:
-                yield
-        except UNFORESEEN as error:
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            raise Unforeseen(f"the memory of this recipe cannot be foreseen: {said}", "train, and watch it") from error
+        with unforeseen_told(), self.mode, self.live:
+            yield
 
     def _prepare(self) -> None:
         """Everything that lives as long as the run: weights, adapters, what DoRA keeps, the optimiser's state."""
