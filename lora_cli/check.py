@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import data, model, plan, upstream
+from lora_cli import data, hardware, memory, model, plan, upstream
 from lora_cli.data import Prepared
 from lora_cli.recipe import Recipe
 from lora_cli.render import IGNORED
@@ -30,7 +30,9 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
     upstream.check(recipe)
     commit, config = model.of_recipe(recipe)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
+    device = hardware.here()
+    levers = memory.levers(config, device)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)

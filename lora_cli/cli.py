@@ -125,6 +125,29 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        Optional[str], typer.Option("--gpu", metavar="24GB|H100|…", help="Plan for this; default: this machine.")
+    ] = None,
+    tokens_per_second: Annotated[
+        Optional[float], typer.Option("--tokens-per-second", min=0.001, help="A speed you know, to tell the time by.")
+    ] = None,
+    data: Annotated[bool, typer.Option("--data", help="Prepare the rows, however many, to count the steps.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+) -> None:
+    """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps, time."""
+    from lora_cli.recipe_file import load
+
+    loaded = load(recipe, overrides or [])
+    _quiet_libraries()
+    from lora_cli.planning import show_plan
+
+    show_plan(loaded, gpu, tokens_per_second, data, as_json)
+
+
+@app.command()
 def merge(
     paths: Annotated[
         list[Path],

@@ -53,8 +53,9 @@ class Model(Section):
     """Branch, tag or commit of a hub model; the commit it resolves to is recorded."""
     dtype: Auto | DType = "auto"
     """Type of the base weights and of the computation; `auto`: bfloat16 where the hardware computes it natively."""
-    attn_implementation: str | None = None
-    """Attention kernel (`sdpa`, `eager`, `flash_attention_2`, …); unset leaves the choice to transformers."""
+    attn_implementation: Auto | str | None = "auto"
+    """Attention kernel (`sdpa`, `eager`, `flash_attention_2`, …); null leaves the choice to transformers; `auto`: flash
+    attention on a GPU where it is installed."""
     chat_template: str = "auto"
     """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the tokenizer's own template,
     else `alpaca`. It is saved with the adapter, the merged model and the GGUF."""
@@ -213,9 +214,15 @@ class TrainingFields(Section):
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Longest row in tokens; see data.on_long_row."""
     gradient_checkpointing: Auto | bool = "auto"
-    """Recompute activations instead of keeping them; `auto`: on a GPU only."""
+    """Recompute activations instead of keeping them; `auto`: where the run does not fit without, see `lora plan`."""
     optim: str = "auto"
-    """Optimiser; `auto`: fused AdamW."""
+    """Optimiser; `auto`: fused AdamW, or on a GPU a paged one of 8 bits where the run does not fit otherwise."""
+    torch_compile: Auto | bool = "auto"
+    """Compile the model; `auto`: no."""
+    use_liger_kernel: Auto | bool = "auto"
+    """Liger's kernels (CUDA); `auto`: no, see loss_head."""
+    dataloader_num_workers: Auto | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that put batches together; `auto`: 0, in the run's own."""
     packing: Auto | Literal["step", "dataset"] | bool = "auto"
     """Rows share sequences, kept apart. step: those of one optimiser step, so that the run stays the same without its
     padding; dataset (or true): TRL's packing over the whole set, whose steps see other rows than the batch size says;

@@ -29,11 +29,14 @@ from lora_cli import (
     dora,
     dropout,
     files,
+    flops,
     foreign,
     fused,
+    hardware,
     identity,
     initial,
     loss,
+    memory,
     model,
     packing,
     plan,
@@ -56,7 +59,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
     upstream.check(recipe)
     commit, config = model.of_recipe(recipe)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config))
+    device = hardware.here()
+    levers = memory.levers(config, device)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
@@ -96,6 +101,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
         base = _base(recipe, commit)
+        _attend(recipe, base, run)
         recipe = _suited(recipe, base)
         adapted = _adapted(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
         trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
@@ -114,7 +120,8 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     run |= {
         "status": "finished",
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
-        "results": {"steps": result.global_step, "train_loss": result.training_loss},
+        "results": {"steps": result.global_step, "train_loss": result.training_loss}
+        | trainer.watch.effort(trainer.state),
     }
     _save(trained, tokenizer, adapter, run, folder / initial.START)
     record.update(folder, run)
@@ -188,9 +195,16 @@ def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
     base.config.use_cache = False
-    if not recipe.model.attn_implementation:
-        attention.install(base)
     return base
+
+
+def _attend(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
+    """Attention by document where the recipe leaves it open and the base's own does not know documents."""
+    if not recipe.model.attn_implementation and attention.install(base):
+        reason = "each document of a sequence by itself, the same for less time"
+        choice = upstream.Choice("model.attn_implementation", attention.NAME, reason)
+        run["choices"] = [*run["choices"], choice._asdict()]
+        ui.say(f"  {choice}")
 
 
 def _suited(recipe: Recipe, base: PreTrainedModel) -> Recipe:
@@ -273,9 +287,18 @@ def _trainer(
     fused.install(adapted)
     trainer.dora_layers = dora.install(adapted)  # after all else: it remembers what the base's weights are
     trainer.watch = Watch(folder)
+    trainer.watch.work = _work(recipe, adapted, train_rows)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)
     return trainer
+
+
+def _work(recipe: Recipe, adapted: PeftModel, train_rows: data.Prepared) -> flops.Work:
+    """What training on one of these tokens costs, and what the device could do."""
+    counts, device = train_rows.counts, hardware.here()
+    context = counts.tokens / max(len(train_rows.rows), 1)
+    each = flops.per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
+    return flops.Work(each, flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)
 
 
 RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")

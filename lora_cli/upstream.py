@@ -17,8 +17,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig
 
-from lora_cli import fields, trust
+from lora_cli import fields, hardware, trust
 from lora_cli.errors import UsageError, nearest
+from lora_cli.hardware import Hardware
 from lora_cli.recipe import INITIAL_CONFIGS, Recipe, Section
 
 
@@ -34,9 +35,18 @@ class Choice(NamedTuple):
         return f"{self.name} = {shown} (auto: {self.reason})"
 
 
-def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[Choice]]:
-    """The recipe with every `auto` replaced, and the choices made; `checkpoint_dtype` is the base's type on disk."""
-    choices: list[Choice] = []
+def settle(
+    recipe: Recipe,
+    checkpoint_dtype: torch.dtype,
+    device: Hardware | None = None,
+    levers: Callable[[Recipe], dict[str, tuple[Any, str]]] | None = None,
+) -> tuple[Recipe, list[Choice]]:
+    """The recipe with every `auto` replaced, and the choices made.
+
+    `checkpoint_dtype` is the base's type on disk; `device` what it is to run on, by default this machine's. `levers`
+    decides last what the memory plan has to say to (`memory.levers`): without it, by the kind of device alone.
+    """
+    device, choices = device or hardware.here(), list[Choice]()
 
     def choose(section: Section, name: str, label: str, value: Any, reason: str) -> Any:
         if getattr(section, name) != "auto":
@@ -48,23 +58,39 @@ def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[
     head = recipe.adapts_head
     reason = "SFTTrainer cannot adapt the output head" if head else "rows and labels are the same for both"
     trainer = choose(recipe, "trainer", "trainer", "trainer" if head else "sft", reason)
-    dtype = choose(model, "dtype", "model.dtype", *_dtype(checkpoint_dtype))
-    changes: dict[str, dict[str, Any]] = {"model": {"dtype": dtype}, "training": {}, "quantization": {}}
+    on_disk = str(checkpoint_dtype).removeprefix("torch.")
+    dtype = choose(model, "dtype", "model.dtype", *hardware.dtype(device, on_disk))
+    name = "attn_implementation"
+    attention = choose(model, name, f"model.{name}", *hardware.attention(device, dtype))
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"dtype": dtype, name: attention},
+        "training": {},
+        "quantization": {},
+    }
     if recipe.quantized:
         name = "bnb_4bit_compute_dtype"
         changes["quantization"][name] = choose(
             recipe.quantization, name, f"quantization.{name}", dtype, "as model.dtype"
         )
-    gpu = torch.cuda.is_available()
     has_eval = bool(recipe.data.eval_path or recipe.data.eval_split)
     for name, value, reason in (
         ("bf16", dtype == "bfloat16", f"model.dtype is {dtype}"),
         ("loss_head", *_loss_head(recipe)),
         ("packing", *_packing(recipe)),
-        ("gradient_checkpointing", gpu, "memory is scarce on a GPU" if gpu else "no GPU: memory is not what is scarce"),
-        ("optim", "adamw_torch_fused", "the fastest AdamW"),
+        ("torch_compile", *hardware.compiled(device)),
+        ("use_liger_kernel", *hardware.liger(device)),
+        ("dataloader_num_workers", 0, "the rows are prepared before the run"),
         ("eval_strategy", "epoch" if has_eval else "no", "evaluation data given" if has_eval else "no evaluation data"),
     ):
+        changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
+    on, reason = device.kind == "cuda", f"as on any {device.kind}"
+    usual = {"gradient_checkpointing": (on, reason), "optim": hardware.optimizer(device, 0, 0)}
+    open_ = [name for name in usual if getattr(training, name) == "auto"]
+    if open_ and levers is not None:
+        without = {"gradient_checkpointing": False, "optim": usual["optim"][0]}
+        asked = {name: without[name] for name in open_}
+        usual = levers(recipe.settled(trainer, changes | {"training": changes["training"] | asked}))
+    for name, (value, reason) in usual.items():
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
     return recipe.settled(trainer, changes), choices
 
@@ -72,7 +98,7 @@ def settle(recipe: Recipe, checkpoint_dtype: torch.dtype) -> tuple[Recipe, list[
 def _loss_head(recipe: Recipe) -> tuple[str, str]:
     given = recipe.training.given()
     for name, usual in (("label_smoothing_factor", 0.0), ("loss_type", "nll"), ("use_liger_kernel", False)):
-        if given.get(name) not in (None, usual):
+        if given.get(name) not in (None, "auto", usual):
             return "stock", f"training.{name} needs it"
     return "trained_tokens", "the same loss for less time and memory"
 
@@ -82,17 +108,6 @@ def _packing(recipe: Recipe) -> tuple[str | bool, str]:
         if recipe.training.given().get(name):
             return False, f"training.{name} is given"
     return "step", "no padding, and the same run"
-
-
-def _dtype(checkpoint_dtype: torch.dtype) -> tuple[str, str]:
-    on_disk = str(checkpoint_dtype).removeprefix("torch.")
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "this GPU computes it natively"
-        return "float32", "this GPU has no native bfloat16"
-    if on_disk == "bfloat16" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16", "the checkpoint's type, which this CPU computes natively"
-    return "float32", f"without CUDA the safe choice for a {on_disk} checkpoint"
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -185,7 +200,7 @@ def check(recipe: Recipe) -> None:
         where = recipe.where("model", "attn_implementation")
         trust.require(f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if (given := recipe.model.attn_implementation) not in (None, *known) and not trust.is_repository(given):
+    if (given := recipe.model.attn_implementation) not in (None, "auto", *known) and not trust.is_repository(given):
         where = recipe.where("model", "attn_implementation")
         guess = nearest(str(given), known)
         raise UsageError(

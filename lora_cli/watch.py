@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli import files, model, ui
+from lora_cli import files, flops, hardware, model, ui
 from lora_cli.errors import LoraError
 
 
@@ -32,6 +32,7 @@ class Watch(TrainerCallback):
         self.step_loss: torch.Tensor | float = 0.0
         self.loss = float("nan")
         self.began, self.began_step, self.began_tokens = 0.0, 0, 0
+        self.work = flops.Work(0.0, None)
         self.untouched: set[str] | None = None
         """Trained tensors that no step has had a gradient for; None before the first."""
 
@@ -72,7 +73,7 @@ class Watch(TrainerCallback):
         """Redraw the progress line."""
         elapsed = time.monotonic() - self.began
         done = state.global_step - self.began_step
-        speed = (int(state.num_input_tokens_seen) - self.began_tokens) / elapsed
+        speed, used = self.speed(state), self.work.used(self.speed(state))
         left = elapsed / done * (state.max_steps - state.global_step)
         rate = kwargs["lr_scheduler"].get_last_lr()[0]
         self.progress.update(
@@ -80,9 +81,22 @@ class Watch(TrainerCallback):
             f"loss {self.loss:.4f}",
             f"lr {rate:.2e}",
             f"{speed:,.0f} tokens/s",
+            *([] if used is None else [f"MFU {used:.0%}"]),
             f"{ui.duration(left)} left",
             force=state.global_step in (1, state.max_steps),
         )
+
+    def speed(self, state: TrainerState) -> float:
+        """Tokens per second since the clock was started."""
+        tokens = int(state.num_input_tokens_seen) - self.began_tokens
+        return tokens / max(time.monotonic() - self.began, 1e-9)
+
+    def effort(self, state: TrainerState) -> dict[str, float]:
+        """What metrics.jsonl and the record say of speed and memory; `mfu` only where the device's peak is known."""
+        speed = self.speed(state)
+        used = self.work.used(speed)
+        found = {"tokens_per_second": round(speed, 1), "peak_memory_gb": round(hardware.peak_memory() / 1e9, 3)}
+        return found if used is None else found | {"mfu": round(used, 4)}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,6 +118,8 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append to metrics.jsonl; an evaluation gets a line on the screen too."""
+        if logs and "loss" in logs:
+            logs = logs | self.effort(state)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
         if logs and "eval_loss" in logs:

@@ -1,0 +1,221 @@
+"""What a recipe needs of a device's memory, item by item, before a weight is loaded: what `lora plan` shows, `auto`
+decides by, and the out-of-memory message advises from.
+
+The figures are those of a rehearsed step (`rehearse.py`) and what surrounds it on the device. On a CPU the C library's
+heap keeps more than is alive, and kernels take memory of their own: two constants, measured by
+`scripts/bench_memory.py` over methods, checkpointing, packing and lengths. On a GPU nothing was measured; a fixed part
+is set aside for the context and the allocator's slack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy
+from peft import PeftModel
+from pyarrow import compute
+from transformers import PretrainedConfig
+
+from lora_cli import hardware, model, packing, rehearse
+from lora_cli.data import Prepared
+from lora_cli.errors import LoraError
+from lora_cli.hardware import GIB, Hardware
+from lora_cli.recipe import Recipe
+from lora_cli.rehearse import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
+
+HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"
+HEAP_KEEPS = 0.45
+"""Measured: what glibc's heap keeps beside each byte that a step has alive and frees again."""
+WORKSPACE_BYTES = 250 << 20
+"""Measured: what a process grows by in training beside its tensors (inside kernels, of the loss head above all)."""
+RESERVE_BYTES = GIB
+"""Assumed: CUDA's context and the allocator's slack."""
+FREED = (GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
+FAR_BELOW = 0.1
+
+
+class Need(NamedTuple):
+    """Bytes by item at the moment when all together are most."""
+
+    items: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+    def __str__(self) -> str:
+        largest = sorted(self.items.items(), key=lambda item: -item[1])[:3]
+        return f"{shown(self.total)} ({', '.join(f'{name} {shown(size)}' for name, size in largest)})"
+
+
+def shown(size: float) -> str:
+    """`12.3 GiB`, or `123 MiB` below one."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):,.0f} MiB"
+
+
+def batch_of(recipe: Recipe, rows: Prepared | None = None) -> Batch:
+    """The largest forward pass of a settled recipe; without rows, of rows as long as training.max_length allows."""
+    training = recipe.training
+    longest, size = training.max_length, training.per_device_train_batch_size
+    if rows is not None and len(rows.rows):
+        longest = compute.max(compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])).as_py()
+    waiting = training.gradient_accumulation_steps > 1
+    if training.packing == "step":
+        together = longest * size * training.gradient_accumulation_steps
+        room = max(longest, min(training.max_length, packing.SEQUENCE))
+        return Batch(1, min(together, room), waiting=together > room)
+    if training.packing in (True, "dataset"):
+        return Batch(1, size * training.max_length, waiting)
+    if getattr(training, "padding_free", False):
+        return Batch(1, size * longest, waiting)
+    return Batch(size, longest, waiting)
+
+
+class Forecast:
+    """What steps of a settled recipe need on a device. Raises rehearse.Unforeseen."""
+
+    def __init__(self, recipe: Recipe, adapted: PeftModel, device: Hardware) -> None:
+        self.recipe, self.device = recipe, device
+        self.rehearsal = Rehearsal(recipe, adapted, device.kind)
+        self.known: dict[Batch, Need] = {}
+
+    def need(self, batch: Batch) -> Need:
+        """Bytes by item for a forward and backward pass of this shape."""
+        if batch not in self.known:
+            self.known[batch] = Need(around(self.rehearsal, self.rehearsal.step(batch), self.device))
+        return self.known[batch]
+
+    def fits(self, batch: Batch) -> bool:
+        return self.need(batch).total <= self.device.memory
+
+    def largest(self, grown: Callable[[int], Batch], start: int, limit: int) -> int:
+        """The largest n up to `limit` for which `grown(n)` fits; 0 if not even 1 does.
+
+        Memory is at most quadratic in n, so that few steps need be rehearsed.
+        """
+        low, high, guess = 0, limit + 1, max(1, min(start, limit))
+        tried = dict[int, int]()
+        while low + max(1, low // 64) < high and len(tried) < 10:
+            tried[guess] = self.need(grown(guess)).total
+            low, high = (guess, high) if tried[guess] <= self.device.memory else (low, guess)
+            guess = min(max(_crossing(tried, self.device.memory), low + 1), high - 1)
+        return low
+
+
+def _crossing(tried: dict[int, int], limit: int) -> int:
+    """Where the parabola through the three tried points nearest the limit crosses it; with fewer, twice or half."""
+    nearest = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
+    if len(nearest) == 3:
+        curve = numpy.polyfit(nearest, [tried[n] - limit for n in nearest], 2)
+        roots = [root.real for root in numpy.roots(curve) if root.real > 0 and abs(root.imag) < 1e-3 * root.real]
+        if roots:
+            return math.floor(min(roots, key=lambda root: abs(root - nearest[0])))
+    return max(tried) * 2 if tried[max(tried)] <= limit else min(tried) // 2
+
+
+def around(rehearsal: Rehearsal, peaks: rehearse.Peaks, device: Hardware) -> dict[str, int]:
+    """A rehearsed step's bytes with what surrounds them on the device.
+
+    On a CPU what glibc's heap ever held it keeps, so that the small storages' highest stands beside the large ones';
+    and the files of a checkpoint in the run's own type stay mapped, with the weights that were quantised from them.
+    """
+    if device.kind == "cuda":
+        return {name: peaks.all[name] for name in rehearse.ITEMS if peaks.all[name]} | {RESERVE: RESERVE_BYTES}
+    both = peaks.small + peaks.large
+    items = {name: both[name] for name in rehearse.ITEMS if both[name]}
+    if rehearsal.quantised_from:
+        items[MAPPED] = rehearsal.quantised_from
+    kept = HEAP_KEEPS * sum(peaks.small[name] for name in FREED)
+    return items | {HEAP: round(kept), WORKSPACE: WORKSPACE_BYTES}
+
+
+def forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> Forecast:
+    """A settled recipe's forecast from its base's configuration."""
+    return Forecast(recipe, rehearse.skeleton(recipe, config), device)
+
+
+def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dict[str, tuple[Any, str]]]:
+    """What `upstream.settle` asks last: gradient checkpointing and optimiser by the memory plan, for a recipe in which
+    everything else is settled and these two are off and fused AdamW."""
+
+    def decide(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+        usual = {"optim": hardware.optimizer(device, 0, 0)}
+        if _far_below(recipe, config, device):
+            return usual | {"gradient_checkpointing": (False, f"needs a small part of {device}")}
+        try:
+            plain = forecast(recipe, config, device).need(batch_of(recipe))
+            if plain.total <= device.memory:
+                return usual | {"gradient_checkpointing": (False, f"{shown(plain.total)} of {device} without it")}
+            again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+            saving = forecast(again, config, device).need(batch_of(recipe))
+        except LoraError as error:  # what is wrong with the recipe is told where it is used
+            return usual | {"gradient_checkpointing": (device.kind == "cuda", str(error))}
+        said = f"{shown(saving.total)} with it, {shown(plain.total)} without, of {device}"
+        missing = saving.total - device.memory
+        return {
+            "optim": hardware.optimizer(device, saving.items.get(OPTIMIZER, 0), missing),
+            "gradient_checkpointing": (True, said),
+        }
+
+    return decide
+
+
+def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bool:
+    """Whether a bound that is several times what any method takes is a small part of the device's memory.
+
+    Saves small runs the second that a rehearsal takes.
+    """
+    text, batch = config.get_text_config(), batch_of(recipe)
+    tokens, width = batch.rows * batch.length, max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0)
+    layers = text.num_hidden_layers
+    weights = 4 * (2 * text.vocab_size * text.hidden_size + layers * 8 * text.hidden_size * width)
+    kept = 4 * layers * (tokens * 64 * width + 2 * batch.rows * batch.length**2)
+    experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return not experts and 4 * weights + kept + 12 * tokens * text.vocab_size < FAR_BELOW * device.memory
+
+
+def what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
+    """For a settled recipe that ran out of memory: what it was expected to need, and what to `--set` instead."""
+    device = device or hardware.here()
+    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
+    config = model.load_config(recipe.model.name_or_path, commit)
+    batch = batch_of(recipe)
+    try:
+        plan = forecast(recipe, config, device)
+        found = [f"it was expected to need {plan.need(batch)}; there are {device}"]
+        for option, changed in _smaller(recipe):
+            need = forecast(changed, config, device).need(batch_of(changed))
+            fits = "fits" if need.total <= device.memory else "does not fit either"
+            found.append(f"--set {option} needs {shown(need.total)}, which {fits}")
+        length = plan.largest(lambda n: batch._replace(length=n), batch.length // 2, batch.length)
+    except rehearse.Unforeseen as error:
+        return f"{error}; --set training.per_device_train_batch_size=1, or method=qlora"
+    if 1 < length < batch.length and batch.rows == 1 and recipe.training.packing == "step":
+        found.append(f"--set training.max_length={length} fits")
+    return "; ".join(found)
+
+
+def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Recipes that need less, each by one option."""
+    changes = list[tuple[str, Recipe]]()
+    if not recipe.training.gradient_checkpointing:
+        made = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+        changes.append(("training.gradient_checkpointing=true", made))
+    if recipe.training.per_device_train_batch_size > 1 and recipe.training.packing != "step":
+        made = recipe.settled(recipe.trainer, {"training": {"per_device_train_batch_size": 1}})
+        changes.append(("training.per_device_train_batch_size=1", made))
+    if not recipe.quantized:
+        method = {"lora": "qlora", "dora": "qdora"}[recipe.method]
+        made = recipe.model_copy(update={"method": method, "quantization": settled_quantization(recipe)})
+        changes.append((f"method={method}", made))
+    return changes
+
+
+def settled_quantization(recipe: Recipe) -> Any:
+    """The recipe's 4-bit storage with the compute type that `auto` becomes."""
+    given = recipe.quantization
+    if given.bnb_4bit_compute_dtype != "auto":
+        return given
+    return given.model_copy(update={"bnb_4bit_compute_dtype": recipe.model.dtype})

@@ -1,0 +1,180 @@
+"""`lora plan`: what a recipe will need, before anything is downloaded but a configuration and a tokenizer: parameters,
+memory item by item, whether that fits a device, the largest batch and length that do, steps, and hours at a speed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date
+from glob import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli import cache, data, flops, hardware, memory, model, plan, rehearse, sources, ui, upstream
+from lora_cli.data import Prepared
+from lora_cli.hardware import Hardware
+from lora_cli.recipe import Recipe
+from lora_cli.rehearse import Batch
+
+SMALL = 32 << 20
+"""Bytes of local files that are prepared on the way to count steps."""
+ASSUMED_USE = 0.4
+"""Assumed, not measured: the share of a GPU's peak that training reaches."""
+LONGEST = 1 << 17
+
+
+class Time(NamedTuple):
+    """Seconds of training, and where the speed comes from."""
+
+    seconds: float
+    tokens_per_second: float
+    source: str
+
+
+def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool) -> None:
+    """Print the plan of a recipe; LoraError for what would be refused by training before its first step."""
+    upstream.check(recipe)
+    device = hardware.named(gpu) if gpu else hardware.here()
+    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
+    config = model.load_config(recipe.model.name_or_path, commit)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, memory.levers(config, device))
+    tokenizer, new_ids, _ = model.tokenizer_for(recipe, commit)
+    rows = data.load(recipe, tokenizer)[0] if read_data or _at_hand(recipe, tokenizer) else None
+    adapted = rehearse.skeleton(recipe, config, len(tokenizer), new_ids)
+    parameters, kinds = adapted.get_nb_trainable_parameters(), trained_by_kind(adapted)
+    steps = plan.steps(recipe, rows) if rows else None
+    time = _time(recipe, adapted, device, rows, steps, tokens_per_second)
+    forecast = memory.Forecast(recipe, adapted, device)
+    batch = memory.batch_of(recipe, rows)
+    need, largest = forecast.need(batch), _largest(forecast, batch, config)
+    report = {
+        "choices": [choice._asdict() for choice in choices],
+        "parameters": {"total": parameters[1], "trained": parameters[0], "trained_by_kind": kinds},
+        "batch": batch._asdict(),
+        "memory": {"items": need.items, "total": need.total, "device": device._asdict(), "fits": forecast.fits(batch)},
+        "largest": largest,
+        "steps": steps._asdict() if steps else None,
+        "time": time._asdict() if time else None,
+    }
+    print(json.dumps(report) if as_json else "\n".join(_lines(recipe, device, report, [str(c) for c in choices])))
+
+
+def _at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether counting the rows takes no time: small local files, or any that are prepared already."""
+    found = list[Path]()
+    for given in [part.path for part in recipe.data.mix] if recipe.data.mix else [recipe.data.path]:
+        for path in [given] if isinstance(given, str) else given or []:
+            local = [Path(name) for name in glob(path)]  # noqa: PTH207 - also absolute ones
+            if not local:
+                return False
+            found += [file for each in local for file in ([each] if each.is_file() else each.rglob("*"))]
+    if sum(file.stat().st_size for file in found) <= SMALL:
+        return True
+    if recipe.data.mix or recipe.data.path is None:
+        return False
+    source = sources.find(recipe.data, "path", recipe.data.path, recipe.data.split)
+    key = cache.key(source.fingerprint(), source.names, recipe, tokenizer, date.today())
+    return (cache.folder() / key).exists()
+
+
+def trained_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
+    """Modules and trained parameters by the last part of the adapted module's name."""
+    modules, trained = Counter[str](), Counter[str]()
+    layers = model.lora_layers(adapted)
+    for name in layers:
+        modules[name.rpartition(".")[2]] += 1
+    for name, parameter in model.trainable(adapted):
+        owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        kind = owner.rpartition(".")[2] if owner else name.removesuffix(".weight").rpartition(".")[2]
+        trained[kind] += parameter.numel()
+    return {kind: (modules[kind], trained[kind]) for kind in trained}
+
+
+def _largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, int | None]:
+    """The largest batch size and length that fit, the other as it is; None for a batch size that is of no matter."""
+    training = forecast.recipe.training
+    longest = min(getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST, LONGEST)
+    found: dict[str, int | None] = {"per_device_train_batch_size": None}
+    if training.packing == "step":
+        found["max_length"] = forecast.largest(lambda n: Batch(1, n, waiting=True), batch.length, longest)
+        return found
+    size = training.per_device_train_batch_size
+    one_sequence = batch.rows == 1 and batch.length >= size > 1
+    each = batch.length // size if one_sequence else batch.length
+
+    def shape(rows: int, length: int) -> Batch:
+        return Batch(1, rows * length, batch.waiting) if one_sequence else Batch(rows, length, batch.waiting)
+
+    found["per_device_train_batch_size"] = forecast.largest(lambda n: shape(n, each), size, 4096)
+    found["max_length"] = forecast.largest(lambda n: shape(size, n), each, longest)
+    return found
+
+
+def _time(
+    recipe: Recipe,
+    adapted: PeftModel,
+    device: Hardware,
+    rows: Prepared | None,
+    steps: plan.Steps | None,
+    tokens_per_second: float | None,
+) -> Time | None:
+    """How long the run takes at the given speed, or at an assumed share of the device's peak; None where neither is."""
+    if rows is None or steps is None or rows.stream is not None:
+        return None
+    tokens = rows.counts.tokens * steps.steps / steps.steps_per_epoch
+    if tokens_per_second is not None:
+        return Time(tokens / tokens_per_second, tokens_per_second, "--tokens-per-second")
+    peak = flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
+    if peak is None:
+        return None
+    mean = rows.counts.tokens / max(len(rows.rows), 1)
+    each = flops.per_token(adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1))
+    speed = ASSUMED_USE * peak / each
+    return Time(tokens / speed, speed, f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s")
+
+
+def _lines(recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]) -> Iterator[str]:
+    parameters, found, batch = report["parameters"], report["memory"], Batch(**report["batch"])
+    yield f"{recipe.method} on {recipe.model.name_or_path}"
+    yield from (f"  {choice}" for choice in choices)
+    share = parameters["trained"] / parameters["total"]
+    yield f"\n{parameters['total']:,} parameters, {parameters['trained']:,} of them trained ({share:.2%})"
+    kinds = [[kind, str(count), f"{number:,}"] for kind, (count, number) in parameters["trained_by_kind"].items()]
+    yield ui.table(["kind of module", "modules", "trained"], kinds)
+    yield f"\nmemory at the peak of a step: {batch.rows} x {batch.length} tokens in one forward pass"
+    yield ui.table(
+        ["", "GiB"],
+        [[name, f"{size / hardware.GIB:.2f}"] for name, size in [*found["items"].items(), ("total", found["total"])]],
+    )
+    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"
+    yield from _limits(recipe, report["largest"])
+    yield from _duration(report)
+
+
+def _limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:
+    length, size = largest["max_length"], largest["per_device_train_batch_size"]
+    yield f"largest that fits: training.max_length {length or 'none'}" + (
+        "; any batch size, as the rows of a step share sequences"
+        if recipe.training.packing == "step"
+        else f"; or training.per_device_train_batch_size {size or 'none'}"
+    )
+
+
+def _duration(report: dict[str, Any]) -> Iterator[str]:
+    steps, time = report["steps"], report["time"]
+    if steps is None:
+        yield "steps: not counted, the rows are neither here nor prepared (--data prepares them)"
+        return
+    epoch = f"{steps['steps_per_epoch']:,} an epoch; {steps['fill']:.0%} of the batches is text"
+    yield f"steps: {steps['steps']:,} ({epoch})"
+    if time is None:
+        yield "time: no speed is known; --tokens-per-second N, as a run prints it"
+    else:
+        speed = f"{time['tokens_per_second']:,.0f} tokens/s ({time['source']})"
+        yield f"time: {ui.duration(time['seconds'])} at {speed}"

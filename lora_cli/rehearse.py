@@ -1,0 +1,327 @@
+"""One training step rehearsed on tensors without storage: which bytes are alive when, without a weight being loaded.
+
+The recipe's own network is built: transformers' model from its configuration, bitsandbytes' 4-bit weights, PEFT's
+adapters, DoRA's norms, checkpointing, autocast, the loss head and the optimiser. It then runs forward and backward on
+torch's fake tensors, which have shapes, types and lifetimes and no content, while every storage made is counted until
+it is freed. So nothing here knows how large an activation is: what autograd keeps is what is counted.
+
+What a fake tensor cannot show is memory that kernels take and give back inside one operation. One such is known and
+added: the weight that a product with a 4-bit one dequantises.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers.quantizers.auto import AutoHfQuantizer
+from trl.trainer.utils import add_fused_lm_head
+
+from lora_cli import dora, dropout, fused, loss, model, targets, tokens, upstream
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
+WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
+ACTIVATIONS, HEAD, BACKWARD = "activations", "head and loss", "backward pass"
+ITEMS = (WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
+GROUPED = torch.ops.aten._grouped_mm.default
+GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
+LARGE = 32 << 20
+"""Bytes from which on glibc gives memory back as soon as it is freed."""
+UNFORESEEN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError)
+
+
+class Batch(NamedTuple):
+    """What one forward pass sees: `rows` of `length` tokens, all with a label.
+
+    `waiting`: gradients of earlier passes of the same optimiser step are there already.
+    """
+
+    rows: int
+    length: int
+    waiting: bool
+
+
+class Unforeseen(LoraError):
+    """The network does something that depends on the content of its tensors, so that it cannot be rehearsed."""
+
+
+@contextmanager
+def unforeseen_told() -> Iterator[None]:
+    """What the libraries raise inside, for tensors without content, as Unforeseen in their words."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # says all again, with a traceback
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except UNFORESEEN as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unforeseen(f"the memory of this recipe cannot be foreseen: {said}", "train, and watch it") from error
+    finally:
+        logger.setLevel(level)
+
+
+class _Packed(FakeTensor):
+    """A 4-bit weight, under the class name that PEFT knows one by."""
+
+
+_Packed.__name__ = Params4bit.__name__
+
+
+class Peaks(NamedTuple):
+    """Bytes by item at the moments when there are most of all, of the `small` storages, and of the `large` ones."""
+
+    all: Counter[str]
+    small: Counter[str]
+    large: Counter[str]
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of every storage that operations inside make, until it is freed.
+
+    `now` has the bytes by item, of all, of small and of large storages; `most` each at its own highest so far. What is
+    made counts as `item`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = WEIGHTS
+        self.now = Peaks(Counter(), Counter(), Counter())
+        self.most = Peaks(Counter(), Counter(), Counter())
+        self.owner: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is GROUPED and args[0].dtype == torch.float32:  # torch's fake of it knows bfloat16 only
+            made = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
+        else:
+            made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        inside = math.prod(args[2]) * args[0].element_size() if func is GEMM_4BIT else 0
+        self._add(self.item, inside)
+        for now, most in zip(self.now, self.most):
+            if now.total() > most.total():
+                most.clear()
+                most.update(now)
+        self._add(self.item, -inside)
+        return made
+
+    def _add(self, item: str, change: int) -> None:
+        """Count a storage of so many bytes, or, below zero, count it no more."""
+        self.now.all[item] += change
+        (self.now.small if abs(change) < LARGE else self.now.large)[item] += change
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.owner:
+            self.owner[key] = (self.item, storage.nbytes())
+            self._add(self.item, storage.nbytes())
+            weakref.finalize(storage, self._freed, key).atexit = False
+
+    def _freed(self, key: int) -> None:
+        item, size = self.owner.pop(key)
+        self._add(item, -size)
+
+    def belongs(self, tensor: torch.Tensor, item: str) -> None:
+        """Count a tensor's storage as another item from now on."""
+        key = tensor.untyped_storage()._cdata
+        before, size = self.owner[key]
+        self.owner[key] = (item, size)
+        self._add(before, -size)
+        self._add(item, size)
+
+    def forget(self) -> None:
+        """Look for the highest anew."""
+        for most in self.most:
+            most.clear()
+
+
+def skeleton(
+    recipe: Recipe, config: PretrainedConfig, vocabulary: int = 0, new_ids: list[int] | None = None
+) -> PeftModel:
+    """The settled recipe's base with its adapter on the `meta` device; embeddings with at least `vocabulary` rows.
+
+    UsageError where the recipe's names match nothing in the base.
+    """
+    config = copy.deepcopy(config)
+    config.dtype = getattr(torch, recipe.model.dtype)
+    if recipe.model.attn_implementation == "eager":
+        config._attn_implementation = "eager"
+    base, lora_config = model.from_config(config), upstream.lora_config(recipe)
+    if new_ids:
+        tokens.grow(base, vocabulary)
+        tokens.train_rows(base, lora_config, new_ids)
+    targets.check(recipe, base, lora_config)
+    lora_config.init_lora_weights = True  # others need the weights
+    with unforeseen_told(), torch.device("meta"), model.quiet_peft():
+        if recipe.quantized:
+            _in_4_bits(recipe, base)
+        return model.attach_adapter(base, lora_config, recipe.lora.autocast_adapter_dtype)
+
+
+def _in_4_bits(recipe: Recipe, base: PreTrainedModel) -> None:
+    """Replace what transformers would quantise by bitsandbytes' modules, on the `meta` device."""
+    quantizer = AutoHfQuantizer.from_config(upstream.quantization_config(recipe), pre_quantized=False)
+    quantizer.preprocess_model(model=base, device_map=None)
+    base.is_loaded_in_4bit = True  # PEFT asks
+    # bitsandbytes keeps the first table it makes for the whole process: it must not be one without content
+    with torch.device("cpu"):
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.weight._quantize("meta")
+            module.support_avx512bf16_for_cpu = False
+
+
+def _materialise(network: nn.Module) -> None:
+    """Put fake tensors where `meta` ones are; what is shared stays shared."""
+    known: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in known:
+                    known[id(parameter)] = _fake(module, parameter)
+                module._parameters[name] = known[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _fake(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+    if not isinstance(parameter, Params4bit):
+        return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+    whole = torch.empty(parameter.quant_state.shape, dtype=parameter.quant_state.dtype)
+    packed, state = functional.quantize_4bit(
+        whole,
+        None,
+        None,
+        parameter.blocksize,
+        parameter.compress_statistics,
+        parameter.quant_type,
+        parameter.quant_storage,
+    )
+    made: Any = nn.Parameter(packed, requires_grad=False)
+    made.__class__, made.quant_state, module.quant_state = _Packed, state, state
+    return made
+
+
+class Rehearsal:
+    """A recipe's network on fake tensors, on which steps of any shape can be run.
+
+    `recipe` is settled; `adapted` comes from `skeleton` and belongs to the rehearsal from now on; `kind` is the
+    device's, as torch names it. Raises Unforeseen.
+    """
+
+    def __init__(self, recipe: Recipe, adapted: PeftModel, kind: str = "cpu") -> None:
+        self.recipe, self.adapted, self.live, self.kind = recipe, adapted, Live(), kind
+        self.base: Any = adapted.get_base_model()
+        self.arguments = upstream.training_arguments(recipe)
+        self.quantised_from = 0
+        """Bytes of the weights that 4-bit ones are made from, as they are in a checkpoint of the model's type."""
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake():
+            self._prepare()
+
+    @contextmanager
+    def _fake(self) -> Iterator[None]:
+        with unforeseen_told(), self.mode, self.live:
+            yield
+
+    def _prepare(self) -> None:
+        """Everything that lives as long as the run: weights, adapters, what DoRA keeps, the optimiser's state."""
+        _materialise(self.adapted)
+        packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
+        size = getattr(torch, self.recipe.model.dtype).itemsize
+        self.quantised_from = sum(module.in_features * module.out_features for module in packed) * size
+        self.trained = [parameter for _, parameter in model.trainable(self.adapted)]
+        for parameter in self.trained:
+            self.live.belongs(parameter, ADAPTERS)
+            parameter.register_post_accumulate_grad_hook(self._gradient_made)
+        if self.kind == "cpu":  # as train.py does
+            dropout.install(self.adapted)
+            fused.install(self.adapted)
+        dora.install(self.adapted)
+        for layer in self.adapted.modules():
+            if isinstance(layer, dora.FactoredDora):
+                layer.squares = torch.empty(layer.weight.numel())
+        if self.recipe.training.loss_head == "stock" and self.recipe.trainer == "sft":
+            add_fused_lm_head(self.base, outputs=("log_probs", "entropy", "is_top1"))
+        self.base.config.use_cache = False
+        self.adapted.train()
+        if self.arguments.activation_checkpointing:
+            options = dict(self.arguments.activation_checkpointing_kwargs or {})
+            chosen = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **chosen)
+            self.adapted.enable_input_require_grads()
+        self.live.item = GRADIENTS
+        for parameter in self.trained:
+            parameter.grad = torch.empty_like(parameter)
+        self.live.item = OPTIMIZER
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments, self.adapted)
+        optimizer = kind(self.trained, **options)
+        if isinstance(optimizer, Optimizer8bit):
+            with unset_fake_temporarily():
+                optimizer.fill_qmap()  # reads its own tables' content
+        optimizer.step()
+        self.optimizer = optimizer
+        self._forget_gradients()
+
+    def _gradient_made(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.live.belongs(parameter.grad, GRADIENTS)
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def step(self, batch: Batch) -> Peaks:
+        """Bytes by item in one forward and backward pass, each at its highest."""
+        with self._fake():
+            self._forget_gradients()
+            if batch.waiting:
+                self.live.item = GRADIENTS
+                for parameter in self.trained:
+                    parameter.grad = torch.empty_like(parameter)
+            self.live.forget()
+            self.live.item = ACTIVATIONS
+            half = torch.float16 if self.arguments.fp16 else torch.bfloat16
+            mixed = self.arguments.bf16 or self.arguments.fp16
+            with torch.autocast("cpu", half, enabled=mixed), disable_input_dtype_casting(self.adapted, active=mixed):
+                total = self._loss(batch)
+            self.live.item = BACKWARD
+            total.backward()
+            del total
+            self._forget_gradients()
+        return Peaks(*(Counter(most) for most in self.live.most))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+        packed = self.recipe.training.packing not in (False, None)
+        inputs = {"input_ids": ids, "position_ids" if packed else "attention_mask": torch.ones_like(ids)}
+        if self.recipe.training.loss_head == "stock":
+            self.live.item = HEAD if self.recipe.training.gradient_checkpointing else ACTIVATIONS
+            fused = {"fused_lm_head": True} if self.recipe.trainer == "sft" else {}
+            return self.base(**inputs, labels=ids, **fused).loss
+        hidden = self.base.get_decoder()(**inputs).last_hidden_state
+        self.live.item = HEAD
+        where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
+        rows = hidden.flatten(0, 1)[where]
+        return loss.summed(rows, self.base.get_output_embeddings(), where, loss.shape_of(self.base)) / len(where)
