@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
-from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
@@ -276,10 +275,8 @@ class Rehearsal:
             parameter.grad = torch.empty_like(parameter)
         self.live.item = OPTIMIZER
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments, self.adapted)
-        optimizer = kind(self.trained, **options)
-        if isinstance(optimizer, Optimizer8bit):
-            with unset_fake_temporarily():
-                optimizer.fill_qmap()  # reads its own tables' content
+        with unset_fake_temporarily():  # bitsandbytes' read the tables that they make
+            optimizer = kind(self.trained, **options)
         optimizer.step()
         self.optimizer = optimizer
         self._forget_gradients()

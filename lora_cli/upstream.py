@@ -86,7 +86,8 @@ def settle(
     on, reason = device.kind == "cuda", f"as on any {device.kind}"
     usual = {"gradient_checkpointing": (on, reason), "optim": hardware.optimizer(device, 0, 0)}
     open_ = [name for name in usual if getattr(training, name) == "auto"]
-    if open_ and levers is not None:
+    decides = open_ if device.kind == "cuda" else {"gradient_checkpointing"}.intersection(open_)
+    if decides and levers is not None:
         without = {"gradient_checkpointing": False, "optim": usual["optim"][0]}
         asked = {name: without[name] for name in open_}
         usual = levers(recipe.settled(trainer, changes | {"training": changes["training"] | asked}))
