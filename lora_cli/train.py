@@ -200,11 +200,13 @@ def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
 
 def _attend(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
     """Attention by document where the recipe leaves it open and the base's own does not know documents."""
-    if not recipe.model.attn_implementation and attention.install(base):
-        reason = "each document of a sequence by itself, the same for less time"
-        choice = upstream.Choice("model.attn_implementation", attention.NAME, reason)
-        run["choices"] = [*run["choices"], choice._asdict()]
-        ui.say(f"  {choice}")
+    if recipe.model.attn_implementation:
+        return
+    apart = attention.install(base)
+    reason = "each document of a sequence by itself, the same for less time" if apart else "what the model has"
+    choice = upstream.Choice("model.attn_implementation", base.config._attn_implementation, reason)
+    run["choices"] = [*run["choices"], choice._asdict()]
+    ui.say(f"  {choice}")
 
 
 def _suited(recipe: Recipe, base: PreTrainedModel) -> Recipe:

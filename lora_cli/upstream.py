@@ -61,7 +61,9 @@ def settle(
     on_disk = str(checkpoint_dtype).removeprefix("torch.")
     dtype = choose(model, "dtype", "model.dtype", *hardware.dtype(device, on_disk))
     name = "attn_implementation"
-    attention = choose(model, name, f"model.{name}", *hardware.attention(device, dtype))
+    found = hardware.attention(device, dtype)
+    open_ = found[0] is None and model.attn_implementation == "auto"  # transformers' choice is told with the model
+    attention = None if open_ else choose(model, name, f"model.{name}", *found)
     changes: dict[str, dict[str, Any]] = {
         "model": {"dtype": dtype, name: attention},
         "training": {},
@@ -85,11 +87,11 @@ def settle(
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
     on, reason = device.kind == "cuda", f"as on any {device.kind}"
     usual = {"gradient_checkpointing": (on, reason), "optim": hardware.optimizer(device, 0, 0)}
-    open_ = [name for name in usual if getattr(training, name) == "auto"]
-    decides = open_ if device.kind == "cuda" else {"gradient_checkpointing"}.intersection(open_)
+    left = [name for name in usual if getattr(training, name) == "auto"]
+    decides = left if device.kind == "cuda" else {"gradient_checkpointing"}.intersection(left)
     if decides and levers is not None:
         without = {"gradient_checkpointing": False, "optim": usual["optim"][0]}
-        asked = {name: without[name] for name in open_}
+        asked = {name: without[name] for name in left}
         usual = levers(recipe.settled(trainer, changes | {"training": changes["training"] | asked}))
     for name, (value, reason) in usual.items():
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
