@@ -222,6 +222,7 @@ BAD: dict[str, Case] = {
     "recipe: a list as key": raw("? [model]\n: base\n"),
     "recipe: a control character": raw("model: {name_or_path: ba\x07se}\n"),
     "recipe: a null character": raw('model: {name_or_path: "ba\\0se"}\ndata: {path: rows.jsonl}\n'),
+    "recipe: a list with --set": lambda d: [*raw("- model\n")(d), "--set", "method=lora"],
     "recipe: JSON with comments": raw('{"model": {"name_or_path": "base"}, // the base\n "data": {}}'),
     "recipe: extends nothing": raw("extends: gone.yaml\n"),
     "recipe: extends itself": raw("extends: r.yaml\n"),
