@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -109,6 +110,8 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "thousands of brackets": ("rows.jsonl", GOOD + "[" * 200_000 + "\n", ""),
     "damaged gzip": (
         "rows.jsonl.gz", gzip.compress(GOOD.encode() * 500)[:30] + b"\xff" * 60, ""),
+    "another encoding in half a gzip": (
+        "rows.jsonl.gz", gzip.compress(b"\xff" + random.Random(0).randbytes(50_000).hex().encode())[:-30], ""),
     "no turns": ("rows.jsonl", '{"prompt": [], "completion": []}\n', ""),
     "no slice": ("rows.jsonl", GOOD, "'split': 'train[foo]'"),
     "a column twice": ("rows.csv", "prompt,completion,completion\nask,answer,other\n", ""),
