@@ -159,6 +159,7 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if whole else iter(reader)
         number = 0
         for batch in batches:
+            batch.validate(full=True)  # or a damaged file's offsets lead outside its buffers, and the process crashes
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", told(row)
