@@ -105,15 +105,17 @@ class Limits:
 
     def __exit__(self, *_: object) -> None:
         if self.works:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self.before)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            finally:
+                signal.signal(signal.SIGALRM, self.before)
 
     def _look(self, *_: object) -> None:
         """Processor time of this thread: a machine that was asleep, or busy with others, is no reason to stop."""
-        signal.setitimer(signal.ITIMER_REAL, LOOK)
         now = psutil.Process().memory_info().rss
         self.memory = self.memory or now
         if time.thread_time() - self.began > SECONDS:
             raise TemplateLimit(f"takes over {SECONDS:g} s for one conversation")
         if now - self.memory > MEMORY:
             raise TemplateLimit(f"takes over {MEMORY >> 20} MiB for one conversation")
+        signal.setitimer(signal.ITIMER_REAL, LOOK)  # last: nothing may come after what was raised

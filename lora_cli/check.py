@@ -36,7 +36,7 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)
-    plan.refuse_unknown_ids(adapter, train, tokenizer)
+    plan.refuse_unknown_ids(recipe, commit, train, tokenizer)
     steps = plan.steps(recipe, train)
     if as_json:
         report = {

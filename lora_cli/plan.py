@@ -20,11 +20,10 @@ from lora_cli.recipe import Recipe
 
 
 class Size(NamedTuple):
-    """An adapter's trained parameters, the modules that have one, and the rows of the embeddings it is trained on."""
+    """An adapter's trained parameters, and the modules that have one."""
 
     trainable: int
     modules: int
-    embeddings: int
 
 
 class Steps(NamedTuple):
@@ -51,25 +50,26 @@ def adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBa
     with torch.device("meta"), model.quiet_peft():
         adapted = model.attach_adapter(base, config)
     trainable = sum(parameter.numel() for _, parameter in model.trainable(adapted))
-    return Size(trainable, len(model.lora_layers(adapted)), base.get_input_embeddings().num_embeddings)
+    return Size(trainable, len(model.lora_layers(adapted)))
 
 
-def refuse_unknown_ids(size: Size, rows: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
     """LoraError where rows, or what fills short ones, have a token for which the base has no embedding.
 
     Some tokenizers have more tokens than their model; that is no error as long as none of them is used.
     """
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest < size.embeddings:
+    there = model.skeleton(recipe.model.name_or_path, commit).get_input_embeddings().num_embeddings
+    added = recipe.model.add_tokens or recipe.model.add_special_tokens  # for which the embeddings grow to all tokens
+    if added or max(tokenizer.get_vocab().values(), default=-1) < there:
         return
     used = [tokenizer.pad_token_id or 0]
     for chunk in rows.rows.data.table.column("input_ids").chunks:
         used.append(compute.max(chunk.values).as_py() or 0)
-    if max(used) >= size.embeddings:
+    if max(used) >= there:
         token = tokenizer.convert_ids_to_tokens(max(used))
         raise LoraError(
             f"model.name_or_path: token {max(used)} of the tokenizer ({token!r}) is used; the base's embeddings end "
-            f"at {size.embeddings - 1}",
+            f"at {there - 1}",
             "take the tokenizer that belongs to the model, or a token that it has for training.pad_token",
         )
 

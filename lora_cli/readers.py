@@ -38,22 +38,25 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
         return
     opened = gzip.open if file.suffix.lower() == ".gz" else open
     try:
-        with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            if how == "csv":
-                yield from _read_csv(file, stream)
-            elif how == "text":
-                yield from (
-                    (f"{file}:{number}", {"text": line.rstrip("\r\n")})
-                    for number, line in enumerate(stream, 1)
-                    if line.strip()
-                )
-            else:
-                yield from _read_json(file, stream)
-    except UnicodeDecodeError:
-        with opened(file, "rb") as raw:
-            raise _not_utf8(file, raw) from None
+        try:
+            with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
+                yield from _read_text(file, str(how), stream)
+        except UnicodeDecodeError:
+            with opened(file, "rb") as raw:  # which may be damaged further on as well
+                raise _not_utf8(file, raw) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise LoraError(f"{file} is no whole gzip file: {error}", f"gzip -t {file}") from None
+
+
+def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]]:
+    """The rows of a file of text."""
+    if how == "csv":
+        yield from _read_csv(file, stream)
+    elif how == "text":
+        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(stream, 1) if line.strip())
+        yield from ((f"{file}:{number}", {"text": line}) for number, line in lines)
+    else:
+        yield from _read_json(file, stream)
 
 
 def _not_utf8(file: Path, raw: Iterable[bytes]) -> LoraError:
@@ -156,6 +159,7 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if whole else iter(reader)
         number = 0
         for batch in batches:
+            batch.validate(full=True)  # or a damaged file's offsets lead outside its buffers, and the process crashes
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", told(row)

@@ -27,12 +27,14 @@ from lora_cli.yamlfile import Document, Keys, Place
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every problem at once."""
     document = _read_chain(path, ())
+    if not isinstance(document.data, dict):
+        raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     for text in overrides:
         override = _override(text)
         if "extends" in override.data:
             raise UsageError(f"--set {text}: extends belongs in the file", "--set overrides other values")
         document = _merge(document, override)
-    if not isinstance(document.data, dict) or not document.data:
+    if not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     if secret := private.held(document.data):
         raise UsageError(
@@ -94,7 +96,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
 def _merge(below: Document, above: Document) -> Document:
     """`above` laid over `below`: sections join, other values (lists too) are replaced."""
     if not (isinstance(below.data, dict) and isinstance(above.data, dict)):
-        return above
+        return Document(above.data, {**below.places, **above.places})
     data, places = dict(below.data), {**below.places, **above.places}
     for key, value in above.data.items():
         data[key] = (

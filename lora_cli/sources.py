@@ -108,6 +108,8 @@ class _Hashing(io.RawIOBase):
 def find(data: Data, field: str, path: str | list[str], split: str) -> Source:
     """What data.`field` names. LoraError when it is not there, empty, or of no kind that can be read."""
     paths = [path] if isinstance(path, str) else path
+    for name in paths:
+        _refuse_no_file(field, name)
     try:
         found = {name: _local(field, name) for name in paths}
         if any(found.values()) or len(paths) > 1:
@@ -118,7 +120,8 @@ def find(data: Data, field: str, path: str | list[str], split: str) -> Source:
                     )
             return _files(field, [file for files in found.values() for file in files], split)
         if Path(paths[0]).is_dir():
-            return _folder(data, Path(paths[0]), split)
+            with foreign.refused(f"data.{field}: the folder {paths[0]} cannot be read", "name its files instead"):
+                return _folder(data, Path(paths[0]), split)
         return _hub(data, paths[0], split)
     except (ValueError, IndexError) as error:
         if foreign.translate(error) is not None:
@@ -157,6 +160,14 @@ def _files(field: str, files: list[Path], split: str) -> Source:
         )
     ReadInstruction.from_spec(split)
     return Source(files, None, split)
+
+
+def _refuse_no_file(field: str, name: str) -> None:
+    """LoraError for an address, a pipe or a device: what is read is read several times."""
+    if "://" in name:
+        raise LoraError(f"data.{field}: {name} is an address, not a file", f"curl -LO {name}")
+    if Path(name).exists() and not Path(name).is_file() and not Path(name).is_dir():
+        raise LoraError(f"data.{field}: {name} is a pipe or a device, not a file", "copy what it gives into a file")
 
 
 def _folder(data: Data, folder: Path, split: str) -> Source:

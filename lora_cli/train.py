@@ -91,12 +91,12 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     commit = run["base"]["commit"]
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
-    size = plan.adapter(recipe, commit, tokenizer, new_ids)
+    plan.adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    plan.refuse_unknown_ids(size, train_rows, tokenizer)
+    plan.refuse_unknown_ids(recipe, commit, train_rows, tokenizer)
     plan.steps(recipe, train_rows)
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):

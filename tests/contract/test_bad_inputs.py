@@ -222,6 +222,7 @@ BAD: dict[str, Case] = {
     "recipe: a list as key": raw("? [model]\n: base\n"),
     "recipe: a control character": raw("model: {name_or_path: ba\x07se}\n"),
     "recipe: a null character": raw('model: {name_or_path: "ba\\0se"}\ndata: {path: rows.jsonl}\n'),
+    "recipe: a list with --set": lambda d: [*raw("- model\n")(d), "--set", "method=lora"],
     "recipe: JSON with comments": raw('{"model": {"name_or_path": "base"}, // the base\n "data": {}}'),
     "recipe: extends nothing": raw("extends: gone.yaml\n"),
     "recipe: extends itself": raw("extends: r.yaml\n"),
@@ -278,6 +279,26 @@ BAD: dict[str, Case] = {
         [recipe(d, model="system_prompt: canary-in-a-mine"), ["train", "r.yaml"]][1],
         {"WANDB_API_KEY": "canary-in-a-mine"},
     ),
+    # Data; more of it in tests/unit/bad_data.txt
+    "data: a pipe": lambda d: [with_()(d), fifo(d / "rows.jsonl"), ["train", "r.yaml"]][2],
+    "data: a device": typed(
+        "train", "r.yaml", "--set", "data.path=/dev/zero", make=lambda d: [base(d), recipe(d)]),
+    "data: an empty folder": lambda d: [
+        with_()(d), (d / "rows").mkdir(), ["train", "r.yaml", "--set", "data.path=rows"]][2],
+    "data: a folder with a script": lambda d: [
+        with_()(d), written(d / "rows/rows.py", "ran = 1"), ["train", "r.yaml", "--set", "data.path=rows"]][2],
+    "data: a folder of pictures": lambda d: [
+        with_()(d), written(d / "rows/a.png", b"\x89PNG"), ["train", "r.yaml", "--set", "data.path=rows"]][2],
+    "data: a folder of damaged files": lambda d: [
+        with_()(d), written(d / "rows/a.jsonl", "{"), ["train", "r.yaml", "--set", "data.path=rows"]][2],
+    "data: a link in a circle": lambda d: [
+        with_()(d), link(d / "loop.jsonl", "loop.jsonl"), ["train", "r.yaml", "--set", "data.path=loop.jsonl"]][2],
+    "data: a saved set, damaged": lambda d: [
+        with_()(d), written(d / "rows/dataset_info.json", "{"), ["train", "r.yaml", "--set", "data.path=rows"]][2],
+    "data: the split is an expression without end": typed(
+        "train", "r.yaml", "--set", "data.split=train[(((", make=lambda d: [base(d), recipe(d)]),
+    "data: an address": typed(
+        "train", "r.yaml", "--set", "data.path=https://x.org/rows.jsonl", make=lambda d: [base(d), recipe(d)]),
     # The base
     "model: no such folder": lambda d: [recipe(d), ["train", "r.yaml"]][1],
     "model: a longer path": typed("train", "r.yaml", "--set", "model.name_or_path=models/llama/base", make=recipe),
@@ -544,7 +565,7 @@ def snapshot() -> Iterator[str]:
 
 
 def test_the_snapshot_covers_every_case() -> None:
-    assert len(BAD) >= 150
+    assert len(BAD) >= 265
     assert [line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")] == list(BAD)
 
 

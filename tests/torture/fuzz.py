@@ -32,7 +32,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -395,14 +397,18 @@ def prepare(kind: str, folder: Path, limited: bool = True) -> Callable[[int], No
     return made.run
 
 
-def work(kind: str, numbers: range) -> list[tuple[int, Outcome]]:
-    """A worker: the outcomes of these cases."""
+def work(kind: str, numbers: Sequence[int], notes: Path | None = None) -> list[tuple[int, Outcome]]:
+    """A worker: the outcomes of these cases. The one at work is in `notes`, for when it takes the process with it."""
     faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         os.chdir(folder)
         run = prepare(kind, Path(folder))
         with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            outcomes = [(number, tried(run, number)) for number in numbers]
+            outcomes = []
+            for number in numbers:
+                if notes:
+                    notes.write_text(str(number))
+                outcomes.append((number, tried(run, number)))
         os.chdir(ROOT)
     return outcomes
 
@@ -410,8 +416,15 @@ def work(kind: str, numbers: range) -> list[tuple[int, Outcome]]:
 def fuzz(kind: str, count: int) -> bool:
     """All cases of a kind, in processes of their own; prints the figures and every sort of find."""
     started = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        parts = pool.starmap(work, [(kind, range(first, count, WORKERS)) for first in range(WORKERS)])
+    with tempfile.TemporaryDirectory() as folder:
+        notes = [Path(folder) / str(worker) for worker in range(WORKERS)]
+        numbers = [range(first, count, WORKERS) for first in range(WORKERS)]
+        try:
+            with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+                parts = list(pool.map(work, [kind] * WORKERS, numbers, notes))
+        except BrokenProcessPool:
+            print(f"FIND crash of the process: {kind}, one of the cases {[note.read_text() for note in notes]}")
+            return False
     outcomes = sorted(pair for part in parts for pair in part)
     ends = Counter(outcome.kind for _, outcome in outcomes)
     slowest = max(outcomes, key=lambda pair: pair[1].seconds)

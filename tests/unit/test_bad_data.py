@@ -10,6 +10,8 @@ import gzip
 import io
 import json
 import os
+import random
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +38,17 @@ def table(**columns: list) -> bytes:
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), stream)
     return stream.getvalue()
+
+
+def outside() -> bytes:
+    """An Arrow stream in which the end of a text is put far behind the file's: reading it as it stands crashes."""
+    stream, rows = io.BytesIO(), pyarrow.table({"prompt": ["ask"], "completion": ["answer" * 707]})
+    with pyarrow.ipc.new_stream(stream, rows.schema) as writer:
+        writer.write_table(rows)
+    before, after = struct.pack("<ii", 0, len("answer") * 707), struct.pack("<ii", 0, 2**30)
+    head, found, tail = stream.getvalue().rpartition(before)
+    assert found
+    return head + after + tail
 
 
 USER, ANSWER = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
@@ -109,6 +122,9 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "thousands of brackets": ("rows.jsonl", GOOD + "[" * 200_000 + "\n", ""),
     "damaged gzip": (
         "rows.jsonl.gz", gzip.compress(GOOD.encode() * 500)[:30] + b"\xff" * 60, ""),
+    "another encoding in half a gzip": (
+        "rows.jsonl.gz", gzip.compress(b"\xff" + random.Random(0).randbytes(50_000).hex().encode())[:-30], ""),
+    "arrow whose texts lie outside the file": ("rows.arrow", outside(), ""),
     "no turns": ("rows.jsonl", '{"prompt": [], "completion": []}\n', ""),
     "no slice": ("rows.jsonl", GOOD, "'split': 'train[foo]'"),
     "a column twice": ("rows.csv", "prompt,completion,completion\nask,answer,other\n", ""),
@@ -162,7 +178,7 @@ def snapshot() -> Iterator[str]:
 
 
 def test_the_snapshot_covers_every_data_set() -> None:
-    assert len(BAD) >= 40
+    assert len(BAD) >= 75
     assert [line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")] == list(BAD)
 
 
