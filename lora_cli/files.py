@@ -25,13 +25,16 @@ def cache_home() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, flush to disk, rename."""
+    """Write beside `path`, flush to disk, rename; after a failure `path` is as it was."""
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:

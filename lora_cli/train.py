@@ -5,9 +5,11 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,17 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli import (
+    checkpoints,
     data,
     dora,
     files,
     foreign,
     identity,
     initial,
+    lock,
     loss,
     model,
     packing,
@@ -44,12 +47,18 @@ from lora_cli import (
 )
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer, types_kept
+from lora_cli.resumable import Boundaries, types_kept
+from lora_cli.signals import Signals
+from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.watch import NonFiniteError, Watch
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
-    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
+def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> Path:
+    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens.
+
+    With `resume` the run in the recipe's folder goes on from its newest checkpoint; of the recipe, the keys `allowed`
+    may have changed.
+    """
     upstream.check(recipe)
     commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
     config = model.load_config(recipe.model.name_or_path, commit)
@@ -63,19 +72,35 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             "fingerprint": identity.fingerprint(recipe.model.name_or_path, commit),
         },
     }
-    run = record.begin(folder, recipe.plain(), contents, resume)
-    ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
-    for choice in choices:
-        ui.say(f"  {choice}")
+    record.check_place(folder)
+    if resume and not folder.is_dir():
+        raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(folder):
+        checkpoints.sweep(folder)
+        run = record.begin(folder, recipe.plain(), contents, resume, allowed)
+        ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
+        for choice in choices:
+            ui.say(f"  {choice}")
+        with _ending_told(folder, run):
+            return _run(recipe, folder, run, resume)
+
+
+@contextmanager
+def _ending_told(folder: Path, run: dict[str, Any]) -> Iterator[None]:
+    """Record how the run ended; after an interruption say how to go on."""
     try:
-        return _run(recipe, folder, run, resume)
+        yield
     except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
         record.update(folder, run, status="interrupted")
-        checkpoint = get_last_checkpoint(str(folder))
-        ui.say(f"\n--resume continues from {checkpoint}" if checkpoint else "\nno checkpoint had been saved yet")
+        found = (each for each in checkpoints.every(folder, run["id"]) if isinstance(each, checkpoints.Checkpoint))
+        step = next((each.step for each in found if each.resumable), 0)
+        command = shlex.join(["lora", "train", str(folder / record.RESOLVED_RECIPE), "--resume"])
+        ui.say(f"stopped; from step {step} it goes on with: {command}")
         raise
     except BaseException:
-        record.update(folder, run, status="failed")
+        with suppress(OSError):  # the disk may be what failed
+            record.update(folder, run, status="failed")
         raise
 
 
@@ -94,31 +119,37 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         base = _base(recipe, commit)
         recipe = _suited(recipe, base)
         adapted = _adapted(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
-        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
+        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run["id"])
     trained = trainer.model
     trainable, total = trained.get_nb_trainable_parameters()
     layers = len(model.lora_layers(trained))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
-    checkpoint = _checkpoint(folder) if resume else None
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        trainer.watch.progress.clear()
+    steps, loss = _trained(trainer, _checkpoint(folder, run["id"]) if resume else None)
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
-        "results": {"steps": result.global_step, "train_loss": result.training_loss},
+        "results": {"steps": steps, "train_loss": loss},
     }
     _save(trained, tokenizer, adapter, run, folder / initial.START)
     record.update(folder, run)
     ui.say(
-        f"trained {result.global_step} steps in {ui.duration(time.monotonic() - started)}, "
-        f"mean loss {result.training_loss:.4f}; adapter in {adapter}"
+        f"trained {steps} steps in {ui.duration(time.monotonic() - started)}, mean loss {loss:.4f}; "
+        f"adapter in {adapter}"
     )
     return adapter
+
+
+def _trained(trainer: WatchedSFTTrainer | WatchedTrainer, checkpoint: Path | None) -> tuple[int, float]:
+    """Train to the end; the steps made and the mean loss of them all."""
+    try:
+        with trainer.signals.heard():
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finally:
+        trainer.watch.progress.clear()
+    return result.global_step, result.metrics["train_loss"]
 
 
 def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: data.Prepared) -> None:
@@ -235,6 +266,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: data.Prepared,
     eval_rows: data.Prepared | None,
+    run: str,
 ) -> WatchedSFTTrainer | WatchedTrainer:
     """The trainer the recipe names, around the adapted model."""
     arguments = upstream.training_arguments(recipe)
@@ -264,28 +296,19 @@ def _trainer(
             ui.say(f"  training.loss_head = stock: {other}")
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
-    trainer.watch = Watch(folder)
+    trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run
+    trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)
+    trainer.add_callback(Boundaries(trainer))
     return trainer
 
 
-RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
-
-
-def _checkpoint(folder: Path) -> str:
-    """The last checkpoint, if it holds all that makes the continued run the same run."""
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
-        raise LoraError(f"{folder} holds no checkpoint to resume from", f"rm -r {folder} and train again")
-    missing = [name for name in RESUMABLE if not any(Path(checkpoint).glob(name))]
-    if missing:
-        raise LoraError(
-            f"{checkpoint} lacks {', '.join(missing)}: the run would go on as another one",
-            f"rm -r {checkpoint} to resume from the one before, or rm -r {folder} to start again",
-        )
-    ui.say(f"  resuming from {checkpoint}")
-    return str(checkpoint)
+def _checkpoint(folder: Path, run: str) -> Path | None:
+    """The newest checkpoint that holds all that makes the continued run the same run; None for its beginning."""
+    checkpoint = checkpoints.newest(folder, run)
+    ui.say(f"  resuming from {checkpoint.folder}" if checkpoint else "  no checkpoint yet: from the first step")
+    return checkpoint.folder if checkpoint else None
 
 
 def _save(
@@ -295,6 +318,7 @@ def _save(
     for name, parameter in model.trainable(trained):
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
+    _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
         verify.save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
@@ -303,3 +327,19 @@ def _save(
         initial.as_plain(staging, trained.peft_config["default"], start)
         model.save_tokenizer(tokenizer, staging, run["base"]["name"], run["base"]["commit"])
         files.write_json(staging / record.ARTEFACT_RECORD, run)
+
+
+def _make_room(adapter: Path, run: dict[str, Any]) -> None:
+    """An adapter that this run saved already goes if it is of the same step (a kill came before the record said so);
+    that of a run that was extended keeps its steps as part of its name."""
+    if not (adapter / record.ARTEFACT_RECORD).is_file():
+        return
+    before = files.read_json(adapter / record.ARTEFACT_RECORD)
+    if before.get("id") != run["id"]:
+        return
+    steps = before["results"]["steps"]
+    if steps == run["results"]["steps"]:
+        shutil.rmtree(adapter)
+    else:
+        adapter.rename(adapter.with_name(f"adapter-{steps}"))
+        ui.say(f"  the adapter after {steps} steps is now {adapter.with_name(f'adapter-{steps}')}")

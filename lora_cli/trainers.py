@@ -1,10 +1,9 @@
-"""TRL's and transformers' trainers with what lora adds: watching, LoRA+, types that last, evaluation by tokens."""
+"""TRL's and transformers' trainers with what lora adds: watching, resuming, LoRA+, evaluation by tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,19 +12,11 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import model, packing
+from lora_cli import packing
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
+from lora_cli.resumable import Resumable
 from lora_cli.watch import Watch
-
-
-@contextmanager
-def types_kept(network: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, trained tensors keep their types."""
-    kinds = {name: parameter.dtype for name, parameter in model.trainable(network)}
-    yield
-    for name, parameter in model.trainable(network):
-        parameter.data = parameter.data.to(kinds[name])
 
 
 class _Watched:
@@ -40,10 +31,6 @@ class _Watched:
     """Summed over the evaluation so far: the loss of each trained token, and their number."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with types_kept(self.model):  # type: ignore[attr-defined]  # PEFT loads adapters in float32
-            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         try:
@@ -95,7 +82,7 @@ class _Watched:
         return output
 
 
-class WatchedSFTTrainer(_Watched, SFTTrainer):
+class WatchedSFTTrainer(_Watched, Resumable, SFTTrainer):
     """TRL's SFTTrainer, watched; with `own_loss` the model computes its loss itself (`loss.py`), and not TRL's head."""
 
     own_loss = False
@@ -106,7 +93,7 @@ class WatchedSFTTrainer(_Watched, SFTTrainer):
         return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
-class WatchedTrainer(_Watched, Trainer):
+class WatchedTrainer(_Watched, Resumable, Trainer):
     """transformers' Trainer, watched; the model computes its loss itself in any case."""
 
     own_loss = True
