@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 TINY = build/tiny/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test lint docs quantizer gsm8k clean
+.PHONY: demo methods test torture lint docs quantizer gsm8k clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ lint: $(READY)
 
 test: $(READY) lint $(TINY) quantizer
 	$(BIN)/python -m pytest
+
+torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, memory over 20 000 steps
+	$(BIN)/python tests/torture/kill.py
+	$(BIN)/python tests/torture/rss.py
 
 docs: $(READY)  ## the generated references
 	$(BIN)/lora schema > configs/schema.json

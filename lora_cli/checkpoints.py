@@ -97,11 +97,12 @@ def read(folder: Path, run: str) -> Checkpoint | Unusable:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         owner, said, described = manifest["run"], manifest["step"], manifest["files"]
+        size = sum(each["size"] for each in described.values() if len(each) == 2 and each["sha256"])
         if _manifest(owner, said, described) != text:  # as we write it, to the byte
             raise ValueError
     except FileNotFoundError:
         return Unusable(folder, step, "it has no manifest: saving it was interrupted, or it is not ours", False)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Unusable(folder, step, f"its {MANIFEST} is damaged", False)
     if owner != run:
         return Unusable(folder, step, "it belongs to another run", False)
@@ -111,7 +112,7 @@ def read(folder: Path, run: str) -> Checkpoint | Unusable:
     if reason:
         return Unusable(folder, step, reason, True)
     resumable = all(name in described for name in NEEDED) and any(name.startswith("rng_state") for name in described)
-    return Checkpoint(folder, step, resumable, sum(each["size"] for each in described.values()))
+    return Checkpoint(folder, step, resumable, size)
 
 
 def _differs(folder: Path, described: dict[str, Any]) -> str | None:
@@ -170,7 +171,9 @@ def rotate(folder: Path, run: str, keep: int | None, newest: int, best: int | No
 
     Only folders with our manifest and this run's id are counted or deleted.
     """
-    ours = [(step <= newest, step) for path in folder.iterdir() if (step := _step(path)) and _owned(path, run)]
+    ours = [
+        (step <= newest, step) for path in folder.iterdir() if (step := _step(path)) is not None and _owned(path, run)
+    ]
     if keep is None:
         return
     removable = [step for _, step in sorted(ours) if step not in (newest, best)]

@@ -78,9 +78,7 @@ def begin(
         _check_changes(folder, changes, allowed)
         if before["status"] == "finished" and not changes:
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
-        if "fingerprint" in before["base"] and (
-            others := _differences(before["base"], contents["base"], "base.")
-        ):
+        if "fingerprint" in before["base"] and (others := _differences(before["base"], contents["base"], "base.")):
             raise LoraError(
                 f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
                 f"give the same base, or rm -r {folder} to start again",
@@ -110,7 +108,7 @@ def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) 
     refused = [change for change in changes if change.key not in allowed]
     if not refused:
         return
-    hint = f"undo the change, or --set output_dir=… starts another run"
+    hint = "undo the change, or --set output_dir=… starts another run"
     if all(change.key in EXTENDING for change in refused):
         hint = "undo the change, or allow it: " + " ".join(f"--allow-changes {change.key}" for change in refused)
     raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(map(str, refused))}", hint)

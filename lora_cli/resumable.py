@@ -9,7 +9,7 @@ numbers of the training's, and no pickle but those of plain tensors is written o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class Resumable:
     evaluation_due, epoch_ended = False, False
     """At the end of this step or epoch: is an evaluation still to be made; has what is done between epochs begun?"""
     _between_steps = False
+    in_step = False
+    """Between a step's beginning and its optimiser's: the weights are those of the step before."""
+    boundary: dict[str, Any] | None = None
+    """What is no longer what it was at the end of the last step, for `save_last_step`; None where nobody asks."""
 
     def _save(self, output_dir: str, state_dict: Any = None) -> None:
         # Trainer adds training_args.bin, a pickle with the hub's token in clear
@@ -107,7 +111,7 @@ class Resumable:
             "epoch_rng": self.epoch_rng,
             "evaluation_due": self.evaluation_due,
             "epoch_ended": self.epoch_ended,
-            "loss_since_log": float(self._tr_loss),  # type: ignore[attr-defined]
+            "loss_since_log": float(self._tr_loss),
             "last_logged": self._globalstep_last_logged,  # type: ignore[attr-defined]
             "watch": self.watch.state(),
         }
@@ -168,12 +172,33 @@ class Resumable:
             assert self.evaluation_due
         finally:
             self._between_steps = False
+        self.mark(rng.capture)
         if self.signals.stopping:
             self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
             self.signals.end()
         if asked:
             self.watch.progress.clear()
             ui.say(f"SIGUSR1: saved checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
+
+    def mark(self, generators: Callable[[], rng.State]) -> None:
+        """Remember what the next step will change beside weights and optimiser."""
+        if self.boundary is not None:
+            self.boundary = {
+                "rng": generators(),
+                "loss": self._tr_loss.clone(),
+                "tokens": self.state.num_input_tokens_seen,  # type: ignore[attr-defined]
+                "epoch_ended": self.epoch_ended,
+            }
+
+    def save_last_step(self) -> Path:
+        """The checkpoint of the last step that was completed, after one that broke off `in_step`."""
+        assert self.boundary and self.in_step
+        self.model.zero_grad()  # type: ignore[attr-defined]
+        rng.restore(self.boundary["rng"])
+        self._tr_loss, self.epoch_ended = self.boundary["loss"], self.boundary["epoch_ended"]
+        self.state.num_input_tokens_seen = self.boundary["tokens"]  # type: ignore[attr-defined]
+        self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
 
 
 class Boundaries(TrainerCallback):
@@ -199,7 +224,11 @@ class Boundaries(TrainerCallback):
         if resumed["evaluation_due"]:
             control.should_evaluate = True
             self._catch_up(control)
-        if (trainer._at_edge() or state.global_step >= state.max_steps) and state.global_step and not trainer.epoch_ended:
+        if (
+            (trainer._at_edge() or state.global_step >= state.max_steps)
+            and state.global_step
+            and not trainer.epoch_ended
+        ):
             trainer.callback_handler.on_epoch_end(args, state, control)
             self._catch_up(control)
             control.should_training_stop = False
@@ -221,13 +250,22 @@ class Boundaries(TrainerCallback):
         else:
             trainer.epoch_rng = rng.capture()
         trainer.resumed = None
+        trainer.mark(lambda: trainer.epoch_rng)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Another step: the epoch goes on."""
-        self.trainer.epoch_ended = False
+        self.trainer.epoch_ended, self.trainer.in_step = False, True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The weights change from now on."""
+        self.trainer.in_step = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """A checkpoint saved from now on has this behind it."""
         self.trainer.epoch_ended = True

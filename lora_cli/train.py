@@ -5,6 +5,7 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
+import gc
 import shlex
 import shutil
 import time
@@ -27,14 +28,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli import (
     checkpoints,
     data,
+    disk,
     dora,
     files,
+    finite,
     foreign,
     identity,
     initial,
     lock,
     loss,
     model,
+    oom,
     packing,
     plan,
     record,
@@ -108,33 +112,44 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     commit = run["base"]["commit"]
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
-    plan.adapter(recipe, commit, tokenizer, new_ids)
+    size = plan.adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    plan.steps(recipe, train_rows)
+    needed = disk.need(recipe, size.trainable, len(tokenizer), plan.steps(recipe, train_rows).steps)
+    disk.check(folder, needed)
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
         base = _base(recipe, commit)
         recipe = _suited(recipe, base)
         adapted = _adapted(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
-        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run["id"])
-    trained = trainer.model
-    trainable, total = trained.get_nb_trainable_parameters()
-    layers = len(model.lora_layers(trained))
+
+    def make() -> WatchedSFTTrainer | WatchedTrainer:
+        return _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)
+
+    with _refusals_told(folder):
+        trainer = make()
+    trainable, total = adapted.get_nb_trainable_parameters()
+    layers = len(model.lora_layers(adapted))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
-    steps, loss = _trained(trainer, _checkpoint(folder, run["id"]) if resume else None)
+    checkpoint = _checkpoint(folder, run["id"]) if resume else None
+    with disk.told(folder, needed):
+        while (ended := _trained(trainer, checkpoint, recipe, train_rows, run)) is None:
+            checkpoint = _with_smaller_pieces(trainer, recipe, folder, train_rows, run)
+            trainer = make()
+    steps, loss = ended
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": steps, "train_loss": loss},
     }
-    _save(trained, tokenizer, adapter, run, folder / initial.START)
-    record.update(folder, run)
+    with disk.told(folder, needed):
+        _save(adapted, tokenizer, adapter, run, folder / initial.START)
+        record.update(folder, run)
     ui.say(
         f"trained {steps} steps in {ui.duration(time.monotonic() - started)}, mean loss {loss:.4f}; "
         f"adapter in {adapter}"
@@ -142,14 +157,49 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     return adapter
 
 
-def _trained(trainer: WatchedSFTTrainer | WatchedTrainer, checkpoint: Path | None) -> tuple[int, float]:
-    """Train to the end; the steps made and the mean loss of them all."""
+def _trained(
+    trainer: WatchedSFTTrainer | WatchedTrainer,
+    checkpoint: Path | None,
+    recipe: Recipe,
+    train_rows: data.Prepared,
+    run: dict[str, Any],
+) -> tuple[int, float] | None:
+    """Train to the end; the steps made and the mean loss of them all. None where memory ran out and the run may go on
+    with smaller pieces; LoraError where it may not."""
     try:
         with trainer.signals.heard():
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except (MemoryError, RuntimeError) as error:
+        if not oom.ran_out(error):
+            raise
+        now = oom.pieces(recipe, run)
+        smaller = now.halved(recipe, train_rows)
+        if recipe.training.on_oom == "stop" or not trainer.in_step or smaller is None:
+            raise oom.told(error, recipe, now, smaller, trainer.in_step) from error
+        return None
     finally:
         trainer.watch.progress.clear()
     return result.global_step, result.metrics["train_loss"]
+
+
+def _with_smaller_pieces(
+    trainer: WatchedSFTTrainer | WatchedTrainer,
+    recipe: Recipe,
+    folder: Path,
+    train_rows: data.Prepared,
+    run: dict[str, Any],
+) -> Path:
+    """Save the last step that was completed, and let the record say what the following ones are made of."""
+    gc.collect()  # what the failed step held
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    checkpoint, now = trainer.save_last_step(), oom.pieces(recipe, run)
+    smaller = now.halved(recipe, train_rows)
+    assert smaller is not None
+    step = trainer.state.global_step
+    record.update(folder, run, reduced=[*run.get("reduced", []), {"step": step, "pieces": smaller._asdict()}])
+    ui.warn(f"out of memory after step {step}: {now.in_words(recipe)} become {smaller.in_words(recipe)}")
+    return checkpoint
 
 
 def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: data.Prepared) -> None:
@@ -214,6 +264,7 @@ def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
         upstream.quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
+    finite.check(base, recipe.model.name_or_path)
     base.config.use_cache = False
     return base
 
@@ -266,10 +317,11 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: data.Prepared,
     eval_rows: data.Prepared | None,
-    run: str,
+    run: dict[str, Any],
 ) -> WatchedSFTTrainer | WatchedTrainer:
     """The trainer the recipe names, around the adapted model."""
-    arguments = upstream.training_arguments(recipe)
+    pieces = oom.pieces(recipe, run)
+    arguments = upstream.training_arguments(oom.applied(recipe, pieces))
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     common: dict[str, Any] = {
@@ -280,7 +332,7 @@ def _trainer(
         "processing_class": tokenizer,
     }
     if recipe.training.packing == "step":
-        common["data_collator"] = packing.StepCollator(min(recipe.training.max_length, packing.SEQUENCE))
+        common["data_collator"] = packing.StepCollator(pieces.sequence)
     elif recipe.trainer == "trainer":
         common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
     trainer: WatchedSFTTrainer | WatchedTrainer
@@ -296,7 +348,9 @@ def _trainer(
             ui.say(f"  training.loss_head = stock: {other}")
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
-    trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run
+    trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run["id"]
+    trainer.watch.limit, trainer.watch.where = recipe.training.stop_on_loss_above, trainer.step_in_words
+    trainer.boundary = {} if recipe.training.on_oom == "reduce" else None
     trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import packing
+from lora_cli import checkpoints, packing, rng
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
 from lora_cli.resumable import Resumable
 from lora_cli.watch import Watch
+
+ROWS_SHOWN = 16
 
 
 class _Watched:
@@ -51,6 +55,31 @@ class _Watched:
             loraplus_weight_decay=self.args.weight_decay,  # type: ignore[attr-defined]
         )
         return self.optimizer
+
+    def step_rows(self) -> list[int] | None:
+        """Places in `train_dataset` of the rows of the step that is being made; None of a stream.
+
+        The epoch's order is drawn again, from the numbers it was drawn from: for a run that goes no further.
+        """
+        loader = self.callback_handler.train_dataloader  # type: ignore[attr-defined]
+        sampler = getattr(loader, "batch_sampler", None)
+        if sampler is None:
+            return None
+        passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        done = self.state.global_step % math.ceil(len(loader) / passes) * passes  # type: ignore[attr-defined]
+        rng.restore(self.epoch_rng)  # type: ignore[attr-defined]
+        torch.empty((), dtype=torch.int64).random_()  # the loader's own seed, which is drawn before the order
+        return [int(place) for batch in islice(sampler, done, done + passes) for place in batch]
+
+    def step_in_words(self) -> str:
+        """`, on rows 3, 17 and 20 of …; checkpoint-6 is the last good one`."""
+        rows, folder = self.step_rows(), Path(self.args.output_dir)  # type: ignore[attr-defined]
+        found = (each for each in checkpoints.every(folder, self.run_id))  # type: ignore[attr-defined]
+        last = next((each.folder.name for each in found if isinstance(each, checkpoints.Checkpoint)), None)
+        shown = "" if rows is None else ", ".join(map(str, rows[:ROWS_SHOWN]))
+        more = f" and {len(rows) - ROWS_SHOWN} more" if rows is not None and len(rows) > ROWS_SHOWN else ""
+        told = f", on rows {shown}{more} of the prepared data (counted from 0)" if rows is not None else ""
+        return f"{told}; {last} is the last good one" if last else told
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0

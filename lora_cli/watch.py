@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ class Watch(TrainerCallback):
         self.began, self.began_step, self.began_tokens = 0.0, 0, 0
         self.untouched: set[str] | None = None
         """Trained tensors that no step has had a gradient for; None before the first."""
+        self.limit: float | None = None
+        """A loss above it stops the run."""
+        self.where: Callable[[], str] = str
+        """The rows of the step, in words, and the last checkpoint; asked for when a step is refused."""
         self.loss_sum, self.lines = 0.0, 0
         """Over all steps of the run, and the lines of metrics.jsonl."""
 
@@ -77,9 +82,11 @@ class Watch(TrainerCallback):
             what = f"the loss is {self.loss}"
         elif not torch.isfinite(norm):
             what = f"a gradient is not finite (loss {self.loss:.4g})"
+        elif self.limit is not None and self.loss > self.limit:
+            what = f"the loss is {self.loss:.4g}, above training.stop_on_loss_above: {self.limit:g}"
         if what:
             raise NonFiniteError(
-                f"stopped at step {state.global_step + 1}: {what}; nothing was saved from this step",
+                f"stopped at step {state.global_step + 1}: {what}{self.where()}; nothing was saved from this step",
                 f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data and the base's weights",
             )
 
