@@ -35,8 +35,9 @@ lint: $(READY)
 test: $(READY) lint $(TINY) quantizer
 	$(BIN)/python -m pytest
 
-torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, memory over 20 000 steps
+torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, a disk that fills, memory over 20 000 steps
 	$(BIN)/python tests/torture/kill.py
+	$(BIN)/python tests/torture/disk.py
 	$(BIN)/python tests/torture/rss.py
 
 docs: $(READY)  ## the generated references

@@ -17,7 +17,7 @@ from lora_cli.recipe import Recipe
 TOKEN = 150
 """Bytes that tokenizer.json takes for a token, about."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WORDS = ("No space left", "os error 28", "PytorchStreamWriter failed", "file write failed")
+WORDS = ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos", "iostream error")
 
 
 class Need(NamedTuple):

@@ -11,7 +11,7 @@ from lora_cli.errors import LoraError
 
 def check(network: torch.nn.Module, name: str) -> None:
     """LoraError naming the first tensor of the base `name` that holds NaN or an infinity."""
-    bad = [key for key, tensor in _numbers(network) if not _finite(tensor)]
+    bad = list(dict.fromkeys(key for key, tensor in _numbers(network) if not _finite(tensor)))
     if bad:
         raise LoraError(
             f"the base {name} holds values that are not finite, in {len(bad)} tensors, the first {bad[0]}",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pyarrow import compute
 
-from lora_cli import data, packing
+from lora_cli import data, packing, record, ui
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -88,3 +90,41 @@ def told(error: BaseException, recipe: Recipe, now: Pieces, smaller: Pieces | No
         ways.append(f"--set method=q{recipe.method}")
     ways.append(f"--set training.max_length={recipe.training.max_length // 2}")
     return LoraError(f"out of memory with {now.in_words(recipe)}: {said}", "; or ".join(ways))
+
+
+def through(
+    trainer: Any,
+    make: Callable[[], Any],
+    checkpoint: Path | None,
+    recipe: Recipe,
+    rows: data.Prepared,
+    run: dict[str, Any],
+) -> tuple[int, float]:
+    """Train from `checkpoint` to the end; the steps made and the mean loss of them all.
+
+    Where memory runs out amid a step and `training.on_oom` is reduce, the last step is saved, and a trainer that
+    `make()` gives goes on from it; otherwise that is a LoraError.
+    """
+    while True:
+        try:
+            with trainer.signals.heard():
+                result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            return result.global_step, result.metrics["train_loss"]
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            now = pieces(recipe, run)
+            smaller = now.halved(recipe, rows)
+            if recipe.training.on_oom == "stop" or not trainer.in_step or smaller is None:
+                raise told(error, recipe, now, smaller, trainer.in_step) from error
+        finally:
+            trainer.watch.progress.clear()
+        gc.collect()  # what the failed step held, now that its error is forgotten
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        checkpoint = trainer.save_last_step()
+        step = trainer.state.global_step
+        reduced = [*run.get("reduced", []), {"step": step, "pieces": smaller._asdict()}]
+        record.update(Path(recipe.output_dir), run, reduced=reduced)
+        ui.warn(f"out of memory after step {step}: {now.in_words(recipe)} become {smaller.in_words(recipe)}")
+        trainer = make()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli import __version__, yamlfile
+from lora_cli import __version__, ui, yamlfile
 from lora_cli.errors import LoraError
 from lora_cli.files import read_json, refuse_occupied, write_json, write_text
 
@@ -83,6 +83,8 @@ def begin(
                 f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
                 f"give the same base, or rm -r {folder} to start again",
             )
+        if others := _differences(before["versions"], new("train")["versions"]):
+            ui.warn(f"the run began with other versions and may end otherwise: {'; '.join(map(str, others))}")
         kept = {key: before[key] for key in ("id", "started", "data", "choices", "reduced") if key in before}
         kept["resumed"] = [*before.get("resumed", []), _now()]
         if changes:

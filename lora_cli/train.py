@@ -5,7 +5,6 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
-import gc
 import shlex
 import shutil
 import time
@@ -137,10 +136,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     started = time.monotonic()
     checkpoint = _checkpoint(folder, run["id"]) if resume else None
     with disk.told(folder, needed):
-        while (ended := _trained(trainer, checkpoint, recipe, train_rows, run)) is None:
-            checkpoint = _with_smaller_pieces(trainer, recipe, folder, train_rows, run)
-            trainer = make()
-    steps, loss = ended
+        steps, loss = oom.through(trainer, make, checkpoint, recipe, train_rows, run)
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
@@ -155,51 +151,6 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
         f"adapter in {adapter}"
     )
     return adapter
-
-
-def _trained(
-    trainer: WatchedSFTTrainer | WatchedTrainer,
-    checkpoint: Path | None,
-    recipe: Recipe,
-    train_rows: data.Prepared,
-    run: dict[str, Any],
-) -> tuple[int, float] | None:
-    """Train to the end; the steps made and the mean loss of them all. None where memory ran out and the run may go on
-    with smaller pieces; LoraError where it may not."""
-    try:
-        with trainer.signals.heard():
-            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except (MemoryError, RuntimeError) as error:
-        if not oom.ran_out(error):
-            raise
-        now = oom.pieces(recipe, run)
-        smaller = now.halved(recipe, train_rows)
-        if recipe.training.on_oom == "stop" or not trainer.in_step or smaller is None:
-            raise oom.told(error, recipe, now, smaller, trainer.in_step) from error
-        return None
-    finally:
-        trainer.watch.progress.clear()
-    return result.global_step, result.metrics["train_loss"]
-
-
-def _with_smaller_pieces(
-    trainer: WatchedSFTTrainer | WatchedTrainer,
-    recipe: Recipe,
-    folder: Path,
-    train_rows: data.Prepared,
-    run: dict[str, Any],
-) -> Path:
-    """Save the last step that was completed, and let the record say what the following ones are made of."""
-    gc.collect()  # what the failed step held
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    checkpoint, now = trainer.save_last_step(), oom.pieces(recipe, run)
-    smaller = now.halved(recipe, train_rows)
-    assert smaller is not None
-    step = trainer.state.global_step
-    record.update(folder, run, reduced=[*run.get("reduced", []), {"step": step, "pieces": smaller._asdict()}])
-    ui.warn(f"out of memory after step {step}: {now.in_words(recipe)} become {smaller.in_words(recipe)}")
-    return checkpoint
 
 
 def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: data.Prepared) -> None:

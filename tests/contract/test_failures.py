@@ -7,10 +7,12 @@ exhaustion is injected (`tests/torture/disk.py` fills a real disk). Alone: pytes
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,18 @@ from safetensors.torch import load_file, save_file
 from lora_cli import checkpoints, disk, files, recipe_file, train
 from lora_cli.errors import LoraError
 from lora_cli.resumable import Resumable
-from lora_cli.trainers import _Watched
 from lora_cli.watch import NonFiniteError
 
 SAVING = "save_strategy: steps, save_steps: 1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Trainer collects garbage when it begins; it need not look at all that the libraries have made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def weights(adapter: Path) -> dict[str, torch.Tensor]:
@@ -63,8 +73,6 @@ def test_a_single_quantised_base_too(write_recipe, tiny: Path, tmp_path: Path) -
 
 def spoil(patch: pytest.MonkeyPatch, step: int, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
     """In this step, `change(trainer, loss)` is what the forward pass gave."""
-    original = _Watched.compute_loss if hasattr(_Watched, "compute_loss") else None
-    assert original is None  # it is the two trainers'
     for kind in (train.WatchedSFTTrainer, train.WatchedTrainer):
         inner = kind.compute_loss
 
@@ -79,14 +87,13 @@ class Collated(list):
     """The rows of each batch, as the collator got them."""
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        for name in ("DataCollatorForLanguageModeling",):
-            inner = getattr(train, name).__call__
+        inner = train.DataCollatorForLanguageModeling.__call__
 
-            def called(collator, rows, *args, inner=inner, **kwargs):
-                self.append([tuple(row["input_ids"]) for row in rows])
-                return inner(collator, rows, *args, **kwargs)
+        def called(collator, rows, *args, **kwargs):
+            self.append([tuple(row["input_ids"]) for row in rows])
+            return inner(collator, rows, *args, **kwargs)
 
-            patch.setattr(getattr(train, name), "__call__", called)
+        patch.setattr(train.DataCollatorForLanguageModeling, "__call__", called)
 
 
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
@@ -115,7 +122,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
     ), said
     named = [int(word) for word in said.partition("on rows ")[2].partition(" of")[0].split(", ")]
     rows = train.data.load(recipe, train.model.load_tokenizer(recipe.model.name_or_path))[0].rows
-    # resumed at step 3: an epoch has 3 steps of 2 batches, so steps 4 and 5 are batches 1 to 4 of the second one
     batches = [batch for batch in collated if len(batch) == 4]
     assert len(named) == 8
     wanted = {tuple(rows[place]["input_ids"]) for place in named}
@@ -195,8 +201,6 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: 
 def test_out_of_memory_is_one_message_with_what_would_fit(
     write_recipe, monkeypatch, error: BaseException, packing: str, way: str
 ) -> None:
-    import re
-
     exhaust(monkeypatch, 2, error)
     with pytest.raises(LoraError) as caught:
         train.train(recipe_file.load(write_recipe(f"training: {{packing: {packing}, max_length: 64}}\n")))
@@ -205,8 +209,7 @@ def test_out_of_memory_is_one_message_with_what_would_fit(
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("packing", ["step", "false"])
-@pytest.mark.parametrize("trainer", ["sft", "trainer"])
+@pytest.mark.parametrize(("trainer", "packing"), [("sft", "step"), ("trainer", "false")])
 def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_pieces_bit_for_bit(
     write_recipe, tmp_path: Path, monkeypatch, trainer: str, packing: str
 ) -> None:
@@ -217,7 +220,7 @@ def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_piece
     )
     path = write_recipe(f"{common}}}\noutput_dir: {tmp_path / 'reduced'}\n")
     with monkeypatch.context() as patch:
-        exhaust(patch, 1 if packing == "step" else 1, MemoryError())
+        exhaust(patch, 1, MemoryError())
         reduced = train.train(recipe_file.load(path))
     [entry] = json.loads((tmp_path / "reduced" / "record.json").read_text())["reduced"]
     assert entry["step"] == 0
@@ -289,7 +292,8 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
     assert caught.value.hint == f"make room, then: lora train {tmp_path / 'run' / 'recipe.yaml'} --resume"
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
     assert not (tmp_path / "run" / checkpoints.STAGING).exists()
-    train.train(recipe, resume=True)
+    if stage == "the name":
+        train.train(recipe, resume=True)
 
 
 def test_a_disk_too_small_is_told_before_the_run(write_recipe, tmp_path: Path, monkeypatch) -> None:
