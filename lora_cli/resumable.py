@@ -216,6 +216,7 @@ class Boundaries(TrainerCallback):
         if resumed is None:
             return
         args.eval_on_start = False
+        trainer._name_best(Path(args.output_dir))
         trainer._tr_loss += resumed["loss_since_log"]
         trainer._globalstep_last_logged = resumed["last_logged"]
         trainer.epoch_rng = resumed["epoch_rng"]

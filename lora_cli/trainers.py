@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -62,24 +63,24 @@ class _Watched:
         The epoch's order is drawn again, from the numbers it was drawn from: for a run that goes no further.
         """
         loader = self.callback_handler.train_dataloader  # type: ignore[attr-defined]
-        sampler = getattr(loader, "batch_sampler", None)
-        if sampler is None:
+        if isinstance(loader.dataset, IterableDataset):
             return None
         passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         done = self.state.global_step % math.ceil(len(loader) / passes) * passes  # type: ignore[attr-defined]
         rng.restore(self.epoch_rng)  # type: ignore[attr-defined]
         torch.empty((), dtype=torch.int64).random_()  # the loader's own seed, which is drawn before the order
-        return [int(place) for batch in islice(sampler, done, done + passes) for place in batch]
+        return [int(place) for batch in islice(loader.batch_sampler, done, done + passes) for place in batch]
 
     def step_in_words(self) -> str:
         """`, on rows 3, 17 and 20 of …; checkpoint-6 is the last good one`."""
-        rows, folder = self.step_rows(), Path(self.args.output_dir)  # type: ignore[attr-defined]
-        found = (each for each in checkpoints.every(folder, self.run_id))  # type: ignore[attr-defined]
+        rows, said, folder = self.step_rows(), "", Path(self.args.output_dir)  # type: ignore[attr-defined]
+        if rows is not None:
+            kind = "packed sequences" if getattr(self.args, "packing", False) else "rows"  # type: ignore[attr-defined]
+            more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
+            said = f", on {kind} {', '.join(map(str, rows[:ROWS_SHOWN]))}{more} of the prepared data (counted from 0)"
+        found = checkpoints.every(folder, self.run_id)  # type: ignore[attr-defined]
         last = next((each.folder.name for each in found if isinstance(each, checkpoints.Checkpoint)), None)
-        shown = "" if rows is None else ", ".join(map(str, rows[:ROWS_SHOWN]))
-        more = f" and {len(rows) - ROWS_SHOWN} more" if rows is not None and len(rows) > ROWS_SHOWN else ""
-        told = f", on rows {shown}{more} of the prepared data (counted from 0)" if rows is not None else ""
-        return f"{told}; {last} is the last good one" if last else told
+        return f"{said}; {last} is the last good one" if last else said
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0

@@ -160,7 +160,7 @@ class _Overflow(torch.autograd.Function):
         return above * float("inf")
 
 
-def test_a_loss_above_the_recipe_s_limit_stops_the_run(write_recipe, monkeypatch) -> None:
+def test_a_loss_above_the_recipe_s_limit_stops_the_run(write_recipe, tmp_path: Path, monkeypatch) -> None:
     spoil(monkeypatch, 3, lambda trainer, loss: loss * 10)
     with pytest.raises(
         NonFiniteError, match=r"step 3: the loss is \d+\.\d+, above training.stop_on_loss_above: 20, on r"
