@@ -292,3 +292,39 @@ def test_allowed_changes_are_for_resuming(lora, write_recipe) -> None:
         2,
         "error: --allow-changes is for a run that is resumed\n\nhint: add --resume\n",
     )
+
+
+def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
+    write_recipe, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """At this learning rate the first is the best. With one checkpoint kept, Trainer would delete folders of others."""
+    text = (
+        f"data: {{max_rows: 16, eval_path: {tiny / 'eval.jsonl'}, eval_split: 'train[:8]'}}\n"
+        "training: {max_steps: 4, save_strategy: steps, save_steps: 1, eval_strategy: steps, eval_steps: 1, "
+        "learning_rate: 3.0, lr_scheduler_type: constant_with_warmup, warmup_steps: 4, load_best_model_at_end: true, "
+        "save_total_limit: 1}\n"
+    )
+    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
+    recipe = recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
+    inner = train.WatchedSFTTrainer.training_step
+
+    def third(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.WatchedSFTTrainer, "training_step", third)
+        with pytest.raises(SystemExit):
+            train.train(recipe)
+    foreign = tmp_path / "stopped" / "checkpoint-77"
+    foreign.mkdir()
+    resumed = train.train(recipe, resume=True)
+    best = json.loads((tmp_path / "stopped" / "checkpoint-4" / "trainer_state.json").read_text())["best_global_step"]
+    assert best in (1, 2, 3)
+    names = {"checkpoint-4", f"checkpoint-{best}"}
+    assert {path.name for path in tmp_path.glob("stopped/checkpoint-*")} == {*names, "checkpoint-77"}
+    for folder in (whole, resumed):
+        weights = folder / "adapter_model.safetensors"
+        kept = folder.parent / f"checkpoint-{best}" / "adapter_model.safetensors"
+        assert weights.read_bytes() == kept.read_bytes() == (whole / weights.name).read_bytes()
