@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,33 +258,29 @@ def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path, number: int, status: int) -> None:
-    """On the command line, in a process of its own."""
-    import subprocess
-    import sys
-
-    path = write_recipe("training: {max_steps: 100000, logging_steps: 1}\n")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_cli", "train", str(path)], stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("step 1/"):
-            process.send_signal(signal.SIGUSR1)
-        if line.startswith("SIGUSR1: saved checkpoint-"):
-            process.send_signal(number)
-    assert process.wait() == status
-    saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert len(saved) == 2
-    step = max(int(name.partition("-")[2]) for name in saved)
-    assert (
-        f"stopped; from step {step} it goes on with: lora train {tmp_path / 'run' / 'recipe.yaml'} --resume\n" in said
-    )
-    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "interrupted"
-    resolved = recipe_file.load(tmp_path / "run" / "recipe.yaml", [f"training.max_steps={step + 1}"])
+def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> None:
+    """On the command line, in processes of their own."""
+    path, started = write_recipe("training: {max_steps: 100000, logging_steps: 1}\n"), {}
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        folder = tmp_path / str(status)
+        arguments = [sys.executable, "-m", "lora_cli", "train", str(path), "--set", f"output_dir={folder}"]
+        started[folder, number, status] = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    for (folder, number, status), process in started.items():
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("step 1/"):
+                process.send_signal(signal.SIGUSR1)
+            if line.startswith("SIGUSR1: saved checkpoint-"):
+                process.send_signal(number)
+        assert process.wait() == status
+        saved = [int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")]
+        assert len(saved) == 2
+        recipe = folder / "recipe.yaml"
+        assert f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n" in said
+        assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
+    resolved = recipe_file.load(recipe, [f"training.max_steps={max(saved) + 1}"])
     train.train(resolved, resume=True, allowed=["training.max_steps"])
 
 

@@ -146,6 +146,7 @@ def torture(folder: Path, method: str, kills: int, draw: random.Random) -> Count
                 ending = run(path, log, None, draw.uniform(0, length))
             if ending.status == 0:
                 counts["ended before the kill"] += 1
+                length = min(length, ending.seconds)  # the machine had been busier
                 break
             if ending.status != -signal.SIGKILL:
                 sys.exit(f"{method}, run {number} did not resume:\n{log.read_text()}")
