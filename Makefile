@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 TINY = build/tiny/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test lint fuzz docs quantizer gsm8k clean
+.PHONY: demo methods test torture fuzz lint docs quantizer gsm8k clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ test: $(READY) lint $(TINY) quantizer
 
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte
 	$(BIN)/python tests/torture/fuzz.py
+
+torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, a disk that fills, memory over 20 000 steps
+	$(BIN)/python tests/torture/kill.py
+	$(BIN)/python tests/torture/disk.py
+	$(BIN)/python tests/torture/rss.py
 
 docs: $(READY)  ## the generated references
 	$(BIN)/lora schema > configs/schema.json

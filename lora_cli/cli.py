@@ -91,17 +91,23 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allowed: Annotated[
+        Optional[list[str]],
+        typer.Option("--allow-changes", metavar="SECTION.KEY", help="With --resume: this may differ; may be repeated."),
+    ] = None,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
     launcher.check(os.environ)
     from lora_cli.recipe_file import load
 
+    if allowed and not resume:
+        raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
     from lora_cli.train import train
 
     with _placed(loaded):
-        adapter = train(loaded, resume)
+        adapter = train(loaded, resume, allowed or [])
     typer.echo(adapter)
 
 

@@ -115,19 +115,24 @@ class _Scaled(torch.autograd.Function):
         return of_base, of_base * ctx.scaling, None, of_factor, None
 
 
-def install(adapted: PeftModel) -> list[FactoredDora]:
-    """Let every DoRA of a linear layer with frozen weights compute its norms here; returns those that do."""
-    installed: list[FactoredDora] = []
+def install(adapted: PeftModel) -> int:
+    """Let every DoRA of a linear layer with frozen weights compute its norms here; returns how many do."""
+    installed = 0
     for layer in model.lora_layers(adapted).values():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         frozen = not any(name == "weight" and p.requires_grad for name, p in layer.get_base_layer().named_parameters())
         for name, magnitude in magnitudes.items():
             if type(magnitude) is DoraLinearLayer and frozen:
                 magnitude.__class__ = FactoredDora
-                installed.append(magnitude)
+                installed += 1
                 if type(layer.lora_variant[name]) is DoraLinearVariant:
                     layer.lora_variant[name] = FactoredVariant()
     return installed
+
+
+def layers(adapted: PeftModel) -> list[FactoredDora]:
+    """Those that do, for `norms_kept`."""
+    return [module for module in adapted.modules() if isinstance(module, FactoredDora)]
 
 
 @contextmanager

@@ -60,14 +60,20 @@ def _kind(mode: int) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, flush to disk, rename: a link of that name is replaced, not followed."""
+    """Write beside `path`, flush to disk, rename; after a failure `path` is as it was.
+
+    A link of that name is replaced, not followed.
+    """
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     staging.unlink(missing_ok=True)  # a dead process's of our number, or a link that somebody has put there
-    with staging.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    try:
+        with staging.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def leave_out_home(folder: Path) -> None:

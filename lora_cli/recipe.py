@@ -252,6 +252,12 @@ class TrainingFields(Section):
     """Token that fills short rows, where it is not the tokenizer's own."""
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
+    stop_on_loss_above: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Stop the run at the first step whose loss is higher: it diverges. A loss that is no number stops it in any
+    case."""
+    on_oom: Literal["stop", "reduce"] = "stop"
+    """When memory runs out: stop and say what would need less, or halve the batch and double the accumulation (with
+    packing: step, halve the sequences), so that each step's rows stay what they are, and go on from the last step."""
     save_only_model: bool = False
     """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
 
@@ -283,6 +289,9 @@ NOT_IN_TRAINING = {
     "shuffle_dataset": "rows are drawn in random order already; see train_sampling_strategy",
     "resume_from_checkpoint": "use lora train --resume",
     "model_init_kwargs": "use model.revision, model.dtype and model.attn_implementation: merging loads the same base",
+    "ignore_data_skip": "a resumed run is the same run: it goes on with the next rows",
+    "auto_find_batch_size": "use training.on_oom: reduce, which keeps the rows of each step",
+    "dataloader_in_order": "rows in the order they happen to be ready make a run that nothing can repeat",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "trust_remote_code": "only the command line allows code of a model's repository: --trust-remote-code",
     "hub_token": "a recipe is no place for a secret: set HF_TOKEN in the environment",

@@ -257,6 +257,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     if recipe.training.packing == "step" and getattr(recipe.training, "padding_free", None):
         place = recipe.where("training", "padding_free")
         yield f"{place} has no effect with training.packing: step", "remove one of them"
+    if recipe.training.on_oom == "reduce" and recipe.training.save_only_model:
+        place = recipe.where("training", "on_oom")
+        yield f"{place}: reduce goes on from a checkpoint, and save_only_model leaves out half of it", "remove one"
     yield from _data_contradictions(recipe)
     training, given = recipe.training, recipe.training.model_fields_set
     if {"gradient_checkpointing", "activation_checkpointing"} <= given:

@@ -5,9 +5,11 @@ Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter 
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,24 +22,28 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli import (
     attention,
+    checkpoints,
     data,
+    disk,
     dora,
     dropout,
     files,
+    finite,
     flops,
     foreign,
     fused,
     hardware,
     identity,
     initial,
+    lock,
     loss,
     memory,
     model,
+    oom,
     packing,
     plan,
     private,
@@ -51,12 +57,18 @@ from lora_cli import (
 )
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer, types_kept
+from lora_cli.resumable import Boundaries, types_kept
+from lora_cli.signals import Signals
+from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.watch import NonFiniteError, Watch
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
-    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens."""
+def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> Path:
+    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens.
+
+    With `resume` the run in the recipe's folder goes on from its newest checkpoint; of the recipe, the keys `allowed`
+    may have changed.
+    """
     upstream.check(recipe)
     commit, config = model.of_recipe(recipe)
     device = hardware.here()
@@ -71,19 +83,35 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             "fingerprint": identity.fingerprint(recipe.model.name_or_path, commit),
         },
     }
-    run = record.begin(folder, recipe.plain(), contents, resume)
-    ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
-    for choice in choices:
-        ui.say(f"  {choice}")
+    record.check_place(folder)
+    if resume and not folder.is_dir():
+        raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
+    files.make_folder(folder)
+    with lock.held(folder):
+        checkpoints.sweep(folder)
+        run = record.begin(folder, recipe.plain(), contents, resume, allowed)
+        ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
+        for choice in choices:
+            ui.say(f"  {choice}")
+        with _ending_told(folder, run):
+            return _run(recipe, folder, run, resume)
+
+
+@contextmanager
+def _ending_told(folder: Path, run: dict[str, Any]) -> Iterator[None]:
+    """Record how the run ended; after an interruption say how to go on."""
     try:
-        return _run(recipe, folder, run, resume)
+        yield
     except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
         record.update(folder, run, status="interrupted")
-        checkpoint = get_last_checkpoint(str(folder))
-        ui.say(f"\n--resume continues from {checkpoint}" if checkpoint else "\nno checkpoint had been saved yet")
+        found = (each for each in checkpoints.every(folder, run["id"]) if isinstance(each, checkpoints.Checkpoint))
+        step = next((each.step for each in found if each.resumable), 0)
+        command = shlex.join(["lora", "train", str(folder / record.RESOLVED_RECIPE), "--resume"])
+        ui.say(f"stopped; from step {step} it goes on with: {command}")
         raise
     except BaseException:
-        record.update(folder, run, status="failed")
+        with suppress(OSError):  # the disk may be what failed
+            record.update(folder, run, status="failed")
         raise
 
 
@@ -91,43 +119,46 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     commit = run["base"]["commit"]
     tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
-    plan.adapter(recipe, commit, tokenizer, new_ids)
+    size = plan.adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
     plan.refuse_unknown_ids(recipe, commit, train_rows, tokenizer)
-    plan.steps(recipe, train_rows)
+    needed = disk.need(recipe, size.trainable, len(tokenizer), plan.steps(recipe, train_rows).steps)
+    disk.check(folder, needed)
     _same_rows(folder, run, train_rows, tokenizer)
     with _refusals_told(folder):
         base = _base(recipe, commit)
         _attend(recipe, base, run)
         recipe = _suited(recipe, base)
         adapted = _adapted(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
-        trainer = _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows)
-    trained = trainer.model
-    trainable, total = trained.get_nb_trainable_parameters()
-    layers = len(model.lora_layers(trained))
+
+    def make() -> WatchedSFTTrainer | WatchedTrainer:
+        return _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)
+
+    with _refusals_told(folder):
+        trainer = make()
+    trainable, total = adapted.get_nb_trainable_parameters()
+    layers = len(model.lora_layers(adapted))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
-    checkpoint = _checkpoint(folder) if resume else None
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        trainer.watch.progress.clear()
+    checkpoint = _checkpoint(folder, run["id"]) if resume else None
+    with disk.told(folder, needed):
+        steps, mean_loss, effort = oom.through(trainer, make, checkpoint, recipe, train_rows, run)
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
-        "results": {"steps": result.global_step, "train_loss": result.training_loss}
-        | trainer.watch.effort(trainer.state),
+        "results": {"steps": steps, "train_loss": mean_loss} | effort,
     }
-    _save(trained, tokenizer, adapter, run, folder / initial.START)
-    record.update(folder, run)
+    with disk.told(folder, needed):
+        _save(adapted, tokenizer, adapter, run, folder / initial.START)
+        record.update(folder, run)
     ui.say(
-        f"trained {result.global_step} steps in {ui.duration(time.monotonic() - started)}, "
-        f"mean loss {result.training_loss:.4f}; adapter in {adapter}"
+        f"trained {steps} steps in {ui.duration(time.monotonic() - started)}, mean loss {mean_loss:.4f}; "
+        f"adapter in {adapter}"
     )
     return adapter
 
@@ -194,6 +225,7 @@ def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
         upstream.quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
+    finite.check(base, recipe.model.name_or_path)
     base.config.use_cache = False
     return base
 
@@ -242,6 +274,9 @@ def _adapted(
         adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
         initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
+    dropout.install(adapted)
+    fused.install(adapted)
+    dora.install(adapted)  # last: it remembers what the base's weights are
     return adapted
 
 
@@ -256,9 +291,11 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: data.Prepared,
     eval_rows: data.Prepared | None,
+    run: dict[str, Any],
 ) -> WatchedSFTTrainer | WatchedTrainer:
     """The trainer the recipe names, around the adapted model."""
-    arguments = upstream.training_arguments(recipe)
+    pieces = oom.pieces(recipe, run)
+    arguments = upstream.training_arguments(oom.applied(recipe, pieces))
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     common: dict[str, Any] = {
@@ -269,7 +306,7 @@ def _trainer(
         "processing_class": tokenizer,
     }
     if recipe.training.packing == "step":
-        common["data_collator"] = packing.StepCollator(min(recipe.training.max_length, packing.SEQUENCE))
+        common["data_collator"] = packing.StepCollator(pieces.sequence)
     elif recipe.trainer == "trainer":
         common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
     trainer: WatchedSFTTrainer | WatchedTrainer
@@ -285,13 +322,15 @@ def _trainer(
             ui.say(f"  training.loss_head = stock: {other}")
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
-    dropout.install(adapted)
-    fused.install(adapted)
-    trainer.dora_layers = dora.install(adapted)  # after all else: it remembers what the base's weights are
-    trainer.watch = Watch(folder)
+    trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run["id"]
+    trainer.watch.limit, trainer.watch.where = recipe.training.stop_on_loss_above, trainer.step_in_words
+    trainer.boundary = {} if recipe.training.on_oom == "reduce" else None
+    trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
+    trainer.dora_layers = dora.layers(adapted)
     trainer.watch.work = _work(recipe, adapted, train_rows)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)
+    trainer.add_callback(Boundaries(trainer))
     return trainer
 
 
@@ -303,22 +342,11 @@ def _work(recipe: Recipe, adapted: PeftModel, train_rows: data.Prepared) -> flop
     return flops.Work(each, flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)
 
 
-RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
-
-
-def _checkpoint(folder: Path) -> str:
-    """The last checkpoint, if it holds all that makes the continued run the same run."""
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
-        raise LoraError(f"{folder} holds no checkpoint to resume from", f"rm -r {folder} and train again")
-    missing = [name for name in RESUMABLE if not any(Path(checkpoint).glob(name))]
-    if missing:
-        raise LoraError(
-            f"{checkpoint} lacks {', '.join(missing)}: the run would go on as another one",
-            f"rm -r {checkpoint} to resume from the one before, or rm -r {folder} to start again",
-        )
-    ui.say(f"  resuming from {checkpoint}")
-    return str(checkpoint)
+def _checkpoint(folder: Path, run: str) -> Path | None:
+    """The newest checkpoint that holds all that makes the continued run the same run; None for its beginning."""
+    checkpoint = checkpoints.newest(folder, run)
+    ui.say(f"  resuming from {checkpoint.folder}" if checkpoint else "  no checkpoint yet: from the first step")
+    return checkpoint.folder if checkpoint else None
 
 
 def _save(
@@ -328,6 +356,7 @@ def _save(
     for name, parameter in model.trainable(trained):
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
+    _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
         verify.save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
@@ -337,3 +366,19 @@ def _save(
         model.save_tokenizer(tokenizer, staging, private.expanded(run["base"]["name"]), run["base"]["commit"])
         files.leave_out_home(staging)
         files.write_json(staging / record.ARTEFACT_RECORD, run)
+
+
+def _make_room(adapter: Path, run: dict[str, Any]) -> None:
+    """An adapter that this run saved already goes if it is of the same step (a kill came before the record said so);
+    that of a run that was extended keeps its steps as part of its name."""
+    if not (adapter / record.ARTEFACT_RECORD).is_file():
+        return
+    before = files.read_json(adapter / record.ARTEFACT_RECORD)
+    if before.get("id") != run["id"]:
+        return
+    steps = before["results"]["steps"]
+    if steps == run["results"]["steps"]:
+        shutil.rmtree(adapter)
+    else:
+        adapter.rename(adapter.with_name(f"adapter-{steps}"))
+        ui.say(f"  the adapter after {steps} steps is now {adapter.with_name(f'adapter-{steps}')}")

@@ -1,32 +1,29 @@
-"""TRL's and transformers' trainers with what lora adds: watching, LoRA+, types that last, evaluation by tokens."""
+"""TRL's and transformers' trainers with what lora adds: watching, resuming, LoRA+, evaluation by tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import dora, model, packing
+from lora_cli import checkpoints, dora, packing, rng
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
+from lora_cli.resumable import Resumable
 from lora_cli.watch import Watch
 
-
-@contextmanager
-def types_kept(network: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside, trained tensors keep their types."""
-    kinds = {name: parameter.dtype for name, parameter in model.trainable(network)}
-    yield
-    for name, parameter in model.trainable(network):
-        parameter.data = parameter.data.to(kinds[name])
+ROWS_SHOWN = 16
 
 
 class _Watched:
@@ -43,10 +40,6 @@ class _Watched:
     """Layers whose norms are the same in all sequences of a step."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with types_kept(self.model):  # type: ignore[attr-defined]  # PEFT loads adapters in float32
-            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         half = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
@@ -73,6 +66,31 @@ class _Watched:
             loraplus_weight_decay=self.args.weight_decay,  # type: ignore[attr-defined]
         )
         return self.optimizer
+
+    def step_rows(self) -> list[int] | None:
+        """Places in `train_dataset` of the rows of the step that is being made; None of a stream.
+
+        The epoch's order is drawn again, from the numbers it was drawn from: for a run that goes no further.
+        """
+        loader = self.callback_handler.train_dataloader  # type: ignore[attr-defined]
+        if isinstance(loader.dataset, IterableDataset):
+            return None
+        passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        done = self.state.global_step % math.ceil(len(loader) / passes) * passes  # type: ignore[attr-defined]
+        rng.restore(self.epoch_rng)  # type: ignore[attr-defined]
+        torch.empty((), dtype=torch.int64).random_()  # the loader's own seed, which is drawn before the order
+        return [int(place) for batch in islice(loader.batch_sampler, done, done + passes) for place in batch]
+
+    def step_in_words(self) -> str:
+        """`, on rows 3, 17 and 20 of …; checkpoint-6 is the last good one`."""
+        rows, said, folder = self.step_rows(), "", Path(self.args.output_dir)  # type: ignore[attr-defined]
+        if rows is not None:
+            kind = "packed sequences" if getattr(self.args, "packing", False) else "rows"  # type: ignore[attr-defined]
+            more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
+            said = f", on {kind} {', '.join(map(str, rows[:ROWS_SHOWN]))}{more} of the prepared data (counted from 0)"
+        found = checkpoints.every(folder, self.run_id)  # type: ignore[attr-defined]
+        last = next((each.folder.name for each in found if isinstance(each, checkpoints.Checkpoint)), None)
+        return f"{said}; {last} is the last good one" if last else said
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
@@ -105,7 +123,7 @@ class _Watched:
         return output
 
 
-class WatchedSFTTrainer(_Watched, SFTTrainer):
+class WatchedSFTTrainer(_Watched, Resumable, SFTTrainer):
     """TRL's SFTTrainer, watched; with `own_loss` the model computes its loss itself (`loss.py`), and not TRL's head."""
 
     own_loss = False
@@ -116,7 +134,7 @@ class WatchedSFTTrainer(_Watched, SFTTrainer):
         return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
-class WatchedTrainer(_Watched, Trainer):
+class WatchedTrainer(_Watched, Resumable, Trainer):
     """transformers' Trainer, watched; the model computes its loss itself in any case."""
 
     own_loss = True

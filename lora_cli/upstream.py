@@ -182,8 +182,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
-    for name in ("pad_token", "loss_head", "loraplus_lr_ratio", "loraplus_lr_embedding"):
-        values.pop(name)  # what lora does itself: model.py, loss.py, trainers.py
+    ours = ("pad_token", "loss_head", "loraplus_lr_ratio", "loraplus_lr_embedding", "stop_on_loss_above", "on_oom")
+    for name in ours:
+        values.pop(name)  # what lora does itself: model.py, loss.py, trainers.py, watch.py, oom.py
     by_step = values["packing"] == "step"
     if by_step:  # trainers.py takes a step's sequences one at a time
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")

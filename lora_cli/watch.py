@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +37,36 @@ class Watch(TrainerCallback):
         self.work = flops.Work(0.0, None)
         self.untouched: set[str] | None = None
         """Trained tensors that no step has had a gradient for; None before the first."""
+        self.limit: float | None = None
+        """A loss above it stops the run."""
+        self.where: Callable[[], str] = str
+        """The rows of the step, in words, and the last checkpoint; asked for when a step is refused."""
+        self.loss_sum, self.lines = 0.0, 0
+        """Over all steps of the run, and the lines of metrics.jsonl."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; metrics.jsonl is on the disk when it returns."""
+        if self.lines:
+            with self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
+        untouched = None if self.untouched is None else sorted(self.untouched)
+        return {"untouched": untouched, "loss_sum": self.loss_sum, "lines": self.lines}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; what was logged after it is forgotten."""
+        self.untouched = None if state["untouched"] is None else set(state["untouched"])
+        self.loss_sum, self.lines = state["loss_sum"], state["lines"]
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.is_file() else []
+        files.write_text(self.metrics, "".join(lines[: self.lines]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock; when resuming, forget what was logged after the checkpoint."""
+        """Start the clock, and metrics.jsonl where the run begins."""
         self.began, self.began_step = time.monotonic(), state.global_step
         self.began_tokens = int(state.num_input_tokens_seen)
-        kept = []
-        if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]  # the last may have been cut by a kill
-            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
-        files.write_text(self.metrics, "".join(kept))
+        if not state.global_step:
+            files.write_text(self.metrics, "")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,21 +77,24 @@ class Watch(TrainerCallback):
         self.untouched = without if self.untouched is None else self.untouched & without
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients.values() if gradient is not None])
         self.loss, self.step_loss = float(self.step_loss), 0.0
+        self.loss_sum += self.loss
         what = None
         if not math.isfinite(self.loss):
             what = f"the loss is {self.loss}"
         elif not torch.isfinite(norm):
             what = f"a gradient is not finite (loss {self.loss:.4g})"
+        elif self.limit is not None and self.loss > self.limit:
+            what = f"the loss is {self.loss:.4g}, above training.stop_on_loss_above: {self.limit:g}"
         if what:
             raise NonFiniteError(
-                f"stopped at step {state.global_step + 1}: {what}; nothing was saved from this step",
+                f"stopped at step {state.global_step + 1}: {what}{self.where()}; nothing was saved from this step",
                 f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data and the base's weights",
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Redraw the progress line."""
         elapsed = time.monotonic() - self.began
-        done = state.global_step - self.began_step
+        done = max(1, state.global_step - self.began_step)
         speed, used = self.speed(state), self.work.used(self.speed(state))
         left = elapsed / done * (state.max_steps - state.global_step)
         rate = kwargs["lr_scheduler"].get_last_lr()[0]
@@ -118,11 +140,16 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append to metrics.jsonl; an evaluation gets a line on the screen too."""
-        if logs and "loss" in logs:
+        logs = logs or {}
+        if "loss" in logs:
             logs = logs | self.effort(state)
+        if "train_loss" in logs:  # Trainer's is of the steps since it was resumed
+            logs["train_loss"] = self.loss_sum / max(1, state.global_step)
+        del state.log_history[:-1]  # it would grow with the run, in memory and in every checkpoint
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-        if logs and "eval_loss" in logs:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        self.lines += 1
+        if "eval_loss" in logs:
             self.progress.clear()
             ui.say(
                 f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}"

@@ -183,13 +183,13 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
         f"max_length: {options.max_length}, save_strategy: 'no', lr_scheduler_type: linear, warmup_steps: 0}}\n"
     )
     (folder / "r.yaml").write_text(text)
-    run, losses = Trainer.train, list[float]()
+    run = Trainer.train
 
     def measured_run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         with Measured() as measured:
             result = run(self, *args, **kwargs)
-        losses.extend(line["loss"] for line in self.state.log_history if "loss" in line)
-        report(measured, losses)
+        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        report(measured, [line["loss"] for line in lines if "loss" in line])
         return result
 
     Trainer.train = measured_run

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
@@ -108,7 +108,9 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Pa
 @pytest.mark.parametrize(
     "more", ["", "data: {streaming: true, shuffle_buffer: 16, max_rows: 10}\n"], ids=["", "stream"]
 )
-def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Path, monkeypatch, more: str) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    write_recipe, tmp_path: Path, monkeypatch, capsys, more: str
+) -> None:
     steps = f"training: {{max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}}\n{more}"
     whole = train.train(recipe_file.load(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
     path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
@@ -127,33 +129,12 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(write_recipe, tmp_path: Pa
         train.train(recipe_file.load(path))
     with pytest.raises(LoraError, match="the recipe differs from the run"):
         train.train(recipe_file.load(path, ["training.learning_rate=2e-3"]), resume=True)
-    checkpoint = tmp_path / "b" / "checkpoint-4"
-    (checkpoint / "optimizer.pt").rename(checkpoint / "away")
-    with pytest.raises(LoraError, match="checkpoint-4 lacks optimizer.pt: the run would go on as another one"):
-        train.train(recipe_file.load(path), resume=True)
-    (checkpoint / "away").rename(checkpoint / "optimizer.pt")
+    (tmp_path / "b" / "checkpoint-4" / "optimizer.pt").unlink()
     resumed = train.train(recipe_file.load(path), resume=True)
+    assert "checkpoint-4 skipped: optimizer.pt is missing\n" in capsys.readouterr().err
     assert adapter_bytes(resumed) == adapter_bytes(whole)
     steps_logged = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert steps_logged == [1, 2, 3, 4, 5, 6, 6]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(write_recipe, tiny: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    base.save_pretrained(broken)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (broken / name).write_bytes((tiny / "model" / name).read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    for trainer in ("sft", "trainer"):
-        run = tmp_path / trainer
-        path = write_recipe(f"trainer: {trainer}\noutput_dir: {run}\nmodel: {{name_or_path: {broken}}}\n")
-        with pytest.raises(train.NonFiniteError, match="stopped at step 1: the loss is nan"):
-            train.train(recipe_file.load(path))
-        assert not (run / "adapter").exists()
-        assert json.loads((run / "record.json").read_text())["status"] == "failed"
 
 
 def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path: Path) -> None:

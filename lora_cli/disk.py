@@ -1,0 +1,93 @@
+"""Room on the disk: how much a run needs, told before it starts, and how much was missing where it ran out."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_cli import checkpoints
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
+TOKEN = 150
+"""Bytes that tokenizer.json takes for a token, about."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WORDS = ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos", "iostream error")
+
+
+class Need(NamedTuple):
+    """Bytes, about: of the adapter, of a checkpoint, and how many checkpoints are there at once at most."""
+
+    adapter: int
+    checkpoint: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """Of the whole run."""
+        return self.adapter + self.kept * self.checkpoint
+
+
+def need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
+    """What a run of `steps` steps will write that trains `trained` parameters, with a vocabulary of `tokens`."""
+    training = recipe.training
+    per_parameter = 2 if "8bit" in training.optim else 4 if training.optim in ("sgd", "lion_32bit") else 8
+    adapter = 4 * trained + TOKEN * tokens + 2**20
+    checkpoint = adapter + (0 if training.save_only_model else per_parameter * trained)
+    given = training.given()
+    every = float(given.get("save_steps") or 500)
+    every = every if every >= 1 else max(1.0, every * steps)
+    saves = {"no": 0, "steps": int(steps // every) + 1}.get(str(given.get("save_strategy") or "steps"), steps)
+    limit = training.save_total_limit
+    return Need(adapter, checkpoint, saves if limit is None else min(saves, limit + 1))  # the newest is not one less
+
+
+def check(folder: Path, needed: Need) -> None:
+    """LoraError where the run's folder, of which a part may be written already, has no room for the rest."""
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    free, missing = shutil.disk_usage(folder).free, needed.total - written - shutil.disk_usage(folder).free
+    if missing > 0:
+        raise LoraError(
+            f"the disk is too small: the run needs about {_mb(needed.total)} MB in {folder} ({needed.kept} checkpoints "
+            f"of {_mb(needed.checkpoint)} MB and the adapter), {_mb(free)} MB are free, {_mb(missing)} MB are missing",
+            "make room, --set training.save_total_limit=1, or --set output_dir=… on another disk",
+        )
+
+
+@contextmanager
+def told(folder: Path, needed: Need) -> Iterator[None]:
+    """What fails inside for a full disk is one LoraError with the megabytes that were missing."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        sizes = [path for path in folder.glob("checkpoint-*") if (path / checkpoints.MANIFEST).is_file()]
+        size = max([needed.checkpoint, *(sum(file.stat().st_size for file in path.rglob("*")) for path in sizes)])
+        free = shutil.disk_usage(folder).free
+        again = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
+        raise LoraError(
+            f"the disk is full: the next {_mb(size)} MB do not fit in {folder}, {_mb(free)} MB are free, "
+            f"{_mb(max(1, size - free))} MB are missing; what was saved before is whole",
+            f"make room, then: {again}",
+        ) from error
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(word in str(error) for word in WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}"

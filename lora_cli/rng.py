@@ -1,0 +1,51 @@
+"""The state of every random number generator that training draws from, as plain data: Python's, numpy's, torch's on the
+CPU and on the accelerator."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+State = dict[str, Any]
+
+
+def capture() -> State:
+    """The generators' states now: lists, numbers and hexadecimal digits, so that JSON holds them exactly."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: State = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": {"cpu": _hex(torch.get_rng_state())},
+    }
+    if kind := _accelerator():
+        state["torch"][kind] = _hex(torch.get_device_module(kind).get_rng_state())
+    return state
+
+
+def restore(state: State) -> None:
+    """Set every generator as it was. KeyError where the state was captured on another kind of device."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_tensor(state["torch"]["cpu"]))
+    if kind := _accelerator():
+        torch.get_device_module(kind).set_rng_state(_tensor(state["torch"][kind]))
+
+
+def _accelerator() -> str | None:
+    """`cuda`, `mps`, …; None where only the CPU computes."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else str(device.type)
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _tensor(digits: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)
