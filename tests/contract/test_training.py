@@ -189,7 +189,7 @@ def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: {attn_implementation: zzz}", "refuse this recipe"),
+        ("model: {attn_implementation: zzz}", "there is no zzz"),
         ("trainer: sft\nlora: {target_modules: '.*(q_proj|m_head)'}", "`lm_head`"),
         ("data: {split: 'train[:0]'}", "split train[:0] of "),
         ("data: {split: 'train[bad'}", "data.path: "),
