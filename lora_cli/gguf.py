@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from lora_cli import llama_cpp
 from lora_cli.errors import LoraError
 
 
@@ -42,6 +43,8 @@ class GGUFModel:
         `adapter`: a GGUF of a LoRA adapter, applied at full strength.
         Raises LoraError when xllamacpp is not installed or llama.cpp cannot load the file.
         """
+        if not llama_cpp.is_gguf(path, with_tensors=False):
+            raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
         xlc = _xllamacpp()
         params = xlc.CommonParams()
         params.model.path = str(path)

@@ -292,7 +292,7 @@ def _staged(outfile: Path) -> tempfile.TemporaryDirectory[str]:
 
 def _accept(code: int, lines: Sequence[str], command: Sequence[str], made: Path, outfile: Path) -> None:
     """Give a finished file its final name, or say why there is none."""
-    if code == 0 and _is_gguf(made):
+    if code == 0 and is_gguf(made):
         made.replace(outfile)
         return
     raise _failure(code, lines, [part.replace(str(made), str(outfile.resolve())) for part in command])
@@ -308,10 +308,10 @@ def _failure(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraErr
     return LoraError(f"{tool} {why}: {said}", f"see all it says: {shlex.join(command)}")
 
 
-def _is_gguf(path: Path) -> bool:
-    """Whether `path` starts as a GGUF that holds tensors (magic, version, number of tensors)."""
+def is_gguf(path: Path, with_tensors: bool = True) -> bool:
+    """Whether `path` starts as a GGUF (magic, version), by default as one that holds tensors."""
     if not path.is_file() or path.stat().st_size < 24:
         return False
     with path.open("rb") as file:
         magic, version, num_tensors = struct.unpack("<4sIQ", file.read(16))
-    return magic == b"GGUF" and version >= 2 and num_tensors > 0
+    return magic == b"GGUF" and version >= 2 and (num_tensors > 0 or not with_tensors)

@@ -451,7 +451,7 @@ def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path
         merge.merge(tmp_path / "a", tmp_path / "link")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "tokenizer.json").write_text("{")
-    with pytest.raises(LoraError, match="the tokenizer of .* is damaged"):
+    with pytest.raises(LoraError, match="the tokenizer of .* cannot be read"):
         merge.merge(tmp_path / "a", tmp_path / "out")
 
 

@@ -326,3 +326,20 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
     for path in recipes:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
         upstream.check(recipe_file.load(path))
+
+
+def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = load(tmp_path, "\ufeffmodel: {name_or_path: ~/base}\ndata: {path: [~/a.jsonl, b~/c.jsonl]}\n")
+    assert loaded.model.name_or_path == f"{tmp_path}/base"
+    assert loaded.data.path == [f"{tmp_path}/a.jsonl", "b~/c.jsonl"]
+    assert loaded.placed("data.path: it is empty") == f"{tmp_path}/r.yaml:2: data.path: it is empty"
+    assert loaded.placed("out of memory: 3 MB") == "out of memory: 3 MB"
+
+
+def test_more_problems_than_six_lines_hold_are_counted(tmp_path: Path) -> None:
+    said = refusal(tmp_path, MINIMAL + "lora: {r: 0, a: 1, b: 1, c: 1, d: 1, e: 1}\n")
+    lines = said.splitlines()
+    assert lines[0] == "6 problems in r.yaml"
+    assert len(lines) == 5
+    assert lines[4].startswith("  … and 3 more")
