@@ -80,9 +80,10 @@ def begin(
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
         before = _read_record(path)
         changes = _differences(before["recipe"], recipe)
-        _check_changes(folder, changes, allowed)
-        if before["status"] == "finished" and not changes:
+        extended = changes and all(change.key in EXTENDING for change in changes)
+        if before["status"] == "finished" and not (extended or allowed):
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
+        _check_changes(folder, changes, allowed)
         if "fingerprint" in before["base"] and (others := _differences(before["base"], contents["base"], "base.")):
             raise LoraError(
                 f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
@@ -118,7 +119,9 @@ def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) 
     hint = "undo the change, or --set output_dir=… starts another run"
     if all(change.key in EXTENDING for change in refused):
         hint = "undo the change, or allow it: " + " ".join(f"--allow-changes {change.key}" for change in refused)
-    raise LoraError(f"the recipe differs from the run in {folder}: {'; '.join(map(str, refused))}", hint)
+    more = [f"and {len(refused) - 4} more"] if len(refused) > 4 else []
+    said = "; ".join([*map(str, refused[:4]), *more])
+    raise LoraError(f"the recipe differs from the run in {folder}: {said}", hint)
 
 
 def _nothing_came_of(folder: Path) -> bool:

@@ -237,7 +237,7 @@ def _attend(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
     apart = attention.install(base)
     reason = "each document of a sequence by itself, the same for less time" if apart else "what the model has"
     choice = upstream.Choice("model.attn_implementation", base.config._attn_implementation, reason)
-    run["choices"] = [*run["choices"], choice._asdict()]
+    run["choices"] = [*(made for made in run["choices"] if made["name"] != choice.name), choice._asdict()]
     ui.say(f"  {choice}")
 
 
