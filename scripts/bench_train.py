@@ -200,9 +200,10 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     """A loop around PEFT with lora's levers and nothing else; `frozen`: the base alone, with no adapter to learn."""
     import torch
     from peft import get_peft_model
+    from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli import attention, loss, model, packing, recipe, upstream
+    from lora_cli import attention, dora, dropout, fused, loss, model, packing, recipe, upstream
 
     chosen = recipe.Recipe(
         method=options.method,
@@ -221,6 +222,8 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
         base.enable_input_require_grads()
     else:
         adapted = get_peft_model(base, upstream.lora_config(chosen))
+        for lever in (dropout, fused, dora):
+            lever.install(adapted)
     assert loss.install(base) is None
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, RATE, weight_decay=0.0, fused=True) if learned else None
@@ -229,17 +232,19 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     collate, losses = packing.StepCollator(min(options.max_length, packing.SEQUENCE)), []
     device, half = base.device.type, options.dtype == "bfloat16"
     adapted.train()
-    with Measured() as measured:
+    layers = dora.layers(adapted)
+    with disable_input_dtype_casting(adapted, active=half), Measured() as measured:
         starts = range(0, len(order), STEP_ROWS)
         for step, start in enumerate(starts):
             batch = collate([rows[number] for number in order[start : start + STEP_ROWS]])
             labels = (batch["labels"] != -100).sum()
             total = 0.0
-            for part in packing.sequences(batch):
-                with torch.autocast(device, torch.bfloat16, enabled=half):
-                    found = adapted(**part, num_items_in_batch=labels, use_cache=False).loss
-                found.backward()
-                total += float(found.detach())
+            with dora.norms_kept(layers):
+                for part in packing.sequences(batch):
+                    with torch.autocast(device, torch.bfloat16, enabled=half):
+                        found = adapted(**part, num_items_in_batch=labels, use_cache=False).loss
+                    found.backward()
+                    total += float(found.detach())
             if optimizer:
                 optimizer.param_groups[0]["lr"] = RATE * (1 - step / len(starts))
                 torch.nn.utils.clip_grad_norm_(learned, 1.0)
