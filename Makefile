@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: $(READY) lint $(TINY) quantizer
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte
 	$(BIN)/python tests/torture/fuzz.py

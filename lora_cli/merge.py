@@ -21,9 +21,6 @@ def merge(
     adapter = record.read_adapter(adapter_folder, base)
     made = "" if adapter.record else " (no record: made elsewhere, so its base is taken as the adapter names it)"
     ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
-    config = files.read_json(adapter_folder / "adapter_config.json")
-    if 0 in (config.get("lora_alpha"), *config.get("alpha_pattern", {}).values()):
-        ui.warn(f"{adapter_folder}/adapter_config.json has a lora_alpha of 0: the adapter changes nothing there")
     if original and not adapter.quantization:
         raise UsageError(f"{adapter.folder} was not trained on 4-bit weights", "leave --base-weights out")
     if adapter.quantization:

@@ -226,10 +226,10 @@ def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_pa
     assert "trained on 4-bit weights" in capfd.readouterr().err
 
 
-def test_an_adapter_of_no_strength_is_said(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_of_no_strength_is_refused(tiny: Path, tmp_path: Path) -> None:
     adapted = randomised(AutoModelForCausalLM.from_pretrained(tiny / "model"), LoraConfig(target_modules=["q_proj"]))
     adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
     adapted.peft_config["default"].alpha_pattern = {"layers.0.self_attn.q_proj": 0}
     adapted.save_pretrained(tmp_path / "adapter")
-    merge.merge(tmp_path / "adapter", tmp_path / "out")
-    assert "has a lora_alpha of 0: the adapter changes nothing there" in capsys.readouterr().err
+    with pytest.raises(LoraError, match="alpha_pattern holds 0, where each must be over 0"):
+        merge.merge(tmp_path / "adapter", tmp_path / "out")
