@@ -130,7 +130,7 @@ def test_the_quantiser_is_llama_cpp_s_own() -> None:
     ("arguments", "status", "said"),
     [
         (["train", "nothing.yaml"], 2, "error: nothing.yaml does not exist"),
-        (["train"], 2, "error: Missing argument 'RECIPE'.\n\nhint: python -m lora_cli train --help"),
+        (["train"], 2, "error: Missing argument 'RECIPE'.\n\nhint: lora train --help"),
         (["frobnicate"], 2, "error: No such command 'frobnicate'."),
         (["merge", "nothing", "out"], 1, "error: nothing does not exist"),
         (["merge", "build/tiny/model", "out"], 1, "error: build/tiny/model is no adapter"),
