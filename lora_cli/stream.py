@@ -103,6 +103,12 @@ class Changed(NamedTuple):
         variants = [type(variant) for variant in getattr(self.layer, "lora_variant", {}).values()]
         return type(self.layer) is Linear and not self.layer.fan_in_fan_out and variants in ([], [DoraLinearVariant])
 
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """The rows to take together. A variant such as DoRA makes several more tensors of their size."""
+        shape = tuple(self.layer.get_base_layer().weight.shape)
+        return list(shards.blocks(shape, 2**20 if getattr(self.layer, "lora_variant", None) else shards.BLOCK))
+
     def adapter(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Its adapter tensors, in float32 as PEFT loads them."""
         return {inside: weights.carried.rows(key).float() for inside, key in self.own.items()}
@@ -210,7 +216,7 @@ class Plan(NamedTuple):
         inside = next(path for path, own in changed.base.items() if own == name)
         rows = self.weights.base.entries[changed.base.get("base_layer.weight", name)].shape
         adapter = changed.adapter(self.weights)
-        for start, stop in shards.blocks(rows) if changed.by_rows else [(0, rows[0])]:
+        for start, stop in changed.blocks if changed.by_rows else [(0, rows[0])]:
             with filled(changed.layer, changed.take(self.weights, adapter, start, stop)):
                 try:
                     changed.layer.merge()

@@ -185,7 +185,7 @@ def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Change
     def by_rows(x: torch.Tensor) -> torch.Tensor:
         adapter = changed.adapter(plan.weights)
         out = x.new_empty(*x.shape[:-1], shape[0])
-        for start, stop in shards.blocks(shape):
+        for start, stop in changed.blocks:
             with filled(layer, changed.take(plan.weights, adapter, start, stop)):
                 out[..., start:stop] = forward(x)
         return out
