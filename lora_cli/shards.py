@@ -263,8 +263,8 @@ def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
     files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
 
 
-def blocks(shape: tuple[int, ...], size: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `size` bytes in float32 that cover a tensor of this shape, in order.
+def blocks(shape: tuple[int, ...], size: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `size` bytes (`BLOCK`) in float32 that cover a tensor of this shape, in order.
 
     Each but the last has a multiple of eight values, so that checksums do not depend on the ranges.
     """
@@ -272,7 +272,7 @@ def blocks(shape: tuple[int, ...], size: int = BLOCK) -> Iterator[tuple[int, int
         yield 0, 1
         return
     row = math.prod(shape[1:])
-    step = max(1, size // max(1, 4 * row))
+    step = max(1, (size or BLOCK) // max(1, 4 * row))
     if row % 8:
         step = max(8, step // 8 * 8)
     for start in range(0, shape[0], step):

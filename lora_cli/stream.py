@@ -107,7 +107,7 @@ class Changed(NamedTuple):
     def blocks(self) -> list[tuple[int, int]]:
         """The rows to take together. A variant such as DoRA makes several more tensors of their size."""
         shape = tuple(self.layer.get_base_layer().weight.shape)
-        return list(shards.blocks(shape, 2**20 if getattr(self.layer, "lora_variant", None) else shards.BLOCK))
+        return list(shards.blocks(shape, shards.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None))
 
     def adapter(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Its adapter tensors, in float32 as PEFT loads them."""
