@@ -1,9 +1,11 @@
-"""LoRA on a linear layer, its sum taken in the product: y + (x Aᵀ)(s B)ᵀ without passes for scaling and adding.
+"""LoRA on a linear layer, its sums taken in the products: y + (x Aᵀ)(s B)ᵀ without passes for scaling and adding.
 
 PEFT computes B A x, scales it, and adds it to the base's output: three tensors as large as that, which a CPU writes and
 reads one after the other. Here the last product adds to the output as it goes, in the type the output has, and only x
 and x Aᵀ are kept for the gradients, as with PEFT. (One step of a Llama of width 320 and one of width 1024, bfloat16,
-rank 16, one thread: 0.92 of PEFT's time.) On CUDA, compiling the layer does this.
+rank 16, one thread: 0.92 of PEFT's time.) Where nothing is dropped and the base is not in 4 bits, base and adapter are
+one operation, which sums the two gradients with respect to x in a product as well (0.95 of the time again). On CUDA,
+compiling the layer does this.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lora_cli import model
 
@@ -52,6 +55,47 @@ class _Added(torch.autograd.Function):
         return by_x, above[0], (by_low.T @ rows).to(kind), (gradient.T @ low).to(kind).mul_(scaling), None
 
 
+class FusedLinear(Linear):
+    """PEFT's LoRA on a linear layer, whose forward pass is one operation where nothing but plain LoRA is asked for."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output (… × out) for x (… × in), as PEFT's."""
+        base, names = self.get_base_layer(), self.active_adapters
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        alone = len(names) == 1 and list(self.lora_A) == names
+        plain = alone and not (args or kwargs or self.disable_adapters or self.merged)
+        if not plain or base.weight.dtype != kind:
+            return super().forward(x, *args, **kwargs)
+        first, second = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+        return _Whole.apply(x, base.weight, base.bias, first, second, self.scaling[names[0]])
+
+
+class _Whole(torch.autograd.Function):
+    """W x + b + s B A x for x (… × in), of which W and b are not trained, in the type of W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        kind = weight.dtype
+        rows, first, second = x.flatten(0, -2).to(kind), lora_A.to(kind), (lora_B * scaling).to(kind)
+        low = rows @ first.T
+        ctx.save_for_backward(rows, weight, low, first, second)
+        ctx.given = x.dtype, lora_A.dtype, scaling
+        made = functional.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, second.T)
+        return made.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, low, first, second = ctx.saved_tensors
+        dtype, kind, scaling = ctx.given
+        gradient = above[0].flatten(0, -2)
+        by_low, by_x = gradient @ second, None
+        if ctx.needs_input_grad[0]:
+            by_x = (gradient @ weight).addmm_(by_low, first).to(dtype).view(*above[0].shape[:-1], weight.shape[1])
+        return by_x, None, None, (by_low.T @ rows).to(kind), (gradient.T @ low).to(kind).mul_(scaling), None
+
+
 def install(adapted: PeftModel) -> int:
     """Let plain LoRA on linear layers of a model on a CPU use it; returns how many layers do."""
     installed = 0
@@ -61,4 +105,8 @@ def install(adapted: PeftModel) -> int:
             if type(lora_A) is nn.Linear and lora_B.bias is None and lora_B.weight.device.type == "cpu":
                 layer.lora_variant[name] = FusedVariant()
                 installed += 1
+                base = layer.get_base_layer()
+                frozen = type(base) is nn.Linear and not any(each.requires_grad for each in base.parameters())
+                if type(layer) is Linear and frozen and isinstance(layer.lora_dropout[name], nn.Identity):
+                    layer.__class__ = FusedLinear
     return installed

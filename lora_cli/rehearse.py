@@ -33,7 +33,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_cli import dora, dropout, fused, loss, model, targets, tokens, upstream
+from lora_cli import dora, loss, model, quick, targets, tokens, upstream
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -254,10 +254,8 @@ class Rehearsal:
         for parameter in self.trained:
             self.live.belongs(parameter, ADAPTERS)
             parameter.register_post_accumulate_grad_hook(self._gradient_made)
-        if self.kind == "cpu":  # as train.py does
-            dropout.install(self.adapted)
-            fused.install(self.adapted)
-        dora.install(self.adapted)
+        with unset_fake_temporarily():  # norms.py computes
+            quick.install(self.adapted, self.kind)
         for layer in self.adapted.modules():
             if isinstance(layer, dora.FactoredDora):
                 layer.squares = torch.empty(layer.weight.numel())

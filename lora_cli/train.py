@@ -30,12 +30,10 @@ from lora_cli import (
     data,
     disk,
     dora,
-    dropout,
     files,
     finite,
     flops,
     foreign,
-    fused,
     hardware,
     identity,
     initial,
@@ -47,6 +45,7 @@ from lora_cli import (
     packing,
     plan,
     private,
+    quick,
     record,
     selection,
     targets,
@@ -72,8 +71,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     upstream.check(recipe)
     commit, config = model.of_recipe(recipe)
     device = hardware.here()
-    levers = memory.levers(config, device)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
+    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, memory.levers(config, device))
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
@@ -274,9 +272,7 @@ def _adapted(
         adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
         initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
-    dropout.install(adapted)
-    fused.install(adapted)
-    dora.install(adapted)  # last: it remembers what the base's weights are
+    quick.install(adapted, adapted.device.type)
     return adapted
 
 

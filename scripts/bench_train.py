@@ -203,7 +203,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli import attention, dora, dropout, fused, loss, model, packing, recipe, upstream
+    from lora_cli import attention, dora, loss, model, packing, quick, recipe, upstream
 
     chosen = recipe.Recipe(
         method=options.method,
@@ -222,8 +222,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
         base.enable_input_require_grads()
     else:
         adapted = get_peft_model(base, upstream.lora_config(chosen))
-        for lever in (dropout, fused, dora):
-            lever.install(adapted)
+        quick.install(adapted, base.device.type)
     assert loss.install(base) is None
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, RATE, weight_decay=0.0, fused=True) if learned else None

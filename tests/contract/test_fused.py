@@ -83,6 +83,33 @@ def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(dtype: torc
     assert all(one.dtype == other.dtype for one, other in zip(*found, strict=True))
 
 
+def test_base_and_adapter_are_one_operation_where_nothing_is_dropped_or_trained() -> None:
+    options = {"target_modules": ["first", "second", "third"]}
+
+    def fused_layers(**more) -> list[str]:
+        _, ours = pair(Layers(), **options, **more)
+        return [name for name, layer in model.lora_layers(ours).items() if type(layer) is fused.FusedLinear]
+
+    assert fused_layers() == ["base_model.model.first", "base_model.model.second"]
+    assert fused_layers(lora_dropout=0.3) == []
+    assert fused_layers(bias="all") == ["base_model.model.second"]
+
+
+def test_what_is_more_than_plain_lora_is_peft_s() -> None:
+    stock, ours = pair(Layers(), target_modules=["first", "second"])
+    for network in (stock, ours):
+        torch.manual_seed(3)
+        network.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+        network.base_model.set_adapter(["default", "other"])
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(ours(x), stock(x))
+    alone = ours(x)
+    ours.set_adapter("other")
+    assert (ours(x) - alone).abs().max() > 0.1
+    with ours.disable_adapter(), stock.disable_adapter():
+        assert torch.equal(ours(x), stock(x))
+
+
 def test_on_4_bit_layers_too(tiny: Path) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     stock, ours = pair(model.load_base(str(tiny / "model"), None, torch.float32, nf4), target_modules="all-linear")

@@ -83,9 +83,8 @@ def test_every_family_has_the_stock_loss_and_gradients(monkeypatch: pytest.Monke
 
 
 def check(monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict, items: int | None) -> None:
-    monkeypatch.setattr(
-        loss, "CHUNK", {"cpu": 5 * VOCABULARY}
-    )  # so that there are several, and a last one that is not full
+    monkeypatch.setattr(loss, "CHUNK", 5 * VOCABULARY)  # so that there are several, and a last one that is not full
+    monkeypatch.setattr(loss, "BLOCK", 2 * VOCABULARY)
     adapted = get_peft_model(base, LoraConfig(r=4, **options))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -134,7 +133,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [HEADS["frozen"], HEADS["adapted"]])
 def test_all_logits_are_never_alive(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
-    monkeypatch.setattr(loss, "CHUNK", {"cpu": 5 * VOCABULARY})
+    monkeypatch.setattr(loss, "CHUNK", 5 * VOCABULARY)
     adapted = get_peft_model(random_model("llama"), LoraConfig(r=4, **options))
     with _Largest() as seen:
         gradients(adapted)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from lora_cli import merge, model, recipe, recipe_file, train
 from lora_cli.errors import LoraError
+from lora_cli.fused import FusedLinear
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
 
@@ -185,12 +185,12 @@ def test_what_upstream_refuses_is_an_error_of_ours(write_recipe, text: str, said
 
 def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """As where a model reads a module's weight itself, past the adapter on it (Jamba's dt_proj)."""
-    linear = LoraLinear.forward
+    linear = FusedLinear.forward
 
     def past_the_adapter(self, x, *args, **kwargs):
         return self.base_layer(x) if self.out_features == 512 else linear(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(LoraLinear, "forward", past_the_adapter)
+    monkeypatch.setattr(FusedLinear, "forward", past_the_adapter)
     train.train(recipe_file.load(write_recipe("")))
     assert (
         "warning: 8 trained tensors never had a gradient and are as they started, such as "

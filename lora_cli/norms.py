@@ -1,0 +1,67 @@
+"""RMS norms on a CPU in half the passes: w · x / √(mean(x²) + ε), with the gradient written out.
+
+Llama's norm is six operations, each with one or two of its own in the backward pass, for which it keeps x in float32.
+Here the output is made by the same operations, bit for bit, and the gradient with respect to x in float32 from x as it
+came and 1 / √(mean(x²) + ε) alone. (A step of a Llama of width 320, bfloat16, one thread: 0.93 of the time.) Families
+that compute theirs otherwise keep it: `install` compares on numbers of its own. On CUDA, compiling the layer does this.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class _Normed(torch.autograd.Function):
+    """w x / √(mean(x²) + ε) over the last axis of x (… × width), for a w (width) that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        whole = x.float()
+        inverse = torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, inverse, weight)
+        return weight * (whole * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, weight = ctx.saved_tensors
+        normed, gradient = x.float() * inverse, (above[0] * weight).float()
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return gradient.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+def forward(module: Any, x: Tensor) -> Tensor:
+    """What the module's own forward gives."""
+    return _Normed.apply(x, module.weight, _epsilon(module))
+
+
+def _epsilon(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+
+def install(network: nn.Module) -> int:
+    """Let the RMS norms of a model on a CPU that are not trained use it; returns how many do."""
+    installed = 0
+    for module in network.modules():
+        if type(module).__name__.endswith("RMSNorm") and _suits(module):
+            module.forward = MethodType(forward, module)
+            installed += 1
+    return installed
+
+
+def _suits(module: nn.Module) -> bool:
+    """Whether a weight that is not trained and ε are all there is to it, and its own forward gives the same bits."""
+    weights = dict(module.named_parameters())
+    if weights.keys() != {"weight"} or list(module.named_buffers()) or not isinstance(_epsilon(module), float):
+        return False
+    (weight,) = weights.values()
+    if weight.ndim != 1 or weight.requires_grad or weight.device.type != "cpu":
+        return False
+    angles = torch.arange(8 * len(weight), dtype=torch.float32).view(8, -1) * 1.7
+    x, some = angles.sin().to(weight.dtype), angles[0].cos().to(weight.dtype)
+    theirs = functional_call(module, {"weight": some}, (x,))
+    return torch.equal(theirs, _Normed.apply(x, some, _epsilon(module)))
