@@ -90,7 +90,7 @@ def install(model: PreTrainedModel) -> bool:
     """Let a model on a CPU that uses sdpa attend by document; returns whether it does."""
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(attention))  # it would be compiled for each set of lengths
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True

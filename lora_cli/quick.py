@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli import dora, dropout, fused, norms
+from lora_cli.errors import LoraError, UsageError
 
 
 def install(adapted: PeftModel, device: str) -> None:
@@ -14,3 +19,24 @@ def install(adapted: PeftModel, device: str) -> None:
         dropout.install(adapted)
         fused.install(adapted)
     dora.install(adapted)  # last: it remembers what the base's weights are
+
+
+def compile_layers(network: nn.Module, options: dict[str, Any]) -> int:
+    """Have torch compile the decoder's layers when they are first called, each by itself and in place, so that tensors
+    keep their names and what was compiled for one layer serves the others; returns how many there are.
+
+    `options` are torch.compile's. LoraError for a model that does not mark its layers, UsageError for such options.
+    """
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise LoraError("training.torch_compile: this model does not say what its layers are", OFF)
+    try:
+        for layer in layers:
+            layer.compile(**options)
+    except RuntimeError as error:  # an unknown backend or mode
+        said = str(error).splitlines()[0]
+        raise UsageError(f"training.torch_compile: {said}", "leave torch_compile_backend and _mode out") from error
+    return len(layers)
+
+
+OFF = "--set training.torch_compile=false"

@@ -218,7 +218,7 @@ class TrainingFields(Section):
     optim: str = "auto"
     """Optimiser; `auto`: fused AdamW, or on a GPU a paged one of 8 bits where the run does not fit otherwise."""
     torch_compile: Auto | bool = "auto"
-    """Compile the model; `auto`: no."""
+    """Compile the decoder's layers, each by itself; `auto`: no."""
     use_liger_kernel: Auto | bool = "auto"
     """Liger's kernels (CUDA); `auto`: no, see loss_head."""
     dataloader_num_workers: Auto | Annotated[int, Field(ge=0)] = "auto"

@@ -33,7 +33,6 @@ from lora_cli import (
     files,
     finite,
     flops,
-    foreign,
     hardware,
     identity,
     initial,
@@ -47,6 +46,7 @@ from lora_cli import (
     private,
     quick,
     record,
+    refusal,
     selection,
     targets,
     tokens,
@@ -126,7 +126,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     needed = disk.need(recipe, size.trainable, len(tokenizer), plan.steps(recipe, train_rows).steps)
     disk.check(folder, needed)
     _same_rows(folder, run, train_rows, tokenizer)
-    with _refusals_told(folder):
+    with refusal.told(recipe):
         base = _base(recipe, commit)
         _attend(recipe, base, run)
         recipe = _suited(recipe, base)
@@ -135,7 +135,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     def make() -> WatchedSFTTrainer | WatchedTrainer:
         return _trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)
 
-    with _refusals_told(folder):
+    with refusal.told(recipe):
         trainer = make()
     trainable, total = adapted.get_nb_trainable_parameters()
     layers = len(model.lora_layers(adapted))
@@ -143,7 +143,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
     checkpoint = _checkpoint(folder, run["id"]) if resume else None
-    with disk.told(folder, needed):
+    with disk.told(folder, needed), refusal.told(recipe, lambda: trainer.watch.stepped):
         steps, mean_loss, effort = oom.through(trainer, make, checkpoint, recipe, train_rows, run)
     adapter = folder / "adapter"
     run |= {
@@ -169,20 +169,6 @@ def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, tra
         ui.say(
             f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
         )
-
-
-@contextmanager
-def _refusals_told(folder: Path) -> Iterator[None]:
-    """What the libraries refuse inside is a LoraError in their words."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, ArithmeticError) as error:
-        if foreign.translate(error) is not None:
-            raise
-        said = " ".join(str(error).split())
-        raise LoraError(
-            f"transformers, TRL or PEFT refuse this recipe: {said}", f"see {folder / 'recipe.yaml'}"
-        ) from error
 
 
 def _facts(rows: data.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -273,6 +259,8 @@ def _adapted(
         initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
     quick.install(adapted, adapted.device.type)
+    if (options := upstream.compiling(recipe)) is not None:
+        ui.say(f"  {quick.compile_layers(adapted, options)} layers are compiled at the first step")
     return adapted
 
 

@@ -167,6 +167,18 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_4bit=True, **recipe.quantization.given())
 
 
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
+def compiling(recipe: Recipe) -> dict[str, Any] | None:
+    """torch.compile's options for a settled recipe, None where nothing is to be compiled."""
+    values = recipe.training.given()
+    asked, *given = (values.get(name) for name in COMPILING)
+    if not asked and not any(given):
+        return None
+    return {name: value for name, value in zip(("backend", "mode"), given) if value}
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """`SFTConfig` for SFTTrainer, `TrainingArguments` for Trainer."""
     values = recipe.training.given()
@@ -183,8 +195,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
     ours = ("pad_token", "loss_head", "loraplus_lr_ratio", "loraplus_lr_embedding", "stop_on_loss_above", "on_oom")
-    for name in ours:
-        values.pop(name)  # what lora does itself: model.py, loss.py, trainers.py, watch.py, oom.py
+    for name in (*ours, *COMPILING):
+        values.pop(name, None)  # what lora does itself: model.py, loss.py, trainers.py, watch.py, oom.py, quick.py
     by_step = values["packing"] == "step"
     if by_step:  # trainers.py takes a step's sequences one at a time
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
@@ -217,6 +229,9 @@ def check(recipe: Recipe) -> None:
     if arguments.fp16 and arguments.use_cpu:
         place = recipe.where("training", "fp16")
         raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
+    if getattr(arguments, "activation_offloading", False) and arguments.use_cpu:
+        place = recipe.where("training", "activation_offloading")
+        raise UsageError(f"{place} moves what a GPU keeps to the host's memory, and there is no GPU", "remove it")
     known = get_available_reporting_integrations()
     for name in arguments.report_to:
         if name not in known:
@@ -248,4 +263,6 @@ def _refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> 
         build(values)
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
+    except (LookupError, AttributeError) as error:  # a value that is looked up, or taken for another type
+        return f"{type(error).__name__}: {error}"
     return None

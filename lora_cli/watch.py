@@ -34,6 +34,8 @@ class Watch(TrainerCallback):
         self.step_loss: torch.Tensor | float = 0.0
         self.loss = float("nan")
         self.began, self.began_step, self.began_tokens = 0.0, 0, 0
+        self.stepped = False
+        """Whether this process has made a step."""
         self.work = flops.Work(0.0, None)
         self.untouched: set[str] | None = None
         """Trained tensors that no step has had a gradient for; None before the first."""
@@ -93,6 +95,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Redraw the progress line."""
+        self.stepped = True
         elapsed = time.monotonic() - self.began
         done = max(1, state.global_step - self.began_step)
         speed, used = self.speed(state), self.work.used(self.speed(state))

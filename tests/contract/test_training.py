@@ -198,6 +198,23 @@ def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.Mo
     )
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_compiled_one_by_one_train_the_same(write_recipe, tmp_path: Path, checkpointing: bool, capsys) -> None:
+    """With dynamo's own backend, which needs no compiler."""
+    found = {}
+    for backend in ("null", "eager"):
+        path = write_recipe(
+            f"output_dir: {tmp_path / backend}\ntraining: {{max_steps: 2, torch_compile_backend: {backend}, "
+            f"gradient_checkpointing: {checkpointing}}}\n"
+        )
+        found[backend] = load_file(train.train(recipe_file.load(path)) / "adapter_model.safetensors")
+        assert ("2 layers are compiled" in capsys.readouterr().err) == (backend == "eager")
+    assert found["eager"].keys() == found["null"].keys()
+    for name, tensor in found["eager"].items():
+        torch.testing.assert_close(tensor, found["null"][name], rtol=1e-4, atol=1e-6)
+    assert any(tensor.any() for name, tensor in found["eager"].items() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("trainer", ["sft", "trainer"])
 def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, tmp_path: Path, trainer: str) -> None:
     """Whatever the batch size, and equal to a loop of our own over the same rows."""

@@ -45,7 +45,7 @@ FLOORS = [
     {"tokens", "readers", "render", "shards"},
     {"limits", "selection", "sources"},
     {"cache"},
-    {"targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
+    {"refusal", "targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
     {"stream", "identity", "disk"},
     {"attach", "origin"},
     {"walk"},
