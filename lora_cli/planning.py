@@ -38,8 +38,8 @@ class Time(NamedTuple):
 
 def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool) -> None:
     """Print the plan of a recipe; LoraError for what would be refused by training before its first step."""
-    upstream.check(recipe)
     device = hardware.named(gpu) if gpu else hardware.here()
+    upstream.check(recipe, device)
     commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
     config = model.load_config(recipe.model.name_or_path, commit)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, memory.levers(config, device))

@@ -17,7 +17,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,8 @@ GROUPED = torch.ops.aten._grouped_mm.default
 GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
 LARGE = 32 << 20
 """Bytes from which on glibc gives memory back as soon as it is freed."""
+OFFLOADED = 1024
+"""Bytes from which on TRL offloads what is kept for the backward pass."""
 UNFORESEEN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError)
 
 
@@ -299,13 +301,33 @@ class Rehearsal:
             self.live.item = ACTIVATIONS
             half = torch.float16 if self.arguments.fp16 else torch.bfloat16
             mixed = self.arguments.bf16 or self.arguments.fp16
-            with torch.autocast("cpu", half, enabled=mixed), disable_input_dtype_casting(self.adapted, active=mixed):
+            with (
+                torch.autocast("cpu", half, enabled=mixed),
+                disable_input_dtype_casting(self.adapted, active=mixed),
+                self._kept_elsewhere(),
+            ):
                 total = self._loss(batch)
             self.live.item = BACKWARD
             total.backward()
             del total
             self._forget_gradients()
         return Peaks(*(Counter(most) for most in self.live.most))
+
+    def _kept_elsewhere(self) -> AbstractContextManager[Any]:
+        """With activation offloading, what TRL moves to the host's memory until the backward pass wants it."""
+        if not getattr(self.arguments, "activation_offloading", False):
+            return nullcontext()
+        stays = {parameter.untyped_storage()._cdata for parameter in self.adapted.parameters()}
+
+        def pack(kept: torch.Tensor) -> torch.Tensor | tuple[Any, ...]:
+            if kept.nbytes < OFFLOADED or kept.untyped_storage()._cdata in stays:
+                return kept
+            return kept.shape, kept.stride(), kept.dtype
+
+        def unpack(kept: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:
+            return kept if isinstance(kept, torch.Tensor) else torch.empty_strided(*kept[:2], dtype=kept[2])
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)

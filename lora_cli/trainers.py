@@ -104,6 +104,12 @@ class _Watched:
         self.watch.step_loss = self.watch.step_loss + loss
         return loss
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if packing.CUTS in inputs:  # known here: Trainer asks the device, in every pass, and takes padding tokens out
+            self.state.num_input_tokens_seen += inputs[packing.CUTS][-1]  # type: ignore[attr-defined]
+        else:
+            super()._track_num_input_tokens(inputs)  # type: ignore[misc]
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         for part in packing.sequences(inputs) if packing.CUTS in inputs else [inputs]:
             tokens = int((part["labels"][..., 1:] != IGNORED).sum())

@@ -210,8 +210,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return _build(recipe, "training", values, lambda given: SFTConfig(recipe.output_dir, **given))
 
 
-def check(recipe: Recipe) -> None:
-    """Build every configuration once, so that what upstream refuses is refused before anything is loaded."""
+def check(recipe: Recipe, device: Hardware | None = None) -> None:
+    """Build every configuration once, so that what upstream refuses is refused before anything is loaded; for this
+    machine, or another device."""
     if trust.is_repository(recipe.model.attn_implementation):
         where = recipe.where("model", "attn_implementation")
         trust.require(f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa")
@@ -226,10 +227,11 @@ def check(recipe: Recipe) -> None:
     lora_config(settled)
     quantization_config(settled)
     arguments = training_arguments(settled)
-    if arguments.fp16 and arguments.use_cpu:
+    without = arguments.use_cpu and (device is None or device.kind == "cpu")
+    if arguments.fp16 and without:
         place = recipe.where("training", "fp16")
         raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
-    if getattr(arguments, "activation_offloading", False) and arguments.use_cpu:
+    if getattr(arguments, "activation_offloading", False) and without:
         place = recipe.where("training", "activation_offloading")
         raise UsageError(f"{place} moves what a GPU keeps to the host's memory, and there is no GPU", "remove it")
     known = get_available_reporting_integrations()

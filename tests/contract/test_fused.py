@@ -113,6 +113,7 @@ def test_what_is_more_than_plain_lora_is_peft_s() -> None:
 def test_on_4_bit_layers_too(tiny: Path) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     stock, ours = pair(model.load_base(str(tiny / "model"), None, torch.float32, nf4), target_modules="all-linear")
+    assert sum(type(layer) is fused.Fused4bit for layer in ours.modules()) == 14
     ids = torch.arange(8, 40)[None]
     for network in (stock, ours):
         network.train()(input_ids=ids, labels=ids).loss.backward()

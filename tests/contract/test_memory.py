@@ -213,6 +213,17 @@ def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None
     assert decided["gradient_checkpointing"][0] is True
 
 
+def test_activations_that_are_offloaded_are_not_on_the_gpu() -> None:
+    gpu, batch = Hardware("cuda", "a GPU", 64 * GIB, bf16=True), Batch(1, 512, waiting=False)
+    plain, kept, again = (
+        memory.forecast(settled(**options), config(num_hidden_layers=4), gpu).need(batch).items
+        for options in ({}, {"activation_offloading": True}, {"gradient_checkpointing": True})
+    )
+    assert kept[rehearse.ACTIVATIONS] < plain[rehearse.ACTIVATIONS] / 2
+    assert kept[rehearse.ADAPTERS] == plain[rehearse.ADAPTERS]
+    assert sum(kept.values()) < sum(again.values()) < sum(plain.values())
+
+
 def test_the_out_of_memory_advice_names_what_fits(tiny: Path) -> None:
     chosen = settled(packing="step").model_copy(
         update={"model": recipe.Model(name_or_path=str(tiny / "model"), dtype="float32")}

@@ -65,7 +65,7 @@ def test_a_packed_step_is_the_padded_step(write_recipe, tiny: Path, tmp_path: Pa
         )
         found[name] = run(write_recipe, tmp_path / name, text)
     (packed, weights), (padded, expected) = found["step"], found["padded"]
-    for key in ("loss", "grad_norm", "learning_rate", "eval_loss"):
+    for key in ("loss", "grad_norm", "learning_rate", "num_input_tokens_seen", "eval_loss"):
         wanted = [line[key] for line in padded if key in line]
         assert [line[key] for line in packed if key in line] == pytest.approx(wanted, rel=1e-5, abs=1e-9), key
         assert wanted or key == "eval_loss"
