@@ -28,7 +28,7 @@ from lora_cli.rehearse import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER,
 HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"
 HEAP_KEEPS = 0.44
 """Measured: what glibc's heap keeps beside each byte that a step has alive and frees again."""
-WORKSPACE_BYTES = 170 << 20
+WORKSPACE_BYTES = 130 << 20
 """Measured: what a process grows by in training beside its tensors (inside kernels, of the loss head above all)."""
 RESERVE_BYTES = GIB
 """Assumed: CUDA's context and the allocator's slack."""

@@ -1,6 +1,7 @@
 """Training speed on this machine: lora against SFTTrainer as it is, with its best flags, and a bare loop.
 
     python scripts/bench_train.py [--method lora] [--rows 192] [--rounds 3] [--vocabulary 32000] …
+    python scripts/bench_train.py --peers ENV [--peers ENV …]      # the command lines installed there instead
 
 A random Llama (10 million parameters beside the embeddings unless told otherwise, in bfloat16 where the processor
 computes it) and rows with the lengths of Alpaca's (log-normal, median 95 tokens, at most 1024; 55 % of the tokens carry
@@ -298,6 +299,30 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data")
 
 
+def compare_tools(options: argparse.Namespace) -> None:
+    """`lora train` and the tools of `--peers`, on texts."""
+    import peers
+    from transformers import AutoTokenizer
+
+    from lora_cli import ui
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model")
+    ids = real_rows(options) if options.data else made_rows(options)
+    rows = [(*(tokenizer.decode(part) for part in (row[:asked], row[asked:])), len(row)) for row, asked in ids]
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        make_model(made / "model", options)
+
+        def folder() -> Path:
+            fresh = Path(tempfile.mkdtemp(dir=made))
+            (fresh / "model").symlink_to(made / "model")
+            return fresh
+
+        table = peers.compare(options.peers, rows, folder, STEP_ROWS, options)
+    print(f"{len(rows)} rows, {sum(count for *_, count in rows):,} tokens, {options.rounds} rounds")
+    print(ui.table(["", "tokens/CPU s", "tokens/s", "of lora train"], table))
+
+
 def main() -> None:
     """All sides in turn, as often as there are rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -306,7 +331,11 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(side.replace(",", "") for side in SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--peers", type=Path, action="append", metavar="ENV", help="environments with other tools")
     options = parser.parse_args()
+    if options.peers:
+        compare_tools(options)
+        return
     if options.side:
         os.environ["LORA_CACHE_DIR"] = str(options.folder)
         SIDES[options.side](options.folder, options)
