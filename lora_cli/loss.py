@@ -69,7 +69,7 @@ class _FrozenHead(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         rows = max(1, CHUNK // len(weight))
-        block = max(1, BLOCK // len(weight)) if hidden.device.type == "cpu" else rows
+        block = min(rows, max(1, BLOCK // len(weight))) if hidden.device.type == "cpu" else rows
         scratch = hidden.new_empty(min(block, len(hidden)), len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]

@@ -247,7 +247,9 @@ def test_what_may_change_is_in_every_recipe() -> None:
 
 
 def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
-    signals, before = Signals(), signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    inherited = signal.signal(signal.SIGINT, before)  # a shell's background jobs begin with SIGINT ignored
+    signals = Signals()
     with signals.heard():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (signals.save, signals.stopping) == (True, None)
@@ -255,7 +257,7 @@ def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
         assert signals.stopping is signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, inherited) is before
 
 
 def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> None:
