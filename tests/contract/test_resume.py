@@ -164,3 +164,13 @@ def test_killed_runs_resume_to_the_same_bytes() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("all resumed, all bitwise equal")
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    """`make torture` takes 20 000 of them."""
+    torture = Path(__file__).parent.parent / "torture" / "rss.py"
+    done = subprocess.run(
+        [sys.executable, str(torture), "--steps", "900", "--after", "300"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("900 steps: +")
