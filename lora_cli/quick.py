@@ -29,14 +29,12 @@ def compile_layers(network: nn.Module, options: dict[str, Any]) -> int:
     """
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise LoraError("training.torch_compile: this model does not say what its layers are", OFF)
+        off = "--set training.torch_compile=false"
+        raise LoraError("training.torch_compile: this model does not say what its layers are", off)
     try:
         for layer in layers:
             layer.compile(**options)
     except RuntimeError as error:  # an unknown backend or mode
-        said = str(error).splitlines()[0]
-        raise UsageError(f"training.torch_compile: {said}", "leave torch_compile_backend and _mode out") from error
+        keys = " and ".join(f"training.torch_compile_{name}" for name in options)
+        raise UsageError(f"{keys}: {str(error).splitlines()[0]}", "remove it") from error
     return len(layers)
-
-
-OFF = "--set training.torch_compile=false"
