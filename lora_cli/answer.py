@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli import chat, model, origin, record, ui
+from lora_cli import chat, model, origin, record, tokenizing, ui
 from lora_cli.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
@@ -226,7 +226,7 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
 
 def _tokenizer_of_base(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, with the template of an adapter on it where it has none, so that prompts compare."""
-    tokenizer = model.load_tokenizer(name)
+    tokenizer = tokenizing.load_tokenizer(name)
     if tokenizer.chat_template is not None:
         return tokenizer
     for other in others:

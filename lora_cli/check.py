@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import data, hardware, memory, model, plan, upstream
+from lora_cli import data, hardware, memory, model, plan, tokenizing, upstream
 from lora_cli.data import Prepared
 from lora_cli.recipe import Recipe
 from lora_cli.render import IGNORED
@@ -33,7 +33,7 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     device = hardware.here()
     levers = memory.levers(config, device)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
-    tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
+    tokenizer, new_ids, template = tokenizing.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)
     plan.refuse_unknown_ids(recipe, commit, train, tokenizer)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import fold, identity, model, origin, record, ui, verify, walk, weights
+from lora_cli import fold, identity, model, origin, record, tokenizing, ui, verify, walk, weights
 from lora_cli.errors import LoraError, RejectedError
 from lora_cli.gguf import GGUFModel
 from lora_cli.verify import Probe
@@ -77,7 +77,7 @@ def _limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) ->
 def _tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
     if kind == "adapter":
         return origin.load_tokenizer(record.read_adapter(Path(path), base))
-    return model.load_tokenizer(path)
+    return tokenizing.load_tokenizer(path)
 
 
 def _plain(path: Path) -> list[Probe]:

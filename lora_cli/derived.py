@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import files, identity, model, record
+from lora_cli import files, identity, record, tokenizing
 from lora_cli.errors import LoraError
 from lora_cli.record import Adapter
 
@@ -56,7 +56,7 @@ def finish(
 ) -> None:
     """Tokenizer and record beside the adapter; the record names the parents, and says what merging needs to know."""
     first = sources[0]
-    model.save_tokenizer(tokenizer, staging, first.base, first.revision)
+    tokenizing.save_tokenizer(tokenizer, staging, first.base, first.revision)
     commit = first.revision
     if commit is None and not Path(first.base).is_dir():  # made elsewhere, and saying only the name
         commit = str(resolve_revision(first.base).resolved)

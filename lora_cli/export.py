@@ -9,7 +9,21 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli import files, fold, imatrix, llama_cpp, model, origin, parity, preflight, record, serving, ui, verify
+from lora_cli import (
+    files,
+    fold,
+    imatrix,
+    llama_cpp,
+    model,
+    origin,
+    parity,
+    preflight,
+    record,
+    serving,
+    tokenizing,
+    ui,
+    verify,
+)
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.llama_cpp import Found
 
@@ -75,14 +89,14 @@ def _check_first(path: Path, adapter: record.Adapter | None, converter: Found, s
     """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
     if adapter is None:
         config = model.load_config(str(path))
-        preflight.check(path, config, model.load_tokenizer(str(path)), converter)
+        preflight.check(path, config, tokenizing.load_tokenizer(str(path)), converter)
         return config
     config, tokenizer = model.load_config(adapter.base, adapter.revision), origin.load_tokenizer(adapter)
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = scratch / "unmerged"
     config.save_pretrained(str(unmerged))
-    model.save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
+    tokenizing.save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
     preflight.check(unmerged, config, tokenizer, converter)
     return config
 
@@ -151,7 +165,7 @@ def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) 
     """What comparing each file with the Hugging Face model showed, by type; LoraError if one may not be handed over."""
     if not parity.engine_found():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    tokenizer = model.load_tokenizer(str(merged))
+    tokenizer = tokenizing.load_tokenizer(str(merged))
     probes = verify.probes(tokenizer)
     weights = origin.to_float32(model.load_base(str(merged), None, model.checkpoint_dtype(config)))
     expected = [logits[-1] for logits in verify.logits(weights, probes)]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import derived, factors, files, identity, model, origin, record, ui, verify
+from lora_cli import derived, factors, files, identity, model, origin, record, tokenizing, ui, verify
 from lora_cli.errors import LoraError
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
@@ -35,7 +35,7 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         factors.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
         if others:
             ui.warn(f"not in the adapter, since they are no linear weights: {_some(others)}")
-        tokenizer = model.load_tokenizer(finetuned, commits[1])
+        tokenizer = tokenizing.load_tokenizer(finetuned, commits[1])
         probes = verify.probes(tokenizer)
         wanted = verify.logits(after, probes)
         meant = ((name, _delta(before, after, name), each) for name, each in cut.items())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import attach, files, identity, model, origin, record, shards, stream, ui, verify, walk, whole
+from lora_cli import attach, files, identity, model, origin, record, shards, stream, tokenizing, ui, verify, walk, whole
 from lora_cli.errors import LoraError, RejectedError
 from lora_cli.record import Adapter
 
@@ -77,7 +77,7 @@ def merge(
 
 def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
-    model.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
+    tokenizing.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
     files.write_json(
         folder / record.ARTEFACT_RECORD,
         record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import data, llama_cpp, model, sources, ui
+from lora_cli import data, llama_cpp, model, sources, tokenizing, ui
 from lora_cli.errors import LoraError
 from lora_cli.llama_cpp import Found
 from lora_cli.recipe import Data, Model, Recipe, Training
@@ -39,7 +39,7 @@ def make(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) 
 
     `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows that cannot be used.
     """
-    tokenizer = model.load_tokenizer(str(folder))
+    tokenizer = tokenizing.load_tokenizer(str(folder))
     network = model.load_base(str(folder), None, model.checkpoint_dtype(model.load_config(str(folder))))
     batches = list(read(rows, tokenizer))
     sums, num_tokens = measure(model.to_accelerator(network), batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli import identity, model
+from lora_cli import identity, model, tokenizing
 from lora_cli.record import Adapter
 
 
@@ -28,8 +28,8 @@ def dtype_on_disk(adapter: Adapter) -> torch.dtype:
 def load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, with the template that was trained; the base's where it has none."""
     if (adapter.folder / "tokenizer_config.json").is_file():
-        return model.load_tokenizer(str(adapter.folder))
-    return model.load_tokenizer(adapter.base, adapter.revision)
+        return tokenizing.load_tokenizer(str(adapter.folder))
+    return tokenizing.load_tokenizer(adapter.base, adapter.revision)
 
 
 def trained_dtype(adapter: Adapter) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, data, flops, hardware, memory, model, plan, rehearse, sources, ui, upstream
+from lora_cli import cache, data, flops, hardware, memory, model, plan, rehearse, sources, tokenizing, ui, upstream
 from lora_cli.data import Prepared
 from lora_cli.hardware import Hardware
 from lora_cli.recipe import Recipe
@@ -43,7 +43,7 @@ def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, 
     commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
     config = model.load_config(recipe.model.name_or_path, commit)
     recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, memory.levers(config, device))
-    tokenizer, new_ids, _ = model.tokenizer_for(recipe, commit)
+    tokenizer, new_ids, _ = tokenizing.tokenizer_for(recipe, commit)
     rows = data.load(recipe, tokenizer)[0] if read_data or _at_hand(recipe, tokenizer) else None
     adapted = rehearse.skeleton(recipe, config, len(tokenizer), new_ids)
     parameters, kinds = adapted.get_nb_trainable_parameters(), trained_by_kind(adapted)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli import chat, derived, files, model, render, ui
+from lora_cli import chat, derived, files, model, render, tokenizing, ui
 from lora_cli.record import Adapter
 
 MADE_BY = "# made by lora export-gguf"
@@ -113,7 +113,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)):
         ui.warn(f"{path} is not ours and was left as it is")
         return
-    tokenizer = model.load_tokenizer(str(merged))
+    tokenizer = tokenizing.load_tokenizer(str(merged))
     found = pieces(tokenizer)
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:

@@ -49,6 +49,7 @@ from lora_cli import (
     refusal,
     selection,
     targets,
+    tokenizing,
     tokens,
     ui,
     upstream,
@@ -115,7 +116,7 @@ def _ending_told(folder: Path, run: dict[str, Any]) -> Iterator[None]:
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
     commit = run["base"]["commit"]
-    tokenizer, new_ids, template = model.tokenizer_for(recipe, commit)
+    tokenizer, new_ids, template = tokenizing.tokenizer_for(recipe, commit)
     ui.say(f"  chat template: {template}")
     size = plan.adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = data.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
@@ -347,7 +348,7 @@ def _save(
         with model.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
         initial.as_plain(staging, trained.peft_config["default"], start)
-        model.save_tokenizer(tokenizer, staging, private.expanded(run["base"]["name"]), run["base"]["commit"])
+        tokenizing.save_tokenizer(tokenizer, staging, private.expanded(run["base"]["name"]), run["base"]["commit"])
         files.leave_out_home(staging)
         files.write_json(staging / record.ARTEFACT_RECORD, run)
 

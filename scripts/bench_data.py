@@ -49,14 +49,14 @@ def write_rows(path: Path, count: int) -> None:
 
 def speed(folder: Path, count: int) -> None:
     """Print both times and their ratio."""
-    from lora_cli import cache, data, formats, model, recipe_file, sources
+    from lora_cli import cache, data, formats, recipe_file, sources, tokenizing
     from lora_cli.render import Renderer
 
     write_rows(folder / "rows.jsonl", count)
     recipe = folder / "r.yaml"
     recipe.write_text(f"model: {{name_or_path: x}}\ndata: {{path: {folder / 'rows.jsonl'}}}\n")
     loaded = recipe_file.load(recipe)
-    tokenizer = model.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
+    tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     source = sources.find(loaded.data, "path", loaded.data.path, "train")
     convert, renderer = formats.converter("alpaca"), Renderer(tokenizer, "assistant")
     texts = [renderer.conversation(convert(row))[0][0] for _, row in source.rows()]
@@ -79,7 +79,7 @@ def speed(folder: Path, count: int) -> None:
 
 def memory_of(path: Path, streamed: bool) -> float:
     """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
-    from lora_cli import cache, data, model, recipe_file
+    from lora_cli import cache, data, recipe_file, tokenizing
 
     recipe = path.with_suffix(".yaml")
     steps = "training: {max_steps: 1}\n"
@@ -87,7 +87,7 @@ def memory_of(path: Path, streamed: bool) -> float:
         f"model: {{name_or_path: x}}\ndata: {{path: {path}, streaming: {str(streamed).lower()}}}\n{steps}"
     )
     loaded = recipe_file.load(recipe)
-    tokenizer = model.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
+    tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     process, done = psutil.Process(), threading.Event()
     before = most = anonymous(process)
 

@@ -92,12 +92,12 @@ def _status(key: str) -> int:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
-    from lora_cli import data, hardware, memory, model, recipe_file, upstream
+    from lora_cli import data, hardware, memory, model, recipe_file, tokenizing, upstream
 
     device, name = hardware.here(), str(folder / "model")
     config = model.load_config(name)
     recipe, _ = upstream.settle(recipe_file.load(folder / "r.yaml"), model.checkpoint_dtype(config), device)
-    rows, _ = data.load(recipe, model.load_tokenizer(name))
+    rows, _ = data.load(recipe, tokenizing.load_tokenizer(name))
     items = memory.forecast(recipe, config, device).need(memory.batch_of(recipe, rows)).items
     return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's
 

@@ -29,6 +29,7 @@ from lora_cli import (
     recipe_file,
     record,
     targets,
+    tokenizing,
     tokens,
     train,
     verify,
@@ -221,7 +222,7 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     assert (settings["init_lora_weights"], settings["inference_mode"]) == (True, True)
 
     info = record.read_adapter(adapter)
-    tokenizer = model.load_tokenizer(str(adapter))
+    tokenizer = tokenizing.load_tokenizer(str(adapter))
     probes = verify.probes(tokenizer)
 
     def last(network: torch.nn.Module) -> torch.Tensor:
@@ -476,7 +477,7 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
         "model: {add_tokens: [lighthouse, '<tool>'], add_special_tokens: ['<|mark|>']}\n"
     )
     adapter = train.train(recipe_file.load(path))
-    tokenizer = model.load_tokenizer(str(adapter))
+    tokenizer = tokenizing.load_tokenizer(str(adapter))
     assert tokenizer("<tool> lighthouse <|mark|>", add_special_tokens=False)["input_ids"][0] == VOCAB + 1
     assert tokenizer.decode([VOCAB, VOCAB + 2], skip_special_tokens=True).strip() == "lighthouse"
     done = lora("export-gguf", adapter, "-o", tmp_path / "gguf", "-q", "f16")
@@ -564,7 +565,7 @@ def test_an_optimiser_that_is_not_there_is_an_error_of_ours(write_recipe) -> Non
 
 def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_path: Path, tiny: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    probes = verify.probes(model.load_tokenizer(str(tiny / "model")))
+    probes = verify.probes(tokenizing.load_tokenizer(str(tiny / "model")))
     exact = torch.cat(verify.logits(original, probes))
     errors = {}
     for init in ("true", "loftq"):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli import export_adapter, imatrix, llama_cpp, model, parity, preflight, record, serving, verify
+from lora_cli import export_adapter, imatrix, llama_cpp, model, parity, preflight, record, serving, tokenizing, verify
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.export import export
 from lora_cli.gguf import GGUFModel
@@ -183,7 +183,7 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
         '{{ else if eq .Role "user" }}<|user|>\n{{ .Content }}<|end|>'
         '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>\n'
     )
-    model.set_chat_template(tokenizer, "alpaca")
+    tokenizing.set_chat_template(tokenizer, "alpaca")
     alpaca = serving.pieces(tokenizer)
     assert alpaca is not None
     assert alpaca.system is not None

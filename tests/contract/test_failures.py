@@ -121,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
         "of the prepared data (counted from 0); checkpoint-4 is the last good one; nothing was saved from this step"
     ), said
     named = [int(word) for word in said.partition("on rows ")[2].partition(" of")[0].split(", ")]
-    rows = train.data.load(recipe, train.model.load_tokenizer(recipe.model.name_or_path))[0].rows
+    rows = train.data.load(recipe, train.tokenizing.load_tokenizer(recipe.model.name_or_path))[0].rows
     batches = [batch for batch in collated if len(batch) == 4]
     assert len(named) == 8
     wanted = {tuple(rows[place]["input_ids"]) for place in named}

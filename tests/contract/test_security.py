@@ -19,7 +19,7 @@ import torch
 from test_bad_artefacts import adapter, base, changed, named
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import chat, files, fold, model, patterns, private, record, trust, ui
+from lora_cli import chat, files, fold, model, patterns, private, record, tokenizing, trust, ui
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.merge import merge
 
@@ -177,7 +177,7 @@ def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path
 def templated(template: str) -> PreTrainedTokenizerFast:
     from test_bad_inputs import TINY
 
-    tokenizer = model.load_tokenizer(str(TINY))
+    tokenizer = tokenizing.load_tokenizer(str(TINY))
     tokenizer.chat_template = template
     return tokenizer
 
@@ -205,7 +205,7 @@ def test_templates_are_stopped(template: str, said: str, monkeypatch) -> None:
 
 
 def test_a_template_renders_as_transformers_renders_it() -> None:
-    tokenizer = model.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
+    tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     turns = [{"role": "user", "content": "ask 3 * 4 ** 2"}, {"role": "assistant", "content": "answer"}]
     products = "{{ 3 * 4 }} {{ 2 ** 5 }} {{ 'ab' * 3 }} {{ [1] * 2 }} {{ 1.5 * 2 }}{% generation %}x{% endgeneration %}"
     for source in (tokenizer.chat_template, products):

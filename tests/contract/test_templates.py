@@ -18,7 +18,7 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_cli import model
+from lora_cli import tokenizing
 from lora_cli.errors import LoraError
 from lora_cli.formats import BadRow, converter
 from lora_cli.render import IGNORED, Renderer
@@ -34,7 +34,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-OTHERS = {"mistral": MISTRAL, "chatml": (model.TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")}
+OTHERS = {"mistral": MISTRAL, "chatml": (tokenizing.TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")}
 TRAINED = sorted({*NAMES, *OTHERS} - {*THINKING, *PICTURES})
 MARKS = (
     r"<\|[^|<>\s]+\|>|<[a-z_]+\|>|<\|[a-z_]+>|<｜[^｜<>]+｜>|</?[a-z_]+(?:_of_[a-z]+)?>"
@@ -137,7 +137,7 @@ def test_real_tokenizers_are_trained_as_inference_feeds_them(vocabulary: str, vo
     for name in REAL[vocabulary]:
         tokenizer.chat_template = own
         if name in ("chatml", "alpaca"):
-            model.set_chat_template(tokenizer, name)
+            tokenizing.set_chat_template(tokenizer, name)
         elif name:
             tokenizer.chat_template = template(name)
         found = seen(tokenizer)
@@ -155,7 +155,7 @@ def test_a_system_prompt_is_part_of_every_template_that_has_a_place_for_one() ->
     for name in TRAINED:
         tokenizer = tokenizer_for(template(name))
         try:
-            model.set_system_prompt(tokenizer, prompt)
+            tokenizing.set_system_prompt(tokenizer, prompt)
         except LoraError as error:
             assert "the chat template has no place for system messages" in error.message
             without.append(name)

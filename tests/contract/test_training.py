@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from lora_cli import merge, model, recipe, recipe_file, train
+from lora_cli import merge, model, recipe, recipe_file, tokenizing, train
 from lora_cli.errors import LoraError
 from lora_cli.fused import FusedLinear
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path: Path) -> None:
     path = write_recipe("training: {eos_token: '<|user|>'}\n")
     adapter = train.train(recipe_file.load(path))
-    tokenizer = model.load_tokenizer(str(adapter))
+    tokenizer = tokenizing.load_tokenizer(str(adapter))
     assert tokenizer.eos_token == "<|user|>"
     rows = train.data.load(recipe_file.load(path), tokenizer)[0].rows
     assert all(labels[-1] == tokenizer.eos_token_id for labels in rows["labels"])
@@ -230,7 +230,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
         found[size] = next(line for line in lines if "eval_loss" in line)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     adapted = model.load_adapter(base, adapter).eval()
-    rows = train.data.load(recipe_file.load(path), model.load_tokenizer(str(adapter)))[1].rows
+    rows = train.data.load(recipe_file.load(path), tokenizing.load_tokenizer(str(adapter)))[1].rows
     losses = []
     with torch.no_grad():
         for row in rows:
@@ -271,7 +271,8 @@ def test_joined_documents_do_not_see_each_other(
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation=attention, dtype=dtype)
     base = base.eval().to(device)
     rows = {
-        tuple(row) for row in train.data.load(recipe, model.load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
+        tuple(row)
+        for row in train.data.load(recipe, tokenizing.load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
     }
     batch = {name: tensor.to(device) for name, tensor in batches[0].items()}
     assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
@@ -326,7 +327,7 @@ def test_streams_are_mixed_by_weight(tiny: Path, tmp_path: Path) -> None:
         f"data:\n  streaming: true\n  mix:\n    - {{path: {tmp_path / 'a.jsonl'}, weight: 3}}\n"
         f"    - {{path: {tmp_path / 'b.jsonl'}}}\n"
     )
-    tokenizer = model.load_tokenizer(str(tiny / "model"))
+    tokenizer = tokenizing.load_tokenizer(str(tiny / "model"))
     drawn = []
     for _ in range(2):
         stream = train.data.load(recipe_file.load(path), tokenizer)[0].stream

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from lora_cli import cache, data, model, recipe_file
+from lora_cli import cache, data, recipe_file, tokenizing
 from lora_cli.errors import LoraError
 from lora_cli.render import Renderer
 
@@ -26,7 +26,7 @@ ROWS = [{"prompt": f"ask {number}", "completion": "answer " * number} for number
 
 @pytest.fixture
 def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
-    return model.load_tokenizer(str(tiny / "model"))
+    return tokenizing.load_tokenizer(str(tiny / "model"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, formats, generate, model, recipe_file, selection, sources
+from lora_cli import data, formats, generate, recipe_file, selection, sources, tokenizing
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED, Renderer
 
@@ -214,7 +214,7 @@ ALPACA = (
 )
 def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, prompt: str) -> None:
     tokenizer.chat_template = None
-    assert model.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
+    assert tokenizing.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
     row = {"instruction": "ask", "input": more, "output": "answer"}
     conversation = formats.converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(row)
     [(text, spans)] = Renderer(tokenizer, "assistant").conversation(conversation)
@@ -223,10 +223,10 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
 
 
 def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
-    names = sorted(path.stem for path in model.TEMPLATES.glob("*.jinja"))
+    names = sorted(path.stem for path in tokenizing.TEMPLATES.glob("*.jinja"))
     assert names == ["alpaca", "chatml"]
     for name in names:
-        model.set_chat_template(tokenizer, name)
+        tokenizing.set_chat_template(tokenizer, name)
         [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("messages")(CONVERSATION))
         assert [text[start:end] for start, end in spans] == ["one</s>", "two</s>"], name
         assert text.count("<s>") == 1
@@ -266,7 +266,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
 
 
 def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
-    model.set_chat_template(tokenizer, "alpaca")
+    tokenizing.set_chat_template(tokenizer, "alpaca")
     row = {"instruction": "ask", "input": "more", "output": "answer"}
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n")
@@ -293,7 +293,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def pieces(tiny: Path) -> PreTrainedTokenizerFast:
-    return model.load_tokenizer(str(tiny / "model"))
+    return tokenizing.load_tokenizer(str(tiny / "model"))
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "pieces", "normalised"])

@@ -6,12 +6,14 @@ Hermetic: reads this repository, starts Python. Alone: pytest tests/unit/test_de
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from lora_cli import schema
 
@@ -45,7 +47,19 @@ FLOORS = [
     {"tokens", "readers", "render", "shards"},
     {"limits", "selection", "sources"},
     {"cache"},
-    {"refusal", "targets", "recipe_file", "schema", "upstream", "model", "data", "gguf", "verify", "llama_cpp_setup"},
+    {
+        "refusal",
+        "targets",
+        "recipe_file",
+        "schema",
+        "upstream",
+        "model",
+        "tokenizing",
+        "data",
+        "gguf",
+        "verify",
+        "llama_cpp_setup",
+    },
     {"stream", "identity", "disk"},
     {"attach", "origin"},
     {"walk"},
@@ -61,13 +75,13 @@ FLOORS = [
         "attention",
         "dropout",
         "norms",
-        "fused",
         "dora",
         "factors",
         "parity",
         "preflight",
         "finite",
     },
+    {"fused"},
     {"fold", "derived", "quick", "resumable"},
     {"rehearse"},
     {"memory"},
@@ -119,13 +133,31 @@ def test_imports_go_downward() -> None:
 def test_the_reference_is_only_for_comparing() -> None:
     users = {name for name, paths in FILES.items() for path in paths if "reference" in imported(path)}
     assert users == {"reference", "oracle"}
+    assert packages(FILES["reference"]) == {"torch", "safetensors"}
+
+
+def packages(paths: list[Path]) -> set[str]:
+    """What these files import beside this package and the standard library, anywhere in them."""
     imports = {
-        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
-        for path in FILES["reference"]
+        name.split(".")[0]
+        for path in paths
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
     }
-    assert imports - set(sys.stdlib_module_names) == {"torch", "safetensors", "lora_cli"}
+    return imports - set(sys.stdlib_module_names) - {"lora_cli"}
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    asked = {Requirement(line).name.replace("-", "_") for line in importlib.metadata.requires("lora-cli") or []}
+    used = packages([path for paths in FILES.values() for path in paths])
+    assert {"torch", "numpy", "yaml"} < used
+    assert {"pyyaml" if name == "yaml" else name for name in used} - asked == set()
 
 
 def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:

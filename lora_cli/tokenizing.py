@@ -1,0 +1,109 @@
+"""A base model's tokenizer: loaded, changed as a recipe says, given a chat template and a system prompt, written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from lora_cli import chat, files, foreign, tokens, trust
+from lora_cli.errors import LoraError, nearest
+from lora_cli.recipe import Recipe
+from lora_cli.render import adds_bos
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def tokenizer_for(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokenizerBase, list[int], str]:
+    """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat template in words."""
+    roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
+    tokenizer = load_tokenizer(recipe.model.name_or_path, commit, **roles)
+    new_ids = tokens.add(recipe, tokenizer)
+    template = set_chat_template(tokenizer, recipe.model.chat_template)
+    if recipe.model.system_prompt:
+        set_system_prompt(tokenizer, recipe.model.system_prompt)
+        template += ", with the recipe's system prompt"
+    return tokenizer, new_ids, template
+
+
+def load_tokenizer(name: str, revision: str | None = None, **roles: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token` replaced where given.
+
+    LoraError if it is not a fast one (it must give offsets), or has no such token.
+    """
+    with foreign.refused(f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust.allowed())
+    if not tokenizer.is_fast:
+        raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
+    vocabulary = tokenizer.get_vocab()
+    for kind, token in roles.items():
+        if token is not None:
+            if token not in vocabulary:
+                guess = nearest(token, vocabulary)
+                hint = f"did you mean {guess}?" if guess else f"leave training.{kind} out"
+                raise LoraError(f"training.{kind}: the tokenizer of {name} has no token {token!r}", hint)
+            setattr(tokenizer, kind, token)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None) -> None:
+    """The tokenizer with its template, and the base's `tokenizer.model` where there is one: llama.cpp's converter reads
+    a SentencePiece vocabulary from it, and tokens beyond it from `added_tokens_decoder`; transformers 5 writes neither.
+    """
+    tokenizer.save_pretrained(str(folder))
+    pieces = cached_file(base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if pieces is not None:
+        shutil.copyfile(pieces, folder / "tokenizer.model")
+        settings = files.read_json(folder / "tokenizer_config.json")
+        added = {str(number): token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
+        files.write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": added})
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
+    """Give the tokenizer the chosen chat template (a name, a file, or `auto`) and return what was chosen, in words."""
+    if choice == "auto" and tokenizer.chat_template:
+        return "the tokenizer's own"
+    name = "alpaca" if choice == "auto" else choice
+    known = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        guess = nearest(name, known)
+        hint = f"did you mean {guess}?" if guess else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
+        raise LoraError(f"model.chat_template: there is no template {name!r} and no such file", hint)
+    template = path.read_text(encoding="utf-8")
+    if name in known and adds_bos(tokenizer):
+        template = "{{- bos_token -}}" + template  # the rendered text is tokenised without special tokens
+    tokenizer.chat_template = template
+    return f"{name} (the tokenizer has none)" if choice == "auto" else name
+
+
+def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Let the chat template begin conversations without a system message with `prompt`.
+
+    LoraError where the template has no place for system messages.
+    """
+    message = f"{{'role': 'system', 'content': {json.dumps(prompt, ensure_ascii=False)}}}"
+    opening = (
+        "{%- if messages and messages[0]['role'] != 'system' %}"
+        f"{{%- set messages = [{message}] + messages %}}"
+        "{%- endif %}{{- '' }}"
+    )
+    template = tokenizer.chat_template
+    given = template if isinstance(template, dict) else {"default": template}
+    made = {name: opening + text for name, text in given.items()}
+    for text in made.values():
+        try:
+            asked = [{"role": "user", "content": "x"}]
+            shown = chat.render(tokenizer, asked, source=text)
+        except TemplateError:
+            shown = ""
+        if prompt.strip() not in shown:
+            raise LoraError(
+                "model.system_prompt: the chat template has no place for system messages",
+                "remove it, or --set model.chat_template=chatml",
+            )
+    tokenizer.chat_template = made if isinstance(template, dict) else made["default"]
