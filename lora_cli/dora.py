@@ -11,14 +11,13 @@ Within `norms_kept` the norms are computed once, for A and B stay as they are un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -39,20 +38,18 @@ class FactoredDora(DoraLinearLayer):
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if self.squares is None:
                 self.squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-            crossed = (lora_A.to(weight.dtype) @ weight.T).float()
             first, second = lora_A.float(), lora_B.float()
-            gram = ((second @ (first @ first.T)) * second).sum(1)
-            cross = (second * crossed.T).sum(1)
-            return (self.squares + 2 * scaling * cross + scaling**2 * gram).clamp(min=0).sqrt()
+            crossed = (weight @ lora_A.to(weight.dtype).T).float()
+            both = torch.addmm(crossed, second, first @ first.T, beta=2 * scaling, alpha=scaling**2)
+            return (self.squares + torch.linalg.vecdot(both, second)).clamp_(min=0).sqrt_()
 
-    def factor(self, base_layer: nn.Module, lora_A: nn.Linear, lora_B: nn.Linear, scaling: float) -> Tensor:
-        """Magnitude over norm (out), with the gradient of the magnitude."""
-        norms = self.norms
-        if norms is None:
-            weight: Tensor = transpose(dequantize_module_weight(base_layer), self.fan_in_fan_out)
-            norms = self.row_norms(weight, lora_A.weight, lora_B.weight, scaling)
-            self.norms = norms if self.keeps else None
-        return self.weight / norms.to(self.weight.dtype)
+    def norms_now(self, weight: Callable[[], Tensor], lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """The same, of a weight that is asked for only where the norms are not kept."""
+        if self.norms is not None:
+            return self.norms
+        norms = self.row_norms(weight(), lora_A, lora_B, scaling)
+        self.norms = norms if self.keeps else None
+        return norms
 
     def forward(
         self,
@@ -66,53 +63,18 @@ class FactoredDora(DoraLinearLayer):
         adapter_name: str = "default",
     ) -> Tensor:
         """What DoRA adds to the base's output (rows × out), as PEFT's own."""
-        factor = self.factor(base_layer, lora_A, lora_B, scaling).view(1, -1)
+
+        def weight() -> Tensor:
+            return transpose(dequantize_module_weight(base_layer), self.fan_in_fan_out)
+
+        norms = self.norms_now(weight, lora_A.weight, lora_B.weight, scaling)
+        factor = (self.weight / norms.to(self.weight.dtype)).view(1, -1)
         update = lora_B(lora_A(x))
         if base_result is None:  # with dropout: of the input as the adapter sees it
-            weight = transpose(dequantize_module_weight(base_layer), self.fan_in_fan_out)
-            base_result = functional.linear(x, weight.to(x.dtype))
+            base_result = functional.linear(x, weight().to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
         return (factor - 1) * base_result + factor * update * scaling
-
-
-class FactoredVariant(DoraLinearVariant):
-    """PEFT's DoRA of a linear layer, in fewer passes over the layer's output."""
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output (… × out) for its input and the base's output `result`."""
-        base_layer, scaling = module.get_base_layer(), module.scaling[active_adapter]
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        drops = module.training and not isinstance(module.lora_dropout[active_adapter], nn.Identity)
-        bias = base_layer.bias
-        update = None if drops or (bias is not None and bias.requires_grad) else lora_B(lora_A(x))
-        if update is None or update.dtype != result.dtype:
-            return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
-        factor = module.lora_magnitude_vector[active_adapter].factor(base_layer, lora_A, lora_B, scaling)
-        return _Scaled.apply(result, update, bias, factor, scaling)
-
-
-class _Scaled(torch.autograd.Function):
-    """f (y - b + s u) + b for a base's output y with bias b, an update u (… × out), f (out) and the scaling s."""
-
-    @staticmethod
-    def forward(ctx: Any, base: Tensor, update: Tensor, bias: Tensor | None, factor: Tensor, scaling: float) -> Tensor:
-        whole = torch.add(base, update, alpha=scaling)
-        if bias is not None:
-            whole.sub_(bias)
-        ctx.save_for_backward(whole, factor)
-        ctx.scaling = scaling
-        made = whole * factor.to(whole.dtype)
-        return made if bias is None else made.add_(bias)
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = above
-        whole, factor = ctx.saved_tensors
-        of_factor = (gradient * whole).flatten(0, -2).sum(0, dtype=torch.float32).to(factor.dtype)
-        of_base = gradient * factor.to(gradient.dtype)
-        return of_base, of_base * ctx.scaling, None, of_factor, None
 
 
 def install(adapted: PeftModel) -> int:
@@ -121,12 +83,10 @@ def install(adapted: PeftModel) -> int:
     for layer in model.lora_layers(adapted).values():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         frozen = not any(name == "weight" and p.requires_grad for name, p in layer.get_base_layer().named_parameters())
-        for name, magnitude in magnitudes.items():
+        for magnitude in magnitudes.values():
             if type(magnitude) is DoraLinearLayer and frozen:
                 magnitude.__class__ = FactoredDora
                 installed += 1
-                if type(layer.lora_variant[name]) is DoraLinearVariant:
-                    layer.lora_variant[name] = FactoredVariant()
     return installed
 
 

@@ -1,9 +1,9 @@
-"""Dropout on a CPU at a fraction of torch's time: four numbers from each random one, applied as bits.
+"""Dropout on a CPU at a fraction of torch's time: what is dropped is drawn, not what every element does.
 
 torch draws a number in double precision for each element: 1.8 ms for 1024 × 320 in one thread, where the matrix product
-behind it takes 0.7. Here each 64-bit number of torch's generator gives four of 15 bits; p is taken to the nearest
-32768th and the scale made for that, so that the mean is kept exactly. Seeds, resuming and checkpointing work as with
-torch's, with other draws.
+behind it takes 0.2. Here only the distances from one dropped element to the next are drawn, which are geometric: one
+number for each that is dropped, 0.1 ms for p = 0.05. They are also all that is kept for the gradient. Seeds, resuming
+and checkpointing work as with torch's, with other draws.
 """
 
 from __future__ import annotations
@@ -17,7 +17,25 @@ from torch import Tensor, nn
 
 from lora_cli import model
 
-STEPS = 1 << 15
+
+def positions(size: int, p: float) -> Tensor:
+    """Which of `size` elements are dropped (int64, ascending), each with probability 0 < p < 1, by torch's generator.
+
+    The last entries are `size`, which stands for none: how many numbers are drawn does not depend on what they are.
+    That there were too few of them has a probability below 10⁻¹⁵.
+    """
+    expected = size * p
+    count = math.ceil(expected + 8 * math.sqrt(expected) + 32)
+    apart = torch.rand(count, dtype=torch.float32).neg_().log1p_().mul_(1 / math.log1p(-p))
+    return apart.long().add_(1).cumsum_(0).sub_(1).clamp_(max=size)
+
+
+def without(x: Tensor, dropped: Tensor) -> Tensor:
+    """A copy of x with zeros at the `positions` that are dropped; it has room behind it for the one that is none."""
+    room = x.new_empty(x.numel() + 1)
+    copy = room[:-1].view(x.shape).copy_(x)
+    room.index_fill_(0, dropped, 0)
+    return copy
 
 
 class QuickDropout(nn.Dropout):
@@ -27,32 +45,22 @@ class QuickDropout(nn.Dropout):
         """`x` with a share p of its elements zero and the others larger, in training; else `x`."""
         if not self.training or not self.p:
             return x
-        dropped = min(round(self.p * STEPS), STEPS - 1)
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = (bits[: x.numel()] & (STEPS - 1)).sub_(dropped).bitwise_right_shift_(15).bitwise_not_()
-        return _Kept.apply(x, kept.view(x.shape), STEPS / (STEPS - dropped))
+        return _Dropped.apply(x, positions(x.numel(), self.p), 1 / (1 - self.p))
 
 
-class _Kept(torch.autograd.Function):
-    """Elements of x where all bits of `kept` (int16) are set, times `scale`; zero where none is."""
+class _Dropped(torch.autograd.Function):
+    """x times `scale`, and zero at the positions that are dropped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(kept)
+    def forward(ctx: Any, x: Tensor, dropped: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(dropped)
         ctx.scale = scale
-        return masked(x, kept).mul_(scale)
+        return without(x, dropped).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return masked(above[0], kept).mul_(ctx.scale), None, None
-
-
-def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """A copy of x with the bits that `kept` has; torch's product with a mask of booleans takes five times as long."""
-    if x.dtype.itemsize == 2:
-        return (x.view(torch.int16) & kept).view(x.dtype)
-    return (x.view(torch.int32) & kept.to(torch.int32)).view(x.dtype)
+        (dropped,) = ctx.saved_tensors
+        return without(above[0], dropped).mul_(ctx.scale), None, None
 
 
 def install(adapted: PeftModel) -> int:
@@ -60,7 +68,7 @@ def install(adapted: PeftModel) -> int:
     installed = 0
     for layer in model.lora_layers(adapted).values():
         for name, dropout in getattr(layer, "lora_dropout", {}).items():
-            if type(dropout) is nn.Dropout and adapted.device.type == "cpu":
+            if type(dropout) is nn.Dropout and layer.get_base_layer().weight.device.type == "cpu":
                 layer.lora_dropout[name] = QuickDropout(dropout.p)
                 installed += 1
     return installed

@@ -1,130 +1,186 @@
-"""LoRA on a linear layer, its sums taken in the products: y + (x Aᵀ)(s B)ᵀ without passes for scaling and adding.
+"""An adapted linear layer as one operation: f (W x + s B A x̃) + b, with LoRA (f = 1) or DoRA, dropout and 4-bit bases.
 
-PEFT computes B A x, scales it, and adds it to the base's output: three tensors as large as that, which a CPU writes and
-reads one after the other. Here the last product adds to the output as it goes, in the type the output has, and only x
-and x Aᵀ are kept for the gradients, as with PEFT. (One step of a Llama of width 320 and one of width 1024, bfloat16,
-rank 16, one thread: 0.92 of PEFT's time.) Where nothing is dropped and the base is not in 4 bits, base and adapter are
-one operation, which sums the two gradients with respect to x in a product as well (0.95 of the time again); a 4-bit
-base's output is not copied first (0.975). On CUDA, compiling the layer does this.
+PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensors as large as the output, which a CPU
+writes and reads one after the other, and DoRA and dropout add their own. Here the one product adds to the other, in the
+backward pass too, f and b take one pass more, and kept for the gradients are x, A x̃, where dropout left zeros, and for
+DoRA what f multiplies. What that gains is in docs/benchmarks.md. On CUDA, compiling the layer does this. What a layer
+has beyond that – several adapters, DoRA with dropout, types that differ – is PEFT's to compute.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes import nn as bnb
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
-from peft.tuners.lora.layer import LoraVariant
+from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from lora_cli import model
+from lora_cli import dora, dropout, model
 
 
-class FusedVariant(LoraVariant):
-    """Plain LoRA, as PEFT's layers ask for what differs from their own; for training only, not for merging."""
+class Frozen(NamedTuple):
+    """A layer's weight, which is not trained, as a matrix (out × in) of type `dtype` when asked for."""
+
+    weight: Tensor
+    dtype: torch.dtype
+    turned: bool
+    """The weight is in × out."""
+    state: QuantState | None
+    """What bitsandbytes needs to read a 4-bit one."""
+
+    def matrix(self) -> Tensor:
+        """The weight; a 4-bit one's is made anew each time."""
+        if self.state is None:
+            return transpose(self.weight, self.turned)
+        return dequantize_4bit(self.weight, self.state).to(self.dtype)
+
+
+class _Adapted(torch.autograd.Function):
+    """f (W x + s B A x̃) + b for x (… × in), with x̃ the x of which a share p is dropped, in the type of W.
+
+    f = m / ‖W + s B A‖ of each row, the norm a constant, or 1 where there is no magnitude m.
+    """
 
     @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output (… × out) for its input and the base's output `result`."""
-        x = module.lora_dropout[active_adapter](x)
-        first, second = (getattr(module, name)[active_adapter].weight for name in ("lora_A", "lora_B"))
-        return _Added.apply(x, result, first, second, module.scaling[active_adapter])
-
-
-class _Added(torch.autograd.Function):
-    """y + s B A x for x (… × in), y (… × out), A (rank × in) and B (out × rank), in the type of y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        rows, first, second = x.flatten(0, -2).to(y.dtype), lora_A.to(y.dtype), (lora_B * scaling).to(y.dtype)
-        low = rows @ first.T
-        ctx.save_for_backward(rows, low, first, second)
-        ctx.given = x.shape, x.dtype, lora_A.dtype, scaling
-        return torch.addmm(y.flatten(0, -2), low, second.T).view_as(y)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        magnitude: Tensor | None,
+        base: Frozen,
+        norms: dora.FactoredDora | None,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        kind, weight, scale = base.dtype, base.matrix(), scaling / (1 - p)
+        seen, first, second = x.to(kind), lora_A.to(kind), (lora_B * scale).to(kind)
+        dropped = dropout.positions(x.numel(), p) if p else None
+        low = functional.linear(seen if dropped is None else dropout.without(seen, dropped), first)
+        shift, kept = None if bias is None else bias.float(), (None, None, None)
+        made = functional.linear(low, second, None if shift is None or norms is not None else shift.to(kind))
+        made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
+        given = made  # no view, and nothing that is kept: models add to it and clip it in place
+        if norms is not None:
+            found = norms.norms_now(lambda: weight, lora_A, lora_B, scaling)
+            factor = norms.weight.float() / found
+            given, kept = _by_column(made, factor, shift), (factor, found, made)
+        ctx.save_for_backward(seen, low, first, second, dropped, *kept)
+        ctx.given = x.dtype, lora_A.dtype, base, scale
+        return given
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, first, second = ctx.saved_tensors
-        shape, dtype, kind, scaling = ctx.given
-        gradient = above[0].flatten(0, -2)
+        seen, low, first, second, dropped, factor, found, made = ctx.saved_tensors
+        dtype, kind, base, scale = ctx.given
+        gradient, rows = above[0].flatten(0, -2), seen.flatten(0, -2)
+        by_x = by_bias = by_magnitude = None
+        if ctx.needs_input_grad[3]:
+            by_bias = gradient.sum(0, dtype=torch.float32).to(kind)
+        if factor is not None:
+            by_magnitude, gradient = _along(gradient, made) / found, _by_column(gradient, factor)
         by_low = gradient @ second
-        by_x = (by_low @ first).to(dtype).view(shape) if ctx.needs_input_grad[0] else None
-        return by_x, above[0], (by_low.T @ rows).to(kind), (gradient.T @ low).to(kind).mul_(scaling), None
+        if ctx.needs_input_grad[0]:
+            by_x = by_low @ first
+            by_x = by_x if dropped is None else dropout.without(by_x, dropped)
+            by_x = by_x.addmm_(gradient, base.matrix()).to(dtype).view_as(seen)
+        rows = rows if dropped is None else dropout.without(rows, dropped)
+        by_A, by_B = (by_low.T @ rows).to(kind), (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
+        return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None
 
 
-def alone(layer: Any) -> str | None:
+def _by_column(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
+    """f x + b for x (… × out), f and b (out, float32): in one pass, as batch norm does it where it trains nothing."""
+    made, none = torch.empty_like(x), torch.empty(0)
+    given = factor, shift, torch.zeros_like(factor), torch.ones_like(factor)  # mean and variance of the norm
+    torch.native_batch_norm(_images(x), *given, False, 0.0, 0.0, out=(_images(made), none, none))
+    return made
+
+
+def _along(gradient: Tensor, x: Tensor) -> Tensor:
+    """The sum of g x over the rows (out, float32) for a gradient and an x (… × out): what that norm's factor learns."""
+    zero = torch.zeros(x.shape[-1])
+    given = _images(gradient), _images(x), zero, zero, zero + 1, None, None, False, 0.0, (False, True, False)
+    return torch.ops.aten.native_batch_norm_backward(*given)[1]
+
+
+def _images(x: Tensor) -> Tensor:
+    """… × out as one image of as many pixels and `out` channels, the channels last in memory."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+class _Fused:
+    """The forward pass of an adapted layer, PEFT's own where it is more than this operation."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output (… × out) for x (… × in), as PEFT's."""
+        name, base = _alone(self), _frozen(self, x)
+        if name is None or base is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        drop, norms = self.lora_dropout[name], None
+        p = drop.p if drop.training and not isinstance(drop, nn.Identity) else 0.0
+        if name in self.lora_magnitude_vector:
+            norms = self.lora_magnitude_vector[name]
+            if p or not isinstance(norms, dora.FactoredDora):
+                return super().forward(x)  # type: ignore[misc]
+        first, second = self.lora_A[name].weight, self.lora_B[name].weight
+        bias, magnitude = self.get_base_layer().bias, norms and norms.weight
+        return _Adapted.apply(x, first, second, bias, magnitude, base, norms, self.scaling[name], p)
+
+
+class FusedLinear(_Fused, Linear):
+    """PEFT's adapted linear layer, as one operation."""
+
+
+class Fused4bit(_Fused, Linear4bit):
+    """PEFT's adapted 4-bit layer, as one operation."""
+
+
+def _alone(layer: Any) -> str | None:
     """The adapter of a layer that has only this one, which is active and not merged; else None."""
     names = layer.active_adapters
     single = len(names) == 1 and list(layer.lora_A) == names
     return names[0] if single and not (layer.disable_adapters or layer.merged) else None
 
 
-class FusedLinear(Linear):
-    """PEFT's LoRA on a linear layer, whose forward pass is one operation where nothing but plain LoRA is asked for."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output (… × out) for x (… × in), as PEFT's."""
-        base, name = self.get_base_layer(), alone(self)
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if name is None or args or kwargs or base.weight.dtype != kind:
-            return super().forward(x, *args, **kwargs)
-        first, second = self.lora_A[name].weight, self.lora_B[name].weight
-        return _Whole.apply(x, base.weight, base.bias, first, second, self.scaling[name])
-
-
-class Fused4bit(Linear4bit):
-    """PEFT's LoRA on a 4-bit layer without the copy of the base's output that PEFT makes lest it be written to."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output (… × out) for x (… × in), as PEFT's."""
-        name = alone(self)
-        if name is None or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        return FusedVariant.forward(self, name, x, self.base_layer(x))
-
-
-class _Whole(torch.autograd.Function):
-    """W x + b + s B A x for x (… × in), of which W and b are not trained, in the type of W."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> Tensor:
-        kind = weight.dtype
-        rows, first, second = x.flatten(0, -2).to(kind), lora_A.to(kind), (lora_B * scaling).to(kind)
-        low = rows @ first.T
-        ctx.save_for_backward(rows, weight, low, first, second)
-        ctx.given = x.dtype, lora_A.dtype, scaling
-        made = functional.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, second.T)
-        return made.view(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, low, first, second = ctx.saved_tensors
-        dtype, kind, scaling = ctx.given
-        gradient = above[0].flatten(0, -2)
-        by_low, by_x = gradient @ second, None
-        if ctx.needs_input_grad[0]:
-            by_x = (gradient @ weight).addmm_(by_low, first).to(dtype).view(*above[0].shape[:-1], weight.shape[1])
-        return by_x, None, None, (by_low.T @ rows).to(kind), (gradient.T @ low).to(kind).mul_(scaling), None
+def _frozen(layer: Any, x: Tensor) -> Frozen | None:
+    """The base of a layer; None where that and what it is given differ in type."""
+    base = layer.get_base_layer()
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if isinstance(base, bnb.Linear4bit):
+        return (
+            Frozen(base.weight, kind, False, base.weight.quant_state) if base.compute_dtype == x.dtype == kind else None
+        )
+    return Frozen(base.weight, kind, layer.fan_in_fan_out, None) if base.weight.dtype == kind else None
 
 
 def install(adapted: PeftModel) -> int:
-    """Let plain LoRA on linear layers of a model on a CPU use it; returns how many layers do."""
+    """Let LoRA and DoRA on linear layers of a model on a CPU use it; returns how many layers do."""
     installed = 0
     for layer in model.lora_layers(adapted).values():
-        for name in layer.lora_A.keys() - layer.lora_variant.keys() if type(layer) in (Linear, Linear4bit) else ():
-            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-            if type(lora_A) is nn.Linear and lora_B.bias is None and lora_B.weight.device.type == "cpu":
-                layer.lora_variant[name] = FusedVariant()
-                installed += 1
-                if type(layer) is Linear4bit:
-                    layer.__class__ = Fused4bit
-                base = layer.get_base_layer()
-                frozen = type(base) is nn.Linear and not any(each.requires_grad for each in base.parameters())
-                if type(layer) is Linear and frozen and isinstance(layer.lora_dropout[name], nn.Identity):
-                    layer.__class__ = FusedLinear
+        if type(layer) in (Linear, Linear4bit) and _suits(layer):
+            layer.__class__ = FusedLinear if type(layer) is Linear else Fused4bit
+            installed += 1
     return installed
+
+
+def _suits(layer: Any) -> bool:
+    """Whether a layer is a frozen weight on the CPU with LoRA or DoRA, which have no biases of their own."""
+    base = layer.get_base_layer()
+    if (
+        type(base) not in (nn.Linear, Conv1D, bnb.Linear4bit)
+        or base.weight.requires_grad
+        or base.weight.device.type != "cpu"
+    ):
+        return False
+    if layer.lora_variant.keys() - layer.lora_magnitude_vector.keys():
+        return False
+    return all(type(layer.lora_A[name]) is nn.Linear and layer.lora_B[name].bias is None for name in layer.lora_A)

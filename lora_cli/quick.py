@@ -14,11 +14,11 @@ from lora_cli.errors import LoraError, UsageError
 
 def install(adapted: PeftModel, device: str) -> None:
     """For a model that trains on `device`, as torch names its kind."""
+    dora.install(adapted)
     if device == "cpu":
         norms.install(adapted)
         dropout.install(adapted)
         fused.install(adapted)
-    dora.install(adapted)  # last: it remembers what the base's weights are
 
 
 def compile_layers(network: nn.Module, options: dict[str, Any]) -> int:

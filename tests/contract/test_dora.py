@@ -14,23 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli import dora, model, recipe_file, train
+from tests.networks import IN, OUT, Layers
 
-IN, OUT, RANK = 96, 160, 4
-
-
-class Layers(torch.nn.Module):
-    """A linear layer with bias, one without, one the other way round."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(IN, OUT), torch.nn.Linear(OUT, IN, bias=False)
-        self.third = Conv1D(OUT, IN)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.third(self.second(self.first(x).relu()).relu())
+RANK = 4
 
 
 def pair(network: torch.nn.Module, targets: list[str], **options) -> tuple[PeftModel, PeftModel]:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_cli import loss, recipe_file, train
+from tests import networks
 
 VOCABULARY = 307
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -32,15 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def random_model(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
-    """Two layers, weights far from their small beginnings."""
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    given = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, **shape, **ids, **FAMILIES[family], **more}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given))
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.to(dtype)
+    """Of a family, with what its head has, and weights far from their small beginnings."""
+    made = networks.random_model(family, vocab_size=VOCABULARY, **FAMILIES[family], **more)
+    networks.far_from_the_start(made)
+    return made.to(dtype)
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli import packing, recipe_file, train
 from lora_cli.render import IGNORED
+from tests.networks import random_model
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(4, 50))
@@ -73,13 +73,6 @@ def test_a_packed_step_is_the_padded_step(write_recipe, tiny: Path, tmp_path: Pa
         # Adam divides small gradients by their own size, and with them their rounding
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
     assert any(tensor.abs().max() > 1e-3 for name, tensor in weights.items() if "lora_B" in name)
-
-
-def random_model(family: str, **more) -> PreTrainedModel:
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(family, vocab_size=300, num_key_value_heads=2, **shape, **more)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
