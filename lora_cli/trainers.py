@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import checkpoints, dora, packing, rng
+from lora_cli import checkpoints, dora, model, packing, rng
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
 from lora_cli.resumable import Resumable
@@ -38,14 +38,29 @@ class _Watched:
     """Summed over the evaluation so far: the loss of each trained token, and their number."""
     dora_layers: Sequence[dora.FactoredDora] = ()
     """Layers whose norms are the same in all sequences of a step."""
+    trained: Sequence[torch.Tensor] = ()
+    """What has gradients."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         half = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
         # PEFT casts inputs to the adapter's float32, and autocast casts them back: the same values, for time and memory
-        with disable_input_dtype_casting(self.model, active=half):  # type: ignore[attr-defined]
+        self.trained = [parameter for _, parameter in model.trainable(self.model)]  # type: ignore[attr-defined]
+        with (
+            disable_input_dtype_casting(self.model, active=half),  # type: ignore[attr-defined]
+            _walked_once(self.model, self.trained),  # type: ignore[attr-defined]
+        ):
             return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)  # type: ignore[attr-defined]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """What a step's tokens take, of which Trainer's own count is that of full training."""
+        return self.watch.work.each * inputs["input_ids"].numel()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         try:
@@ -127,6 +142,28 @@ class _Watched:
         output.metrics[f"{metric_key_prefix}_loss"] = mean
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))
         return output
+
+
+@contextmanager
+def _walked_once(adapted: Any, trained: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, what Trainer asks of the model in every pass and step does not walk through all of its modules.
+
+    A model that is training already stays as it is, and only `trained` has gradients to forget. Of a small model's step
+    these walks were 4 %, of an 8-billion-parameter model's they are 10 ms each.
+    """
+
+    def train(mode: bool = True) -> Any:
+        return adapted if mode and adapted.training else type(adapted).train(adapted, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    adapted.train, adapted.zero_grad = train, zero_grad
+    try:
+        yield
+    finally:
+        del adapted.train, adapted.zero_grad
 
 
 class WatchedSFTTrainer(_Watched, Resumable, SFTTrainer):
