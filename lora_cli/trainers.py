@@ -159,6 +159,7 @@ def _walked_once(adapted: Any, trained: Sequence[torch.Tensor]) -> Iterator[None
         for parameter in trained:
             parameter.grad = None
 
+    adapted.train()  # PEFT's own module says that it trains, the base's within it that they do not
     adapted.train, adapted.zero_grad = train, zero_grad
     try:
         yield
