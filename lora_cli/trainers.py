@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import checkpoints, dora, model, packing, rng
+from lora_cli import checkpoints, dora, packing, rng
 from lora_cli.errors import LoraError
 from lora_cli.render import IGNORED
 from lora_cli.resumable import Resumable
@@ -39,19 +39,38 @@ class _Watched:
     dora_layers: Sequence[dora.FactoredDora] = ()
     """Layers whose norms are the same in all sequences of a step."""
     trained: Sequence[torch.Tensor] = ()
-    """What has gradients."""
+    """What has gradients, from the first pass on: resuming may put other tensors into the model before it."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         half = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
         # PEFT casts inputs to the adapter's float32, and autocast casts them back: the same values, for time and memory
-        self.trained = [parameter for _, parameter in model.trainable(self.model)]  # type: ignore[attr-defined]
-        with (
-            disable_input_dtype_casting(self.model, active=half),  # type: ignore[attr-defined]
-            _walked_once(self.model, self.trained),  # type: ignore[attr-defined]
-        ):
+        with disable_input_dtype_casting(self.model, active=half), self._walked_once():  # type: ignore[attr-defined]
             return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _walked_once(self) -> Iterator[None]:
+        """Inside, what Trainer asks of the model in every pass and step does not walk through all of its modules.
+
+        A model that is training already stays as it is, and only `trained` has gradients to forget. Of a small model's
+        step these walks were 4 %, of an 8-billion-parameter model's they are 10 ms each.
+        """
+        adapted: Any = self.model  # type: ignore[attr-defined]
+
+        def train(mode: bool = True) -> Any:
+            return adapted if mode and adapted.training else type(adapted).train(adapted, mode)
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in self.trained or adapted.parameters():
+                parameter.grad = None
+
+        adapted.train()  # PEFT's own module says that it trains, the base's within it that they do not
+        adapted.train, adapted.zero_grad, self.trained = train, zero_grad, ()
+        try:
+            yield
+        finally:
+            del adapted.train, adapted.zero_grad
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
@@ -109,6 +128,7 @@ class _Watched:
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
+        self.trained = self.trained or [parameter for parameter in model.parameters() if parameter.requires_grad]
         parts = packing.sequences(inputs) if packing.CUTS in inputs else [inputs]
         with dora.norms_kept(self.dora_layers):
             for number, part in enumerate(parts, 1):
@@ -142,29 +162,6 @@ class _Watched:
         output.metrics[f"{metric_key_prefix}_loss"] = mean
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))
         return output
-
-
-@contextmanager
-def _walked_once(adapted: Any, trained: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, what Trainer asks of the model in every pass and step does not walk through all of its modules.
-
-    A model that is training already stays as it is, and only `trained` has gradients to forget. Of a small model's step
-    these walks were 4 %, of an 8-billion-parameter model's they are 10 ms each.
-    """
-
-    def train(mode: bool = True) -> Any:
-        return adapted if mode and adapted.training else type(adapted).train(adapted, mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    adapted.train()  # PEFT's own module says that it trains, the base's within it that they do not
-    adapted.train, adapted.zero_grad = train, zero_grad
-    try:
-        yield
-    finally:
-        del adapted.train, adapted.zero_grad
 
 
 class WatchedSFTTrainer(_Watched, Resumable, SFTTrainer):
