@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from lora_cli import merge, model, recipe, recipe_file, tokenizing, train
+from lora_cli import merge, model, recipe, recipe_file, tokenizing, train, trainers
 from lora_cli.errors import LoraError
 from lora_cli.fused import FusedLinear
 
@@ -369,3 +370,18 @@ def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Pat
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert len(run["resumed"]) == 2
     assert run["started"] <= run["resumed"][0]
+
+
+def test_walking_the_model_once_is_the_run_that_walks_it_in_every_pass(
+    write_recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With evaluation between steps, noise and dropout, which hang on the modules' mode, and gradients to forget."""
+    found = []
+    for name in ("once", "always"):
+        text = (
+            f"output_dir: {tmp_path / name}\nlora: {{lora_dropout: 0.1}}\ndata: {{eval_path: {tiny / 'eval.jsonl'}}}\n"
+            "training: {max_steps: 4, neftune_noise_alpha: 5, eval_strategy: steps, eval_steps: 2}\n"
+        )
+        found.append(adapter_bytes(train.train(recipe_file.load(write_recipe(text)))))
+        monkeypatch.setattr(trainers._Watched, "_walked_once", lambda self: nullcontext())
+    assert found[0] == found[1]
