@@ -132,7 +132,7 @@ class _Fused:
             if p or not isinstance(norms, dora.FactoredDora):
                 return super().forward(x)  # type: ignore[misc]
         first, second = self.lora_A[name].weight, self.lora_B[name].weight
-        bias, magnitude = self.get_base_layer().bias, norms and norms.weight
+        bias, magnitude = self.get_base_layer().bias, None if norms is None else norms.weight
         return _Adapted.apply(x, first, second, bias, magnitude, base, norms, self.scaling[name], p)
 
 
@@ -155,11 +155,10 @@ def _frozen(layer: Any, x: Tensor) -> Frozen | None:
     """The base of a layer; None where that and what it is given differ in type."""
     base = layer.get_base_layer()
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if isinstance(base, bnb.Linear4bit):
-        return (
-            Frozen(base.weight, kind, False, base.weight.quant_state) if base.compute_dtype == x.dtype == kind else None
-        )
-    return Frozen(base.weight, kind, layer.fan_in_fan_out, None) if base.weight.dtype == kind else None
+    packed = isinstance(base, bnb.Linear4bit)
+    if (base.compute_dtype if packed else base.weight.dtype) != kind or (packed and x.dtype != kind):
+        return None
+    return Frozen(base.weight, kind, layer.fan_in_fan_out, base.weight.quant_state if packed else None)
 
 
 def install(adapted: PeftModel) -> int:

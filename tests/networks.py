@@ -30,10 +30,3 @@ def random_model(family: str, dtype: torch.dtype = torch.float32, **more: Any) -
     given = {"vocab_size": 300, "num_key_value_heads": 2, **shape, **ids, **more}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given)).to(dtype)
-
-
-def far_from_the_start(network: torch.nn.Module, by: float = 0.05) -> None:
-    """Noise on every parameter, as training might leave it."""
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data += by * torch.randn_like(parameter)

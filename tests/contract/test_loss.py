@@ -35,7 +35,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def random_model(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
     """Of a family, with what its head has, and weights far from their small beginnings."""
     made = networks.random_model(family, vocab_size=VOCABULARY, **FAMILIES[family], **more)
-    networks.far_from_the_start(made)
+    torch.manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
     return made.to(dtype)
 
 
