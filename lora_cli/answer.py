@@ -16,8 +16,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli import chat, model, origin, record, tokenizing, ui
-from lora_cli.errors import LoraError
+from lora_cli import chat, model, origin, record, tokenizing
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
 Messages = list[dict[str, Any]]

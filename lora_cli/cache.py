@@ -25,8 +25,8 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import files, ui
-from lora_cli.errors import LoraError
+from lora_cli.common import files, ui
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.selection import Counts, Kept
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli import files, ui
+from lora_cli.common import files, ui
 
 MANIFEST, STAGING = "manifest.json", ".saving.tmp"
 FORMAT = 1

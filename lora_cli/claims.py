@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_cli import ui
-from lora_cli.errors import LoraError
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 
 TEXTS = (list, str, type(None))
 NUMBER = (int, float)

@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
-from lora_cli import __version__, foreign, launcher, private, trust, ui
-from lora_cli.errors import LoraError, UsageError
+from lora_cli import __version__, launcher
+from lora_cli.common import library_errors as foreign
+from lora_cli.common import privacy as private
+from lora_cli.common import remote_code as trust
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError, UsageError
 
 if TYPE_CHECKING:
     from lora_cli.recipe import Recipe

@@ -13,8 +13,9 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import derived, factors, files, identity, model, origin, record, ui
-from lora_cli.errors import LoraError, UsageError, nearest
+from lora_cli import derived, factors, identity, model, origin, record
+from lora_cli.common import files, ui
+from lora_cli.common.errors import LoraError, UsageError, nearest
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import fold, identity, model, origin, record, tokenizing, ui, verify, walk, weights
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli import fold, identity, model, origin, record, tokenizing, verify, walk, weights
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.gguf import GGUFModel
 from lora_cli.verify import Probe
 

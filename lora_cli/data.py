@@ -28,8 +28,9 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, formats, readers, selection, sources, ui
-from lora_cli.errors import LoraError, nearest
+from lora_cli import cache, formats, readers, selection, sources
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError, nearest
 from lora_cli.formats import BadRow
 from lora_cli.recipe import Data, Recipe, Rows
 from lora_cli.render import IGNORED, Batch, Encoded, Renderer

@@ -11,8 +11,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import files, identity, record, tokenizing
-from lora_cli.errors import LoraError
+from lora_cli import identity, record, tokenizing
+from lora_cli.common import files
+from lora_cli.common.errors import LoraError
 from lora_cli.record import Adapter
 
 DORA = "DoRA magnitudes"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli import checkpoints
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import Recipe
 
 TOKEN = 150

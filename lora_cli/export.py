@@ -9,22 +9,9 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli import (
-    files,
-    fold,
-    imatrix,
-    llama_cpp,
-    model,
-    origin,
-    parity,
-    preflight,
-    record,
-    serving,
-    tokenizing,
-    ui,
-    verify,
-)
-from lora_cli.errors import LoraError, UsageError
+from lora_cli import fold, imatrix, llama_cpp, model, origin, parity, preflight, record, serving, tokenizing, verify
+from lora_cli.common import files, ui
+from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.llama_cpp import Found
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from lora_cli import derived, files, identity, llama_cpp, model, origin, parity, record, ui, verify
-from lora_cli.errors import UsageError
+from lora_cli import derived, identity, llama_cpp, model, origin, parity, record, verify
+from lora_cli.common import files, ui
+from lora_cli.common.errors import UsageError
 from lora_cli.llama_cpp import Found
 from lora_cli.record import Adapter
 

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import derived, factors, files, identity, model, origin, record, tokenizing, ui, verify
-from lora_cli.errors import LoraError
+from lora_cli import derived, factors, identity, model, origin, record, tokenizing, verify
+from lora_cli.common import files, ui
+from lora_cli.common.errors import LoraError
 from lora_cli.factors import PREFIX
 from lora_cli.record import Adapter
 

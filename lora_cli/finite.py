@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 
 
 def check(network: torch.nn.Module, name: str) -> None:

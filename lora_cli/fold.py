@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import attach, files, identity, model, origin, record, shards, stream, tokenizing, ui, verify, walk, whole
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli import attach, identity, model, origin, record, shards, stream, tokenizing, verify, walk, whole
+from lora_cli.common import files, ui
+from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.record import Adapter
 
 ROUTED_KL = 1e-4

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_cli.errors import nearest
+from lora_cli.common.errors import nearest
 
 # The columns each format needs, most specific first. Further ones: alpaca `input`; `system`; `tools`; `labels`.
 FORMATS = {

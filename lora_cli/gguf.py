@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from lora_cli import llama_cpp
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 
 
 class GGUFModel:

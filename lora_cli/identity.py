@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from lora_cli import files, shards
-from lora_cli.errors import LoraError
+from lora_cli import shards
+from lora_cli.common import files
+from lora_cli.common.errors import LoraError
 from lora_cli.record import Adapter
 
 SAMPLE = 64

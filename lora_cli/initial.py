@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from lora_cli import model, targets
-from lora_cli.errors import UsageError
+from lora_cli.common.errors import UsageError
 from lora_cli.recipe import Recipe
 
 ROWS = 256

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lora_cli import files, fold, record, ui
-from lora_cli.errors import RejectedError, UsageError
+from lora_cli import fold, record
+from lora_cli.common import files, ui
+from lora_cli.common.errors import RejectedError, UsageError
 
 
 def merge(

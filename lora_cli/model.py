@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import foreign, patterns, record, shards, tokens, trust
-from lora_cli.errors import LoraError
+from lora_cli import patterns, record, shards, tokens
+from lora_cli.common import library_errors as foreign
+from lora_cli.common import remote_code as trust
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import Recipe
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"

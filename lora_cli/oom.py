@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from pyarrow import compute
 
-from lora_cli import data, memory, packing, record, ui
-from lora_cli.errors import LoraError
+from lora_cli import data, memory, packing, record
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import Recipe
 
 HOST = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_cli import ui, verify
-from lora_cli.errors import LoraError
+from lora_cli import verify
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
 NO_ENGINE = "not compared: no llama.cpp engine"

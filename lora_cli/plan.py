@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from lora_cli import model, targets, tokens, upstream
+from lora_cli.common.errors import LoraError
 from lora_cli.data import Prepared
-from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
 

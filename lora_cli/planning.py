@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, data, flops, hardware, memory, model, plan, rehearse, sources, tokenizing, ui, upstream
+from lora_cli import cache, data, flops, hardware, memory, model, plan, rehearse, sources, tokenizing, upstream
+from lora_cli.common import ui
 from lora_cli.data import Prepared
 from lora_cli.hardware import Hardware
 from lora_cli.recipe import Recipe

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli import dora, dropout, fused, norms
-from lora_cli.errors import LoraError, UsageError
+from lora_cli.common.errors import LoraError, UsageError
 
 
 def install(adapted: PeftModel, device: str) -> None:

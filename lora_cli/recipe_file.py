@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli import fields, private, yamlfile
-from lora_cli.errors import UsageError, nearest, one_error
+from lora_cli import fields, yamlfile
+from lora_cli.common import privacy as private
+from lora_cli.common.errors import UsageError, nearest, one_error
 from lora_cli.recipe import (
     INITIAL_CONFIGS,
     NOT_IN_LORA,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_cli import foreign
-from lora_cli.errors import LoraError
+from lora_cli.common import library_errors as foreign
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import LoraFields, Recipe, TrainingFields
 
 PACKAGE = Path(__file__).parent

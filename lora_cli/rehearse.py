@@ -34,7 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli import dora, loss, model, quick, targets, tokens, upstream
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import Recipe
 
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"

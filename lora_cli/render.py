@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli import chat
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.formats import BadRow, Conversation, Tokens
 
 IGNORED = -100

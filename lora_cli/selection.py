@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import ui
-from lora_cli.errors import LoraError
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 from lora_cli.formats import BadRow
 from lora_cli.recipe import Data, Recipe
 from lora_cli.render import IGNORED, Encoded, NDArray

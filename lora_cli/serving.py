@@ -14,7 +14,8 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli import chat, derived, files, model, render, tokenizing, ui
+from lora_cli import chat, derived, model, render, tokenizing
+from lora_cli.common import files, ui
 from lora_cli.record import Adapter
 
 MADE_BY = "# made by lora export-gguf"

@@ -21,8 +21,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
-from lora_cli import files
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli.common import files
+from lora_cli.common.errors import LoraError, RejectedError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {

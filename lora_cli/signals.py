@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from lora_cli import ui
+from lora_cli.common import ui
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

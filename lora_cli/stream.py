@@ -25,7 +25,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli import shards
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.shards import Tensors
 
 NAME = "default"

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli import limits, patterns
-from lora_cli.errors import nearest, one_error
+from lora_cli.common.errors import nearest, one_error
 from lora_cli.limits import Problem
 from lora_cli.patterns import listed
 from lora_cli.recipe import Recipe

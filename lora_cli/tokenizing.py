@@ -10,8 +10,11 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from lora_cli import chat, files, foreign, tokens, trust
-from lora_cli.errors import LoraError, nearest
+from lora_cli import chat, tokens
+from lora_cli.common import files
+from lora_cli.common import library_errors as foreign
+from lora_cli.common import remote_code as trust
+from lora_cli.common.errors import LoraError, nearest
 from lora_cli.recipe import Recipe
 from lora_cli.render import adds_bos
 

@@ -14,8 +14,8 @@ from peft import LoraConfig
 from peft.utils import load_peft_weights
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli import files
-from lora_cli.errors import LoraError, UsageError
+from lora_cli.common import files
+from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.recipe import Recipe
 
 MOST_ADDED = 2**17

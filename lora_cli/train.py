@@ -30,7 +30,6 @@ from lora_cli import (
     data,
     disk,
     dora,
-    files,
     finite,
     flops,
     hardware,
@@ -43,7 +42,6 @@ from lora_cli import (
     oom,
     packing,
     plan,
-    private,
     quick,
     record,
     refusal,
@@ -51,11 +49,12 @@ from lora_cli import (
     targets,
     tokenizing,
     tokens,
-    ui,
     upstream,
     verify,
 )
-from lora_cli.errors import LoraError
+from lora_cli.common import files, ui
+from lora_cli.common import privacy as private
+from lora_cli.common.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.resumable import Boundaries, types_kept
 from lora_cli.signals import Signals

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from lora_cli import checkpoints, dora, packing, rng
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.render import IGNORED
 from lora_cli.resumable import Resumable
 from lora_cli.watch import Watch

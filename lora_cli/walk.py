@@ -17,7 +17,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli import attach, model, shards, ui, verify
+from lora_cli import attach, model, shards, verify
+from lora_cli.common import ui
 from lora_cli.stream import Changed, Plan, filled, one_thread_each, plain
 from lora_cli.verify import Probe
 

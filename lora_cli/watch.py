@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli import files, flops, hardware, model, ui
-from lora_cli.errors import LoraError
+from lora_cli import flops, hardware, model
+from lora_cli.common import files, ui
+from lora_cli.common.errors import LoraError
 
 
 class NonFiniteError(LoraError):

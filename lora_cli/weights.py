@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lora_cli import attach, origin, shards
-from lora_cli.errors import RejectedError
+from lora_cli.common.errors import RejectedError
 from lora_cli.record import Adapter
 from lora_cli.stream import Plan, one_thread_each, together
 

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli import attach, model, origin, shards, stream, ui, verify
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli import attach, model, origin, shards, stream, verify
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.origin import to_float32
 from lora_cli.record import Adapter
 

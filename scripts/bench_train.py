@@ -304,7 +304,7 @@ def compare_tools(options: argparse.Namespace) -> None:
     import peers
     from transformers import AutoTokenizer
 
-    from lora_cli import ui
+    from lora_cli.common import ui
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model")
     ids = real_rows(options) if options.data else made_rows(options)
@@ -340,7 +340,7 @@ def main() -> None:
         os.environ["LORA_CACHE_DIR"] = str(options.folder)
         SIDES[options.side](options.folder, options)
         return
-    from lora_cli import ui
+    from lora_cli.common import ui
 
     arguments = sys.argv[1:]
     wanted = [side for side in SIDES if side.replace(",", "") in options.sides.split(",")]

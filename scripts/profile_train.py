@@ -51,7 +51,7 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
     from transformers import Trainer
 
-    from lora_cli import ui
+    from lora_cli.common import ui
 
     times, seconds, own = Counter[str](), 0.0, Trainer.train
     names = dict[str, Counter[str]]()

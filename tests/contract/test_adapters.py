@@ -34,7 +34,7 @@ from lora_cli import (
     train,
     verify,
 )
-from lora_cli.errors import LoraError, UsageError
+from lora_cli.common.errors import LoraError, UsageError
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
 ATTENTION = {"q_proj": (H, H), "k_proj": (H, KV), "v_proj": (H, KV), "o_proj": (H, H)}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from lora_cli import record
 from lora_cli.combine import COMBINATIONS, combine
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.extract import convert, extract
 
 SHAPES: dict[str, dict] = {

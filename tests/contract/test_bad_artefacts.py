@@ -22,9 +22,11 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
-from lora_cli import cli, files, foreign, llama_cpp, model, preflight, record, ui
+from lora_cli import cli, llama_cpp, model, preflight, record
 from lora_cli.combine import combine, one_adapter
-from lora_cli.errors import LoraError
+from lora_cli.common import files, ui
+from lora_cli.common import library_errors as foreign
+from lora_cli.common.errors import LoraError
 from lora_cli.export import export
 from lora_cli.export_adapter import export_adapter
 from lora_cli.extract import convert, extract

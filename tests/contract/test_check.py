@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli import check, model, plan, recipe_file, train
-from lora_cli.errors import UsageError
+from lora_cli.common.errors import UsageError
 from lora_cli.selection import Counts
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lora_cli import checkpoints, lock, recipe_file, record, rng, train
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.signals import Signals
 
 STEPS = "training: {max_steps: 4, save_strategy: steps, save_steps: 1, save_total_limit: 3, logging_steps: 1}\n"

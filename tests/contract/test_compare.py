@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import compare, llama_cpp, merge
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli.common.errors import LoraError, RejectedError
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_cli import export_adapter, imatrix, llama_cpp, model, parity, preflight, record, serving, tokenizing, verify
-from lora_cli.errors import LoraError, UsageError
+from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.export import export
 from lora_cli.gguf import GGUFModel
 

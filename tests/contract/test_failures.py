@@ -20,8 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_cli import checkpoints, disk, files, recipe_file, train
-from lora_cli.errors import LoraError
+from lora_cli import checkpoints, disk, recipe_file, train
+from lora_cli.common import files
+from lora_cli.common.errors import LoraError
 from lora_cli.resumable import Resumable
 from lora_cli.watch import NonFiniteError
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import llama_cpp, parity, verify
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.gguf import GGUFModel
 
 TEXTS = ["red dog sun", "Reverse: red dog", "two\nlines", "café ☃ 🙂", "  spaces  ", "<|user|>\nred<|end|>"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import merge, origin, recipe_file, record, train, verify, whole
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 
 
 def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:

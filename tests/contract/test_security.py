@@ -19,8 +19,11 @@ import torch
 from test_bad_artefacts import adapter, base, changed, named
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import chat, files, fold, model, patterns, private, record, tokenizing, trust, ui
-from lora_cli.errors import LoraError, UsageError
+from lora_cli import chat, fold, model, patterns, record, tokenizing
+from lora_cli.common import files, ui
+from lora_cli.common import privacy as private
+from lora_cli.common import remote_code as trust
+from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.merge import merge
 
 ROOT = Path(__file__).parent.parent.parent

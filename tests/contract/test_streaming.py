@@ -41,7 +41,7 @@ from lora_cli import (
     verify,
     walk,
 )
-from lora_cli.errors import LoraError, RejectedError, UsageError
+from lora_cli.common.errors import LoraError, RejectedError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = "all-linear"

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli import tokenizing
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.formats import BadRow, converter
 from lora_cli.render import IGNORED, Renderer
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from lora_cli import merge, model, recipe, recipe_file, tokenizing, train, trainers
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.fused import FusedLinear
 
 METHODS = ["lora", "qlora", "dora", "qdora"]

@@ -339,8 +339,8 @@ def resident() -> int:
 
 def tried(run: Callable[[int], None], number: int) -> Outcome:
     """One case, with its time and memory limited."""
-    from lora_cli import foreign
-    from lora_cli.errors import LoraError
+    from lora_cli.common import library_errors as foreign
+    from lora_cli.common.errors import LoraError
 
     def late(*_: object) -> None:
         raise Hang(f"over {SECONDS} s")
@@ -384,7 +384,8 @@ def prepare(kind: str, folder: Path, limited: bool = True) -> Callable[[int], No
     os.environ |= {"LORA_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
     warnings.simplefilter("ignore")
-    from lora_cli import cli, ui
+    from lora_cli import cli
+    from lora_cli.common import ui
 
     cli._quiet_libraries()
     ui.say = lambda text="": None

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from lora_cli import recipe_file, train  # noqa: E402
+from lora_cli import recipe_file, train
 
 
 def readings(steps: int, after: int) -> list[float]:

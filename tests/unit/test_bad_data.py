@@ -23,8 +23,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, recipe_file, ui
-from lora_cli.errors import LoraError
+from lora_cli import data, recipe_file
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 
 SNAPSHOT = Path(__file__).parent / "bad_data.txt"
 GOOD = '{"prompt": "ask", "completion": "answer"}\n'

@@ -18,7 +18,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from lora_cli import cache, data, recipe_file, tokenizing
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.render import Renderer
 
 ROWS = [{"prompt": f"ask {number}", "completion": "answer " * number} for number in range(1, 31)]

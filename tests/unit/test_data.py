@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli import data, formats, generate, recipe_file, selection, sources, tokenizing
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.render import IGNORED, Renderer
 
 TURNS = (

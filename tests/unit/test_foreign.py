@@ -16,8 +16,9 @@ import ssl
 
 import pytest
 
-from lora_cli import foreign, ui
-from lora_cli.errors import LoraError
+from lora_cli.common import library_errors as foreign
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
 
 # Where the classes live; none of them is imported by foreign.py
 LIBRARIES = (

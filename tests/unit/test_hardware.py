@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli import hardware, recipe_file, upstream
-from lora_cli.errors import UsageError
+from lora_cli.common.errors import UsageError
 from lora_cli.hardware import GIB, Hardware
 
 CPU = Hardware("cpu", "a processor", 16 * GIB)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli import llama_cpp
-from lora_cli.errors import LoraError, UsageError
+from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.llama_cpp import CONVERTER, QUANTIZER, Found
 
 HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli import llama_cpp, llama_cpp_setup
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 from lora_cli.llama_cpp import CONVERTER, QUANTIZER, Found
 from tests.unit.test_llama_cpp import program
 

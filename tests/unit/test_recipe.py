@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli import recipe, recipe_file, upstream, yamlfile
-from lora_cli.errors import UsageError
+from lora_cli.common.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 MINIMAL = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"

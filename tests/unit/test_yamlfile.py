@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_cli import yamlfile
-from lora_cli.errors import UsageError
+from lora_cli.common.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_cli.errors import LoraError, UsageError
+from lora_cli.common.errors import LoraError, UsageError
 
 FLAG = "--trust-remote-code"
 CODE_FROM = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")

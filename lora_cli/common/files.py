@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli import private
-from lora_cli.errors import LoraError, RejectedError
+from lora_cli.common import privacy as private
+from lora_cli.common.errors import LoraError, RejectedError
 
 
 def cache_home() -> Path:

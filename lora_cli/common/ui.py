@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lora_cli import private
-from lora_cli.errors import LoraError
+from lora_cli.common import privacy as private
+from lora_cli.common.errors import LoraError
 
 
 def say(text: str = "") -> None:

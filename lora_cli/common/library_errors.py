@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from lora_cli.errors import LoraError
+from lora_cli.common.errors import LoraError
 
 LONGEST = 400
 """Characters of another library's words that are shown."""
