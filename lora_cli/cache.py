@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 from lora_cli.selection import Counts, Kept
 
 DAYS = 30

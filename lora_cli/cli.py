@@ -22,7 +22,7 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, UsageError
 
 if TYPE_CHECKING:
-    from lora_cli.recipe import Recipe
+    from lora_cli.recipe.keys import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,7 +102,7 @@ def train(
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
     launcher.check(os.environ)
-    from lora_cli.recipe_file import load
+    from lora_cli.recipe.load import load
 
     if allowed and not resume:
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
@@ -124,7 +124,7 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste the run."""
-    from lora_cli.recipe_file import load
+    from lora_cli.recipe.load import load
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
@@ -148,7 +148,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
 ) -> None:
     """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps, time."""
-    from lora_cli.recipe_file import load
+    from lora_cli.recipe.load import load
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
@@ -367,7 +367,7 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from lora_cli import schema
+    from lora_cli.recipe import schema
 
     typer.echo(schema.markdown() if markdown else schema.json_text(), nl=False)
 

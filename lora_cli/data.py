@@ -32,7 +32,7 @@ from lora_cli import cache, formats, readers, selection, sources
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, nearest
 from lora_cli.formats import BadRow
-from lora_cli.recipe import Data, Recipe, Rows
+from lora_cli.recipe.keys import Data, Recipe, Rows
 from lora_cli.render import IGNORED, Batch, Encoded, Renderer
 from lora_cli.selection import Counts, Kept
 from lora_cli.sources import Source

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lora_cli import checkpoints
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 
 TOKEN = 150
 """Bytes that tokenizer.json takes for a token, about."""

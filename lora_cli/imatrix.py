@@ -21,7 +21,7 @@ from lora_cli import data, llama_cpp, model, sources, tokenizing
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.llama_cpp import Found
-from lora_cli.recipe import Data, Model, Recipe, Training
+from lora_cli.recipe.keys import Data, Model, Recipe, Training
 from lora_cli.render import Renderer
 
 MAX_TOKENS, CHUNK = 65536, 512

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, set_seed
 
 from lora_cli import model, targets
 from lora_cli.common.errors import UsageError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 
 ROWS = 256
 """How many rows, from the first, an initialisation looks at."""

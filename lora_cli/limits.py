@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli import patterns
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 from lora_cli.tokens import matches
 
 NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")

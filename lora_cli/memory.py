@@ -22,7 +22,7 @@ from lora_cli import hardware, model, packing, rehearse
 from lora_cli.common.errors import LoraError
 from lora_cli.data import Prepared
 from lora_cli.hardware import GIB, Hardware
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 from lora_cli.rehearse import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
 
 HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"

@@ -29,7 +29,7 @@ from lora_cli import patterns, record, shards, tokens
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
 UNBUILDABLE = "transformers cannot build the model that its config.json describes"

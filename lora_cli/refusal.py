@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_cli.common import library_errors as foreign
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import LoraFields, Recipe, TrainingFields
+from lora_cli.recipe.keys import LoraFields, Recipe, TrainingFields
 
 PACKAGE = Path(__file__).parent
 ANYWAY = (ValueError, TypeError, ImportError, ArithmeticError)

@@ -33,9 +33,10 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_cli import dora, loss, model, quick, targets, tokens, upstream
+from lora_cli import dora, loss, model, quick, targets, tokens
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import upstream
+from lora_cli.recipe.keys import Recipe
 
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
 ACTIVATIONS, HEAD, BACKWARD = "activations", "head and loss", "backward pass"

@@ -31,7 +31,7 @@ from huggingface_hub import resolve_revision
 from lora_cli import readers
 from lora_cli.common import library_errors as foreign
 from lora_cli.common.errors import LoraError, nearest
-from lora_cli.recipe import Data
+from lora_cli.recipe.keys import Data
 
 
 class Source(NamedTuple):

@@ -21,7 +21,7 @@ from lora_cli import limits, patterns
 from lora_cli.common.errors import nearest, one_error
 from lora_cli.limits import Problem
 from lora_cli.patterns import listed
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 from lora_cli.tokens import matches
 
 

@@ -15,7 +15,7 @@ from lora_cli.common import files
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError, nearest
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 from lora_cli.render import adds_bos
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -16,7 +16,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe.keys import Recipe
 
 MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""

@@ -49,13 +49,13 @@ from lora_cli import (
     targets,
     tokenizing,
     tokens,
-    upstream,
     verify,
 )
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import upstream
+from lora_cli.recipe.keys import Recipe
 from lora_cli.resumable import Boundaries, types_kept
 from lora_cli.signals import Signals
 from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer

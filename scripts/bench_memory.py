@@ -74,7 +74,8 @@ def measure(folder: Path) -> int:
     """Train the recipe in `folder`; the peak in bytes over what the process had after its imports."""
     import torch
 
-    from lora_cli import recipe_file, train
+    from lora_cli import train
+    from lora_cli.recipe import load as recipe_file
 
     if torch.cuda.is_available():
         train.train(recipe_file.load(folder / "r.yaml"))
@@ -92,7 +93,9 @@ def _status(key: str) -> int:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
-    from lora_cli import data, hardware, memory, model, recipe_file, tokenizing, upstream
+    from lora_cli import data, hardware, memory, model, tokenizing
+    from lora_cli.recipe import load as recipe_file
+    from lora_cli.recipe import upstream
 
     device, name = hardware.here(), str(folder / "model")
     config = model.load_config(name)

@@ -174,7 +174,8 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     """`lora train` with a recipe that says nothing of speed."""
     from transformers import Trainer
 
-    from lora_cli import recipe_file, train
+    from lora_cli import train
+    from lora_cli.recipe import load as recipe_file
 
     text = (
         f"method: {options.method}\noutput_dir: {folder / 'run'}\nmodel: {{name_or_path: {folder / 'model'}}}\n"
@@ -204,7 +205,9 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli import attention, dora, loss, model, packing, quick, recipe, upstream
+    from lora_cli import attention, dora, loss, model, packing, quick
+    from lora_cli.recipe import keys as recipe
+    from lora_cli.recipe import upstream
 
     chosen = recipe.Recipe(
         method=options.method,

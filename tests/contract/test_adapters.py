@@ -18,23 +18,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
 
-from lora_cli import (
-    initial,
-    merge,
-    model,
-    oracle,
-    origin,
-    patterns,
-    recipe,
-    recipe_file,
-    record,
-    targets,
-    tokenizing,
-    tokens,
-    train,
-    verify,
-)
+from lora_cli import initial, merge, model, oracle, origin, patterns, record, targets, tokenizing, tokens, train, verify
 from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.recipe import keys as recipe
+from lora_cli.recipe import load as recipe_file
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
 ATTENTION = {"q_proj": (H, H), "k_proj": (H, KV), "v_proj": (H, KV), "o_proj": (H, H)}

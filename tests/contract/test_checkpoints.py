@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_cli import checkpoints, lock, recipe_file, record, rng, train
+from lora_cli import checkpoints, lock, record, rng, train
 from lora_cli.common.errors import LoraError
+from lora_cli.recipe import load as recipe_file
 from lora_cli.signals import Signals
 
 STEPS = "training: {max_steps: 4, save_strategy: steps, save_steps: 1, save_total_limit: 3, logging_steps: 1}\n"
@@ -240,7 +241,7 @@ def test_a_changed_recipe_is_refused_unless_it_may_change(write_recipe, tmp_path
 
 
 def test_what_may_change_is_in_every_recipe() -> None:
-    from lora_cli.recipe import Data, Training
+    from lora_cli.recipe.keys import Data, Training
 
     known = {f"training.{name}" for name in Training.model_fields} | {f"data.{name}" for name in Data.model_fields}
     assert set(record.EXTENDING) <= known

@@ -20,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_cli import checkpoints, disk, recipe_file, train
+from lora_cli import checkpoints, disk, train
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
+from lora_cli.recipe import load as recipe_file
 from lora_cli.resumable import Resumable
 from lora_cli.watch import NonFiniteError
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from lora_cli import loss, recipe_file, train
+from lora_cli import loss, train
+from lora_cli.recipe import load as recipe_file
 from tests import networks
 
 VOCABULARY = 307

@@ -19,8 +19,11 @@ from peft import PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
-from lora_cli import flops, hardware, loss, memory, model, planning, quick, recipe, recipe_file, rehearse, upstream
+from lora_cli import flops, hardware, loss, memory, model, planning, quick, rehearse
 from lora_cli.hardware import GIB, Hardware
+from lora_cli.recipe import keys as recipe
+from lora_cli.recipe import load as recipe_file
+from lora_cli.recipe import upstream
 from lora_cli.rehearse import Batch
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import merge, origin, recipe_file, record, train, verify, whole
+from lora_cli import merge, origin, record, train, verify, whole
 from lora_cli.common.errors import LoraError
+from lora_cli.recipe import load as recipe_file
 
 
 def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from lora_cli import checkpoints, recipe_file, train
+from lora_cli import checkpoints, train
+from lora_cli.recipe import load as recipe_file
 from lora_cli.resumable import Boundaries
 from lora_cli.trainers import _Watched
 from lora_cli.watch import Watch

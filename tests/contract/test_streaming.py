@@ -33,7 +33,6 @@ from lora_cli import (
     identity,
     merge,
     origin,
-    recipe_file,
     record,
     shards,
     stream,
@@ -42,6 +41,7 @@ from lora_cli import (
     walk,
 )
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.recipe import load as recipe_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = "all-linear"

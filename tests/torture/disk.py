@@ -57,9 +57,10 @@ def torture(folder: Path) -> None:
     """Fill the file system before the last step's checkpoint, for each boundary."""
     import torch
 
-    from lora_cli import checkpoints, disk, recipe_file, train
+    from lora_cli import checkpoints, disk, train
     from lora_cli.common import files
     from lora_cli.common.errors import LoraError
+    from lora_cli.recipe import load as recipe_file
 
     torch.set_num_threads(1)
     tiny, path, run = ROOT / "build" / "tiny", folder / "recipe.yaml", folder / "run"

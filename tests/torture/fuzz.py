@@ -181,7 +181,10 @@ class Recipes:
     """Recipes: the shipped ones damaged as bytes, or with any of all keys set to anything."""
 
     def __init__(self, folder: Path) -> None:
-        from lora_cli import recipe, recipe_file, upstream, yamlfile
+        from lora_cli.recipe import keys as recipe
+        from lora_cli.recipe import load as recipe_file
+        from lora_cli.recipe import strict_yaml as yamlfile
+        from lora_cli.recipe import upstream
 
         self.folder, self.load, self.check, self.dump = folder, recipe_file.load, upstream.check, yamlfile.dump
         self.valid = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
@@ -226,7 +229,8 @@ class Data:
         sys.path.insert(0, str(ROOT / "tests" / "unit"))
         import test_bad_data
 
-        from lora_cli import data, recipe_file
+        from lora_cli import data
+        from lora_cli.recipe import load as recipe_file
 
         self.folder, self.tokenizer = folder, test_bad_data.tokenizer()
         self.load, self.recipe = data.load, recipe_file.load

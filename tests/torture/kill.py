@@ -35,7 +35,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402, F401
 
-from lora_cli import recipe_file, train
+from lora_cli import train
+from lora_cli.recipe import load as recipe_file
 from lora_cli.resumable import Resumable  # noqa: E402
 
 METHODS = ["lora", "qlora", "dora", "qdora"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from lora_cli import schema
+from lora_cli.recipe import schema
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "lora_cli"

@@ -12,8 +12,8 @@ import pytest
 import transformers
 import trl
 
-from lora_cli import fields
-from lora_cli.recipe import NOT_IN_LORA, NOT_IN_TRAINING, Lora, Training
+from lora_cli.recipe import upstream_fields as fields
+from lora_cli.recipe.keys import NOT_IN_LORA, NOT_IN_TRAINING, Lora, Training
 
 CLASSES = [
     (peft.LoraConfig, fields.LORA_CONFIG),

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import hardware, recipe_file, upstream
+from lora_cli import hardware
 from lora_cli.common.errors import UsageError
 from lora_cli.hardware import GIB, Hardware
+from lora_cli.recipe import load as recipe_file
+from lora_cli.recipe import upstream
 
 CPU = Hardware("cpu", "a processor", 16 * GIB)
 AMPERE = Hardware("cuda", "A100", 80 * GIB, (8, 0), bf16=True, flash_attention=(2, 3), liger=True)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import recipe, recipe_file, upstream, yamlfile
 from lora_cli.common.errors import UsageError
+from lora_cli.recipe import keys as recipe
+from lora_cli.recipe import load as recipe_file
+from lora_cli.recipe import strict_yaml as yamlfile
+from lora_cli.recipe import upstream
 
 ROOT = Path(__file__).parent.parent.parent
 MINIMAL = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli import yamlfile
 from lora_cli.common.errors import UsageError
+from lora_cli.recipe import strict_yaml as yamlfile
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
-from lora_cli import fields
-from lora_cli.yamlfile import Keys, Place
+from lora_cli.recipe import upstream_fields as fields
+from lora_cli.recipe.strict_yaml import Keys, Place
 
 Auto = Literal["auto"]
 INITIALISATIONS = r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$"

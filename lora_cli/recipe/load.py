@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli import fields, yamlfile
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import UsageError, nearest, one_error
-from lora_cli.recipe import (
+from lora_cli.recipe import strict_yaml as yamlfile
+from lora_cli.recipe import upstream_fields as fields
+from lora_cli.recipe.keys import (
     INITIAL_CONFIGS,
     NOT_IN_LORA,
     NOT_IN_TRAINING,
@@ -22,7 +23,7 @@ from lora_cli.recipe import (
     Section,
     TrainingFields,
 )
-from lora_cli.yamlfile import Document, Keys, Place
+from lora_cli.recipe.strict_yaml import Document, Keys, Place
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from lora_cli.recipe import TAKEN_OVER, Lora, Recipe, Section, Training
+from lora_cli.recipe.keys import TAKEN_OVER, Lora, Recipe, Section, Training
 
 INTRODUCTION = """# Recipe reference
 

@@ -1,0 +1,1 @@
+"""Recipes: keys, strict YAML, messages, schema, and the objects that PEFT, TRL and transformers take."""
