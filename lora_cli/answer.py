@@ -16,10 +16,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli import chat, model, origin, record, tokenizing
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import GGUFModel
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import chat_template as chat
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models import trained_on as origin
 
 Messages = list[dict[str, Any]]
 BATCH = 16

@@ -15,8 +15,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import data, hardware, memory, model, plan, tokenizing
+from lora_cli import data, hardware, memory, plan
 from lora_cli.data import Prepared
+from lora_cli.models import base as model
+from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 from lora_cli.render import IGNORED

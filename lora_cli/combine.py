@@ -13,11 +13,15 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import derived, factors, identity, model, origin, record
+from lora_cli import derived, factors
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, UsageError, nearest
 from lora_cli.factors import PREFIX
-from lora_cli.record import Adapter
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import trained_on as origin
+from lora_cli.models.adapter_folder import Adapter
 
 COMBINATIONS: tuple[str, ...] = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 SEED = 0

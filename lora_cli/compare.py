@@ -13,11 +13,17 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import fold, identity, model, origin, record, tokenizing, verify, walk, weights
+from lora_cli import fold, walk, weights
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.gguf import GGUFModel
-from lora_cli.verify import Probe
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import probes as verify
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models import trained_on as origin
+from lora_cli.models.probes import Probe
 
 
 class Form(NamedTuple):

@@ -11,10 +11,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import identity, record, tokenizing
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
-from lora_cli.record import Adapter
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.adapter_folder import Adapter
 
 DORA = "DoRA magnitudes"
 

@@ -267,7 +267,8 @@ def _tested_fix(*names: str) -> str:
 
 def four_bit() -> Iterator[Check]:
     """What bitsandbytes gets wrong on this processor, and lora keeps away from recipes."""
-    from lora_cli import model, oracle
+    from lora_cli import oracle
+    from lora_cli.models import base as model
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")  # what is being asked

@@ -23,7 +23,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_cli import model
+from lora_cli.models import base as model
 
 
 class FactoredDora(DoraLinearLayer):

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_cli import model
+from lora_cli.models import base as model
 
 
 def positions(size: int, p: float) -> Tensor:

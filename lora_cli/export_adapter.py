@@ -13,11 +13,16 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from lora_cli import derived, identity, llama_cpp, model, origin, parity, record, verify
+from lora_cli import derived, llama_cpp, parity
 from lora_cli.common import files, ui
 from lora_cli.common.errors import UsageError
 from lora_cli.llama_cpp import Found
-from lora_cli.record import Adapter
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import probes as verify
+from lora_cli.models import trained_on as origin
+from lora_cli.models.adapter_folder import Adapter
 
 
 def export_adapter(

@@ -12,11 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import derived, factors, identity, model, origin, record, tokenizing, verify
+from lora_cli import derived, factors
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.factors import PREFIX
-from lora_cli.record import Adapter
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import probes as verify
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models import trained_on as origin
+from lora_cli.models.adapter_folder import Adapter
 
 START = "give the model that the fine-tuning started from"
 

@@ -18,9 +18,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lora_cli import model
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
+from lora_cli.models import base as model
 
 PREFIX = "base_model.model."
 TOLERANCE = 1e-5

@@ -15,10 +15,17 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import attach, identity, model, origin, record, shards, stream, tokenizing, verify, walk, whole
+from lora_cli import attach, stream, walk, whole
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.record import Adapter
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import probes as verify
+from lora_cli.models import tensors as shards
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models import trained_on as origin
+from lora_cli.models.adapter_folder import Adapter
 
 ROUTED_KL = 1e-4
 """Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import dora, dropout, model
+from lora_cli import dora, dropout
+from lora_cli.models import base as model
 
 
 class Frozen(NamedTuple):

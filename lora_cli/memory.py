@@ -18,10 +18,11 @@ from peft import PeftModel
 from pyarrow import compute
 from transformers import PretrainedConfig
 
-from lora_cli import hardware, model, packing, rehearse
+from lora_cli import hardware, packing, rehearse
 from lora_cli.common.errors import LoraError
 from lora_cli.data import Prepared
 from lora_cli.hardware import GIB, Hardware
+from lora_cli.models import base as model
 from lora_cli.recipe.keys import Recipe
 from lora_cli.rehearse import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
 

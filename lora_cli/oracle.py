@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_cli import model
 from lora_cli.common import ui
+from lora_cli.models import base as model
 from lora_cli.reference import nf4
 from lora_cli.reference.tree import LoraModel
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_cli import verify
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import GGUFModel
+from lora_cli.models import probes as verify
 
 NO_ENGINE = "not compared: no llama.cpp engine"
 SPLITS = "a base that transformers saved anew lacks tokenizer.model: copy it from the original; else report it"

@@ -13,9 +13,11 @@ from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from lora_cli import model, targets, tokens
 from lora_cli.common.errors import LoraError
 from lora_cli.data import Prepared
+from lora_cli.models import base as model
+from lora_cli.models import targets
+from lora_cli.models import token_rows as tokens
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, data, flops, hardware, memory, model, plan, rehearse, sources, tokenizing
+from lora_cli import cache, data, flops, hardware, memory, plan, rehearse, sources
 from lora_cli.common import ui
 from lora_cli.data import Prepared
 from lora_cli.hardware import Hardware
+from lora_cli.models import base as model
+from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 from lora_cli.rehearse import Batch

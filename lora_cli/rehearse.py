@@ -33,8 +33,11 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_cli import dora, loss, model, quick, targets, tokens
+from lora_cli import dora, loss, quick
 from lora_cli.common.errors import LoraError
+from lora_cli.models import base as model
+from lora_cli.models import targets
+from lora_cli.models import token_rows as tokens
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import chat
 from lora_cli.common.errors import LoraError
 from lora_cli.formats import BadRow, Conversation, Tokens
+from lora_cli.models import chat_template as chat
 
 IGNORED = -100
 """The label that cross entropy skips."""

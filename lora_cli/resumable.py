@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli import checkpoints, model, rng
+from lora_cli import checkpoints, rng
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
+from lora_cli.models import base as model
 from lora_cli.signals import Signals
 from lora_cli.watch import Watch
 

@@ -14,9 +14,12 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli import chat, derived, model, render, tokenizing
+from lora_cli import derived, render
 from lora_cli.common import files, ui
-from lora_cli.record import Adapter
+from lora_cli.models import base as model
+from lora_cli.models import chat_template as chat
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.adapter_folder import Adapter
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")

@@ -24,9 +24,9 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli import shards
 from lora_cli.common.errors import LoraError
-from lora_cli.shards import Tensors
+from lora_cli.models import tensors as shards
+from lora_cli.models.tensors import Tensors
 
 NAME = "default"
 # PEFT's own steps in the path of a base's tensor

@@ -30,30 +30,29 @@ from lora_cli import (
     data,
     disk,
     dora,
-    finite,
     flops,
     hardware,
-    identity,
-    initial,
     lock,
     loss,
     memory,
-    model,
     oom,
     packing,
     plan,
     quick,
-    record,
     refusal,
     selection,
-    targets,
-    tokenizing,
-    tokens,
-    verify,
 )
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import finite, targets
+from lora_cli.models import init_weights as initial
+from lora_cli.models import probes as verify
+from lora_cli.models import token_rows as tokens
+from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 from lora_cli.resumable import Boundaries, types_kept

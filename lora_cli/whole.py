@@ -11,11 +11,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli import attach, model, origin, shards, stream, verify
+from lora_cli import attach, stream
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.origin import to_float32
-from lora_cli.record import Adapter
+from lora_cli.models import base as model
+from lora_cli.models import probes as verify
+from lora_cli.models import tensors as shards
+from lora_cli.models import trained_on as origin
+from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.trained_on import to_float32
 
 SHARD_SIZE = "5GB"
 

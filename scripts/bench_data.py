@@ -49,7 +49,8 @@ def write_rows(path: Path, count: int) -> None:
 
 def speed(folder: Path, count: int) -> None:
     """Print both times and their ratio."""
-    from lora_cli import cache, data, formats, sources, tokenizing
+    from lora_cli import cache, data, formats, sources
+    from lora_cli.models import tokenizer as tokenizing
     from lora_cli.recipe import load as recipe_file
     from lora_cli.render import Renderer
 
@@ -80,7 +81,8 @@ def speed(folder: Path, count: int) -> None:
 
 def memory_of(path: Path, streamed: bool) -> float:
     """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
-    from lora_cli import cache, data, tokenizing
+    from lora_cli import cache, data
+    from lora_cli.models import tokenizer as tokenizing
     from lora_cli.recipe import load as recipe_file
 
     recipe = path.with_suffix(".yaml")

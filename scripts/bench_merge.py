@@ -76,7 +76,8 @@ def run(side: str, folder: Path, name: str) -> None:
         def work() -> None:
             shutil.copytree(folder / "base", out)
     else:
-        from lora_cli import fold, record
+        from lora_cli import fold
+        from lora_cli.models import adapter_folder as record
 
         def work() -> None:
             fold.merge(record.read_adapter(folder / name), out, stream=True, check=side == "lora merge")

@@ -205,7 +205,8 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli import attention, dora, loss, model, packing, quick
+    from lora_cli import attention, dora, loss, packing, quick
+    from lora_cli.models import base as model
     from lora_cli.recipe import keys as recipe
     from lora_cli.recipe import upstream
 

@@ -18,8 +18,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
 
-from lora_cli import initial, merge, model, oracle, origin, patterns, record, targets, tokenizing, tokens, train, verify
+from lora_cli import merge, oracle, train
 from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import init_weights as initial
+from lora_cli.models import patterns, targets
+from lora_cli.models import probes as verify
+from lora_cli.models import token_rows as tokens
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models import trained_on as origin
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
 

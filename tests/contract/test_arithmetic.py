@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lora_cli import record
 from lora_cli.combine import COMBINATIONS, combine
 from lora_cli.common.errors import LoraError
 from lora_cli.extract import convert, extract
+from lora_cli.models import adapter_folder as record
 
 SHAPES: dict[str, dict] = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},

@@ -22,7 +22,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
-from lora_cli import cli, llama_cpp, model, preflight, record
+from lora_cli import cli, llama_cpp, preflight
 from lora_cli.combine import combine, one_adapter
 from lora_cli.common import files, ui
 from lora_cli.common import library_errors as foreign
@@ -31,6 +31,8 @@ from lora_cli.export import export
 from lora_cli.export_adapter import export_adapter
 from lora_cli.extract import convert, extract
 from lora_cli.merge import merge
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
 
 SNAPSHOT = Path(__file__).parent / "bad_artefacts.txt"
 TINY = Path(__file__).parent.parent.parent / "build" / "tiny" / "model"

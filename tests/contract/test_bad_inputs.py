@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from test_bad_artefacts import TINY, adapter, base, changed, cut, gguf, gpt2, named, tensors, without
 from transformers import BertConfig
 
-from lora_cli import claims, cli
+from lora_cli import cli
 from lora_cli.llama_cpp import managed_home
+from lora_cli.models import adapter_config as claims
 
 SNAPSHOT = Path(__file__).parent / "bad_inputs.txt"
 ROWS = '{"prompt": "ask", "completion": "answer"}\n' * 4

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import check, model, plan, train
+from lora_cli import check, plan, train
 from lora_cli.common.errors import UsageError
+from lora_cli.models import base as model
 from lora_cli.recipe import load as recipe_file
 from lora_cli.selection import Counts
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_cli import checkpoints, lock, record, rng, train
+from lora_cli import checkpoints, lock, rng, train
 from lora_cli.common.errors import LoraError
+from lora_cli.models import adapter_folder as record
 from lora_cli.recipe import load as recipe_file
 from lora_cli.signals import Signals
 

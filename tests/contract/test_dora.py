@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
-from lora_cli import dora, model, train
+from lora_cli import dora, train
+from lora_cli.models import base as model
 from lora_cli.recipe import load as recipe_file
 from tests.networks import IN, OUT, Layers
 

@@ -20,10 +20,14 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli import export_adapter, imatrix, llama_cpp, model, parity, preflight, record, serving, tokenizing, verify
+from lora_cli import export_adapter, imatrix, llama_cpp, parity, preflight, serving
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.export import export
 from lora_cli.gguf import GGUFModel
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import probes as verify
+from lora_cli.models import tokenizer as tokenizing
 
 SCALED = {
     "lora_alpha": 8,

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from lora_cli import dora, dropout, fused, model, quick
+from lora_cli import dora, dropout, fused, quick
+from lora_cli.models import base as model
 from tests.networks import IN, Layers, random_model
 
 TARGETS = ["first", "second", "third"]

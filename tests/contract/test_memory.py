@@ -19,8 +19,9 @@ from peft import PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
-from lora_cli import flops, hardware, loss, memory, model, planning, quick, rehearse
+from lora_cli import flops, hardware, loss, memory, planning, quick, rehearse
 from lora_cli.hardware import GIB, Hardware
+from lora_cli.models import base as model
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
 from lora_cli.recipe import upstream

@@ -15,8 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import merge, origin, record, train, verify, whole
+from lora_cli import merge, train, whole
 from lora_cli.common.errors import LoraError
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import probes as verify
+from lora_cli.models import trained_on as origin
 from lora_cli.recipe import load as recipe_file
 
 

@@ -23,24 +23,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from lora_cli import (
-    attach,
-    combine,
-    compare,
-    export_adapter,
-    extract,
-    fold,
-    identity,
-    merge,
-    origin,
-    record,
-    shards,
-    stream,
-    train,
-    verify,
-    walk,
-)
+from lora_cli import attach, combine, compare, export_adapter, extract, fold, merge, stream, train, walk
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import probes as verify
+from lora_cli.models import tensors as shards
+from lora_cli.models import trained_on as origin
 from lora_cli.recipe import load as recipe_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

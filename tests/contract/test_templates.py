@@ -18,9 +18,9 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_cli import tokenizing
 from lora_cli.common.errors import LoraError
 from lora_cli.formats import BadRow, converter
+from lora_cli.models import tokenizer as tokenizing
 from lora_cli.render import IGNORED, Renderer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from lora_cli import cache, data, tokenizing
+from lora_cli import cache, data
 from lora_cli.common.errors import LoraError
+from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import load as recipe_file
 from lora_cli.render import Renderer
 

@@ -19,8 +19,9 @@ from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data, formats, generate, selection, sources, tokenizing
+from lora_cli import data, formats, generate, selection, sources
 from lora_cli.common.errors import LoraError
+from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import load as recipe_file
 from lora_cli.render import IGNORED, Renderer
 

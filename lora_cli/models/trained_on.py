@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli import identity, model, tokenizing
-from lora_cli.record import Adapter
+from lora_cli.models import base as model
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.adapter_folder import Adapter
 
 
 def load_base(adapter: Adapter, original: bool = False) -> PreTrainedModel:

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from lora_cli import model, targets
 from lora_cli.common.errors import UsageError
+from lora_cli.models import base as model
+from lora_cli.models import targets
 from lora_cli.recipe.keys import Recipe
 
 ROWS = 256

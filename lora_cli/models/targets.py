@@ -17,12 +17,13 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli import limits, patterns
 from lora_cli.common.errors import nearest, one_error
-from lora_cli.limits import Problem
-from lora_cli.patterns import listed
+from lora_cli.models import patterns
+from lora_cli.models import unsupported as limits
+from lora_cli.models.patterns import listed
+from lora_cli.models.token_rows import matches
+from lora_cli.models.unsupported import Problem
 from lora_cli.recipe.keys import Recipe
-from lora_cli.tokens import matches
 
 
 def check(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import chat
 from lora_cli.common.errors import LoraError
+from lora_cli.models import chat_template as chat
 
 TRAINED = "lora_probes.safetensors"
 # Mean KL by which arithmetic in a type (training's own, and other hardware) may differ from float32

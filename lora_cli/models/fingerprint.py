@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from lora_cli import shards
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
-from lora_cli.record import Adapter
+from lora_cli.models import tensors as shards
+from lora_cli.models.adapter_folder import Adapter
 
 SAMPLE = 64
 # Written by transformers anew wherever a model is saved

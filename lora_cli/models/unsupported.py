@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import patterns
+from lora_cli.models import patterns
+from lora_cli.models.token_rows import matches
 from lora_cli.recipe.keys import Recipe
-from lora_cli.tokens import matches
 
 NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")
 """Initialisations that PEFT computes from the weight of a Linear."""

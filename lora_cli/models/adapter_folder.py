@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli import __version__, claims
+from lora_cli import __version__
 from lora_cli.common import privacy as private
 from lora_cli.common import remote_code as trust
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text
+from lora_cli.models import adapter_config as claims
 from lora_cli.recipe import strict_yaml as yamlfile
 
 RUN_RECORD, ARTEFACT_RECORD, RESOLVED_RECIPE = "record.json", "lora_record.json", "recipe.yaml"

@@ -25,10 +25,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import patterns, record, shards, tokens
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import patterns
+from lora_cli.models import tensors as shards
+from lora_cli.models import token_rows as tokens
 from lora_cli.recipe.keys import Recipe
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"

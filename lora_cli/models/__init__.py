@@ -1,0 +1,1 @@
+"""Base models, adapters, tokenizers, chat templates, targets, initial weights, fingerprints and probes."""
