@@ -15,14 +15,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import data, hardware, memory, plan
-from lora_cli.data import Prepared
+from lora_cli import hardware, memory, plan
+from lora_cli.data import prepare as data
+from lora_cli.data.encode import IGNORED
+from lora_cli.data.prepare import Prepared
+from lora_cli.data.selection import Kept
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
-from lora_cli.render import IGNORED
-from lora_cli.selection import Kept
 
 TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
 """Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""

@@ -17,14 +17,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import data, llama_cpp, sources
+from lora_cli import llama_cpp
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
+from lora_cli.data import prepare as data
+from lora_cli.data import sources
+from lora_cli.data.encode import Renderer
 from lora_cli.llama_cpp import Found
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe.keys import Data, Model, Recipe, Training
-from lora_cli.render import Renderer
 
 MAX_TOKENS, CHUNK = 65536, 512
 FILES = (".gguf", ".dat", ".imatrix")

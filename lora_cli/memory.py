@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from lora_cli import hardware, packing, rehearse
 from lora_cli.common.errors import LoraError
-from lora_cli.data import Prepared
+from lora_cli.data.prepare import Prepared
 from lora_cli.hardware import GIB, Hardware
 from lora_cli.models import base as model
 from lora_cli.recipe.keys import Recipe

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data import Prepared
+from lora_cli.data.prepare import Prepared
 from lora_cli.models import base as model
 from lora_cli.models import targets
 from lora_cli.models import token_rows as tokens

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, data, flops, hardware, memory, plan, rehearse, sources
+from lora_cli import flops, hardware, memory, plan, rehearse
 from lora_cli.common import ui
-from lora_cli.data import Prepared
+from lora_cli.data import cache, sources
+from lora_cli.data import prepare as data
+from lora_cli.data.prepare import Prepared
 from lora_cli.hardware import Hardware
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing

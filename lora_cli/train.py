@@ -27,7 +27,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli import (
     attention,
     checkpoints,
-    data,
     disk,
     dora,
     flops,
@@ -40,11 +39,12 @@ from lora_cli import (
     plan,
     quick,
     refusal,
-    selection,
 )
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
+from lora_cli.data import prepare as data
+from lora_cli.data import selection
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity

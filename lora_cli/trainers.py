@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from lora_cli import checkpoints, dora, packing, rng
 from lora_cli.common.errors import LoraError
-from lora_cli.render import IGNORED
+from lora_cli.data.encode import IGNORED
 from lora_cli.resumable import Resumable
 from lora_cli.watch import Watch
 

@@ -49,10 +49,11 @@ def write_rows(path: Path, count: int) -> None:
 
 def speed(folder: Path, count: int) -> None:
     """Print both times and their ratio."""
-    from lora_cli import cache, data, formats, sources
+    from lora_cli.data import cache, formats, sources
+    from lora_cli.data import prepare as data
+    from lora_cli.data.encode import Renderer
     from lora_cli.models import tokenizer as tokenizing
     from lora_cli.recipe import load as recipe_file
-    from lora_cli.render import Renderer
 
     write_rows(folder / "rows.jsonl", count)
     recipe = folder / "r.yaml"
@@ -81,7 +82,8 @@ def speed(folder: Path, count: int) -> None:
 
 def memory_of(path: Path, streamed: bool) -> float:
     """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
-    from lora_cli import cache, data
+    from lora_cli.data import cache
+    from lora_cli.data import prepare as data
     from lora_cli.models import tokenizer as tokenizing
     from lora_cli.recipe import load as recipe_file
 

@@ -14,10 +14,10 @@ from lora_cli.common import files
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError, nearest
+from lora_cli.data.encode import adds_bos
 from lora_cli.models import chat_template as chat
 from lora_cli.models import token_rows as tokens
 from lora_cli.recipe.keys import Recipe
-from lora_cli.render import adds_bos
 
 TEMPLATES = Path(__file__).parent / "templates"
 

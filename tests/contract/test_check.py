@@ -13,9 +13,9 @@ import pytest
 
 from lora_cli import check, plan, train
 from lora_cli.common.errors import UsageError
+from lora_cli.data.selection import Counts
 from lora_cli.models import base as model
 from lora_cli.recipe import load as recipe_file
-from lora_cli.selection import Counts
 
 
 @pytest.fixture

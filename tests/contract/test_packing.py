@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lora_cli import packing, train
+from lora_cli.data.encode import IGNORED
 from lora_cli.recipe import load as recipe_file
-from lora_cli.render import IGNORED
 from tests.networks import random_model
 
 

@@ -19,9 +19,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli.common.errors import LoraError
-from lora_cli.formats import BadRow, converter
+from lora_cli.data.encode import IGNORED, Renderer
+from lora_cli.data.formats import BadRow, converter
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.render import IGNORED, Renderer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # TRL's own variants for training are not what is published

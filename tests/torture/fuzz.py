@@ -229,7 +229,7 @@ class Data:
         sys.path.insert(0, str(ROOT / "tests" / "unit"))
         import test_bad_data
 
-        from lora_cli import data
+        from lora_cli.data import prepare as data
         from lora_cli.recipe import load as recipe_file
 
         self.folder, self.tokenizer = folder, test_bad_data.tokenizer()

@@ -23,9 +23,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import data
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
+from lora_cli.data import prepare as data
 from lora_cli.recipe import load as recipe_file
 
 SNAPSHOT = Path(__file__).parent / "bad_data.txt"

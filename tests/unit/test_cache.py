@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from lora_cli import cache, data
 from lora_cli.common.errors import LoraError
+from lora_cli.data import cache
+from lora_cli.data import prepare as data
+from lora_cli.data.encode import Renderer
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import load as recipe_file
-from lora_cli.render import Renderer
 
 ROWS = [{"prompt": f"ask {number}", "completion": "answer " * number} for number in range(1, 31)]
 

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
+from lora_cli.data.selection import Counts, Kept
 from lora_cli.recipe.keys import Recipe
-from lora_cli.selection import Counts, Kept
 
 DAYS = 30
 CODE = ("cache", "data", "formats", "readers", "render", "selection", "sources")

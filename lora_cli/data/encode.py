@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common.errors import LoraError
-from lora_cli.formats import BadRow, Conversation, Tokens
+from lora_cli.data.formats import BadRow, Conversation, Tokens
 from lora_cli.models import chat_template as chat
 
 IGNORED = -100

@@ -28,9 +28,9 @@ from datasets import (
 )
 from huggingface_hub import resolve_revision
 
-from lora_cli import readers
 from lora_cli.common import library_errors as foreign
 from lora_cli.common.errors import LoraError, nearest
+from lora_cli.data import readers
 from lora_cli.recipe.keys import Data
 
 

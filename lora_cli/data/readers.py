@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pyarrow
 
 from lora_cli.common.errors import LoraError
-from lora_cli.formats import BadRow
+from lora_cli.data.formats import BadRow
 
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 KINDS |= {".parquet": "parquet", ".arrow": "arrow"}

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.formats import BadRow
+from lora_cli.data.encode import IGNORED, Encoded, NDArray
+from lora_cli.data.formats import BadRow
 from lora_cli.recipe.keys import Data, Recipe
-from lora_cli.render import IGNORED, Encoded, NDArray
 
 BEGINS_INSIDE = "dropped: an answer begins inside a token of the prompt"
 

@@ -28,14 +28,14 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import cache, formats, readers, selection, sources
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, nearest
-from lora_cli.formats import BadRow
+from lora_cli.data import cache, formats, readers, selection, sources
+from lora_cli.data.encode import IGNORED, Batch, Encoded, Renderer
+from lora_cli.data.formats import BadRow
+from lora_cli.data.selection import Counts, Kept
+from lora_cli.data.sources import Source
 from lora_cli.recipe.keys import Data, Recipe, Rows
-from lora_cli.render import IGNORED, Batch, Encoded, Renderer
-from lora_cli.selection import Counts, Kept
-from lora_cli.sources import Source
 
 COLUMNS_FROM = 100
 """Rows, from the first, whose columns tell the format."""

@@ -1,0 +1,1 @@
+"""Data sets: sources, readers, formats, encoding, selection and cache."""
