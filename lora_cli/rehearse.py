@@ -33,13 +33,15 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_cli import dora, loss, quick
 from lora_cli.common.errors import LoraError
 from lora_cli.models import base as model
 from lora_cli.models import targets
 from lora_cli.models import token_rows as tokens
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
+from lora_cli.speed import dora_norms as dora
+from lora_cli.speed import install as quick
+from lora_cli.speed import loss_head as loss
 
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
 ACTIVATIONS, HEAD, BACKWARD = "activations", "head and loss", "backward pass"

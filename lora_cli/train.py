@@ -24,22 +24,7 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import (
-    attention,
-    checkpoints,
-    disk,
-    dora,
-    flops,
-    hardware,
-    lock,
-    loss,
-    memory,
-    oom,
-    packing,
-    plan,
-    quick,
-    refusal,
-)
+from lora_cli import checkpoints, disk, flops, hardware, lock, memory, oom, plan, refusal
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
@@ -57,6 +42,11 @@ from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 from lora_cli.resumable import Boundaries, types_kept
 from lora_cli.signals import Signals
+from lora_cli.speed import document_attention as attention
+from lora_cli.speed import dora_norms as dora
+from lora_cli.speed import install as quick
+from lora_cli.speed import loss_head as loss
+from lora_cli.speed import step_packing as packing
 from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.watch import NonFiniteError, Watch
 

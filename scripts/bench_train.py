@@ -205,10 +205,14 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli import attention, dora, loss, packing, quick
     from lora_cli.models import base as model
     from lora_cli.recipe import keys as recipe
     from lora_cli.recipe import upstream
+    from lora_cli.speed import document_attention as attention
+    from lora_cli.speed import dora_norms as dora
+    from lora_cli.speed import install as quick
+    from lora_cli.speed import loss_head as loss
+    from lora_cli.speed import step_packing as packing
 
     chosen = recipe.Recipe(
         method=options.method,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli import attention, packing
+from lora_cli.speed import document_attention as attention
+from lora_cli.speed import step_packing as packing
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_cli import dropout
 from lora_cli.models import base as model
+from lora_cli.speed.cpu import dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,8 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from lora_cli import dora, dropout, fused, quick
 from lora_cli.models import base as model
+from lora_cli.speed import dora_norms as dora
+from lora_cli.speed import install as quick
+from lora_cli.speed.cpu import dropout
+from lora_cli.speed.cpu import fused_layer as fused
 from tests.networks import IN, Layers, random_model
 
 TARGETS = ["first", "second", "third"]

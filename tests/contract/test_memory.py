@@ -19,13 +19,15 @@ from peft import PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
-from lora_cli import flops, hardware, loss, memory, planning, quick, rehearse
+from lora_cli import flops, hardware, memory, planning, rehearse
 from lora_cli.hardware import GIB, Hardware
 from lora_cli.models import base as model
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
 from lora_cli.recipe import upstream
 from lora_cli.rehearse import Batch
+from lora_cli.speed import install as quick
+from lora_cli.speed import loss_head as loss
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 LARGE_CPU = Hardware("cpu", "a processor", 64 * GIB)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lora_cli import norms
+from lora_cli.speed.cpu import rms_norm as norms
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 NORMS = {"llama": 5, "qwen3": 9, "mistral": 5, "granite": 5, "phi3": 5, "gemma2": 0, "gemma3_text": 0}

@@ -19,11 +19,11 @@ from transformers.utils import is_flash_attn_2_available
 
 from lora_cli import merge, train, trainers
 from lora_cli.common.errors import LoraError
-from lora_cli.fused import FusedLinear
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
+from lora_cli.speed.cpu.fused_layer import FusedLinear
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
 

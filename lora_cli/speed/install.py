@@ -8,8 +8,11 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_cli import dora, dropout, fused, norms
 from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.speed import dora_norms as dora
+from lora_cli.speed.cpu import dropout
+from lora_cli.speed.cpu import fused_layer as fused
+from lora_cli.speed.cpu import rms_norm as norms
 
 
 def install(adapted: PeftModel, device: str) -> None:

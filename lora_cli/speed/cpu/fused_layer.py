@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import dora, dropout
 from lora_cli.models import base as model
+from lora_cli.speed import dora_norms as dora
+from lora_cli.speed.cpu import dropout
 
 
 class Frozen(NamedTuple):

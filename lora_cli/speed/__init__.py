@@ -1,0 +1,1 @@
+"""What makes a training step fast, each piece held against the stock way."""

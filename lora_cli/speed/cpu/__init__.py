@@ -1,0 +1,1 @@
+"""Operations that pay on a CPU only."""
