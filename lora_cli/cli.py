@@ -128,7 +128,7 @@ def check(
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
-    from lora_cli.check import check
+    from lora_cli.plan.check import check
 
     with _placed(loaded):
         check(loaded, samples, as_json)
@@ -152,7 +152,7 @@ def plan(
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
-    from lora_cli.planning import show_plan
+    from lora_cli.plan.show import show_plan
 
     show_plan(loaded, gpu, tokens_per_second, data, as_json)
 

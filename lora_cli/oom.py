@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from pyarrow import compute
 
-from lora_cli import memory
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import prepare as data
 from lora_cli.models import adapter_folder as record
+from lora_cli.plan import memory
 from lora_cli.recipe.keys import Recipe
 from lora_cli.speed import step_packing as packing
 

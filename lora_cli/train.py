@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import checkpoints, disk, flops, hardware, lock, memory, oom, plan, refusal
+from lora_cli import checkpoints, disk, lock, oom, refusal
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
@@ -38,6 +38,8 @@ from lora_cli.models import init_weights as initial
 from lora_cli.models import probes as verify
 from lora_cli.models import token_rows as tokens
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.plan import flops, hardware, memory
+from lora_cli.plan import sizes as plan
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 from lora_cli.resumable import Boundaries, types_kept

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli import flops, hardware
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.models import base as model
+from lora_cli.plan import flops, hardware
 
 
 class NonFiniteError(LoraError):

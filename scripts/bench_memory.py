@@ -93,10 +93,10 @@ def _status(key: str) -> int:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
-    from lora_cli import hardware, memory
     from lora_cli.data import prepare as data
     from lora_cli.models import base as model
     from lora_cli.models import tokenizer as tokenizing
+    from lora_cli.plan import hardware, memory
     from lora_cli.recipe import load as recipe_file
     from lora_cli.recipe import upstream
 

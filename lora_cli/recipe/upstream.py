@@ -17,10 +17,10 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig
 
-from lora_cli import hardware
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import UsageError, nearest
-from lora_cli.hardware import Hardware
+from lora_cli.plan import hardware
+from lora_cli.plan.hardware import Hardware
 from lora_cli.recipe import upstream_fields as fields
 from lora_cli.recipe.keys import INITIAL_CONFIGS, Recipe, Section
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import check, plan, train
+from lora_cli import train
 from lora_cli.common.errors import UsageError
 from lora_cli.data.selection import Counts
 from lora_cli.models import base as model
+from lora_cli.plan import check
+from lora_cli.plan import sizes as plan
 from lora_cli.recipe import load as recipe_file
 
 

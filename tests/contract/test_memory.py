@@ -19,13 +19,15 @@ from peft import PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
-from lora_cli import flops, hardware, memory, planning, rehearse
-from lora_cli.hardware import GIB, Hardware
 from lora_cli.models import base as model
+from lora_cli.plan import flops, hardware, memory
+from lora_cli.plan import rehearsal as rehearse
+from lora_cli.plan import show as planning
+from lora_cli.plan.hardware import GIB, Hardware
+from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
 from lora_cli.recipe import upstream
-from lora_cli.rehearse import Batch
 from lora_cli.speed import install as quick
 from lora_cli.speed import loss_head as loss
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import hardware
 from lora_cli.common.errors import UsageError
-from lora_cli.hardware import GIB, Hardware
+from lora_cli.plan import hardware
+from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.recipe import load as recipe_file
 from lora_cli.recipe import upstream
 

@@ -15,17 +15,19 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import flops, hardware, memory, plan, rehearse
 from lora_cli.common import ui
 from lora_cli.data import cache, sources
 from lora_cli.data import prepare as data
 from lora_cli.data.prepare import Prepared
-from lora_cli.hardware import Hardware
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.plan import flops, hardware, memory
+from lora_cli.plan import rehearsal as rehearse
+from lora_cli.plan import sizes as plan
+from lora_cli.plan.hardware import Hardware
+from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
-from lora_cli.rehearse import Batch
 
 SMALL = 32 << 20
 """Bytes of local files that are prepared on the way to count steps."""

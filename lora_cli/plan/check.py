@@ -15,13 +15,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import hardware, memory, plan
 from lora_cli.data import prepare as data
 from lora_cli.data.encode import IGNORED
 from lora_cli.data.prepare import Prepared
 from lora_cli.data.selection import Kept
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.plan import hardware, memory
+from lora_cli.plan import sizes as plan
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 

@@ -18,13 +18,14 @@ from peft import PeftModel
 from pyarrow import compute
 from transformers import PretrainedConfig
 
-from lora_cli import hardware, rehearse
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.hardware import GIB, Hardware
 from lora_cli.models import base as model
+from lora_cli.plan import hardware
+from lora_cli.plan import rehearsal as rehearse
+from lora_cli.plan.hardware import GIB, Hardware
+from lora_cli.plan.rehearsal import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
 from lora_cli.recipe.keys import Recipe
-from lora_cli.rehearse import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
 from lora_cli.speed import step_packing as packing
 
 HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"

@@ -1,0 +1,1 @@
+"""What a recipe needs and becomes on this machine: hardware, `auto`, memory, sizes; the verbs `check` and `plan`."""
