@@ -179,8 +179,8 @@ def merge(
     """Fold an adapter, or several combined, into their base model and verify the result."""
     *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
     _quiet_libraries()
-    from lora_cli.combine import one_adapter
-    from lora_cli.merge import merge
+    from lora_cli.merge.combine import one_adapter
+    from lora_cli.merge.verb import merge
 
     with one_adapter(adapters, out, weights, combination, density, base) as adapter:
         merge(adapter, out, base, stream, base_weights is BaseWeights.original)
@@ -202,7 +202,7 @@ def combine(
     """Make one adapter of several, by PEFT's add_weighted_adapter."""
     *adapters, out = _two_or_more(paths, "lora combine ADAPTER ADAPTER OUT")
     _quiet_libraries()
-    from lora_cli.combine import combine
+    from lora_cli.merge.combine import combine
 
     combine(adapters, out, weights, combination, density, r, base)
     typer.echo(out)
@@ -218,7 +218,7 @@ def extract(
 ) -> None:
     """Make a LoRA adapter of what a full fine-tuning changed, by truncated SVD."""
     _quiet_libraries()
-    from lora_cli.extract import extract
+    from lora_cli.merge.extract import extract
 
     extract(base, finetuned, out, r)
     typer.echo(out)
@@ -234,7 +234,7 @@ def convert(
 ) -> None:
     """Make a plain LoRA adapter of a DoRA one, or one of a smaller rank, and say what that costs."""
     _quiet_libraries()
-    from lora_cli.extract import convert
+    from lora_cli.merge.extract import convert
 
     convert(adapter, out, r, base)
     typer.echo(out)

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import fold, walk, weights
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.gguf import GGUFModel
+from lora_cli.merge import compare_weights as weights
+from lora_cli.merge import layerwise_logits as walk
+from lora_cli.merge import merge as fold
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity

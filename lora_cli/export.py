@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli import fold, imatrix, llama_cpp, parity, preflight, serving
+from lora_cli import imatrix, llama_cpp, parity, preflight, serving
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.llama_cpp import Found
+from lora_cli.merge import merge as fold
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import probes as verify

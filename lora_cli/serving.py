@@ -14,9 +14,9 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli import derived
 from lora_cli.common import files, ui
 from lora_cli.data import encode as render
+from lora_cli.merge import derived
 from lora_cli.models import base as model
 from lora_cli.models import chat_template as chat
 from lora_cli.models import tokenizer as tokenizing

@@ -76,7 +76,7 @@ def run(side: str, folder: Path, name: str) -> None:
         def work() -> None:
             shutil.copytree(folder / "base", out)
     else:
-        from lora_cli import fold
+        from lora_cli.merge import merge as fold
         from lora_cli.models import adapter_folder as record
 
         def work() -> None:

@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lora_cli.combine import COMBINATIONS, combine
 from lora_cli.common.errors import LoraError
-from lora_cli.extract import convert, extract
+from lora_cli.merge.combine import COMBINATIONS, combine
+from lora_cli.merge.extract import convert, extract
 from lora_cli.models import adapter_folder as record
 
 SHAPES: dict[str, dict] = {
@@ -235,7 +235,8 @@ def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(make, tiny: Path, tmp
 
 
 def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_recipe, tmp_path: Path) -> None:
-    from lora_cli import merge, train
+    from lora_cli import train
+    from lora_cli.merge import verb as merge
     from lora_cli.recipe import load as recipe_file
 
     adapter = train.train(recipe_file.load(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
@@ -248,7 +249,7 @@ def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_reci
 
 
 def test_another_update_than_the_one_meant_is_refused(make, tmp_path: Path, monkeypatch) -> None:
-    from lora_cli import factors
+    from lora_cli.merge import low_rank as factors
 
     adapter, save = make("plain", **SHAPES["plain"]), factors.save
 

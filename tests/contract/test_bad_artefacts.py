@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
 from lora_cli import cli, llama_cpp, preflight
-from lora_cli.combine import combine, one_adapter
 from lora_cli.common import files, ui
 from lora_cli.common import library_errors as foreign
 from lora_cli.common.errors import LoraError
 from lora_cli.export import export
 from lora_cli.export_adapter import export_adapter
-from lora_cli.extract import convert, extract
-from lora_cli.merge import merge
+from lora_cli.merge.combine import combine, one_adapter
+from lora_cli.merge.extract import convert, extract
+from lora_cli.merge.verb import merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 

@@ -19,12 +19,12 @@ import torch
 from test_bad_artefacts import adapter, base, changed, named
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import fold
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.merge import merge
+from lora_cli.merge import merge as fold
+from lora_cli.merge.verb import merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import chat_template as chat

@@ -23,8 +23,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from lora_cli import attach, combine, compare, export_adapter, extract, fold, merge, stream, train, walk
+from lora_cli import compare, export_adapter, train
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.merge import combine, extract
+from lora_cli.merge import layerwise_logits as walk
+from lora_cli.merge import merge as fold
+from lora_cli.merge import streaming as stream
+from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge import verb as merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify

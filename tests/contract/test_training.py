@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from lora_cli import merge, train, trainers
+from lora_cli import train, trainers
 from lora_cli.common.errors import LoraError
+from lora_cli.merge import verb as merge
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import keys as recipe

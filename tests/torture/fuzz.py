@@ -300,7 +300,7 @@ class Adapters:
         sys.path.insert(0, str(ROOT / "tests" / "contract"))
         import test_bad_artefacts
 
-        from lora_cli import fold
+        from lora_cli.merge import merge as fold
         from lora_cli.models import adapter_folder as record
 
         self.folder, self.merge, self.read = folder, fold.merge, record.read_adapter

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from lora_cli import attach
 from lora_cli.common.errors import RejectedError
+from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge.streaming import Plan, one_thread_each, together
 from lora_cli.models import tensors as shards
 from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
-from lora_cli.stream import Plan, one_thread_each, together
 
 # How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's safe_merge in 16 bits,
 # which rounds the change before adding it, comes to 0.11 where the change itself is mostly rounded away, and far less

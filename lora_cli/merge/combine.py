@@ -13,10 +13,11 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import derived, factors
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, UsageError, nearest
-from lora_cli.factors import PREFIX
+from lora_cli.merge import derived
+from lora_cli.merge import low_rank as factors
+from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity

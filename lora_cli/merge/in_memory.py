@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli import attach, stream
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.merge import streaming as stream
+from lora_cli.merge import streaming_plan as attach
 from lora_cli.models import base as model
 from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import derived, factors
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.factors import PREFIX
+from lora_cli.merge import derived
+from lora_cli.merge import low_rank as factors
+from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity

@@ -20,12 +20,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError
+from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, plain
 from lora_cli.models import base as model
 from lora_cli.models import tensors as shards
 from lora_cli.models import token_rows as tokens
 from lora_cli.models.adapter_folder import Adapter
 from lora_cli.models.tensors import Tensors
-from lora_cli.stream import NAME, REFUSALS, Changed, Plan, Weights, plain
 
 # Starts that PEFT works out again from the base's weights when it loads such an adapter, changing them
 FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "eva", "loftq")

@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli import attach, stream, walk, whole
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.merge import in_memory as whole
+from lora_cli.merge import layerwise_logits as walk
+from lora_cli.merge import streaming as stream
+from lora_cli.merge import streaming_plan as attach
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity

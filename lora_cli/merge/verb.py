@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lora_cli import fold
 from lora_cli.common import files, ui
 from lora_cli.common.errors import RejectedError, UsageError
+from lora_cli.merge import merge as fold
 from lora_cli.models import adapter_folder as record
 
 

@@ -17,13 +17,13 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli import attach
 from lora_cli.common import ui
+from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
 from lora_cli.models import base as model
 from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
 from lora_cli.models.probes import Probe
-from lora_cli.stream import Changed, Plan, filled, one_thread_each, plain
 
 # Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
 KEPT = 8

@@ -1,0 +1,1 @@
+"""Merging, combining, extracting and converting adapters, and the comparison of weights."""
