@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import chat_template as chat

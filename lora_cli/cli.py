@@ -281,7 +281,7 @@ def export_gguf(
     """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own tools."""
     _quiet_libraries()
     if adapter_only:
-        from lora_cli.export_adapter import export_adapter
+        from lora_cli.gguf.adapter import export_adapter
 
         if imatrix is not None:
             raise UsageError("--imatrix is for the quantiser's types, which an adapter has none of", "leave it out")
@@ -289,7 +289,7 @@ def export_gguf(
             raise UsageError("--adapter-only needs the adapter's folder", "lora export-gguf ADAPTER --adapter-only")
         files = export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
     else:
-        from lora_cli.export import export
+        from lora_cli.gguf.export import export
 
         files = export(path, quantize or ["f16"], output, base, llama_cpp, imatrix)
     for file in files:
@@ -303,7 +303,7 @@ def setup_llama_cpp(
     ] = False,
 ) -> None:
     """Install a pinned copy of llama.cpp's converters, checked by sha256."""
-    from lora_cli import llama_cpp_setup
+    from lora_cli.gguf import install as llama_cpp_setup
 
     typer.echo(llama_cpp_setup.install_converters())
     if quantizer:

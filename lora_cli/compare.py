@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf.engine import GGUFModel
 from lora_cli.merge import compare_weights as weights
 from lora_cli.merge import layerwise_logits as walk
 from lora_cli.merge import merge as fold

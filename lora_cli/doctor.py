@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_cli import __version__, llama_cpp
+from lora_cli import __version__
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
+from lora_cli.gguf import tools as llama_cpp
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent / "constraints.txt"

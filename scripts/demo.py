@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from lora_cli import llama_cpp
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
+from lora_cli.gguf import tools as llama_cpp
 
 TINY = Path("build/tiny")
 METHODS = ("lora", "qlora", "dora", "qdora")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import llama_cpp_setup
-from lora_cli.llama_cpp import managed_home
+from lora_cli.gguf import install as llama_cpp_setup
+from lora_cli.gguf.tools import managed_home
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"

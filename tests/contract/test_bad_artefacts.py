@@ -22,12 +22,14 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
-from lora_cli import cli, llama_cpp, preflight
+from lora_cli import cli
 from lora_cli.common import files, ui
 from lora_cli.common import library_errors as foreign
 from lora_cli.common.errors import LoraError
-from lora_cli.export import export
-from lora_cli.export_adapter import export_adapter
+from lora_cli.gguf import preflight
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.adapter import export_adapter
+from lora_cli.gguf.export import export
 from lora_cli.merge.combine import combine, one_adapter
 from lora_cli.merge.extract import convert, extract
 from lora_cli.merge.verb import merge

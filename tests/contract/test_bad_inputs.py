@@ -28,7 +28,7 @@ from test_bad_artefacts import TINY, adapter, base, changed, cut, gguf, gpt2, na
 from transformers import BertConfig
 
 from lora_cli import cli
-from lora_cli.llama_cpp import managed_home
+from lora_cli.gguf.tools import managed_home
 from lora_cli.models import adapter_config as claims
 
 SNAPSHOT = Path(__file__).parent / "bad_inputs.txt"

@@ -20,10 +20,13 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli import export_adapter, imatrix, llama_cpp, parity, preflight, serving
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.export import export
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf import adapter as export_adapter
+from lora_cli.gguf import imatrix, parity, preflight
+from lora_cli.gguf import modelfile as serving
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.engine import GGUFModel
+from lora_cli.gguf.export import export
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model
 from lora_cli.models import probes as verify

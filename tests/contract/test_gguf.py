@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import llama_cpp, parity
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf import parity
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import probes as verify
 
 TEXTS = ["red dog sun", "Reverse: red dog", "two\nlines", "café ☃ 🙂", "  spaces  ", "<|user|>\nred<|end|>"]

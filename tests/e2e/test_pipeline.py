@@ -15,8 +15,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import llama_cpp
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.engine import GGUFModel
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "Reverse: red dog sun"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lora_cli.llama_cpp import managed_home
+from lora_cli.gguf.tools import managed_home
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import llama_cpp
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.llama_cpp import CONVERTER, QUANTIZER, Found
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.tools import CONVERTER, QUANTIZER, Found
 
 HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import llama_cpp, llama_cpp_setup
 from lora_cli.common.errors import LoraError
-from lora_cli.llama_cpp import CONVERTER, QUANTIZER, Found
+from lora_cli.gguf import install as llama_cpp_setup
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.tools import CONVERTER, QUANTIZER, Found
 from tests.unit.test_llama_cpp import program
 
 TOP = f"llama_cpp_python-{llama_cpp.VERSION}/vendor/llama.cpp/"
@@ -207,7 +208,7 @@ def test_a_failed_build_leaves_its_log(rest: str, message: str, index: Path, bar
 
 
 def test_imports_are_light() -> None:
-    code = "import sys, lora_cli.llama_cpp_setup; print(*sys.modules)"
+    code = "import sys, lora_cli.gguf.install; print(*sys.modules)"
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -217,5 +218,5 @@ def test_imports_are_light() -> None:
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     modules = set(done.stdout.split())
-    assert "lora_cli.llama_cpp" in modules
+    assert "lora_cli.gguf.tools" in modules
     assert not modules & {"torch", "numpy", "transformers", "typer", "pydantic"}

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lora_cli import llama_cpp
 from lora_cli.common.errors import LoraError
+from lora_cli.gguf import tools as llama_cpp
 
 
 class GGUFModel:

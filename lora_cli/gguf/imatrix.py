@@ -17,13 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli import llama_cpp
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import prepare as data
 from lora_cli.data import sources
 from lora_cli.data.encode import Renderer
-from lora_cli.llama_cpp import Found
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.tools import Found
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe.keys import Data, Model, Recipe, Training
@@ -51,7 +51,7 @@ def make(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) 
     ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")
     scratch = outfile.with_suffix(".safetensors")
     save_file(sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows})
-    script, package = Path(__file__).with_name("imatrix_file.py"), converter.path.parent / "gguf-py"
+    script, package = Path(__file__).with_name("imatrix_writer.py"), converter.path.parent / "gguf-py"
     command = [sys.executable, str(script), str(scratch), str(exact), str(outfile)]
     code, lines = llama_cpp.run(command, "writing the importance matrix", {"PYTHONPATH": str(package)})
     left_out = [line.partition(": ")[2] for line in lines if line.startswith("left out: ")]

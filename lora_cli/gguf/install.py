@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lora_cli.common.errors import LoraError
 from lora_cli.common.ui import duration, say
-from lora_cli.llama_cpp import CONVERTER, QUANTIZER, VERSION, converter_lacks, last_line, managed_home, run
+from lora_cli.gguf.tools import CONVERTER, QUANTIZER, VERSION, converter_lacks, last_line, managed_home, run
 
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 """Of llama_cpp_python-<VERSION>.tar.gz, 77 MB."""

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli import imatrix, llama_cpp, parity, preflight, serving
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.llama_cpp import Found
+from lora_cli.gguf import imatrix, parity, preflight
+from lora_cli.gguf import modelfile as serving
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.tools import Found
 from lora_cli.merge import merge as fold
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model

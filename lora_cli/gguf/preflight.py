@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_cli import llama_cpp
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.llama_cpp import Found
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.tools import Found
 from lora_cli.models import base as model
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}

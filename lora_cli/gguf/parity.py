@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import probes as verify
 
 NO_ENGINE = "not compared: no llama.cpp engine"

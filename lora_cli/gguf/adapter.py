@@ -13,10 +13,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from lora_cli import llama_cpp, parity
 from lora_cli.common import files, ui
 from lora_cli.common.errors import UsageError
-from lora_cli.llama_cpp import Found
+from lora_cli.gguf import parity
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.tools import Found
 from lora_cli.merge import derived
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model

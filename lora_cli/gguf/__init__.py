@@ -1,0 +1,1 @@
+"""GGUF: export, quantising, the engine, parity, and Ollama's Modelfile."""
