@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
-from lora_cli import __version__, launcher
+from lora_cli import __version__
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import privacy as private
 from lora_cli.common import remote_code as trust
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.train import launch as launcher
 
 if TYPE_CHECKING:
     from lora_cli.recipe.keys import Recipe
@@ -108,7 +109,7 @@ def train(
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
-    from lora_cli.train import train
+    from lora_cli.train.run import train
 
     with _placed(loaded):
         adapter = train(loaded, resume, allowed or [])

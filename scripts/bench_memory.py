@@ -74,8 +74,8 @@ def measure(folder: Path) -> int:
     """Train the recipe in `folder`; the peak in bytes over what the process had after its imports."""
     import torch
 
-    from lora_cli import train
     from lora_cli.recipe import load as recipe_file
+    from lora_cli.train import run as train
 
     if torch.cuda.is_available():
         train.train(recipe_file.load(folder / "r.yaml"))

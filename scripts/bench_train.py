@@ -174,8 +174,8 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     """`lora train` with a recipe that says nothing of speed."""
     from transformers import Trainer
 
-    from lora_cli import train
     from lora_cli.recipe import load as recipe_file
+    from lora_cli.train import run as train
 
     text = (
         f"method: {options.method}\noutput_dir: {folder / 'run'}\nmodel: {{name_or_path: {folder / 'model'}}}\n"

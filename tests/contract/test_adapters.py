@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
 
-from lora_cli import oracle, train
+from lora_cli import oracle
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.merge import verb as merge
 from lora_cli.models import adapter_folder as record
@@ -31,6 +31,7 @@ from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models import trained_on as origin
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
+from lora_cli.train import run as train
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
 ATTENTION = {"q_proj": (H, H), "k_proj": (H, KV), "v_proj": (H, KV), "o_proj": (H, H)}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import train
 from lora_cli.common.errors import UsageError
 from lora_cli.data.selection import Counts
 from lora_cli.models import base as model
 from lora_cli.plan import check
 from lora_cli.plan import sizes as plan
 from lora_cli.recipe import load as recipe_file
+from lora_cli.train import run as train
 
 
 @pytest.fixture

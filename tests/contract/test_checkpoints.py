@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_cli import checkpoints, lock, rng, train
 from lora_cli.common.errors import LoraError
 from lora_cli.models import adapter_folder as record
 from lora_cli.recipe import load as recipe_file
-from lora_cli.signals import Signals
+from lora_cli.train import checkpoints, lock
+from lora_cli.train import random_state as rng
+from lora_cli.train import run as train
+from lora_cli.train.signals import Signals
 
 STEPS = "training: {max_steps: 4, save_strategy: steps, save_steps: 1, save_total_limit: 3, logging_steps: 1}\n"
 

@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
-from lora_cli import train
 from lora_cli.models import base as model
 from lora_cli.recipe import load as recipe_file
 from lora_cli.speed import dora_norms as dora
+from lora_cli.train import run as train
 from tests.networks import IN, OUT, Layers
 
 RANK = 4

@@ -20,12 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_cli import checkpoints, disk, train
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
 from lora_cli.recipe import load as recipe_file
-from lora_cli.resumable import Resumable
-from lora_cli.watch import NonFiniteError
+from lora_cli.train import checkpoints
+from lora_cli.train import disk_space as disk
+from lora_cli.train import run as train
+from lora_cli.train.progress import NonFiniteError
+from lora_cli.train.resume import Resumable
 
 SAVING = "save_strategy: steps, save_steps: 1"
 

@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from lora_cli import train
 from lora_cli.recipe import load as recipe_file
 from lora_cli.speed import loss_head as loss
+from lora_cli.train import run as train
 from tests import networks
 
 VOCABULARY = 307

@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import train
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import in_memory as whole
 from lora_cli.merge import verb as merge
@@ -23,6 +22,7 @@ from lora_cli.models import adapter_folder as record
 from lora_cli.models import probes as verify
 from lora_cli.models import trained_on as origin
 from lora_cli.recipe import load as recipe_file
+from lora_cli.train import run as train
 
 
 def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_cli import train
 from lora_cli.data.encode import IGNORED
 from lora_cli.recipe import load as recipe_file
 from lora_cli.speed import step_packing as packing
+from lora_cli.train import run as train
 from tests.networks import random_model
 
 

@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from lora_cli import checkpoints, train
 from lora_cli.recipe import load as recipe_file
-from lora_cli.resumable import Boundaries
-from lora_cli.trainers import _Watched
-from lora_cli.watch import Watch
+from lora_cli.train import checkpoints
+from lora_cli.train import run as train
+from lora_cli.train.progress import Watch
+from lora_cli.train.resume import Boundaries
+from lora_cli.train.trainers import _Watched
 
 FACTORS: dict[str, list[str]] = {
     "method": ["qdora", "qlora", "dora", "lora"],

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from lora_cli import compare, train
+from lora_cli import compare
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.gguf import adapter as export_adapter
 from lora_cli.merge import combine, extract
@@ -38,6 +38,7 @@ from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
 from lora_cli.models import trained_on as origin
 from lora_cli.recipe import load as recipe_file
+from lora_cli.train import run as train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = "all-linear"

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from lora_cli import train, trainers
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import verb as merge
 from lora_cli.models import base as model
@@ -25,6 +24,8 @@ from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
 from lora_cli.speed.cpu.fused_layer import FusedLinear
+from lora_cli.train import run as train
+from lora_cli.train import trainers
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
 

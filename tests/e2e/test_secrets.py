@@ -104,9 +104,9 @@ def test_a_bug_is_reported_without_secrets(lora, tmp_path: Path) -> None:
     """A bug is made by a module that breaks at import: its traceback holds the home folder, its message the canary."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "sitecustomize.py").write_text(
-        "import lora_cli.launcher\n"
+        "import lora_cli.train.launch\n"
         "def check(environment):\n    raise AssertionError(environment['HF_TOKEN'])\n"
-        "lora_cli.launcher.check = check\n"
+        "lora_cli.train.launch.check = check\n"
     )
     environment = {"HOME": str(tmp_path), "HF_TOKEN": CANARY, "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}"}
     done = lora("train", "r.yaml", env=environment, cwd=tmp_path)

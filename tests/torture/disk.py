@@ -57,10 +57,12 @@ def torture(folder: Path) -> None:
     """Fill the file system before the last step's checkpoint, for each boundary."""
     import torch
 
-    from lora_cli import checkpoints, disk, train
     from lora_cli.common import files
     from lora_cli.common.errors import LoraError
     from lora_cli.recipe import load as recipe_file
+    from lora_cli.train import checkpoints
+    from lora_cli.train import disk_space as disk
+    from lora_cli.train import run as train
 
     torch.set_num_threads(1)
     tiny, path, run = ROOT / "build" / "tiny", folder / "recipe.yaml", folder / "run"

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli import checkpoints, rng
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.models import base as model
-from lora_cli.signals import Signals
-from lora_cli.watch import Watch
+from lora_cli.train import checkpoints
+from lora_cli.train import random_state as rng
+from lora_cli.train.progress import Watch
+from lora_cli.train.signals import Signals
 
 RUN_STATE = "run_state.json"
 

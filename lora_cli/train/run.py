@@ -24,7 +24,6 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli import checkpoints, disk, lock, oom, refusal
 from lora_cli.common import files, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
@@ -42,15 +41,19 @@ from lora_cli.plan import flops, hardware, memory
 from lora_cli.plan import sizes as plan
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
-from lora_cli.resumable import Boundaries, types_kept
-from lora_cli.signals import Signals
 from lora_cli.speed import document_attention as attention
 from lora_cli.speed import dora_norms as dora
 from lora_cli.speed import install as quick
 from lora_cli.speed import loss_head as loss
 from lora_cli.speed import step_packing as packing
-from lora_cli.trainers import WatchedSFTTrainer, WatchedTrainer
-from lora_cli.watch import NonFiniteError, Watch
+from lora_cli.train import checkpoints, lock
+from lora_cli.train import disk_space as disk
+from lora_cli.train import out_of_memory as oom
+from lora_cli.train import refusals as refusal
+from lora_cli.train.progress import NonFiniteError, Watch
+from lora_cli.train.resume import Boundaries, types_kept
+from lora_cli.train.signals import Signals
+from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
 
 def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> Path:

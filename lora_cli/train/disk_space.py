@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli import checkpoints
 from lora_cli.common.errors import LoraError
 from lora_cli.recipe.keys import Recipe
+from lora_cli.train import checkpoints
 
 TOKEN = 150
 """Bytes that tokenizer.json takes for a token, about."""

@@ -17,13 +17,14 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli import checkpoints, rng
 from lora_cli.common.errors import LoraError
 from lora_cli.data.encode import IGNORED
-from lora_cli.resumable import Resumable
 from lora_cli.speed import dora_norms as dora
 from lora_cli.speed import step_packing as packing
-from lora_cli.watch import Watch
+from lora_cli.train import checkpoints
+from lora_cli.train import random_state as rng
+from lora_cli.train.progress import Watch
+from lora_cli.train.resume import Resumable
 
 ROWS_SHOWN = 16
 

@@ -1,0 +1,1 @@
+"""The run: setup, trainers, checkpoints, resuming, signals and progress."""
