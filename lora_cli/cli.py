@@ -250,7 +250,7 @@ def verify(
 ) -> None:
     """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not explain it."""
     _quiet_libraries()
-    from lora_cli.compare import compare
+    from lora_cli.evaluate.verify import compare
 
     typer.echo(compare(first, second, base))
 
@@ -328,7 +328,7 @@ def generate(
 ) -> None:
     """Answer the same prompts with several models side by side."""
     _quiet_libraries()
-    from lora_cli.generate import generate
+    from lora_cli.evaluate.generate import generate
 
     generate(paths, prompt or [], file, max_new_tokens, temperature, base, show, as_json)
 
@@ -344,7 +344,7 @@ def chat(
 ) -> None:
     """Talk to a model; answers stream. /reset starts over, /quit or end of input leaves."""
     _quiet_libraries()
-    from lora_cli.generate import chat
+    from lora_cli.evaluate.generate import chat
 
     chat(path, system, max_new_tokens, temperature, base)
 

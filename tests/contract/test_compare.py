@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import compare
 from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.evaluate import verify as compare
 from lora_cli.gguf import tools as llama_cpp
 from lora_cli.merge import verb as merge
 

@@ -23,8 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from lora_cli import compare
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.evaluate import verify as compare
 from lora_cli.gguf import adapter as export_adapter
 from lora_cli.merge import combine, extract
 from lora_cli.merge import layerwise_logits as walk

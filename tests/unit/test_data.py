@@ -19,11 +19,11 @@ from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import generate
 from lora_cli.common.errors import LoraError
 from lora_cli.data import formats, selection, sources
 from lora_cli.data import prepare as data
 from lora_cli.data.encode import IGNORED, Renderer
+from lora_cli.evaluate import generate
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import load as recipe_file
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
-from lora_cli.answer import Asked, Messages, Sampling, open_models
 from lora_cli.common import ui
 from lora_cli.common.errors import UsageError
 from lora_cli.data import formats
+from lora_cli.evaluate.answerers import Asked, Messages, Sampling, open_models
 
 
 class Question(NamedTuple):

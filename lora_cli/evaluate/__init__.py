@@ -1,0 +1,1 @@
+"""What a model says: generate, chat and verify."""
