@@ -355,7 +355,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
 ) -> None:
     """Check what is installed here against the published formulas. Exit 1 if something a recipe needs is wrong."""
-    from lora_cli.doctor import doctor
+    from lora_cli.doctor.checks import doctor
 
     if not doctor(oracle, as_json, _quiet_libraries):
         raise typer.Exit(1)

@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
 
-from lora_cli import oracle
 from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.doctor import oracle
 from lora_cli.merge import verb as merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import base as model

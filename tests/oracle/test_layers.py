@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_cli import oracle
-from lora_cli.reference import layers
+from lora_cli.doctor import oracle
+from lora_cli.doctor.reference import layers
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.25])

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_cli import oracle
-from lora_cli.reference import nf4
+from lora_cli.doctor import oracle
+from lora_cli.doctor.reference import nf4
 
 
 def test_the_codebooks_are_bitsandbytes_own() -> None:

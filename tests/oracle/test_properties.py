@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_cli.reference import layers
+from lora_cli.doctor.reference import layers
 
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 2**20)

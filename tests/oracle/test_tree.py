@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_cli.reference.layers import LoRALayer
-from lora_cli.reference.tree import LoraModel, matches
+from lora_cli.doctor.reference.layers import LoRALayer
+from lora_cli.doctor.reference.tree import LoraModel, matches
 
 
 class Net(nn.Module):

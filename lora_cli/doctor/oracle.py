@@ -20,9 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lora_cli.common import ui
+from lora_cli.doctor.reference import nf4
+from lora_cli.doctor.reference.tree import LoraModel
 from lora_cli.models import base as model
-from lora_cli.reference import nf4
-from lora_cli.reference.tree import LoraModel
 
 METHODS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
 KINDS = ("Linear", "Embedding", "Conv2d")

@@ -29,7 +29,7 @@ from lora_cli.common.errors import LoraError
 from lora_cli.gguf import tools as llama_cpp
 
 PACKAGE = "lora-cli"
-TESTED = Path(__file__).parent / "constraints.txt"
+TESTED = Path(__file__).parent.parent / "constraints.txt"
 LITTLE_DISK = 5e9
 """Bytes of free disk below which a run may not get through: checkpoints, a merged model, a GGUF."""
 
@@ -60,7 +60,7 @@ def doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> boo
         print(json.dumps({"ok": not problems, "checks": [check._asdict() for check in checks], "oracle": found}))
         return not problems
     if show_oracle and deviations:
-        from lora_cli import oracle
+        from lora_cli.doctor import oracle
 
         print("\n" + oracle.table(deviations))
     notes = sum(check.status == "note" for check in checks)
@@ -238,7 +238,7 @@ def _device_memory(device: str) -> str:
 
 def oracle_checks(deviations: list[Any]) -> Iterator[Check]:
     """PEFT's layers and bitsandbytes' NF4 against the papers' formulas, on the CPU and the first accelerator."""
-    from lora_cli import oracle
+    from lora_cli.doctor import oracle
 
     for device in device_names()[:2]:
         for name, compare in oracle.deviations(device).items():
@@ -247,7 +247,7 @@ def oracle_checks(deviations: list[Any]) -> Iterator[Check]:
 
 def _compared(name: str, device: str, compare: Callable[[], Iterator[Any]], deviations: list[Any]) -> Iterator[Check]:
     """One group of comparisons: as published, or the first that are not."""
-    from lora_cli import oracle
+    from lora_cli.doctor import oracle
 
     group = oracle.worst(compare())
     deviations += group
@@ -268,7 +268,7 @@ def _tested_fix(*names: str) -> str:
 
 def four_bit() -> Iterator[Check]:
     """What bitsandbytes gets wrong on this processor, and lora keeps away from recipes."""
-    from lora_cli import oracle
+    from lora_cli.doctor import oracle
     from lora_cli.models import base as model
 
     with warnings.catch_warnings():

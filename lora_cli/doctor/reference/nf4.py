@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_cli.reference.layers import LoRALinear
+from lora_cli.doctor.reference.layers import LoRALinear
 
 BLOCK = 64
 """Weights that share one scale."""

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.reference import layers as kinds
-from lora_cli.reference.layers import DoRA, LoRALayer
+from lora_cli.doctor.reference import layers as kinds
+from lora_cli.doctor.reference.layers import DoRA, LoRALayer
 
 Bias = Literal["none", "all", "lora_only"]
 Rule = str | Sequence[str]
