@@ -35,8 +35,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402, F401
 
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import run as train
+from lora_cli.recipe import load as recipe_file  # noqa: E402
+from lora_cli.train import run as train  # noqa: E402
 from lora_cli.train.resume import Resumable  # noqa: E402
 
 METHODS = ["lora", "qlora", "dora", "qdora"]

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import run as train
+from lora_cli.recipe import load as recipe_file  # noqa: E402
+from lora_cli.train import run as train  # noqa: E402
 
 
 def readings(steps: int, after: int) -> list[float]:

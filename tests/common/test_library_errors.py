@@ -1,0 +1,138 @@
+"""The table of other libraries' exceptions: every row means a class that exists, is reached, and says something short.
+
+Hermetic: exceptions are made, not provoked; those that mistakes cause are in tests/cli/test_bad_inputs.py. Alone:
+pytest tests/common/test_library_errors.py
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import importlib
+import pickle
+import re
+import socket
+import ssl
+
+import pytest
+
+from lora_cli.common import library_errors as foreign
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
+
+# Where the classes live; none of them is imported by foreign.py
+LIBRARIES = (
+    "huggingface_hub.errors", "httpx", "httpx2", "requests.exceptions", "datasets.exceptions", "datasets.data_files",
+    "safetensors",
+    "jinja2", "torch", "yaml", "pyarrow", "huggingface_hub.dataclasses",
+)  # fmt: skip
+HTTP = ("httpx", "httpx2", "requests.exceptions")
+"""Of these, what is installed depends on the versions of huggingface_hub and datasets; one is."""
+# A text that each row with words is for, as the library puts it
+TEXTS = {
+    r"\b401\b|\b403\b": "403 Client Error: Forbidden for url",
+    r"\b429\b": "429 Client Error: Too Many Requests for url",
+    r"^Unknown split": "Unknown split \"tset\". Should be one of ['train'].",
+    r"^BuilderConfig": "BuilderConfig 'x' not found. Available: ['main']",
+    r"^Config name is missing": "Config name is missing.",
+    r"contains custom code|references custom code": "The repository x contains custom code which must be executed",
+    r"requires .*?packages that were not found": "It requires some packages that were not found: einops",
+    r"^Unrecognized model in|Should have a `model_type` key": "Unrecognized model in x. Should have a `model_type` key",
+    r"model type `(.+?)` but": "has model type `lama` but Transformers does not recognize this architecture",
+    r"Unrecognized configuration class": "Unrecognized configuration class <class 'a.b.T5Config'> for this kind",
+    r"Couldn't instantiate": "Couldn't instantiate the backend tokenizer from one of:",
+    r"^Tokenizer class": "Tokenizer class X does not exist",
+    r"out of memory|can't allocate": "DefaultCPUAllocator: can't allocate memory",
+    r"Found no NVIDIA driver": "Found no NVIDIA driver on your system.",
+    r"no kernel image": "CUDA error: no kernel image is available for execution on the device",
+    r"^CUDA error": "CUDA error: device-side assert triggered",
+    r"PytorchStreamReader": "PytorchStreamReader failed reading zip archive",
+    r"CUDA Setup failed": "CUDA Setup failed despite GPU being available.",
+    r"bitsandbytes": "Using `bitsandbytes` 4-bit quantization requires bitsandbytes",
+}
+
+
+def kinds(name: str) -> list[type[BaseException]]:
+    """The classes of this name in the libraries and in Python."""
+    places = [builtins, socket, ssl, pickle]
+    for library in LIBRARIES:
+        try:
+            places.append(importlib.import_module(library))
+        except ImportError:
+            assert library in HTTP
+    return [getattr(place, name) for place in places if isinstance(getattr(place, name, None), type)]
+
+
+def made(known: foreign.Known) -> BaseException:
+    """An exception that the row is for, without what its class wants at its making."""
+    text = next((text for words, text in TEXTS.items() if words and words in known.words), "what was wrong")
+    return type(known.kind, (Exception,), {})(text)
+
+
+@pytest.mark.parametrize("known", foreign.TABLE, ids=lambda known: f"{known.kind} {known.words[:20]}".strip())
+def test_every_row_is_reached_and_short(known: foreign.Known) -> None:
+    assert kinds(known.kind), f"no library has {known.kind}"
+    error = made(known)
+    assert re.search(known.words, str(error)), "TEXTS has a text for every row"
+    said = foreign.translate(error)
+    assert said is not None
+    expected = known.hint.partition("{")[0]
+    assert said.hint is not None
+    assert said.hint.startswith(expected)
+    assert "{" not in said.message + said.hint
+    assert len(ui.render(said).splitlines()) <= 6
+
+
+def test_no_row_hides_another() -> None:
+    """A row without words stands after those of its class with words."""
+    seen: set[str] = set()
+    for known in foreign.TABLE:
+        assert known.kind not in seen
+        if not known.words:
+            seen.add(known.kind)
+
+
+@pytest.mark.parametrize("number", foreign.SYSTEM)
+def test_the_system_s_errors_name_the_file(number: int) -> None:
+    said = foreign.translate(OSError(number, "words", "folder/file"))
+    assert said is not None
+    assert said.hint
+    assert foreign.SYSTEM[number] in said.message or number == errno.ENOSPC
+    if number not in foreign.ROOM and number != errno.ENOENT:
+        assert "folder/file" in said.message
+
+
+def test_causes_are_looked_at_too() -> None:
+    try:
+        try:
+            raise type("SafetensorError", (Exception,), {})("header too large")
+        except Exception as cause:
+            raise RuntimeError("loading failed") from cause
+    except RuntimeError as error:
+        said = foreign.translate(error)
+    assert said is not None
+    assert said.message == "the weights cannot be read: header too large"
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("of ours"), AssertionError(), RuntimeError("x")])
+def test_what_is_not_in_the_table_is_a_bug(error: Exception) -> None:
+    assert foreign.translate(error) is None
+
+
+def test_long_words_are_cut() -> None:
+    said = foreign.translate(type("TemplateError", (Exception,), {})("x" * 5000))
+    assert said is not None
+    assert len(said.message) < 500
+
+
+def test_what_a_library_raises_while_it_reads_is_its_refusal() -> None:
+    with (
+        pytest.raises(LoraError, match="it cannot be read: KeyError: 'a'") as caught,
+        foreign.refused("it cannot be read", "h"),
+    ):
+        raise KeyError("a")
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(MemoryError), foreign.refused("it cannot be read", "h"):
+        raise MemoryError  # in the table: it keeps its own words
+    with pytest.raises(LoraError, match="^ours$"), foreign.refused("it cannot be read", "h"):
+        raise LoraError("ours")

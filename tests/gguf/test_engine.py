@@ -1,0 +1,89 @@
+"""A GGUF in llama.cpp is the Hugging Face model: token ids, rendered chats, next-token distribution, greedy answers.
+
+Hermetic: the tiny model, converted here in float32 by the managed converter. Alone: pytest tests/gguf/test_engine.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.common.errors import LoraError
+from lora_cli.gguf import parity
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.engine import GGUFModel
+from lora_cli.models import probes as verify
+
+TEXTS = ["red dog sun", "Reverse: red dog", "two\nlines", "café ☃ 🙂", "  spaces  ", "<|user|>\nred<|end|>"]
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
+    llama_cpp.convert(tiny / "model", file, "f32", llama_cpp.find_converter())
+    return file
+
+
+@pytest.fixture(scope="module")
+def engine(gguf: Path) -> Iterator[GGUFModel]:
+    with GGUFModel(gguf, exact=True) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path):
+    return AutoTokenizer.from_pretrained(tiny / "model")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_have_the_same_token_ids(engine: GGUFModel, tokenizer, text: str) -> None:
+    assert engine.tokenize(text) == tokenizer(text)["input_ids"]
+    assert engine.tokenize(text, add_special=False) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_rendered_chat_has_the_same_token_ids_and_one_bos(engine: GGUFModel, tokenizer) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Copy: red dog"},
+        {"role": "assistant", "content": "red dog"},
+        {"role": "user", "content": "Sort: sun dog"},
+    ]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert engine.tokenize(engine.render(messages)) == ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_distributions_and_answers_agree_with_transformers(engine: GGUFModel, tiny: Path, tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    for task in ("Copy: red dog sun", "Sort: zoo ant cat", "Count: ant bee"):
+        messages = [{"role": "user", "content": task}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            greedy = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :]
+        given = torch.tensor(engine.logprobs(ids), dtype=torch.float64)
+        torch.testing.assert_close(given, logits.log_softmax(-1), rtol=0, atol=2e-3)
+        answer = tokenizer.decode(greedy, skip_special_tokens=True)
+        assert engine.complete(ids, 16) == answer
+        assert "".join(engine.stream(engine.render(messages), 16)) == answer
+
+
+def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> None:
+    probes = verify.probes(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    right = [logits[-1] for logits in verify.logits(model, probes)]
+    assert "top-1 agrees on 4 of 4 probes" in parity.compare(gguf, probes, right, 1e-3)
+    model.lm_head.weight.data *= 0.9
+    wrong = [logits[-1] for logits in verify.logits(model, probes)]
+    with pytest.raises(LoraError, match="differs from the model it was made from"):
+        parity.compare(gguf, probes, wrong, 1e-3)
+
+
+def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(LoraError, match=r"x.gguf is no GGUF file"):
+        GGUFModel(tmp_path / "x.gguf")

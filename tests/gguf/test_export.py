@@ -1,0 +1,268 @@
+"""Export: an adapter alone runs in llama.cpp at its true strength; what is wrong is found before and after converting.
+
+Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT, the managed converter. Alone:
+pytest tests/gguf/test_export.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.gguf import adapter as export_adapter
+from lora_cli.gguf import imatrix, parity, preflight
+from lora_cli.gguf import modelfile as serving
+from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf.engine import GGUFModel
+from lora_cli.gguf.export import export
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import base as model
+from lora_cli.models import probes as verify
+from lora_cli.models import tokenizer as tokenizing
+
+SCALED = {
+    "lora_alpha": 8,
+    "use_rslora": True,
+    "alpha_pattern": {"q_proj": 1, "down_proj": 32},
+    "rank_pattern": {"v_proj": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as it is published: its own SentencePiece file lies beside it."""
+    return Path(shutil.copytree(tiny / "model", tmp_path_factory.mktemp("base") / "base"))
+
+
+def make_adapter(base: Path, folder: Path, **options) -> Path:
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(network, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.03 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_alone_runs_at_its_true_strength(base: Path, tmp_path: Path, capfd) -> None:
+    adapter = make_adapter(base, tmp_path / "scaled", **SCALED)
+    files = export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
+    assert [file.name for file in files] == ["scaled-lora-f16.gguf"]
+    said = capfd.readouterr().err
+    effect = float(re.search(r"does to the base here: .* mean KL (\S+),", said)[1])
+    kls = [float(kl) for kl in re.findall(r"base with adapter in llama.cpp: mean KL (\S+),", said)]
+    assert len(kls) == 1
+    assert effect > 0.05  # else any strength would do
+    assert max(kls) <= 1e-5
+    assert json.loads((tmp_path / "out" / "scaled-lora-f16.gguf.json").read_text())["type"] == "f16"
+
+
+def test_the_scale_that_the_converter_would_write_is_noticed(base: Path, tmp_path: Path, monkeypatch) -> None:
+    adapter = make_adapter(base, tmp_path / "scaled", **SCALED)
+
+    def as_it_is(given, folder: Path) -> None:
+        shutil.copytree(given.folder, folder)
+
+    monkeypatch.setattr(export_adapter, "_write_scaled", as_it_is)
+    with pytest.raises(LoraError, match="scaled-lora-f16.gguf differs from the model it was made from"):
+        export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_plain_adapter_is_converted_as_it_is(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "plain", lora_alpha=16)
+    export_adapter._write_scaled(record.read_adapter(adapter), tmp_path / "scaled")
+    given, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain"))
+    assert given.keys() == wanted.keys()
+    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("options", "said", "hint"), [
+    ({"use_dora": True}, "DoRA magnitudes", "lora convert "),
+    ({"modules_to_save": ["lm_head"]}, "modules trained whole", "merge it instead"),
+    ({"trainable_token_indices": [5]}, "embedding rows", "merge it instead"),
+    ({"lora_bias": True}, "biases in the adapter", "merge it instead"),
+])  # fmt: skip
+def test_what_llama_cpp_cannot_hold_is_refused_with_the_way_out(
+    base: Path, tmp_path: Path, options: dict, said: str, hint: str
+) -> None:
+    with model.quiet_peft():
+        adapter = make_adapter(base, tmp_path / "adapter", **options)
+    with pytest.raises(LoraError, match=said) as caught:
+        export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
+    assert str(caught.value.hint).startswith(hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_has_no_k_quants(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="an adapter cannot be written as Q4_K_M"):
+        export_adapter.export_adapter(tmp_path, ["Q4_K_M"], None, None, None)
+
+
+def damaged(base: Path, folder: Path, **changes) -> Path:
+    shutil.copytree(base, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(base: Path, tmp_path: Path) -> None:
+    def said(folder: Path) -> str:
+        with pytest.raises(LoraError) as caught:
+            export(folder, ["f16"], None, None, None)
+        assert not [path for path in folder.iterdir() if "gguf" in path.name or path.name.startswith(".lora")]
+        return caught.value.message
+
+    few = damaged(base, tmp_path / "few", vocab_size=500)
+    assert "has token 511 " in said(few)
+    tied = damaged(base, tmp_path / "tied", tie_word_embeddings=True)
+    assert "ties its head to its embeddings in config.json" in said(tied)
+    bpe = damaged(base, tmp_path / "bpe")
+    (bpe / "tokenizer.model").unlink()
+    bytes_only = Tokenizer(
+        models.BPE(vocab={c: n for n, c in enumerate([*ByteLevel.alphabet(), "<|end|>"])}, merges=[])
+    )
+    bytes_only.pre_tokenizer = ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<|end|>").save_pretrained(bpe)
+    assert "llama.cpp does not know this tokenizer" in said(bpe)
+    other = damaged(base, tmp_path / "other", architectures=["MadeUpForCausalLM"])
+    assert "llama.cpp's converter does not know the architecture MadeUpForCausalLM" in said(other)
+
+
+def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Path, monkeypatch) -> None:
+    config = model.load_config(str(base))
+    parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    free = 3 * 2**20
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    needed = int(1.02 * parameters * (16 + 32 + 32) / 8)
+    with pytest.raises(
+        LoraError, match=rf"about {(needed >> 20) + 1} MB in .*, {(needed - free >> 20) + 1} MB more than"
+    ):
+        preflight.check_disk(tmp_path, config, ["f16"], merged=True, exact="f32")
+    preflight.check_disk(tmp_path, config, ["Q2_K"], merged=False, exact=None)
+    assert preflight.bits_per_weight("Q4_K_M") == 5.5
+
+
+def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> None:
+    probes = verify.probes(AutoTokenizer.from_pretrained(base))
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = [rows[-1] for rows in verify.logits(network, probes)]
+    source = parity.Source(network.config, AutoTokenizer.from_pretrained(base), network.num_parameters())
+    converter = llama_cpp.find_converter()
+    # NaN, which the converter writes with exit 0
+    weights = load_file(base / "model.safetensors")
+    nan = Path(shutil.copytree(base, tmp_path / "nan"))
+    save_file(
+        {**weights, "lm_head.weight": weights["lm_head.weight"].index_fill(0, torch.tensor([7]), float("nan"))},
+        nan / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    llama_cpp.convert(nan, tmp_path / "nan.gguf", "f16", converter)
+    with pytest.raises(LoraError, match=r"cannot load .*nan.gguf"):
+        parity.compare(tmp_path / "nan.gguf", probes, expected, None)
+    # another context length, end token and template
+    other = damaged(base, tmp_path / "other", max_position_embeddings=64)
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    llama_cpp.convert(other, tmp_path / "other.gguf", "f16", converter)
+    with pytest.raises(LoraError, match=r"its chat template is .*; its context length is 64, not"):
+        parity.compare(tmp_path / "other.gguf", probes, expected, None, source)
+
+
+def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: Path, capfd) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = serving.pieces(tokenizer)
+    assert found is not None
+    assert found.go() == (
+        '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>'
+        '{{ else if eq .Role "user" }}<|user|>\n{{ .Content }}<|end|>'
+        '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>\n'
+    )
+    tokenizing.set_chat_template(tokenizer, "alpaca")
+    alpaca = serving.pieces(tokenizer)
+    assert alpaca is not None
+    assert alpaca.system is not None
+    assert alpaca.system.startswith("Below is an instruction")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] + eos_token", "loop.index ~ eos_token"
+    )
+    assert serving.pieces(tokenizer) is None
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert serving.pieces(tokenizer) is None
+    serving.write_modelfile(tmp_path, [tmp_path / "x-f16.gguf", tmp_path / "x-q8_0.gguf"], base)
+    modelfile = (tmp_path / "Modelfile").read_text()
+    assert modelfile == (
+        "# made by lora export-gguf\nFROM ./x-f16.gguf\n# FROM ./x-q8_0.gguf\n"
+        f'TEMPLATE """{found.go()}"""\nPARAMETER stop "<|end|>"\n'
+    )
+    (tmp_path / "Modelfile").write_text("FROM mine\n")
+    serving.write_modelfile(tmp_path, [tmp_path / "x-f16.gguf"], base)
+    assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
+    assert "is not ours" in capfd.readouterr().err
+
+
+def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Path, capfd) -> None:
+    for name, options in (("plain", {}), ("dora", {"use_dora": True}), ("scaled", SCALED)):
+        adapter = record.read_adapter(make_adapter(base, tmp_path / name, **options))
+        serving.say_how([tmp_path / "x-f16.gguf"], None, adapter)
+    said = capfd.readouterr().err
+    assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
+    assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules plain={tmp_path / 'plain'}" in said
+    assert f"vLLM and llama-server cannot load from {tmp_path / 'dora'}: DoRA magnitudes; merge it" in said
+    assert (
+        f"vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {tmp_path / 'scaled'} OUT"
+        in said
+    )
+    assert "--lora-modules scaled=OUT" in said
+
+
+def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((tiny / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    batches = list(imatrix.read(str(rows), tokenizer))
+    assert 20 <= len(batches) <= 40
+    sums, num_tokens = imatrix.measure(network, batches)
+    assert num_tokens == sum(map(len, batches))
+    # what goes into the first attention and into the head, taken from transformers' own hidden states
+    first, last = torch.zeros(256), torch.zeros(256)
+    for ids in batches:
+        with torch.no_grad():
+            states = network.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            first += network.model.layers[0].input_layernorm(states[0])[0].square().sum(0)
+            last += states[-1][0].square().sum(0)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"):
+        torch.testing.assert_close(sums[name], first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums["lm_head"], last, rtol=1e-4, atol=1e-4)
+    # llama.cpp reads it, writes the types that need it, and answers such rows closer to the model with it than without
+    export(base, ["Q2_K", "Q2_K_S"], tmp_path / "with", None, None, str(rows))
+    assert b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
+    exact, without = tmp_path / "exact.gguf", tmp_path / "without.gguf"
+    llama_cpp.convert(base, exact, "f32", llama_cpp.find_converter())
+    llama_cpp.quantize(exact, without, "Q2_K", llama_cpp.find_quantizer())
+    held_out = list(imatrix.read(str(tiny / "eval.jsonl"), tokenizer))[:30]
+    weighted = distance(network, tmp_path / "with" / "base-Q2_K.gguf", held_out)
+    assert weighted < 0.7 * distance(network, without, held_out)
+
+
+def distance(network: torch.nn.Module, file: Path, rows: list[list[int]]) -> float:
+    """Mean KL of llama.cpp's next token from `network`'s, three tokens before the end of each row."""
+    with GGUFModel(file, exact=True) as engine, torch.no_grad():
+        total = 0.0
+        for ids in rows:
+            wanted = network(torch.tensor([ids[:-3]])).logits[0, -1].double().log_softmax(-1)
+            total += (wanted.exp() * (wanted - torch.tensor(engine.logprobs(ids[:-3])).double())).sum().item()
+    return total / len(rows)

@@ -1,0 +1,241 @@
+"""Merging: the merged model is the function that was trained, for each method and type, and a wrong one is refused.
+
+Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT. Alone: pytest tests/merge/test_merge.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.common.errors import LoraError
+from lora_cli.merge import in_memory as whole
+from lora_cli.merge import verb as merge
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import probes as verify
+from lora_cli.models import trained_on as origin
+from lora_cli.recipe import load as recipe_file
+from lora_cli.train import run as train
+
+
+def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:
+    """An adapter made by PEFT alone whose B (and magnitude) are not what they start as, or merging would do nothing."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+            assert "lora_" in name
+    return adapted
+
+
+def logits(network: torch.nn.Module) -> torch.Tensor:
+    network.eval()
+    with torch.no_grad():
+        return network(input_ids=torch.arange(8, 72).reshape(2, 32)).logits.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_a_foreign_adapter_merges_with_one_rounding(
+    tiny: Path, tmp_path: Path, options: dict, dtype: torch.dtype
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=dtype)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "base")
+    # PEFT's own merge of the same adapter in float64: the exact weights
+    adapted = randomised(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    exact = adapted.double().merge_and_unload().state_dict()
+    merge.merge(tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert merged.keys() == exact.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == dtype
+        once = exact[name].float().to(dtype)
+        # float32 arithmetic may land on the other side of a tie: at most one unit in the last place, and rarely
+        off = (tensor != once).float().mean().item()
+        assert off <= (1.0 if dtype == torch.float32 else 0.002), name
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, tmp_path: Path, method: str) -> None:
+    adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    merge.merge(adapter, tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    info = record.read_adapter(adapter)
+    trained = PeftModel.from_pretrained(origin.load_base(info), adapter)
+    effect = (logits(trained) - logits(origin.load_base(info))).abs().max()
+    assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base), adapter)
+    assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function
+
+
+def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tmp_path: Path) -> None:
+    adapter = train.train(recipe_file.load(write_recipe("")))
+    merge.merge(adapter, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
+    assert names >= {"chat_template.jinja", "lora_record.json"}
+    parent = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
+    assert parent["recipe"]["model"]["name_or_path"] == record.read_adapter(adapter).base
+    with pytest.raises(LoraError, match="out already exists"):
+        merge.merge(adapter, tmp_path / "out")
+
+
+@pytest.fixture
+def adapter(write_recipe) -> Path:
+    return train.train(recipe_file.load(write_recipe("")))
+
+
+def damage(adapter: Path, change) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {f"wrong.{name}": tensor for name, tensor in t.items()}, "the model has no place for"),
+        (lambda t: dict(list(t.items())[1:]), "the adapter lacks 1 tensors"),
+        (lambda t: {name: tensor * float("nan") for name, tensor in t.items()}, "holds values that are not finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, tmp_path: Path, change, said: str) -> None:
+    damage(adapter, change)
+    with pytest.raises(LoraError, match=said):
+        merge.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, monkeypatch) -> None:
+    def unmerged(adapted):  # noqa: ANN001, ANN202
+        return adapted.unload(), 14
+
+    damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
+    (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
+    monkeypatch.setattr(whole, "fold", unmerged)
+    with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
+        merge.merge(adapter, tmp_path / "out", stream=False)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "model.safetensors").is_file()
+
+
+def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    for folder, said, hint in (
+        (tiny / "model", "is no adapter: it has no adapter_config.json", "give the adapter's folder"),
+        (adapter.parent, "is no adapter", f"did you mean {adapter}?"),
+        (tmp_path / "nothing", "does not exist", "ls "),
+    ):
+        with pytest.raises(LoraError, match=said) as caught:
+            merge.merge(folder, tmp_path / "out")
+        assert (caught.value.hint or "").startswith(hint)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(LoraError, match=r"has no adapter_model.safetensors"):
+        merge.merge(adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
+    write_recipe, tmp_path: Path, capfd, start: str
+) -> None:
+    # PEFT loads such an adapter by running its (random) decomposition again: every load is another model
+    recipe_path = write_recipe(f"lora: {{init_lora_weights: {start}}}\ntraining: {{learning_rate: 1e-2}}\n")
+    adapter = train.train(recipe_file.load(recipe_path))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] in (True, start)
+    assert config["r"] == (32 if start.startswith(("pissa", "olora")) else 16)
+    merge.merge(adapter, tmp_path / "out")  # compares with the logits that training left
+    assert "against the end of training" in capfd.readouterr().err
+    trained = load_file(adapter / verify.TRAINED)["logits"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    probes = verify.probes(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    given = torch.stack([rows[-1] for rows in verify.logits(merged, probes)])
+    torch.testing.assert_close(given, trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    adapter = train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    said = r"is not the base that .* was trained on: the tensor model.layers.0.mlp.up_proj.weight differ"
+    with pytest.raises(LoraError, match=said):
+        merge.merge(adapter, tmp_path / "out")
+    kept = json.loads((adapter / record.ARTEFACT_RECORD).read_text())
+    del kept["base"]["fingerprint"]  # as an adapter from before there were any
+    (adapter / record.ARTEFACT_RECORD).write_text(json.dumps(kept))
+    for stream in (True, False):
+        with pytest.raises(LoraError, match="on its base is not the model that was trained"):
+            merge.merge(adapter, tmp_path / "out", stream=stream)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(LoraError, match="the base of .* is not here"):
+        merge.merge(adapter, tmp_path / "out")
+
+
+def test_a_base_whose_weights_do_not_fit_its_config_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    # transformers fills what is missing with random numbers
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(LoraError, match=r"do not fit its configuration: 9 missing keys, such as model.layers.2"):
+        train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+
+
+def test_lora_on_tied_embeddings_is_refused_with_the_reason(tiny: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "base")
+    adapted = randomised(base, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoraError, match="uses one weight for its embeddings and its head"):
+        merge.merge(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.add_tokens(["<|think|>", "<|done|>"], special_tokens=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    adapted = get_peft_model(base, config)
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge.merge(tmp_path / "adapter", tmp_path / "out", str(tiny / "model"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == len(tokenizer)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_path: Path, capfd) -> None:
+    steps = "training: {save_strategy: steps, save_steps: 2}\n"
+    adapter = train.train(recipe_file.load(write_recipe(f"method: qlora\n{steps}")))
+    merge.merge(adapter.parent / "checkpoint-2", tmp_path / "out")
+    assert "trained on 4-bit weights" in capfd.readouterr().err
+
+
+def test_an_adapter_of_no_strength_is_refused(tiny: Path, tmp_path: Path) -> None:
+    adapted = randomised(AutoModelForCausalLM.from_pretrained(tiny / "model"), LoraConfig(target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
+    adapted.peft_config["default"].alpha_pattern = {"layers.0.self_attn.q_proj": 0}
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoraError, match="alpha_pattern holds 0, where each must be over 0"):
+        merge.merge(tmp_path / "adapter", tmp_path / "out")

@@ -1,0 +1,483 @@
+"""The streaming merge against PEFT's `merge_and_unload`, tensor for tensor and bit for bit, for every shape and type.
+
+The oracle is PEFT on the base in its own type, saved by transformers. Where PEFT rounds more than once (it rounds an
+embedding's change before adding it), the oracle is its merge in float32, rounded once. Hermetic: tiny random models
+with B ≠ 0, several shards, rows in several blocks. Alone: pytest tests/merge/test_streaming.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+
+from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.evaluate import verify as compare
+from lora_cli.gguf import adapter as export_adapter
+from lora_cli.merge import combine, extract
+from lora_cli.merge import layerwise_logits as walk
+from lora_cli.merge import merge as fold
+from lora_cli.merge import streaming as stream
+from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge import verb as merge
+from lora_cli.models import adapter_folder as record
+from lora_cli.models import fingerprint as identity
+from lora_cli.models import probes as verify
+from lora_cli.models import tensors as shards
+from lora_cli.models import trained_on as origin
+from lora_cli.recipe import load as recipe_file
+from lora_cli.train import run as train
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LINEAR = "all-linear"
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {}),
+    "rslora": ("llama", {"use_rslora": True}),
+    "dora": ("llama", {"use_dora": True}),
+    "patterns": ("llama", {"rank_pattern": {"q_proj": 2, "0.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 3}}),
+    "an unusual rank": ("llama", {"r": 33, "lora_alpha": 7}),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "lora_bias": ("qwen", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "bias all": ("qwen", {"bias": "all"}),
+    "bias lora_only": ("qwen", {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True}),
+    "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
+    "embeddings dora": ("llama", {"target_modules": ["embed_tokens", "k_proj"], "use_dora": True}),
+    "modules_to_save": ("llama", {"modules_to_save": ["lm_head", "input_layernorm"]}),
+    "trained rows": ("llama", {"trainable_token_indices": {"embed_tokens": [3, 100, 7], "lm_head": [5]}}),
+    "tied": ("tied", {}),
+    "tied, trained rows": ("tied", {"trainable_token_indices": [9, 4]}),
+    "target_parameters": ("llama", {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+}
+WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "experts": ("moe", {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]}, "name the tensors"),
+    "whole tied ends": ("tied", {"modules_to_save": ["embed_tokens"]}, "tied"),
+    "a start of the weights": ("llama", {"init_lora_weights": "pissa"}, "pissa"),
+}
+TINY: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+SIZES = {**TINY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`made(name, dtype)` is the folder of a base in several shards."""
+    root = tmp_path_factory.mktemp("bases")
+    configs = {
+        "tied": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+        "qwen": lambda: Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=False),
+        "gpt2": lambda: GPT2Config(**TINY, n_embd=64, n_layer=2, n_head=4),
+        "moe": lambda: MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    }
+
+    def make(name: str, dtype: torch.dtype) -> Path:
+        folder = root / f"{name}-{dtype}"
+        if not folder.exists():
+            torch.manual_seed(0)
+            if name in configs:
+                base = AutoModelForCausalLM.from_config(configs[name](), dtype=dtype)
+            else:
+                base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=dtype)
+            base.save_pretrained(folder, max_shard_size="100KB")
+            assert (folder / shards.INDEX).is_file()
+            AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def save_adapter(base: Path, folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """An adapter of PEFT's alone, each of its tensors away from where it starts."""
+    torch.manual_seed(1)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    adapted = get_peft_model(network, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **options}))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+
+
+def peft_merge(base: Path, adapter: Path, dtype: torch.dtype, out: Path) -> dict[str, torch.Tensor]:
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    PeftModel.from_pretrained(network, adapter).merge_and_unload().save_pretrained(out)
+    return tensors_of(out)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_merge_and_unload_bit_for_bit(made, tmp_path: Path, monkeypatch, shape: str, dtype: str) -> None:
+    monkeypatch.setattr(shards, "BLOCK", 16384)  # several blocks for these small tensors
+    assert len(list(shards.blocks((128, 128)))) > 1  # read where they are made, not where that is defined
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # several at a time
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    (name, options), wanted = SHAPES[shape], DTYPES[dtype]
+    base, adapter, out = made(name, wanted), tmp_path / "adapter", tmp_path / "out"
+    save_adapter(base, adapter, wanted, options)
+    merged = fold.merge(record.read_adapter(adapter), out, stream=True)
+    assert merged.modules == sum(
+        key.endswith(("lora_A.weight", "embedding_A")) for key in load_file(adapter / "adapter_model.safetensors")
+    )
+    oracle = peft_merge(base, adapter, wanted, tmp_path / "peft")
+    once = peft_merge(base, adapter, torch.float32, tmp_path / "peft32")
+    given = tensors_of(out)
+    assert given.keys() == oracle.keys()
+    before = tensors_of(base)
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in given.items())  # or it would compare nothing
+    for key, tensor in given.items():
+        assert tensor.dtype == wanted
+        rounded = once[key].to(wanted)
+        assert torch.equal(tensor, rounded), key
+        if torch.equal(oracle[key].to(wanted), rounded):
+            continue
+        # PEFT has rounded twice: an embedding's change before it is added, and what it merges in another type
+        assert ("embed_tokens" in key and shape == "embeddings") or shape == "target_parameters", key
+
+
+@pytest.mark.parametrize("shape", WHOLE)
+def test_what_cannot_be_streamed_says_why_and_is_merged_whole(made, tmp_path: Path, capfd, shape: str) -> None:
+    name, options, reason = WHOLE[shape]
+    base, adapter = made(name, torch.float32), tmp_path / "adapter"
+    save_adapter(base, adapter, torch.float32, options)
+    with pytest.raises(LoraError, match=f"not in constant memory: .*{reason}"):
+        merge.merge(adapter, tmp_path / "out", stream=True)
+    if shape != "a start of the weights":  # which is another adapter at each load
+        merge.merge(adapter, tmp_path / "out")
+        said = capfd.readouterr().err
+        assert "the whole model is loaded: " in said
+        assert reason in said
+        oracle = peft_merge(base, adapter, torch.float32, tmp_path / "peft")
+        given = tensors_of(tmp_path / "out")
+        assert given.keys() == oracle.keys()
+        assert all(torch.equal(tensor, oracle[key]) for key, tensor in given.items())
+
+
+def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_path: Path, capfd) -> None:
+    # transformers leaves them untied, whatever the configuration says
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny / "model", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    save_adapter(base, adapter, torch.float32, {})
+    merge.merge(adapter, tmp_path / "out")
+    assert "the whole model is loaded: lm_head.weight is in its files, and tied" in capfd.readouterr().err
+    oracle = peft_merge(base, adapter, torch.float32, tmp_path / "peft")
+    given = tensors_of(tmp_path / "out")
+    assert "lm_head.weight" in oracle
+    assert given.keys() == oracle.keys()
+    assert all(torch.equal(tensor, oracle[key]) for key, tensor in given.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "original"),
+    [
+        ("lora", False),
+        ("qlora", False),
+        ("qlora", True),
+        ("qdora\nmodel: {dtype: bfloat16}", False),
+        ("qlora\nquantization: {bnb_4bit_use_double_quant: false, bnb_4bit_quant_type: fp4}", False),
+    ],
+)
+def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, method: str, original: bool) -> None:
+    adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    info = record.read_adapter(adapter)
+    for stream_it, out in ((True, tmp_path / "streamed"), (False, tmp_path / "whole")):
+        fold.merge(info, out, stream=stream_it, original=original)
+    said = capfd.readouterr().err
+    if method != "lora":
+        into = "original ones, as asked" if original else "dequantised weights"
+        assert said.count(f"merged into the {into}") == 2
+    streamed, whole = tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "whole")
+    assert streamed.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in streamed.items())
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "streamed").iterdir())
+    for name in names:
+        if name not in ("model.safetensors", "lora_record.json"):
+            assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_original_weights_are_for_adapters_trained_in_4_bits(foreign: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="was not trained on 4-bit weights"):
+        merge.merge(foreign, tmp_path / "out", original=True)
+
+
+def test_the_original_weights_are_not_what_was_trained_on(write_recipe, tmp_path: Path) -> None:
+    adapter = train.train(recipe_file.load(write_recipe("method: qlora\n")))
+    info = record.read_adapter(adapter)
+    for original in (False, True):
+        fold.merge(info, tmp_path / str(original), original=original)
+    there, here = tensors_of(tmp_path / "True"), tensors_of(tmp_path / "False")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(there[name], here[name])
+    assert torch.equal(there["lm_head.weight"], here["lm_head.weight"])  # which is not quantised
+
+
+@pytest.mark.parametrize("shape", ["lora", "dora", "lora_bias", "embeddings", "trained rows", "tied", "conv1d dora"])
+def test_logits_read_weight_by_weight_are_those_of_the_loaded_model(made, tmp_path: Path, shape: str) -> None:
+    name, options = SHAPES[shape]
+    base, adapter = made(name, torch.float32), tmp_path / "adapter"
+    save_adapter(base, adapter, torch.float32, options)
+    probes = verify.probes(AutoTokenizer.from_pretrained(base))
+    network = AutoModelForCausalLM.from_pretrained(base)
+    plain = [rows[-walk.KEPT :] for rows in verify.logits(network, probes)]
+    wanted = [rows[-walk.KEPT :] for rows in verify.logits(PeftModel.from_pretrained(network, adapter), probes)]
+    plan, adapted = attach.make(record.read_adapter(adapter), torch.float32, None)
+    given = walk.logits(adapted, plan.read, plan, probes)
+    difference = verify.compare(wanted, given)
+    assert difference.max_abs < 1e-4 * difference.spread
+    assert verify.compare(plain, given).max_abs > 1e-2 * difference.spread  # the adapter does something
+    there = walk.logits_of(str(base), None, torch.float32, probes)
+    assert there is not None
+    assert verify.compare(plain, there).max_abs < 1e-4 * difference.spread
+
+
+@pytest.fixture
+def foreign(made, tmp_path: Path) -> Path:
+    base = made("llama", torch.bfloat16)
+    save_adapter(base, tmp_path / "adapter", torch.bfloat16, {})
+    return tmp_path / "adapter"
+
+
+def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path, tmp_path: Path, monkeypatch) -> None:
+    write = stream.write
+
+    def corrupted(plan, folder, dtype):  # noqa: ANN001, ANN202
+        result = write(plan, folder, dtype)
+        path = sorted(folder.glob("*.safetensors"))[1]
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 0x80  # the sign of one weight
+        path.write_bytes(data)
+        return result
+
+    monkeypatch.setattr(stream, "write", corrupted)
+    with pytest.raises(RejectedError, match=r"is not what was written; left in .*out.rejected"):
+        merge.merge(foreign, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "config.json").is_file()
+    with pytest.raises(LoraError, match="out.rejected already exists"):
+        merge.merge(foreign, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda rows: rows * 1.5, "the merged model differs from base with adapter"),
+        (lambda rows: rows / 0, "holds values that are not finite"),
+    ],
+)
+def test_a_wrong_streaming_merge_is_rejected(foreign: Path, tmp_path: Path, monkeypatch, changed, said: str) -> None:
+    through = stream.Plan._through
+    monkeypatch.setattr(stream.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given)))
+    with pytest.raises(RejectedError, match=said):
+        merge.merge(foreign, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_tensor_that_is_not_used_is_an_error(foreign: Path, tmp_path: Path) -> None:
+    plan, _ = attach.make(record.read_adapter(foreign), torch.bfloat16, None)
+    fewer = plan._replace(layers=dict(list(plan.layers.items())[1:]))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LoraError, match="2 tensors of the adapter were not merged, such as base_model.model"):
+        stream.write(fewer, tmp_path / "out", torch.bfloat16)
+
+
+def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
+    foreign: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    def meta(*given):  # noqa: ANN002, ANN202
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setattr(walk, "logits", meta)
+    assert fold.merge(record.read_adapter(foreign), tmp_path / "loaded", stream=True).difference is not None
+    monkeypatch.setattr(walk.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert fold.merge(record.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference is None
+    assert "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
+
+
+def test_a_base_that_is_quantised_already_is_refused_at_once(foreign: Path, made, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made("llama", torch.bfloat16), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(LoraError, match=r"keeps its weights quantised \(gptq\)"):
+        merge.merge(foreign, tmp_path / "out", str(base))
+
+
+def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny / "model", base)
+    adapter = train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {base}}}\n")))
+    identity.check(record.read_adapter(adapter))
+    identity.check(record.read_adapter(adapter, str(tiny / "model")))  # the same base elsewhere
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    with pytest.raises(LoraError, match=r"the configuration's rms_norm_eps \(1e-06, now 1e-05\) differ"):
+        identity.check(record.read_adapter(adapter))
+    with pytest.raises(LoraError, match="rms_norm_eps"):
+        origin.load_base(record.read_adapter(adapter))  # as generating does
+    (base / "config.json").write_text(json.dumps(config))
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1e-4
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoraError, match=r"the tensor lm_head.weight differ"):
+        merge.merge(adapter, tmp_path / "out")
+
+
+def test_another_base_is_not_resumed_on(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny / "model", base)
+    recipe = recipe_file.load(write_recipe(f"model: {{name_or_path: {base}}}\n"))
+    train.train(recipe)
+    path = tmp_path / "run" / "record.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "status": "interrupted"}))
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 2
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoraError, match="the base differs from that of the run .*lm_head.weight"):
+        train.train(recipe, resume=True)
+
+
+def changed_base(write_recipe, tiny: Path, tmp_path: Path, number: int = 1) -> list[Path]:
+    """Adapters trained on a base whose weights are others by now."""
+    if not (tmp_path / "base").exists():
+        shutil.copytree(tiny / "model", tmp_path / "base")
+    made = []
+    for each in range(number):
+        text = f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / f'run{each}'}\n"
+        made.append(train.train(recipe_file.load(write_recipe(text))))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    changed = {name: tensor * 1.02 for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+def test_every_verb_knows_the_base(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    one, other = changed_base(write_recipe, tiny, tmp_path, 2)
+    said = "is not the base that .* was trained on"
+    with pytest.raises(LoraError, match=said):
+        combine.combine([one, other], tmp_path / "both", None, "cat", None, None, None)
+    with pytest.raises(LoraError, match=said):
+        extract.convert(one, tmp_path / "plain", 4, None)
+    with pytest.raises(LoraError, match=said):
+        compare.compare(str(one), str(tiny / "model"), None)
+    with pytest.raises(LoraError, match=said):
+        export_adapter.export_adapter(one, ["f16"], tmp_path, None, None)
+    assert not (tmp_path / "both").exists()
+
+
+def test_what_is_made_of_adapters_knows_its_base(made, tmp_path: Path) -> None:
+    base = made("llama", torch.float32)
+    shutil.copytree(base, tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "a", torch.float32, {})
+    combine.combine([tmp_path / "a", tmp_path / "a"], tmp_path / "both", None, "cat", None, None, None)
+    file = next((tmp_path / "base").glob("*.safetensors"))
+    save_file({name: tensor * 1.02 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(LoraError, match="is not the base that .* was trained on"):
+        merge.merge(tmp_path / "both", tmp_path / "out")
+
+
+def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> None:
+    """Saving a model anew in one file leaves the index of its shards, and may leave the shards."""
+    base = tmp_path / "base"
+    shutil.copytree(made("llama", torch.float32), base)
+    network = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in network.parameters():
+        parameter.data *= 1.1
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert (base / shards.INDEX).is_file()
+    save_adapter(base, tmp_path / "a", torch.float32, {})
+    expected = peft_merge(base, tmp_path / "a", torch.float32, tmp_path / "peft")
+    merge.merge(tmp_path / "a", tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_configuration_without_a_type_has_that_of_the_weights(made, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made("llama", torch.bfloat16), base)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config))
+    save_adapter(base, tmp_path / "a", torch.bfloat16, {})
+    for stream_it in (True, False):
+        fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
+        assert {tensor.dtype for tensor in tensors_of(tmp_path / str(stream_it)).values()} == {torch.bfloat16}
+
+
+def test_experts_may_be_chosen_otherwise_at_a_few_tokens(made, tmp_path: Path, monkeypatch, capfd) -> None:
+    base = made("moe", torch.bfloat16)
+    save_adapter(base, tmp_path / "a", torch.bfloat16, {"target_modules": ["q_proj"]})
+    off = verify.Difference(max_abs=1.0, mean_kl=1e-6, top1=0.99, spread=0.1)
+    monkeypatch.setattr(verify, "compare", lambda *args: off)
+    fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / "out")
+    assert "rounding sends those to another expert" in capfd.readouterr().err
+    monkeypatch.setattr(verify, "compare", lambda *args: off._replace(mean_kl=1e-2))
+    with pytest.raises(RejectedError):
+        fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / "other")
+
+
+def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path: Path) -> None:
+    base = made("llama", torch.float32)
+    save_adapter(base, tmp_path / "a", torch.float32, {})
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(LoraError, match="link already exists"):
+        merge.merge(tmp_path / "a", tmp_path / "link")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("{")
+    with pytest.raises(LoraError, match="the tokenizer of .* cannot be read"):
+        merge.merge(tmp_path / "a", tmp_path / "out")
+
+
+def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:
+    save_adapter(made("llama", torch.float32), tmp_path / "a", torch.float32, {})
+    command = [sys.executable, "-m", "lora_cli", "merge", str(tmp_path / "a"), str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(Path(fold.__file__).parent.parent.parent)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        while process.poll() is None and not list(tmp_path.glob(".out.*")):
+            time.sleep(0.005)
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 143, said
+    assert "terminated" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(999, 2055), (70_001,), (3, 5, 200_003)])
+def test_a_tensors_checksum_does_not_depend_on_the_pieces_it_comes_in(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Widths that are no multiple of eight bytes: merged whole, and read back in blocks."""
+    torch.manual_seed(0)
+    whole = torch.randint(0, 256, shape, dtype=torch.uint8).to(dtype)
+    pieces = [whole[start:stop] for start, stop in shards.blocks(shape)]
+    assert sum(map(len, pieces)) == shape[0]
+    assert sum(map(shards.checksum, pieces)) % 2**64 == shards.checksum(whole) % 2**64
+    before = shards.checksum(whole)
+    whole.view(-1)[-1] += 1
+    assert shards.checksum(whole) != before

@@ -1,0 +1,310 @@
+"""The memory plan: a step rehearsed without storage against the allocator's own record of a real one, and what follows.
+
+Hermetic: small random Llamas, the tiny model. Alone: pytest tests/plan/test_memory.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
+
+from lora_cli.models import base as model
+from lora_cli.plan import flops, hardware, memory
+from lora_cli.plan import rehearsal as rehearse
+from lora_cli.plan import show as planning
+from lora_cli.plan.hardware import GIB, Hardware
+from lora_cli.plan.rehearsal import Batch
+from lora_cli.recipe import keys as recipe
+from lora_cli.recipe import load as recipe_file
+from lora_cli.recipe import upstream
+from lora_cli.speed import install as quick
+from lora_cli.speed import loss_head as loss
+
+CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+LARGE_CPU = Hardware("cpu", "a processor", 64 * GIB)
+
+
+def config(**values: Any) -> LlamaConfig:
+    return LlamaConfig(vocab_size=1024, dtype="float32", **{**CONFIG, "num_key_value_heads": 2, **values})
+
+
+def settled(method: str = "lora", lora: dict[str, Any] | None = None, **training: Any) -> recipe.Recipe:
+    made = recipe.Recipe(
+        method=method,
+        model=recipe.Model(name_or_path="x", dtype="float32"),
+        lora=recipe.Lora(**(lora or {})),
+        data=recipe.Data(path="x"),
+        training=recipe.Training(**{"gradient_checkpointing": False, "packing": False, **training}),
+        output_dir="x",
+    )
+    return upstream.settle(made, torch.float32, LARGE_CPU)[0]
+
+
+def real(chosen: recipe.Recipe, folder: Path) -> PeftModel:
+    """The recipe's network with weights."""
+    if not (folder / "config.json").is_file():
+        LlamaForCausalLM(config()).save_pretrained(folder)
+    base = model.load_base(str(folder), None, torch.float32, upstream.quantization_config(chosen))
+    adapted = get_peft_model(base, upstream.lora_config(chosen))
+    quick.install(adapted, "cpu")
+    if chosen.training.gradient_checkpointing:
+        base.activation_checkpointing_enable()
+        adapted.enable_input_require_grads()
+    return adapted.train()
+
+
+def real_step(adapted: PeftModel, ids: torch.Tensor) -> None:
+    base: Any = adapted.get_base_model()
+    mask = torch.ones_like(ids)
+    mask[-1, -1] = 0  # as in a padded batch
+    hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    where = torch.zeros(ids.numel() - len(ids), dtype=torch.long)
+    rows = hidden.flatten(0, 1)[where]
+    loss.summed(rows, base.get_output_embeddings(), where, loss.shape_of(base)).backward()
+
+
+def allocated(adapted: PeftModel, ids: torch.Tensor) -> int:
+    """The highest sum of what torch's allocator gave out and took back in a step, by its own record."""
+    real_step(adapted, ids)  # the first also makes what DoRA keeps
+    for parameter in adapted.parameters():
+        parameter.grad = None
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        real_step(adapted, ids)
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    assert len(changes) > 100
+    return max(accumulate(size for _, size in changes))
+
+
+def lasting(peaks: rehearse.Peaks) -> int:
+    return sum(peaks.all[name] for name in (rehearse.WEIGHTS, rehearse.ADAPTERS, rehearse.OPTIMIZER))
+
+
+@pytest.mark.parametrize(
+    ("method", "lora", "training"),
+    [
+        ("lora", {"lora_dropout": 0.1, "r": 64}, {}),
+        ("lora", {}, {"gradient_checkpointing": True}),
+        ("dora", {}, {}),
+        ("qlora", {}, {}),
+        ("qdora", {}, {"gradient_checkpointing": True}),
+    ],
+)
+def test_a_rehearsed_step_is_what_the_allocator_records(
+    tmp_path: Path, method: str, lora: dict[str, Any], training: dict[str, Any]
+) -> None:
+    chosen = settled(method, lora, **training)
+    rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
+    peaks = rehearsal.step(Batch(2, 512, waiting=False))
+    measured = allocated(real(chosen, tmp_path), torch.zeros(2, 512, dtype=torch.long))
+    assert peaks.all.total() - lasting(peaks) == pytest.approx(measured, rel=0.1)  # kernels take some inside
+
+
+def storages(tensors: list[torch.Tensor]) -> int:
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_of_4_bits_take_what_bitsandbytes_takes(tmp_path: Path, double: bool) -> None:
+    chosen = settled("qlora")
+    chosen = chosen.model_copy(
+        update={"quantization": chosen.quantization.model_copy(update={"bnb_4bit_use_double_quant": double})}
+    )
+    LlamaForCausalLM(config()).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    base = model.load_base(str(tmp_path), None, torch.float32, quantization)
+    tensors = [*base.parameters(), *base.buffers()]
+    for parameter in base.parameters():
+        state = getattr(parameter, "quant_state", None)
+        tensors += [] if state is None else [state.absmax, state.code]
+        tensors += [state.state2.absmax, state.offset] if state is not None and state.nested else []
+    rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
+    assert rehearsal.live.now.all[rehearse.WEIGHTS] == pytest.approx(storages(tensors), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit"])
+def test_optimizers_state_is_their_own(tmp_path: Path, name: str) -> None:
+    chosen = settled(optim=name)
+    rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
+    adapted = real(chosen, tmp_path)
+    learned = [parameter for _, parameter in model.trainable(adapted)]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(upstream.training_arguments(chosen), adapted)
+    optimizer = kind(learned, **options)
+    for parameter in learned:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, torch.Tensor)]
+    found = rehearsal.live.now.all[rehearse.OPTIMIZER]
+    assert found == pytest.approx(storages([tensor for tensor in state if tensor.numel() > 1]), rel=0.02, abs=4096)
+
+
+def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -> None:
+    """Libraries keep tables for the whole process; none may be one without content."""
+    text = "method: qdora\nmodel: {dtype: float32}\ntraining: {max_steps: 2, gradient_checkpointing: false}\n"
+    path, adapters = write_recipe(text), []
+    for rehearsed in (False, True):
+        out = tmp_path / f"run-{rehearsed}"
+        before = (
+            "from lora_cli import memory, model, upstream, hardware\n"
+            "config = model.load_config(recipe.model.name_or_path)\n"
+            "settled, _ = upstream.settle(recipe, config.dtype)\n"
+            "memory.forecast(settled, config, hardware.here()).need(memory.batch_of(settled))\n"
+        )
+        code = "from pathlib import Path\nfrom lora_cli import recipe_file\n"
+        code += f"recipe = recipe_file.load(Path({str(path)!r}), ['output_dir={out}'])\n"
+        code += f"{before if rehearsed else ''}from lora_cli import train\ntrain.train(recipe)\n"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"packing": "step"}, Batch(1, 100, waiting=True)),
+        ({"packing": "step", "max_length": 4000}, Batch(1, 4000, waiting=True)),
+        ({"packing": "step", "max_length": 4000, "per_device_train_batch_size": 1}, Batch(1, 4000, waiting=False)),
+        ({"packing": False, "gradient_accumulation_steps": 2}, Batch(8, 100, waiting=True)),
+        ({"packing": "dataset"}, Batch(1, 800, waiting=False)),
+        ({"packing": False, "padding_free": True}, Batch(1, 800, waiting=False)),
+    ],
+)
+def test_the_largest_forward_pass_of_a_recipe(training: dict[str, Any], expected: Batch) -> None:
+    assert memory.batch_of(settled(**{"max_length": 100, **training})) == expected
+
+
+def test_the_largest_that_fits_is_the_last_that_does() -> None:
+    plan = memory.forecast(settled(), config(num_hidden_layers=1), LARGE_CPU)
+    room = plan.need(Batch(2, 128, waiting=False)).total
+    fixed = plan.need(Batch(1, 1, waiting=False)).total
+    for share in (0.3, 6.0):
+        plan.device = LARGE_CPU._replace(memory=round(fixed + share * (room - fixed)))
+        found = plan.largest(lambda n: Batch(2, n, waiting=False), 128, 100_000)
+        assert plan.fits(Batch(2, found, waiting=False))
+        assert not plan.fits(Batch(2, found + max(2, found // 32), waiting=False))
+    assert plan.largest(lambda n: Batch(2, n, waiting=False), 128, 5) == 5
+    plan.device = LARGE_CPU._replace(memory=fixed - 1)
+    assert plan.largest(lambda n: Batch(2, n, waiting=False), 128, 1000) == 0
+
+
+def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
+    chosen = settled(packing="step", optim="adamw_torch_fused")
+    need = memory.forecast(chosen, config(), LARGE_CPU).need(memory.batch_of(chosen)).total
+    for room, expected in ((need, False), (need - 1, True)):
+        decided = memory.levers(config(), LARGE_CPU._replace(memory=room))(chosen)["gradient_checkpointing"]
+        assert decided[0] is expected
+        assert "MiB" in decided[1]
+    far = memory.levers(config(), LARGE_CPU)(chosen)["gradient_checkpointing"]
+    assert far == (False, "needs a small part of a processor, 64.0 GiB")
+
+
+def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None:
+    big = config(num_hidden_layers=1)
+    chosen = settled(packing="step", lora={"r": 512})
+    with_it = chosen.settled("sft", {"training": {"gradient_checkpointing": True}})
+    gpu = Hardware("cuda", "a GPU", 0, bf16=True)
+    need = memory.forecast(with_it, big, gpu).need(memory.batch_of(chosen))
+    missing = need.items[rehearse.OPTIMIZER] // 2
+    decided = memory.levers(big, gpu._replace(memory=need.total - missing))(chosen)
+    assert decided["optim"][0] == "paged_adamw_8bit"
+    assert decided["gradient_checkpointing"][0] is True
+
+
+def test_activations_that_are_offloaded_are_not_on_the_gpu() -> None:
+    gpu, batch = Hardware("cuda", "a GPU", 64 * GIB, bf16=True), Batch(1, 512, waiting=False)
+    plain, kept, again = (
+        memory.forecast(settled(**options), config(num_hidden_layers=4), gpu).need(batch).items
+        for options in ({}, {"activation_offloading": True}, {"gradient_checkpointing": True})
+    )
+    assert kept[rehearse.ACTIVATIONS] < plain[rehearse.ACTIVATIONS] / 2
+    assert kept[rehearse.ADAPTERS] == plain[rehearse.ADAPTERS]
+    assert sum(kept.values()) < sum(again.values()) < sum(plain.values())
+
+
+def test_the_out_of_memory_advice_names_what_fits(tiny: Path) -> None:
+    chosen = settled(packing="step").model_copy(
+        update={"model": recipe.Model(name_or_path=str(tiny / "model"), dtype="float32")}
+    )
+    said = memory.what_fits(chosen, Hardware("cuda", "a GPU", GIB + (20 << 20)))
+    assert said.startswith("it was expected to need ")
+    assert "--set training.gradient_checkpointing=true needs" in said
+    assert "--set method=qlora needs" in said
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_operations_are_those_that_torch_counts(tmp_path: Path, method: str) -> None:
+    """Torch's counter sees attention that is not causal, twice the work, hence twice the context.
+
+    It does not know bitsandbytes' products and those that add in place.
+    """
+    chosen, length = settled(method), 64
+    adapted = real(chosen, tmp_path)
+    base: Any = adapted.get_base_model()
+    base.set_attn_implementation("eager")
+    adapted.enable_input_require_grads()  # else the first layer's input needs no gradient
+    products = {
+        torch.ops.bitsandbytes.gemm_4bit: lambda a, b, shape, *args, **kwargs: 2 * a[:-1].numel() * shape[0] * shape[1],
+        torch.ops.aten.addmm_: lambda c, a, b, *args, **kwargs: 2 * c[0] * c[1] * a[1],
+    }
+    ids = torch.zeros(2, length, dtype=torch.long)
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert flops.per_token(adapted, 2 * length) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_experts_count_as_far_as_they_work() -> None:
+    sparse = config(num_local_experts=8, num_experts_per_tok=2)
+    assert flops._active(torch.nn.Parameter(torch.zeros(8, 4, 4)), sparse) == 0.25
+
+
+def test_plan_needs_no_weights(tiny: Path, lora, write_recipe, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny / "model", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = write_recipe(f"model: {{name_or_path: {bare}}}\nmethod: dora\n")
+    done = lora("plan", path, "--json", "--tokens-per-second", "1000")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert sum(found["memory"]["items"].values()) == found["memory"]["total"]
+    assert found["memory"]["fits"] is True
+    kinds = found["parameters"]["trained_by_kind"]
+    assert sum(number for _, number in kinds.values()) == found["parameters"]["trained"]
+    assert found["steps"]["steps"] == 3
+    assert found["time"]["source"] == "--tokens-per-second"
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_says_what_does_not_fit(write_recipe, capsys) -> None:
+    loaded = recipe_file.load(write_recipe("training: {packing: false, gradient_checkpointing: true}\n"))
+    planning.show_plan(loaded, "1GB", None, read_data=False, as_json=False)
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT: 1.0 of 1GB, 1.0 GiB" in said
+    assert "largest that fits: training.max_length none; or training.per_device_train_batch_size none" in said
+    assert "time: no speed is known" in said
+
+
+def test_speed_and_memory_are_logged_and_recorded(tiny: Path, lora, write_recipe, tmp_path: Path) -> None:
+    done = lora("train", write_recipe("training: {logging_steps: 1}\n"))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
+    for found in [*(line for line in lines if "loss" in line), results]:
+        assert found["tokens_per_second"] > 0
+        assert 0.1 < found["peak_memory_gb"] < 64
+        assert ("mfu" in found) is torch.cuda.is_available()
+
+
+def test_the_share_of_the_peak_is_known_where_the_device_is() -> None:
+    assert flops.Work(4e9, flops.peak("NVIDIA H100 80GB HBM3", "bfloat16")).used(1e5) == pytest.approx(4e14 / 989e12)
+    assert flops.Work(4e9, flops.peak("a processor", "bfloat16")).used(1e5) is None
+    assert hardware.here().kind == "cuda" or flops.peak(hardware.here().name, "float32") is None

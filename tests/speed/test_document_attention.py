@@ -1,0 +1,113 @@
+"""Attention by document: transformers' own sdpa, with its masks, is the oracle, for logits and gradients.
+
+Hermetic: random models of several families. Alone: pytest tests/speed/test_document_attention.py
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lora_cli.speed import document_attention as attention
+from lora_cli.speed import step_packing as packing
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 64},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "olmo2": {},
+    "gpt_neox": {},
+    "granite": {"num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 2},
+}
+
+
+def pair(family: str, dtype: torch.dtype = torch.float32, **more) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A random model as transformers runs it, and a copy that attends by document."""
+    options = {**SHAPE, **FAMILIES[family], "vocab_size": 300, "attn_implementation": "sdpa", **more}
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).to(dtype).eval()
+    ours = copy.deepcopy(stock)
+    assert attention.install(ours)
+    assert stock.config._attn_implementation == "sdpa"
+    return stock, ours
+
+
+def packed(*lengths: int) -> dict[str, torch.Tensor]:
+    """One sequence of documents of these lengths."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return {"input_ids": torch.arange(sum(lengths))[None] * 37 % 300, "position_ids": positions}
+
+
+def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Logits and the gradients of all parameters."""
+    model.zero_grad()
+    logits = model(**inputs, use_cache=False).logits
+    torch.manual_seed(1)
+    (logits.float() * torch.randn(logits.shape)).sum().backward()
+    return [logits.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the documents that attended alone, in the order they did."""
+    seen: list[int] = []
+    own = attention._alone
+    monkeypatch.setattr(attention, "_alone", lambda *given: seen.append(given[1][0].shape[2]) or own(*given))
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_have_transformers_own_logits_and_gradients(family: str, alone: list[int]) -> None:
+    stock, ours = pair(family)
+    inputs = packed(5, 1, 40, 18)
+    for expected, given in zip(run(stock, inputs), run(ours, inputs), strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert alone == [5, 1, 40, 18] * 2
+    assert packing.unsuitable(ours) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_in_bfloat16_the_gradients_are_no_farther_from_float32_than_torch_s(family: str, alone: list[int]) -> None:
+    inputs = packed(5, 1, 40, 300)
+    exact = run(pair(family)[0], inputs)
+    far = []
+    for model in pair(family, torch.bfloat16):
+        found = run(model, inputs)
+        far.append([float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    assert alone == [5, 1, 40, 300] * 2
+    assert all(ours < 1.3 * stock + 1e-3 for stock, ours in zip(*far)), far
+    assert sum(far[1]) < 1.05 * sum(far[0])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_document_longer_than_the_window_keeps_its_mask(family: str, alone: list[int]) -> None:
+    stock, ours = pair(family)
+    inputs = packed(100, 20)
+    for expected, given in zip(run(stock, inputs), run(ours, inputs), strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert not alone
+
+
+def test_padded_rows_single_documents_and_generation_are_as_they_were(alone: list[int]) -> None:
+    stock, ours = pair("llama")
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    padded = {"input_ids": torch.arange(18).view(2, 9), "attention_mask": mask}
+    single = {"input_ids": torch.arange(12)[None]}
+    for inputs in (padded, single, packed(12)):
+        assert torch.equal(stock(**inputs).logits, ours(**inputs).logits)
+    said = [model.generate(**padded, max_new_tokens=6, do_sample=False, pad_token_id=0) for model in (stock, ours)]
+    assert torch.equal(*said)
+    assert not alone
+
+
+def test_other_implementations_are_left_alone() -> None:
+    options = {**SHAPE, **FAMILIES["llama"], "vocab_size": 300, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options))
+    assert not attention.install(model)
+    assert model.config._attn_implementation == "eager"

@@ -1,0 +1,185 @@
+"""The loss at labelled tokens: the model's own loss and gradients, for every kind of head, without all the logits.
+
+Against transformers' own loss on random models of several families. Hermetic. Alone:
+pytest tests/speed/test_loss_head.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from lora_cli.recipe import load as recipe_file
+from lora_cli.speed import loss_head as loss
+from lora_cli.train import run as train
+from tests import networks
+
+VOCABULARY = 307
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+    "phi": {},  # its head has a bias
+    "falcon_h1": {"lm_head_multiplier": 0.5},
+    "mixtral": {},
+}
+
+
+def random_model(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+    """Of a family, with what its head has, and weights far from their small beginnings."""
+    made = networks.random_model(family, vocab_size=VOCABULARY, **FAMILIES[family], **more)
+    torch.manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return made.to(dtype)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Three rows, a third of the tokens with a label, the first of a row among them; one row without."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (3, 40))
+    labels = torch.where(torch.rand(ids.shape) < 0.35, ids, -100)
+    labels[0, 0], labels[2] = ids[0, 0], -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients(model: torch.nn.Module, **more: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model.train()
+    model.zero_grad()
+    found = model(**batch(), use_cache=False, **more).loss
+    (found * 3).backward()
+    return found.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "frozen": {"target_modules": "all-linear"},
+    "trained": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    "adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "dora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("items", [None, 17])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_every_kind_of_head_has_the_stock_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, family: str, head: str, items: int | None
+) -> None:
+    check(monkeypatch, random_model(family, tie_word_embeddings=False), HEADS[head], items)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_stock_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    check(monkeypatch, random_model(family), {"target_modules": ["q_proj"]}, None)
+
+
+def check(monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict, items: int | None) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 5 * VOCABULARY)  # so that there are several, and a last one that is not full
+    monkeypatch.setattr(loss, "BLOCK", 2 * VOCABULARY)
+    adapted = get_peft_model(base, LoraConfig(r=4, **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    stock = copy.deepcopy(adapted)
+    assert loss.install(adapted.get_base_model()) is None
+    more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    (theirs, wanted), (ours, found) = gradients(stock, **more), gradients(adapted, **more)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert found.keys() == wanted.keys()
+    assert len(found) >= 4
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-9)
+    torch.testing.assert_close(adapted(input_ids=batch()["input_ids"]).logits, stock(**batch()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_as_near_to_float64_as_the_stock_one(dtype: torch.dtype) -> None:
+    base = random_model("llama", dtype)
+    ours, stock, exact = copy.deepcopy(base), base, copy.deepcopy(base).double()
+    assert loss.install(ours) is None
+    for model in (ours, stock, exact):
+        model.get_output_embeddings().requires_grad_(requires_grad=False)
+    (_, found), (_, theirs), (_, wanted) = gradients(ours), gradients(stock), gradients(exact)
+
+    def distance(some: dict[str, torch.Tensor]) -> float:
+        return sum((some[n].double() - wanted[n]).norm().item() for n in wanted) / sum(
+            gradient.norm().item() for gradient in wanted.values()
+        )
+
+    assert distance(found) < 1.2 * distance(theirs) < 0.1
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor of logits that any operation makes; not the head's own weight, the other way round."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCABULARY,) != tensor.shape[:1] != (64,):
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("options", [HEADS["frozen"], HEADS["adapted"]])
+def test_all_logits_are_never_alive(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 5 * VOCABULARY)
+    adapted = get_peft_model(random_model("llama"), LoraConfig(r=4, **options))
+    with _Largest() as seen:
+        gradients(adapted)
+    assert seen.largest >= 3 * 40 * VOCABULARY
+    assert loss.install(adapted.get_base_model()) is None
+    with _Largest() as seen:
+        gradients(adapted)
+    assert 0 < seen.largest <= 5 * VOCABULARY
+
+
+def test_a_batch_without_labels_has_the_loss_zero() -> None:
+    adapted = get_peft_model(random_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert loss.install(adapted.get_base_model()) is None
+    given = batch()
+    given["labels"][:] = -100
+    found = adapted(**given).loss
+    found.backward()
+    assert found.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_model_with_another_loss_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("gemma2")
+    monkeypatch.setattr(loss, "_cap", lambda config: None)  # as if it were a family that lora does not know
+    own = model.forward
+    assert "its own loss is another" in str(loss.install(model))
+    assert model.forward == own
+    model = random_model("mixtral")
+    model.config.output_router_logits = True
+    assert "balances experts" in str(loss.install(model))
+
+
+@pytest.mark.parametrize("trainer", ["sft", "trainer"])
+@pytest.mark.parametrize("more", ["", "packing: true, "])
+def test_training_is_the_same_with_either_head(write_recipe, tmp_path: Path, trainer: str, more: str) -> None:
+    if trainer == "trainer" and more:
+        more = "bf16: true, "
+    found = {}
+    for head in ("stock", "trained_tokens"):
+        text = (
+            f"trainer: {trainer}\noutput_dir: {tmp_path / head}\ndata: {{eval_path: build/tiny/eval.jsonl}}\n"
+            f"training: {{{more}loss_head: {head}, logging_steps: 1, gradient_accumulation_steps: 2}}\n"
+        )
+        train.train(recipe_file.load(write_recipe(text)))
+        lines = [json.loads(line) for line in (tmp_path / head / "metrics.jsonl").read_text().splitlines()]
+        found[head] = [line.get("loss", line.get("eval_loss")) for line in lines if {"loss", "eval_loss"} & line.keys()]
+    assert len(found["stock"]) >= 4
+    assert found["trained_tokens"] == pytest.approx(found["stock"], rel=2e-2 if "bf16" in more else 1e-5)

@@ -1,0 +1,152 @@
+"""The design's rules, read from the source: imports go downward, the start-up path is light, commands are documented.
+
+Hermetic: reads this repository, starts Python. Alone: pytest tests/test_design.py
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from packaging.requirements import Requirement
+
+from lora_cli.recipe import schema
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_cli"
+
+# A room imports only rooms before it; those of one line do not know each other.
+ORDER = [
+    {"common"},
+    {"recipe"},
+    {"models"},
+    {"data", "speed"},
+    {"plan"},
+    {"merge"},
+    {"gguf"},
+    {"train"},
+    {"evaluate"},
+    {"doctor"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+class Import(NamedTuple):
+    """One name that a file of ours imports from another place of ours."""
+
+    path: str
+    room: str
+    source: str
+    name: str
+
+
+def room_of(module: str) -> str:
+    """The room of a module's dotted name below `lora_cli`; the package's own files belong to the command line."""
+    first = module.partition(".")[0]
+    return first if first in FLOOR else "cli"
+
+
+def imports(path: Path) -> list[Import]:
+    """Everything of ours that the file imports, anywhere in it."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_cli":
+            source = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                found.append(Import("/".join(parts), room_of(".".join(parts)), source, alias.name))
+    return found
+
+
+EVERY = [each for path in FILES for each in imports(path) if each.name != "__version__"]
+
+
+def test_rooms_import_only_rooms_before_them() -> None:
+    assert len(EVERY) > 300
+    arrows = {(each.room, room_of(each.source), each.path) for each in EVERY}
+    upward = {(*rooms, path) for *rooms, path in arrows if rooms[0] != rooms[1] and FLOOR[rooms[1]] >= FLOOR[rooms[0]]}
+    assert not upward
+
+
+def test_the_reference_is_only_for_comparing() -> None:
+    users = {each.path for each in EVERY if "doctor.reference" in each.source}
+    reference = [path for path in FILES if path.parent.name == "reference"]
+    assert users == {"doctor/oracle", *(f"doctor/reference/{path.stem}" for path in reference)} & (
+        users | {"doctor/oracle"}
+    )
+    assert packages(reference) == {"torch", "safetensors"}
+
+
+def packages(paths: list[Path]) -> set[str]:
+    """What these files import beside this package and the standard library, anywhere in them."""
+    imports = {
+        name.split(".")[0]
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    return imports - set(sys.stdlib_module_names) - {"lora_cli"}
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    asked = {Requirement(line).name.replace("-", "_") for line in importlib.metadata.requires("lora-cli") or []}
+    used = packages(FILES)
+    assert {"torch", "numpy", "yaml"} < used
+    assert {"pyyaml" if name == "yaml" else name for name in used} - asked == set()
+
+
+def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:
+    """Exit status, what was imported, and stderr of the command line run with `arguments`."""
+    code = f"import sys; sys.argv = ['lora', *{arguments!r}]\nfrom lora_cli.cli import main\n"
+    code += "try:\n    main()\nfinally:\n    print('MODULES', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, set(done.stdout.rpartition("MODULES")[2].split()), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["schema"]])
+def test_help_is_answered_without_torch(arguments: list[str]) -> None:
+    status, modules, _ = modules_after(arguments)
+    assert status == 0
+    assert "typer" in modules
+    assert not modules & {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy"}
+
+
+def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
+    path = tmp_path / "typo.yaml"
+    path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining:\n  learning_rat: 1e-4\n")
+    status, modules, stderr = modules_after(["train", str(path)])
+    assert status == 2
+    assert stderr == (
+        f"error: {path}:4: training.learning_rat is not a known key\n\nhint: did you mean training.learning_rate?\n"
+    )
+    assert "pydantic" in modules
+    assert not modules & {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy"}
+
+
+def test_generated_documents_are_fresh() -> None:
+    assert (ROOT / "configs" / "schema.json").read_text() == schema.json_text(), "make docs"
+    assert (ROOT / "docs" / "recipe.md").read_text() == schema.markdown(), "make docs"
+
+
+def test_the_readme_documents_every_command_and_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"@app\.command\((?:\"([\w-]+)\")?\)\ndef (\w+)", (PACKAGE / "cli.py").read_text())
+    names = [given or function for given, function in commands]
+    assert len(names) >= 7
+    assert not [name for name in names if f"lora {name}" not in readme]
+    assert not [path.name for path in FILES if path.stem[0] != "_" and path.name not in readme]
+    assert not [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in readme]

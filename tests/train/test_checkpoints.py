@@ -1,0 +1,334 @@
+"""Checkpoints: every damage is seen and the one before is taken; only our own are deleted; one process owns a run.
+
+Hermetic: the tiny model and its data, CPU. Alone: pytest tests/train/test_checkpoints.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_cli.common.errors import LoraError
+from lora_cli.models import adapter_folder as record
+from lora_cli.recipe import load as recipe_file
+from lora_cli.train import checkpoints, lock
+from lora_cli.train import random_state as rng
+from lora_cli.train import run as train
+from lora_cli.train.signals import Signals
+
+STEPS = "training: {max_steps: 4, save_strategy: steps, save_steps: 1, save_total_limit: 3, logging_steps: 1}\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A run of four steps with the checkpoints of the last three; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}}}\ndata: {{path: {tiny / 'train.jsonl'}, max_rows: 16}}\n"
+        "training: {max_steps: 4, per_device_train_batch_size: 2, save_strategy: steps, save_steps: 1, "
+        f"save_total_limit: 3, max_length: 64}}\noutput_dir: {folder / 'run'}\n"
+    )
+    train.train(recipe_file.load(path))
+    return folder / "run"
+
+
+def run_id(folder: Path) -> str:
+    return str(json.loads((folder / "record.json").read_text())["id"])
+
+
+def flipped(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << (at % 8)
+    path.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "missing": lambda path, other: path.unlink(),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "truncated": lambda path, other: os.truncate(path, path.stat().st_size - 1),
+    "halved": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "longer": lambda path, other: path.write_bytes(path.read_bytes() + b"\0"),
+    "first bit": lambda path, other: flipped(path, 0),
+    "a bit": lambda path, other: flipped(path, path.stat().st_size // 3),
+    "last bit": lambda path, other: flipped(path, path.stat().st_size - 1),
+    "of another step": lambda path, other: shutil.copy(other, path),
+    "a link": lambda path, other: (path.unlink(), path.symlink_to(other)),
+    "a folder": lambda path, other: (path.unlink(), path.mkdir()),
+}
+
+
+def test_every_damage_of_every_file_is_seen_and_the_one_before_is_taken(trained: Path, tmp_path: Path, capsys) -> None:
+    folder, run = tmp_path / "run", run_id(trained)
+    shutil.copytree(trained, folder)
+    names = sorted(path.name for path in (folder / "checkpoint-4").iterdir())
+    needed = {"adapter_model.safetensors", "manifest.json", "optimizer.pt", "rng_state_0.json", "run_state.json"}
+    assert needed < set(names)
+    assert "training_args.bin" not in names
+    seen = 0
+    for name in names:
+        for kind, damage in DAMAGES.items():
+            before, target = (folder / f"checkpoint-{step}" / name for step in (3, 4))
+            if kind == "of another step" and before.read_bytes() == target.read_bytes():
+                continue  # the tokenizer's files are the same
+            damage(target, before)
+            found = checkpoints.newest(folder, run)
+            assert found is not None and found.step == 3, (name, kind)
+            said = capsys.readouterr().err
+            assert said.startswith("  checkpoint-4 skipped: ") and said.count("\n") == 1, (name, kind, said)
+            shutil.rmtree(folder / "checkpoint-4")
+            shutil.copytree(trained / "checkpoint-4", folder / "checkpoint-4")
+            seen += 1
+    assert seen > 100
+    found = checkpoints.newest(folder, run)
+    assert found is not None and found.step == 4
+
+
+def test_no_flipped_bit_of_a_manifest_is_overlooked(trained: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "checkpoint-4", run_id(trained)
+    shutil.copytree(trained / "checkpoint-4", folder)
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    for at in range(0, len(whole), 5):
+        flipped(manifest, at)
+        assert isinstance(checkpoints.read(folder, run), checkpoints.Unusable), at
+        manifest.write_bytes(whole)
+    assert isinstance(checkpoints.read(folder, run), checkpoints.Checkpoint)
+
+
+def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(trained: Path, tmp_path: Path, capsys) -> None:
+    folder, run = tmp_path / "run", run_id(trained)
+    shutil.copytree(trained, folder)
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-5")
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-7").symlink_to(folder / "checkpoint-4")
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-8")
+    (folder / "checkpoint-8" / "model.safetensors").write_bytes(b"what Trainer would prefer")
+    other = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-9")
+    (folder / "checkpoint-9" / "manifest.json").write_text(checkpoints._manifest("another", 9, other["files"]))
+    found = checkpoints.newest(folder, run)
+    assert found is not None and found.folder.name == "checkpoint-4"
+    assert capsys.readouterr().err.splitlines() == [
+        "  checkpoint-9 skipped: it belongs to another run",
+        "  checkpoint-8 skipped: it is the checkpoint of step 4 under another name",
+        "  checkpoint-7 skipped: it is a link, which is not followed",
+        "  checkpoint-6 skipped: it has no manifest: saving it was interrupted, or it is not ours",
+        "  checkpoint-5 skipped: it is the checkpoint of step 3 under another name",
+    ]
+
+
+def test_a_whole_checkpoint_of_a_lost_best_model_is_not_taken(trained: Path, tmp_path: Path, capsys) -> None:
+    folder, run = tmp_path / "run", run_id(trained)
+    shutil.copytree(trained, folder)
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "best_global_step": 2}))
+    (folder / "checkpoint-4" / "manifest.json").unlink()
+    checkpoints._seal(folder / "checkpoint-4", run, 4)
+    found = checkpoints.newest(folder, run)
+    assert found is not None and found.step == 4
+    shutil.rmtree(folder / "checkpoint-2")
+    found = checkpoints.newest(folder, run)
+    assert found is not None and found.step == 3
+    assert "checkpoint-4 skipped: the best model so far, checkpoint-2, is missing" in capsys.readouterr().err
+
+
+def test_rotation_deletes_only_this_run_s_own(trained: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "run", run_id(trained)
+
+    def left() -> list[str]:
+        return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+    shutil.copytree(trained, folder)
+    for name in ("checkpoint-1", "checkpoint-1000", "checkpoint-best"):
+        (folder / name).mkdir()
+    foreign = ["checkpoint-1", "checkpoint-1000", "checkpoint-best"]
+    checkpoints.rotate(folder, run, None, newest=4, best=None)
+    checkpoints.rotate(folder, "another run", 1, newest=4, best=None)
+    assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-3", "checkpoint-4"])
+    checkpoints.rotate(folder, run, 2, newest=4, best=2)
+    assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-4"])
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()  # so that the run went on from an earlier one
+    checkpoints.rotate(folder, run, 1, newest=2, best=None)
+    assert left() == sorted([*foreign, "checkpoint-2"])
+
+
+def test_generators_go_on_where_they_were() -> None:
+    import random
+
+    import numpy as np
+
+    def drawn() -> list[float]:
+        return [random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.rand(()))]
+
+    random.gauss(0, 1)  # leaves its second number for the next call
+    np.random.normal()
+    state = json.loads(json.dumps(rng.capture()))
+    first = drawn()
+    assert drawn() != first
+    rng.restore(state)
+    assert drawn() == first
+
+
+def test_a_run_has_one_owner(trained: Path, tmp_path: Path, write_recipe) -> None:
+    recipe = recipe_file.load(write_recipe())
+    Path(recipe.output_dir).mkdir()
+    (heard, told), (ended, end) = os.pipe(), os.pipe()
+    owner = os.fork()
+    if not owner:
+        os.close(end)
+        with lock.held(Path(recipe.output_dir)):
+            if not os.fork():  # as a data loader's worker: its copy of the lock must not count
+                os.write(told, b"x")
+            os.read(ended, 1)  # until the test closes the other end
+            os._exit(0)
+    os.read(heard, 1)
+    message = rf"is in use by process {owner} on {socket.gethostname()}"
+    with pytest.raises(LoraError, match=message):
+        train.train(recipe)
+    with pytest.raises(LoraError, match=message):
+        train.train(recipe, resume=True)
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    train.train(recipe)  # what a dead process held is no lock, though its child lives
+    os.close(end)
+
+
+def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None:
+    recipe = recipe_file.load(write_recipe())
+    folder = Path(recipe.output_dir)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(LoraError, match="already exists"):
+            train.train(recipe, resume=resume)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    (folder / ".lock").write_text("host 1\n")  # what a kill at the very start leaves
+    (folder / ".record.json.1.tmp").write_text("{")
+    with pytest.raises(LoraError, match="holds no run to resume"):
+        train.train(recipe, resume=True)
+    assert train.train(recipe).is_dir()
+
+
+def test_a_changed_recipe_is_refused_unless_it_may_change(write_recipe, tmp_path: Path, capsys) -> None:
+    path = write_recipe(STEPS)
+    train.train(recipe_file.load(path))
+    longer = ["training.max_steps=6"]
+    with pytest.raises(LoraError, match=r"differs from the run in .*: training.max_steps 4 -> 6") as caught:
+        train.train(recipe_file.load(path, longer), resume=True)
+    assert caught.value.hint == "undo the change, or allow it: --allow-changes training.max_steps"
+    with pytest.raises(LoraError, match="lora.r: a resumed run cannot change it"):
+        train.train(recipe_file.load(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
+    with pytest.raises(LoraError, match=r"run: lora.r 16 -> 4$") as caught:
+        train.train(recipe_file.load(path, [*longer, "lora.r=4"]), resume=True, allowed=["training.max_steps"])
+    capsys.readouterr()
+    train.train(recipe_file.load(path, longer), resume=True, allowed=["training.max_steps"])
+    assert "resuming from" in (said := capsys.readouterr().err) and "checkpoint-4" in said
+    run = tmp_path / "run"
+    written = json.loads((run / "record.json").read_text())
+    assert (written["results"]["steps"], written["changed"]) == (6, ["training.max_steps 4 -> 6"])
+    assert sorted(path.name for path in run.glob("adapter*")) == ["adapter", "adapter-4"]
+    with pytest.raises(LoraError, match="is finished"):
+        train.train(recipe_file.load(path, longer), resume=True)
+
+
+def test_what_may_change_is_in_every_recipe() -> None:
+    from lora_cli.recipe.keys import Data, Training
+
+    known = {f"training.{name}" for name in Training.model_fields} | {f"data.{name}" for name in Data.model_fields}
+    assert set(record.EXTENDING) <= known
+
+
+def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
+    before = signal.default_int_handler
+    inherited = signal.signal(signal.SIGINT, before)  # a shell's background jobs begin with SIGINT ignored
+    signals = Signals()
+    with signals.heard():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (signals.save, signals.stopping) == (True, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.stopping is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.signal(signal.SIGINT, inherited) is before
+
+
+def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> None:
+    """On the command line, in processes of their own."""
+    path, started = write_recipe("training: {max_steps: 100000, logging_steps: 1}\n"), {}
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        folder = tmp_path / str(status)
+        arguments = [sys.executable, "-m", "lora_cli", "train", str(path), "--set", f"output_dir={folder}"]
+        started[folder, number, status] = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    for (folder, number, status), process in started.items():
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("step 1/"):
+                process.send_signal(signal.SIGUSR1)
+            if line.startswith("SIGUSR1: saved checkpoint-"):
+                process.send_signal(number)
+        assert process.wait() == status
+        saved = [int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")]
+        assert len(saved) == 2
+        recipe = folder / "recipe.yaml"
+        assert f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n" in said
+        assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
+    resolved = recipe_file.load(recipe, [f"training.max_steps={max(saved) + 1}"])
+    train.train(resolved, resume=True, allowed=["training.max_steps"])
+
+
+def test_allowed_changes_are_for_resuming(lora, write_recipe) -> None:
+    done = lora("train", write_recipe(), "--allow-changes", "training.max_steps")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --allow-changes is for a run that is resumed\n\nhint: add --resume\n",
+    )
+
+
+def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
+    write_recipe, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """At this learning rate the first is the best. With one checkpoint kept, Trainer would delete folders of others."""
+    text = (
+        f"data: {{max_rows: 16, eval_path: {tiny / 'eval.jsonl'}, eval_split: 'train[:8]'}}\n"
+        "training: {max_steps: 4, save_strategy: steps, save_steps: 1, eval_strategy: steps, eval_steps: 1, "
+        "learning_rate: 3.0, lr_scheduler_type: constant_with_warmup, warmup_steps: 4, load_best_model_at_end: true, "
+        "save_total_limit: 1}\n"
+    )
+    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
+    recipe = recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
+    inner = train.WatchedSFTTrainer.training_step
+
+    def third(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.WatchedSFTTrainer, "training_step", third)
+        with pytest.raises(SystemExit):
+            train.train(recipe)
+    foreign = tmp_path / "stopped" / "checkpoint-77"
+    foreign.mkdir()
+    resumed = train.train(recipe, resume=True)
+    best = json.loads((tmp_path / "stopped" / "checkpoint-4" / "trainer_state.json").read_text())["best_global_step"]
+    assert best in (1, 2, 3)
+    names = {"checkpoint-4", f"checkpoint-{best}"}
+    assert {path.name for path in tmp_path.glob("stopped/checkpoint-*")} == {*names, "checkpoint-77"}
+    for folder in (whole, resumed):
+        weights = folder / "adapter_model.safetensors"
+        kept = folder.parent / f"checkpoint-{best}" / "adapter_model.safetensors"
+        assert weights.read_bytes() == kept.read_bytes() == (whole / weights.name).read_bytes()

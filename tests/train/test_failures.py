@@ -1,0 +1,332 @@
+"""What ends a run from within: numbers that are none, memory that runs out, a disk that is full.
+
+Each leaves what was saved before whole, and says in one message what to do. Hermetic: the tiny model and its data, CPU;
+exhaustion is injected (`tests/torture/disk.py` fills a real disk). Alone: pytest tests/train/test_failures.py
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_cli.common import files
+from lora_cli.common.errors import LoraError
+from lora_cli.recipe import load as recipe_file
+from lora_cli.train import checkpoints
+from lora_cli.train import disk_space as disk
+from lora_cli.train import run as train
+from lora_cli.train.progress import NonFiniteError
+from lora_cli.train.resume import Resumable
+
+SAVING = "save_strategy: steps, save_steps: 1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Trainer collects garbage when it begins; it need not look at all that the libraries have made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def weights(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def broken_base(tiny: Path, folder: Path, value: float) -> Path:
+    """The tiny model with one weight that is no number."""
+    shutil.copytree(tiny / "model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_base_with_a_weight_that_is_no_number_is_refused(
+    write_recipe, tiny: Path, tmp_path: Path, method: str, value: float
+) -> None:
+    base = broken_base(tiny, tmp_path / "broken", value)
+    path = write_recipe(f"method: {method}\nmodel: {{name_or_path: {base}}}\n")
+    with pytest.raises(LoraError, match=r"in 1 tensors, the first model.layers.0.mlp.up_proj.weight"):
+        train.train(recipe_file.load(path))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_single_quantised_base_too(write_recipe, tiny: Path, tmp_path: Path) -> None:
+    base = broken_base(tiny, tmp_path / "broken", float("nan"))
+    path = write_recipe(
+        f"method: qlora\nmodel: {{name_or_path: {base}}}\nquantization: {{bnb_4bit_use_double_quant: false}}\n"
+    )
+    with pytest.raises(LoraError, match="the first model.layers.0.mlp.up_proj.weight"):
+        train.train(recipe_file.load(path))
+
+
+def spoil(patch: pytest.MonkeyPatch, step: int, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    """In this step, `change(trainer, loss)` is what the forward pass gave."""
+    for kind in (train.WatchedSFTTrainer, train.WatchedTrainer):
+        inner = kind.compute_loss
+
+        def compute_loss(self, *args, inner=inner, **kwargs):
+            loss = inner(self, *args, **kwargs)
+            return change(self, loss) if self.state.global_step + 1 == step and self.model.training else loss
+
+        patch.setattr(kind, "compute_loss", compute_loss)
+
+
+class Collated(list):
+    """The rows of each batch, as the collator got them."""
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        inner = train.DataCollatorForLanguageModeling.__call__
+
+        def called(collator, rows, *args, **kwargs):
+            self.append([tuple(row["input_ids"]) for row in rows])
+            return inner(collator, rows, *args, **kwargs)
+
+        patch.setattr(train.DataCollatorForLanguageModeling, "__call__", called)
+
+
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoint(
+    write_recipe, tmp_path: Path, monkeypatch, order: str
+) -> None:
+    """The rows are those that the collator got for that step; the run had been resumed before."""
+    path = write_recipe(
+        f"trainer: trainer\ndata: {{max_rows: 24}}\ntraining: {{packing: false, {SAVING}, max_steps: 9, "
+        f"gradient_accumulation_steps: 2, train_sampling_strategy: {order}}}\n"
+    )
+    recipe, collated = recipe_file.load(path), Collated()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Watch, "on_step_end", _interrupt_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(recipe)
+    with monkeypatch.context() as patch:
+        collated.watch(patch)
+        spoil(patch, 5, lambda trainer, loss: loss * float("nan"))
+        with pytest.raises(NonFiniteError) as caught:
+            train.train(recipe, resume=True)
+    said = caught.value.message
+    assert said.startswith("stopped at step 5: the loss is nan, on rows ")
+    assert said.endswith(
+        "of the prepared data (counted from 0); checkpoint-4 is the last good one; nothing was saved from this step"
+    ), said
+    named = [int(word) for word in said.partition("on rows ")[2].partition(" of")[0].split(", ")]
+    rows = train.data.load(recipe, train.tokenizing.load_tokenizer(recipe.model.name_or_path))[0].rows
+    batches = [batch for batch in collated if len(batch) == 4]
+    assert len(named) == 8
+    wanted = {tuple(rows[place]["input_ids"]) for place in named}
+    assert any(set(map(tuple, first + second)) == wanted for first, second in itertools.pairwise(batches))
+    assert not (tmp_path / "run" / "adapter").exists()
+    train.train(recipe, resume=True)  # nothing of that step was kept
+
+
+def _interrupt_at(step: int) -> Callable[..., None]:
+    ended = train.Watch.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == step + 1:
+            raise KeyboardInterrupt
+
+    return interrupted
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(write_recipe, monkeypatch) -> None:
+    def endless(trainer: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss + 0 * next(iter(trainer.model.parameters())).sum() + _Overflow.apply(loss) - loss.detach()
+
+    spoil(monkeypatch, 2, endless)
+    with pytest.raises(NonFiniteError, match=r"stopped at step 2: a gradient is not finite \(loss 3"):
+        train.train(recipe_file.load(write_recipe()))
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, above: torch.Tensor) -> torch.Tensor:
+        return above * float("inf")
+
+
+def test_a_loss_above_the_recipe_s_limit_stops_the_run(write_recipe, tmp_path: Path, monkeypatch) -> None:
+    spoil(monkeypatch, 3, lambda trainer, loss: loss * 10)
+    with pytest.raises(
+        NonFiniteError, match=r"step 3: the loss is \d+\.\d+, above training.stop_on_loss_above: 20, on r"
+    ):
+        train.train(recipe_file.load(write_recipe("training: {stop_on_loss_above: 20}\n")))
+
+
+def exhaust(patch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
+    """Let a forward pass and every one of its size run out of memory, from this call on."""
+    calls = itertools.count(1)
+    sizes: list[int] = []
+    for kind in (train.WatchedSFTTrainer, train.WatchedTrainer):
+        inner = kind.compute_loss
+
+        def compute_loss(self, network, inputs, *args, inner=inner, **kwargs):
+            size = inputs["input_ids"].numel()
+            if self.model.training and (next(calls) == call or (sizes and size >= sizes[0])):
+                sizes.append(size)
+                raise error
+            return inner(self, network, inputs, *args, **kwargs)
+
+        patch.setattr(kind, "compute_loss", compute_loss)
+
+
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory: you tried to")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(), HOST]
+)
+@pytest.mark.parametrize(
+    ("packing", "way"),
+    [
+        ("step", "sequences of 64 tokens: .* training.on_oom=reduce goes on with sequences of 3"),
+        ("false", "batches of 4, 1 per step: .*_train_batch_size=2 --set training.gradient_accumulation_steps=2"),
+    ],
+)
+def test_out_of_memory_is_one_message_with_what_would_fit(
+    write_recipe, monkeypatch, error: BaseException, packing: str, way: str
+) -> None:
+    exhaust(monkeypatch, 2, error)
+    with pytest.raises(LoraError) as caught:
+        train.train(recipe_file.load(write_recipe(f"training: {{packing: {packing}, max_length: 64}}\n")))
+    said = f"{caught.value.message} {caught.value.hint}"
+    assert re.search(way, said), said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(("trainer", "packing"), [("sft", "step"), ("trainer", "false")])
+def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_pieces_bit_for_bit(
+    write_recipe, tmp_path: Path, monkeypatch, trainer: str, packing: str
+) -> None:
+    """With dropout too: the numbers are drawn as in the run that began with them."""
+    common = (
+        f"trainer: {trainer}\nlora: {{lora_dropout: 0.1}}\nmodel: {{dtype: bfloat16}}\n"
+        f"training: {{packing: {packing}, max_length: 64, {SAVING}, on_oom: reduce"
+    )
+    path = write_recipe(f"{common}}}\noutput_dir: {tmp_path / 'reduced'}\n")
+    with monkeypatch.context() as patch:
+        exhaust(patch, 1, MemoryError())
+        reduced = train.train(recipe_file.load(path))
+    [entry] = json.loads((tmp_path / "reduced" / "record.json").read_text())["reduced"]
+    assert entry["step"] == 0
+    small = f"{common}, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}}\n"
+    if packing == "step":
+        small = f"{common}}}\n"
+        monkeypatch.setattr(train.oom.packing, "SEQUENCE", entry["pieces"]["sequence"])
+    from_the_start = train.train(recipe_file.load(write_recipe(f"{small}output_dir: {tmp_path / 'small'}\n")))
+    first, second = weights(reduced), weights(from_the_start)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("packing", ["step", "false"])
+def test_memory_that_runs_out_later_changes_rounding_only(
+    write_recipe, tmp_path: Path, monkeypatch, packing: str
+) -> None:
+    """In the third step, inside an epoch; the first two steps are not made again, and a later resumption keeps it."""
+    text = f"training: {{packing: {packing}, max_length: 64, max_steps: 5, on_oom: reduce}}\n"
+    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
+    recipe = recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'reduced'}\n"))
+    with monkeypatch.context() as patch:
+        exhaust(patch, 6 if packing == "step" else 3, MemoryError())
+        reduced = train.train(recipe)
+    run = json.loads((tmp_path / "reduced" / "record.json").read_text())
+    assert run["reduced"][0]["step"] >= 1
+    assert run["results"]["steps"] == 5
+    first, second = weights(whole), weights(reduced)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
+
+
+STAGES = {
+    "the adapter": (train.PeftModel, "save_pretrained"),
+    "the optimiser": (torch, "save"),
+    "generators": (Resumable, "_save_rng_state"),
+    "trainer_state.json": (train.checkpoints, "_seal"),
+    "a file's flush": (checkpoints, "_flush"),
+    "the manifest": (checkpoints, "_manifest"),
+    "the name": (Path, "rename"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
+    write_recipe, tmp_path: Path, monkeypatch, stage: str
+) -> None:
+    text = f"training: {{{SAVING}}}\n"
+    recipe = recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'run'}\n"))
+    owner, name = STAGES[stage]
+    inner, armed = getattr(owner, name), []
+
+    def full(*args, **kwargs):
+        if armed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return inner(*args, **kwargs)
+
+    save = Resumable._save_checkpoint
+
+    def second(self, *args):
+        if self.state.global_step == 2:
+            armed.append(True)
+        save(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        patch.setattr(Resumable, "_save_checkpoint", second)
+        with pytest.raises(LoraError, match=r"the disk is full: .* MB are missing") as caught:
+            train.train(recipe)
+    assert caught.value.hint == f"make room, then: lora train {tmp_path / 'run' / 'recipe.yaml'} --resume"
+    assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
+    assert not (tmp_path / "run" / checkpoints.STAGING).exists()
+    if stage == "the name":
+        train.train(recipe, resume=True)
+
+
+def test_a_disk_too_small_is_told_before_the_run(write_recipe, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    with pytest.raises(LoraError, match=r"the run needs about .* MB in .* \(3 checkpoints of .*, 3.0 MB are free, "):
+        train.train(recipe_file.load(write_recipe(f"training: {{{SAVING}}}\n")))
+
+
+@pytest.mark.parametrize("more", ["", "lora: {r: 64}", "training: {optim: adamw_torch}"])
+def test_the_estimate_is_near_what_is_written(write_recipe, tmp_path: Path, monkeypatch, more: str) -> None:
+    found: list[disk.Need] = []
+    inner = disk.need
+    monkeypatch.setattr(disk, "need", lambda *given: found.append(inner(*given)) or found[-1])
+    text = f"training: {{{SAVING}, max_steps: 2}}\n" if not more.startswith("training") else ""
+    text = text or more.replace("}", f", {SAVING}, max_steps: 2}}")
+    train.train(recipe_file.load(write_recipe(f"{text}\n{'' if more.startswith('training') else more}\n")))
+    saved = checkpoints.newest(tmp_path / "run", json.loads((tmp_path / "run" / "record.json").read_text())["id"])
+    assert saved is not None
+    assert saved.size <= found[0].checkpoint <= 2 * saved.size + 2**21
+
+
+def test_a_file_that_could_not_be_written_is_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    files.write_text(tmp_path / "a.json", "before")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_text(tmp_path / "a.json", "after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "before")]

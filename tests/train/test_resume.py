@@ -1,0 +1,178 @@
+"""A run that is stopped anywhere and resumed is the run that was not: adapter and records, bit for bit.
+
+Methods, trainers, packing, streams and the rest are combined so that every two values meet in some run (`rows`).
+Hermetic: the tiny model and its data, CPU. Alone: pytest tests/train/test_resume.py
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_cli.recipe import load as recipe_file
+from lora_cli.train import checkpoints
+from lora_cli.train import run as train
+from lora_cli.train.progress import Watch
+from lora_cli.train.resume import Boundaries
+from lora_cli.train.trainers import _Watched
+
+FACTORS: dict[str, list[str]] = {
+    "method": ["qdora", "qlora", "dora", "lora"],
+    "packing": ["step", "dataset", "false"],
+    "trainer": ["sft", "trainer"],
+    "dtype": ["float32", "bfloat16"],
+    "dropout": ["0.1", "0.0"],
+    "gradient_checkpointing": ["true", "false"],
+    "dataloader_num_workers": ["0", "1"],
+    "rows": ["random", "group_by_length", "stream"],
+    "gradient_accumulation_steps": ["2", "1"],
+}
+NAMES = list(FACTORS)
+POINTS = ["accumulation", "at once", "last step", "save", "evaluation", "edge"]
+"""Where a run is stopped, taken in turn; `tests/torture/kill.py` stops all methods everywhere."""
+
+
+def possible(row: dict[str, str]) -> bool:
+    """TRL's packing is SFTTrainer's; of a stream it is not the data set's."""
+    return row["packing"] != "dataset" or (row["trainer"] == "sft" and row["rows"] == "random")
+
+
+def covering() -> list[dict[str, str]]:
+    """Few combinations in which every two values that can meet do: greedily, the one with most new pairs first."""
+
+    def pairs(row: dict[str, str]) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+        return set(itertools.combinations(row.items(), 2))
+
+    every = [row for values in itertools.product(*FACTORS.values()) if possible(row := dict(zip(NAMES, values)))]
+    missing, chosen = set().union(*map(pairs, every)), []
+    found = [(row, pairs(row)) for row in every[::7]]  # a sample is enough to choose from
+    while missing:
+        row, its = max(found, key=lambda each: len(each[1] & missing))
+        if not its & missing:
+            found = [(row, pairs(row)) for row in every]
+            continue
+        chosen.append(row)
+        missing -= its
+    return chosen
+
+
+COMBINATIONS = [{"point": POINTS[number % len(POINTS)], **row} for number, row in enumerate(covering())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Trainer collects garbage when it begins; it need not look at all that the libraries have made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def recipe_text(row: dict[str, str], tiny: Path, folder: Path) -> str:
+    stream = row["rows"] == "stream"
+    return (
+        f"method: {row['method']}\ntrainer: {row['trainer']}\noutput_dir: {folder}\n"
+        f"model: {{dtype: {row['dtype']}}}\nlora: {{r: 4, lora_dropout: {row['dropout']}}}\n"
+        f"data: {{max_rows: 8, eval_path: {tiny / 'eval.jsonl'}, eval_split: 'train[:4]'"
+        + (", streaming: true, shuffle_buffer: 5}\n" if stream else "}\n")
+        + f"training: {{packing: {row['packing']}, gradient_checkpointing: {row['gradient_checkpointing']}, "
+        f"gradient_accumulation_steps: {row['gradient_accumulation_steps']}, max_length: 64, "
+        f"dataloader_num_workers: {row['dataloader_num_workers']}, logging_steps: 2, "
+        + (f"train_sampling_strategy: {row['rows']}, " if row["rows"] == "group_by_length" else "")
+        + "max_steps: 7, per_device_train_batch_size: 2, save_strategy: steps, save_steps: 3, "
+        "per_device_eval_batch_size: 2, eval_strategy: epoch, eval_on_start: true}\n"
+    )
+
+
+class KilledError(BaseException):
+    """Stands for kill -9: nothing of ours may handle it."""
+
+
+def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
+    """Let the next run be stopped: by SIGTERM amid a step or an evaluation, or killed."""
+    calls, point = itertools.count(1), row["point"]
+    # a micro-batch of step 5 or 6, in the midst of an epoch that is not the first
+    twice = row["gradient_accumulation_steps"] == "2"
+    batch = (5 if row["packing"] == "step" else 9) if twice else 6
+
+    def at(owner: Any, name: str, number: int, how: Callable[[], None], when: Any = lambda *_: True) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            if when(*args) and next(calls) == number:
+                how()
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, counted)
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def kill() -> None:
+        patch.setattr(checkpoints, "_remove", lambda path: None)  # nobody cleans up after a kill
+        raise KilledError
+
+    if point == "save":
+        at(checkpoints, "_seal", 2, kill)  # of step 6
+    elif point == "at once":
+        at(_Watched, "training_step", batch, kill)
+    elif point == "last step":
+        at(Watch, "on_step_end", 1, terminate, lambda watch, args, state, *_: float(state.epoch).is_integer())
+    elif point == "edge":
+        at(Boundaries, "on_epoch_end", 1, terminate)
+    else:  # there are two batches to evaluate, and an evaluation at the start
+        name, number = ("training_step", batch) if point == "accumulation" else ("prediction_step", 3)
+        at(_Watched, name, number, terminate)
+
+
+def facts(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
+    """The adapter's bytes, and metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("runtime", "per_second", "peak_memory")
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), [
+        {key: value for key, value in line.items() if not any(word in key for word in timed)} for line in lines
+    ]
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(row.values()))
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    row: dict[str, str], write_recipe, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    train.train(recipe_file.load(write_recipe(recipe_text(row, tiny, tmp_path / "whole"))))
+    recipe = recipe_file.load(write_recipe(recipe_text(row, tiny, tmp_path / "stopped")))
+    with monkeypatch.context() as patch:
+        interrupt(patch, row)
+        with pytest.raises((SystemExit, KilledError)):
+            train.train(recipe)
+    train.train(recipe, resume=True)
+    assert facts(tmp_path / "stopped") == facts(tmp_path / "whole")
+
+
+def test_killed_runs_resume_to_the_same_bytes() -> None:
+    """`make torture` kills 500 of them."""
+    torture = Path(__file__).parent.parent / "torture" / "kill.py"
+    done = subprocess.run(
+        [sys.executable, str(torture), "--kills", "12", "--methods", "lora", "qdora"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("all resumed, all bitwise equal")
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    """`make torture` takes 20 000 of them."""
+    torture = Path(__file__).parent.parent / "torture" / "rss.py"
+    done = subprocess.run(
+        [sys.executable, str(torture), "--steps", "900", "--after", "300"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("900 steps: +")
