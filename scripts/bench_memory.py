@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 from bench_train import ROOT, make_model
 
+from lora_cli.models.config import checkpoint_dtype, load_config
+from lora_cli.plan import auto
+
 STEPS = 3
 
 
@@ -94,15 +97,13 @@ def _status(key: str) -> int:
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
     from lora_cli.data import prepare as data
-    from lora_cli.models import base as model
     from lora_cli.models import tokenizer as tokenizing
     from lora_cli.plan import hardware, memory
     from lora_cli.recipe import load as recipe_file
-    from lora_cli.recipe import upstream
 
     device, name = hardware.here(), str(folder / "model")
-    config = model.load_config(name)
-    recipe, _ = upstream.settle(recipe_file.load(folder / "r.yaml"), model.checkpoint_dtype(config), device)
+    config = load_config(name)
+    recipe, _ = auto.settle(recipe_file.load(folder / "r.yaml"), checkpoint_dtype(config), device)
     rows, _ = data.load(recipe, tokenizing.load_tokenizer(name))
     items = memory.forecast(recipe, config, device).need(memory.batch_of(recipe, rows)).items
     return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's

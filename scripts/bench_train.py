@@ -29,6 +29,8 @@ from typing import Any
 
 import psutil
 
+from lora_cli.plan import auto
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 STEP_ROWS, RATE = 8, 2e-4
@@ -221,7 +223,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
         data=recipe.Data(path="x"),
         output_dir="x",
     )
-    chosen, _ = upstream.settle(chosen, getattr(torch, options.dtype))
+    chosen, _ = auto.settle(chosen, getattr(torch, options.dtype))
     set_seed(0)
     quantization = upstream.quantization_config(chosen)
     base = model.load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)

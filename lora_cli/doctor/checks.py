@@ -27,6 +27,7 @@ from lora_cli import __version__
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import tools as llama_cpp
+from lora_cli.models.four_bit import misreads
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent.parent / "constraints.txt"
@@ -269,7 +270,6 @@ def _tested_fix(*names: str) -> str:
 def four_bit() -> Iterator[Check]:
     """What bitsandbytes gets wrong on this processor, and lora keeps away from recipes."""
     from lora_cli.doctor import oracle
-    from lora_cli.models import base as model
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")  # what is being asked
@@ -279,7 +279,7 @@ def four_bit() -> Iterator[Check]:
     else:
         said = f"bitsandbytes by itself is off by {bare:.0%} after an evaluation; lora prevents that"
         yield Check("4-bit gradients", "note", said)
-    misread = [length for length in range(16, 513, 16) if model.misreads(length)]
+    misread = [length for length in range(16, 513, 16) if misreads(length)]
     if misread:
         shown = ", ".join(map(str, misread[:4]))
         said = f"bitsandbytes misreads rows of {shown}, … weights on this processor; lora refuses such bases"

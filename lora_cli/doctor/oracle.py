@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_cli.common import ui
 from lora_cli.doctor.reference import nf4
 from lora_cli.doctor.reference.tree import LoraModel
-from lora_cli.models import base as model
+from lora_cli.models import four_bit
 
 METHODS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
 KINDS = ("Linear", "Embedding", "Conv2d")
@@ -211,7 +211,7 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"])
     theirs = get_peft_model(nn.Sequential(quantised).to(device), config)
     if protected:
-        model.keep_4bit_weights_unpacked(theirs)
+        four_bit.keep_4bit_weights_unpacked(theirs)
     adapted = theirs.get_submodule("base_model.model.0")
     ours = nf4.QLoRALinear(plain.to(device), r=R, lora_alpha=ALPHA, double_quant=False)
     for name in ("lora_A", "lora_B"):

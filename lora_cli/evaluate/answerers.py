@@ -20,6 +20,7 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import adapter_folder as record
+from lora_cli.models import attach, config
 from lora_cli.models import base as model
 from lora_cli.models import chat_template as chat
 from lora_cli.models import tokenizer as tokenizing
@@ -82,9 +83,9 @@ class Bases:
             except (RuntimeError, ValueError, KeyError) as error:
                 said = " ".join(str(error).split())[:300]
                 raise LoraError(f"{adapter.folder} cannot share its base: {said}", "give it in a call alone") from error
-            model.check_adapter_complete(base, adapter.folder, name)
+            attach.check_adapter_complete(base, adapter.folder, name)
         else:
-            base = model.load_adapter(base, adapter.folder, name)
+            base = attach.load_adapter(base, adapter.folder, name)
         self.loaded[key] = base.eval()
         return key
 
@@ -95,13 +96,13 @@ class Bases:
             if base == name and quantization is None and alone is None and dtype in (None, self._on_disk(name)):
                 return key
         key = json.dumps([name, None, None, None, None])
-        dtype = model.checkpoint_dtype(model.load_config(name))
+        dtype = config.checkpoint_dtype(config.load_config(name))
         self.loaded[key] = model.to_accelerator(model.load_base(name, None, dtype)).eval()
         return key
 
     @staticmethod
     def _on_disk(name: str) -> str:
-        return str(model.checkpoint_dtype(model.load_config(name))).removeprefix("torch.")
+        return str(config.checkpoint_dtype(config.load_config(name))).removeprefix("torch.")
 
 
 class HFAnswerer:

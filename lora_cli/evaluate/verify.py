@@ -20,7 +20,7 @@ from lora_cli.merge import compare_weights as weights
 from lora_cli.merge import layerwise_logits as walk
 from lora_cli.merge import merge as fold
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
+from lora_cli.models import config
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
@@ -68,7 +68,7 @@ def _by_weight(kinds: Mapping[str, str], base: str | None) -> str:
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
         return ""
-    dtype = model.checkpoint_dtype(model.load_config(models[0]))
+    dtype = config.checkpoint_dtype(config.load_config(models[0]))
     found = weights.compare(record.read_adapter(Path(adapters[0]), base), models[0], dtype)
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
@@ -113,7 +113,7 @@ def _form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Fo
         logits = fold.choose(adapter, stream=None, original=False).expected(probes)
         logits = logits and [rows[-walk.KEPT :] for rows in logits]
     else:
-        dtype = model.checkpoint_dtype(model.load_config(path))
+        dtype = config.checkpoint_dtype(config.load_config(path))
         logits = walk.logits_of(path, None, dtype, probes)
     if logits is None:
         raise LoraError(f"{path} could not be read weight by weight", "compare it where there is more memory")

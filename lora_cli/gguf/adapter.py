@@ -13,13 +13,14 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import UsageError
 from lora_cli.gguf import parity
 from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.tools import Found
 from lora_cli.merge import derived
 from lora_cli.models import adapter_folder as record
+from lora_cli.models import attach, empty
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
@@ -60,7 +61,7 @@ def export_adapter(
             llama_cpp.convert(scaled, file, name, converter, base_folder)
         reports = _compare_all(adapter, base_folder, made, converter, Path(scratch))
         for name, target in targets.items():
-            contents = record.new(
+            contents = provenance.new(
                 "export-gguf", type=name, llama_cpp=llama_cpp.VERSION, checked=reports[name], parent=adapter.record
             )
             files.write_json(target.with_name(f"{target.name}.json"), contents)
@@ -79,9 +80,9 @@ def _base_folder(adapter: Adapter) -> Path:
 
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
     """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by 1 for plain LoRA."""
-    adapted = model.load_adapter(model.weightless(adapter.base, adapter.revision), adapter.folder)
+    adapted = attach.load_adapter(empty.weightless(adapter.base, adapter.revision), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
-    for path, layer in model.lora_layers(adapted).items():
+    for path, layer in attach.lora_layers(adapted).items():
         factor = layer.scaling["default"] * layer.r["default"] / config.lora_alpha
         tensors[f"{path}.lora_A.weight"] = layer.lora_A["default"].weight.data
         tensors[f"{path}.lora_B.weight"] = layer.lora_B["default"].weight.data * factor
@@ -101,7 +102,7 @@ def _compare_all(
     llama_cpp.convert(base_folder, exact, llama_cpp.EXACT[str(dtype).removeprefix("torch.")], converter)
     probes = verify.probes(origin.load_tokenizer(adapter))
     without = verify.logits(base, probes)
-    given = verify.logits(model.load_adapter(base, adapter.folder), probes)
+    given = verify.logits(attach.load_adapter(base, adapter.folder), probes)
     ui.say(f"  what the adapter does to the base here: {verify.compare(without, given)}")
     expected = [rows[-1] for rows in given]
     return {

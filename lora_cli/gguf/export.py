@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import imatrix, parity, preflight
 from lora_cli.gguf import modelfile as serving
@@ -21,6 +21,7 @@ from lora_cli.models import base as model
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models import trained_on as origin
+from lora_cli.models.config import checkpoint_dtype, load_config
 
 
 class Tools(NamedTuple):
@@ -77,16 +78,16 @@ def export(
 
 def _exact(config: PretrainedConfig) -> str:
     """The converter's type that holds the model's weights as they are, from which the quantiser starts."""
-    return llama_cpp.EXACT[str(model.checkpoint_dtype(config)).removeprefix("torch.")]
+    return llama_cpp.EXACT[str(checkpoint_dtype(config)).removeprefix("torch.")]
 
 
 def _check_first(path: Path, adapter: record.Adapter | None, converter: Found, scratch: Path) -> PretrainedConfig:
     """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
     if adapter is None:
-        config = model.load_config(str(path))
+        config = load_config(str(path))
         preflight.check(path, config, tokenizing.load_tokenizer(str(path)), converter)
         return config
-    config, tokenizer = model.load_config(adapter.base, adapter.revision), origin.load_tokenizer(adapter)
+    config, tokenizer = load_config(adapter.base, adapter.revision), origin.load_tokenizer(adapter)
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = scratch / "unmerged"
@@ -105,7 +106,9 @@ def _type(name: str, weighted: bool) -> str:
 
 def newest_result() -> Path:
     """The merged model or adapter below the current folder that was written last; LoraError if there is none."""
-    found = [file for file in Path().rglob(record.ARTEFACT_RECORD) if not any(p.startswith(".") for p in file.parts)]
+    found = [
+        file for file in Path().rglob(provenance.ARTEFACT_RECORD) if not any(p.startswith(".") for p in file.parts)
+    ]
     if not found:
         raise LoraError("there is no merged model or adapter of ours below this folder", "lora export-gguf PATH")
     newest = max(found, key=lambda file: file.stat().st_mtime).parent
@@ -115,7 +118,7 @@ def newest_result() -> Path:
 
 def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path, weighted: str | None) -> None:
     """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
-    config = model.load_config(str(merged))
+    config = load_config(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
     exact: Path | None = None
     matrix: Path | None = None
@@ -130,9 +133,13 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
             matrix = _imatrix(weighted, merged, exact, tools.converter)
         llama_cpp.quantize(exact, file, name, tools.quantizer, matrix)
     reports = _compare_all(merged, config, made)
-    parent = files.read_json(merged / record.ARTEFACT_RECORD) if (merged / record.ARTEFACT_RECORD).is_file() else None
+    parent = (
+        files.read_json(merged / provenance.ARTEFACT_RECORD)
+        if (merged / provenance.ARTEFACT_RECORD).is_file()
+        else None
+    )
     for name, target in targets.items():
-        contents = record.new(
+        contents = provenance.new(
             "export-gguf",
             type=name,
             llama_cpp=llama_cpp.VERSION,
@@ -162,7 +169,7 @@ def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) 
         return dict.fromkeys(made, parity.NO_ENGINE)
     tokenizer = tokenizing.load_tokenizer(str(merged))
     probes = verify.probes(tokenizer)
-    weights = origin.to_float32(model.load_base(str(merged), None, model.checkpoint_dtype(config)))
+    weights = origin.to_float32(model.load_base(str(merged), None, checkpoint_dtype(config)))
     expected = [logits[-1] for logits in verify.logits(weights, probes)]
     source = parity.Source(config, tokenizer, weights.num_parameters())
     return {

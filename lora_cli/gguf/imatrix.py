@@ -25,6 +25,7 @@ from lora_cli.data.encode import Renderer
 from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.tools import Found
 from lora_cli.models import base as model
+from lora_cli.models import config
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe.keys import Data, Model, Recipe, Training
 
@@ -45,7 +46,7 @@ def make(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) 
     `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows that cannot be used.
     """
     tokenizer = tokenizing.load_tokenizer(str(folder))
-    network = model.load_base(str(folder), None, model.checkpoint_dtype(model.load_config(str(folder))))
+    network = model.load_base(str(folder), None, config.checkpoint_dtype(config.load_config(str(folder))))
     batches = list(read(rows, tokenizer))
     sums, num_tokens = measure(model.to_accelerator(network), batches)
     ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lora_cli.common import files, ui
 from lora_cli.data import encode as render
 from lora_cli.merge import derived
-from lora_cli.models import base as model
 from lora_cli.models import chat_template as chat
+from lora_cli.models import config
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
 
@@ -137,7 +137,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
-    configured = GenerationConfig.from_model_config(model.load_config(str(merged))).eos_token_id
+    configured = GenerationConfig.from_model_config(config.load_config(str(merged))).eos_token_id
     if (merged / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(str(merged)).eos_token_id
     ids = configured if isinstance(configured, list) else [configured]

@@ -15,7 +15,8 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.tools import Found
-from lora_cli.models import base as model
+from lora_cli.models import empty
+from lora_cli.models.config import checkpoint_dtype
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 
@@ -57,9 +58,9 @@ def check_disk(folder: Path, config: PretrainedConfig, types: Iterable[str], mer
 
     `merged`: a merged model is written there first; `exact`: so is a GGUF of that type.
     """
-    num_params = model.from_config(config).num_parameters()
+    num_params = empty.from_config(config).num_parameters()
     bits = sum(bits_per_weight(name) for name in types)
-    bits += (8 * model.checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
+    bits += (8 * checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
     needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1

@@ -19,7 +19,7 @@ from lora_cli.merge import derived
 from lora_cli.merge import low_rank as factors
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
+from lora_cli.models import attach, empty
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
@@ -80,7 +80,7 @@ def combine(
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
         made, distance = _combined(adapted, numbers, combination, density, r)
         rank = factors.save(made, staging, first.base, fan_in_fan_out)
-        model.load_adapter(model.weightless(first.base, first.revision), staging)
+        attach.load_adapter(empty.weightless(first.base, first.revision), staging)
         settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
         derived.finish(staging, tokenizer, "combine", adapters, distance=distance, **settings)
     ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
@@ -120,7 +120,7 @@ def _check_combination(name: str, density: float | None, r: int | None) -> None:
 
 def _check_rank(adapted: PeftModel, r: int | None) -> None:
     """UsageError where a module has no update of rank `r`."""
-    layers = model.lora_layers(adapted)
+    layers = attach.lora_layers(adapted)
     most, path = min((min(layer.in_features, layer.out_features), path) for path, layer in layers.items())
     if r is not None and r > most:
         raise UsageError(f"--r {r}: {path.removeprefix(PREFIX)} has no update of a rank over {most}", f"--r {most}")
@@ -162,10 +162,10 @@ def _side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
 
     PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
     """
-    adapted = model.weightless(adapters[0].base, adapters[0].revision)
+    adapted = empty.weightless(adapters[0].base, adapters[0].revision)
     for number, adapter in enumerate(adapters):
-        adapted = model.load_adapter(adapted, adapter.folder, str(number))
-    layers = model.lora_layers(adapted)
+        adapted = attach.load_adapter(adapted, adapter.folder, str(number))
+    layers = attach.lora_layers(adapted)
     for name, config in adapted.peft_config.items():
         config.target_modules = {path.removeprefix(PREFIX) for path, layer in layers.items() if name in layer.lora_A}
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
@@ -185,7 +185,7 @@ def _combined(
         said = " ".join(str(error).split())[:300]
         raise LoraError(f"PEFT cannot combine them: {said}", "--combination cat, or svd") from error
     made, off, whole = {}, 0.0, 0.0
-    for path, layer in model.lora_layers(adapted).items():
+    for path, layer in attach.lora_layers(adapted).items():
         lora_A, lora_B = layer.lora_A["combined"].weight.data, layer.lora_B["combined"].weight.data
         given = lora_B.double() @ lora_A.double()
         updates = [(w, n) for w, n in zip(weights, names) if n in layer.lora_A]

@@ -11,9 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import files
+from lora_cli.common import files, provenance
 from lora_cli.common.errors import LoraError
-from lora_cli.models import adapter_folder as record
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
@@ -64,7 +63,7 @@ def finish(
     if commit is None and not Path(first.base).is_dir():  # made elsewhere, and saying only the name
         commit = str(resolve_revision(first.base).resolved)
     stops = sorted({token for source in sources for token in source.stop_token_ids})
-    made = record.new(
+    made = provenance.new(
         command,
         status="finished",
         base={"name": first.base, "commit": commit, "fingerprint": identity.fingerprint(first.base, commit)},
@@ -73,5 +72,5 @@ def finish(
         **contents,
         parents=[{"folder": str(source.folder), "record": source.record} for source in sources if source.record],
     )
-    files.write_json(staging / record.ARTEFACT_RECORD, made)
+    files.write_json(staging / provenance.ARTEFACT_RECORD, made)
     files.leave_out_home(staging)

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import derived
 from lora_cli.merge import low_rank as factors
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import adapter_folder as record
+from lora_cli.models import attach, config
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
@@ -35,7 +36,7 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     Raises LoraError when the two are not of one architecture, or no linear weight differs.
     """
     with files.staged_folder(out) as staging:
-        commits = [model.resolve(name) for name in (base, finetuned)]
+        commits = [config.resolve(name) for name in (base, finetuned)]
         before, after = (_in_float32(name, commit) for name, commit in zip((base, finetuned), commits))
         linear, others = _changed(before, after, base, finetuned)
         cut = {name: factors.truncate(_delta(before, after, name), r) for name in _shown(linear)}
@@ -70,10 +71,10 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         network = origin.load_base(adapter)
         if adapter.quantization:
             network = network.dequantize()
-        adapted = model.load_adapter(origin.to_float32(network), folder)
+        adapted = attach.load_adapter(origin.to_float32(network), folder)
         probes = verify.probes(tokenizer)
         wanted = verify.logits(adapted, probes)
-        layers = {name.removeprefix(PREFIX): layer for name, layer in model.lora_layers(adapted).items()}
+        layers = {name.removeprefix(PREFIX): layer for name, layer in attach.lora_layers(adapted).items()}
         rank = r or max(layer.r["default"] for layer in layers.values())
         cut = {name: factors.truncate(_merged_delta(layers[name]), rank) for name in _shown(list(layers))}
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
@@ -90,7 +91,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
 
 
 def _in_float32(name: str, commit: str | None) -> PreTrainedModel:
-    return origin.to_float32(model.load_base(name, commit, model.checkpoint_dtype(model.load_config(name, commit))))
+    return origin.to_float32(model.load_base(name, commit, config.checkpoint_dtype(config.load_config(name, commit))))
 
 
 def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> tuple[list[str], list[str]]:
@@ -167,5 +168,5 @@ def _shown(names: Sequence[str]) -> Iterator[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more (all in {record.ARTEFACT_RECORD})" if len(names) > 4 else ""
+    more = f" and {len(names) - 4} more (all in {provenance.ARTEFACT_RECORD})" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

@@ -20,6 +20,7 @@ from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
 from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.attach import load_adapter, lora_layers
 from lora_cli.models.trained_on import to_float32
 
 SHARD_SIZE = "5GB"
@@ -46,14 +47,14 @@ class Whole:
     def _load(self, original: bool) -> PeftModel:
         base = origin.load_base(self.adapter, original)
         quantised = self.adapter.quantization and not original
-        return model.load_adapter(base if quantised else to_float32(base), self.adapter.folder)
+        return load_adapter(base if quantised else to_float32(base), self.adapter.folder)
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
         adapted = self.adapted or self._load(original=self.original)
         self.adapted = None
         if self.adapter.quantization and not self.original:
-            adapted = model.load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
+            adapted = load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
         attach.refuse_tied(adapted, self.adapter.base)
         plain, modules = fold(adapted)
         round_once(plain, dtype)
@@ -86,12 +87,12 @@ def say_needed(adapter: Adapter) -> None:
 
 def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
     """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
-    layers = model.lora_layers(adapted)
+    layers = lora_layers(adapted)
     try:
         plain = adapted.merge_and_unload()
     except stream.REFUSALS as error:
         raise stream.refused(error) from error
-    left = [name for name, layer in layers.items() if not layer.merged] + list(model.lora_layers(plain))
+    left = [name for name, layer in layers.items() if not layer.merged] + list(lora_layers(plain))
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
         raise LoraError(

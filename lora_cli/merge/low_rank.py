@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.models import base as model
+from lora_cli.models import attach
 
 PREFIX = "base_model.model."
 TOLERANCE = 1e-5
@@ -85,8 +85,8 @@ def check_saved(base: PreTrainedModel, folder: Path, meant: Iterable[tuple[str, 
 
     Returns the adapted model. LoraError, naming the module, where it is another update.
     """
-    adapted = model.load_adapter(base, folder)
-    layers = {name.removeprefix(PREFIX): layer for name, layer in model.lora_layers(adapted).items()}
+    adapted = attach.load_adapter(base, folder)
+    layers = {name.removeprefix(PREFIX): layer for name, layer in attach.lora_layers(adapted).items()}
     for name, delta, factors in meant:
         given = layers[name].get_delta_weight("default")
         given = given.T if layers[name].fan_in_fan_out else given

@@ -15,20 +15,20 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.merge import in_memory as whole
 from lora_cli.merge import layerwise_logits as walk
 from lora_cli.merge import streaming as stream
 from lora_cli.merge import streaming_plan as attach
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
+from lora_cli.models import config
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.config import load_config
 
 ROUTED_KL = 1e-4
 """Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""
@@ -63,7 +63,7 @@ def merge(
     the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
     then, if that is given.
     """
-    adapter = adapter._replace(revision=model.resolve(adapter.base, adapter.revision))  # what the record is to name
+    adapter = adapter._replace(revision=config.resolve(adapter.base, adapter.revision))  # what the record is to name
     refuse_unmergeable(adapter)
     identity.check(adapter)
     with files.staged_folder(out, rejected) as staging:
@@ -90,8 +90,8 @@ def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path)
     """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
     tokenizing.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
     files.write_json(
-        folder / record.ARTEFACT_RECORD,
-        record.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
+        folder / provenance.ARTEFACT_RECORD,
+        provenance.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
     )
     files.leave_out_home(folder)
 
@@ -157,13 +157,13 @@ def compare(
 
 def _routed(adapter: Adapter) -> bool:
     """Whether the base chooses among experts: a rounded weight may turn a close choice, and that token's logits."""
-    config = model.load_config(adapter.base, adapter.revision).get_text_config()
+    config = load_config(adapter.base, adapter.revision).get_text_config()
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
     """LoraError for a base whose files hold weights in a form that nothing can be added to."""
-    stored = getattr(model.load_config(adapter.base, adapter.revision), "quantization_config", None)
+    stored = getattr(config.load_config(adapter.base, adapter.revision), "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise LoraError(

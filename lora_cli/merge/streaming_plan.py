@@ -21,10 +21,11 @@ from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError
 from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, plain
-from lora_cli.models import base as model
+from lora_cli.models import attach, config, four_bit
 from lora_cli.models import tensors as shards
 from lora_cli.models import token_rows as tokens
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.empty import UNBUILDABLE
 from lora_cli.models.tensors import Tensors
 
 # Starts that PEFT works out again from the base's weights when it loads such an adapter, changing them
@@ -39,10 +40,10 @@ def skeleton(name: str, revision: str | None) -> PreTrainedModel:
     """The base in float32 without its parameters; buffers that are worked out, such as rotary frequencies, are real."""
     with (
         init_empty_weights(include_buffers=False),
-        foreign.refused(model.UNBUILDABLE, model.BROKEN_CONFIG),
+        foreign.refused(UNBUILDABLE, config.BROKEN_CONFIG),
     ):
         empty = AutoModelForCausalLM.from_config(
-            model.load_config(name, revision), dtype=torch.float32, trust_remote_code=trust.allowed()
+            config.load_config(name, revision), dtype=torch.float32, trust_remote_code=trust.allowed()
         )
     empty.tie_weights()  # taking the weights away has parted them
     return empty
@@ -57,7 +58,7 @@ def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any]
     base = shards.open_model(adapter.base, adapter.revision)
     if base is None:
         raise Unstreamable("the base has no safetensors files")
-    config = model.adapter_config(adapter.folder)
+    config = attach.adapter_config(adapter.folder)
     _check_config(config)
     empty = skeleton(adapter.base, adapter.revision)
     parameters = _tensors(empty, base)
@@ -66,7 +67,7 @@ def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any]
     shapes = {key: entry.shape for key, entry in carried.entries.items()}
     if empty.get_input_embeddings().num_embeddings < tokens.rows_trained(empty, adapter.folder, shapes):
         raise Unstreamable("the adapter makes its embeddings larger")
-    model.refuse_slow_patterns(empty, adapter.folder)
+    attach.refuse_slow_patterns(empty, adapter.folder)
     adapted = _attach(empty, config, adapter.folder)
     places = _places(adapted)
     _check_names(adapted, places, carried, adapter)
@@ -91,7 +92,7 @@ def packing(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str,
     quantizer.preprocess_model(model=other, device_map=None)
     found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
     for length in sorted({module.in_features for module in found.values()}):
-        if model.misreads(length):
+        if four_bit.misreads(length):
             raise Unstreamable(f"bitsandbytes misreads rows of {length} weights here")
     return {f"{name}.weight": dict(module.weight.__dict__) for name, module in found.items()}
 
@@ -134,7 +135,7 @@ def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
 def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
     refusal = foreign.refused(f"PEFT cannot put the adapter {folder} on its base", "copy the adapter again", REFUSALS)
     try:
-        with model.quiet_peft(), refusal:
+        with attach.quiet_peft(), refusal:
             return get_peft_model(empty, config, low_cpu_mem_usage=True).eval()
     except REFUSALS as error:
         raise Unstreamable(f"PEFT: {' '.join(str(error).split())[:200]}") from error
@@ -144,7 +145,7 @@ def _places(adapted: PeftModel) -> dict[str, str]:
     """Key in the adapter's file -> the parameter it is for, as PEFT saves it."""
     state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     names = {id(tensor): name for name, tensor in state.items()}
-    with model.quiet_peft():
+    with attach.quiet_peft():
         saved = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
     if unknown := [key for key, tensor in saved.items() if id(tensor) not in names]:
         raise Unstreamable(f"PEFT changes {unknown[0]} when it loads it")
@@ -154,7 +155,7 @@ def _places(adapted: PeftModel) -> dict[str, str]:
 def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors, adapter: Adapter) -> None:
     state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
-    model.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
+    attach.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
     for key in carried.entries:
         if not shards.finite(carried.rows(key)):
             raise LoraError(f"{adapter.folder}: {key} holds values that are not finite", "train again")

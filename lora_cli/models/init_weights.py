@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from lora_cli.common.errors import UsageError
+from lora_cli.models import attach, targets
 from lora_cli.models import base as model
-from lora_cli.models import targets
 from lora_cli.recipe.keys import Recipe
 
 ROWS = 256
@@ -107,7 +107,7 @@ def _loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
 
     PEFT's own needs CUDA and leaves out the scaling s: at alpha = 2r it adds the correction twice.
     """
-    for name, layer in model.lora_layers(adapted).items():
+    for name, layer in attach.lora_layers(adapted).items():
         base = layer.get_base_layer()
         if type(base).__name__ != "Linear4bit":
             continue

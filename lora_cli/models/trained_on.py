@@ -6,6 +6,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.models import base as model
+from lora_cli.models import config
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
@@ -24,7 +25,7 @@ def load_base(adapter: Adapter, original: bool = False) -> PreTrainedModel:
 
 def dtype_on_disk(adapter: Adapter) -> torch.dtype:
     """The type of the base's own files, which the merged model gets."""
-    return model.checkpoint_dtype(model.load_config(adapter.base, adapter.revision))
+    return config.checkpoint_dtype(config.load_config(adapter.base, adapter.revision))
 
 
 def load_tokenizer(adapter: Adapter) -> PreTrainedTokenizerBase:

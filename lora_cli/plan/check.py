@@ -19,11 +19,10 @@ from lora_cli.data import prepare as data
 from lora_cli.data.encode import IGNORED
 from lora_cli.data.prepare import Prepared
 from lora_cli.data.selection import Kept
-from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.plan import hardware, memory
+from lora_cli.models.config import checkpoint_dtype, of_recipe
+from lora_cli.plan import auto, hardware, memory
 from lora_cli.plan import sizes as plan
-from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 
 TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
@@ -33,11 +32,11 @@ BARS = 10
 
 def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
-    upstream.check(recipe)
-    commit, config = model.of_recipe(recipe)
+    auto.check(recipe)
+    commit, config = of_recipe(recipe)
     device = hardware.here()
     levers = memory.levers(config, device)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, levers)
+    recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, levers)
     tokenizer, new_ids, template = tokenizing.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = data.load(recipe, tokenizer)

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.models import base as model
+from lora_cli.models.config import load_config, resolve
 from lora_cli.plan import hardware
 from lora_cli.plan import rehearsal as rehearse
 from lora_cli.plan.hardware import GIB, Hardware
@@ -182,8 +182,8 @@ def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bo
 def what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
     """For a settled recipe that ran out of memory: what it was expected to need, and what to `--set` instead."""
     device = device or hardware.here()
-    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
-    config = model.load_config(recipe.model.name_or_path, commit)
+    commit = resolve(recipe.model.name_or_path, recipe.model.revision)
+    config = load_config(recipe.model.name_or_path, commit)
     batch = batch_of(recipe)
     try:
         plan = forecast(recipe, config, device)

@@ -34,8 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli.common.errors import LoraError
-from lora_cli.models import base as model
-from lora_cli.models import targets
+from lora_cli.models import attach, empty, targets
 from lora_cli.models import token_rows as tokens
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
@@ -172,16 +171,16 @@ def skeleton(
     config.dtype = getattr(torch, recipe.model.dtype)
     if recipe.model.attn_implementation == "eager":
         config._attn_implementation = "eager"
-    base, lora_config = model.from_config(config), upstream.lora_config(recipe)
+    base, lora_config = empty.from_config(config), upstream.lora_config(recipe)
     if new_ids:
         tokens.grow(base, vocabulary)
         tokens.train_rows(base, lora_config, new_ids)
     targets.check(recipe, base, lora_config)
     lora_config.init_lora_weights = True  # others need the weights
-    with unforeseen_told(), torch.device("meta"), model.quiet_peft():
+    with unforeseen_told(), torch.device("meta"), attach.quiet_peft():
         if recipe.quantized:
             _in_4_bits(recipe, base)
-        return model.attach_adapter(base, lora_config, recipe.lora.autocast_adapter_dtype)
+        return attach.attach_adapter(base, lora_config, recipe.lora.autocast_adapter_dtype)
 
 
 def _in_4_bits(recipe: Recipe, base: PreTrainedModel) -> None:
@@ -258,7 +257,7 @@ class Rehearsal:
         packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
         size = getattr(torch, self.recipe.model.dtype).itemsize
         self.quantised_from = sum(module.in_features * module.out_features for module in packed) * size
-        self.trained = [parameter for _, parameter in model.trainable(self.adapted)]
+        self.trained = [parameter for _, parameter in attach.trainable(self.adapted)]
         for parameter in self.trained:
             self.live.belongs(parameter, ADAPTERS)
             parameter.register_post_accumulate_grad_hook(self._gradient_made)

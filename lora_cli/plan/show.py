@@ -19,14 +19,14 @@ from lora_cli.common import ui
 from lora_cli.data import cache, sources
 from lora_cli.data import prepare as data
 from lora_cli.data.prepare import Prepared
-from lora_cli.models import base as model
+from lora_cli.models import attach
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.plan import flops, hardware, memory
+from lora_cli.models.config import checkpoint_dtype, load_config, resolve
+from lora_cli.plan import auto, flops, hardware, memory
 from lora_cli.plan import rehearsal as rehearse
 from lora_cli.plan import sizes as plan
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
-from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 
 SMALL = 32 << 20
@@ -47,10 +47,10 @@ class Time(NamedTuple):
 def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool) -> None:
     """Print the plan of a recipe; LoraError for what would be refused by training before its first step."""
     device = hardware.named(gpu) if gpu else hardware.here()
-    upstream.check(recipe, device)
-    commit = model.resolve(recipe.model.name_or_path, recipe.model.revision)
-    config = model.load_config(recipe.model.name_or_path, commit)
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, memory.levers(config, device))
+    auto.check(recipe, device)
+    commit = resolve(recipe.model.name_or_path, recipe.model.revision)
+    config = load_config(recipe.model.name_or_path, commit)
+    recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, memory.levers(config, device))
     tokenizer, new_ids, _ = tokenizing.tokenizer_for(recipe, commit)
     rows = data.load(recipe, tokenizer)[0] if read_data or _at_hand(recipe, tokenizer) else None
     adapted = rehearse.skeleton(recipe, config, len(tokenizer), new_ids)
@@ -93,10 +93,10 @@ def _at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
 def trained_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
     """Modules and trained parameters by the last part of the adapted module's name."""
     modules, trained = Counter[str](), Counter[str]()
-    layers = model.lora_layers(adapted)
+    layers = attach.lora_layers(adapted)
     for name in layers:
         modules[name.rpartition(".")[2]] += 1
-    for name, parameter in model.trainable(adapted):
+    for name, parameter in attach.trainable(adapted):
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
         kind = owner.rpartition(".")[2] if owner else name.removesuffix(".weight").rpartition(".")[2]
         trained[kind] += parameter.numel()

@@ -15,8 +15,7 @@ from trl import pack_dataset
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.models import base as model
-from lora_cli.models import targets
+from lora_cli.models import attach, empty, targets
 from lora_cli.models import token_rows as tokens
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
@@ -44,16 +43,16 @@ class Steps(NamedTuple):
 
 def adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]) -> Size:
     """The adapter's size; UsageError where the recipe's names match nothing in the base."""
-    base, config = model.skeleton(recipe.model.name_or_path, commit), upstream.lora_config(recipe)
+    base, config = empty.skeleton(recipe.model.name_or_path, commit), upstream.lora_config(recipe)
     if new_ids:
         tokens.grow(base, len(tokenizer))
         tokens.train_rows(base, config, new_ids)
     targets.check(recipe, base, config)
     config.init_lora_weights = True  # others need the weights
-    with torch.device("meta"), model.quiet_peft():
-        adapted = model.attach_adapter(base, config)
-    trainable = sum(parameter.numel() for _, parameter in model.trainable(adapted))
-    return Size(trainable, len(model.lora_layers(adapted)))
+    with torch.device("meta"), attach.quiet_peft():
+        adapted = attach.attach_adapter(base, config)
+    trainable = sum(parameter.numel() for _, parameter in attach.trainable(adapted))
+    return Size(trainable, len(attach.lora_layers(adapted)))
 
 
 def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,7 +60,7 @@ def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, token
 
     Some tokenizers have more tokens than their model; that is no error as long as none of them is used.
     """
-    there = model.skeleton(recipe.model.name_or_path, commit).get_input_embeddings().num_embeddings
+    there = empty.skeleton(recipe.model.name_or_path, commit).get_input_embeddings().num_embeddings
     added = recipe.model.add_tokens or recipe.model.add_special_tokens  # for which the embeddings grow to all tokens
     if added or max(tokenizer.get_vocab().values(), default=-1) < there:
         return

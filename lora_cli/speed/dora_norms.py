@@ -23,7 +23,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_cli.models import base as model
+from lora_cli.models import attach
 
 
 class FactoredDora(DoraLinearLayer):
@@ -80,7 +80,7 @@ class FactoredDora(DoraLinearLayer):
 def install(adapted: PeftModel) -> int:
     """Let every DoRA of a linear layer with frozen weights compute its norms here; returns how many do."""
     installed = 0
-    for layer in model.lora_layers(adapted).values():
+    for layer in attach.lora_layers(adapted).values():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         frozen = not any(name == "weight" and p.requires_grad for name, p in layer.get_base_layer().named_parameters())
         for magnitude in magnitudes.values():

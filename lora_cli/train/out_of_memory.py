@@ -13,10 +13,10 @@ from pyarrow import compute
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import prepare as data
-from lora_cli.models import adapter_folder as record
 from lora_cli.plan import memory
 from lora_cli.recipe.keys import Recipe
 from lora_cli.speed import step_packing as packing
+from lora_cli.train import run_folder
 
 HOST = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
 
@@ -125,6 +125,6 @@ def through(
         checkpoint = trainer.save_last_step()
         step = trainer.state.global_step
         reduced = [*run.get("reduced", []), {"step": step, "pieces": smaller._asdict()}]
-        record.update(Path(recipe.output_dir), run, reduced=reduced)
+        run_folder.update(Path(recipe.output_dir), run, reduced=reduced)
         ui.warn(f"out of memory after step {step}: {now.in_words(recipe)} become {smaller.in_words(recipe)}")
         trainer = make()

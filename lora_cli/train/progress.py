@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.models import base as model
+from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
 
 
@@ -76,7 +76,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """One read from the device: is the step's loss finite, and every gradient?"""
-        gradients = {name: parameter.grad for name, parameter in model.trainable(kwargs["model"])}
+        gradients = {name: parameter.grad for name, parameter in attach.trainable(kwargs["model"])}
         without = {name for name, gradient in gradients.items() if gradient is None}
         self.untouched = without if self.untouched is None else self.untouched & without
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients.values() if gradient is not None])

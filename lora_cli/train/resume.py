@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.models import base as model
+from lora_cli.models import attach
 from lora_cli.train import checkpoints
 from lora_cli.train import random_state as rng
 from lora_cli.train.progress import Watch
@@ -31,9 +31,9 @@ RUN_STATE = "run_state.json"
 @contextmanager
 def types_kept(network: torch.nn.Module) -> Iterator[None]:
     """Whatever happens inside, trained tensors keep their types."""
-    kinds = {name: parameter.dtype for name, parameter in model.trainable(network)}
+    kinds = {name: parameter.dtype for name, parameter in attach.trainable(network)}
     yield
-    for name, parameter in model.trainable(network):
+    for name, parameter in attach.trainable(network):
         parameter.data = parameter.data.to(kinds[name])
 
 
@@ -62,7 +62,7 @@ class Resumable:
 
     def _save(self, output_dir: str, state_dict: Any = None) -> None:
         # Trainer adds training_args.bin, a pickle with the hub's token in clear
-        with model.quiet_peft():
+        with attach.quiet_peft():
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)  # type: ignore[attr-defined]
         self.processing_class.save_pretrained(output_dir)  # type: ignore[attr-defined]
 
@@ -120,9 +120,9 @@ class Resumable:
         }
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with types_kept(self.model), model.quiet_peft():  # type: ignore[attr-defined]  # PEFT loads in float32
+        with types_kept(self.model), attach.quiet_peft():  # type: ignore[attr-defined]  # PEFT loads in float32
             super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
-        model.check_adapter_complete(self.model, Path(checkpoint), "default")  # type: ignore[attr-defined]
+        attach.check_adapter_complete(self.model, Path(checkpoint), "default")  # type: ignore[attr-defined]
         self.resumed = files.read_json(Path(checkpoint) / RUN_STATE)
 
     def _load_best_model(self) -> None:
@@ -133,7 +133,7 @@ class Resumable:
                 f"the best model, {best}, cannot be loaded: {found.reason}",
                 "--resume --allow-changes training.load_best_model_at_end takes the last one instead",
             )
-        with types_kept(self.model), model.quiet_peft():  # type: ignore[attr-defined]
+        with types_kept(self.model), attach.quiet_peft():  # type: ignore[attr-defined]
             super()._load_best_model()  # type: ignore[misc]
 
     def _at_edge(self) -> bool:

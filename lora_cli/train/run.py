@@ -24,20 +24,20 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common import privacy as private
 from lora_cli.common.errors import LoraError
 from lora_cli.data import prepare as data
 from lora_cli.data import selection
-from lora_cli.models import adapter_folder as record
+from lora_cli.models import attach, finite, targets
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity
-from lora_cli.models import finite, targets
 from lora_cli.models import init_weights as initial
 from lora_cli.models import probes as verify
 from lora_cli.models import token_rows as tokens
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.plan import flops, hardware, memory
+from lora_cli.models.config import checkpoint_dtype, of_recipe
+from lora_cli.plan import auto, flops, hardware, memory
 from lora_cli.plan import sizes as plan
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
@@ -46,7 +46,7 @@ from lora_cli.speed import dora_norms as dora
 from lora_cli.speed import install as quick
 from lora_cli.speed import loss_head as loss
 from lora_cli.speed import step_packing as packing
-from lora_cli.train import checkpoints, lock
+from lora_cli.train import checkpoints, lock, run_folder
 from lora_cli.train import disk_space as disk
 from lora_cli.train import out_of_memory as oom
 from lora_cli.train import refusals as refusal
@@ -62,10 +62,10 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     With `resume` the run in the recipe's folder goes on from its newest checkpoint; of the recipe, the keys `allowed`
     may have changed.
     """
-    upstream.check(recipe)
-    commit, config = model.of_recipe(recipe)
+    auto.check(recipe)
+    commit, config = of_recipe(recipe)
     device = hardware.here()
-    recipe, choices = upstream.settle(recipe, model.checkpoint_dtype(config), device, memory.levers(config, device))
+    recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, memory.levers(config, device))
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
@@ -75,13 +75,13 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
             "fingerprint": identity.fingerprint(recipe.model.name_or_path, commit),
         },
     }
-    record.check_place(folder)
+    run_folder.check_place(folder)
     if resume and not folder.is_dir():
         raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
     files.make_folder(folder)
     with lock.held(folder):
         checkpoints.sweep(folder)
-        run = record.begin(folder, recipe.plain(), contents, resume, allowed)
+        run = run_folder.begin(folder, recipe.plain(), contents, resume, allowed)
         ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
         for choice in choices:
             ui.say(f"  {choice}")
@@ -95,15 +95,15 @@ def _ending_told(folder: Path, run: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
-        record.update(folder, run, status="interrupted")
+        run_folder.update(folder, run, status="interrupted")
         found = (each for each in checkpoints.every(folder, run["id"]) if isinstance(each, checkpoints.Checkpoint))
         step = next((each.step for each in found if each.resumable), 0)
-        command = shlex.join(["lora", "train", str(folder / record.RESOLVED_RECIPE), "--resume"])
+        command = shlex.join(["lora", "train", str(folder / provenance.RESOLVED_RECIPE), "--resume"])
         ui.say(f"stopped; from step {step} it goes on with: {command}")
         raise
     except BaseException:
         with suppress(OSError):  # the disk may be what failed
-            record.update(folder, run, status="failed")
+            run_folder.update(folder, run, status="failed")
         raise
 
 
@@ -132,7 +132,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     with refusal.told(recipe):
         trainer = make()
     trainable, total = adapted.get_nb_trainable_parameters()
-    layers = len(model.lora_layers(adapted))
+    layers = len(attach.lora_layers(adapted))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
@@ -147,7 +147,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     }
     with disk.told(folder, needed):
         _save(adapted, tokenizer, adapter, run, folder / initial.START)
-        record.update(folder, run)
+        run_folder.update(folder, run)
     ui.say(
         f"trained {steps} steps in {ui.duration(time.monotonic() - started)}, mean loss {mean_loss:.4f}; "
         f"adapter in {adapter}"
@@ -190,7 +190,7 @@ def _same_rows(
             f"the run in {folder} began with other rows: the data, tokenizer or chat template have changed since",
             "undo the change; record.json says what they were",
         )
-    record.update(folder, run, data=now)
+    run_folder.update(folder, run, data=now)
 
 
 def _base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
@@ -214,7 +214,7 @@ def _attend(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
         return
     apart = attention.install(base)
     reason = "each document of a sequence by itself, the same for less time" if apart else "what the model has"
-    choice = upstream.Choice("model.attn_implementation", base.config._attn_implementation, reason)
+    choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
     run["choices"] = [*(made for made in run["choices"] if made["name"] != choice.name), choice._asdict()]
     ui.say(f"  {choice}")
 
@@ -247,9 +247,9 @@ def _adapted(
     targets.check(recipe, base, config)
     rows = [dict(row) for row in train_rows.rows.select(range(min(initial.ROWS, len(train_rows.rows))))]
     collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
-    with model.quiet_peft():
+    with attach.quiet_peft():
         initial.before_attaching(recipe, base, config, rows, collate)
-        adapted = model.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
+        adapted = attach.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
         initial.after_attaching(recipe, adapted, rows, collate, commit)
     initial.keep_start(recipe, adapted, folder)
     quick.install(adapted, adapted.device.type)
@@ -331,27 +331,27 @@ def _save(
     trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any], start: Path
 ) -> None:
     """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is not finite."""
-    for name, parameter in model.trainable(trained):
+    for name, parameter in attach.trainable(trained):
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
     _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
         verify.save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
-        with model.quiet_peft():
+        with attach.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
         initial.as_plain(staging, trained.peft_config["default"], start)
         tokenizing.save_tokenizer(tokenizer, staging, private.expanded(run["base"]["name"]), run["base"]["commit"])
         files.leave_out_home(staging)
-        files.write_json(staging / record.ARTEFACT_RECORD, run)
+        files.write_json(staging / provenance.ARTEFACT_RECORD, run)
 
 
 def _make_room(adapter: Path, run: dict[str, Any]) -> None:
     """An adapter that this run saved already goes if it is of the same step (a kill came before the record said so);
     that of a run that was extended keeps its steps as part of its name."""
-    if not (adapter / record.ARTEFACT_RECORD).is_file():
+    if not (adapter / provenance.ARTEFACT_RECORD).is_file():
         return
-    before = files.read_json(adapter / record.ARTEFACT_RECORD)
+    before = files.read_json(adapter / provenance.ARTEFACT_RECORD)
     if before.get("id") != run["id"]:
         return
     steps = before["results"]["steps"]

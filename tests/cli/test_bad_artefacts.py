@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
 from lora_cli import cli
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common import library_errors as foreign
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import preflight
@@ -33,8 +33,7 @@ from lora_cli.gguf.export import export
 from lora_cli.merge.combine import combine, one_adapter
 from lora_cli.merge.extract import convert, extract
 from lora_cli.merge.verb import merge
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
+from lora_cli.models import attach
 
 SNAPSHOT = Path(__file__).parent / "bad_artefacts.txt"
 TINY = Path(__file__).parent.parent.parent / "build" / "tiny" / "model"
@@ -67,7 +66,7 @@ def adapter(on: Path, name: str = "adapter", config: type = LoraConfig, **option
     torch.manual_seed(0)
     if config is LoraConfig:
         options = {"r": 2, "target_modules": ["q_proj", "v_proj"], **options}
-    with model.quiet_peft():
+    with attach.quiet_peft():
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(on), config(task_type="CAUSAL_LM", **options))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -336,7 +335,7 @@ def test_what_is_said_of_bad_input_and_that_nothing_is_left(name: str, tiny: Pat
     assert not made
     ggufs = {path.name for path in tmp_path.rglob("*.gguf")} - {"model.gguf"}
     assert ggufs <= ({"base-f16.gguf"} if "is there" in name else set())
-    assert not list(tmp_path.rglob(record.ARTEFACT_RECORD))
+    assert not list(tmp_path.rglob(provenance.ARTEFACT_RECORD))
 
 
 if __name__ == "__main__":

@@ -19,17 +19,18 @@ import torch
 from test_bad_artefacts import adapter, base, changed, named
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, provenance, ui
 from lora_cli.common import privacy as private
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.merge import merge as fold
 from lora_cli.merge.verb import merge
 from lora_cli.models import adapter_folder as record
+from lora_cli.models import attach, config, empty, patterns
 from lora_cli.models import base as model
 from lora_cli.models import chat_template as chat
-from lora_cli.models import patterns
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.train import run_folder
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = """
@@ -62,9 +63,9 @@ def with_code(folder: Path) -> tuple[Path, Path]:
 def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, untrusted: None) -> None:
     made, mark = with_code(tmp_path)
     for load in (
-        lambda: model.load_config(str(made)),
+        lambda: config.load_config(str(made)),
         lambda: model.load_base(str(made), None, torch.float32),
-        lambda: model.skeleton(str(made), None),
+        lambda: empty.skeleton(str(made), None),
     ):
         with pytest.raises((ValueError, LoraError), match="custom code"):
             load()
@@ -73,7 +74,7 @@ def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, untrusted: None
     loaded = model.load_base(str(made), None, torch.float32)
     assert mark.exists()
     assert type(loaded).__name__ == "Net"
-    assert record.new("merge")["trusted_remote_code"] is True
+    assert provenance.new("merge")["trusted_remote_code"] is True
 
 
 def test_only_the_command_line_allows_code() -> None:
@@ -155,7 +156,7 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(tmp_path: Pa
     def opened(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "load_config", opened)
+    monkeypatch.setattr(config, "load_config", opened)
     with pytest.raises(KeyboardInterrupt):
         merge(made, tmp_path / "out")
     assert heard[0] == f"{made} was made elsewhere: by its own word, its base is {tmp_path / 'base'}"
@@ -164,7 +165,7 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(tmp_path: Pa
 def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path) -> None:
     made = adapter(base(tmp_path))
     claim = {"recipe": {}, "status": "finished", "base": {"name": str(tmp_path / "base"), "commit": None}}
-    (made / record.ARTEFACT_RECORD).write_text(json.dumps(claim))
+    (made / provenance.ARTEFACT_RECORD).write_text(json.dumps(claim))
     assert record.read_adapter(made).base == str(tmp_path / "base")
     named(made, base(tmp_path, "other"))
     with pytest.raises(LoraError, match="adapter_config.json names the base"):
@@ -177,7 +178,7 @@ def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path
     evil = changed(adapter(base(tmp_path)) / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*x").parent
     network = model.load_base(str(tmp_path / "base"), None, torch.float32)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
-        model.load_adapter(network, evil)
+        attach.load_adapter(network, evil)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
         fold.merge(record.read_adapter(evil), tmp_path / "out", stream=True)
 
@@ -238,7 +239,7 @@ def test_links_are_neither_followed_nor_written_through(tmp_path: Path) -> None:
     (tmp_path / "mine" / "file").write_text("keep")
     (tmp_path / "link").symlink_to("mine")
     with pytest.raises(LoraError, match="is a link"):
-        record.begin(tmp_path / "link", {}, {"base": {}}, resume=False)
+        run_folder.begin(tmp_path / "link", {}, {"base": {}}, resume=False)
     with pytest.raises(LoraError, match="already exists"), files.staged_folder(tmp_path / "link"):
         pass
     (tmp_path / "record.json").symlink_to("mine/file")
@@ -282,7 +283,7 @@ def test_merging_records_the_commit_of_a_base_that_names_none(tmp_path: Path, mo
         asked.append(revision)
         return None
 
-    monkeypatch.setattr(model, "resolve", resolve)
+    monkeypatch.setattr(config, "resolve", resolve)
     merge(made, tmp_path / "out")
     assert asked == [None]
 

@@ -28,9 +28,10 @@ from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.gguf.export import export
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
+from lora_cli.models import attach
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.config import load_config
 
 SCALED = {
     "lora_alpha": 8,
@@ -99,7 +100,7 @@ def test_a_plain_adapter_is_converted_as_it_is(base: Path, tmp_path: Path) -> No
 def test_what_llama_cpp_cannot_hold_is_refused_with_the_way_out(
     base: Path, tmp_path: Path, options: dict, said: str, hint: str
 ) -> None:
-    with model.quiet_peft():
+    with attach.quiet_peft():
         adapter = make_adapter(base, tmp_path / "adapter", **options)
     with pytest.raises(LoraError, match=said) as caught:
         export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
@@ -143,7 +144,7 @@ def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(base: Path,
 
 
 def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Path, monkeypatch) -> None:
-    config = model.load_config(str(base))
+    config = load_config(str(base))
     parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
     free = 3 * 2**20
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_cli.common import provenance
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import in_memory as whole
 from lora_cli.merge import verb as merge
@@ -174,9 +175,9 @@ def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: P
     said = r"is not the base that .* was trained on: the tensor model.layers.0.mlp.up_proj.weight differ"
     with pytest.raises(LoraError, match=said):
         merge.merge(adapter, tmp_path / "out")
-    kept = json.loads((adapter / record.ARTEFACT_RECORD).read_text())
+    kept = json.loads((adapter / provenance.ARTEFACT_RECORD).read_text())
     del kept["base"]["fingerprint"]  # as an adapter from before there were any
-    (adapter / record.ARTEFACT_RECORD).write_text(json.dumps(kept))
+    (adapter / provenance.ARTEFACT_RECORD).write_text(json.dumps(kept))
     for stream in (True, False):
         with pytest.raises(LoraError, match="on its base is not the model that was trained"):
             merge.merge(adapter, tmp_path / "out", stream=stream)

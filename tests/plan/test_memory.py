@@ -19,8 +19,9 @@ from peft import PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
+from lora_cli.models import attach
 from lora_cli.models import base as model
-from lora_cli.plan import flops, hardware, memory
+from lora_cli.plan import auto, flops, hardware, memory
 from lora_cli.plan import rehearsal as rehearse
 from lora_cli.plan import show as planning
 from lora_cli.plan.hardware import GIB, Hardware
@@ -48,7 +49,7 @@ def settled(method: str = "lora", lora: dict[str, Any] | None = None, **training
         training=recipe.Training(**{"gradient_checkpointing": False, "packing": False, **training}),
         output_dir="x",
     )
-    return upstream.settle(made, torch.float32, LARGE_CPU)[0]
+    return auto.settle(made, torch.float32, LARGE_CPU)[0]
 
 
 def real(chosen: recipe.Recipe, folder: Path) -> PeftModel:
@@ -138,7 +139,7 @@ def test_optimizers_state_is_their_own(tmp_path: Path, name: str) -> None:
     chosen = settled(optim=name)
     rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
     adapted = real(chosen, tmp_path)
-    learned = [parameter for _, parameter in model.trainable(adapted)]
+    learned = [parameter for _, parameter in attach.trainable(adapted)]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(upstream.training_arguments(chosen), adapted)
     optimizer = kind(learned, **options)
     for parameter in learned:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common.errors import UsageError
+from lora_cli.plan import auto
 from lora_cli.recipe import keys as recipe
 from lora_cli.recipe import load as recipe_file
 from lora_cli.recipe import strict_yaml as yamlfile
@@ -29,7 +30,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     """What is said, the temporary folder left out of the paths."""
     with pytest.raises(UsageError) as caught:
-        upstream.check(load(tmp_path, text, *overrides))
+        auto.check(load(tmp_path, text, *overrides))
     return f"{caught.value.message} | {caught.value.hint}".replace(f"{tmp_path}/", "")
 
 
@@ -42,7 +43,7 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "training: {weight_decay: 0.1}\nlora: {use_rslora: true}\n")
     assert loaded.training.given()["weight_decay"] == 0.1
     assert "adam_beta1" not in loaded.training.given()
-    settled, _ = upstream.settle(loaded, upstream.torch.float32)
+    settled, _ = auto.settle(loaded, upstream.torch.float32)
     assert upstream.training_arguments(settled).weight_decay == 0.1
     assert upstream.lora_config(settled).use_rslora is True
 
@@ -328,7 +329,7 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
     assert len(recipes) >= 8
     for path in recipes:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
-        upstream.check(recipe_file.load(path))
+        auto.check(recipe_file.load(path))
 
 
 def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
+from lora_cli.models import attach
 from lora_cli.models import base as model
 from lora_cli.recipe import load as recipe_file
 from lora_cli.speed import dora_norms as dora
@@ -33,7 +34,7 @@ def pair(network: torch.nn.Module, targets: list[str], **options) -> tuple[PeftM
         if "lora_" in name:
             parameter.data += 0.2 * torch.rand_like(parameter) * parameter.abs().mean().clamp(min=0.05)
     factored = copy.deepcopy(stock)
-    assert dora.install(factored) == len(model.lora_layers(stock))
+    assert dora.install(factored) == len(attach.lora_layers(stock))
     return stock, factored
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_cli.models import base as model
+from lora_cli.models import attach
 from lora_cli.speed.cpu import dropout
 
 
@@ -66,7 +66,7 @@ def test_positions_are_in_order_and_as_many_whatever_they_are() -> None:
 def test_every_adapted_module_gets_it(tiny: Path) -> None:
     config = LoraConfig(target_modules="all-linear", lora_dropout=0.1)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "model"), config)
-    assert dropout.install(adapted) == len(model.lora_layers(adapted)) == 14
+    assert dropout.install(adapted) == len(attach.lora_layers(adapted)) == 14
     assert not any(type(module) is nn.Dropout for module in adapted.modules())
     ids = torch.arange(30)[None]
     for parameter in adapted.parameters():

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
+from lora_cli.models import attach
 from lora_cli.models import base as model
 from lora_cli.speed import dora_norms as dora
 from lora_cli.speed import install as quick
@@ -37,7 +38,7 @@ def pair(network: torch.nn.Module, **options) -> tuple[PeftModel, PeftModel]:
     dropout.install(stock)
     ours = copy.deepcopy(stock)
     dora.install(ours)
-    assert fused.install(ours) == len(model.lora_layers(stock))
+    assert fused.install(ours) == len(attach.lora_layers(stock))
     return stock, ours
 
 
@@ -74,7 +75,7 @@ def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(dtype: torc
     exact = run(stock, torch.float32, half=False)
     found = []
     for each in (stock, ours):
-        for layer in model.lora_layers(each).values():
+        for layer in attach.lora_layers(each).values():
             layer.get_base_layer().to(dtype)
         each.zero_grad()
         found.append(run(each, dtype, half=True))
@@ -88,7 +89,7 @@ def test_small_changes_of_a_magnitude_are_not_lost_to_16_bits() -> None:
     moved = []
     for network in pair(Layers().to(torch.bfloat16), use_dora=True):
         before = run(network, torch.bfloat16, half=True)[0].double()
-        for layer in model.lora_layers(network).values():
+        for layer in attach.lora_layers(network).values():
             layer.lora_magnitude_vector["default"].weight.data *= 1.001
         after = run(network, torch.bfloat16, half=True)[0].double()
         moved.append(((after * before).sum() / before.square().sum() - 1).item())
@@ -121,7 +122,7 @@ def test_on_4_bit_layers_too(tiny: Path, options: dict) -> None:
     for network in (stock, ours):
         torch.manual_seed(0)
         network.train()(input_ids=ids, labels=ids).loss.backward()
-    pairs = list(zip(model.trainable(ours), model.trainable(stock), strict=True))
+    pairs = list(zip(attach.trainable(ours), attach.trainable(stock), strict=True))
     assert len(pairs) == (42 if "use_dora" in options else 28)
     for (name, one), (_, other) in pairs:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4 * other.grad.abs().max().item(), msg=name)
@@ -148,5 +149,5 @@ def test_models_that_change_their_projections_in_place_train_too(family: dict, o
     ids = torch.arange(8, 40)[None]
     for network in (stock, ours):
         network.train()(input_ids=ids, labels=ids).loss.backward()
-    for (name, one), (_, other) in zip(model.trainable(ours), model.trainable(stock), strict=True):
+    for (name, one), (_, other) in zip(attach.trainable(ours), attach.trainable(stock), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -44,6 +44,8 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from lora_cli.plan import auto
+
 ROOT = Path(__file__).parent.parent.parent
 COUNTS = {"recipes": 10_000, "data": 2_000, "adapters": 2_000}
 SECONDS = 5
@@ -184,9 +186,8 @@ class Recipes:
         from lora_cli.recipe import keys as recipe
         from lora_cli.recipe import load as recipe_file
         from lora_cli.recipe import strict_yaml as yamlfile
-        from lora_cli.recipe import upstream
 
-        self.folder, self.load, self.check, self.dump = folder, recipe_file.load, upstream.check, yamlfile.dump
+        self.folder, self.load, self.check, self.dump = folder, recipe_file.load, auto.check, yamlfile.dump
         self.valid = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         for path in (ROOT / "configs").glob("*.yaml"):
             shutil.copy(path, folder)

@@ -22,9 +22,9 @@ from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.doctor import oracle
 from lora_cli.merge import verb as merge
 from lora_cli.models import adapter_folder as record
+from lora_cli.models import attach, four_bit, patterns, targets
 from lora_cli.models import base as model
 from lora_cli.models import init_weights as initial
-from lora_cli.models import patterns, targets
 from lora_cli.models import probes as verify
 from lora_cli.models import token_rows as tokens
 from lora_cli.models import tokenizer as tokenizing
@@ -571,7 +571,7 @@ def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_pa
             f"method: qlora\n{lora}\noutput_dir: {tmp_path / init}\ntraining: {{learning_rate: 1e-30}}\n"
         )
         adapter = train.train(recipe_file.load(path))
-        started = model.load_adapter(origin.load_base(record.read_adapter(adapter)), adapter)
+        started = attach.load_adapter(origin.load_base(record.read_adapter(adapter)), adapter)
         errors[init] = (torch.cat(verify.logits(started, probes)) - exact).pow(2).mean().sqrt().item()
     assert errors["loftq"] < 0.8 * errors["true"]
 
@@ -599,7 +599,7 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
 def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe.Quantization(bnb_4bit_compute_dtype="float32").given()
     config = train.upstream.BitsAndBytesConfig(load_in_4bit=True, **config)
-    monkeypatch.setattr(model, "misreads", lambda length: length == 512)
+    monkeypatch.setattr(four_bit, "misreads", lambda length: length == 512)
     with pytest.raises(
         LoraError, match="reads 4-bit rows of 512 weights wrongly .* in 2 modules, the first "
     ) as caught:
@@ -612,4 +612,4 @@ def test_misread_rows_are_found_by_what_they_are(bases) -> None:
     for length in (16, 32, 48, 62, 64, 80, 96, 128, 144, 192, 200, 208):
         torch.manual_seed(0)
         wrong = oracle.compare_nf4(torch.randn(8, length))["values"] > 0
-        assert model.misreads(length) == wrong, length
+        assert four_bit.misreads(length) == wrong, length

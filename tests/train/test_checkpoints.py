@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from lora_cli.common.errors import LoraError
-from lora_cli.models import adapter_folder as record
 from lora_cli.recipe import load as recipe_file
-from lora_cli.train import checkpoints, lock
+from lora_cli.train import checkpoints, lock, run_folder
 from lora_cli.train import random_state as rng
 from lora_cli.train import run as train
 from lora_cli.train.signals import Signals
@@ -247,7 +246,7 @@ def test_what_may_change_is_in_every_recipe() -> None:
     from lora_cli.recipe.keys import Data, Training
 
     known = {f"training.{name}" for name in Training.model_fields} | {f"data.{name}" for name in Data.model_fields}
-    assert set(record.EXTENDING) <= known
+    assert set(run_folder.EXTENDING) <= known
 
 
 def test_signals_are_noted_once_and_then_do_what_they_did() -> None:

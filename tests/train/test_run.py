@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import verb as merge
+from lora_cli.models import attach
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import keys as recipe
@@ -236,7 +237,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
         lines = [json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()]
         found[size] = next(line for line in lines if "eval_loss" in line)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    adapted = model.load_adapter(base, adapter).eval()
+    adapted = attach.load_adapter(base, adapter).eval()
     rows = train.data.load(recipe_file.load(path), tokenizing.load_tokenizer(str(adapter)))[1].rows
     losses = []
     with torch.no_grad():

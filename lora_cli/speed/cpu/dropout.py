@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_cli.models import base as model
+from lora_cli.models import attach
 
 
 def positions(size: int, p: float) -> Tensor:
@@ -66,7 +66,7 @@ class _Dropped(torch.autograd.Function):
 def install(adapted: PeftModel) -> int:
     """Let adapters on a CPU drop out with it; returns how many do."""
     installed = 0
-    for layer in model.lora_layers(adapted).values():
+    for layer in attach.lora_layers(adapted).values():
         for name, dropout in getattr(layer, "lora_dropout", {}).items():
             if type(dropout) is nn.Dropout and layer.get_base_layer().weight.device.type == "cpu":
                 layer.lora_dropout[name] = QuickDropout(dropout.p)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.models import base as model
+from lora_cli.models import attach
 from lora_cli.speed import dora_norms as dora
 from lora_cli.speed.cpu import dropout
 
@@ -166,7 +166,7 @@ def _frozen(layer: Any, x: Tensor) -> Frozen | None:
 def install(adapted: PeftModel) -> int:
     """Let LoRA and DoRA on linear layers of a model on a CPU use it; returns how many layers do."""
     installed = 0
-    for layer in model.lora_layers(adapted).values():
+    for layer in attach.lora_layers(adapted).values():
         if type(layer) in (Linear, Linear4bit) and _suits(layer):
             layer.__class__ = FusedLinear if type(layer) is Linear else Fused4bit
             installed += 1

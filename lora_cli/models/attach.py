@@ -1,0 +1,124 @@
+"""Attach a new or a trained adapter to a base model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from transformers import (
+    PreTrainedModel,
+)
+
+from lora_cli.common import library_errors as foreign
+from lora_cli.common.errors import LoraError
+from lora_cli.models import patterns
+from lora_cli.models import token_rows as tokens
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without PEFT's warnings of what is checked here, and is an error where it is wrong."""
+    with warnings.catch_warnings():
+        for message in (
+            "Found missing adapter keys",
+            "The following (rank|alpha)_pattern keys",  # also where they did match, for experts
+            "fan_in_fan_out is set to",
+            ".*ensure_weight_tying",
+            "Adapter '.*LoRA tensor\\(s\\) have invalid shape",  # lora_bias: its tensors have one dimension
+            "lora with eva initialization used with low_cpu_mem_usage",
+            "Full backward hook is firing",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> PeftModel:
+    """A new adapter on `model`, changed in place. LoraError with PEFT's words where it refuses."""
+    try:
+        with quiet_peft():
+            return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise LoraError(
+            f"lora: {' '.join(str(error).split())}", "mend the values of lora, or leave them out"
+        ) from error
+
+
+def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
+    """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one of its tensors
+    found its place."""
+    refuse_slow_patterns(model, folder)
+    tokens.fit(model, folder)
+    hint = "give the base it was trained on with --base"
+    with quiet_peft(), foreign.refused(f"PEFT cannot put the adapter {folder} on its base", hint):
+        try:
+            if isinstance(model, PeftModel):
+                peft_model = model
+                model.load_adapter(str(folder), adapter_name=name)
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {_misfit(error)}", hint) from error
+    check_adapter_complete(peft_model, folder, name)
+    return peft_model
+
+
+def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
+    """UsageError for an adapter whose regular expressions would keep PEFT busy for ever on the model's names."""
+    names = [name for name, _ in model.named_modules() if name]
+    patterns.refuse(adapter_config(folder), names, lambda field: f"{folder / 'adapter_config.json'}: {field}")
+
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """What the adapter in `folder` says of itself, as PEFT reads it; LoraError with PEFT's words where it does not."""
+    with foreign.refused(f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"):
+        return LoraConfig.from_pretrained(str(folder))
+
+
+def _misfit(error: Exception) -> str:
+    """PEFT's words; of tensors that have another size, how many and the first."""
+    said = " ".join(str(error).split())
+    sizes = re.findall(r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said)
+    if not sizes:
+        return said[:300]
+    name, given, wanted = sizes[0]
+    return f"{len(sizes)} tensors are of another size, the first {name}: ({given}), where ({wanted}) is wanted"
+
+
+def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
+    """PEFT warns of tensors that match nothing and leaves B zero; here it is an error, as is a tensor not finite."""
+    stored = load_peft_weights(str(folder), device="cpu")
+    loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # An adapter may carry whole embeddings and heads as well, under the names the model has for them.
+    whole = {key.replace(f".{name}.", ".") for key in model.state_dict()}
+    refuse_incomplete(folder, set(stored), set(loaded), whole)
+    bad = [key for key, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise LoraError(f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)", "train again")
+
+
+def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: set[str]) -> None:
+    """LoraError unless the adapter's tensors are those the model has places for: `loaded`, and any of its `whole`."""
+    unplaced = stored - loaded - whole
+    for keys, what in ((unplaced, "the model has no place for"), (loaded - stored, "the adapter lacks")):
+        if keys:
+            raise LoraError(
+                f"{folder} does not fit its base model: {what} {len(keys)} tensors, such as {min(keys)}",
+                "give the base it was trained on with --base",
+            )
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
+    """The adapted modules by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """Names and tensors of what training changes."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

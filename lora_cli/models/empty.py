@@ -1,0 +1,40 @@
+"""Models without weights, for their modules' names and shapes."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from lora_cli.common import library_errors as foreign
+from lora_cli.common import remote_code as trust
+from lora_cli.models import config
+from lora_cli.models.config import BROKEN_CONFIG
+
+UNBUILDABLE = "transformers cannot build the model that its config.json describes"
+
+
+def skeleton(name: str, revision: str | None) -> PreTrainedModel:
+    """The base without weights (on the `meta` device): its modules' names and shapes, in an instant."""
+    return from_config(config.load_config(name, revision))
+
+
+def from_config(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without weights."""
+    with (
+        torch.device("meta"),
+        foreign.refused(UNBUILDABLE, BROKEN_CONFIG),
+    ):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.allowed())
+
+
+def weightless(name: str, revision: str | None) -> PreTrainedModel:
+    """The base with float32 zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
+    network = skeleton(name, revision)
+    for module in network.modules():
+        for key, weight in module.named_parameters(recurse=False):
+            setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return network
