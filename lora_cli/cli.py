@@ -181,7 +181,7 @@ def merge(
     *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
     _quiet_libraries()
     from lora_cli.merge.combine import one_adapter
-    from lora_cli.merge.verb import merge
+    from lora_cli.merge.merge import merge
 
     with one_adapter(adapters, out, weights, combination, density, base) as adapter:
         merge(adapter, out, base, stream, base_weights is BaseWeights.original)
@@ -344,7 +344,7 @@ def chat(
 ) -> None:
     """Talk to a model; answers stream. /reset starts over, /quit or end of input leaves."""
     _quiet_libraries()
-    from lora_cli.evaluate.generate import chat
+    from lora_cli.evaluate.chat import chat
 
     chat(path, system, max_new_tokens, temperature, base)
 

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from lora_cli.data import load
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -83,7 +85,6 @@ def speed(folder: Path, count: int) -> None:
 def memory_of(path: Path, streamed: bool) -> float:
     """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
     from lora_cli.data import cache
-    from lora_cli.data import prepare as data
     from lora_cli.models import tokenizer as tokenizing
     from lora_cli.recipe import load as recipe_file
 
@@ -104,7 +105,7 @@ def memory_of(path: Path, streamed: bool) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    prepared = data.load(loaded, tokenizer)[0]
+    prepared = load.load(loaded, tokenizer)[0]
     with path.open(encoding="utf-8") as file:
         number = sum(1 for _ in file)
     rows = prepared.rows if prepared.stream is None else prepared.stream.take(number)

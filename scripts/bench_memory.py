@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from bench_train import ROOT, make_model
 
+from lora_cli.data import load
 from lora_cli.models.config import checkpoint_dtype, load_config
 from lora_cli.plan import auto
 
@@ -96,7 +97,6 @@ def _status(key: str) -> int:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
-    from lora_cli.data import prepare as data
     from lora_cli.models import tokenizer as tokenizing
     from lora_cli.plan import hardware, memory
     from lora_cli.recipe import load as recipe_file
@@ -104,7 +104,7 @@ def plan(folder: Path) -> dict[str, Any]:
     device, name = hardware.here(), str(folder / "model")
     config = load_config(name)
     recipe, _ = auto.settle(recipe_file.load(folder / "r.yaml"), checkpoint_dtype(config), device)
-    rows, _ = data.load(recipe, tokenizing.load_tokenizer(name))
+    rows, _ = load.load(recipe, tokenizing.load_tokenizer(name))
     items = memory.forecast(recipe, config, device).need(memory.batch_of(recipe, rows)).items
     return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's
 

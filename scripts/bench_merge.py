@@ -80,7 +80,7 @@ def run(side: str, folder: Path, name: str) -> None:
         from lora_cli.models import adapter_folder as record
 
         def work() -> None:
-            fold.merge(record.read_adapter(folder / name), out, stream=True, check=side == "lora merge")
+            fold.merge_adapter(record.read_adapter(folder / name), out, stream=True, check=side == "lora merge")
 
     before = memory()
     os.sync()

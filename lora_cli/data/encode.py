@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.common.errors import LoraError
 from lora_cli.data.formats import BadRow, Conversation, Tokens
 from lora_cli.models import chat_template as chat
+from lora_cli.models import tokenizer
+from lora_cli.models.tokenizer import adds_bos
 
-IGNORED = -100
-"""The label that cross entropy skips."""
 Span = tuple[int, int]
 NDArray = np.ndarray[Any, Any]
 Batch = list[tuple[str, Conversation | Tokens | str]]
@@ -128,7 +128,7 @@ class Renderer:
             assert isinstance(found, list)
             ids = np.array(encoding.ids, np.int32)
             starts, ends = self._offsets(piece.text, ids)
-            labels, begins_inside = np.full(len(ids), IGNORED, np.int32), False
+            labels, begins_inside = np.full(len(ids), tokenizer.IGNORED, np.int32), False
             for start, end in piece.spans:
                 first, last = np.searchsorted(starts, [start, end])
                 begins_inside |= bool(first and ends[first - 1] > start)
@@ -252,8 +252,8 @@ class Renderer:
             raise BadRow(
                 "input_ids are not the tokenizer's", f"input_ids has {wrong}, but the tokenizer has {size} tokens"
             )
-        if any(label not in (IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
-            raise BadRow("labels are not input_ids", f"labels must be those of input_ids, or {IGNORED}")
+        if any(label not in (tokenizer.IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
+            raise BadRow("labels are not input_ids", f"labels must be those of input_ids, or {tokenizer.IGNORED}")
         return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
 
 
@@ -272,11 +272,6 @@ def _nested(value: Any) -> Iterator[str]:
     elif isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _nested(inner)
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it puts its BOS before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray:

@@ -8,11 +8,9 @@ is constant either way.
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
+from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import chain, islice, pairwise, zip_longest
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,19 +21,16 @@ from datasets import (
     IterableDataset,
     List,
     Value,
-    concatenate_datasets,
-    interleave_datasets,
 )
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, nearest
-from lora_cli.data import cache, formats, readers, selection, sources
-from lora_cli.data.encode import IGNORED, Batch, Encoded, Renderer
+from lora_cli.data import cache, formats, readers, selection
+from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
-from lora_cli.recipe.keys import Data, Recipe, Rows
+from lora_cli.recipe.keys import Data, Recipe
 
 COLUMNS_FROM = 100
 """Rows, from the first, whose columns tell the format."""
@@ -68,90 +63,6 @@ class Prepared(NamedTuple):
         return f"a stream, of its first rows {text}" if self.stream is not None else text
 
 
-def load(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
-) -> tuple[Prepared, Prepared | None]:
-    """The rows to train on and, where the recipe gives any, those to evaluate on.
-
-    `day` is what chat templates that write the date are to write: a resumed run trains on the rows it began with.
-    """
-    data, renderer = recipe.data, Renderer(tokenizer, recipe.data.train_on, day)
-    if "strftime_now" in str(tokenizer.chat_template):
-        ui.say(f"  the chat template writes the date into every conversation: {renderer.day}")
-    train = _mixed(recipe, renderer, data.mix) if data.mix else _one(recipe, renderer, "path", data.path, data.split)
-    if renderer.adds_bos and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first):
-        ui.warn(f"rows do not begin with {tokenizer.bos_token}: the chat template writes none, the tokenizer would")
-    if not (data.eval_path or data.eval_split):
-        return train, None
-    where = "eval_path" if data.eval_path else "path"
-    whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
-    evaluation = _one(whole, renderer, where, data.eval_path or data.path, data.eval_split or "train")
-    if both := _shared(train.rows, evaluation.rows):
-        ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
-    return train, evaluation
-
-
-def _shared(train: Dataset, evaluation: Dataset) -> int:
-    """How many rows of `evaluation` are in `train` too, looking at the first million."""
-    trained = {bytes(ids) for ids in _ids(train, 1_000_000)}
-    return sum(bytes(ids) in trained for ids in _ids(evaluation, 1_000_000))
-
-
-def _ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
-    for batch in rows.select(range(min(limit, len(rows)))).with_format("arrow").iter(cache.BATCH):
-        for chunk in batch["input_ids"].chunks:
-            ends, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
-            yield from (memoryview(values[start:end]).cast("B") for start, end in pairwise(ends))
-
-
-def _one(recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str) -> Prepared:
-    assert path is not None
-    source = sources.find(recipe.data, where, path, split)
-    return _streamed(source, recipe, renderer) if recipe.data.streaming else prepare(source, recipe, renderer)
-
-
-def _mixed(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> Prepared:
-    """The data sets one after the other (training draws its rows in random order), each as often as it weighs; streams
-    are drawn from at random, the more often the more they weigh."""
-    parts: list[Prepared] = []
-    for number, rows in enumerate(mix):
-        own = recipe.data.model_copy(update={**dict(rows), "mix": None})
-        part = _one(recipe.model_copy(update={"data": own}), renderer, f"mix.{number}.path", rows.path, rows.split)
-        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summary()}")
-        parts.append(part)
-    seed, weights = recipe.training.seed, [rows.weight for rows in mix]
-    counts, streams = parts[0].counts, [part.stream for part in parts if part.stream is not None]
-    for part in parts[1:]:
-        counts = counts.plus(part.counts)
-    if not streams:
-        parts = [_weighted(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))]
-        counts.tokens = sum(part.counts.tokens for part in parts)
-        counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
-    drawn = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
-    fingerprint = hashlib.sha256("".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode())
-    first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
-    commits = ", ".join(part.commit for part in parts if part.commit) or None
-    rows = concatenate_datasets([part.rows for part in parts])
-    if not len(rows):
-        raise LoraError("the weights of data.mix leave no row", "give one of them a larger weight")
-    return Prepared(rows, first[:FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn)
-
-
-def _weighted(part: Prepared, weight: float, seed: list[int]) -> Prepared:
-    """The rows so many times, and of the share that is left over as many, drawn at random; tokens counted anew."""
-    whole, share = divmod(weight, 1)
-    drawn = np.random.default_rng(seed).permutation(len(part.rows))[: round(share * len(part.rows))]
-    some = part.rows.select(np.sort(drawn))
-    tokens, learned = int(whole) * part.counts.tokens, int(whole) * part.counts.trained_tokens
-    for batch in some.with_format("numpy").iter(cache.BATCH):
-        labels = np.concatenate(list(batch["labels"]))
-        tokens, learned = tokens + len(labels), learned + int((labels != IGNORED).sum())
-    return part._replace(
-        rows=concatenate_datasets([part.rows] * int(whole) + [some]),
-        counts=Counts(tokens=tokens, trained_tokens=learned),
-    )
-
-
 def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     """Everything the source has, ready to train on, from the cache where it was prepared before; says what to know.
 
@@ -176,7 +87,7 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     return Prepared(found.rows, _first(found.rows, found.places), found.counts, found.digest, source.commit)
 
 
-def _streamed(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
+def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     """The first rows looked at, as `prepare` does, and all of them as a stream."""
     counts, notes = Counts(), cache.Notes(FIRST)
     look = recipe.data.model_copy(update={"max_rows": min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)})

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.data.encode import IGNORED, Encoded, NDArray
+from lora_cli.data.encode import Encoded, NDArray
 from lora_cli.data.formats import BadRow
+from lora_cli.models.tokenizer import IGNORED
 from lora_cli.recipe.keys import Data, Recipe
 
 BEGINS_INSIDE = "dropped: an answer begins inside a token of the prompt"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from transformers import set_seed
 from lora_cli.common import ui
 from lora_cli.common.errors import UsageError
 from lora_cli.data import formats
-from lora_cli.evaluate.answerers import Asked, Messages, Sampling, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling, open_models
 
 
 class Question(NamedTuple):
@@ -135,34 +134,3 @@ def _exact_match(given: Sequence[str], expected: Sequence[str | None]) -> tuple[
     pairs = [(answer.strip(), wanted.strip()) for answer, wanted in zip(given, expected) if wanted is not None]
     hits = sum(answer == wanted for answer, wanted in pairs)
     return f"{hits}/{len(pairs)}", f"{100 * hits / len(pairs):.1f}%"
-
-
-def chat(path: str, system: str | None, max_new_tokens: int, temperature: float, base: str | None) -> None:
-    """Read lines from stdin, stream answers to stdout; the conversation so far is given back each time."""
-    answerer = open_models([path], base)[path]
-    opening = [{"role": "system", "content": system}] if system else []
-    messages: Messages = list(opening)
-    ui.say(f"{path}: /reset starts over, /quit leaves")
-    for line in _lines():
-        if line == "/quit":
-            return
-        if line == "/reset":
-            messages = list(opening)
-        elif line:
-            messages.append({"role": "user", "content": line})
-            answer = answerer.stream(Asked(messages), Sampling(max_new_tokens, temperature))
-            messages.append({"role": "assistant", "content": answer})
-
-
-def _lines() -> Iterator[str]:
-    """Lines of stdin, with a prompt on stderr where a person types them."""
-    if sys.stdin is None:
-        raise UsageError("there is no input to read", "lora generate PATH --prompt TEXT")
-    asking = sys.stdin.isatty()
-    while True:
-        if asking:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line.strip()

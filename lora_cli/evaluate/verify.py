@@ -110,7 +110,7 @@ def _form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Fo
         identity.check(adapter)
         ui.say(f"{path}: on {adapter.base}")
         dtype = origin.trained_dtype(adapter)
-        logits = fold.choose(adapter, stream=None, original=False).expected(probes)
+        logits = fold.choose_way(adapter, stream=None, original=False).expected(probes)
         logits = logits and [rows[-walk.KEPT :] for rows in logits]
     else:
         dtype = config.checkpoint_dtype(config.load_config(path))

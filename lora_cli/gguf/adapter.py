@@ -18,9 +18,8 @@ from lora_cli.common.errors import UsageError
 from lora_cli.gguf import parity
 from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.tools import Found
-from lora_cli.merge import derived
+from lora_cli.models import adapter_contents, attach, empty
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach, empty
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
@@ -41,7 +40,7 @@ def export_adapter(
         known = ", ".join(llama_cpp.CONVERTER_TYPES)
         raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
     adapter = record.read_adapter(path, base)
-    derived.refuse_beyond(path)
+    adapter_contents.refuse_beyond(path)
     identity.check(adapter)
     converter = llama_cpp.find_converter(llama_cpp_dir)
     folder, stem = output or path.parent, files.stem(path)

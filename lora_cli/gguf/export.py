@@ -69,7 +69,7 @@ def export(
         preflight.check_disk(folder, config, names, adapter is not None, exact)
         if adapter is not None:
             merged = Path(scratch) / stem
-            fold.merge(adapter, merged)
+            fold.merge_adapter(adapter, merged)
         _convert_all(merged, targets, tools, Path(scratch), weighted)
         serving.write_modelfile(folder, list(targets.values()), merged)
     serving.say_how(list(targets.values()), path if kind == "model" else None, adapter)

@@ -15,10 +15,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
-from lora_cli.data import encode as render
-from lora_cli.merge import derived
+from lora_cli.models import adapter_contents, config
 from lora_cli.models import chat_template as chat
-from lora_cli.models import config
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
 
@@ -93,7 +91,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
     """The conversation as the template renders it, without the BOS that Ollama and llama.cpp add."""
     text = chat.render(tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask)
-    return text.removeprefix(tokenizer.bos_token) if render.adds_bos(tokenizer) else text
+    return text.removeprefix(tokenizer.bos_token) if tokenizing.adds_bos(tokenizer) else text
 
 
 def _probes() -> list[Conversation]:
@@ -153,7 +151,7 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
         ui.say(f"  vllm serve {merged}")
     if adapter is None:
         return
-    if more := derived.beyond(adapter.folder):
+    if more := adapter_contents.list_beyond(adapter.folder):
         ui.say(f"  vLLM and llama-server cannot load from {adapter.folder}: {', '.join(more)}; merge it for vLLM:")
         ui.say(f"  lora merge {adapter.folder} OUT && vllm serve OUT")
         return

@@ -18,8 +18,8 @@ from lora_cli.common.errors import LoraError, UsageError, nearest
 from lora_cli.merge import derived
 from lora_cli.merge import low_rank as factors
 from lora_cli.merge.low_rank import PREFIX
+from lora_cli.models import adapter_contents, attach, empty
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach, empty
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
@@ -70,7 +70,7 @@ def combine(
     adapters = [record.read_adapter(folder, base) for folder in folders]
     _refuse_other_bases(adapters)
     for adapter in adapters:
-        derived.refuse_beyond(adapter.folder)
+        adapter_contents.refuse_beyond(adapter.folder)
         identity.check(adapter)
     first = adapters[0]
     with files.staged_folder(out) as staging:

@@ -17,8 +17,8 @@ from lora_cli.common.errors import LoraError
 from lora_cli.merge import derived
 from lora_cli.merge import low_rank as factors
 from lora_cli.merge.low_rank import PREFIX
+from lora_cli.models import adapter_contents, attach, config
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach, config
 from lora_cli.models import base as model
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
@@ -64,7 +64,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than linear updates.
     """
     adapter = record.read_adapter(folder, base)
-    derived.refuse_beyond(folder, [derived.DORA])
+    adapter_contents.refuse_beyond(folder, [adapter_contents.DORA])
     identity.check(adapter)
     with files.staged_folder(out) as staging:
         tokenizer = origin.load_tokenizer(adapter)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.merge import output
 from lora_cli.merge import streaming as stream
-from lora_cli.merge import streaming_plan as attach
 from lora_cli.models import base as model
 from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
@@ -55,11 +55,11 @@ class Whole:
         self.adapted = None
         if self.adapter.quantization and not self.original:
             adapted = load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
-        attach.refuse_tied(adapted, self.adapter.base)
+        output.refuse_tied(adapted, self.adapter.base)
         plain, modules = fold(adapted)
         round_once(plain, dtype)
         plain.config.use_cache = True
-        attach.end_where_trained(plain, ends)
+        output.end_where_trained(plain, ends)
         plain.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
         return modules
 

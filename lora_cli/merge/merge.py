@@ -8,6 +8,7 @@ mean |Δlogit|: 1.5e-7 against 5.9e-2).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +17,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance, ui
-from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.merge import in_memory as whole
-from lora_cli.merge import layerwise_logits as walk
-from lora_cli.merge import streaming as stream
+from lora_cli.merge import streamed
 from lora_cli.merge import streaming_plan as attach
+from lora_cli.models import adapter_folder as record
 from lora_cli.models import config
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
-from lora_cli.models import tensors as shards
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
@@ -32,8 +32,6 @@ from lora_cli.models.config import load_config
 
 ROUTED_KL = 1e-4
 """Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""
-# MiB that merging a tensor may take before it is said
-LARGE = 500
 # Tokens of each probe prompt that are enough to compare a merged model with what it was made from
 SHORT = 32
 
@@ -46,7 +44,7 @@ class Merged(NamedTuple):
     difference: verify.Difference | None
 
 
-def merge(
+def merge_adapter(
     adapter: Adapter,
     out: Path,
     stream: bool | None = None,
@@ -68,7 +66,7 @@ def merge(
     identity.check(adapter)
     with files.staged_folder(out, rejected) as staging:
         tokenizer = origin.load_tokenizer(adapter)
-        way = choose(adapter, stream, original)
+        way = choose_way(adapter, stream, original)
         probes = verify.probes(tokenizer)
         if not (adapter.folder / verify.TRAINED).is_file():  # whole, they are for what training left
             probes = [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
@@ -78,15 +76,15 @@ def merge(
         dtype = origin.dtype_on_disk(adapter)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
-        complete(adapter, tokenizer, staging)
+        add_tokenizer_and_record(adapter, tokenizer, staging)
         if check:
             way.check_files(staging)
         given = way.merged(staging, dtype, probes) if expected is not None else None
-        difference = compare(adapter, given, expected, dtype, way.arithmetic) if expected and given else None
+        difference = refuse_different(adapter, given, expected, dtype, way.arithmetic) if expected and given else None
     return Merged(modules, dtype, difference)
 
 
-def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def add_tokenizer_and_record(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
     tokenizing.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
     files.write_json(
@@ -96,11 +94,11 @@ def complete(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path)
     files.leave_out_home(folder)
 
 
-def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | whole.Whole:
+def choose_way(adapter: Adapter, stream: bool | None, original: bool) -> streamed.Streamed | whole.Whole:
     """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
     if stream is not False:
         try:
-            return Streamed(adapter, origin.trained_dtype(adapter), original)
+            return streamed.Streamed(adapter, origin.trained_dtype(adapter), original)
         except attach.Unstreamable as reason:
             if stream:
                 raise LoraError(f"not in constant memory: {reason}", "leave --stream out") from reason
@@ -111,7 +109,7 @@ def choose(adapter: Adapter, stream: bool | None, original: bool) -> Streamed | 
 
 def check_trained(
     adapter: Adapter,
-    way: Streamed | whole.Whole,
+    way: streamed.Streamed | whole.Whole,
     probes: Sequence[verify.Probe],
     expected: Sequence[torch.Tensor],
     original: bool,
@@ -129,7 +127,7 @@ def check_trained(
         ui.say(f"  merged into the {into} off from what was trained: {verify.compare(expected, other)}")
 
 
-def compare(
+def refuse_different(
     adapter: Adapter,
     given: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
@@ -172,49 +170,26 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         )
 
 
-class Streamed:
-    """In constant memory."""
+def merge(
+    adapter_folder: Path, out: Path, base: str | None = None, stream: bool | None = None, original: bool = False
+) -> None:
+    """Fold the adapter into its base (`base` overrides the one it names), write `out`, and verify it.
 
-    def __init__(self, adapter: Adapter, trained: torch.dtype, original: bool) -> None:
-        """Raises attach.Unstreamable."""
-        self.adapter, self.trained, self.original = adapter, trained, original
-        self.arithmetic = torch.float32
-        self.plan, self.adapted = attach.make(adapter, trained, None if original else adapter.quantization)
-        attach.refuse_tied(self.adapted, adapter.base)
-        self.sums: dict[str, int] = {}
-
-    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
-        """Logits of base with adapter, on the weights that are merged into; None where they cannot be had."""
-        return walk.or_loaded(
-            lambda: walk.logits(self.adapted, self.plan.read, self.plan, probes),
-            lambda: whole.Whole(self.adapter, self.original).expected(probes),
-            self.plan.weights.base,
-        )
-
-    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
-        """The same on the other weights of an adapter trained in 4 bits: original for dequantised, and so on."""
-        plan, adapted = attach.make(self.adapter, self.trained, self.adapter.quantization if self.original else None)
-        return walk.or_loaded(
-            lambda: walk.logits(adapted, plan.read, plan, probes),
-            lambda: whole.Whole(self.adapter, self.original).other(probes),
-            plan.weights.base,
-        )
-
-    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
-        """The base's files again, tensor by tensor; returns how many modules were merged. Answers end in `ends`."""
-        needed = self.plan.largest_whole() / 2**20
-        if needed > LARGE:
-            ui.say(f"  some tensors are merged whole, for which up to {needed:.0f} MiB are needed each")
-        modules, self.sums = stream.write(self.plan, folder, dtype)
-        attach.write_config(self.adapter, folder, dtype, ends)
-        return modules
-
-    def check_files(self, folder: Path) -> None:
-        """RejectedError where they hold something else than was written; that this was finite has been looked at."""
-        changed = shards.changed_since(folder, self.sums)
-        if changed:
-            raise RejectedError(f"{changed} in the merged model's files is not what was written", "check the disk")
-
-    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor] | None:
-        """Logits of the model that was written."""
-        return walk.logits_of(str(folder), None, dtype, probes)
+    `stream` and `original` as `merge_adapter` takes them; a model that fails is left in OUT.rejected.
+    """
+    started = time.monotonic()
+    files.refuse_occupied(out)
+    adapter = record.read_adapter(adapter_folder, base)
+    made = "" if adapter.record else " (no record: made elsewhere, so its base is taken as the adapter names it)"
+    ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
+    if original and not adapter.quantization:
+        raise UsageError(f"{adapter.folder} was not trained on 4-bit weights", "leave --base-weights out")
+    if adapter.quantization:
+        into = "original weights" if original else "dequantised base, the function that was trained"
+        ui.say(f"  trained on 4-bit weights: merging into the {into}")
+    rejected = out.with_name(f"{out.name}.rejected")
+    try:
+        merged = merge_adapter(adapter, out, stream, original, rejected)
+    except RejectedError as error:
+        raise RejectedError(f"{error.message}; left in {rejected}", error.hint) from error
+    ui.say(f"{out}: {str(merged.dtype).removeprefix('torch.')} model, {ui.duration(time.monotonic() - started)}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.common import library_errors as foreign
@@ -209,37 +208,3 @@ def _check_tied(adapted: PeftModel) -> None:
     weights = {plain(name) for name, module in adapted.named_modules() if any(module is end for end in ends)}
     if any(name.rpartition(".")[0] in weights for name in saved):
         raise Unstreamable("it gives tied embeddings and head weights of their own")
-
-
-def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
-    """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
-    plain_model = skeleton(adapter.base, adapter.revision)
-    with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
-        plain_model.generation_config = GenerationConfig.from_pretrained(adapter.base, revision=adapter.revision)
-    plain_model.config.dtype = str(dtype).removeprefix("torch.")
-    plain_model.config.architectures = [type(plain_model).__name__]
-    plain_model.config.use_cache = True
-    end_where_trained(plain_model, ends)
-    plain_model.config.save_pretrained(str(folder))
-    plain_model.generation_config.save_pretrained(str(folder))
-
-
-def refuse_tied(adapted: PeftModel, base: str) -> None:
-    """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
-    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
-        raise LoraError(
-            f"{base} uses one weight for its embeddings and its head, and the adapter changes one of the two: "
-            "no plain model can hold both",
-            "train with modules_to_save, trainable_token_indices, or without embed_tokens and lm_head",
-        )
-
-
-def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
-    """Make the model's configurations name the tokens that ended the trained answers, beside those they had."""
-    configured = plain.generation_config.eos_token_id
-    before = configured if isinstance(configured, list) else [configured]
-    wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))
-    if wanted != [token for token in before if token is not None]:
-        plain.config.eos_token_id = wanted[0]
-        plain.generation_config.eos_token_id = wanted

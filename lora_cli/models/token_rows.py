@@ -12,27 +12,13 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils import load_peft_weights
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lora_cli.common import files
-from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.recipe.keys import Recipe
+from lora_cli.common.errors import LoraError
 
 MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""
-
-
-def add(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the tokenizer the recipe's tokens and return their ids. UsageError for one that it has already."""
-    first = len(tokenizer)
-    for field, special in (("add_tokens", False), ("add_special_tokens", True)):
-        known = tokenizer.get_vocab()
-        for token in getattr(recipe.model, field):
-            if token in known:
-                where = recipe.where("model", field)
-                raise UsageError(f"{where}: the tokenizer has {token!r} already", "remove it from the list")
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
-    return list(range(first, len(tokenizer)))
 
 
 def grow(model: PreTrainedModel, rows: int) -> None:

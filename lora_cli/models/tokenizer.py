@@ -7,16 +7,14 @@ import shutil
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from lora_cli.common import files
 from lora_cli.common import library_errors as foreign
 from lora_cli.common import remote_code as trust
-from lora_cli.common.errors import LoraError, nearest
-from lora_cli.data.encode import adds_bos
+from lora_cli.common.errors import LoraError, UsageError, nearest
 from lora_cli.models import chat_template as chat
-from lora_cli.models import token_rows as tokens
 from lora_cli.recipe.keys import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -26,7 +24,7 @@ def tokenizer_for(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokeniz
     """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
     tokenizer = load_tokenizer(recipe.model.name_or_path, commit, **roles)
-    new_ids = tokens.add(recipe, tokenizer)
+    new_ids = add_tokens(recipe, tokenizer)
     template = set_chat_template(tokenizer, recipe.model.chat_template)
     if recipe.model.system_prompt:
         set_system_prompt(tokenizer, recipe.model.system_prompt)
@@ -111,3 +109,25 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
                 "remove it, or --set model.chat_template=chatml",
             )
     tokenizer.chat_template = made if isinstance(template, dict) else made["default"]
+
+
+def add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the tokenizer the recipe's tokens and return their ids. UsageError for one that it has already."""
+    first = len(tokenizer)
+    for field, special in (("add_tokens", False), ("add_special_tokens", True)):
+        known = tokenizer.get_vocab()
+        for token in getattr(recipe.model, field):
+            if token in known:
+                where = recipe.where("model", field)
+                raise UsageError(f"{where}: the tokenizer has {token!r} already", "remove it from the list")
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+    return list(range(first, len(tokenizer)))
+
+
+IGNORED = -100
+"""The label that cross entropy skips."""
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts its BOS before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

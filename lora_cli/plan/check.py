@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data import prepare as data
-from lora_cli.data.encode import IGNORED
+from lora_cli.data import load
 from lora_cli.data.prepare import Prepared
 from lora_cli.data.selection import Kept
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import checkpoint_dtype, of_recipe
+from lora_cli.models.tokenizer import IGNORED
 from lora_cli.plan import auto, hardware, memory
 from lora_cli.plan import sizes as plan
 from lora_cli.recipe.keys import Recipe
@@ -39,7 +39,7 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, levers)
     tokenizer, new_ids, template = tokenizing.tokenizer_for(recipe, commit)
     adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
-    train, evaluation = data.load(recipe, tokenizer)
+    train, evaluation = load.load(recipe, tokenizer)
     plan.refuse_unknown_ids(recipe, commit, train, tokenizer)
     steps = plan.steps(recipe, train)
     if as_json:

@@ -16,8 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
-from lora_cli.data import cache, sources
-from lora_cli.data import prepare as data
+from lora_cli.data import cache, load, sources
 from lora_cli.data.prepare import Prepared
 from lora_cli.models import attach
 from lora_cli.models import tokenizer as tokenizing
@@ -52,7 +51,7 @@ def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, 
     config = load_config(recipe.model.name_or_path, commit)
     recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, memory.levers(config, device))
     tokenizer, new_ids, _ = tokenizing.tokenizer_for(recipe, commit)
-    rows = data.load(recipe, tokenizer)[0] if read_data or _at_hand(recipe, tokenizer) else None
+    rows = load.load(recipe, tokenizer)[0] if read_data or _at_hand(recipe, tokenizer) else None
     adapted = rehearse.skeleton(recipe, config, len(tokenizer), new_ids)
     parameters, kinds = adapted.get_nb_trainable_parameters(), trained_by_kind(adapted)
     steps = plan.steps(recipe, rows) if rows else None

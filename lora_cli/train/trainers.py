@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data.encode import IGNORED
+from lora_cli.models.tokenizer import IGNORED
 from lora_cli.speed import dora_norms as dora
 from lora_cli.speed import step_packing as packing
 from lora_cli.train import checkpoints

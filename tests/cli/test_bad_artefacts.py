@@ -32,7 +32,7 @@ from lora_cli.gguf.adapter import export_adapter
 from lora_cli.gguf.export import export
 from lora_cli.merge.combine import combine, one_adapter
 from lora_cli.merge.extract import convert, extract
-from lora_cli.merge.verb import merge
+from lora_cli.merge.merge import merge
 from lora_cli.models import attach
 
 SNAPSHOT = Path(__file__).parent / "bad_artefacts.txt"

@@ -24,7 +24,7 @@ from lora_cli.common import privacy as private
 from lora_cli.common import remote_code as trust
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.merge import merge as fold
-from lora_cli.merge.verb import merge
+from lora_cli.merge.merge import merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import attach, config, empty, patterns
 from lora_cli.models import base as model
@@ -180,7 +180,7 @@ def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path
     with pytest.raises(UsageError, match="takes over 0.5 s"):
         attach.load_adapter(network, evil)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
-        fold.merge(record.read_adapter(evil), tmp_path / "out", stream=True)
+        fold.merge_adapter(record.read_adapter(evil), tmp_path / "out", stream=True)
 
 
 def templated(template: str) -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.data import prepare as data
+from lora_cli.data import load
 from lora_cli.recipe import load as recipe_file
 
 SNAPSHOT = Path(__file__).parent / "bad_data.txt"
@@ -164,7 +164,7 @@ def said(name: str, folder: Path) -> str:
     heard: list[str] = []
     say, ui.say = ui.say, heard.append
     try:
-        data.load(recipe_file.load(recipe), tokenizer())
+        load.load(recipe_file.load(recipe), tokenizer())
     except LoraError as error:
         heard.append(ui.render(error).replace("\n\n", "\n"))
     finally:

@@ -19,6 +19,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data import cache
+from lora_cli.data import load as data_load
 from lora_cli.data import prepare as data
 from lora_cli.data.encode import Renderer
 from lora_cli.models import tokenizer as tokenizing
@@ -40,7 +41,7 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
 
     def run(*overrides: str, day: date | None = None) -> data.Prepared:
-        return data.load(recipe_file.load(tmp_path / "r.yaml", list(overrides)), tokenizer, day)[0]
+        return data_load.load(recipe_file.load(tmp_path / "r.yaml", list(overrides)), tokenizer, day)[0]
 
     return run
 

@@ -20,11 +20,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data import formats, selection, sources
+from lora_cli.data import formats, load, selection, sources
 from lora_cli.data import prepare as data
-from lora_cli.data.encode import IGNORED, Renderer
+from lora_cli.data.encode import Renderer
 from lora_cli.evaluate import generate
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.tokenizer import IGNORED
 from lora_cli.recipe import load as recipe_file
 
 TURNS = (
@@ -56,7 +57,7 @@ def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
         (tmp_path / "r.yaml").write_text(
             f"model: {{name_or_path: x}}\ndata: {{path: {path}, {extra}}}\ntraining: {{{training}}}\n"
         )
-        return data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
+        return load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
 
     return run
 
@@ -196,7 +197,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer, name: str, content
         path.write_text(content)
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {path}}}\n")
     with pytest.raises(LoraError) as caught:
-        data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
+        load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
     assert said in caught.value.message
 
 
@@ -327,7 +328,7 @@ def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None
     )
     (tmp_path / "r.yaml").write_text(text)
     recipe = recipe_file.load(tmp_path / "r.yaml")
-    mixed = data.load(recipe, tokenizer)[0]
+    mixed = load.load(recipe, tokenizer)[0]
     words = [tokenizer.convert_ids_to_tokens(ids)[-2] for ids in mixed.rows["input_ids"]]
     assert (words.count("one"), words.count("two")) == (20, 12)
     assert mixed.counts.read == 18
@@ -335,7 +336,7 @@ def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None
     assert mixed.counts.trained_tokens == 2 * 32
     assert [row.place.rpartition("/")[2] for row in mixed.first[:3]] == ["a.jsonl:1", "b.jsonl:1", "a.jsonl:2"]
     assert "b.jsonl x 1.5: 8 of 8 rows" in capfd.readouterr().err
-    again = data.load(recipe, tokenizer)[0]
+    again = load.load(recipe, tokenizer)[0]
     assert (again.fingerprint, again.rows["input_ids"]) == (mixed.fingerprint, mixed.rows["input_ids"])
 
 
@@ -348,7 +349,7 @@ def test_half_of_the_rows_is_drawn_by_the_seed(tmp_path: Path, tokenizer) -> Non
     drawn = {
         seed: [
             ids[0]
-            for ids in data.load(recipe_file.load(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer)[0].rows[
+            for ids in load.load(recipe_file.load(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer)[0].rows[
                 "input_ids"
             ]
         ]
@@ -386,11 +387,11 @@ def test_answers_that_begin_inside_a_token_are_not_trained_on(tmp_path: Path) ->
     rows = [{"prompt": "ask", "completion": word} for word in ("swer", "\nswer", "raw")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
-    made = data.load(recipe_file.load(tmp_path / "r.yaml"), other)[0]
+    made = load.load(recipe_file.load(tmp_path / "r.yaml"), other)[0]
     assert (len(made.rows), made.counts.left_out[selection.BEGINS_INSIDE]) == (2, 1)
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(LoraError, match="generation prompt ends in the middle of a token in 1 of 1 rows"):
-        data.load(recipe_file.load(tmp_path / "r.yaml"), other)
+        load.load(recipe_file.load(tmp_path / "r.yaml"), other)
 
 
 def test_turns_without_loss_have_none_when_all_is_trained_on(prepare, tokenizer) -> None:
@@ -451,7 +452,7 @@ def test_a_folder_s_files_are_read_anew_whatever_their_times(tmp_path: Path, tok
         file = tmp_path / "set" / "a.jsonl"
         file.write_text(json.dumps({"prompt": "ask", "completion": word}) + "\n")
         os.utime(file, (1e9, 1e9))
-        made = data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
+        made = load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
         assert learned(made, tokenizer) == [word, "</s>"]
 
 
@@ -480,7 +481,7 @@ def test_a_mix_of_no_rows_is_refused(tmp_path: Path, tokenizer) -> None:
         f"model: {{name_or_path: x}}\ndata: {{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.01}}]}}\n"
     )
     with pytest.raises(LoraError, match="the weights of data.mix leave no row"):
-        data.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
+        load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
 
 
 def test_unreadable_rows_at_the_start_do_not_hide_the_columns(prepare, tmp_path: Path) -> None:
@@ -488,7 +489,7 @@ def test_unreadable_rows_at_the_start_do_not_hide_the_columns(prepare, tmp_path:
     path = tmp_path / "rows.jsonl"
     path.write_text("oops\n" * 150 + path.read_text())
     recipe = recipe_file.load(tmp_path / "r.yaml", ["data.on_bad_row=skip"])
-    made = data.load(recipe, PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS))
+    made = load.load(recipe, PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS))
     assert (len(made[0].rows), made[0].counts.bad["invalid JSON"]) == (3, 150)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.evaluate import verify as compare
 from lora_cli.gguf import tools as llama_cpp
-from lora_cli.merge import verb as merge
+from lora_cli.merge.merge import merge
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def forms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
             parameter.data += 0.05 * torch.randn_like(parameter)
     adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
     adapted.save_pretrained(folder / "adapter")
-    merge.merge(folder / "adapter", folder / "merged")
+    merge(folder / "adapter", folder / "merged")
     shutil.copy(tiny / "model" / "tokenizer.model", folder / "merged")
     llama_cpp.convert(folder / "merged", folder / "m.gguf", "f16", llama_cpp.find_converter())
     names = {"adapter": folder / "adapter", "merged": folder / "merged", "gguf": folder / "m.gguf"}

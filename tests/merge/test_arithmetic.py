@@ -235,14 +235,14 @@ def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(make, tiny: Path, tmp
 
 
 def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_recipe, tmp_path: Path) -> None:
-    from lora_cli.merge import verb as merge
+    from lora_cli.merge.merge import merge
     from lora_cli.recipe import load as recipe_file
     from lora_cli.train import run as train
 
     adapter = train.train(recipe_file.load(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
     convert(adapter, tmp_path / "plain", 256, None)  # the tiny model's shorter side: exact
-    merge.merge(adapter, tmp_path / "one")
-    merge.merge(tmp_path / "plain", tmp_path / "two")
+    merge(adapter, tmp_path / "one")
+    merge(tmp_path / "plain", tmp_path / "two")
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=0, atol=2e-5)

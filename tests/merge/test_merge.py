@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_cli.common import provenance
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import in_memory as whole
-from lora_cli.merge import verb as merge
+from lora_cli.merge.merge import merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import probes as verify
 from lora_cli.models import trained_on as origin
@@ -56,7 +56,7 @@ def test_a_foreign_adapter_merges_with_one_rounding(
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")
     exact = adapted.double().merge_and_unload().state_dict()
-    merge.merge(tmp_path / "adapter", tmp_path / "out")
+    merge(tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert merged.keys() == exact.keys()
     for name, tensor in merged.items():
@@ -71,7 +71,7 @@ def test_a_foreign_adapter_merges_with_one_rounding(
 @pytest.mark.parametrize("method", ["qlora", "qdora"])
 def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, tmp_path: Path, method: str) -> None:
     adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
-    merge.merge(adapter, tmp_path / "out")
+    merge(adapter, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     info = record.read_adapter(adapter)
@@ -84,14 +84,14 @@ def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, 
 
 def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tmp_path: Path) -> None:
     adapter = train.train(recipe_file.load(write_recipe("")))
-    merge.merge(adapter, tmp_path / "out")
+    merge(adapter, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
     assert names >= {"chat_template.jinja", "lora_record.json"}
     parent = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
     assert parent["recipe"]["model"]["name_or_path"] == record.read_adapter(adapter).base
     with pytest.raises(LoraError, match="out already exists"):
-        merge.merge(adapter, tmp_path / "out")
+        merge(adapter, tmp_path / "out")
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def damage(adapter: Path, change) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, tmp_path: Path, change, said: str) -> None:
     damage(adapter, change)
     with pytest.raises(LoraError, match=said):
-        merge.merge(adapter, tmp_path / "out")
+        merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -128,7 +128,7 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
     (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
     monkeypatch.setattr(whole, "fold", unmerged)
     with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
-        merge.merge(adapter, tmp_path / "out", stream=False)
+        merge(adapter, tmp_path / "out", stream=False)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.rejected" / "model.safetensors").is_file()
 
@@ -140,11 +140,11 @@ def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path
         (tmp_path / "nothing", "does not exist", "ls "),
     ):
         with pytest.raises(LoraError, match=said) as caught:
-            merge.merge(folder, tmp_path / "out")
+            merge(folder, tmp_path / "out")
         assert (caught.value.hint or "").startswith(hint)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(LoraError, match=r"has no adapter_model.safetensors"):
-        merge.merge(adapter, tmp_path / "out")
+        merge(adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
@@ -157,7 +157,7 @@ def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["init_lora_weights"] in (True, start)
     assert config["r"] == (32 if start.startswith(("pissa", "olora")) else 16)
-    merge.merge(adapter, tmp_path / "out")  # compares with the logits that training left
+    merge(adapter, tmp_path / "out")  # compares with the logits that training left
     assert "against the end of training" in capfd.readouterr().err
     trained = load_file(adapter / verify.TRAINED)["logits"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -174,16 +174,16 @@ def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: P
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     said = r"is not the base that .* was trained on: the tensor model.layers.0.mlp.up_proj.weight differ"
     with pytest.raises(LoraError, match=said):
-        merge.merge(adapter, tmp_path / "out")
+        merge(adapter, tmp_path / "out")
     kept = json.loads((adapter / provenance.ARTEFACT_RECORD).read_text())
     del kept["base"]["fingerprint"]  # as an adapter from before there were any
     (adapter / provenance.ARTEFACT_RECORD).write_text(json.dumps(kept))
     for stream in (True, False):
         with pytest.raises(LoraError, match="on its base is not the model that was trained"):
-            merge.merge(adapter, tmp_path / "out", stream=stream)
+            merge(adapter, tmp_path / "out", stream=stream)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(LoraError, match="the base of .* is not here"):
-        merge.merge(adapter, tmp_path / "out")
+        merge(adapter, tmp_path / "out")
 
 
 def test_a_base_whose_weights_do_not_fit_its_config_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_lora_on_tied_embeddings_is_refused_with_the_reason(tiny: Path, tmp_path
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoraError, match="uses one weight for its embeddings and its head"):
-        merge.merge(tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "adapter", tmp_path / "out")
 
 
 def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path)
     expected = logits(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    merge.merge(tmp_path / "adapter", tmp_path / "out", str(tiny / "model"))
+    merge(tmp_path / "adapter", tmp_path / "out", str(tiny / "model"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.config.vocab_size == len(tokenizer)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -229,7 +229,7 @@ def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path)
 def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_path: Path, capfd) -> None:
     steps = "training: {save_strategy: steps, save_steps: 2}\n"
     adapter = train.train(recipe_file.load(write_recipe(f"method: qlora\n{steps}")))
-    merge.merge(adapter.parent / "checkpoint-2", tmp_path / "out")
+    merge(adapter.parent / "checkpoint-2", tmp_path / "out")
     assert "trained on 4-bit weights" in capfd.readouterr().err
 
 
@@ -239,4 +239,4 @@ def test_an_adapter_of_no_strength_is_refused(tiny: Path, tmp_path: Path) -> Non
     adapted.peft_config["default"].alpha_pattern = {"layers.0.self_attn.q_proj": 0}
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoraError, match="alpha_pattern holds 0, where each must be over 0"):
-        merge.merge(tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "adapter", tmp_path / "out")

@@ -31,7 +31,6 @@ from lora_cli.merge import layerwise_logits as walk
 from lora_cli.merge import merge as fold
 from lora_cli.merge import streaming as stream
 from lora_cli.merge import streaming_plan as attach
-from lora_cli.merge import verb as merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
@@ -130,7 +129,7 @@ def test_it_is_merge_and_unload_bit_for_bit(made, tmp_path: Path, monkeypatch, s
     (name, options), wanted = SHAPES[shape], DTYPES[dtype]
     base, adapter, out = made(name, wanted), tmp_path / "adapter", tmp_path / "out"
     save_adapter(base, adapter, wanted, options)
-    merged = fold.merge(record.read_adapter(adapter), out, stream=True)
+    merged = fold.merge_adapter(record.read_adapter(adapter), out, stream=True)
     assert merged.modules == sum(
         key.endswith(("lora_A.weight", "embedding_A")) for key in load_file(adapter / "adapter_model.safetensors")
     )
@@ -156,9 +155,9 @@ def test_what_cannot_be_streamed_says_why_and_is_merged_whole(made, tmp_path: Pa
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
     with pytest.raises(LoraError, match=f"not in constant memory: .*{reason}"):
-        merge.merge(adapter, tmp_path / "out", stream=True)
+        fold.merge(adapter, tmp_path / "out", stream=True)
     if shape != "a start of the weights":  # which is another adapter at each load
-        merge.merge(adapter, tmp_path / "out")
+        fold.merge(adapter, tmp_path / "out")
         said = capfd.readouterr().err
         assert "the whole model is loaded: " in said
         assert reason in said
@@ -175,7 +174,7 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_pa
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     save_adapter(base, adapter, torch.float32, {})
-    merge.merge(adapter, tmp_path / "out")
+    fold.merge(adapter, tmp_path / "out")
     assert "the whole model is loaded: lm_head.weight is in its files, and tied" in capfd.readouterr().err
     oracle = peft_merge(base, adapter, torch.float32, tmp_path / "peft")
     given = tensors_of(tmp_path / "out")
@@ -198,7 +197,7 @@ def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, me
     adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
     info = record.read_adapter(adapter)
     for stream_it, out in ((True, tmp_path / "streamed"), (False, tmp_path / "whole")):
-        fold.merge(info, out, stream=stream_it, original=original)
+        fold.merge_adapter(info, out, stream=stream_it, original=original)
     said = capfd.readouterr().err
     if method != "lora":
         into = "original ones, as asked" if original else "dequantised weights"
@@ -215,14 +214,14 @@ def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, me
 
 def test_original_weights_are_for_adapters_trained_in_4_bits(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="was not trained on 4-bit weights"):
-        merge.merge(foreign, tmp_path / "out", original=True)
+        fold.merge(foreign, tmp_path / "out", original=True)
 
 
 def test_the_original_weights_are_not_what_was_trained_on(write_recipe, tmp_path: Path) -> None:
     adapter = train.train(recipe_file.load(write_recipe("method: qlora\n")))
     info = record.read_adapter(adapter)
     for original in (False, True):
-        fold.merge(info, tmp_path / str(original), original=original)
+        fold.merge_adapter(info, tmp_path / str(original), original=original)
     there, here = tensors_of(tmp_path / "True"), tensors_of(tmp_path / "False")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(there[name], here[name])
@@ -268,11 +267,11 @@ def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path
 
     monkeypatch.setattr(stream, "write", corrupted)
     with pytest.raises(RejectedError, match=r"is not what was written; left in .*out.rejected"):
-        merge.merge(foreign, tmp_path / "out")
+        fold.merge(foreign, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.rejected" / "config.json").is_file()
     with pytest.raises(LoraError, match="out.rejected already exists"):
-        merge.merge(foreign, tmp_path / "out")
+        fold.merge(foreign, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_a_wrong_streaming_merge_is_rejected(foreign: Path, tmp_path: Path, monk
     through = stream.Plan._through
     monkeypatch.setattr(stream.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given)))
     with pytest.raises(RejectedError, match=said):
-        merge.merge(foreign, tmp_path / "out")
+        fold.merge(foreign, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -305,9 +304,9 @@ def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
     monkeypatch.setattr(walk, "logits", meta)
-    assert fold.merge(record.read_adapter(foreign), tmp_path / "loaded", stream=True).difference is not None
+    assert fold.merge_adapter(record.read_adapter(foreign), tmp_path / "loaded", stream=True).difference is not None
     monkeypatch.setattr(walk.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert fold.merge(record.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference is None
+    assert fold.merge_adapter(record.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference is None
     assert "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
 
 
@@ -319,7 +318,7 @@ def test_a_base_that_is_quantised_already_is_refused_at_once(foreign: Path, made
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
     with pytest.raises(LoraError, match=r"keeps its weights quantised \(gptq\)"):
-        merge.merge(foreign, tmp_path / "out", str(base))
+        fold.merge(foreign, tmp_path / "out", str(base))
 
 
 def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: Path) -> None:
@@ -339,7 +338,7 @@ def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: 
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1e-4
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoraError, match=r"the tensor lm_head.weight differ"):
-        merge.merge(adapter, tmp_path / "out")
+        fold.merge(adapter, tmp_path / "out")
 
 
 def test_another_base_is_not_resumed_on(write_recipe, tiny: Path, tmp_path: Path) -> None:
@@ -393,7 +392,7 @@ def test_what_is_made_of_adapters_knows_its_base(made, tmp_path: Path) -> None:
     file = next((tmp_path / "base").glob("*.safetensors"))
     save_file({name: tensor * 1.02 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(LoraError, match="is not the base that .* was trained on"):
-        merge.merge(tmp_path / "both", tmp_path / "out")
+        fold.merge(tmp_path / "both", tmp_path / "out")
 
 
 def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> None:
@@ -411,7 +410,7 @@ def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> Non
     assert (base / shards.INDEX).is_file()
     save_adapter(base, tmp_path / "a", torch.float32, {})
     expected = peft_merge(base, tmp_path / "a", torch.float32, tmp_path / "peft")
-    merge.merge(tmp_path / "a", tmp_path / "out")
+    fold.merge(tmp_path / "a", tmp_path / "out")
     found = tensors_of(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -424,7 +423,7 @@ def test_a_configuration_without_a_type_has_that_of_the_weights(made, tmp_path: 
     (base / "config.json").write_text(json.dumps(config))
     save_adapter(base, tmp_path / "a", torch.bfloat16, {})
     for stream_it in (True, False):
-        fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
+        fold.merge_adapter(record.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
         assert {tensor.dtype for tensor in tensors_of(tmp_path / str(stream_it)).values()} == {torch.bfloat16}
 
 
@@ -433,11 +432,11 @@ def test_experts_may_be_chosen_otherwise_at_a_few_tokens(made, tmp_path: Path, m
     save_adapter(base, tmp_path / "a", torch.bfloat16, {"target_modules": ["q_proj"]})
     off = verify.Difference(max_abs=1.0, mean_kl=1e-6, top1=0.99, spread=0.1)
     monkeypatch.setattr(verify, "compare", lambda *args: off)
-    fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / "out")
+    fold.merge_adapter(record.read_adapter(tmp_path / "a"), tmp_path / "out")
     assert "rounding sends those to another expert" in capfd.readouterr().err
     monkeypatch.setattr(verify, "compare", lambda *args: off._replace(mean_kl=1e-2))
     with pytest.raises(RejectedError):
-        fold.merge(record.read_adapter(tmp_path / "a"), tmp_path / "other")
+        fold.merge_adapter(record.read_adapter(tmp_path / "a"), tmp_path / "other")
 
 
 def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path: Path) -> None:
@@ -446,11 +445,11 @@ def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(LoraError, match="link already exists"):
-        merge.merge(tmp_path / "a", tmp_path / "link")
+        fold.merge(tmp_path / "a", tmp_path / "link")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "tokenizer.json").write_text("{")
     with pytest.raises(LoraError, match="the tokenizer of .* cannot be read"):
-        merge.merge(tmp_path / "a", tmp_path / "out")
+        fold.merge(tmp_path / "a", tmp_path / "out")
 
 
 def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:

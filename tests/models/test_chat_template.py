@@ -19,9 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data.encode import IGNORED, Renderer
+from lora_cli.data.encode import Renderer
 from lora_cli.data.formats import BadRow, converter
 from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.tokenizer import IGNORED
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # TRL's own variants for training are not what is published

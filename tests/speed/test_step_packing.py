@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_cli.data.encode import IGNORED
+from lora_cli.models.tokenizer import IGNORED
 from lora_cli.recipe import load as recipe_file
 from lora_cli.speed import step_packing as packing
 from lora_cli.train import run as train

@@ -44,6 +44,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from lora_cli.data import load
 from lora_cli.plan import auto
 
 ROOT = Path(__file__).parent.parent.parent
@@ -230,11 +231,10 @@ class Data:
         sys.path.insert(0, str(ROOT / "tests" / "unit"))
         import test_bad_data
 
-        from lora_cli.data import prepare as data
         from lora_cli.recipe import load as recipe_file
 
         self.folder, self.tokenizer = folder, test_bad_data.tokenizer()
-        self.load, self.recipe = data.load, recipe_file.load
+        self.load, self.recipe = load.load, recipe_file.load
         turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
         self.rows: list[dict[str, Any]] = [
             {"prompt": "ask", "completion": "answer"},
@@ -304,7 +304,7 @@ class Adapters:
         from lora_cli.merge import merge as fold
         from lora_cli.models import adapter_folder as record
 
-        self.folder, self.merge, self.read = folder, fold.merge, record.read_adapter
+        self.folder, self.merge, self.read = folder, fold.merge_adapter, record.read_adapter
         with contextlib.redirect_stderr(io.StringIO()):
             self.base = test_bad_artefacts.base(folder, hidden_size=16, intermediate_size=16, vocab_size=512)
             self.adapter = test_bad_artefacts.adapter(self.base)

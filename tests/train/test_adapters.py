@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Conf
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.doctor import oracle
-from lora_cli.merge import verb as merge
+from lora_cli.merge.merge import merge
 from lora_cli.models import adapter_folder as record
 from lora_cli.models import attach, four_bit, patterns, targets
 from lora_cli.models import base as model
@@ -232,7 +232,7 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     assert (start - trained).abs().max() > 0.01  # the adapter does something, or nothing below would be tested
     reloaded = PeftModel.from_pretrained(base, str(adapter))  # PEFT alone, on a fresh base
     torch.testing.assert_close(last(reloaded), trained, rtol=0, atol=row.limit)
-    merge.merge(adapter, tmp_path / "out")
+    merge(adapter, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(last(merged), trained, rtol=0, atol=row.limit)
 

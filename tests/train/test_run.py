@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from lora_cli.common.errors import LoraError
-from lora_cli.merge import verb as merge
+from lora_cli.merge.merge import merge
 from lora_cli.models import attach
 from lora_cli.models import base as model
 from lora_cli.models import tokenizer as tokenizing
@@ -152,7 +152,7 @@ def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path:
     assert tokenizer.eos_token == "<|user|>"
     rows = train.data.load(recipe_file.load(path), tokenizer)[0].rows
     assert all(labels[-1] == tokenizer.eos_token_id for labels in rows["labels"])
-    merge.merge(adapter, tmp_path / "out")
+    merge(adapter, tmp_path / "out")
     ends = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
     assert ends[0] == tokenizer.eos_token_id
     with pytest.raises(LoraError, match=r"training.eos_token: the tokenizer of .* has no token '<\|usr\|>'") as caught:

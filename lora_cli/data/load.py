@@ -1,0 +1,118 @@
+"""The rows a recipe trains on and evaluates on: one data set, or several mixed by weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import date
+from itertools import pairwise, zip_longest
+
+import numpy as np
+from datasets import (
+    Dataset,
+    concatenate_datasets,
+    interleave_datasets,
+)
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.common import ui
+from lora_cli.common.errors import LoraError
+from lora_cli.data import cache, prepare, sources
+from lora_cli.data.encode import Renderer
+from lora_cli.data.selection import Counts
+from lora_cli.models.tokenizer import IGNORED
+from lora_cli.recipe.keys import Recipe, Rows
+
+
+def load(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
+) -> tuple[prepare.Prepared, prepare.Prepared | None]:
+    """The rows to train on and, where the recipe gives any, those to evaluate on.
+
+    `day` is what chat templates that write the date are to write: a resumed run trains on the rows it began with.
+    """
+    data, renderer = recipe.data, Renderer(tokenizer, recipe.data.train_on, day)
+    if "strftime_now" in str(tokenizer.chat_template):
+        ui.say(f"  the chat template writes the date into every conversation: {renderer.day}")
+    train = (
+        _load_mix(recipe, renderer, data.mix)
+        if data.mix
+        else _load_one(recipe, renderer, "path", data.path, data.split)
+    )
+    if renderer.adds_bos and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first):
+        ui.warn(f"rows do not begin with {tokenizer.bos_token}: the chat template writes none, the tokenizer would")
+    if not (data.eval_path or data.eval_split):
+        return train, None
+    where = "eval_path" if data.eval_path else "path"
+    whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
+    evaluation = _load_one(whole, renderer, where, data.eval_path or data.path, data.eval_split or "train")
+    if both := _count_shared(train.rows, evaluation.rows):
+        ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
+    return train, evaluation
+
+
+def _count_shared(train: Dataset, evaluation: Dataset) -> int:
+    """How many rows of `evaluation` are in `train` too, looking at the first million."""
+    trained = {bytes(ids) for ids in _ids(train, 1_000_000)}
+    return sum(bytes(ids) in trained for ids in _ids(evaluation, 1_000_000))
+
+
+def _ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
+    for batch in rows.select(range(min(limit, len(rows)))).with_format("arrow").iter(cache.BATCH):
+        for chunk in batch["input_ids"].chunks:
+            ends, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
+            yield from (memoryview(values[start:end]).cast("B") for start, end in pairwise(ends))
+
+
+def _load_one(
+    recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str
+) -> prepare.Prepared:
+    assert path is not None
+    source = sources.find(recipe.data, where, path, split)
+    return (
+        prepare.prepare_stream(source, recipe, renderer)
+        if recipe.data.streaming
+        else prepare.prepare(source, recipe, renderer)
+    )
+
+
+def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepare.Prepared:
+    """The data sets one after the other (training draws its rows in random order), each as often as it weighs; streams
+    are drawn from at random, the more often the more they weigh."""
+    parts: list[prepare.Prepared] = []
+    for number, rows in enumerate(mix):
+        own = recipe.data.model_copy(update={**dict(rows), "mix": None})
+        part = _load_one(recipe.model_copy(update={"data": own}), renderer, f"mix.{number}.path", rows.path, rows.split)
+        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summary()}")
+        parts.append(part)
+    seed, weights = recipe.training.seed, [rows.weight for rows in mix]
+    counts, streams = parts[0].counts, [part.stream for part in parts if part.stream is not None]
+    for part in parts[1:]:
+        counts = counts.plus(part.counts)
+    if not streams:
+        parts = [_weighted(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))]
+        counts.tokens = sum(part.counts.tokens for part in parts)
+        counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
+    drawn = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
+    fingerprint = hashlib.sha256("".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode())
+    first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
+    commits = ", ".join(part.commit for part in parts if part.commit) or None
+    rows = concatenate_datasets([part.rows for part in parts])
+    if not len(rows):
+        raise LoraError("the weights of data.mix leave no row", "give one of them a larger weight")
+    return prepare.Prepared(rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn)
+
+
+def _weighted(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:
+    """The rows so many times, and of the share that is left over as many, drawn at random; tokens counted anew."""
+    whole, share = divmod(weight, 1)
+    drawn = np.random.default_rng(seed).permutation(len(part.rows))[: round(share * len(part.rows))]
+    some = part.rows.select(np.sort(drawn))
+    tokens, learned = int(whole) * part.counts.tokens, int(whole) * part.counts.trained_tokens
+    for batch in some.with_format("numpy").iter(cache.BATCH):
+        labels = np.concatenate(list(batch["labels"]))
+        tokens, learned = tokens + len(labels), learned + int((labels != IGNORED).sum())
+    return part._replace(
+        rows=concatenate_datasets([part.rows] * int(whole) + [some]),
+        counts=Counts(tokens=tokens, trained_tokens=learned),
+    )

@@ -1,0 +1,50 @@
+"""What a merged model's folder holds beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import GenerationConfig, PreTrainedModel
+
+from lora_cli.common.errors import LoraError
+from lora_cli.merge import streaming_plan
+from lora_cli.models.adapter_folder import Adapter
+
+
+def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
+    """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
+    plain_model = streaming_plan.skeleton(adapter.base, adapter.revision)
+    with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
+        plain_model.generation_config = GenerationConfig.from_pretrained(adapter.base, revision=adapter.revision)
+    plain_model.config.dtype = str(dtype).removeprefix("torch.")
+    plain_model.config.architectures = [type(plain_model).__name__]
+    plain_model.config.use_cache = True
+    end_where_trained(plain_model, ends)
+    plain_model.config.save_pretrained(str(folder))
+    plain_model.generation_config.save_pretrained(str(folder))
+
+
+def refuse_tied(adapted: PeftModel, base: str) -> None:
+    """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        raise LoraError(
+            f"{base} uses one weight for its embeddings and its head, and the adapter changes one of the two: "
+            "no plain model can hold both",
+            "train with modules_to_save, trainable_token_indices, or without embed_tokens and lm_head",
+        )
+
+
+def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
+    """Make the model's configurations name the tokens that ended the trained answers, beside those they had."""
+    configured = plain.generation_config.eos_token_id
+    before = configured if isinstance(configured, list) else [configured]
+    wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))
+    if wanted != [token for token in before if token is not None]:
+        plain.config.eos_token_id = wanted[0]
+        plain.generation_config.eos_token_id = wanted

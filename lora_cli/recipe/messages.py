@@ -1,0 +1,127 @@
+"""What is wrong with a recipe's keys, in words: file, line, key, and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lora_cli.common.errors import nearest
+from lora_cli.recipe.keys import (
+    NOT_IN_LORA,
+    NOT_IN_TRAINING,
+    RENAMED,
+    Recipe,
+    Rows,
+    Section,
+)
+from lora_cli.recipe.strict_yaml import Document, Keys, Place
+
+
+def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[str, str | None]]:
+    """One (message, hint) for each wrong key, however many alternatives of its type refused it."""
+    by_key: dict[Keys, list[Any]] = {}
+    for detail in error.errors():
+        keys: Keys = ()
+        for part in detail["loc"]:  # beyond the data, loc goes on with names of union members
+            if detail["type"] != "missing" and (*keys, part) not in document.places:
+                break
+            keys = (*keys, part)
+        by_key.setdefault(keys, []).append(detail)
+    for keys, details in sorted(by_key.items(), key=lambda item: _nearest_place(item[0], document).line):
+        name, place = ".".join(map(_spelt, keys)), _nearest_place(keys, document)
+        if details[0]["type"] == "extra_forbidden":
+            message, hint = _unknown_key(keys)
+            yield f"{place}: {message}", hint
+        elif details[0]["type"] == "missing":
+            yield f"{place}: {name} is missing", f"add {name}"
+        else:
+            allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
+            wrong = details[0]["input"]
+            yield f"{place}: {name} is {_shown(wrong)}, but must be {allowed}", _instead(keys, wrong, details)
+
+
+def _spelt(key: str | int) -> str:
+    """A key as it may stand in a line: one that is long, or not of printable characters, is quoted and cut."""
+    text = str(key)
+    return text if text.isprintable() and 0 < len(text) <= 40 else _shown(text)
+
+
+def _nearest_place(keys: Keys, document: Document) -> Place:
+    while keys not in document.places:
+        keys = keys[:-1]
+    return document.places[keys]
+
+
+def _unknown_key(keys: Keys) -> tuple[str, str]:
+    """What to say of a key that no section has."""
+    *section, key = map(_spelt, keys)
+    name = ".".join([*section, key])
+    elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(section[0] if section else "", {})
+    if key in elsewhere:
+        return f"{name} cannot be set", elsewhere[key]
+    if key in RENAMED:
+        return f"{name} is not a known key", f"it is called {RENAMED[key]}"
+    kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    sections = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+    homes = [parent for parent, model in sections.items() if key in model.model_fields]
+    if homes:
+        return f"{name} is not a known key", f"{key} belongs in the section {homes[0]}"
+    known = sections[section[0]].model_fields if section and section[0] in sections else Recipe.model_fields
+    if section[:2] == ["data", "mix"]:
+        known = Rows.model_fields
+    guess = nearest(key, known)
+    return f"{name} is not a known key", (
+        f"did you mean {'.'.join([*section, guess])}?" if guess else "lora schema --markdown lists every key"
+    )
+
+
+def _instead(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
+    """What to write in place of a wrong value: the word that was meant, or the default."""
+    expected = " ".join(str(detail.get("ctx", {}).get("expected", "")) for detail in details)
+    if isinstance(wrong, str) and (guess := nearest(wrong, re.findall(r"'([^']+)'", expected))):
+        return f"did you mean {guess}?"
+    kind: Any = Recipe
+    for key in keys[:-1]:
+        field = kind.model_fields.get(str(key)) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        kind = field.annotation if field else None
+    field = kind.model_fields.get(str(keys[-1])) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    if field is None or field.is_required() or isinstance(field.get_default(call_default_factory=True), BaseModel):
+        return "lora schema --markdown describes every key"
+    default = field.get_default(call_default_factory=True)
+    if default is None:
+        return "leave it out"
+    return f"leave it out for its default, {_shown(default)}"
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section of keys",
+    "none_required": "null",
+    "string_too_short": "some text",
+    "too_short": "a list with something in it",
+}
+
+
+def _allowed(detail: Any) -> str:
+    context = detail.get("ctx", {})
+    if detail["type"] == "literal_error":
+        return str(context["expected"])
+    if detail["type"] == "string_pattern_mismatch":
+        return f"text matching {context['pattern']}"
+    if detail["type"] in _KINDS:
+        return _KINDS[detail["type"]]
+    return detail["msg"].removeprefix("Input should be ").replace("Input should", "it should")
+
+
+def _shown(value: Any) -> str:
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    return text if len(text) <= 40 else text[:37] + "…"

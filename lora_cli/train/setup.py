@@ -1,0 +1,163 @@
+"""What a run needs before its first step: the base, the adapter on it, and the trainer around both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from lora_cli.common import ui
+from lora_cli.data import prepare as data
+from lora_cli.models import attach, targets
+from lora_cli.models import base as model
+from lora_cli.models import init_weights as initial
+from lora_cli.models import token_rows as tokens
+from lora_cli.plan import auto, flops, hardware
+from lora_cli.recipe import upstream
+from lora_cli.recipe.keys import Recipe
+from lora_cli.speed import document_attention as attention
+from lora_cli.speed import dora_norms as dora
+from lora_cli.speed import install as quick
+from lora_cli.speed import loss_head as loss
+from lora_cli.speed import step_packing as packing
+from lora_cli.train import out_of_memory as oom
+from lora_cli.train.progress import Watch
+from lora_cli.train.resume import Boundaries, types_kept
+from lora_cli.train.signals import Signals
+from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
+
+
+def load_base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
+    """The base as the recipe wants it stored."""
+    set_seed(recipe.training.seed)
+    base = model.load_base(
+        recipe.model.name_or_path,
+        commit,
+        getattr(torch, recipe.model.dtype),
+        upstream.quantization_config(recipe),
+        **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
+    )
+    model.refuse_not_finite(base, recipe.model.name_or_path)
+    base.config.use_cache = False
+    return base
+
+
+def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
+    """Attention by document where the recipe leaves it open and the base's own does not know documents."""
+    if recipe.model.attn_implementation:
+        return
+    apart = attention.install(base)
+    reason = "each document of a sequence by itself, the same for less time" if apart else "what the model has"
+    choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
+    run["choices"] = [*(made for made in run["choices"] if made["name"] != choice.name), choice._asdict()]
+    ui.say(f"  {choice}")
+
+
+def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
+    """The recipe, with padded batches where rows in one sequence would see each other in this base."""
+    why = packing.unsuitable(base) if recipe.training.packing == "step" else None
+    if why is None:
+        return recipe
+    ui.say(f"  training.packing = false: {why}")
+    return recipe.settled(recipe.trainer, {"training": {"packing": False}})
+
+
+def attach_adapter(
+    recipe: Recipe,
+    base: PreTrainedModel,
+    commit: str | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
+    train_rows: data.Prepared,
+) -> PeftModel:
+    """The base with the recipe's adapter as training starts it."""
+    set_seed(recipe.training.seed)
+    config = upstream.lora_config(recipe)
+    config.revision = commit  # so that other programs load the same base
+    if new_ids:
+        tokens.grow(base, len(tokenizer))
+        tokens.train_rows(base, config, new_ids)
+    targets.check(recipe, base, config)
+    rows = [dict(row) for row in train_rows.rows.select(range(min(initial.ROWS, len(train_rows.rows))))]
+    collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
+    with attach.quiet_peft():
+        initial.before_attaching(recipe, base, config, rows, collate)
+        adapted = attach.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
+        initial.after_attaching(recipe, adapted, rows, collate, commit)
+    initial.keep_start(recipe, adapted, folder)
+    quick.install(adapted, adapted.device.type)
+    if (options := upstream.compiling(recipe)) is not None:
+        ui.say(f"  {quick.compile_layers(adapted, options)} layers are compiled at the first step")
+    return adapted
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def make_trainer(
+    recipe: Recipe,
+    folder: Path,
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: data.Prepared,
+    eval_rows: data.Prepared | None,
+    run: dict[str, Any],
+) -> WatchedSFTTrainer | WatchedTrainer:
+    """The trainer the recipe names, around the adapted model."""
+    pieces = oom.pieces(recipe, run)
+    arguments = upstream.training_arguments(oom.applied(recipe, pieces))
+    if arguments.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    common: dict[str, Any] = {
+        "model": adapted,
+        "args": arguments,
+        "train_dataset": train_rows.rows if train_rows.stream is None else train_rows.stream,
+        "eval_dataset": eval_rows.rows if eval_rows else None,
+        "processing_class": tokenizer,
+    }
+    if recipe.training.packing == "step":
+        common["data_collator"] = packing.StepCollator(pieces.sequence)
+    elif recipe.trainer == "trainer":
+        common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
+    trainer: WatchedSFTTrainer | WatchedTrainer
+    with types_kept(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+        trainer = WatchedSFTTrainer(**common) if recipe.trainer == "sft" else WatchedTrainer(**common)
+    if recipe.training.loraplus_lr_ratio is not None:
+        given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
+        trainer.loraplus = {name: value for name, value in given.items() if value is not None}
+    if recipe.training.loss_head == "trained_tokens":
+        base = adapted.get_base_model()
+        other = loss.install(base)
+        if other:
+            ui.say(f"  training.loss_head = stock: {other}")
+        else:
+            trainer.own_loss = trainer.model_accepts_loss_kwargs = True
+    trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run["id"]
+    trainer.watch.limit, trainer.watch.where = recipe.training.stop_on_loss_above, trainer.step_in_words
+    trainer.boundary = {} if recipe.training.on_oom == "reduce" else None
+    trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
+    trainer.dora_layers = dora.layers(adapted)
+    trainer.watch.work = count_work(recipe, adapted, train_rows)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(trainer.watch)
+    trainer.add_callback(Boundaries(trainer))
+    return trainer
+
+
+def count_work(recipe: Recipe, adapted: PeftModel, train_rows: data.Prepared) -> flops.Work:
+    """What training on one of these tokens costs, and what the device could do."""
+    counts, device = train_rows.counts, hardware.here()
+    context = counts.tokens / max(len(train_rows.rows), 1)
+    each = flops.per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
+    return flops.Work(each, flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)
