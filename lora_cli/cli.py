@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 
 from lora_cli import __version__
-from lora_cli.common import library_errors as foreign
-from lora_cli.common import privacy as private
-from lora_cli.common import remote_code as trust
-from lora_cli.common import ui
+from lora_cli.common import library_errors, privacy, remote_code, ui
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.train import launch as launcher
+from lora_cli.train import launch
 
 if TYPE_CHECKING:
     from lora_cli.recipe.keys import Recipe
@@ -60,8 +57,8 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in token
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        trust.FLAG,
-        callback=lambda given: trust.allow(given),
+        remote_code.FLAG,
+        callback=lambda given: remote_code.set_allowed(given),
         help="Let a model's repository run Python code of its own here; only this option allows it.",
     ),
 ]
@@ -102,7 +99,7 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
-    launcher.check(os.environ)
+    launch.check_launcher(os.environ)
     from lora_cli.recipe.load import load
 
     if allowed and not resume:
@@ -129,10 +126,10 @@ def check(
 
     loaded = load(recipe, overrides or [])
     _quiet_libraries()
-    from lora_cli.plan.check import check
+    from lora_cli.plan.check import show_check
 
     with _placed(loaded):
-        check(loaded, samples, as_json)
+        show_check(loaded, samples, as_json)
 
 
 @app.command()
@@ -180,10 +177,10 @@ def merge(
     """Fold an adapter, or several combined, into their base model and verify the result."""
     *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
     _quiet_libraries()
-    from lora_cli.merge.combine import one_adapter
+    from lora_cli.merge.combine import join_adapters
     from lora_cli.merge.merge import merge
 
-    with one_adapter(adapters, out, weights, combination, density, base) as adapter:
+    with join_adapters(adapters, out, weights, combination, density, base) as adapter:
         merge(adapter, out, base, stream, base_weights is BaseWeights.original)
     typer.echo(out)
 
@@ -304,11 +301,11 @@ def setup_llama_cpp(
     ] = False,
 ) -> None:
     """Install a pinned copy of llama.cpp's converters, checked by sha256."""
-    from lora_cli.gguf import install as llama_cpp_setup
+    from lora_cli.gguf import install
 
-    typer.echo(llama_cpp_setup.install_converters())
+    typer.echo(install.install_converters())
     if quantizer:
-        typer.echo(llama_cpp_setup.install_quantizer())
+        typer.echo(install.install_quantizer())
 
 
 @app.command()
@@ -355,9 +352,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
 ) -> None:
     """Check what is installed here against the published formulas. Exit 1 if something a recipe needs is wrong."""
-    from lora_cli.doctor.checks import doctor
+    from lora_cli.doctor.checks import run_doctor
 
-    if not doctor(oracle, as_json, _quiet_libraries):
+    if not run_doctor(oracle, as_json, _quiet_libraries):
         raise typer.Exit(1)
 
 
@@ -370,7 +367,7 @@ def schema(
     """Print the JSON Schema of recipes, for editors."""
     from lora_cli.recipe import schema
 
-    typer.echo(schema.markdown() if markdown else schema.json_text(), nl=False)
+    typer.echo(schema.make_markdown() if markdown else schema.make_json(), nl=False)
 
 
 @contextmanager
@@ -434,7 +431,7 @@ def main() -> NoReturn:
             sys.exit(2)
         _fail(UsageError(error.format_message(), f"{error.ctx.command_path if error.ctx else 'lora'} --help"))
     except Exception as error:
-        known = foreign.translate(error)
+        known = library_errors.translate(error)
         if known is None:
             _report(error)
         _fail(known)
@@ -443,7 +440,7 @@ def main() -> NoReturn:
 def _report(error: Exception) -> NoReturn:
     """What nobody has thought of is a bug: its traceback, and how to report it."""
     lines = "".join(traceback.format_exception(error))
-    ui.say(private.without_home(lines).rstrip())
+    ui.say(privacy.replace_home(lines).rstrip())
     ui.say(
         f"\nThis is a bug in lora {__version__}, not a mistake of yours. Please report it with the lines above, the\n"
         "command, the recipe, and what `lora doctor --json` prints. Tokens and your home folder are left out above."
@@ -452,5 +449,5 @@ def _report(error: Exception) -> NoReturn:
 
 
 def _fail(error: LoraError) -> NoReturn:
-    ui.say(ui.render(error))
+    ui.say(ui.render_error(error))
     sys.exit(error.exit_code)

@@ -51,8 +51,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def speed(folder: Path, count: int) -> None:
     """Print both times and their ratio."""
-    from lora_cli.data import cache, formats, sources
-    from lora_cli.data import prepare as data
+    from lora_cli.data import cache, formats, prepare, sources
     from lora_cli.data.encode import Renderer
     from lora_cli.models import tokenizer as tokenizing
     from lora_cli.recipe import load as recipe_file
@@ -62,18 +61,18 @@ def speed(folder: Path, count: int) -> None:
     recipe.write_text(f"model: {{name_or_path: x}}\ndata: {{path: {folder / 'rows.jsonl'}}}\n")
     loaded = recipe_file.load(recipe)
     tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
-    source = sources.find(loaded.data, "path", loaded.data.path, "train")
-    convert, renderer = formats.converter("alpaca"), Renderer(tokenizer, "assistant")
+    source = sources.find_source(loaded.data, "path", loaded.data.path, "train")
+    convert, renderer = formats.find_converter("alpaca"), Renderer(tokenizer, "assistant")
     texts = [renderer.conversation(convert(row))[0][0] for _, row in source.rows()]
     alone, whole, again = [], [], []
     for _ in range(5):
-        shutil.rmtree(cache.folder(), ignore_errors=True)
+        shutil.rmtree(cache.find_folder(), ignore_errors=True)
         started = time.perf_counter()
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         alone.append(time.perf_counter() - started)
         for times in (whole, again):
             started = time.perf_counter()
-            prepared = data.prepare(source, loaded, renderer)
+            prepared = prepare.prepare(source, loaded, renderer)
             times.append(time.perf_counter() - started)
     assert prepared.counts.tokens == sum(map(len, ids))
     print(f"{count:,} rows, {prepared.counts.tokens:,} tokens: tokenizer alone {min(alone):.2f} s")

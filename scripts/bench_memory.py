@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from bench_train import ROOT, make_model
 
 from lora_cli.data import load
-from lora_cli.models.config import checkpoint_dtype, load_config
+from lora_cli.models.config import get_checkpoint_dtype, load_config
 from lora_cli.plan import auto
 
 STEPS = 3
@@ -79,14 +79,14 @@ def measure(folder: Path) -> int:
     import torch
 
     from lora_cli.recipe import load as recipe_file
-    from lora_cli.train import run as train
+    from lora_cli.train import run
 
     if torch.cuda.is_available():
-        train.train(recipe_file.load(folder / "r.yaml"))
+        run.train(recipe_file.load(folder / "r.yaml"))
         return torch.cuda.max_memory_allocated()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
-    train.train(recipe_file.load(folder / "r.yaml"))
+    run.train(recipe_file.load(folder / "r.yaml"))
     return _status("VmHWM") - before
 
 
@@ -97,15 +97,15 @@ def _status(key: str) -> int:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
-    from lora_cli.models import tokenizer as tokenizing
+    from lora_cli.models import tokenizer
     from lora_cli.plan import hardware, memory
     from lora_cli.recipe import load as recipe_file
 
-    device, name = hardware.here(), str(folder / "model")
+    device, name = hardware.detect_device(), str(folder / "model")
     config = load_config(name)
-    recipe, _ = auto.settle(recipe_file.load(folder / "r.yaml"), checkpoint_dtype(config), device)
-    rows, _ = load.load(recipe, tokenizing.load_tokenizer(name))
-    items = memory.forecast(recipe, config, device).need(memory.batch_of(recipe, rows)).items
+    recipe, _ = auto.settle(recipe_file.load(folder / "r.yaml"), get_checkpoint_dtype(config), device)
+    rows, _ = load.load(recipe, tokenizer.load_tokenizer(name))
+    items = memory.make_forecast(recipe, config, device).need(memory.largest_batch(recipe, rows)).items
     return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's
 
 

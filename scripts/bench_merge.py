@@ -76,11 +76,13 @@ def run(side: str, folder: Path, name: str) -> None:
         def work() -> None:
             shutil.copytree(folder / "base", out)
     else:
-        from lora_cli.merge import merge as fold
-        from lora_cli.models import adapter_folder as record
+        from lora_cli.merge import merge
+        from lora_cli.models import adapter_folder
 
         def work() -> None:
-            fold.merge_adapter(record.read_adapter(folder / name), out, stream=True, check=side == "lora merge")
+            merge.merge_adapter(
+                adapter_folder.read_adapter(folder / name), out, stream=True, check=side == "lora merge"
+            )
 
     before = memory()
     os.sync()

@@ -176,7 +176,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     """`lora train` with a recipe that says nothing of speed."""
     from transformers import Trainer
 
-    from lora_cli.recipe import load as recipe_file
+    from lora_cli.recipe import load
     from lora_cli.train import run as train
 
     text = (
@@ -197,7 +197,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
         return result
 
     Trainer.train = measured_run
-    train.train(recipe_file.load(folder / "r.yaml"))
+    train.train(load.load(folder / "r.yaml"))
 
 
 def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> None:
@@ -208,49 +208,44 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from transformers import set_seed
 
     from lora_cli.models import base as model
-    from lora_cli.recipe import keys as recipe
-    from lora_cli.recipe import upstream
-    from lora_cli.speed import document_attention as attention
-    from lora_cli.speed import dora_norms as dora
-    from lora_cli.speed import install as quick
-    from lora_cli.speed import loss_head as loss
-    from lora_cli.speed import step_packing as packing
+    from lora_cli.recipe import keys, upstream
+    from lora_cli.speed import document_attention, dora_norms, install, loss_head, step_packing
 
-    chosen = recipe.Recipe(
+    chosen = keys.Recipe(
         method=options.method,
-        model=recipe.Model(name_or_path=str(folder / "model"), dtype=options.dtype),
-        lora=recipe.Lora(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout),
-        data=recipe.Data(path="x"),
+        model=keys.Model(name_or_path=str(folder / "model"), dtype=options.dtype),
+        lora=keys.Lora(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout),
+        data=keys.Data(path="x"),
         output_dir="x",
     )
     chosen, _ = auto.settle(chosen, getattr(torch, options.dtype))
     set_seed(0)
-    quantization = upstream.quantization_config(chosen)
+    quantization = upstream.build_quantization_config(chosen)
     base = model.load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)
-    attention.install(base)
+    document_attention.install(base)
     adapted: Any = base.requires_grad_(requires_grad=False)
     if frozen:
         base.enable_input_require_grads()
     else:
-        adapted = get_peft_model(base, upstream.lora_config(chosen))
-        quick.install(adapted, base.device.type)
-    assert loss.install(base) is None
+        adapted = get_peft_model(base, upstream.build_lora_config(chosen))
+        install.install(adapted, base.device.type)
+    assert loss_head.install(base) is None
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, RATE, weight_decay=0.0, fused=True) if learned else None
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    collate, losses = packing.StepCollator(min(options.max_length, packing.SEQUENCE)), []
+    collate, losses = step_packing.StepCollator(min(options.max_length, step_packing.SEQUENCE)), []
     device, half = base.device.type, options.dtype == "bfloat16"
     adapted.train()
-    layers = dora.layers(adapted)
+    layers = dora_norms.find_layers(adapted)
     with disable_input_dtype_casting(adapted, active=half), Measured() as measured:
         starts = range(0, len(order), STEP_ROWS)
         for step, start in enumerate(starts):
             batch = collate([rows[number] for number in order[start : start + STEP_ROWS]])
             labels = (batch["labels"] != -100).sum()
             total = 0.0
-            with dora.norms_kept(layers):
-                for part in packing.sequences(batch):
+            with dora_norms.keep_norms(layers):
+                for part in step_packing.split_sequences(batch):
                     with torch.autocast(device, torch.bfloat16, enabled=half):
                         found = adapted(**part, num_items_in_batch=labels, use_cache=False).loss
                     found.backward()
@@ -330,7 +325,7 @@ def compare_tools(options: argparse.Namespace) -> None:
 
         table = peers.compare(options.peers, rows, folder, STEP_ROWS, options)
     print(f"{len(rows)} rows, {sum(count for *_, count in rows):,} tokens, {options.rounds} rounds")
-    print(ui.table(["", "tokens/CPU s", "tokens/s", "of lora train"], table))
+    print(ui.format_table(["", "tokens/CPU s", "tokens/s", "of lora train"], table))
 
 
 def main() -> None:
@@ -378,7 +373,7 @@ def main() -> None:
                 f"{statistics.median(each['loss'] for each in runs):.4f}",
             ]
         )
-    print(ui.table(["", "tokens/CPU s", "tokens/s", "of lora train", "MB", "loss"], table))
+    print(ui.format_table(["", "tokens/CPU s", "tokens/s", "of lora train", "MB", "loss"], table))
 
 
 if __name__ == "__main__":

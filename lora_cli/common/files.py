@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import privacy as private
+from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError, RejectedError
 
 
-def cache_home() -> Path:
+def find_cache_home() -> Path:
     """The program's own folder among the user's caches, present or not: `<cache>/lora-cli`.
 
     `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache, ~/Library/Caches).
@@ -37,7 +37,7 @@ def read_small(path: Path, most: int = SMALL) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise LoraError(f"{path} is {_kind(status.st_mode)}, not a file", f"ls -ld {path}")
+            raise LoraError(f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {path}")
         if status.st_size > most:
             raise LoraError(
                 f"{path} has {status.st_size} bytes, over {most}: it is not what it should be", f"less {path}"
@@ -52,7 +52,7 @@ def read_small(path: Path, most: int = SMALL) -> str:
         raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {path}") from None
 
 
-def _kind(mode: int) -> str:
+def _name_kind(mode: int) -> str:
     for test, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket")):
         if test(mode):
             return name
@@ -81,7 +81,7 @@ def leave_out_home(folder: Path) -> None:
     for path in (*folder.glob("*.json"), *folder.glob("*.md")):
         if path.name != "tokenizer.json" and path.stat().st_size <= SMALL:
             text = path.read_text(encoding="utf-8")
-            if text != (portable := private.without_home(text)):
+            if text != (portable := privacy.replace_home(text)):
                 write_text(path, portable)
 
 
@@ -133,7 +133,7 @@ def refuse_existing(targets: Iterable[Path]) -> None:
             raise LoraError(f"{target} already exists", f"rm {target}")
 
 
-def stem(folder: Path) -> str:
+def name_artefact(folder: Path) -> str:
     """What files made from the result in `folder` are called: its name, or its run's where that says nothing."""
     name = folder.resolve().name
     return name if name not in ("adapter", "merged") else folder.resolve().parent.name

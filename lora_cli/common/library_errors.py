@@ -173,20 +173,24 @@ REMEDIES = {errno.EMFILE: "ulimit -n 4096", errno.ENFILE: "ulimit -n 4096", errn
 
 def translate(error: BaseException) -> LoraError | None:
     """What to tell the user, or None when `error` is not known. Looks along the chain of causes too."""
-    chain = list(_chain(error))
+    chain = list(_walk_causes(error))
     if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
         return LoraError("the disk is full", "df -h, make room, and run it again")
     for link in chain:
         kinds = [kind.__name__ for kind in type(link).__mro__]
         for known in TABLE:
             if known.kind in kinds and (found := re.search(known.words, str(link))):
-                parts = {"line": _line(link), "cause": _line(chain[-1]), "match": found[found.re.groups and 1]}
+                parts = {
+                    "line": _first_telling_line(link),
+                    "cause": _first_telling_line(chain[-1]),
+                    "match": found[found.re.groups and 1],
+                }
                 return LoraError(known.message.format(**parts), known.hint.format(**parts))
-    return _of_system(error) if isinstance(error, OSError) else None
+    return _translate_os_error(error) if isinstance(error, OSError) else None
 
 
 @contextmanager
-def refused(what: str, hint: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def translate_file_errors(what: str, hint: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Around a library's reading of a file of somebody else's: whatever it raises there is its refusal of that file.
 
     LoraError saying `what` could not be done and why, and `hint`; what the table knows, or `but` names, stays as it is.
@@ -196,27 +200,27 @@ def refused(what: str, hint: str, but: tuple[type[Exception], ...] = ()) -> Iter
     except Exception as error:
         if isinstance(error, (LoraError, *but)) or translate(error) is not None:
             raise
-        raise LoraError(f"{what}: {type(error).__name__}: {_line(error)}", hint) from error
+        raise LoraError(f"{what}: {type(error).__name__}: {_first_telling_line(error)}", hint) from error
 
 
-def _of_system(error: OSError) -> LoraError | None:
+def _translate_os_error(error: OSError) -> LoraError | None:
     if error.errno in ROOM:
         return LoraError(SYSTEM[error.errno], f"{ROOM[error.errno]}, make room, and run it again")
     if error.errno in SYSTEM:
         hint = REMEDIES.get(error.errno, f"ls -ld {error.filename}" if error.filename else "choose another place")
-        return LoraError(f"{SYSTEM[error.errno]}: {error.filename or _line(error)}", hint)
+        return LoraError(f"{SYSTEM[error.errno]}: {error.filename or _first_telling_line(error)}", hint)
     # transformers raises a bare OSError for a name that is neither a folder nor on the hub, or lacks files
-    return LoraError(_line(error), MODEL) if type(error) is OSError and error.errno is None else None
+    return LoraError(_first_telling_line(error), MODEL) if type(error) is OSError and error.errno is None else None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _walk_causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, then what it says caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _line(error: BaseException) -> str:
+def _first_telling_line(error: BaseException) -> str:
     """The first line that says more than an HTTP status."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not re.match(r"\d{3} (Client|Server) Error", line)]

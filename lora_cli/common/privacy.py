@@ -25,7 +25,7 @@ SHAPES = re.compile(
 )
 
 
-def secrets(
+def find_secrets(
     environment: Mapping[str, str] | None = None, arguments: Sequence[str] | None = None
 ) -> Iterator[tuple[str, str]]:
     """(where it was given, value) of what the environment and the command line name as secrets.
@@ -44,49 +44,49 @@ def secrets(
             yield name, value
 
 
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """The text with every secret that is known here, and all that has the shape of one, as ***."""
-    for _, value in secrets():
+    for _, value in find_secrets():
         text = text.replace(value, MASK)
     return SHAPES.sub(lambda match: f"{MASK}@" if match[0].endswith("@") else MASK, text)
 
 
-def held(data: Any) -> str | None:
+def find_held_secret(data: Any) -> str | None:
     """Where the first secret was given that stands in a text of `data` (dicts, lists, scalars); None if none does."""
-    known, texts = list(secrets(arguments=[])), list(_texts(data))
+    known, texts = list(find_secrets(arguments=[])), list(_walk_texts(data))
     return next((name for name, value in known for text in texts if value in text), None)
 
 
-def _texts(data: Any) -> Iterator[str]:
+def _walk_texts(data: Any) -> Iterator[str]:
     if isinstance(data, str):
         yield data
     elif isinstance(data, (dict, list, tuple)):
         for inner in data.values() if isinstance(data, dict) else data:
-            yield from _texts(inner)
+            yield from _walk_texts(inner)
 
 
-def portable(data: Any) -> Any:
+def make_portable(data: Any) -> Any:
     """`data` (dicts, lists, scalars) with the user's home folder as ~ wherever a text is a path in it."""
     if isinstance(data, dict):
-        return {key: portable(value) for key, value in data.items()}
+        return {key: make_portable(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [portable(value) for value in data]
-    if not isinstance(data, str) or not (home := _home()):
+        return [make_portable(value) for value in data]
+    if not isinstance(data, str) or not (home := _find_home()):
         return data
     return "~" + data[len(home) :] if data == home or data.startswith(f"{home}{os.sep}") else data
 
 
-def without_home(text: str) -> str:
+def replace_home(text: str) -> str:
     """Prose in which the user's home folder is ~, wherever it stands."""
-    return text.replace(f"{home}{os.sep}", f"~{os.sep}") if (home := _home()) else text
+    return text.replace(f"{home}{os.sep}", f"~{os.sep}") if (home := _find_home()) else text
 
 
-def expanded(path: str) -> str:
+def expand_home(path: str) -> str:
     """A path that begins with ~ as the shell would have it; any other as it is."""
     return str(Path(path).expanduser()) if path.startswith(f"~{os.sep}") else path
 
 
-def _home() -> str | None:
+def _find_home() -> str | None:
     """The user's home folder; None where it is none of their own."""
     home = os.path.expanduser("~").rstrip(os.sep)  # noqa: PTH111 – Path.home() raises where there is none
     return home if home.startswith(os.sep) or ":" in home else None

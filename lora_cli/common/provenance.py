@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import __version__
-from lora_cli.common import privacy as private
-from lora_cli.common import remote_code as trust
+from lora_cli.common import privacy, remote_code
 from lora_cli.common.errors import LoraError
 from lora_cli.common.files import read_json
 
@@ -27,14 +26,14 @@ METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 
-def new(command: str, **contents: Any) -> dict[str, Any]:
+def new_record(command: str, **contents: Any) -> dict[str, Any]:
     """A record of `command`, started now, with the versions at work."""
     return {
         "command": command,
         "started": now(),
         "versions": {"lora-cli": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        **({"trusted_remote_code": True} if trust.allowed() else {}),
-        **private.portable(contents),
+        **({"trusted_remote_code": True} if remote_code.is_allowed() else {}),
+        **privacy.make_portable(contents),
     }
 
 

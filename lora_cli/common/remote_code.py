@@ -15,37 +15,37 @@ CODE_FROM = ("attn_implementation", "_attn_implementation", "experts_implementat
 _allowed = False
 
 
-def allow(given: bool) -> None:
+def set_allowed(given: bool) -> None:
     """What the command line says; nothing else calls this."""
     global _allowed
     _allowed = given
 
 
-def allowed() -> bool:
+def is_allowed() -> bool:
     """Whether code from a model's repository may run in this process."""
     return _allowed
 
 
-def check(name: str, settings: Any) -> None:
+def refuse_disallowed_code(name: str, settings: Any) -> None:
     """LoraError where the configuration `settings` of the model `name` wants code to run that is not allowed.
 
     Code in another repository than the model's is refused with the flag too: no commit pins it.
     """
     if not isinstance(settings, Mapping):
         raise LoraError(f"the config.json of {name} is no mapping", "copy it again")
-    elsewhere = sorted({value.partition("--")[0] for value in _classes(settings.get("auto_map")) if "--" in value})
-    if elsewhere and allowed():
+    elsewhere = sorted({value.partition("--")[0] for value in _walk_classes(settings.get("auto_map")) if "--" in value})
+    if elsewhere and is_allowed():
         raise LoraError(
             f"{name} wants code of another repository, {elsewhere[0]}, of which it pins no commit",
             "download both into one folder, take its name out of auto_map in config.json, and give the folder",
         )
-    if kernels := next(_kernels(settings), None):
-        require(f"{name} wants compiled kernels of {kernels}", "take them out of its config.json")
+    if kernels := next(_walk_kernels(settings), None):
+        require_allowed(f"{name} wants compiled kernels of {kernels}", "take them out of its config.json")
 
 
-def require(what: str, otherwise: str) -> None:
+def require_allowed(what: str, otherwise: str) -> None:
     """UsageError saying `what` is wanted, and what to do `otherwise`, unless code may run."""
-    if not allowed():
+    if not is_allowed():
         raise UsageError(
             f"{what}: code of others, which would run here", f"{FLAG}, if you have read it; or {otherwise}"
         )
@@ -56,16 +56,16 @@ def is_repository(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"(?:paged\|)?[\w.-]+/[\w.-]+(?:[@:].*)?", value) is not None
 
 
-def _classes(auto_map: Any) -> Iterator[str]:
+def _walk_classes(auto_map: Any) -> Iterator[str]:
     """The classes that a configuration's auto_map names; of a tokenizer two."""
     for value in auto_map.values() if isinstance(auto_map, Mapping) else ():
         yield from (each for each in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(each, str))
 
 
-def _kernels(settings: Mapping[str, Any]) -> Iterator[str]:
+def _walk_kernels(settings: Mapping[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
         if key in CODE_FROM:
             given = value.values() if isinstance(value, Mapping) else [value]
             yield from (each for each in given if is_repository(each))
         elif isinstance(value, Mapping):
-            yield from _kernels(value)
+            yield from _walk_kernels(value)

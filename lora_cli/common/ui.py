@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lora_cli.common import privacy as private
+from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError
 
 
 def say(text: str = "") -> None:
     """One line of prose, without secrets."""
-    print(private.masked(text), file=sys.stderr, flush=True)
+    print(privacy.mask_secrets(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -21,13 +21,13 @@ def warn(text: str) -> None:
     say(f"warning: {text}")
 
 
-def render(error: LoraError) -> str:
+def render_error(error: LoraError) -> str:
     """`error: …`, a blank line, `hint: …`, the form every failure takes."""
     text = f"error: {error.message}"
     return f"{text}\n\nhint: {error.hint}" if error.hint else text
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces, the header underlined; the first column left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -38,7 +38,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`42s`, `3m07s` or `2h05m`."""
     whole = round(seconds)
     if whole < 60:

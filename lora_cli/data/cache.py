@@ -61,12 +61,12 @@ class Entry(NamedTuple):
     digest: str
 
 
-def folder() -> Path:
+def find_folder() -> Path:
     """Where the entries are."""
-    return files.cache_home() / "rows"
+    return files.find_cache_home() / "rows"
 
 
-def key(source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
+def make_key(source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
     """A hash (32 hex digits) of all that decides the rows; `source` is one of their content, `names` are their places.
 
     `day` counts only for templates that write the date.
@@ -99,7 +99,7 @@ def read(entry: Path) -> Entry | None:
         rows, counts = Dataset.from_file(str(entry / ROWS)), Counts.of(kept["counts"])
         if len(rows) != counts.kept or not len(kept["places"]) <= len(rows):
             raise ValueError(f"{len(rows)} rows, not {counts.kept}")
-        if _digest(rows) != kept["digest"]:
+        if _hash_rows(rows) != kept["digest"]:
             raise ValueError("other numbers than were written")
         os.utime(entry / COUNTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ArrowInvalid is a ValueError
@@ -109,7 +109,7 @@ def read(entry: Path) -> Entry | None:
     return Entry(rows, counts, kept["places"], kept["digest"])
 
 
-def _digest(rows: Dataset) -> str:
+def _hash_rows(rows: Dataset) -> str:
     """The digest of rows as they were written, batch by batch."""
     notes = Notes(0)
     for batch in rows.data.table.to_batches():
@@ -136,13 +136,13 @@ def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[],
         fresh.mkdir()
         with (fresh / ROWS).open("wb") as file:
             with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
-                for batch in batches(rows, notes):
+                for batch in make_batches(rows, notes):
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
         check()
         files.write_json(fresh / COUNTS, {"places": notes.places, "digest": notes.digest, "counts": counts.plain()})
-        _drive_out(entry.parent)
+        _remove_unused(entry.parent)
         try:
             fresh.rename(entry)
         except OSError:
@@ -150,7 +150,7 @@ def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[],
                 raise
 
 
-def batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordBatch]:
+def make_batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordBatch]:
     """The rows' ids and labels in columns, eight bytes a token, noted in `notes`."""
     rows = iter(rows)
     while batch := list(islice(rows, BATCH)):
@@ -163,7 +163,7 @@ def batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordBatch]
         yield pyarrow.record_batch(lists, schema=SCHEMA)
 
 
-def _drive_out(parent: Path) -> None:
+def _remove_unused(parent: Path) -> None:
     """Remove what was not used for DAYS days: entries, and what a killed process left half-made."""
     oldest = time.time() - DAYS * 24 * 3600
     for entry in parent.iterdir():

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.formats import BadRow, Conversation, Tokens
-from lora_cli.models import chat_template as chat
-from lora_cli.models import tokenizer
+from lora_cli.models import chat_template, tokenizer
 from lora_cli.models.tokenizer import adds_bos
 
 Span = tuple[int, int]
@@ -60,7 +59,7 @@ class Renderer:
         special = sorted({*special, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.backend = tokenizer.backend_tokenizer
-        self.lengths = _byte_lengths(tokenizer)
+        self.lengths = _measure_tokens(tokenizer)
         self.ends_turn = re.compile(f"(?:{self.control.pattern})\\Z")
         self.next_control = re.compile(rf"\s*(?:{self.control.pattern})")
         self.added = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
@@ -91,7 +90,7 @@ class Renderer:
         """What needs no tokenising, by row, and the pieces of text that do."""
         made: list[list[Encoded] | BadRow] = [[] for _ in rows]
         pieces: list[Piece] = []
-        with chat.Limits() as limits:
+        with chat_template.Limits() as limits:
             for number, row in enumerate(rows):
                 limits.begin()
                 try:
@@ -111,7 +110,7 @@ class Renderer:
 
     def _piece(self, number: int, row: Conversation | str, text: str, spans: list[Span]) -> Piece:
         """BadRow for halves of characters, which JSON can spell and no encoding can."""
-        written = [row] if isinstance(row, str) else _strings(row)
+        written = [row] if isinstance(row, str) else _walk_message_texts(row)
         if not text.isascii():
             try:
                 text.encode()
@@ -229,12 +228,12 @@ class Renderer:
         template = self.templates.get(bool(tools))
         if template is None:
             source = self.tokenizer.get_chat_template(tools=tools)
-            template = self.templates[bool(tools)] = chat.compiled(source)
+            template = self.templates[bool(tools)] = chat_template.compile_template(source)
             self.given = {**template.globals, "documents": None, **self.marks, "strftime_now": self.day.strftime}
         given = {**self.given, "messages": messages, "tools": tools, "add_generation_prompt": False, **options}
         try:
             # what template.render does, but for merging its globals into the variables each time
-            return chat.joined(template.root_render_func(template.new_context(given, shared=True)))
+            return chat_template.join_output(template.root_render_func(template.new_context(given, shared=True)))
         except LoraError:  # over a limit
             raise
         except Exception as error:  # a template is a program of someone else's: whatever it raises is its refusal
@@ -257,24 +256,24 @@ class Renderer:
         return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
 
 
-def _strings(row: Conversation) -> Iterator[str]:
+def _walk_message_texts(row: Conversation) -> Iterator[str]:
     """Every text in the messages and tools, but for the roles."""
     for message in row.messages:
         for key, value in message.items():
             if key != "role":
-                yield from [value] if isinstance(value, str) else _nested(value)
-    yield from _nested(row.tools)
+                yield from [value] if isinstance(value, str) else _walk_texts(value)
+    yield from _walk_texts(row.tools)
 
 
-def _nested(value: Any) -> Iterator[str]:
+def _walk_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _nested(inner)
+            yield from _walk_texts(inner)
 
 
-def _byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray:
+def _measure_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray:
     """How many bytes of text each token stands for: of byte-level vocabularies one a letter, of SentencePiece's the
     piece's with spaces for ▁, or one for a single byte (`<0x0A>`)."""
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_cli.common.errors import nearest
+from lora_cli.common.errors import find_nearest
 
 # The columns each format needs, most specific first. Further ones: alpaca `input`; `system`; `tools`; `labels`.
 FORMATS = {
@@ -58,24 +58,26 @@ class Tokens(NamedTuple):
 Converter = Callable[[Mapping[str, Any]], Conversation | Tokens | str]
 
 
-def recognise(columns: Iterable[str]) -> str | None:
+def recognise_format(columns: Iterable[str]) -> str | None:
     """The first format whose columns are all there."""
     there = set(columns)
     return next((style for style, needed in FORMATS.items() if there.issuperset(needed)), None)
 
 
-def converter(style: str, alpaca_prompt: bool = False) -> Converter:
+def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
     """The function that makes a row of format `style` a Conversation, Tokens, or text; it raises BadRow.
 
     `alpaca_prompt`: the chat template has Alpaca's own place for a row's `input`.
     """
     converters: dict[str, Converter] = {
-        "tokens": _tokens,
-        "messages": lambda row: _conversation(_list(row, "messages"), row),
-        "sharegpt": lambda row: _conversation([_from_sharegpt(turn) for turn in _list(row, "conversations")], row),
-        "alpaca": lambda row: _alpaca(row, alpaca_prompt),
-        "prompt_completion": _prompt_completion,
-        "text": lambda row: _filled(row, "text"),
+        "tokens": _convert_tokens,
+        "messages": lambda row: _make_conversation(_get_list(row, "messages"), row),
+        "sharegpt": lambda row: _make_conversation(
+            [_convert_sharegpt_turn(turn) for turn in _get_list(row, "conversations")], row
+        ),
+        "alpaca": lambda row: _convert_alpaca(row, alpaca_prompt),
+        "prompt_completion": _convert_prompt_completion,
+        "text": lambda row: _get_filled_text(row, "text"),
     }
     return converters[style]
 
@@ -97,17 +99,17 @@ _NAMES = {
 }
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def _get_value(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
-        guess = nearest(column, row)
+        guess = find_nearest(column, row)
         there = ", ".join(row) or "none"
         hint = f"did you mean {guess}? --set 'data.columns={{{column}: {guess}}}'" if guess else MEND
         raise BadRow(f"there is no {column}", f"there is no {column}; the columns are {there}", hint)
     return row[column]
 
 
-def _text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
-    value, name = _value(row, column), name or column
+def _get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+    value, name = _get_value(row, column), name or column
     if not isinstance(value, str):
         kind = _NAMES.get(type(value), type(value).__name__)
         shown = "" if value is None or isinstance(value, bool) else f" ({json.dumps(value, default=str)[:40]})"
@@ -115,15 +117,15 @@ def _text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
     return value
 
 
-def _filled(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
-    text = _text(row, column, name)
+def _get_filled_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+    text = _get_text(row, column, name)
     if not text.strip():
         raise BadRow(f"{name or column} is empty")
     return text
 
 
-def _list(row: Mapping[str, Any], column: str) -> list[Any]:
-    value = _value(row, column)
+def _get_list(row: Mapping[str, Any], column: str) -> list[Any]:
+    value = _get_value(row, column)
     if isinstance(value, str):  # some data sets keep their lists as JSON
         try:
             value = json.loads(value)
@@ -140,50 +142,50 @@ def _list(row: Mapping[str, Any], column: str) -> list[Any]:
 # Formats ------------------------------------------------------------------------------------------------------------
 
 
-def _alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation:
-    question = _filled(row, "instruction")
+def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation:
+    question = _get_filled_text(row, "instruction")
     if row.get("input"):
-        question += ("\n\n### Input:\n" if alpaca_prompt else "\n\n") + _text(row, "input")
-    return _two_turns(question, _filled(row, "output"), row)
+        question += ("\n\n### Input:\n" if alpaca_prompt else "\n\n") + _get_text(row, "input")
+    return _make_two_turns(question, _get_filled_text(row, "output"), row)
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
-    prompt, completion = _value(row, "prompt"), _value(row, "completion")
+def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    prompt, completion = _get_value(row, "prompt"), _get_value(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation([*prompt, *completion], row)
-    return _two_turns(_filled(row, "prompt"), _filled(row, "completion"), row)
+        return _make_conversation([*prompt, *completion], row)
+    return _make_two_turns(_get_filled_text(row, "prompt"), _get_filled_text(row, "completion"), row)
 
 
-def _two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
+def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    system = _system(row)
-    return Conversation([*system, *messages], _tools(row), [False] * (len(system) + 1) + [True])
+    system = _get_system(row)
+    return Conversation([*system, *messages], _get_tools(row), [False] * (len(system) + 1) + [True])
 
 
-def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+def _get_system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _get_text(row, "system")}] if row.get("system") else []
 
 
-def _conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
+def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
     """Turns with known roles and contents, the user before the assistant, at least one answer to learn."""
     messages, trained = [], []
     if not turns:
         raise BadRow("there is no turn")
     for number, turn in enumerate(turns):
-        message, learned = _turn(turn, number)
+        message, learned = _make_turn(turn, number)
         messages.append(message)
         trained.append(learned)
     if messages[0]["role"] != "system":
-        messages, trained = _system(row) + messages, [False] * len(_system(row)) + trained
+        messages, trained = _get_system(row) + messages, [False] * len(_get_system(row)) + trained
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise BadRow("no turn is the assistant's")
     if next(role for role in roles if role != "system") == "assistant":
         raise BadRow("the assistant speaks first", hint="begin with a turn of the user")
-    return Conversation(messages, _tools(row), trained)
+    return Conversation(messages, _get_tools(row), trained)
 
 
-def _turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
+def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
     """One message as templates take it, and whether it may carry loss (`train: false` or `weight: 0` say no)."""
     if not isinstance(turn, dict):
         raise BadRow(
@@ -191,7 +193,7 @@ def _turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
         )
     role = turn.get("role")
     if role not in ROLES:
-        guess = nearest(str(role), ROLES)
+        guess = find_nearest(str(role), ROLES)
         hint = f"did you mean {guess}?" if guess else f"roles are {', '.join(ROLES)}"
         raise BadRow(f"the role {role!r} is not known", f"turn {number}: the role {role!r} is not known", hint)
     train, weight = turn.get("train"), turn.get("weight")
@@ -200,20 +202,20 @@ def _turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
     message = {"role": role}
     calls = turn.get("tool_calls")
     if calls:
-        message["tool_calls"] = _calls(calls, number)
+        message["tool_calls"] = _convert_calls(calls, number)
     if calls and not turn.get("content"):
         message["content"] = ""
     elif role in ("assistant", "user"):
-        message["content"] = _filled(turn, "content", f"the {role}'s content")
+        message["content"] = _get_filled_text(turn, "content", f"the {role}'s content")
     else:
-        message["content"] = _text(turn, "content", f"the {role}'s content")
+        message["content"] = _get_text(turn, "content", f"the {role}'s content")
     for key in ("name", "tool_call_id", "reasoning_content"):
         if turn.get(key) is not None:
             message[key] = turn[key]
     return message, role == "assistant" and train is not False and weight != 0
 
 
-def _calls(calls: Any, number: int) -> list[Any]:
+def _convert_calls(calls: Any, number: int) -> list[Any]:
     """Tool calls with arguments as mappings, as templates print them (OpenAI's files hold them as JSON text)."""
     made = []
     for call in calls if isinstance(calls, list) else [None]:
@@ -238,11 +240,11 @@ def _calls(calls: Any, number: int) -> list[Any]:
     return made
 
 
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    return _list(row, "tools") if row.get("tools") else None
+def _get_tools(row: Mapping[str, Any]) -> list[Any] | None:
+    return _get_list(row, "tools") if row.get("tools") else None
 
 
-def _from_sharegpt(turn: Any) -> Any:
+def _convert_sharegpt_turn(turn: Any) -> Any:
     """A turn `{from, value}` as `{role, content}`; others as they are."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
@@ -261,8 +263,8 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 """Columns beside `input_ids` that say with 0 what is no text, or has no loss."""
 
 
-def _tokens(row: Mapping[str, Any]) -> Tokens:
-    ids = _list(row, "input_ids")
+def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
+    ids = _get_list(row, "input_ids")
     labels = row.get("labels")
     labels = list(ids) if labels is None else labels
     if not isinstance(labels, list) or len(labels) != len(ids):
@@ -272,18 +274,18 @@ def _tokens(row: Mapping[str, Any]) -> Tokens:
             raise BadRow(f"{name} are not whole numbers")
     for name in MASKS:
         if row.get(name) is not None:
-            mask = _list(row, name)
+            mask = _get_list(row, name)
             if len(mask) != len(ids) or any(value not in (0, 1) for value in mask):
                 raise BadRow(f"{name} is not a 0 or 1 for each of input_ids")
             if name == "attention_mask":
                 ids = [number for number, kept in zip(ids, mask) if kept]
                 labels = [label for label, kept in zip(labels, mask) if kept]
-                row = {key: _kept(row[key], mask) if key in MASKS[1:] else row[key] for key in row}
+                row = {key: _mask_labels(row[key], mask) if key in MASKS[1:] else row[key] for key in row}
             else:
                 labels = [label if kept else -100 for label, kept in zip(labels, mask)]
     return Tokens(ids, labels)
 
 
-def _kept(values: Any, mask: list[int]) -> Any:
+def _mask_labels(values: Any, mask: list[int]) -> Any:
     same = isinstance(values, list) and len(values) == len(mask)
     return [value for value, kept in zip(values, mask) if kept] if same else values

@@ -53,11 +53,11 @@ def load(
 
 def _count_shared(train: Dataset, evaluation: Dataset) -> int:
     """How many rows of `evaluation` are in `train` too, looking at the first million."""
-    trained = {bytes(ids) for ids in _ids(train, 1_000_000)}
-    return sum(bytes(ids) in trained for ids in _ids(evaluation, 1_000_000))
+    trained = {bytes(ids) for ids in _walk_ids(train, 1_000_000)}
+    return sum(bytes(ids) in trained for ids in _walk_ids(evaluation, 1_000_000))
 
 
-def _ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
+def _walk_ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
     for batch in rows.select(range(min(limit, len(rows)))).with_format("arrow").iter(cache.BATCH):
         for chunk in batch["input_ids"].chunks:
             ends, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
@@ -68,7 +68,7 @@ def _load_one(
     recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str
 ) -> prepare.Prepared:
     assert path is not None
-    source = sources.find(recipe.data, where, path, split)
+    source = sources.find_source(recipe.data, where, path, split)
     return (
         prepare.prepare_stream(source, recipe, renderer)
         if recipe.data.streaming
@@ -90,7 +90,9 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
     for part in parts[1:]:
         counts = counts.plus(part.counts)
     if not streams:
-        parts = [_weighted(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))]
+        parts = [
+            _repeat_by_weight(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))
+        ]
         counts.tokens = sum(part.counts.tokens for part in parts)
         counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
     drawn = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
@@ -103,7 +105,7 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
     return prepare.Prepared(rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn)
 
 
-def _weighted(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:
+def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:
     """The rows so many times, and of the share that is left over as many, drawn at random; tokens counted anew."""
     whole, share = divmod(weight, 1)
     drawn = np.random.default_rng(seed).permutation(len(part.rows))[: round(share * len(part.rows))]

@@ -24,7 +24,7 @@ from datasets import (
 )
 
 from lora_cli.common import ui
-from lora_cli.common.errors import LoraError, nearest
+from lora_cli.common.errors import LoraError, find_nearest
 from lora_cli.data import cache, formats, readers, selection
 from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
@@ -68,23 +68,23 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
 
     LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left to learn from.
     """
-    key = cache.key(source.fingerprint(), source.names, recipe, renderer.tokenizer, renderer.day)
-    entry = cache.folder() / key
+    key = cache.make_key(source.fingerprint(), source.names, recipe, renderer.tokenizer, renderer.day)
+    entry = cache.find_folder() / key
     found = cache.read(entry)
     if found:
         ui.say(f"  {source.name}: prepared before, in {entry}")
     else:
         counts = Counts()
-        rows = _kept(source, recipe, renderer, counts)
+        rows = _select_rows(source, recipe, renderer, counts)
         gc.freeze()  # else each of many collections walks all that the libraries have made
         try:
-            cache.write(entry, rows, counts, partial(_refuse, source, recipe, counts), FIRST)
+            cache.write(entry, rows, counts, partial(_refuse_useless, source, recipe, counts), FIRST)
         finally:
             gc.unfreeze()
         found = cache.read(entry)
         assert found, "just written"
-    selection.warn(renderer.tokenizer, found.counts)
-    return Prepared(found.rows, _first(found.rows, found.places), found.counts, found.digest, source.commit)
+    selection.warn_of_counts(renderer.tokenizer, found.counts)
+    return Prepared(found.rows, _first_rows(found.rows, found.places), found.counts, found.digest, source.commit)
 
 
 def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
@@ -92,33 +92,33 @@ def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepar
     counts, notes = Counts(), cache.Notes(FIRST)
     look = recipe.data.model_copy(update={"max_rows": min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)})
     beginning = recipe.model_copy(update={"data": look})
-    batches = cache.batches(_kept(source, beginning, renderer, counts), notes)
+    batches = cache.make_batches(_select_rows(source, beginning, renderer, counts), notes)
     rows = Dataset(pyarrow.Table.from_batches(batches, cache.SCHEMA))
-    _refuse(source, recipe, counts)
-    selection.warn(renderer.tokenizer, counts)
+    _refuse_useless(source, recipe, counts)
+    selection.warn_of_counts(renderer.tokenizer, counts)
     features = Features({name: List(Value("int32")) for name in cache.SCHEMA.names})
-    endless = IterableDataset.from_generator(partial(_endless, source, recipe, renderer), features)
+    endless = IterableDataset.from_generator(partial(_repeat_rows, source, recipe, renderer), features)
     if recipe.data.shuffle_buffer > 1:
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
     fingerprint = f"{notes.digest}, {source.fingerprint(ends_only=True)}"
-    return Prepared(rows, _first(rows, notes.places), counts, fingerprint, source.commit, endless)
+    return Prepared(rows, _first_rows(rows, notes.places), counts, fingerprint, source.commit, endless)
 
 
-def stream(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[Kept]:
+def stream_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[Kept]:
     """The rows as they come, none held; LoraError after the last for what `prepare` refuses."""
     counts = Counts()
-    yield from _kept(source, recipe, renderer, counts)
-    _refuse(source, recipe, counts)
+    yield from _select_rows(source, recipe, renderer, counts)
+    _refuse_useless(source, recipe, counts)
 
 
-def _endless(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[dict[str, Any]]:
+def _repeat_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[dict[str, Any]]:
     """The source's rows from the first to the last, again and again."""
     while True:
-        for row in stream(source, recipe, renderer):
+        for row in stream_rows(source, recipe, renderer):
             yield {"input_ids": row.input_ids, "labels": row.labels}
 
 
-def _first(rows: Dataset, places: list[str]) -> list[Kept]:
+def _first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
     shown = rows.select(range(len(places)))
     return [
         Kept(place, np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32))
@@ -126,7 +126,7 @@ def _first(rows: Dataset, places: list[str]) -> list[Kept]:
     ]
 
 
-def _refuse(source: Source, recipe: Recipe, counts: Counts) -> None:
+def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
     """LoraError where there was no row, a bad one that is not to be skipped, or none to learn from."""
     if counts.read == 0:
         where = f"split {source.split} of " if source.split != "train" else ""
@@ -135,12 +135,14 @@ def _refuse(source: Source, recipe: Recipe, counts: Counts) -> None:
     selection.refuse_nothing(counts)
 
 
-def _kept(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[Kept]:
+def _select_rows(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[Kept]:
     """The rows to train on as they come, none held."""
-    return selection.select(_encoded(source, recipe, renderer, counts), recipe, counts)
+    return selection.select_rows(_encode_rows(source, recipe, renderer, counts), recipe, counts)
 
 
-def _encoded(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[tuple[str, list[Encoded]]]:
+def _encode_rows(
+    source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
+) -> Iterator[tuple[str, list[Encoded]]]:
     """The usable rows with their places; bad ones are counted. Once one is an error, the rest is only looked at."""
     data = recipe.data
     rows: Iterator[tuple[str, readers.Row]] = islice(source.rows(), data.max_rows)
@@ -150,9 +152,9 @@ def _encoded(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts)
         first.append(row)
         readable += not isinstance(row[1], BadRow)
     columns = list(dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row))
-    style = _format(data, columns) if columns else "text"
-    convert = formats.converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
-    batches = _converted(chain(first, rows), convert, data, counts)
+    style = _choose_format(data, columns) if columns else "text"
+    convert = formats.find_converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
+    batches = _convert_rows(chain(first, rows), convert, data, counts)
     for batch, made in renderer.encode(batches):
         for (place, _), found in zip(batch, made):
             if isinstance(found, BadRow):
@@ -161,7 +163,7 @@ def _encoded(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts)
                 yield place, found
 
 
-def _converted(
+def _convert_rows(
     rows: Iterator[tuple[str, readers.Row]], convert: formats.Converter, data: Data, counts: Counts
 ) -> Iterator[Batch]:
     """The usable rows, in batches; none any more once a bad one is an error."""
@@ -172,32 +174,32 @@ def _converted(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                batch.append((place, convert(_renamed(row, data.columns) if data.columns else row)))
+                batch.append((place, convert(_rename_columns(row, data.columns) if data.columns else row)))
             except BadRow as bad:
                 counts.count_bad(place, bad)
         if batch and not (counts.first_bad and data.on_bad_row == "error"):
             yield batch
 
 
-def _renamed(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
+def _rename_columns(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
     """The row under our column names (`columns` is ours: theirs); a column of theirs in the way is left out."""
     theirs = set(columns.values())
     kept = {name: value for name, value in row.items() if name not in theirs and name not in columns}
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
-def _format(data: Data, columns: list[str]) -> str:
+def _choose_format(data: Data, columns: list[str]) -> str:
     """The format of the rows, told by their columns unless the recipe says."""
     for theirs in data.columns.values():
         if theirs not in columns:
             raise _missing_column(theirs, columns, "data.columns")
-    named = list(_renamed(dict.fromkeys(columns), data.columns))
+    named = list(_rename_columns(dict.fromkeys(columns), data.columns))
     if data.format != "auto":
         for column in formats.FORMATS[data.format]:
             if column not in named:
                 raise _missing_column(column, named, f"data.format: {data.format}")
         return data.format
-    if style := formats.recognise(named):
+    if style := formats.recognise_format(named):
         return style
     answer = next((name for name in columns if name in ("chosen", "answer", "response")), columns[-1])
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
@@ -208,6 +210,6 @@ def _format(data: Data, columns: list[str]) -> str:
 
 
 def _missing_column(column: str, columns: list[str], where: str) -> LoraError:
-    guess = nearest(column, columns)
+    guess = find_nearest(column, columns)
     hint = f"did you mean {guess}?" if guess else "data.columns: {ours: theirs} names them"
     return LoraError(f"{where}: there is no column {column}; there are {', '.join(columns)}", hint)

@@ -24,7 +24,7 @@ Row = dict[str, Any] | BadRow
 """A row as it was read, or why it could not be."""
 
 
-def kind(file: Path) -> str | None:
+def guess_kind(file: Path) -> str | None:
     """How a file is read, told by its name, also under .gz."""
     name = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     return KINDS.get(name.suffix.lower())
@@ -32,7 +32,7 @@ def kind(file: Path) -> str | None:
 
 def read(file: Path) -> Iterator[tuple[str, Row]]:
     """The rows of one file, each with its place."""
-    how = kind(file)
+    how = guess_kind(file)
     if how in ("parquet", "arrow"):
         yield from _read_arrow(file, str(how))
         return
@@ -43,7 +43,7 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
                 yield from _read_text(file, str(how), stream)
         except UnicodeDecodeError:
             with opened(file, "rb") as raw:  # which may be damaged further on as well
-                raise _not_utf8(file, raw) from None
+                raise _find_bad_byte(file, raw) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise LoraError(f"{file} is no whole gzip file: {error}", f"gzip -t {file}") from None
 
@@ -59,7 +59,7 @@ def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]
         yield from _read_json(file, stream)
 
 
-def _not_utf8(file: Path, raw: Iterable[bytes]) -> LoraError:
+def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
     """Where the first byte stands that is no UTF-8."""
     for number, line in enumerate(raw, 1):
         try:
@@ -82,10 +82,10 @@ def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
     stream.seek(0)
     for number, line in enumerate(stream, 1):
         if line.strip():
-            yield f"{file}:{number}", _parse(line, number == 1)
+            yield f"{file}:{number}", _parse_line(line, number == 1)
 
 
-def _parse(line: str, first: bool) -> Row:
+def _parse_line(line: str, first: bool) -> Row:
     try:
         value = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
@@ -162,12 +162,12 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
             batch.validate(full=True)  # or a damaged file's offsets lead outside its buffers, and the process crashes
             for row in batch.to_pylist():
                 number += 1
-                yield f"{file}, row {number}", told(row)
+                yield f"{file}, row {number}", drop_nulls(row)
     except pyarrow.ArrowInvalid as error:
         raise LoraError(f"{file} is no {kind} file: {' '.join(str(error).split())[:200]}", f"ls -l {file}") from None
 
 
-def told(row: dict[str, Any]) -> dict[str, Any]:
+def drop_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """The row without nulls inside its values: a table gives each mapping in a column the keys of all of them."""
     return {name: _dense(value) for name, value in row.items()}
 

@@ -81,7 +81,7 @@ class Counts:
         return ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
 
 
-def select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts) -> Iterator[Kept]:
+def select_rows(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts) -> Iterator[Kept]:
     """The rows to train on: those with something to learn, long ones treated as data.on_long_row says."""
     limit, policy = recipe.training.max_length, recipe.data.on_long_row
     for place, found in encoded:
@@ -97,20 +97,20 @@ def select(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts:
             elif len(row.input_ids) <= limit:
                 last = np.flatnonzero(learned & ~np.append(learned[1:], False))
                 counts.ends.update(row.labels[last].tolist())
-                yield _counted(Kept(place, row.input_ids, row.labels), int(learned.sum()), counts)
+                yield _count_row(Kept(place, row.input_ids, row.labels), int(learned.sum()), counts)
             else:
-                for piece in _fitted(place, row, limit, policy, counts):
-                    yield _counted(piece, int((piece.labels != IGNORED).sum()), counts)
+                for piece in _fit_row(place, row, limit, policy, counts):
+                    yield _count_row(piece, int((piece.labels != IGNORED).sum()), counts)
 
 
-def _counted(row: Kept, learned: int, counts: Counts) -> Kept:
+def _count_row(row: Kept, learned: int, counts: Counts) -> Kept:
     counts.kept += 1
     counts.tokens += len(row.input_ids)
     counts.trained_tokens += learned
     return row
 
 
-def _fitted(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[Kept]:
+def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[Kept]:
     """What is left of a row that is too long, with something to learn in each piece."""
     length = len(row.input_ids)
     if policy == "error":
@@ -140,11 +140,11 @@ def refuse_bad_rows(data: Data, counts: Counts) -> None:
         counts.left_out["dropped: bad"] += total
         return
     place, said, hint = counts.first_bad
-    more = f" ({total} of {counts.read} rows are bad: {_kinds(counts)})" if total > 1 else ""
+    more = f" ({total} of {counts.read} rows are bad: {_list_kinds(counts)})" if total > 1 else ""
     raise LoraError(f"{place}: {said}{more}", hint)
 
 
-def _kinds(counts: Counts) -> str:
+def _list_kinds(counts: Counts) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in counts.bad.most_common())
 
 
@@ -165,19 +165,19 @@ def refuse_nothing(counts: Counts) -> None:
         raise LoraError(f"no row is left to train on: {counts.read} read ({counts.reasons()})", hint)
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
     """The control tokens that the trained answers end with: where generation is to stop."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(token for token in counts.ends if token in special or token in tokenizer.all_special_ids)
 
 
-def warn(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
+def warn_of_counts(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
     """What is no error, and what one would want to know before a run."""
     if counts.first_bad:
         place, said, _ = counts.first_bad
-        left_out = f"{sum(counts.bad.values())} bad rows of {counts.read} are left out ({_kinds(counts)})"
+        left_out = f"{sum(counts.bad.values())} bad rows of {counts.read} are left out ({_list_kinds(counts)})"
         ui.warn(f"{left_out}; the first is {place}: {said}")
-    stops = set(stop_ids(tokenizer, counts))
+    stops = set(find_stop_ids(tokenizer, counts))
     endless = sum(number for token, number in counts.ends.items() if token not in stops)
     if endless:
         ui.warn(f"{endless} of {counts.ends.total()} answers end in no token that stops: the model may never stop")

@@ -28,8 +28,8 @@ from datasets import (
 )
 from huggingface_hub import resolve_revision
 
-from lora_cli.common import library_errors as foreign
-from lora_cli.common.errors import LoraError, nearest
+from lora_cli.common import library_errors
+from lora_cli.common.errors import LoraError, find_nearest
 from lora_cli.data import readers
 from lora_cli.recipe.keys import Data
 
@@ -60,7 +60,7 @@ class Source(NamedTuple):
                 names = list(batch)
                 for values in zip(*batch.values()):
                     number += 1
-                    yield f"row {number}", readers.told(dict(zip(names, values)))
+                    yield f"row {number}", readers.drop_nulls(dict(zip(names, values)))
             return
         if self.split == "train":
             yield from self._all()
@@ -106,7 +106,7 @@ class _Hashing(io.RawIOBase):
         return len(block)
 
 
-def find(data: Data, field: str, path: str | list[str], split: str) -> Source:
+def find_source(data: Data, field: str, path: str | list[str], split: str) -> Source:
     """What data.`field` names. LoraError when it is not there, empty, or of no kind that can be read."""
     paths = [path] if isinstance(path, str) else path
     for name in paths:
@@ -121,11 +121,13 @@ def find(data: Data, field: str, path: str | list[str], split: str) -> Source:
                     )
             return _files(field, [file for files in found.values() for file in files], split)
         if Path(paths[0]).is_dir():
-            with foreign.refused(f"data.{field}: the folder {paths[0]} cannot be read", "name its files instead"):
+            with library_errors.translate_file_errors(
+                f"data.{field}: the folder {paths[0]} cannot be read", "name its files instead"
+            ):
                 return _folder(data, Path(paths[0]), split)
         return _hub(data, paths[0], split)
     except (ValueError, IndexError) as error:
-        if foreign.translate(error) is not None:
+        if library_errors.translate(error) is not None:
             raise
         said = " ".join(str(error).split())
         raise LoraError(f"data.{field}: {path}, split {split!r}: {said}", "check the path and the split") from error
@@ -139,7 +141,7 @@ def _local(field: str, name: str) -> list[Path]:
             raise LoraError(f"data.{field}: no file matches {name}", f"ls {Path(name).parent}")
         return [file for file in found if file.is_file()]
     path = Path(name)
-    if path.is_file() or (readers.kind(path) is not None and not path.is_dir()):
+    if path.is_file() or (readers.guess_kind(path) is not None and not path.is_dir()):
         return [path]
     return []
 
@@ -148,7 +150,7 @@ def _files(field: str, files: list[Path], split: str) -> Source:
     for file in files:
         if not file.is_file():
             raise LoraError(f"data.{field}: {file} does not exist", f"ls {file.parent}")
-        if readers.kind(file) is None:
+        if readers.guess_kind(file) is None:
             raise LoraError(
                 f"data.{field}: {file} is none of {', '.join(readers.KINDS)}, nor one of them with .gz",
                 f"mv {file} {file}.jsonl",
@@ -192,7 +194,7 @@ def _part(folder: Path, parts: DatasetDict, split: str) -> Dataset:
         if name not in parts:
             raise LoraError(
                 f"{folder} has no split {name!r}; it has {', '.join(parts)}",
-                f"split: {nearest(name, parts) or next(iter(parts))}",
+                f"split: {find_nearest(name, parts) or next(iter(parts))}",
             )
     slices = instruction.to_absolute({name: len(part) for name, part in parts.items()})
     return concatenate_datasets(

@@ -26,8 +26,8 @@ from typing import Any, Literal, NamedTuple
 from lora_cli import __version__
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import tools as llama_cpp
-from lora_cli.models.four_bit import misreads
+from lora_cli.gguf import tools
+from lora_cli.models.four_bit import test_misreading
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent.parent / "constraints.txt"
@@ -44,14 +44,14 @@ class Check(NamedTuple):
     fix: str | None = None
 
 
-def doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> bool:
+def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> bool:
     """Run every check and print the findings; whether there was no problem. `prepare` quiets the libraries."""
     checks: list[Check] = []
     deviations: list[Any] = []
-    for check in run(deviations, prepare):
+    for check in run_checks(deviations, prepare):
         checks.append(check)
         if not as_json:
-            print(_line(check), flush=True)
+            print(_format_check(check), flush=True)
     problems = [check for check in checks if check.status == "problem"]
     if as_json:
         found = [
@@ -63,13 +63,13 @@ def doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> boo
     if show_oracle and deviations:
         from lora_cli.doctor import oracle
 
-        print("\n" + oracle.table(deviations))
+        print("\n" + oracle.format_deviations(deviations))
     notes = sum(check.status == "note" for check in checks)
     ui.say(f"\nproblems: {len(problems)}, notes: {notes}")
     return not problems
 
 
-def _line(check: Check) -> str:
+def _format_check(check: Check) -> str:
     """Status, name and text, folded to the terminal's width; the command that mends it on a line of its own."""
     text = f"{check.status:7}  {check.name}: {check.said}"
     if sys.stdout.isatty():
@@ -78,20 +78,20 @@ def _line(check: Check) -> str:
     return f"{text}\n{'':7}  -> {check.fix}" if check.fix else text
 
 
-def run(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[Check]:
+def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[Check]:
     """Every check, as it is made; what the oracle measured is added to `deviations`."""
     yield Check("lora", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
-    yield from _tried("versions", versions)
-    yield from _tried("libraries", lambda: _import_libraries(prepare))
-    yield from _tried("devices", devices)
-    yield from _tried("oracle", lambda: oracle_checks(deviations))
-    yield from _tried("4-bit", four_bit)
-    yield from _tried("llama.cpp", tools)
-    yield from _tried("disk", disk)
-    yield from _tried("memory", memory)
+    yield from _try_check("versions", check_versions)
+    yield from _try_check("libraries", lambda: _import_libraries(prepare))
+    yield from _try_check("devices", check_devices)
+    yield from _try_check("oracle", lambda: check_oracle(deviations))
+    yield from _try_check("4-bit", check_four_bit)
+    yield from _try_check("llama.cpp", check_tools)
+    yield from _try_check("disk", check_disk)
+    yield from _try_check("memory", check_memory)
 
 
-def _tried(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+def _try_check(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     """The findings of `check`; what it raises is a finding too."""
     try:
         yield from check()
@@ -104,21 +104,21 @@ def _tried(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 # Versions -----------------------------------------------------------------------------------------------------------
 
 
-def versions() -> Iterator[Check]:
+def check_versions() -> Iterator[Check]:
     """Each package lora asks for: installed, in the range it asks for, and the version that was tested?"""
     from packaging.requirements import Requirement
 
-    tested = tested_versions()
+    tested = read_tested_versions()
     try:
         asked = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         yield Check(PACKAGE, "problem", "is not installed, only its source is here", "python -m pip install -e .")
-        asked = [name for name in tested if _installed(name)]  # the ranges stand in what is missing
+        asked = [name for name in tested if _find_version(name)]  # the ranges stand in what is missing
     as_tested = []
     for requirement in map(Requirement, asked):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        name, check = requirement.name, _version(requirement, tested.get(requirement.name))
+        name, check = requirement.name, _check_version(requirement, tested.get(requirement.name))
         if check is None:
             as_tested.append(f"{name} {tested[name]}")
         else:
@@ -127,7 +127,7 @@ def versions() -> Iterator[Check]:
         yield Check("versions", "ok", f"as tested: {', '.join(as_tested)}")
 
 
-def tested_versions() -> dict[str, str]:
+def read_tested_versions() -> dict[str, str]:
     """Package -> version of the tested set, for this Python."""
     from packaging.requirements import Requirement
 
@@ -136,7 +136,7 @@ def tested_versions() -> dict[str, str]:
     return {pin.name: next(iter(pin.specifier)).version for pin in pins}
 
 
-def _installed(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     """The version of a package; None where it is not, or not wholly, installed."""
     try:
         return importlib.metadata.version(name) or None
@@ -144,11 +144,11 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _version(requirement: Any, tested: str | None) -> Check | None:
+def _check_version(requirement: Any, tested: str | None) -> Check | None:
     """What is to be said of one package; None when it is the tested version."""
     wanted = f"{requirement.name}=={tested}" if tested else str(requirement)
     fix = f"python -m pip install '{wanted}'"
-    installed = _installed(requirement.name)
+    installed = _find_version(requirement.name)
     if installed is None:
         again = fix.replace("install", "install --force-reinstall")
         return Check(requirement.name, "problem", "is not, or not wholly, installed", again)
@@ -171,7 +171,7 @@ def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
 # Devices ------------------------------------------------------------------------------------------------------------
 
 
-def device_names() -> list[str]:
+def list_device_names() -> list[str]:
     """`cpu` and every accelerator, as torch names them."""
     import torch
 
@@ -180,30 +180,30 @@ def device_names() -> list[str]:
     return ["cpu", *(f"{accelerator.type}:{index}" for index in range(count))]
 
 
-def devices() -> Iterator[Check]:
+def check_devices() -> Iterator[Check]:
     """A matrix product and its gradient on every device in every type, against float64 on the CPU."""
     import torch
 
-    for device in device_names():
+    for device in list_device_names():
         times: dict[str, float] = {}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             try:
-                times[name], off = matmul_seconds(device, dtype)
+                times[name], off = time_matmul(device, dtype)
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 status: Literal["note", "problem"] = "problem" if name == "float32" else "note"
                 said = f"has no {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-                yield Check(device, status, said, _tested_fix("torch") if status == "problem" else None)
+                yield Check(device, status, said, _name_fix("torch") if status == "problem" else None)
                 continue
             if not off <= 8 * torch.finfo(dtype).eps:
                 said = f"computes wrongly in {name}: a product is off by {off:.1e} of its largest value"
-                yield Check(device, "problem", said, _tested_fix("torch"))
+                yield Check(device, "problem", said, _name_fix("torch"))
         shown = [f"{name} ({times[name] / times['float32']:.2g}x the time)" for name in times if name != "float32"]
         if "float32" in times:
-            yield Check(device, "ok", f"tried in {', '.join(['float32', *shown])}{_device_memory(device)}")
+            yield Check(device, "ok", f"tried in {', '.join(['float32', *shown])}{_measure_device_memory(device)}")
 
 
-def matmul_seconds(device: str, dtype: Any) -> tuple[float, float]:
+def time_matmul(device: str, dtype: Any) -> tuple[float, float]:
     """The time of one product of two 512x512 matrices with its gradient, and how far from exact, as a share of the
     largest value."""
     import torch
@@ -225,7 +225,7 @@ def matmul_seconds(device: str, dtype: Any) -> tuple[float, float]:
     )
 
 
-def _device_memory(device: str) -> str:
+def _measure_device_memory(device: str) -> str:
     import torch
 
     if not device.startswith("cuda"):
@@ -237,37 +237,39 @@ def _device_memory(device: str) -> str:
 # PEFT and bitsandbytes ----------------------------------------------------------------------------------------------
 
 
-def oracle_checks(deviations: list[Any]) -> Iterator[Check]:
+def check_oracle(deviations: list[Any]) -> Iterator[Check]:
     """PEFT's layers and bitsandbytes' NF4 against the papers' formulas, on the CPU and the first accelerator."""
     from lora_cli.doctor import oracle
 
-    for device in device_names()[:2]:
-        for name, compare in oracle.deviations(device).items():
-            yield from _tried(name, partial(_compared, name, device, compare, deviations))
+    for device in list_device_names()[:2]:
+        for name, compare in oracle.measure_deviations(device).items():
+            yield from _try_check(name, partial(_check_group, name, device, compare, deviations))
 
 
-def _compared(name: str, device: str, compare: Callable[[], Iterator[Any]], deviations: list[Any]) -> Iterator[Check]:
+def _check_group(
+    name: str, device: str, compare: Callable[[], Iterator[Any]], deviations: list[Any]
+) -> Iterator[Check]:
     """One group of comparisons: as published, or the first that are not."""
     from lora_cli.doctor import oracle
 
-    group = oracle.worst(compare())
+    group = oracle.find_worst(compare())
     deviations += group
     if wrong := [each for each in group if not each.ok]:
         shown = "; ".join(f"{each.pair} {each.measure} {each.value:.1e} (limit {each.limit:.0e})" for each in wrong[:3])
-        yield Check(name, "problem", f"not what was published: {shown}", _tested_fix("peft", "bitsandbytes"))
+        yield Check(name, "problem", f"not what was published: {shown}", _name_fix("peft", "bitsandbytes"))
     elif name == "NF4":
         share = max(each.value for each in group if each.measure == "scale codes")
         yield Check(name, "ok", f"on {device} as published; {share:.1%} of the scales' 8-bit codes differ")
     else:
-        yield Check(name, "ok", f"on {device} as published, to {oracle.largest(each.value for each in group):.1e}")
+        yield Check(name, "ok", f"on {device} as published, to {oracle.find_largest(each.value for each in group):.1e}")
 
 
-def _tested_fix(*names: str) -> str:
-    tested = tested_versions()
+def _name_fix(*names: str) -> str:
+    tested = read_tested_versions()
     return "python -m pip install " + " ".join(f"{name}=={tested[name]}" for name in names)
 
 
-def four_bit() -> Iterator[Check]:
+def check_four_bit() -> Iterator[Check]:
     """What bitsandbytes gets wrong on this processor, and lora keeps away from recipes."""
     from lora_cli.doctor import oracle
 
@@ -279,7 +281,7 @@ def four_bit() -> Iterator[Check]:
     else:
         said = f"bitsandbytes by itself is off by {bare:.0%} after an evaluation; lora prevents that"
         yield Check("4-bit gradients", "note", said)
-    misread = [length for length in range(16, 513, 16) if misreads(length)]
+    misread = [length for length in range(16, 513, 16) if test_misreading(length)]
     if misread:
         shown = ", ".join(map(str, misread[:4]))
         said = f"bitsandbytes misreads rows of {shown}, … weights on this processor; lora refuses such bases"
@@ -291,10 +293,10 @@ def four_bit() -> Iterator[Check]:
 # Tools, disk, memory ------------------------------------------------------------------------------------------------
 
 
-def tools() -> Iterator[Check]:
+def check_tools() -> Iterator[Check]:
     """What exporting needs beyond a recipe, so notes only: converter and quantiser where they are looked for, and an
     engine to open the result in."""
-    for name, find in (("converter", llama_cpp.find_converter), ("quantiser", llama_cpp.find_quantizer)):
+    for name, find in (("converter", tools.find_converter), ("quantiser", tools.find_quantizer)):
         try:
             yield Check(f"llama.cpp {name}", "ok", str(find()))
         except (LoraError, OSError, UnicodeDecodeError) as error:
@@ -308,7 +310,7 @@ def tools() -> Iterator[Check]:
         yield Check("llama.cpp engine", "note", said, "python -m pip install xllamacpp")
 
 
-def disk() -> Iterator[Check]:
+def check_disk() -> Iterator[Check]:
     """Room where runs and downloads go; a file is written there to see."""
     from datasets import config
     from huggingface_hub import constants
@@ -332,7 +334,7 @@ def disk() -> Iterator[Check]:
         yield Check(f"disk for {name}", "note" if little else "ok", said, fix if little else None)
 
 
-def memory() -> Iterator[Check]:
+def check_memory() -> Iterator[Check]:
     """RAM, and what of it is free."""
     import psutil
 

@@ -64,7 +64,7 @@ class Network(nn.Module):
         return self.other(self.target(x))
 
 
-def network(kind: str, dtype: torch.dtype, device: str) -> tuple[Network, Tensor]:
+def make_network(kind: str, dtype: torch.dtype, device: str) -> tuple[Network, Tensor]:
     """A network whose target is of the kind, and an input for it."""
     torch.manual_seed(0)
     if kind == "Embedding":
@@ -93,7 +93,7 @@ def compare_layers(
     """PEFT's layer against the reference's: `forward`, `gradients` of all that trains, `merged` weights, `unmerged`
     weights, and the `exchange` of the adapter file from PEFT back to the reference. ArithmeticError when the two do not
     train the same tensors."""
-    base, x = network(kind, dtype, device)
+    base, x = make_network(kind, dtype, device)
     settings: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "lora_dropout": lora_dropout, "bias": bias}
     ours = LoraModel(copy.deepcopy(base), ["target"], **settings, **METHODS[method])
     for tensor in ours.adapter_tensors().values():
@@ -108,24 +108,24 @@ def compare_layers(
         theirs.save_pretrained(str(folder / "theirs"))
         ours.load_adapter(folder / "theirs", "theirs")
     ours.eval(), theirs.eval()
-    result["exchange"] = deviation(ours(x), theirs(x))
+    result["exchange"] = measure_deviation(ours(x), theirs(x))
     theirs.merge_adapter()
     theirs.unmerge_adapter()
-    result["unmerged"] = deviation(
+    result["unmerged"] = measure_deviation(
         base.target.weight, theirs.get_submodule("base_model.model.target.base_layer").weight
     )
     plain, peft_plain = ours.merge().state_dict(), theirs.merge_and_unload().state_dict()
-    _same_keys(plain, peft_plain)
-    result["merged"] = largest(deviation(plain[name], peft_plain[name]) for name in plain)
+    _require_same_keys(plain, peft_plain)
+    result["merged"] = find_largest(measure_deviation(plain[name], peft_plain[name]) for name in plain)
     return result
 
 
-def largest(values: Iterable[float]) -> float:
+def find_largest(values: Iterable[float]) -> float:
     """The largest, NaN above all."""
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
-def _same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+def _require_same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     if ours.keys() != theirs.keys():
         raise ArithmeticError(f"not the same tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}")
 
@@ -144,21 +144,21 @@ def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str
         if tensor.requires_grad
     }
     trained = ours.adapter_tensors()
-    _same_keys(trained, gradients)
+    _require_same_keys(trained, gradients)
     return {
-        "forward": deviation(*outputs),
-        "gradients": largest(deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()),
+        "forward": measure_deviation(*outputs),
+        "gradients": find_largest(measure_deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()),
     }
 
 
-def deviation(ours: Tensor, theirs: Tensor) -> float:
+def measure_deviation(ours: Tensor, theirs: Tensor) -> float:
     """max |ours − theirs|, relative to the largest |ours| where that is above 1. ArithmeticError for other shapes."""
-    _same_shape(ours, theirs)
+    _require_same_shape(ours, theirs)
     scale = max(1.0, ours.detach().abs().max().item())
     return (ours.detach() - theirs.detach()).abs().max().item() / scale
 
 
-def _same_shape(ours: Tensor, theirs: Tensor) -> None:
+def _require_same_shape(ours: Tensor, theirs: Tensor) -> None:
     if ours.shape != theirs.shape:
         raise ArithmeticError(f"a tensor of shape {tuple(theirs.shape)} in place of {tuple(ours.shape)}")
 
@@ -175,21 +175,21 @@ def compare_nf4(weight: Tensor) -> dict[str, float]:
     twice, double = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True)
     ours, ours_double = nf4.NF4Tensor(weight, double_quant=False), nf4.NF4Tensor(weight)
     result = {
-        "codes": differing(ours.packed, packed.flatten()),
-        "absmax": differing(ours.absmax(), state.absmax),
-        "scale codes": differing(ours_double.scale_codes, double.absmax),
+        "codes": measure_differing(ours.packed, packed.flatten()),
+        "absmax": measure_differing(ours.absmax(), state.absmax),
+        "scale codes": measure_differing(ours_double.scale_codes, double.absmax),
     }
     ours.packed, ours.plain_absmax = packed.flatten(), state.absmax
     ours_double.packed, ours_double.scale_codes = twice.flatten(), double.absmax
     ours_double.scale_absmax, ours_double.offset = double.state2.absmax, double.offset
-    result["values"] = deviation(ours.dequantize(), functional.dequantize_4bit(packed, state))
-    result["values (double)"] = deviation(ours_double.dequantize(), functional.dequantize_4bit(twice, double))
+    result["values"] = measure_deviation(ours.dequantize(), functional.dequantize_4bit(packed, state))
+    result["values (double)"] = measure_deviation(ours_double.dequantize(), functional.dequantize_4bit(twice, double))
     return result
 
 
-def differing(ours: Tensor, theirs: Tensor) -> float:
+def measure_differing(ours: Tensor, theirs: Tensor) -> float:
     """The share of elements that are not equal."""
-    _same_shape(ours, theirs)
+    _require_same_shape(ours, theirs)
     return (ours != theirs).float().mean().item()
 
 
@@ -229,18 +229,18 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
     pairs = [(inputs[0], inputs[1])]
     pairs += [(getattr(ours, name), getattr(adapted, name)["default"].weight) for name in ("lora_A", "lora_B")]
     return {
-        "forward": deviation(*outputs),
-        "gradients": largest(relative(one.grad, other.grad) for one, other in pairs),
-        "merged": deviation(ours.merged_weight(), merged_4bit(theirs)),
+        "forward": measure_deviation(*outputs),
+        "gradients": find_largest(measure_relative(one.grad, other.grad) for one, other in pairs),
+        "merged": measure_deviation(ours.merged_weight(), merge_4bit(theirs)),
     }
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
+def measure_relative(ours: Tensor, theirs: Tensor) -> float:
     """max |ours − theirs| as a share of the largest |ours|."""
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
-def merged_4bit(adapted: PeftModel) -> Tensor:
+def merge_4bit(adapted: PeftModel) -> Tensor:
     """Dequantised base plus PEFT's own ΔW: what `lora merge` makes of a 4-bit base."""
     from peft.utils.integrations import dequantize_module_weight
 
@@ -248,26 +248,30 @@ def merged_4bit(adapted: PeftModel) -> Tensor:
     return dequantize_module_weight(layer.get_base_layer()) + layer.get_delta_weight("default")
 
 
-def deviations(device: str = "cpu") -> dict[str, Callable[[], Iterator[Deviation]]]:
+def measure_deviations(device: str = "cpu") -> dict[str, Callable[[], Iterator[Deviation]]]:
     """Every pair on `device` by group, in float64 where the device has that."""
     if device.startswith("mps"):  # bitsandbytes does not run there
-        return {"LoRA, rsLoRA, DoRA": lambda: _layers(device)}
-    return {"LoRA, rsLoRA, DoRA": lambda: _layers(device), "QLoRA": lambda: _qlora(device), "NF4": lambda: _nf4(device)}
+        return {"LoRA, rsLoRA, DoRA": lambda: _measure_layers(device)}
+    return {
+        "LoRA, rsLoRA, DoRA": lambda: _measure_layers(device),
+        "QLoRA": lambda: _measure_qlora(device),
+        "NF4": lambda: _measure_nf4(device),
+    }
 
 
-def _layers(device: str) -> Iterator[Deviation]:
+def _measure_layers(device: str) -> Iterator[Deviation]:
     dtype, limit = (torch.float32, SINGLE) if device.startswith("mps") else (torch.float64, EXACT)
     for kind, method, bias, dropout in itertools.product(KINDS, METHODS, BIASES, (0.0, 0.25)):
         for measure, value in compare_layers(kind, method, bias, dropout, dtype, device).items():
             yield Deviation("LoRA, rsLoRA, DoRA", f"{kind} {method} ({device})", measure, value, limit)
 
 
-def _qlora(device: str) -> Iterator[Deviation]:
+def _measure_qlora(device: str) -> Iterator[Deviation]:
     for measure, value in compare_qlora(device).items():
         yield Deviation("QLoRA", f"Linear QLoRA ({device})", measure, value, SINGLE)
 
 
-def _nf4(device: str) -> Iterator[Deviation]:
+def _measure_nf4(device: str) -> Iterator[Deviation]:
     """Equal on the CPU; elsewhere a kernel may divide where this multiplies by the reciprocal, so that a value between
     two codes falls to the other side, and round a product otherwise."""
     cpu = device == "cpu"
@@ -279,7 +283,7 @@ def _nf4(device: str) -> Iterator[Deviation]:
             yield Deviation("NF4", f"NF4 ({device})", measure, value, limit)
 
 
-def worst(found: Iterable[Deviation]) -> list[Deviation]:
+def find_worst(found: Iterable[Deviation]) -> list[Deviation]:
     """The largest of each pair and measure (a NaN is larger than all)."""
     by_key: dict[tuple[str, str], list[Deviation]] = {}
     for each in found:
@@ -287,7 +291,7 @@ def worst(found: Iterable[Deviation]) -> list[Deviation]:
     return [max(group, key=lambda each: (math.isnan(each.value), each.value)) for group in by_key.values()]
 
 
-def table(deviations: list[Deviation]) -> str:
+def format_deviations(deviations: list[Deviation]) -> str:
     """The largest deviation of every pair, one table per set of measures."""
     rows: dict[str, dict[str, float]] = {}
     for each in deviations:
@@ -298,5 +302,5 @@ def table(deviations: list[Deviation]) -> str:
     tables = []
     for measures, pairs in by_measures.items():
         cells = [[pair, *(f"{rows[pair][measure]:.1e}" for measure in measures)] for pair in pairs]
-        tables.append(ui.table(["largest deviation", *measures], cells))
+        tables.append(ui.format_table(["largest deviation", *measures], cells))
     return "\n\n".join(tables)

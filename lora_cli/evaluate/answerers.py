@@ -19,12 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach, config
+from lora_cli.models import adapter_folder, attach, chat_template, config, trained_on
 from lora_cli.models import base as model
-from lora_cli.models import chat_template as chat
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models import trained_on as origin
 
 Messages = list[dict[str, Any]]
 BATCH = 16
@@ -65,17 +62,17 @@ class Bases:
         self.loaded: dict[str, PreTrainedModel | PeftModel] = {}
 
     @staticmethod
-    def key(adapter: record.Adapter) -> str:
+    def key(adapter: adapter_folder.Adapter) -> str:
         """What two adapters must agree in to share a base."""
         alone = None if adapter.shares_base else str(adapter.folder)
         return json.dumps([adapter.base, adapter.revision, adapter.dtype, adapter.quantization, alone])
 
-    def with_adapter(self, adapter: record.Adapter, name: str) -> str:
+    def with_adapter(self, adapter: adapter_folder.Adapter, name: str) -> str:
         """The adapter loaded on its base under `name`; returns the base's key."""
         key = self.key(adapter)
         base = self.loaded.get(key)
         if base is None:
-            base = origin.load_base(adapter)
+            base = trained_on.load_base(adapter)
             base = base if adapter.quantization else model.to_accelerator(base)
         if isinstance(base, PeftModel):
             try:
@@ -96,13 +93,13 @@ class Bases:
             if base == name and quantization is None and alone is None and dtype in (None, self._on_disk(name)):
                 return key
         key = json.dumps([name, None, None, None, None])
-        dtype = config.checkpoint_dtype(config.load_config(name))
+        dtype = config.get_checkpoint_dtype(config.load_config(name))
         self.loaded[key] = model.to_accelerator(model.load_base(name, None, dtype)).eval()
         return key
 
     @staticmethod
     def _on_disk(name: str) -> str:
-        return str(config.checkpoint_dtype(config.load_config(name))).removeprefix("torch.")
+        return str(config.get_checkpoint_dtype(config.load_config(name))).removeprefix("torch.")
 
 
 class HFAnswerer:
@@ -142,7 +139,7 @@ class HFAnswerer:
             raise LoraError("this model has no chat template: it cannot hold a conversation", "lora generate PATH")
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = chat.render(self.tokenizer, messages, asked.tools, add_generation_prompt=True)
+        text = chat_template.render(self.tokenizer, messages, asked.tools, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
@@ -214,23 +211,23 @@ class GGUFAnswerer:
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:
     """What answers for each path, by a short label. Adapters first, so that a base among the paths shares theirs."""
     bases = Bases()
-    kinds = {path: record.kind(path) for path in paths}
+    kinds = {path: adapter_folder.classify(path) for path in paths}
     answerers: dict[str, Answerer] = {}
     for path in sorted(kinds, key=lambda path: kinds[path] != "adapter"):
         if kinds[path] == "gguf":
             answerers[path] = GGUFAnswerer(Path(path))
         elif kinds[path] == "adapter":
-            adapter = record.read_adapter(Path(path), base)
+            adapter = adapter_folder.read_adapter(Path(path), base)
             name = f"adapter_{len(answerers)}"
-            key, tokenizer = bases.with_adapter(adapter, name), origin.load_tokenizer(adapter)
+            key, tokenizer = bases.with_adapter(adapter, name), trained_on.load_tokenizer(adapter)
             answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
         else:
-            tokenizer = _tokenizer_of_base(path, answerers.values())
+            tokenizer = _load_base_tokenizer(path, answerers.values())
             answerers[path] = HFAnswerer(bases, bases.plain(path), None, tokenizer)
     return {path: answerers[path] for path in paths}
 
 
-def _tokenizer_of_base(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
+def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, with the template of an adapter on it where it has none, so that prompts compare."""
     tokenizer = tokenizing.load_tokenizer(name)
     if tokenizer.chat_template is not None:

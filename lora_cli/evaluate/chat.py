@@ -16,7 +16,7 @@ def chat(path: str, system: str | None, max_new_tokens: int, temperature: float,
     opening = [{"role": "system", "content": system}] if system else []
     messages: Messages = list(opening)
     ui.say(f"{path}: /reset starts over, /quit leaves")
-    for line in _lines():
+    for line in _read_lines():
         if line == "/quit":
             return
         if line == "/reset":
@@ -27,7 +27,7 @@ def chat(path: str, system: str | None, max_new_tokens: int, temperature: float,
             messages.append({"role": "assistant", "content": answer})
 
 
-def _lines() -> Iterator[str]:
+def _read_lines() -> Iterator[str]:
     """Lines of stdin, with a prompt on stderr where a person types them."""
     if sys.stdin is None:
         raise UsageError("there is no input to read", "lora generate PATH --prompt TEXT")

@@ -27,7 +27,7 @@ class Question(NamedTuple):
     def asked(self, template: str | None) -> Asked:
         """What is asked, as the model with this chat template was trained to be asked."""
         try:
-            found = formats.converter(self.style, formats.uses_alpaca(template))(self.row)
+            found = formats.find_converter(self.style, formats.uses_alpaca(template))(self.row)
         except formats.BadRow as bad:
             raise UsageError(f"{self.place}: {bad.said}", bad.hint) from None
         assert isinstance(found, formats.Conversation)
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     """Prompts of the command line, then those of the file: rows of a known format in .jsonl, else lines of text."""
-    questions = [_plain(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
+    questions = [_plain_question(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -52,17 +52,17 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place, json_file = f"{file}:{number}", file.suffix in (".jsonl", ".json")
-                questions.append(_question(line, place) if json_file else _plain(line.strip(), place))
+                questions.append(_parse_question(line, place) if json_file else _plain_question(line.strip(), place))
     if not questions:
         raise UsageError("no prompt was given", "--prompt TEXT, or --file FILE")
     return questions
 
 
-def _plain(prompt: str, place: str) -> Question:
+def _plain_question(prompt: str, place: str) -> Question:
     return Question({"prompt": prompt, "completion": "?"}, "prompt_completion", place, None)
 
 
-def _question(line: str, place: str) -> Question:
+def _parse_question(line: str, place: str) -> Question:
     """A row of JSON: its answer, where it has one, is what is hoped for."""
     try:
         row = json.loads(line)
@@ -75,12 +75,12 @@ def _question(line: str, place: str) -> Question:
         if isinstance(row, dict) and isinstance(row.get(asked), str):
             expected = row.get(answer) or None
             return Question({**row, answer: expected or "?"}, style, place, expected)
-    found = formats.recognise(row) if isinstance(row, dict) else None
+    found = formats.recognise_format(row) if isinstance(row, dict) else None
     if found not in ("messages", "sharegpt", "prompt_completion"):
         raise UsageError(f"{place}: a row needs prompt, instruction, messages or conversations", '{"prompt": "…"}')
     question = Question(row, found, place, None)
     try:
-        conversation = formats.converter(found)(row)
+        conversation = formats.find_converter(found)(row)
     except formats.BadRow as bad:
         raise UsageError(f"{place}: {bad.said}", bad.hint) from None
     assert isinstance(conversation, formats.Conversation)
@@ -113,14 +113,14 @@ def generate(
                 row = {"model": label, "prompt": question.text, "answer": given[index], "expected": question.expected}
                 print(json.dumps(row, ensure_ascii=False))
         else:
-            print(_side_by_side(question, {label: given[index] for label, given in answers.items()}))
+            print(_format_answers(question, {label: given[index] for label, given in answers.items()}))
     expected = [question.expected for question in questions]
     if any(answer is not None for answer in expected):
-        rows = [[label, *_exact_match(given, expected)] for label, given in answers.items()]
-        (ui.say if as_json else print)(ui.table(["exact match", "rows", "share"], rows))
+        rows = [[label, *_count_exact_matches(given, expected)] for label, given in answers.items()]
+        (ui.say if as_json else print)(ui.format_table(["exact match", "rows", "share"], rows))
 
 
-def _side_by_side(question: Question, answers: dict[str, str]) -> str:
+def _format_answers(question: Question, answers: dict[str, str]) -> str:
     lines = [f"prompt: {question.text}"]
     if question.expected is not None:
         lines.append(f"expected: {question.expected}")
@@ -130,7 +130,7 @@ def _side_by_side(question: Question, answers: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _exact_match(given: Sequence[str], expected: Sequence[str | None]) -> tuple[str, str]:
+def _count_exact_matches(given: Sequence[str], expected: Sequence[str | None]) -> tuple[str, str]:
     pairs = [(answer.strip(), wanted.strip()) for answer, wanted in zip(given, expected) if wanted is not None]
     hits = sum(answer == wanted for answer, wanted in pairs)
     return f"{hits}/{len(pairs)}", f"{100 * hits / len(pairs):.1f}%"

@@ -16,15 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.merge import compare_weights as weights
-from lora_cli.merge import layerwise_logits as walk
-from lora_cli.merge import merge as fold
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import config
-from lora_cli.models import fingerprint as identity
+from lora_cli.merge import compare_weights, layerwise_logits, merge
+from lora_cli.models import adapter_folder, config, fingerprint, tokenizer, trained_on
 from lora_cli.models import probes as verify
-from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models import trained_on as origin
 from lora_cli.models.probes import Probe
 
 
@@ -45,89 +39,91 @@ def compare(first: str, second: str, base: str | None) -> str:
 
     `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be compared.
     """
-    kinds = {path: record.kind(path) for path in (first, second)}
+    kinds = {path: adapter_folder.classify(path) for path in (first, second)}
     by_model = next((path for path in kinds if kinds[path] != "gguf"), None)
     # one side's tokenizer and template make the prompts of both
-    probes = verify.probes(_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain(Path(first))
-    one, other = (_form(path, kinds[path], base, probes) for path in (first, second))
+    probes = (
+        verify.make_probes(_load_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain_probes(Path(first))
+    )
+    one, other = (_load_form(path, kinds[path], base, probes) for path in (first, second))
     gguf = "gguf" in kinds.values()
-    difference = verify.compare(*((one.last, other.last) if gguf else (one.logits, other.logits)))
+    difference = verify.compare_logits(*((one.last, other.last) if gguf else (one.logits, other.logits)))
     said = f"{first} ({one.type}) and {second} ({other.type}): {difference}"
-    limit, value = _limit(difference, one, other, gguf)
+    limit, value = _choose_limit(difference, one, other, gguf)
     if limit is None:
         return f"{said} (reported: {' and '.join(sorted({one.type, other.type}))} has no limit)"
     said = f"{said} (limit: {'mean KL' if gguf else '|Δlogit|'} {limit:.2e})"
     if not value <= limit:
         raise RejectedError(f"not the same function: {said}", "merge or export again; lora generate shows answers")
-    return said + _by_weight(kinds, base)
+    return said + _compare_weights(kinds, base)
 
 
-def _by_weight(kinds: Mapping[str, str], base: str | None) -> str:
+def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     """What the weights of an adapter and a merged model say beyond their logits. RejectedError."""
     adapters = [path for path in kinds if kinds[path] == "adapter"]
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
         return ""
-    dtype = config.checkpoint_dtype(config.load_config(models[0]))
-    found = weights.compare(record.read_adapter(Path(adapters[0]), base), models[0], dtype)
+    dtype = config.get_checkpoint_dtype(config.load_config(models[0]))
+    found = compare_weights.compare_weights(adapter_folder.read_adapter(Path(adapters[0]), base), models[0], dtype)
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
-def _limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
+def _choose_limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
     """The limit, and the figure it is for: KL where a GGUF takes part, else the largest |Δlogit|."""
     if not gguf:
-        limits = [verify.limit(difference, getattr(torch, form.type)) for form in (one, other)]
+        limits = [verify.rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
         return max(limits), difference.max_abs
     # Hugging Face models are compared in float32
     known = [verify.KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None) for form in (one, other)]
     return (None if None in known else max(limit for limit in known if limit is not None)), difference.mean_kl
 
 
-def _tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
     if kind == "adapter":
-        return origin.load_tokenizer(record.read_adapter(Path(path), base))
-    return tokenizing.load_tokenizer(path)
+        return trained_on.load_tokenizer(adapter_folder.read_adapter(Path(path), base))
+    return tokenizer.load_tokenizer(path)
 
 
-def _plain(path: Path) -> list[Probe]:
+def _plain_probes(path: Path) -> list[Probe]:
     """Probes for two GGUF files: plain text, with the ids of the first."""
     with GGUFModel(path) as engine:
         return [Probe(text, engine.tokenize(text), True) for text in verify.PROBES]
 
 
-def _form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Form:
+def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Form:
     """What the model at `path` says to the probes."""
     if kind == "gguf":
-        return _of_gguf(Path(path), probes)
-    tokenizer = _tokenizer(path, kind, base)
-    if any(probe.text != other.text for probe, other in zip(probes, verify.probes(tokenizer)) if not probe.plain):
+        return _load_gguf_form(Path(path), probes)
+    tokenizer = _load_tokenizer(path, kind, base)
+    if any(probe.text != other.text for probe, other in zip(probes, verify.make_probes(tokenizer)) if not probe.plain):
         raise RejectedError(f"{path} has another chat template: it renders the same prompts otherwise", "diff the two")
     for probe in probes:
         ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]
-        _same_ids(path, probe, ids)
+        _require_same_ids(path, probe, ids)
     if kind == "adapter":
-        adapter = record.read_adapter(Path(path), base)
-        identity.check(adapter)
+        adapter = adapter_folder.read_adapter(Path(path), base)
+        fingerprint.refuse_other_base(adapter)
         ui.say(f"{path}: on {adapter.base}")
-        dtype = origin.trained_dtype(adapter)
-        logits = fold.choose_way(adapter, stream=None, original=False).expected(probes)
-        logits = logits and [rows[-walk.KEPT :] for rows in logits]
+        dtype = trained_on.find_trained_dtype(adapter)
+        logits = merge.choose_way(adapter, stream=None, original=False).expected(probes)
+        logits = logits and [rows[-layerwise_logits.KEPT :] for rows in logits]
     else:
-        dtype = config.checkpoint_dtype(config.load_config(path))
-        logits = walk.logits_of(path, None, dtype, probes)
+        dtype = config.get_checkpoint_dtype(config.load_config(path))
+        logits = layerwise_logits.walk_logits_of(path, None, dtype, probes)
     if logits is None:
         raise LoraError(f"{path} could not be read weight by weight", "compare it where there is more memory")
     return Form(logits, str(dtype).removeprefix("torch."))
 
 
-def _of_gguf(path: Path, probes: Sequence[Probe]) -> Form:
+def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:
     with GGUFModel(path, exact=True) as engine:
         for probe in probes:
-            _same_ids(str(path), probe, engine.tokenize(probe.text, add_special=probe.plain))
+            _require_same_ids(str(path), probe, engine.tokenize(probe.text, add_special=probe.plain))
         given = [torch.tensor([engine.logprobs(probe.ids)]) for probe in probes]
         return Form(given, str(engine.metadata["ftype"]).lower().removeprefix("all "))
 
 
-def _same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:
+def _require_same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:
     if list(ids) != probe.ids:
         raise LoraError(f"{path} splits {probe.text[:60]!r} into other tokens than the other", "they are two models")

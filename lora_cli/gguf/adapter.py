@@ -15,15 +15,11 @@ from safetensors.torch import save_file
 
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import UsageError
-from lora_cli.gguf import parity
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import parity, tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import adapter_contents, attach, empty
-from lora_cli.models import adapter_folder as record
+from lora_cli.models import adapter_contents, adapter_folder, attach, empty, fingerprint, trained_on
 from lora_cli.models import base as model
-from lora_cli.models import fingerprint as identity
 from lora_cli.models import probes as verify
-from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
 
 
@@ -36,14 +32,14 @@ def export_adapter(
     Raises LoraError for an adapter that llama.cpp cannot hold, files in the way, and answers that differ; nothing is
     left then.
     """
-    if kquants := [name for name in types if name.lower() not in llama_cpp.CONVERTER_TYPES]:
-        known = ", ".join(llama_cpp.CONVERTER_TYPES)
+    if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
+        known = ", ".join(tools.CONVERTER_TYPES)
         raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
-    adapter = record.read_adapter(path, base)
+    adapter = adapter_folder.read_adapter(path, base)
     adapter_contents.refuse_beyond(path)
-    identity.check(adapter)
-    converter = llama_cpp.find_converter(llama_cpp_dir)
-    folder, stem = output or path.parent, files.stem(path)
+    fingerprint.refuse_other_base(adapter)
+    converter = tools.find_converter(llama_cpp_dir)
+    folder, stem = output or path.parent, files.name_artefact(path)
     targets = {name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))}
     files.refuse_existing(targets.values())
     ui.say(f"exporting the adapter {path} with the converter {converter}")
@@ -54,14 +50,14 @@ def export_adapter(
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         scaled, made = Path(scratch) / "scaled", {name: Path(scratch) / file.name for name, file in targets.items()}
-        base_folder = _base_folder(adapter)
+        base_folder = _find_base_folder(adapter)
         _write_scaled(adapter, scaled)
         for name, file in made.items():
-            llama_cpp.convert(scaled, file, name, converter, base_folder)
+            tools.convert(scaled, file, name, converter, base_folder)
         reports = _compare_all(adapter, base_folder, made, converter, Path(scratch))
         for name, target in targets.items():
-            contents = provenance.new(
-                "export-gguf", type=name, llama_cpp=llama_cpp.VERSION, checked=reports[name], parent=adapter.record
+            contents = provenance.new_record(
+                "export-gguf", type=name, llama_cpp=tools.VERSION, checked=reports[name], parent=adapter.record
             )
             files.write_json(target.with_name(f"{target.name}.json"), contents)
             made[name].rename(target)
@@ -70,7 +66,7 @@ def export_adapter(
     return list(targets.values())
 
 
-def _base_folder(adapter: Adapter) -> Path:
+def _find_base_folder(adapter: Adapter) -> Path:
     """The folder of the adapter's base; that of the hub's cache for a name on the hub."""
     return Path(
         adapter.base if Path(adapter.base).is_dir() else snapshot_download(adapter.base, revision=adapter.revision)
@@ -79,9 +75,9 @@ def _base_folder(adapter: Adapter) -> Path:
 
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
     """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by 1 for plain LoRA."""
-    adapted = attach.load_adapter(empty.weightless(adapter.base, adapter.revision), adapter.folder)
+    adapted = attach.load_adapter(empty.build_zero(adapter.base, adapter.revision), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
-    for path, layer in attach.lora_layers(adapted).items():
+    for path, layer in attach.find_lora_layers(adapted).items():
         factor = layer.scaling["default"] * layer.r["default"] / config.lora_alpha
         tensors[f"{path}.lora_A.weight"] = layer.lora_A["default"].weight.data
         tensors[f"{path}.lora_B.weight"] = layer.lora_B["default"].weight.data * factor
@@ -93,18 +89,18 @@ def _compare_all(
     adapter: Adapter, base_folder: Path, made: dict[str, Path], converter: Found, scratch: Path
 ) -> dict[str, str]:
     """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one differs."""
-    if not parity.engine_found():
+    if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    dtype = origin.dtype_on_disk(adapter)
-    base = origin.to_float32(model.load_base(adapter.base, adapter.revision, dtype))
+    dtype = trained_on.find_dtype_on_disk(adapter)
+    base = trained_on.convert_to_float32(model.load_base(adapter.base, adapter.revision, dtype))
     exact = scratch / "base.gguf"
-    llama_cpp.convert(base_folder, exact, llama_cpp.EXACT[str(dtype).removeprefix("torch.")], converter)
-    probes = verify.probes(origin.load_tokenizer(adapter))
-    without = verify.logits(base, probes)
-    given = verify.logits(attach.load_adapter(base, adapter.folder), probes)
-    ui.say(f"  what the adapter does to the base here: {verify.compare(without, given)}")
+    tools.convert(base_folder, exact, tools.EXACT[str(dtype).removeprefix("torch.")], converter)
+    probes = verify.make_probes(trained_on.load_tokenizer(adapter))
+    without = verify.compute_logits(base, probes)
+    given = verify.compute_logits(attach.load_adapter(base, adapter.folder), probes)
+    ui.say(f"  what the adapter does to the base here: {verify.compare_logits(without, given)}")
     expected = [rows[-1] for rows in given]
     return {
-        name: parity.compare(exact, probes, expected, verify.KL_LIMIT[name], adapter=file)
+        name: parity.compare_gguf(exact, probes, expected, verify.KL_LIMIT[name], adapter=file)
         for name, file in made.items()
     }

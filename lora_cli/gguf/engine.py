@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import tools
 
 
 class GGUFModel:
@@ -43,9 +43,9 @@ class GGUFModel:
         `adapter`: a GGUF of a LoRA adapter, applied at full strength.
         Raises LoraError when xllamacpp is not installed or llama.cpp cannot load the file.
         """
-        if not llama_cpp.is_gguf(path, with_tensors=False):
+        if not tools.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
-        xlc = _xllamacpp()
+        xlc = _import_xllamacpp()
         params = xlc.CommonParams()
         params.model.path = str(path)
         params.n_ctx = n_ctx
@@ -60,7 +60,7 @@ class GGUFModel:
         if adapter is not None:
             params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.path = path
-        self._server = _load(xlc, params)
+        self._server = _load_server(xlc, params)
         # A proxy set in the environment must not get the requests to this process.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         props = self._ask("/props")
@@ -109,7 +109,7 @@ class GGUFModel:
                 if line.startswith(b"data: "):
                     piece = json.loads(line.removeprefix(b"data: "))
                     if "error" in piece:
-                        raise LoraError(f"llama.cpp stopped answering: {_message(piece)}")
+                        raise LoraError(f"llama.cpp stopped answering: {_read_message(piece)}")
                     yield piece["content"]
 
     def logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
@@ -160,10 +160,10 @@ class GGUFModel:
         try:
             return self._opener.open(urllib.request.Request(self._server.listening_address + route, data, headers))
         except urllib.error.HTTPError as error:
-            raise LoraError(f"llama.cpp refused: {_message(json.load(error))}") from error
+            raise LoraError(f"llama.cpp refused: {_read_message(json.load(error))}") from error
 
 
-def _xllamacpp() -> Any:
+def _import_xllamacpp() -> Any:
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
@@ -175,10 +175,10 @@ def _xllamacpp() -> Any:
     return xllamacpp
 
 
-def _load(xlc: Any, params: Any) -> Any:
+def _load_server(xlc: Any, params: Any) -> Any:
     """The running server. A silent llama.cpp does not say why it fails, so a failure is repeated aloud, into a file."""
     for params.verbosity in (-1, 1):
-        with _stderr_into_file() as file:
+        with _capture_stderr() as file:
             try:
                 return xlc.Server(params)
             except RuntimeError as error:
@@ -193,7 +193,7 @@ def _load(xlc: Any, params: Any) -> Any:
 
 
 @contextmanager
-def _stderr_into_file() -> Iterator[IO[bytes]]:
+def _capture_stderr() -> Iterator[IO[bytes]]:
     """Send file descriptor 2, where C++ writes, into a temporary file for a while."""
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -206,6 +206,6 @@ def _stderr_into_file() -> Iterator[IO[bytes]]:
             os.close(terminal)
 
 
-def _message(reply: Mapping[str, Any]) -> str:
+def _read_message(reply: Mapping[str, Any]) -> str:
     """llama.cpp's own words in an error reply."""
     return reply["error"]["message"]

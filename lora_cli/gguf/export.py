@@ -11,17 +11,14 @@ from transformers import PretrainedConfig
 
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.gguf import imatrix, parity, preflight
-from lora_cli.gguf import modelfile as serving
+from lora_cli.gguf import imatrix, modelfile, parity, preflight
 from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.tools import Found
-from lora_cli.merge import merge as fold
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
+from lora_cli.merge import merge
+from lora_cli.models import adapter_folder, base, trained_on
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models import trained_on as origin
-from lora_cli.models.config import checkpoint_dtype, load_config
+from lora_cli.models.config import get_checkpoint_dtype, load_config
 
 
 class Tools(NamedTuple):
@@ -45,66 +42,68 @@ def export(
     current folder. Files are named after the folder, in `output` or beside the weights. Raises LoraError for missing
     tools and files in the way before anything is converted, and when a file's answers differ; nothing is left then.
     """
-    names = list(dict.fromkeys(_type(name, weighted is not None) for name in types))
-    path = path or newest_result()
-    kind = record.kind(str(path))
+    names = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
+    path = path or find_newest_result()
+    kind = adapter_folder.classify(str(path))
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
     if weighted is not None:
-        imatrix.check(weighted)
+        imatrix.refuse_missing_file(weighted)
     wants_quantizer = any(name not in llama_cpp.CONVERTER_TYPES for name in names)
     if weighted is not None and not wants_quantizer:
         raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(names)}", "-q Q4_K_M")
     quantizer = llama_cpp.find_quantizer(llama_cpp_dir) if wants_quantizer else None
     tools = Tools(llama_cpp.find_converter(llama_cpp_dir), quantizer)
-    folder, stem = output or (path if kind == "model" else path.parent), files.stem(path)
+    folder, stem = output or (path if kind == "model" else path.parent), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {tools.converter}")
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
-        merged, adapter = path, record.read_adapter(path, base) if kind == "adapter" else None
+        merged, adapter = path, adapter_folder.read_adapter(path, base) if kind == "adapter" else None
         config = _check_first(path, adapter, tools.converter, Path(scratch))
-        exact = _exact(config) if wants_quantizer else None
+        exact = _choose_exact_type(config) if wants_quantizer else None
         preflight.check_disk(folder, config, names, adapter is not None, exact)
         if adapter is not None:
             merged = Path(scratch) / stem
-            fold.merge_adapter(adapter, merged)
+            merge.merge_adapter(adapter, merged)
         _convert_all(merged, targets, tools, Path(scratch), weighted)
-        serving.write_modelfile(folder, list(targets.values()), merged)
-    serving.say_how(list(targets.values()), path if kind == "model" else None, adapter)
+        modelfile.write_modelfile(folder, list(targets.values()), merged)
+    modelfile.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
 
 
-def _exact(config: PretrainedConfig) -> str:
+def _choose_exact_type(config: PretrainedConfig) -> str:
     """The converter's type that holds the model's weights as they are, from which the quantiser starts."""
-    return llama_cpp.EXACT[str(checkpoint_dtype(config)).removeprefix("torch.")]
+    return llama_cpp.EXACT[str(get_checkpoint_dtype(config)).removeprefix("torch.")]
 
 
-def _check_first(path: Path, adapter: record.Adapter | None, converter: Found, scratch: Path) -> PretrainedConfig:
+def _check_first(
+    path: Path, adapter: adapter_folder.Adapter | None, converter: Found, scratch: Path
+) -> PretrainedConfig:
     """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
     if adapter is None:
         config = load_config(str(path))
-        preflight.check(path, config, tokenizing.load_tokenizer(str(path)), converter)
+        preflight.check_convertible(path, config, tokenizing.load_tokenizer(str(path)), converter)
         return config
-    config, tokenizer = load_config(adapter.base, adapter.revision), origin.load_tokenizer(adapter)
+    config, tokenizer = load_config(adapter.base, adapter.revision), trained_on.load_tokenizer(adapter)
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = scratch / "unmerged"
     config.save_pretrained(str(unmerged))
     tokenizing.save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
-    preflight.check(unmerged, config, tokenizer, converter)
+    preflight.check_convertible(unmerged, config, tokenizer, converter)
     return config
 
 
-def _type(name: str, weighted: bool) -> str:
+def _spell_type(name: str, weighted: bool) -> str:
     """The converter's own types first: it writes q8_0 without a quantiser."""
     if name.lower() in llama_cpp.CONVERTER_TYPES:
         return name.lower()
-    return llama_cpp.quantizer_type(name, weighted)
+    return llama_cpp.spell_quantizer_type(name, weighted)
 
 
-def newest_result() -> Path:
+def find_newest_result() -> Path:
     """The merged model or adapter below the current folder that was written last; LoraError if there is none."""
     found = [
         file for file in Path().rglob(provenance.ARTEFACT_RECORD) if not any(p.startswith(".") for p in file.parts)
@@ -129,8 +128,8 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         assert tools.quantizer is not None, "export looked for it"
         if exact is None:
             exact = scratch / "exact.gguf"
-            llama_cpp.convert(merged, exact, _exact(config), tools.converter)
-            matrix = _imatrix(weighted, merged, exact, tools.converter)
+            llama_cpp.convert(merged, exact, _choose_exact_type(config), tools.converter)
+            matrix = _find_imatrix(weighted, merged, exact, tools.converter)
         llama_cpp.quantize(exact, file, name, tools.quantizer, matrix)
     reports = _compare_all(merged, config, made)
     parent = (
@@ -139,7 +138,7 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         else None
     )
     for name, target in targets.items():
-        contents = provenance.new(
+        contents = provenance.new_record(
             "export-gguf",
             type=name,
             llama_cpp=llama_cpp.VERSION,
@@ -152,26 +151,27 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, {reports[name]}")
 
 
-def _imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
+def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
     """The importance matrix named by `--imatrix`, measured where that is data."""
     if weighted is None:
         return None
     if Path(weighted).suffix in imatrix.FILES:
         return Path(weighted)
     made = exact.with_name("imatrix.gguf")
-    imatrix.make(weighted, merged, exact, made, converter)
+    imatrix.make_imatrix(weighted, merged, exact, made, converter)
     return made
 
 
 def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) -> dict[str, str]:
     """What comparing each file with the Hugging Face model showed, by type; LoraError if one may not be handed over."""
-    if not parity.engine_found():
+    if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
     tokenizer = tokenizing.load_tokenizer(str(merged))
-    probes = verify.probes(tokenizer)
-    weights = origin.to_float32(model.load_base(str(merged), None, checkpoint_dtype(config)))
-    expected = [logits[-1] for logits in verify.logits(weights, probes)]
+    probes = verify.make_probes(tokenizer)
+    weights = trained_on.convert_to_float32(base.load_base(str(merged), None, get_checkpoint_dtype(config)))
+    expected = [logits[-1] for logits in verify.compute_logits(weights, probes)]
     source = parity.Source(config, tokenizer, weights.num_parameters())
     return {
-        name: parity.compare(file, probes, expected, verify.KL_LIMIT.get(name), source) for name, file in made.items()
+        name: parity.compare_gguf(file, probes, expected, verify.KL_LIMIT.get(name), source)
+        for name, file in made.items()
     }

@@ -19,13 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.data import prepare as data
-from lora_cli.data import sources
+from lora_cli.data import prepare, sources
 from lora_cli.data.encode import Renderer
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import base as model
-from lora_cli.models import config
+from lora_cli.models import base, config
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe.keys import Data, Model, Recipe, Training
 
@@ -34,35 +32,37 @@ FILES = (".gguf", ".dat", ".imatrix")
 """Endings of importance matrices; anything else is data to measure one on."""
 
 
-def check(given: str) -> None:
+def refuse_missing_file(given: str) -> None:
     """LoraError where `--imatrix` names a file that is not there."""
     if Path(given).suffix and not Path(given).exists():
         raise LoraError(f"--imatrix {given} does not exist", f"ls {Path(given).parent}")
 
 
-def make(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) -> None:
+def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) -> None:
     """Measure the model in `folder` on `rows` (a file or data set as in `data.path`) and write `outfile`.
 
     `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows that cannot be used.
     """
     tokenizer = tokenizing.load_tokenizer(str(folder))
-    network = model.load_base(str(folder), None, config.checkpoint_dtype(config.load_config(str(folder))))
-    batches = list(read(rows, tokenizer))
-    sums, num_tokens = measure(model.to_accelerator(network), batches)
+    network = base.load_base(str(folder), None, config.get_checkpoint_dtype(config.load_config(str(folder))))
+    batches = list(read_rows(rows, tokenizer))
+    sums, num_tokens = measure_inputs(base.to_accelerator(network), batches)
     ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")
     scratch = outfile.with_suffix(".safetensors")
     save_file(sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows})
     script, package = Path(__file__).with_name("imatrix_writer.py"), converter.path.parent / "gguf-py"
     command = [sys.executable, str(script), str(scratch), str(exact), str(outfile)]
-    code, lines = llama_cpp.run(command, "writing the importance matrix", {"PYTHONPATH": str(package)})
+    code, lines = tools.run_command(command, "writing the importance matrix", {"PYTHONPATH": str(package)})
     left_out = [line.partition(": ")[2] for line in lines if line.startswith("left out: ")]
     if left_out:
         ui.warn(f"{len(left_out)} layers have no importance matrix, since their names are not known: {left_out[0]}, …")
     if code or len(left_out) == len(sums):
-        raise LoraError(f"the importance matrix cannot be written: {llama_cpp.last_line(lines)}", "leave --imatrix out")
+        raise LoraError(
+            f"the importance matrix cannot be written: {tools.find_last_line(lines)}", "leave --imatrix out"
+        )
 
 
-def read(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def read_rows(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of the rows as they would be trained on, in pieces of at most CHUNK, up to MAX_TOKENS in all."""
     recipe = Recipe(
         model=Model(name_or_path="-"),
@@ -71,8 +71,8 @@ def read(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         output_dir="-",
     )
     left = MAX_TOKENS
-    source = sources.find(recipe.data, "path", rows, "train")
-    for row in data.stream(source, recipe, Renderer(tokenizer, recipe.data.train_on)):
+    source = sources.find_source(recipe.data, "path", rows, "train")
+    for row in prepare.stream_rows(source, recipe, Renderer(tokenizer, recipe.data.train_on)):
         if left <= 0:
             ui.say(f"  importance matrix: the first {MAX_TOKENS} tokens of {rows}")
             return
@@ -80,14 +80,14 @@ def read(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         yield [int(token) for token in row.input_ids]
 
 
-def measure(network: PreTrainedModel, batches: Iterable[list[int]]) -> tuple[dict[str, torch.Tensor], int]:
+def measure_inputs(network: PreTrainedModel, batches: Iterable[list[int]]) -> tuple[dict[str, torch.Tensor], int]:
     """The sum of squares of each input column (float32, on the CPU) by linear module, and the number of tokens."""
     sums: dict[str, torch.Tensor] = {}
     layers = {name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     device, num_tokens = next(network.parameters()).device, 0
     with ExitStack() as stack, torch.inference_mode():
         for name, module in layers.items():
-            stack.enter_context(_watched(name, module, sums))
+            stack.enter_context(_watch_inputs(name, module, sums))
         for ids in batches:
             network.eval()(input_ids=torch.tensor([ids], device=device))
             num_tokens += len(ids)
@@ -97,7 +97,7 @@ def measure(network: PreTrainedModel, batches: Iterable[list[int]]) -> tuple[dic
 
 
 @contextmanager
-def _watched(name: str, module: nn.Module, sums: dict[str, torch.Tensor]) -> Iterator[None]:
+def _watch_inputs(name: str, module: nn.Module, sums: dict[str, torch.Tensor]) -> Iterator[None]:
     """Add up the squares of what goes into `module`, for a while."""
 
     def add(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:

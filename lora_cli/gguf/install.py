@@ -20,8 +20,16 @@ import time
 from pathlib import Path
 
 from lora_cli.common.errors import LoraError
-from lora_cli.common.ui import duration, say
-from lora_cli.gguf.tools import CONVERTER, QUANTIZER, VERSION, converter_lacks, last_line, managed_home, run
+from lora_cli.common.ui import format_duration, say
+from lora_cli.gguf.tools import (
+    CONVERTER,
+    QUANTIZER,
+    VERSION,
+    find_last_line,
+    find_managed_home,
+    find_missing_part,
+    run_command,
+)
 
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 """Of llama_cpp_python-<VERSION>.tar.gz, 77 MB."""
@@ -83,17 +91,17 @@ def install_converters() -> Path:
 
     Does nothing where they are. Downloads 77 MB. Raises LoraError when pip fails or brings another archive.
     """
-    home = managed_home()
-    if not converter_lacks(home / CONVERTER):
+    home = find_managed_home()
+    if not find_missing_part(home / CONVERTER):
         return home
     say(f"downloading llama.cpp (source package of llama-cpp-python {VERSION}, 77 MB)")
     started = time.monotonic()
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".llama.cpp-", dir=home.parent) as folder:
         fresh = Path(folder) / "llama.cpp"
-        _unpack(_download(Path(folder)), fresh)
+        _unpack(_download_source(Path(folder)), fresh)
         _rename(fresh, home)
-    say(f"llama.cpp's converters are in {home} ({duration(time.monotonic() - started)})")
+    say(f"llama.cpp's converters are in {home} ({format_duration(time.monotonic() - started)})")
     return home
 
 
@@ -104,28 +112,28 @@ def install_quantizer() -> Path:
     LoraError before anything is downloaded when there is no C++ compiler, and with the end of the log when the build
     fails.
     """
-    program = managed_home() / "bin" / QUANTIZER
+    program = find_managed_home() / "bin" / QUANTIZER
     if program.is_file():
         return program
     if not _has_compiler():
-        raise LoraError("building llama-quantize needs a C++ compiler, and none was found", _compiler_hint())
+        raise LoraError("building llama-quantize needs a C++ compiler, and none was found", _name_compiler_command())
     home, started = install_converters(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=home) as folder:
         built = _build(Path(folder), home)
         program.parent.mkdir(exist_ok=True)
         built.replace(program)
-    say(f"llama-quantize is in {program} ({duration(time.monotonic() - started)})")
+    say(f"llama-quantize is in {program} ({format_duration(time.monotonic() - started)})")
     return program
 
 
-def _download(folder: Path) -> Path:
+def _download_source(folder: Path) -> Path:
     """The source package, by pip. Stated with its hash, so that pip runs nothing of an archive that is not ours."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
     command = _pip("download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder), "-r", str(wanted))
-    code, lines = run(command, "downloading")
+    code, lines = run_command(command, "downloading")
     if code:
-        raise _pip_failed(f"llama-cpp-python {VERSION}", lines)
+        raise _explain_pip(f"llama-cpp-python {VERSION}", lines)
     return folder / f"llama_cpp_python-{VERSION}.tar.gz"
 
 
@@ -147,12 +155,12 @@ def _unpack(sdist: Path, target: Path) -> None:
 
 def _rename(fresh: Path, home: Path) -> None:
     """Give `fresh` its final name, unless another process was first."""
-    if home.is_dir() and converter_lacks(home / CONVERTER):
+    if home.is_dir() and find_missing_part(home / CONVERTER):
         home.rename(fresh.with_name("incomplete"))  # goes away with the temporary folder
     try:
         fresh.rename(home)
     except OSError:
-        if converter_lacks(home / CONVERTER):
+        if find_missing_part(home / CONVERTER):
             raise
 
 
@@ -174,18 +182,18 @@ def _build(folder: Path, home: Path) -> Path:
     log = home / "build-llama-quantize.log"
     log.unlink(missing_ok=True)
     for command in (configure, build):
-        code, lines = run(command, "building llama-quantize", env, log)
+        code, lines = run_command(command, "building llama-quantize", env, log)
         if code:
             tail = "\n  ".join([line for line in lines if line.strip()][-12:])
             raise LoraError(
                 f"building llama-quantize failed; the end of {log}:\n  {tail}",
-                f"if the compiler is old or incomplete: {_compiler_hint()}; a llama.cpp built by hand works as well: "
+                f"if the compiler is old or incomplete: {_name_compiler_command()}; a llama.cpp built by hand works as well: "
                 "--llama-cpp DIR",
             )
     built = folder / "build" / "bin" / QUANTIZER
-    _, said = run([str(built), "--help"], "trying llama-quantize")
+    _, said = run_command([str(built), "--help"], "trying llama-quantize")
     if not any("Q4_K_M" in line for line in said):
-        raise LoraError(f"the llama-quantize just built does not run: {last_line(said)}", f"see {log}")
+        raise LoraError(f"the llama-quantize just built does not run: {find_last_line(said)}", f"see {log}")
     return built
 
 
@@ -197,9 +205,9 @@ def _build_tools(target: Path) -> dict[str, str]:
         lacking.append("ninja")
     if lacking:
         say(f"fetching {' and '.join(lacking)} for the build")
-        code, lines = run(_pip("install", "--target", str(target), *lacking), "fetching")
+        code, lines = run_command(_pip("install", "--target", str(target), *lacking), "fetching")
         if code:
-            raise _pip_failed(" and ".join(lacking), lines)
+            raise _explain_pip(" and ".join(lacking), lines)
         env["PATH"] = os.pathsep.join([str(target / "bin"), env["PATH"]])
         env["PYTHONPATH"] = str(target)
     return env
@@ -209,8 +217,8 @@ def _pip(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
 
 
-def _pip_failed(what: str, lines: list[str]) -> LoraError:
-    said = last_line(lines)
+def _explain_pip(what: str, lines: list[str]) -> LoraError:
+    said = find_last_line(lines)
     if "No module named pip" in said:
         return LoraError(f"this Python has no pip to fetch {what} with", f"{sys.executable} -m ensurepip")
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
@@ -232,7 +240,7 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in [*named, "c++", "g++", "clang++"])
 
 
-def _compiler_hint() -> str:
+def _name_compiler_command() -> str:
     """The one command that installs a C++ compiler here."""
     if platform.system() == "Darwin":
         return "xcode-select --install"

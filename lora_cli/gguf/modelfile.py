@@ -15,8 +15,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
-from lora_cli.models import adapter_contents, config
-from lora_cli.models import chat_template as chat
+from lora_cli.models import adapter_contents, chat_template, config
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
 
@@ -49,7 +48,7 @@ class Pieces(NamedTuple):
         return f"{{{{ range .Messages }}}}{{{{ {'{{ else '.join(cases)}{{{{ end }}}}{{{{ end }}}}{self.ask}"
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
+def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
     """The tokenizer's chat template in pieces; None where it has none, or renders a probe conversation otherwise."""
     if tokenizer.chat_template is None:
         return None
@@ -57,7 +56,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
         found = _take_apart(tokenizer)
         if found is None:
             return None
-        certain = all(found.render(probe) == _render(tokenizer, probe) for probe in _probes())
+        certain = all(found.render(probe) == _render_conversation(tokenizer, probe) for probe in _make_probes())
     except TemplateError:  # a template may refuse a system message, or a turn out of order
         return None
     return found if certain and '"""' not in found.go() else None
@@ -68,8 +67,11 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
     marks = {role: f"@{role}@" for role in ROLES}
     turns = [{"role": role, "content": mark} for role, mark in marks.items()]
     longer = [*turns, {"role": "user", "content": "@last@"}]  # an answer in a prompt is never the last turn
-    whole, all_turns = _render(tokenizer, longer), _render(tokenizer, longer, ask=False)
-    two, one = _render(tokenizer, turns[:2], ask=False), _render(tokenizer, turns[:1], ask=False)
+    whole, all_turns = _render_conversation(tokenizer, longer), _render_conversation(tokenizer, longer, ask=False)
+    two, one = (
+        _render_conversation(tokenizer, turns[:2], ask=False),
+        _render_conversation(tokenizer, turns[:1], ask=False),
+    )
     last = two[len(one) :].replace(marks["user"], "@last@")
     if not (whole.startswith(all_turns) and all_turns.startswith(two) and two.startswith(one)):
         return None
@@ -81,20 +83,20 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
         return None
     found = Pieces({role: (pair[0], pair[1]) for role, pair in around.items()}, whole[len(all_turns) :], None)
     start, end = found.around["system"]
-    without = _render(tokenizer, turns[1:2])
+    without = _render_conversation(tokenizer, turns[1:2])
     system = without.removesuffix(found.render(turns[1:2]))
     if system == without or not (system.startswith(start) and system.endswith(end)):
         return found
     return found._replace(system=system[len(start) : len(system) - len(end)]) if system else found
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
+def _render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
     """The conversation as the template renders it, without the BOS that Ollama and llama.cpp add."""
-    text = chat.render(tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask)
+    text = chat_template.render(tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask)
     return text.removeprefix(tokenizer.bos_token) if tokenizing.adds_bos(tokenizer) else text
 
 
-def _probes() -> list[Conversation]:
+def _make_probes() -> list[Conversation]:
     """Conversations that every template in pieces renders as the sum of its pieces."""
 
     def chat(*turns: str) -> Conversation:
@@ -117,7 +119,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
         ui.warn(f"{path} is not ours and was left as it is")
         return
     tokenizer = tokenizing.load_tokenizer(str(merged))
-    found = pieces(tokenizer)
+    found = find_pieces(tokenizer)
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:
         lines.append(
@@ -129,11 +131,11 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     else:
         lines.append(f'TEMPLATE """{found.go()}"""')
         lines += [f'SYSTEM """{found.system}"""'] if found.system else []
-    lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(tokenizer, merged)]
+    lines += [f'PARAMETER stop "{token}"' for token in list_stop_tokens(tokenizer, merged)]
     files.write_text(path, "\n".join(lines) + "\n")
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
+def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
     configured = GenerationConfig.from_model_config(config.load_config(str(merged))).eos_token_id
     if (merged / "generation_config.json").is_file():
@@ -164,7 +166,7 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
         ui.say(f"  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {adapter.folder} OUT")
         served = Path("OUT")
     ui.say(
-        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules {files.stem(adapter.folder)}="
+        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules {files.name_artefact(adapter.folder)}="
         f"{served}"
     )
     ui.say(f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} --adapter-only")

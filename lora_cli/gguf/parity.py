@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import probes as verify
+from lora_cli.models import probes
 
 NO_ENGINE = "not compared: no llama.cpp engine"
 SPLITS = "a base that transformers saved anew lacks tokenizer.model: copy it from the original; else report it"
@@ -28,7 +28,7 @@ class Source(NamedTuple):
     num_params: int
 
 
-def engine_found() -> bool:
+def find_engine() -> bool:
     """Whether xllamacpp is installed; a warning where it is not."""
     if importlib.util.find_spec("xllamacpp") is None:
         ui.warn("not compared with the Hugging Face model: no llama.cpp engine here (pip install 'lora-cli[gguf]')")
@@ -36,9 +36,9 @@ def engine_found() -> bool:
     return True
 
 
-def compare(
+def compare_gguf(
     gguf: Path,
-    probes: Sequence[verify.Probe],
+    probes: Sequence[probes.Probe],
     expected: Sequence[torch.Tensor],
     kl_limit: float | None,
     source: Source | None = None,

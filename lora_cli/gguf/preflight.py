@@ -13,15 +13,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import empty
-from lora_cli.models.config import checkpoint_dtype
+from lora_cli.models.config import get_checkpoint_dtype
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 
 
-def check(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, converter: Found) -> None:
+def check_convertible(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, converter: Found
+) -> None:
     """LoraError for a model in `folder` (configuration and tokenizer; weights where they are there) that the converter
     would refuse, or convert into another function; a warning where a chat template is missing."""
     rows, ids = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
@@ -34,7 +36,7 @@ def check(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizer
     _refuse_head_of_its_own(folder, config)
     if tokenizer.chat_template is None:
         ui.warn("the model has no chat template: llama.cpp will render chats as ChatML")
-    llama_cpp.try_vocabulary(folder, converter)
+    tools.try_vocabulary(folder, converter)
 
 
 def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
@@ -58,9 +60,9 @@ def check_disk(folder: Path, config: PretrainedConfig, types: Iterable[str], mer
 
     `merged`: a merged model is written there first; `exact`: so is a GGUF of that type.
     """
-    num_params = empty.from_config(config).num_parameters()
-    bits = sum(bits_per_weight(name) for name in types)
-    bits += (8 * checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
+    num_params = empty.build_from_config(config).num_parameters()
+    bits = sum(estimate_bits_per_weight(name) for name in types)
+    bits += (8 * get_checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
     needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1
@@ -70,7 +72,7 @@ def check_disk(folder: Path, config: PretrainedConfig, types: Iterable[str], mer
         )
 
 
-def bits_per_weight(name: str) -> float:
+def estimate_bits_per_weight(name: str) -> float:
     """An upper estimate for a type: llama.cpp's mixtures (Q4_K_M) hold some tensors in more bits than the name says."""
     number = re.search(r"\d", name)
     return BITS.get(name, (float(number[0]) if number else 16.0) + 1.5)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.common import files
-from lora_cli.common.errors import LoraError, UsageError, nearest
+from lora_cli.common.errors import LoraError, UsageError, find_nearest
 from lora_cli.common.ui import Progress, warn
 
 VERSION = "0.3.36"
@@ -83,9 +83,9 @@ class Found:
         return f"{self.path} ({self.source})"
 
 
-def managed_home() -> Path:
+def find_managed_home() -> Path:
     """Folder of the managed copy, present or not, in `files.cache_home()`; its last number is that of its kind."""
-    return files.cache_home() / f"llama.cpp-{VERSION}-{KIND}"
+    return files.find_cache_home() / f"llama.cpp-{VERSION}-{KIND}"
 
 
 def find_converter(directory: Path | None = None) -> Found:
@@ -97,7 +97,7 @@ def find_converter(directory: Path | None = None) -> Found:
     """
     found = _search_converter(directory)
     if found is None:
-        raise _missing(directory, "lora setup-llama-cpp", lambda root: converter_lacks(root / CONVERTER))
+        raise _missing_error(directory, "lora setup-llama-cpp", lambda root: find_missing_part(root / CONVERTER))
     return found
 
 
@@ -105,19 +105,21 @@ def find_quantizer(directory: Path | None = None) -> Found:
     """The `llama-quantize` program. Raises LoraError with the one command that mends it."""
     found = _search_quantizer(directory)
     if found is None:
-        raise _missing(directory, "lora setup-llama-cpp --quantizer", lambda _: f"{QUANTIZER} (in build/bin, bin or .)")
+        raise _missing_error(
+            directory, "lora setup-llama-cpp --quantizer", lambda _: f"{QUANTIZER} (in build/bin, bin or .)"
+        )
     return found
 
 
-def converter_type(name: str) -> str:
+def spell_converter_type(name: str) -> str:
     """The converter's own spelling of `name`, whatever its case. Raises UsageError."""
-    return _pick(name, CONVERTER_TYPES)
+    return _pick_name(name, CONVERTER_TYPES)
 
 
-def quantizer_type(name: str, imatrix: bool = False) -> str:
+def spell_quantizer_type(name: str, imatrix: bool = False) -> str:
     """The quantiser's own spelling of `name`, whatever its case. Raises UsageError, also for a type that needs an
     importance matrix where there is none."""
-    picked = _pick(name, QUANTIZER_TYPES)
+    picked = _pick_name(name, QUANTIZER_TYPES)
     if picked in NEEDS_IMATRIX and not imatrix:
         raise UsageError(
             f"{picked} needs an importance matrix, measured on text like that the model is for",
@@ -133,7 +135,7 @@ def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found, base
     in a process of its own, offline. Raises LoraError when the converter fails or leaves no GGUF; `outfile` is then
     untouched.
     """
-    outtype = converter_type(outtype)
+    outtype = spell_converter_type(outtype)
     script, wanted = converter.path, "config.json"
     if base is not None:
         script, wanted = converter.path.with_name(LORA_CONVERTER), "adapter_config.json"
@@ -141,12 +143,12 @@ def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found, base
         raise LoraError(f"{model_dir} is not a model: it has no {wanted}", "pass the folder of a merged model")
     if not script.is_file():
         raise LoraError(f"{converter} has no {script.name} beside it", "leave out --llama-cpp: lora setup-llama-cpp")
-    with _staged(outfile) as folder:
+    with _stage(outfile) as folder:
         made = Path(folder) / "model.gguf"
         command = [sys.executable, str(script), str(model_dir.resolve()), "--outfile", str(made), "--outtype", outtype]
         command += ["--base", str(base.resolve())] if base else []
-        code, lines = run(command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
-        _accept(code, lines, command, made, outfile)
+        code, lines = run_command(command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+        _accept_file(code, lines, command, made, outfile)
 
 
 def try_vocabulary(model_dir: Path, converter: Found) -> None:
@@ -155,9 +157,9 @@ def try_vocabulary(model_dir: Path, converter: Found) -> None:
     with tempfile.TemporaryDirectory(prefix="lora-vocabulary-") as folder:
         command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--vocab-only"]
         command += ["--outfile", str(Path(folder) / "vocabulary.gguf")]
-        code, lines = run(command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+        code, lines = run_command(command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
     if code:
-        raise _failure(code, lines, command)
+        raise _failure_error(code, lines, command)
 
 
 def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found, imatrix: Path | None = None) -> None:
@@ -167,19 +169,19 @@ def quantize(gguf: Path, outfile: Path, type_name: str, quantizer: Found, imatri
     because their rows do not divide into its blocks. Raises LoraError when the quantiser fails or leaves no GGUF;
     `outfile` is then untouched.
     """
-    type_name = quantizer_type(type_name, imatrix is not None)
-    with _staged(outfile) as folder:
+    type_name = spell_quantizer_type(type_name, imatrix is not None)
+    with _stage(outfile) as folder:
         made = Path(folder) / "model.gguf"
         # Absolute paths: llama-quantize reads an output name that starts with digits ("7b.gguf") as a type number.
         weighted = ["--imatrix", str(imatrix.resolve())] if imatrix else []
         command = [str(quantizer.path), *weighted, str(gguf.resolve()), str(made), type_name]
-        code, lines = run(command, f"quantising to {type_name}")
-        _accept(code, lines, command, made, outfile)
+        code, lines = run_command(command, f"quantising to {type_name}")
+        _accept_file(code, lines, command, made, outfile)
     if fallback := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", "\n".join(lines)):
         warn(f"{fallback[1]} of {fallback[2]} tensors take a larger type: their rows do not fit {type_name}'s blocks")
 
 
-def run(
+def run_command(
     command: Sequence[str], label: str, env: Mapping[str, str] | None = None, log: Path | None = None
 ) -> tuple[int, list[str]]:
     """Run `command` under one progress line: (exit status, every line of its stdout and stderr).
@@ -216,7 +218,7 @@ def run(
     return process.returncode, lines
 
 
-def last_line(lines: Sequence[str]) -> str:
+def find_last_line(lines: Sequence[str]) -> str:
     """What a failed program said: its last exception or `ERROR:`, else its last line that is no logger's chatter."""
     telling = [line for line in lines if line.strip() and not re.match(r"INFO:|WARNING:|\s*\w+:\s+\d+%", line)]
     final = r"ERROR:|[\w.]+(Error|Exception):|llama_model_quantize: failed"
@@ -226,19 +228,19 @@ def last_line(lines: Sequence[str]) -> str:
 
 def _search_converter(directory: Path | None) -> Found | None:
     """As `find_converter`, but None where there is none."""
-    if chosen := _chosen(directory):
+    if chosen := _choose_directory(directory):
         root, source = chosen
-        return None if converter_lacks(root / CONVERTER) else Found(root / CONVERTER, source)
+        return None if find_missing_part(root / CONVERTER) else Found(root / CONVERTER, source)
     on_path = shutil.which(CONVERTER)
-    if on_path and not converter_lacks(script := Path(on_path).resolve()):
+    if on_path and not find_missing_part(script := Path(on_path).resolve()):
         return Found(script, "PATH")
-    script = managed_home() / CONVERTER
-    return None if converter_lacks(script) else Found(script, "managed copy")
+    script = find_managed_home() / CONVERTER
+    return None if find_missing_part(script) else Found(script, "managed copy")
 
 
 def _search_quantizer(directory: Path | None) -> Found | None:
     """As `find_quantizer`, but None where there is none."""
-    root, source = _chosen(directory) or (managed_home(), "managed copy")
+    root, source = _choose_directory(directory) or (find_managed_home(), "managed copy")
     if source == "managed copy" and (on_path := shutil.which(QUANTIZER)):
         return Found(Path(on_path).resolve(), "PATH")
     places = [root / place / QUANTIZER for place in ("build/bin", "build/bin/Release", "bin", ".")]
@@ -246,7 +248,7 @@ def _search_quantizer(directory: Path | None) -> Found | None:
     return Found(found[0], source) if found else None
 
 
-def _chosen(directory: Path | None) -> tuple[Path, str] | None:
+def _choose_directory(directory: Path | None) -> tuple[Path, str] | None:
     """The directory the user named, and by what; None where the choice is ours."""
     if directory is not None:
         return directory.expanduser().resolve(), "--llama-cpp"
@@ -254,7 +256,7 @@ def _chosen(directory: Path | None) -> tuple[Path, str] | None:
     return (Path(named).expanduser().resolve(), "LLAMA_CPP_DIR") if named else None
 
 
-def converter_lacks(script: Path) -> str | None:
+def find_missing_part(script: Path) -> str | None:
     """What keeps this converter from running, or None."""
     if not script.is_file():
         return CONVERTER
@@ -266,41 +268,41 @@ def converter_lacks(script: Path) -> str | None:
     return None
 
 
-def _missing(directory: Path | None, fix: str, lacks: Callable[[Path], str | None]) -> LoraError:
-    chosen = _chosen(directory)
+def _missing_error(directory: Path | None, fix: str, lacks: Callable[[Path], str | None]) -> LoraError:
+    chosen = _choose_directory(directory)
     if chosen is None:
-        return LoraError(f"no {lacks(managed_home())} was found: not on the PATH, nor in the managed copy", fix)
+        return LoraError(f"no {lacks(find_managed_home())} was found: not on the PATH, nor in the managed copy", fix)
     root, source = chosen
     instead = "leave out --llama-cpp" if source == "--llama-cpp" else "unset LLAMA_CPP_DIR"
     return LoraError(f"{source} {root} has no {lacks(root)}", f"{instead} and install it: {fix}")
 
 
-def _pick(name: str, known: Sequence[str]) -> str:
+def _pick_name(name: str, known: Sequence[str]) -> str:
     by_upper = {each.upper(): each for each in known}
     if name.upper() in by_upper:
         return by_upper[name.upper()]
-    close = nearest(name.upper(), by_upper)
+    close = find_nearest(name.upper(), by_upper)
     meant = f"; did you mean {by_upper[close]}?" if close else ""
     raise UsageError(f"unknown GGUF type {name!r}{meant}", f"known types: {', '.join(known)}")
 
 
-def _staged(outfile: Path) -> tempfile.TemporaryDirectory[str]:
+def _stage(outfile: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder beside `outfile`, on the same disk, that goes away with all that is in it."""
     outfile.parent.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix=".lora-gguf-", dir=outfile.parent.resolve())
 
 
-def _accept(code: int, lines: Sequence[str], command: Sequence[str], made: Path, outfile: Path) -> None:
+def _accept_file(code: int, lines: Sequence[str], command: Sequence[str], made: Path, outfile: Path) -> None:
     """Give a finished file its final name, or say why there is none."""
     if code == 0 and is_gguf(made):
         made.replace(outfile)
         return
-    raise _failure(code, lines, [part.replace(str(made), str(outfile.resolve())) for part in command])
+    raise _failure_error(code, lines, [part.replace(str(made), str(outfile.resolve())) for part in command])
 
 
-def _failure(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraError:
+def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraError:
     """What a program that failed said, in a user's words where they are known."""
-    tool, said = Path(command[1] if command[0] == sys.executable else command[0]).name, last_line(lines)
+    tool, said = Path(command[1] if command[0] == sys.executable else command[0]).name, find_last_line(lines)
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):
             return LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))

@@ -14,14 +14,10 @@ from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
-from lora_cli.common.errors import LoraError, UsageError, nearest
-from lora_cli.merge import derived
-from lora_cli.merge import low_rank as factors
+from lora_cli.common.errors import LoraError, UsageError, find_nearest
+from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
-from lora_cli.models import adapter_contents, attach, empty
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import fingerprint as identity
-from lora_cli.models import trained_on as origin
+from lora_cli.models import adapter_contents, adapter_folder, attach, empty, fingerprint, trained_on
 from lora_cli.models.adapter_folder import Adapter
 
 COMBINATIONS: tuple[str, ...] = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
@@ -30,7 +26,7 @@ SEED = 0
 
 
 @contextmanager
-def one_adapter(
+def join_adapters(
     folders: Sequence[Path],
     out: Path,
     weights: str | None,
@@ -65,29 +61,31 @@ def combine(
     magnitude_prune keep; `r` the rank of the svd kinds. No weights of the base are loaded.
     Raises UsageError for a wrong option, LoraError for adapters that cannot be combined.
     """
-    numbers = _weights(weights, len(folders))
+    numbers = _parse_weights(weights, len(folders))
     _check_combination(combination, density, r)
-    adapters = [record.read_adapter(folder, base) for folder in folders]
+    adapters = [adapter_folder.read_adapter(folder, base) for folder in folders]
     _refuse_other_bases(adapters)
     for adapter in adapters:
         adapter_contents.refuse_beyond(adapter.folder)
-        identity.check(adapter)
+        fingerprint.refuse_other_base(adapter)
     first = adapters[0]
     with files.staged_folder(out) as staging:
-        tokenizer = _tokenizer(adapters)
-        adapted = _side_by_side(adapters)
+        tokenizer = _load_tokenizer(adapters)
+        adapted = _attach_side_by_side(adapters)
         _check_rank(adapted, r)
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
-        made, distance = _combined(adapted, numbers, combination, density, r)
-        rank = factors.save(made, staging, first.base, fan_in_fan_out)
-        attach.load_adapter(empty.weightless(first.base, first.revision), staging)
+        made, distance = _combine_tensors(adapted, numbers, combination, density, r)
+        rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
+        attach.load_adapter(empty.build_zero(first.base, first.revision), staging)
         settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
-        derived.finish(staging, tokenizer, "combine", adapters, distance=distance, **settings)
+        derived.finish_folder(staging, tokenizer, "combine", adapters, distance=distance, **settings)
     ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
-    ui.say(f"  relative distance from the weighted sum of their updates: {distance:.1e}{_why(combination)}")
+    ui.say(
+        f"  relative distance from the weighted sum of their updates: {distance:.1e}{_explain_distance(combination)}"
+    )
 
 
-def _weights(text: str | None, count: int) -> list[float]:
+def _parse_weights(text: str | None, count: int) -> list[float]:
     """One number per adapter from `0.7,0.3`; UsageError."""
     if count < 2:
         raise UsageError("one adapter cannot be combined", "lora combine A B OUT")
@@ -106,7 +104,7 @@ def _weights(text: str | None, count: int) -> list[float]:
 def _check_combination(name: str, density: float | None, r: int | None) -> None:
     """UsageError for an unknown combination, or an option that it has not."""
     if name not in COMBINATIONS:
-        guess = nearest(name, COMBINATIONS)
+        guess = find_nearest(name, COMBINATIONS)
         hint = f"did you mean {guess}?" if guess else f"one of {', '.join(COMBINATIONS)}"
         raise UsageError(f"--combination {name} is not known", hint)
     drops = name.startswith(("ties", "dare", "magnitude_prune"))
@@ -120,7 +118,7 @@ def _check_combination(name: str, density: float | None, r: int | None) -> None:
 
 def _check_rank(adapted: PeftModel, r: int | None) -> None:
     """UsageError where a module has no update of rank `r`."""
-    layers = attach.lora_layers(adapted)
+    layers = attach.find_lora_layers(adapted)
     most, path = min((min(layer.in_features, layer.out_features), path) for path, layer in layers.items())
     if r is not None and r > most:
         raise UsageError(f"--r {r}: {path.removeprefix(PREFIX)} has no update of a rank over {most}", f"--r {most}")
@@ -130,42 +128,42 @@ def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
     """LoraError, naming both, unless all adapters are of one base; a warning where only some are of a 4-bit one."""
     first = adapters[0]
     for other in adapters[1:]:
-        if (_place(first.base), first.revision) != (_place(other.base), other.revision):
+        if (_locate_base(first.base), first.revision) != (_locate_base(other.base), other.revision):
             raise LoraError(
-                f"the adapters are of different bases: {first.folder} of {_named(first)}, {other.folder} of "
-                f"{_named(other)}",
+                f"the adapters are of different bases: {first.folder} of {_name_adapter(first)}, {other.folder} of "
+                f"{_name_adapter(other)}",
                 "if they are one and the same: --base MODEL",
             )
         if first.quantization != other.quantization:
             ui.warn(f"{first.folder} and {other.folder} were trained on the base in different precisions")
 
 
-def _place(base: str) -> str:
+def _locate_base(base: str) -> str:
     return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
-def _named(adapter: Adapter) -> str:
+def _name_adapter(adapter: Adapter) -> str:
     return adapter.base + (f" at {adapter.revision}" if adapter.revision else "")
 
 
-def _tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
     """That of the first; a warning where another renders chats otherwise."""
-    tokenizers = [origin.load_tokenizer(adapter) for adapter in adapters]
+    tokenizers = [trained_on.load_tokenizer(adapter) for adapter in adapters]
     for adapter, tokenizer in zip(adapters[1:], tokenizers[1:]):
         if tokenizer.chat_template != tokenizers[0].chat_template:
             ui.warn(f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken")
     return tokenizers[0]
 
 
-def _side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
+def _attach_side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
     """All adapters, named 0, 1, …, on one base without weights, each with exactly the modules it adapts as targets.
 
     PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
     """
-    adapted = empty.weightless(adapters[0].base, adapters[0].revision)
+    adapted = empty.build_zero(adapters[0].base, adapters[0].revision)
     for number, adapter in enumerate(adapters):
         adapted = attach.load_adapter(adapted, adapter.folder, str(number))
-    layers = attach.lora_layers(adapted)
+    layers = attach.find_lora_layers(adapted)
     for name, config in adapted.peft_config.items():
         config.target_modules = {path.removeprefix(PREFIX) for path, layer in layers.items() if name in layer.lora_A}
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
@@ -173,7 +171,7 @@ def _side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
     return adapted
 
 
-def _combined(
+def _combine_tensors(
     adapted: PeftModel, weights: Sequence[float], combination: str, density: float | None, r: int | None
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
     """`(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all updates."""
@@ -185,7 +183,7 @@ def _combined(
         said = " ".join(str(error).split())[:300]
         raise LoraError(f"PEFT cannot combine them: {said}", "--combination cat, or svd") from error
     made, off, whole = {}, 0.0, 0.0
-    for path, layer in attach.lora_layers(adapted).items():
+    for path, layer in attach.find_lora_layers(adapted).items():
         lora_A, lora_B = layer.lora_A["combined"].weight.data, layer.lora_B["combined"].weight.data
         given = lora_B.double() @ lora_A.double()
         updates = [(w, n) for w, n in zip(weights, names) if n in layer.lora_A]
@@ -196,7 +194,7 @@ def _combined(
     return made, (off / whole) ** 0.5 if whole else 0.0
 
 
-def _why(combination: str) -> str:
+def _explain_distance(combination: str) -> str:
     """What makes a combination other than that sum."""
     if combination == "linear":
         return " (linear sums the A's and the B's, whose products mix the adapters; cat is exact)"

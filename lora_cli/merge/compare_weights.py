@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 
 from lora_cli.common.errors import RejectedError
-from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Plan, one_thread_each, together
-from lora_cli.models import tensors as shards
-from lora_cli.models import trained_on as origin
+from lora_cli.models import tensors, trained_on
 from lora_cli.models.adapter_folder import Adapter
 
 # How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's safe_merge in 16 bits,
@@ -34,16 +33,16 @@ class Distance(NamedTuple):
     """Euclidean, over that of the adapter's change to the tensor; 0 where both are, and infinite where only that is."""
 
 
-def compare(adapter: Adapter, merged: str, dtype: torch.dtype) -> str | None:
+def compare_weights(adapter: Adapter, merged: str, dtype: torch.dtype) -> str | None:
     """How the files of a merged model of type `dtype`, a folder or on the hub, differ from `adapter` merged anew.
 
     None where the adapter cannot be merged tensor by tensor. RejectedError naming a tensor that is not the merged one.
     """
     try:
-        plan, _ = attach.make(adapter, origin.trained_dtype(adapter), adapter.quantization)
-    except attach.Unstreamable:
+        plan, _ = streaming_plan.make_plan(adapter, trained_on.find_trained_dtype(adapter), adapter.quantization)
+    except streaming_plan.Unstreamable:
         return None
-    written = shards.open_model(merged)
+    written = tensors.open_model(merged)
     if written is None:
         return None
     missing = sorted(name for name in plan.parameters if name not in written.entries)
@@ -51,7 +50,7 @@ def compare(adapter: Adapter, merged: str, dtype: torch.dtype) -> str | None:
         raise RejectedError(f"{merged} lacks {missing[0]}, which {adapter.base} has", "merge again")
 
     def distances_of(names: list[str]) -> dict[str, Distance]:
-        return {name: _distance(plan, written, name, dtype) for name in names}
+        return {name: _measure_distance(plan, written, name, dtype) for name in names}
 
     distances: dict[str, Distance] = {}
     with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
@@ -67,7 +66,7 @@ def compare(adapter: Adapter, merged: str, dtype: torch.dtype) -> str | None:
     return f"{len(distances) - len(unequal)} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
 
 
-def _distance(plan: Plan, written: shards.Tensors, name: str, dtype: torch.dtype) -> Distance:
+def _measure_distance(plan: Plan, written: tensors.Tensors, name: str, dtype: torch.dtype) -> Distance:
     unequal, off, change, start = 0, 0.0, 0.0, 0
     with torch.inference_mode():
         for expected in plan.merged(name, dtype):

@@ -10,12 +10,12 @@ from huggingface_hub import resolve_revision
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance
-from lora_cli.models import fingerprint as identity
+from lora_cli.models import fingerprint
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
 
 
-def finish(
+def finish_folder(
     staging: Path, tokenizer: PreTrainedTokenizerBase, command: str, sources: Sequence[Adapter], **contents: Any
 ) -> None:
     """Tokenizer and record beside the adapter; the record names the parents, and says what merging needs to know."""
@@ -25,10 +25,10 @@ def finish(
     if commit is None and not Path(first.base).is_dir():  # made elsewhere, and saying only the name
         commit = str(resolve_revision(first.base).resolved)
     stops = sorted({token for source in sources for token in source.stop_token_ids})
-    made = provenance.new(
+    made = provenance.new_record(
         command,
         status="finished",
-        base={"name": first.base, "commit": commit, "fingerprint": identity.fingerprint(first.base, commit)},
+        base={"name": first.base, "commit": commit, "fingerprint": fingerprint.fingerprint_model(first.base, commit)},
         recipe={key: first.recipe[key] for key in ("model", "quantization") if key in first.recipe},
         data={"stop_token_ids": stops},
         **contents,

@@ -14,16 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.merge import derived
-from lora_cli.merge import low_rank as factors
+from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
-from lora_cli.models import adapter_contents, attach, config
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import base as model
-from lora_cli.models import fingerprint as identity
+from lora_cli.models import adapter_contents, adapter_folder, attach, base, config, fingerprint, trained_on
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
 
 START = "give the model that the fine-tuning started from"
@@ -36,25 +31,29 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     Raises LoraError when the two are not of one architecture, or no linear weight differs.
     """
     with files.staged_folder(out) as staging:
-        commits = [config.resolve(name) for name in (base, finetuned)]
-        before, after = (_in_float32(name, commit) for name, commit in zip((base, finetuned), commits))
-        linear, others = _changed(before, after, base, finetuned)
-        cut = {name: factors.truncate(_delta(before, after, name), r) for name in _shown(linear)}
+        commits = [config.resolve_commit(name) for name in (base, finetuned)]
+        before, after = (_load_in_float32(name, commit) for name, commit in zip((base, finetuned), commits))
+        linear, others = _find_changed(before, after, base, finetuned)
+        cut = {name: low_rank.truncate(_measure_delta(before, after, name), r) for name in _show_progress(linear)}
         fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
-        factors.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
+        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
         if others:
-            ui.warn(f"not in the adapter, since they are no linear weights: {_some(others)}")
+            ui.warn(f"not in the adapter, since they are no linear weights: {_name_some(others)}")
         tokenizer = tokenizing.load_tokenizer(finetuned, commits[1])
-        probes = verify.probes(tokenizer)
-        wanted = verify.logits(after, probes)
-        meant = ((name, _delta(before, after, name), each) for name, each in cut.items())
-        given = verify.logits(factors.check_saved(before, staging, meant), probes)
+        probes = verify.make_probes(tokenizer)
+        wanted = verify.compute_logits(after, probes)
+        meant = ((name, _measure_delta(before, after, name), each) for name, each in cut.items())
+        given = verify.compute_logits(low_rank.check_saved(before, staging, meant), probes)
         comparable = given[0].shape == wanted[0].shape
-        difference = str(verify.compare(wanted, given)) if comparable else "not compared, since the vocabularies differ"
+        difference = (
+            str(verify.compare_logits(wanted, given)) if comparable else "not compared, since the vocabularies differ"
+        )
         contents: dict[str, Any] = {"finetuned": {"name": finetuned, "commit": commits[1]}, "left_out": others}
-        contents |= {"r": r, "modules": factors.listed(cut), "difference": difference}
-        derived.finish(staging, tokenizer, "extract", [Adapter(staging, base, commits[0], None, True)], **contents)
-    ui.say(factors.table(cut))
+        contents |= {"r": r, "modules": low_rank.read_tensors(cut), "difference": difference}
+        derived.finish_folder(
+            staging, tokenizer, "extract", [Adapter(staging, base, commits[0], None, True)], **contents
+        )
+    ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
 
 
@@ -63,38 +62,44 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
 
     `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than linear updates.
     """
-    adapter = record.read_adapter(folder, base)
+    adapter = adapter_folder.read_adapter(folder, base)
     adapter_contents.refuse_beyond(folder, [adapter_contents.DORA])
-    identity.check(adapter)
+    fingerprint.refuse_other_base(adapter)
     with files.staged_folder(out) as staging:
-        tokenizer = origin.load_tokenizer(adapter)
-        network = origin.load_base(adapter)
+        tokenizer = trained_on.load_tokenizer(adapter)
+        network = trained_on.load_base(adapter)
         if adapter.quantization:
             network = network.dequantize()
-        adapted = attach.load_adapter(origin.to_float32(network), folder)
-        probes = verify.probes(tokenizer)
-        wanted = verify.logits(adapted, probes)
-        layers = {name.removeprefix(PREFIX): layer for name, layer in attach.lora_layers(adapted).items()}
+        adapted = attach.load_adapter(trained_on.convert_to_float32(network), folder)
+        probes = verify.make_probes(tokenizer)
+        wanted = verify.compute_logits(adapted, probes)
+        layers = {name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()}
         rank = r or max(layer.r["default"] for layer in layers.values())
-        cut = {name: factors.truncate(_merged_delta(layers[name]), rank) for name in _shown(list(layers))}
+        cut = {
+            name: low_rank.truncate(_measure_merged_delta(layers[name]), rank) for name in _show_progress(list(layers))
+        }
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
-        factors.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
+        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
         # one at a time, as they are asked for: all of them in float64 are larger than the model
-        meant = ((name, _merged_delta(layer), cut[name]) for name, layer in layers.items())
-        given = verify.logits(factors.check_saved(adapted.unload(), staging, meant), probes)
-        difference = str(verify.compare(wanted, given))
-        derived.finish(
-            staging, tokenizer, "convert", [adapter], r=rank, modules=factors.listed(cut), difference=difference
+        meant = ((name, _measure_merged_delta(layer), cut[name]) for name, layer in layers.items())
+        given = verify.compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)
+        difference = str(verify.compare_logits(wanted, given))
+        derived.finish_folder(
+            staging, tokenizer, "convert", [adapter], r=rank, modules=low_rank.read_tensors(cut), difference=difference
         )
-    ui.say(factors.table(cut))
+    ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
 
 
-def _in_float32(name: str, commit: str | None) -> PreTrainedModel:
-    return origin.to_float32(model.load_base(name, commit, config.checkpoint_dtype(config.load_config(name, commit))))
+def _load_in_float32(name: str, commit: str | None) -> PreTrainedModel:
+    return trained_on.convert_to_float32(
+        base.load_base(name, commit, config.get_checkpoint_dtype(config.load_config(name, commit)))
+    )
 
 
-def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> tuple[list[str], list[str]]:
+def _find_changed(
+    before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str
+) -> tuple[list[str], list[str]]:
     """Names of the linear modules whose weights differ, and of the other tensors that do; LoraError."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())  # a tied head is there once
     _refuse_other_architecture(before, after, base, finetuned)
@@ -104,7 +109,7 @@ def _changed(before: PreTrainedModel, after: PreTrainedModel, base: str, finetun
     for name, weight in new.items():
         module = name.removesuffix(".weight")
         if old[name].shape != weight.shape:
-            others.append(f"{name} ({_sizes(old[name], weight)})")
+            others.append(f"{name} ({_format_sizes(old[name], weight)})")
         elif not torch.equal(old[name], weight):
             (linear if module in modules else others).append(module if module in modules else name)
     if not linear:
@@ -129,21 +134,23 @@ def _refuse_other_architecture(before: PreTrainedModel, after: PreTrainedModel, 
     ends = [end.weight for end in (before.get_input_embeddings(), before.get_output_embeddings()) if end is not None]
     for name, weight in new.items():
         if old[name].shape != weight.shape and not any(old[name] is end for end in ends):
-            raise LoraError(f"{base} and {finetuned} are not of one size: {name} ({_sizes(old[name], weight)})", START)
+            raise LoraError(
+                f"{base} and {finetuned} are not of one size: {name} ({_format_sizes(old[name], weight)})", START
+            )
 
 
-def _sizes(old: torch.Tensor, new: torch.Tensor) -> str:
+def _format_sizes(old: torch.Tensor, new: torch.Tensor) -> str:
     return f"{'x'.join(map(str, old.shape))} -> {'x'.join(map(str, new.shape))}"
 
 
-def _delta(before: PreTrainedModel, after: PreTrainedModel, name: str) -> torch.Tensor:
+def _measure_delta(before: PreTrainedModel, after: PreTrainedModel, name: str) -> torch.Tensor:
     """What fine-tuning changed in a linear weight (out, in), in float64."""
     module = after.get_submodule(name)
     delta = module.weight.data.double() - before.get_submodule(name).weight.data.double()
     return delta.T if isinstance(module, Conv1D) else delta
 
 
-def _merged_delta(layer: Linear) -> torch.Tensor:
+def _measure_merged_delta(layer: Linear) -> torch.Tensor:
     """What merging by PEFT changes in the layer's weight (out, in), in float64; the layer stays as it was."""
     if not isinstance(layer, Linear):
         raise LoraError(f"{type(layer).__name__} is no linear layer", "merge the adapter instead: lora merge")
@@ -158,7 +165,7 @@ def _merged_delta(layer: Linear) -> torch.Tensor:
     return delta.T if layer.fan_in_fan_out else delta
 
 
-def _shown(names: Sequence[str]) -> Iterator[str]:
+def _show_progress(names: Sequence[str]) -> Iterator[str]:
     """The names, one after the other, under a progress line."""
     progress = ui.Progress()
     for number, name in enumerate(names, 1):
@@ -167,6 +174,6 @@ def _shown(names: Sequence[str]) -> Iterator[str]:
     progress.clear()
 
 
-def _some(names: Sequence[str]) -> str:
+def _name_some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 4} more (all in {provenance.ARTEFACT_RECORD})" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

@@ -13,15 +13,13 @@ from transformers import PreTrainedModel
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.merge import output
-from lora_cli.merge import streaming as stream
-from lora_cli.models import base as model
+from lora_cli.merge import output, streaming
+from lora_cli.models import base, trained_on
 from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
-from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.attach import load_adapter, lora_layers
-from lora_cli.models.trained_on import to_float32
+from lora_cli.models.attach import find_lora_layers, load_adapter
+from lora_cli.models.trained_on import convert_to_float32
 
 SHARD_SIZE = "5GB"
 
@@ -32,31 +30,33 @@ class Whole:
     def __init__(self, adapter: Adapter, original: bool) -> None:
         self.adapter, self.original = adapter, original
         # 4-bit weights answer in the type of training
-        self.arithmetic = origin.trained_dtype(adapter) if adapter.quantization and not original else torch.float32
+        self.arithmetic = (
+            trained_on.find_trained_dtype(adapter) if adapter.quantization and not original else torch.float32
+        )
         self.adapted: PeftModel | None = None
 
     def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
         """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
         self.adapted = self._load(original=self.original)
-        return verify.logits(self.adapted, probes)
+        return verify.compute_logits(self.adapted, probes)
 
     def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
         """The same on the other weights of an adapter trained in 4 bits."""
-        return verify.logits(self._load(original=not self.original), probes)
+        return verify.compute_logits(self._load(original=not self.original), probes)
 
     def _load(self, original: bool) -> PeftModel:
-        base = origin.load_base(self.adapter, original)
+        base = trained_on.load_base(self.adapter, original)
         quantised = self.adapter.quantization and not original
-        return load_adapter(base if quantised else to_float32(base), self.adapter.folder)
+        return load_adapter(base if quantised else convert_to_float32(base), self.adapter.folder)
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
         adapted = self.adapted or self._load(original=self.original)
         self.adapted = None
         if self.adapter.quantization and not self.original:
-            adapted = load_adapter(to_float32(adapted.unload().dequantize()), self.adapter.folder)
+            adapted = load_adapter(convert_to_float32(adapted.unload().dequantize()), self.adapter.folder)
         output.refuse_tied(adapted, self.adapter.base)
-        plain, modules = fold(adapted)
+        plain, modules = fold_adapter(adapted)
         round_once(plain, dtype)
         plain.config.use_cache = True
         output.end_where_trained(plain, ends)
@@ -68,12 +68,12 @@ class Whole:
         tensors = shards.open_model(str(folder))
         assert tensors is not None, "save_pretrained writes safetensors"
         for name, entry in tensors.entries.items():
-            if not all(shards.finite(tensors.rows(name, *block)) for block in shards.blocks(entry.shape)):
+            if not all(shards.is_finite(tensors.rows(name, *block)) for block in shards.split_rows(entry.shape)):
                 raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
 
     def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
         """Logits of the model that was written, loaded as anybody would."""
-        return verify.logits(to_float32(model.load_base(str(folder), None, dtype)), probes)
+        return verify.compute_logits(convert_to_float32(base.load_base(str(folder), None, dtype)), probes)
 
 
 def say_needed(adapter: Adapter) -> None:
@@ -85,14 +85,14 @@ def say_needed(adapter: Adapter) -> None:
         ui.say(f"  its weights take {needed:.1f} GiB of memory in float32, of {free:.1f} free")
 
 
-def fold(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
+def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
     """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
-    layers = lora_layers(adapted)
+    layers = find_lora_layers(adapted)
     try:
         plain = adapted.merge_and_unload()
-    except stream.REFUSALS as error:
-        raise stream.refused(error) from error
-    left = [name for name, layer in layers.items() if not layer.merged] + list(lora_layers(plain))
+    except streaming.REFUSALS as error:
+        raise streaming.refused(error) from error
+    left = [name for name, layer in layers.items() if not layer.merged] + list(find_lora_layers(plain))
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
         raise LoraError(

@@ -18,9 +18,9 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli.common import ui
-from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
-from lora_cli.models import base as model
+from lora_cli.models import base
 from lora_cli.models import probes as verify
 from lora_cli.models import tensors as shards
 from lora_cli.models.probes import Probe
@@ -31,7 +31,7 @@ Read = Callable[[str, int, int | None], torch.Tensor]
 Forward = Callable[..., Any]
 
 
-def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]) -> list[torch.Tensor]:
+def walk_logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]) -> list[torch.Tensor]:
     """Float32 logits at the last positions of each probe: one (positions, vocabulary) tensor per probe.
 
     `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32. `plan` says which of its
@@ -42,30 +42,30 @@ def logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Pro
     ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
     kept = [range(max(0, len(probe.ids) - KEPT), len(probe.ids)) for probe in probes]
     wanted = [(row, position) for row, positions in enumerate(kept) for position in positions]
-    head = _only(model.get_output_embeddings(), wanted)
-    with torch.inference_mode(), one_thread_each(), _walking(model, read, plan), head:
+    head = _limit_head(model.get_output_embeddings(), wanted)
+    with torch.inference_mode(), one_thread_each(), _hook_modules(model, read, plan), head:
         rows = model.eval()(input_ids=ids, use_cache=False).logits
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
 
-def logits_of(
+def walk_logits_of(
     name: str, revision: str | None, dtype: torch.dtype, probes: Sequence[Probe]
 ) -> list[torch.Tensor] | None:
     """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
     tensors = shards.open_model(name, revision)
 
     def load() -> list[torch.Tensor]:
-        network = model.load_base(name, revision, dtype)
+        network = base.load_base(name, revision, dtype)
         for parameter in network.parameters():
             parameter.data = parameter.data.float()
-        return verify.logits(network, probes)
+        return verify.compute_logits(network, probes)
 
-    if tensors is None or not attach.as_stored(name, revision, tensors):
+    if tensors is None or not streaming_plan.has_own_names(name, revision, tensors):
         return [rows[-KEPT:] for rows in load()]
-    return or_loaded(lambda: _of_files(name, revision, tensors, probes), load, tensors)
+    return walk_or_load(lambda: _walk_files(name, revision, tensors, probes), load, tensors)
 
 
-def or_loaded(
+def walk_or_load(
     walked: Callable[[], list[torch.Tensor]], loaded: Callable[[], list[torch.Tensor]], tensors: shards.Tensors
 ) -> list[torch.Tensor] | None:
     """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of memory suffices."""
@@ -82,16 +82,18 @@ def or_loaded(
     return [rows[-KEPT:] for rows in loaded()]
 
 
-def _of_files(name: str, revision: str | None, tensors: shards.Tensors, probes: Sequence[Probe]) -> list[torch.Tensor]:
+def _walk_files(
+    name: str, revision: str | None, tensors: shards.Tensors, probes: Sequence[Probe]
+) -> list[torch.Tensor]:
     def read(tensor: str, start: int, stop: int | None) -> torch.Tensor:
         rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
 
-    return logits(attach.skeleton(name, revision), read, None, probes)
+    return walk_logits(streaming_plan.build_empty(name, revision), read, None, probes)
 
 
 @contextmanager
-def _only(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
+def _limit_head(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
     """The head sees these (row, position) of the hidden states alone."""
     rows, positions = torch.tensor(wanted).T
     hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions][None],))
@@ -102,7 +104,7 @@ def _only(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
 
 
 @contextmanager
-def _walking(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[None]:
+def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[None]:
     """`model` with each module's forward reading what it needs."""
     changed = {layer.path: layer for layer in plan.layers.values()} if plan is not None else {}
     # tied weights have one name, that of the first module which has them
@@ -156,7 +158,7 @@ def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(*x.shape[:-1], shape[0])  # pieces kept between the blocks would leave holes in memory
-        for start, stop in shards.blocks(shape):
+        for start, stop in shards.split_rows(shape):
             with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
                 out[..., start:stop] = forward(x)
         return out

@@ -86,7 +86,7 @@ def check_saved(base: PreTrainedModel, folder: Path, meant: Iterable[tuple[str, 
     Returns the adapted model. LoraError, naming the module, where it is another update.
     """
     adapted = attach.load_adapter(base, folder)
-    layers = {name.removeprefix(PREFIX): layer for name, layer in attach.lora_layers(adapted).items()}
+    layers = {name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()}
     for name, delta, factors in meant:
         given = layers[name].get_delta_weight("default")
         given = given.T if layers[name].fan_in_fan_out else given
@@ -96,7 +96,7 @@ def check_saved(base: PreTrainedModel, folder: Path, meant: Iterable[tuple[str, 
     return adapted
 
 
-def table(factors: Mapping[str, Factors]) -> str:
+def format_table(factors: Mapping[str, Factors]) -> str:
     """Energy kept and relative error of the modules: lowest, median, mean."""
     by_energy = sorted(factors.values(), key=lambda each: each.kept)
     energies, errors = [each.kept for each in by_energy], [each.rest / (each.norm or 1.0) for each in by_energy]
@@ -110,10 +110,10 @@ def table(factors: Mapping[str, Factors]) -> str:
         row("median", median(energies), median(errors)),
         row("mean", fmean(energies), fmean(errors)),
     ]
-    return ui.table(["modules", "energy kept", "relative error"], rows)
+    return ui.format_table(["modules", "energy kept", "relative error"], rows)
 
 
-def listed(factors: Mapping[str, Factors]) -> list[dict[str, Any]]:
+def read_tensors(factors: Mapping[str, Factors]) -> list[dict[str, Any]]:
     """The same of every module, for the record."""
     return [
         {"module": name, "r": len(each.lora_A), "energy_kept": each.kept, "norm": each.norm, "rest": each.rest}

@@ -18,15 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
-from lora_cli.merge import in_memory as whole
-from lora_cli.merge import streamed
-from lora_cli.merge import streaming_plan as attach
+from lora_cli.merge import in_memory, streamed, streaming_plan
 from lora_cli.models import adapter_folder as record
-from lora_cli.models import config
-from lora_cli.models import fingerprint as identity
+from lora_cli.models import config, fingerprint, trained_on
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models import trained_on as origin
 from lora_cli.models.adapter_folder import Adapter
 from lora_cli.models.config import load_config
 
@@ -61,19 +57,21 @@ def merge_adapter(
     the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
     then, if that is given.
     """
-    adapter = adapter._replace(revision=config.resolve(adapter.base, adapter.revision))  # what the record is to name
+    adapter = adapter._replace(
+        revision=config.resolve_commit(adapter.base, adapter.revision)
+    )  # what the record is to name
     refuse_unmergeable(adapter)
-    identity.check(adapter)
+    fingerprint.refuse_other_base(adapter)
     with files.staged_folder(out, rejected) as staging:
-        tokenizer = origin.load_tokenizer(adapter)
+        tokenizer = trained_on.load_tokenizer(adapter)
         way = choose_way(adapter, stream, original)
-        probes = verify.probes(tokenizer)
+        probes = verify.make_probes(tokenizer)
         if not (adapter.folder / verify.TRAINED).is_file():  # whole, they are for what training left
             probes = [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
         expected = way.expected(probes) if check else None
         if expected is not None:
             check_trained(adapter, way, probes, expected, original)
-        dtype = origin.dtype_on_disk(adapter)
+        dtype = trained_on.find_dtype_on_disk(adapter)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
         add_tokenizer_and_record(adapter, tokenizer, staging)
@@ -89,27 +87,27 @@ def add_tokenizer_and_record(adapter: Adapter, tokenizer: PreTrainedTokenizerBas
     tokenizing.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
-        provenance.new("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
+        provenance.new_record("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
     )
     files.leave_out_home(folder)
 
 
-def choose_way(adapter: Adapter, stream: bool | None, original: bool) -> streamed.Streamed | whole.Whole:
+def choose_way(adapter: Adapter, stream: bool | None, original: bool) -> streamed.Streamed | in_memory.Whole:
     """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
     if stream is not False:
         try:
-            return streamed.Streamed(adapter, origin.trained_dtype(adapter), original)
-        except attach.Unstreamable as reason:
+            return streamed.Streamed(adapter, trained_on.find_trained_dtype(adapter), original)
+        except streaming_plan.Unstreamable as reason:
             if stream:
                 raise LoraError(f"not in constant memory: {reason}", "leave --stream out") from reason
             ui.say(f"  the whole model is loaded: {reason}")
-    whole.say_needed(adapter)
-    return whole.Whole(adapter, original)
+    in_memory.say_needed(adapter)
+    return in_memory.Whole(adapter, original)
 
 
 def check_trained(
     adapter: Adapter,
-    way: streamed.Streamed | whole.Whole,
+    way: streamed.Streamed | in_memory.Whole,
     probes: Sequence[verify.Probe],
     expected: Sequence[torch.Tensor],
     original: bool,
@@ -119,12 +117,12 @@ def check_trained(
     if other is None:
         return
     trained = other if original else expected
-    kept = verify.check_trained(adapter.folder, trained, origin.trained_dtype(adapter))
+    kept = verify.check_trained(adapter.folder, trained, trained_on.find_trained_dtype(adapter))
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:
         into = "original ones, as asked, which is" if original else "dequantised weights; the original ones would be"
-        ui.say(f"  merged into the {into} off from what was trained: {verify.compare(expected, other)}")
+        ui.say(f"  merged into the {into} off from what was trained: {verify.compare_logits(expected, other)}")
 
 
 def refuse_different(
@@ -138,12 +136,12 @@ def refuse_different(
 
     RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of `expected`, explains it.
     """
-    difference = verify.compare(expected, given)
-    limit = max(verify.limit(difference, each) for each in (dtype, arithmetic))
+    difference = verify.compare_logits(expected, given)
+    limit = max(verify.rounding_limit(difference, each) for each in (dtype, arithmetic))
     distance = f"{difference} (limit {limit:.2e})"
     ui.say(f"  merged against base with adapter: {distance}")
     over = not difference.max_abs <= limit
-    if over and _routed(adapter) and difference.mean_kl <= ROUTED_KL:
+    if over and _has_experts(adapter) and difference.mean_kl <= ROUTED_KL:
         ui.say("  over the limit at a few tokens only, as the mean tells: rounding sends those to another expert")
     elif over:
         raise RejectedError(
@@ -153,7 +151,7 @@ def refuse_different(
     return difference
 
 
-def _routed(adapter: Adapter) -> bool:
+def _has_experts(adapter: Adapter) -> bool:
     """Whether the base chooses among experts: a rounded weight may turn a close choice, and that token's logits."""
     config = load_config(adapter.base, adapter.revision).get_text_config()
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
@@ -192,4 +190,4 @@ def merge(
         merged = merge_adapter(adapter, out, stream, original, rejected)
     except RejectedError as error:
         raise RejectedError(f"{error.message}; left in {rejected}", error.hint) from error
-    ui.say(f"{out}: {str(merged.dtype).removeprefix('torch.')} model, {ui.duration(time.monotonic() - started)}")
+    ui.say(f"{out}: {str(merged.dtype).removeprefix('torch.')} model, {ui.format_duration(time.monotonic() - started)}")

@@ -18,7 +18,7 @@ from lora_cli.models.adapter_folder import Adapter
 
 def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
     """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
-    plain_model = streaming_plan.skeleton(adapter.base, adapter.revision)
+    plain_model = streaming_plan.build_empty(adapter.base, adapter.revision)
     with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
         plain_model.generation_config = GenerationConfig.from_pretrained(adapter.base, revision=adapter.revision)
     plain_model.config.dtype = str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli.common.errors import LoraError
-from lora_cli.models import tensors as shards
+from lora_cli.models import tensors
 from lora_cli.models.tensors import Tensors
 
 NAME = "default"
@@ -107,7 +107,9 @@ class Changed(NamedTuple):
     def blocks(self) -> list[tuple[int, int]]:
         """The rows to take together. A variant such as DoRA makes several more tensors of their size."""
         shape = tuple(self.layer.get_base_layer().weight.shape)
-        return list(shards.blocks(shape, shards.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None))
+        return list(
+            tensors.split_rows(shape, tensors.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None)
+        )
 
     def adapter(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Its adapter tensors, in float32 as PEFT loads them."""
@@ -176,7 +178,7 @@ class Plan(NamedTuple):
         stored = weights.base.entries[name]
         untouched = changed is None and name not in weights.replaced and name not in weights.packed
         if untouched and stored.dtype == self.dtype(name, dtype) and weights.trained in (stored.dtype, torch.float32):
-            return (weights.base.rows(name, start, stop) for start, stop in shards.blocks(stored.shape))
+            return (weights.base.rows(name, start, stop) for start, stop in tensors.split_rows(stored.shape))
         pieces = self._plain(name) if changed is None else self._through(name, changed)
         return (rows.to(self.dtype(name, dtype)) for rows in pieces)
 
@@ -191,7 +193,7 @@ class Plan(NamedTuple):
         return dtype if self.parameters[name] and stored.is_floating_point else stored
 
     def _plain(self, name: str) -> Iterator[torch.Tensor]:
-        for start, stop in shards.blocks(self.weights.base.entries[name].shape):
+        for start, stop in tensors.split_rows(self.weights.base.entries[name].shape):
             yield self.weights.rows(name, start, stop)
 
     def _with_tokens(self, name: str, changed: Changed) -> Iterator[torch.Tensor]:
@@ -199,7 +201,7 @@ class Plan(NamedTuple):
         layer, ids = changed.layer, changed.layer.token_indices[NAME]
         (inside,) = changed.base
         trained = changed.adapter(self.weights)
-        for start, stop in shards.blocks(self.weights.base.entries[name].shape):
+        for start, stop in tensors.split_rows(self.weights.base.entries[name].shape):
             rows = self.weights.rows(name, start, stop)
             here = [number for number, token in enumerate(ids) if start <= token < stop]
             if here:
@@ -240,15 +242,15 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
     LoraError where a value is not finite, or a module or tensor of the adapter was left out.
     """
     base = plan.weights.base
-    places: dict[str, shards.Entry] = {}
+    places: dict[str, tensors.Entry] = {}
     for path in base.paths:
         names = [name for name in base.names(path) if name in plan.parameters]
         entries = {name: (plan.dtype(name, dtype), base.entries[name].shape) for name in names}
-        places |= shards.create(folder / path.name, entries)
+        places |= tensors.create_file(folder / path.name, entries)
 
     def fill(names: Sequence[str]) -> dict[str, int]:
         with torch.inference_mode():
-            return {name: shards.fill(places[name], name, plan.merged(name, dtype)) for name in names}
+            return {name: tensors.fill_tensor(places[name], name, plan.merged(name, dtype)) for name in names}
 
     sums: dict[str, int] = {}
     with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
@@ -259,7 +261,7 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
         finally:
             pool.shutdown(cancel_futures=True)
     if len(base.paths) > 1:
-        shards.write_index(folder, places)
+        tensors.write_index(folder, places)
     return _count(plan, places), sums
 
 
@@ -279,16 +281,16 @@ def one_thread_each() -> Iterator[int]:
     logits of a 0.6 GB model with one thread, 5 to 25 s with two).
     """
     threads = torch.get_num_threads()
-    shards.keep_memory()
+    tensors.keep_memory()
     torch.set_num_threads(1)
     try:
         yield min(threads, WORKERS)
     finally:
         torch.set_num_threads(threads)
-        shards.give_back_memory()
+        tensors.give_back_memory()
 
 
-def _count(plan: Plan, written: Mapping[str, shards.Entry]) -> int:
+def _count(plan: Plan, written: Mapping[str, tensors.Entry]) -> int:
     """How many modules were merged, all of them: every tensor that one changes was written, and every one used."""
     modules = {changed.path: changed for name, changed in plan.layers.items() if name in written}
     used = {key for changed in modules.values() for key in changed.own.values()}

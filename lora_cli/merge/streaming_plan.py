@@ -16,13 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.common import library_errors as foreign
-from lora_cli.common import remote_code as trust
+from lora_cli.common import library_errors, remote_code
 from lora_cli.common.errors import LoraError
 from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, plain
-from lora_cli.models import attach, config, four_bit
-from lora_cli.models import tensors as shards
-from lora_cli.models import token_rows as tokens
+from lora_cli.models import attach, config, four_bit, tensors, token_rows
 from lora_cli.models.adapter_folder import Adapter
 from lora_cli.models.empty import UNBUILDABLE
 from lora_cli.models.tensors import Tensors
@@ -35,43 +32,43 @@ class Unstreamable(Exception):
     """Why an adapter must be merged with the whole model in memory, in words."""
 
 
-def skeleton(name: str, revision: str | None) -> PreTrainedModel:
+def build_empty(name: str, revision: str | None) -> PreTrainedModel:
     """The base in float32 without its parameters; buffers that are worked out, such as rotary frequencies, are real."""
     with (
         init_empty_weights(include_buffers=False),
-        foreign.refused(UNBUILDABLE, config.BROKEN_CONFIG),
+        library_errors.translate_file_errors(UNBUILDABLE, config.BROKEN_CONFIG),
     ):
         empty = AutoModelForCausalLM.from_config(
-            config.load_config(name, revision), dtype=torch.float32, trust_remote_code=trust.allowed()
+            config.load_config(name, revision), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
         )
     empty.tie_weights()  # taking the weights away has parted them
     return empty
 
 
-def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None) -> tuple[Plan, PeftModel]:
+def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None) -> tuple[Plan, PeftModel]:
     """How each tensor is merged, and the adapter on its base without weights.
 
     `trained` is the type the base's weights had in training, `quantization` how they were stored in 4 bits (None: they
     were not, or the original weights are wanted). Raises Unstreamable.
     """
-    base = shards.open_model(adapter.base, adapter.revision)
+    base = tensors.open_model(adapter.base, adapter.revision)
     if base is None:
         raise Unstreamable("the base has no safetensors files")
-    config = attach.adapter_config(adapter.folder)
+    config = attach.read_adapter_config(adapter.folder)
     _check_config(config)
-    empty = skeleton(adapter.base, adapter.revision)
-    parameters = _tensors(empty, base)
-    packed = packing(empty, adapter, quantization) if quantization else {}
+    empty = build_empty(adapter.base, adapter.revision)
+    parameters = _match_tensors(empty, base)
+    packed = find_packed(empty, adapter, quantization) if quantization else {}
     carried = Tensors([adapter.folder / "adapter_model.safetensors"])
     shapes = {key: entry.shape for key, entry in carried.entries.items()}
-    if empty.get_input_embeddings().num_embeddings < tokens.rows_trained(empty, adapter.folder, shapes):
+    if empty.get_input_embeddings().num_embeddings < token_rows.count_rows_trained(empty, adapter.folder, shapes):
         raise Unstreamable("the adapter makes its embeddings larger")
     attach.refuse_slow_patterns(empty, adapter.folder)
     adapted = _attach(empty, config, adapter.folder)
-    places = _places(adapted)
+    places = _find_places(adapted)
     _check_names(adapted, places, carried, adapter)
     by_name = {name: key for key, name in places.items()}
-    layers = _layers(adapted, by_name, parameters)
+    layers = _find_layers(adapted, by_name, parameters)
     own = {key for changed in layers.values() for key in changed.own.values()}
     replaced = {plain(places.get(key, key)): key for key in carried.entries if key not in own}
     for name, key in replaced.items():
@@ -81,17 +78,17 @@ def make(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any]
     return Plan(Weights(base, carried, replaced, trained, packed), layers, parameters, by_name), adapted
 
 
-def packing(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def find_packed(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The tensors that transformers would quantise with these settings, and bitsandbytes' options for each."""
     from bitsandbytes.nn import Linear4bit
 
     settings = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    other = skeleton(adapter.base, adapter.revision)
+    other = build_empty(adapter.base, adapter.revision)
     quantizer.preprocess_model(model=other, device_map=None)
     found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
     for length in sorted({module.in_features for module in found.values()}):
-        if four_bit.misreads(length):
+        if four_bit.test_misreading(length):
             raise Unstreamable(f"bitsandbytes misreads rows of {length} weights here")
     return {f"{name}.weight": dict(module.weight.__dict__) for name, module in found.items()}
 
@@ -104,16 +101,16 @@ def _check_config(config: PeftConfig) -> None:
         raise Unstreamable("it repeats layers of the base")
 
 
-def as_stored(name: str, revision: str | None, base: Tensors) -> bool:
+def has_own_names(name: str, revision: str | None, base: Tensors) -> bool:
     """Whether a model's files name its tensors as the model does, so that they can be read one by one."""
     try:
-        _tensors(skeleton(name, revision), base)
+        _match_tensors(build_empty(name, revision), base)
     except Unstreamable:
         return False
     return True
 
 
-def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
+def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
     """The tensors to write: name -> whether it is a parameter. Names and shapes must be the model's own."""
     parameters = dict(empty.named_parameters())
     whole = empty.state_dict()
@@ -132,7 +129,9 @@ def _tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
 
 
 def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
-    refusal = foreign.refused(f"PEFT cannot put the adapter {folder} on its base", "copy the adapter again", REFUSALS)
+    refusal = library_errors.translate_file_errors(
+        f"PEFT cannot put the adapter {folder} on its base", "copy the adapter again", REFUSALS
+    )
     try:
         with attach.quiet_peft(), refusal:
             return get_peft_model(empty, config, low_cpu_mem_usage=True).eval()
@@ -140,7 +139,7 @@ def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftMod
         raise Unstreamable(f"PEFT: {' '.join(str(error).split())[:200]}") from error
 
 
-def _places(adapted: PeftModel) -> dict[str, str]:
+def _find_places(adapted: PeftModel) -> dict[str, str]:
     """Key in the adapter's file -> the parameter it is for, as PEFT saves it."""
     state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     names = {id(tensor): name for name, tensor in state.items()}
@@ -156,7 +155,7 @@ def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors
     whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
     attach.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
     for key in carried.entries:
-        if not shards.finite(carried.rows(key)):
+        if not tensors.is_finite(carried.rows(key)):
             raise LoraError(f"{adapter.folder}: {key} holds values that are not finite", "train again")
     for key, name in places.items():
         if carried.entries[key].shape != tuple(state[name].shape):
@@ -167,14 +166,14 @@ def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors
             )
 
 
-def _layers(adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[str, bool]) -> dict[str, Changed]:
+def _find_layers(adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[str, bool]) -> dict[str, Changed]:
     """Which layer changes each tensor."""
     found: dict[str, Changed] = {}
     for path, layer in adapted.named_modules():
         if isinstance(layer, MultiheadAttention):
             raise Unstreamable(f"{plain(path)} is adapted as a whole")
         if isinstance(layer, (LoraLayer, TrainableTokensLayer)):
-            changed = _changed(path, layer, by_name)
+            changed = _describe_layer(path, layer, by_name)
             if not changed.own:  # tied rows, which another layer has
                 continue
             for name in changed.base.values():
@@ -186,7 +185,7 @@ def _layers(adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[
     return found
 
 
-def _changed(path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mapping[str, str]) -> Changed:
+def _describe_layer(path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mapping[str, str]) -> Changed:
     own = {
         name.removeprefix(f"{path}."): key
         for name, key in by_name.items()

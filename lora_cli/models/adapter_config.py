@@ -58,12 +58,12 @@ KINDS = {
 }
 
 
-def check(file: Path, config: Mapping[str, Any]) -> None:
+def check_fields(file: Path, config: Mapping[str, Any]) -> None:
     """LoraError for the first field of the adapter configuration in `file` that has not its type, or no possible value.
 
     Fields that are not known here are PEFT's to judge.
     """
-    for problem in _problems(config):
+    for problem in _walk_problems(config):
         raise LoraError(f"{file}: {problem}", "copy the adapter again, or mend the file")
 
 
@@ -73,22 +73,22 @@ def refuse_other_task(folder: Path, task: Any) -> None:
         raise LoraError(f"{folder} is an adapter for {task}, not for models that write text", "use PEFT itself")
 
 
-def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _walk_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name, kinds in TYPES.items():
         if name in config and not _is(config[name], kinds):
-            yield f"{name} is {_shown(config[name])}, but must be {_said(kinds)}"
+            yield f"{name} is {_show(config[name])}, but must be {_name_kinds(kinds)}"
     for name, kinds in INSIDE.items():
         given = config.get(name)
         for item in given.values() if isinstance(given, dict) else given if isinstance(given, list) else ():
             if not _is(item, kinds):
-                yield f"{name} holds {_shown(item)}, where each must be {_said(kinds)}"
+                yield f"{name} holds {_show(item)}, where each must be {_name_kinds(kinds)}"
     for name in ("rank_pattern", "alpha_pattern"):
         for item in (config.get(name) or {}).values():
             if item <= 0:
-                yield f"{name} holds {_shown(item)}, where each must be over 0"
+                yield f"{name} holds {_show(item)}, where each must be over 0"
     for name in ("r", "lora_alpha"):
         if name in config and config[name] <= 0:
-            yield f"{name} is {_shown(config[name])}, but must be over 0"
+            yield f"{name} is {_show(config[name])}, but must be over 0"
     ids = config.get("trainable_token_indices") or []
     for item in (
         [inner for each in ids.values() for inner in (each if isinstance(each, list) else [each])]
@@ -96,7 +96,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         else ids
     ):
         if not _is(item, (int,)) or item < 0:
-            yield f"trainable_token_indices holds {_shown(item)}, where each must be a row, counted from 0"
+            yield f"trainable_token_indices holds {_show(item)}, where each must be a row, counted from 0"
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -106,11 +106,11 @@ def _is(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (not isinstance(value, float) or abs(value) < float("inf"))
 
 
-def _said(kinds: tuple[type, ...]) -> str:
+def _name_kinds(kinds: tuple[type, ...]) -> str:
     return " or ".join(KINDS.get(kind, "null") for kind in kinds if kind is not int or float not in kinds)
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 40 else text[:37] + "…"
 
@@ -121,7 +121,7 @@ def refuse_other_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[
     for rank in [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]:
         if rank > largest:
             raise LoraError(
-                f"{folder / 'adapter_config.json'}: a rank of {_shown(rank)}, and no tensor of the adapter is as large",
+                f"{folder / 'adapter_config.json'}: a rank of {_show(rank)}, and no tensor of the adapter is as large",
                 "copy the adapter again: its configuration and its weights are of two adapters",
             )
 
@@ -136,7 +136,7 @@ def refuse_other_base(folder: Path, named: Any, recorded: Any) -> None:
 
 
 @cache
-def announce(folder: Path, base: str, revision: str | None) -> None:
+def announce_base(folder: Path, base: str, revision: str | None) -> None:
     """Say, once, which base an adapter made elsewhere names, before anything of that base is opened."""
     at = f" at {revision}" if revision else ""
     ui.say(f"{folder} was made elsewhere: by its own word, its base is {base}{at}")

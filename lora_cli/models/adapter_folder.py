@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from lora_cli.common import privacy as private
-from lora_cli.common import provenance
+from lora_cli.common import privacy, provenance
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.common.files import read_json
-from lora_cli.models import adapter_config as claims
+from lora_cli.models import adapter_config
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -68,9 +67,9 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         raise LoraError(f"{folder / 'adapter_config.json'} is no adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA", "use PEFT itself")
-    claims.check(folder / "adapter_config.json", config)
-    claims.refuse_other_task(folder, config.get("task_type"))
-    claims.refuse_other_ranks(folder, config, shapes)
+    adapter_config.check_fields(folder / "adapter_config.json", config)
+    adapter_config.refuse_other_task(folder, config.get("task_type"))
+    adapter_config.refuse_other_ranks(folder, config, shapes)
     # a checkpoint of a run has its record one folder up
     places = [
         folder / provenance.ARTEFACT_RECORD,
@@ -79,8 +78,10 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     record = next((provenance.read_record(place) for place in places if place.is_file()), None)
     named = config.get("base_model_name_or_path")
     if record and base is None:
-        claims.refuse_other_base(folder, private.portable(named), private.portable(record["base"].get("name")))
-    name = private.expanded(base or named or "")
+        adapter_config.refuse_other_base(
+            folder, privacy.make_portable(named), privacy.make_portable(record["base"].get("name"))
+        )
+    name = privacy.expand_home(base or named or "")
     if not name:
         raise LoraError(f"{folder} does not name its base model", "--base MODEL")
     revision = None
@@ -93,7 +94,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     if not _may_be_model(name):
         raise LoraError(f"the base of {folder}, {name}, is no model", "--base MODEL")
     if record is None and base is None:
-        claims.announce(folder, name, revision)
+        adapter_config.announce_base(folder, name, revision)
     # these change the base's own weights or size while they are on it, so another adapter must not share it
     changes_base = config.get("bias", "none") != "none" or isinstance(config.get("init_lora_weights"), str)
     changes_base |= bool(config.get("trainable_token_indices"))
@@ -133,7 +134,7 @@ def _may_be_model(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
-def kind(path: str) -> str:
+def classify(path: str) -> str:
     """`gguf`, `adapter`, `model` (a folder) or `hub` for what a path on the command line is; LoraError if nothing."""
     local = Path(path)
     if not path.strip():

@@ -16,10 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.common import library_errors as foreign
+from lora_cli.common import library_errors
 from lora_cli.common.errors import LoraError
-from lora_cli.models import patterns
-from lora_cli.models import token_rows as tokens
+from lora_cli.models import patterns, token_rows
 
 
 @contextmanager
@@ -54,9 +53,9 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
     """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one of its tensors
     found its place."""
     refuse_slow_patterns(model, folder)
-    tokens.fit(model, folder)
+    token_rows.fit_embeddings(model, folder)
     hint = "give the base it was trained on with --base"
-    with quiet_peft(), foreign.refused(f"PEFT cannot put the adapter {folder} on its base", hint):
+    with quiet_peft(), library_errors.translate_file_errors(f"PEFT cannot put the adapter {folder} on its base", hint):
         try:
             if isinstance(model, PeftModel):
                 peft_model = model
@@ -64,7 +63,9 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
             else:
                 peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise LoraError(f"PEFT cannot put the adapter {folder} on its base: {_misfit(error)}", hint) from error
+            raise LoraError(
+                f"PEFT cannot put the adapter {folder} on its base: {_explain_misfit(error)}", hint
+            ) from error
     check_adapter_complete(peft_model, folder, name)
     return peft_model
 
@@ -72,16 +73,20 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
 def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
     """UsageError for an adapter whose regular expressions would keep PEFT busy for ever on the model's names."""
     names = [name for name, _ in model.named_modules() if name]
-    patterns.refuse(adapter_config(folder), names, lambda field: f"{folder / 'adapter_config.json'}: {field}")
+    patterns.refuse_slow_patterns(
+        read_adapter_config(folder), names, lambda field: f"{folder / 'adapter_config.json'}: {field}"
+    )
 
 
-def adapter_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path) -> LoraConfig:
     """What the adapter in `folder` says of itself, as PEFT reads it; LoraError with PEFT's words where it does not."""
-    with foreign.refused(f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"):
+    with library_errors.translate_file_errors(
+        f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"
+    ):
         return LoraConfig.from_pretrained(str(folder))
 
 
-def _misfit(error: Exception) -> str:
+def _explain_misfit(error: Exception) -> str:
     """PEFT's words; of tensors that have another size, how many and the first."""
     said = " ".join(str(error).split())
     sizes = re.findall(r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said)
@@ -114,11 +119,11 @@ def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: s
             )
 
 
-def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
+def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     """The adapted modules by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
+def walk_trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """Names and tensors of what training changes."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -14,11 +14,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import remote_code as trust
+from lora_cli.common import remote_code
 from lora_cli.common.errors import LoraError
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import empty, four_bit
-from lora_cli.models import tensors as shards
+from lora_cli.models import adapter_folder, empty, four_bit, tensors
 
 
 def load_base(
@@ -31,7 +29,7 @@ def load_base(
     """The base in `dtype`, or in 4 bits with `dtype` for what is not quantised; `kwargs` go to from_pretrained."""
     refuse_without_safetensors(name, revision)
     if quantization is not None and any(
-        isinstance(module, Conv1D) for module in empty.skeleton(name, revision).modules()
+        isinstance(module, Conv1D) for module in empty.build_empty(name, revision).modules()
     ):
         raise LoraError(
             f"{name} keeps its weights the other way round (Conv1D), and comes back from 4 bits wrongly",
@@ -46,7 +44,7 @@ def load_base(
         quantization_config=quantization,
         output_loading_info=True,
         use_safetensors=True,
-        trust_remote_code=trust.allowed(),
+        trust_remote_code=remote_code.is_allowed(),
         ignore_mismatched_sizes=True,  # so that they are in the report, which is looked at below
         **kwargs,
     )
@@ -68,8 +66,8 @@ def refuse_without_safetensors(name: str, revision: str | None) -> None:
     """LoraError where a model's weights are not there, or pickled, or where it is a base and an adapter at once."""
     if Path(name, "adapter_config.json").is_file():  # transformers would load the base that it names instead
         raise LoraError(f"{name} is an adapter as well as a base", f"move {name}/adapter_*.* to another folder")
-    if shards.open_model(name, revision) is None:
-        pickled = sorted(file.name for kind in record.PICKLED for file in Path(name).glob(f"*{kind}"))
+    if tensors.open_model(name, revision) is None:
+        pickled = sorted(file.name for kind in adapter_folder.PICKLED for file in Path(name).glob(f"*{kind}"))
         only = f": it has pickled ones ({pickled[0]}), which may run code when they are loaded" if pickled else ""
         raise LoraError(
             f"{name} has no weights in safetensors files{only}", "take a revision or copy that has model.safetensors"
@@ -84,7 +82,7 @@ def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
 
 def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
     """LoraError naming the first tensor of the base `name` that holds NaN or an infinity."""
-    bad = list(dict.fromkeys(key for key, tensor in _numbers(network) if not _all_finite(tensor)))
+    bad = list(dict.fromkeys(key for key, tensor in _walk_numbers(network) if not _all_finite(tensor)))
     if bad:
         raise LoraError(
             f"the base {name} holds values that are not finite, in {len(bad)} tensors, the first {bad[0]}",
@@ -92,7 +90,7 @@ def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
         )
 
 
-def _numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _walk_numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight with its name; of one in 4 bits the scales, which are not finite where a weight was not."""
     for key, parameter in network.named_parameters():
         state = getattr(parameter, "quant_state", None)

@@ -39,15 +39,15 @@ class TemplateLimit(LoraError):
 
 
 @lru_cache(16)
-def compiled(source: str) -> Template:
+def compile_template(source: str) -> Template:
     """The template in transformers' own environment, in which products are looked at before they are made."""
     environment = _compile_jinja_template("").environment.overlay()
     environment.intercepted_binops = frozenset(["*", "**"])
-    environment.call_binop = _product
+    environment.call_binop = _limit_product
     return environment.from_string(source)
 
 
-def _product(context: Any, operator: str, left: Any, right: Any) -> Any:
+def _limit_product(context: Any, operator: str, left: Any, right: Any) -> Any:
     if operator == "**":
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > CHARACTERS:
             raise TemplateLimit("takes a power of thousands of digits")
@@ -66,15 +66,15 @@ def render(
     source: str | None = None,
 ) -> str:
     """As `apply_chat_template(tokenize=False)`, within the limits; `source` stands for the tokenizer's own template."""
-    template = compiled(source or tokenizer.get_chat_template(tools=tools))
+    template = compile_template(source or tokenizer.get_chat_template(tools=tools))
     given = {**template.globals, **tokenizer.special_tokens_map, "messages": messages, "tools": tools}
     given |= {"documents": None, "add_generation_prompt": add_generation_prompt}
     with Limits() as limits:
         limits.begin()
-        return joined(template.root_render_func(template.new_context(given, shared=True)))
+        return join_output(template.root_render_func(template.new_context(given, shared=True)))
 
 
-def joined(pieces: Iterator[str]) -> str:
+def join_output(pieces: Iterator[str]) -> str:
     """The text of a template's pieces. TemplateLimit where it grows over CHARACTERS."""
     kept, length = [], 0
     for piece in pieces:

@@ -13,35 +13,33 @@ from transformers import (
     PretrainedConfig,
 )
 
-from lora_cli.common import library_errors as foreign
-from lora_cli.common import remote_code as trust
+from lora_cli.common import library_errors, remote_code
 from lora_cli.common.errors import LoraError
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import tensors as shards
+from lora_cli.models import adapter_folder, tensors
 from lora_cli.recipe.keys import Recipe
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
 
 
-def resolve(name: str, revision: str | None = None) -> str | None:
+def resolve_commit(name: str, revision: str | None = None) -> str | None:
     """The commit that a hub model's branch, tag or commit stands for now; None for a folder.
 
     Everything of a run is loaded at this one commit, and merging loads the base at it again. LoraError when `name` is
     neither a model's folder nor a name on the hub; the hub's own errors when it does not know the name or revision.
     """
-    if record.kind(name) == "model":
+    if adapter_folder.classify(name) == "model":
         return None
-    if record.kind(name) != "hub":
+    if adapter_folder.classify(name) != "hub":
         raise LoraError(f"{name} is not a base model", "give a folder with config.json or a name on the hub")
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     return str(resolve_revision(name, revision=revision).resolved)
 
 
-def of_recipe(recipe: Recipe) -> tuple[str | None, PretrainedConfig]:
+def load_recipe_config(recipe: Recipe) -> tuple[str | None, PretrainedConfig]:
     """The commit that a recipe's base stands for now, and its configuration; LoraError naming the key."""
     try:
-        commit = resolve(recipe.model.name_or_path, recipe.model.revision)
+        commit = resolve_commit(recipe.model.name_or_path, recipe.model.revision)
         return commit, load_config(recipe.model.name_or_path, commit)
     except LoraError as error:
         if not error.message.startswith("model."):
@@ -51,10 +49,10 @@ def of_recipe(recipe: Recipe) -> tuple[str | None, PretrainedConfig]:
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a model on the hub or in a folder; where it names no type, with that of the weights."""
-    with foreign.refused(f"transformers cannot read the configuration of {name}", BROKEN_CONFIG):
-        trust.check(name, PretrainedConfig.get_config_dict(name, revision=revision)[0])
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust.allowed())
-    if config.dtype is None and (found := shards.open_model(name, revision)):
+    with library_errors.translate_file_errors(f"transformers cannot read the configuration of {name}", BROKEN_CONFIG):
+        remote_code.refuse_disallowed_code(name, PretrainedConfig.get_config_dict(name, revision=revision)[0])
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=remote_code.is_allowed())
+    if config.dtype is None and (found := tensors.open_model(name, revision)):
         sizes = Counter[torch.dtype]()
         for entry in found.entries.values():
             sizes[entry.dtype] += math.prod(entry.shape) if entry.dtype.is_floating_point else 0
@@ -62,7 +60,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     return config
 
 
-def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
+def get_checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
     """The type the weights have on disk (float32 when the configuration does not say)."""
     dtype = config.dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

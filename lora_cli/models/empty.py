@@ -9,31 +9,30 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.common import library_errors as foreign
-from lora_cli.common import remote_code as trust
+from lora_cli.common import library_errors, remote_code
 from lora_cli.models import config
 from lora_cli.models.config import BROKEN_CONFIG
 
 UNBUILDABLE = "transformers cannot build the model that its config.json describes"
 
 
-def skeleton(name: str, revision: str | None) -> PreTrainedModel:
+def build_empty(name: str, revision: str | None) -> PreTrainedModel:
     """The base without weights (on the `meta` device): its modules' names and shapes, in an instant."""
-    return from_config(config.load_config(name, revision))
+    return build_from_config(config.load_config(name, revision))
 
 
-def from_config(config: PretrainedConfig) -> PreTrainedModel:
+def build_from_config(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without weights."""
     with (
         torch.device("meta"),
-        foreign.refused(UNBUILDABLE, BROKEN_CONFIG),
+        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
     ):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.allowed())
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code.is_allowed())
 
 
-def weightless(name: str, revision: str | None) -> PreTrainedModel:
+def build_zero(name: str, revision: str | None) -> PreTrainedModel:
     """The base with float32 zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
-    network = skeleton(name, revision)
+    network = build_empty(name, revision)
     for module in network.modules():
         for key, weight in module.named_parameters(recurse=False):
             setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))

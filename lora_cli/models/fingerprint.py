@@ -23,7 +23,7 @@ SAMPLE = 64
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "use_cache", "architectures")
 
 
-def fingerprint(name: str, revision: str | None) -> dict[str, Any]:
+def fingerprint_model(name: str, revision: str | None) -> dict[str, Any]:
     """`config` (as its file has it) and `tensors` (name -> type, shape and hash) of a model on the hub or in a folder.
 
     No tensors where it has no safetensors files.
@@ -32,11 +32,11 @@ def fingerprint(name: str, revision: str | None) -> dict[str, Any]:
     settings = files.read_json(Path(str(path)))
     config = {key: value for key, value in settings.items() if key not in VOLATILE}
     found = shards.open_model(name, revision)
-    tensors = {} if found is None else {name: _of_tensor(found, name) for name in sorted(found.entries)}
+    tensors = {} if found is None else {name: _fingerprint_tensor(found, name) for name in sorted(found.entries)}
     return {"config": config, "tensors": tensors}
 
 
-def _of_tensor(tensors: shards.Tensors, name: str) -> str:
+def _fingerprint_tensor(tensors: shards.Tensors, name: str) -> str:
     entry = tensors.entries[name]
     size = math.prod(entry.shape) * entry.dtype.itemsize
     digest = hashlib.sha256()
@@ -48,7 +48,7 @@ def _of_tensor(tensors: shards.Tensors, name: str) -> str:
     return f"{shards.NAMES[entry.dtype]} {shape} {digest.hexdigest()[:12]}"
 
 
-def check(adapter: Adapter) -> None:
+def refuse_other_base(adapter: Adapter) -> None:
     """LoraError naming what differs where the adapter's base is not the one it was trained on.
 
     An adapter made elsewhere, or before fingerprints were kept, says nothing of its base.
@@ -56,7 +56,7 @@ def check(adapter: Adapter) -> None:
     kept = adapter.record["base"].get("fingerprint") if adapter.record else None
     if kept is None:
         return
-    now = fingerprint(adapter.base, adapter.revision)
+    now = fingerprint_model(adapter.base, adapter.revision)
     different = [
         f"{kind} {name}" + (f" ({kept[part].get(name)}, now {now[part].get(name)})" if part == "config" else "")
         for part, kind in (("config", "the configuration's"), ("tensors", "the tensor"))

@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from lora_cli.common.errors import UsageError
-from lora_cli.models import attach, targets
-from lora_cli.models import base as model
+from lora_cli.models import attach, base, targets
 from lora_cli.recipe.keys import Recipe
 
 ROWS = 256
@@ -36,11 +35,11 @@ Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
 
 
-def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows: Rows, collate: Collate) -> None:
+def prepare_base(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows: Rows, collate: Collate) -> None:
     """corda and lora_ga: leave in the base, for PEFT to find, what it computes A and B from."""
     if recipe.lora.init_lora_weights not in ("corda", "lora_ga"):
         return
-    config.target_modules = targets.resolve(base, config).target_modules
+    config.target_modules = targets.resolve_targets(base, config).target_modules
     if recipe.lora.init_lora_weights == "corda":
 
         def run_model() -> None:  # one row at a time: PEFT's statistics take no more
@@ -59,7 +58,7 @@ def before_attaching(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, 
     set_seed(recipe.training.seed)
 
 
-def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, commit: str | None) -> None:
+def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, commit: str | None) -> None:
     """eva and loftq: replace A and B of the attached adapter."""
     if recipe.lora.init_lora_weights == "eva":
         config = adapted.peft_config["default"]
@@ -81,7 +80,7 @@ def after_attaching(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
                 if parameter.requires_grad and "lora_" in name:
                     parameter.data = parameter.data.float()
     elif recipe.lora.init_lora_weights == "loftq":
-        original = model.load_base(recipe.model.name_or_path, commit, torch.float32)
+        original = base.load_base(recipe.model.name_or_path, commit, torch.float32)
         _loftq(adapted, original)
 
 
@@ -107,7 +106,7 @@ def _loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
 
     PEFT's own needs CUDA and leaves out the scaling s: at alpha = 2r it adds the correction twice.
     """
-    for name, layer in attach.lora_layers(adapted).items():
+    for name, layer in attach.find_lora_layers(adapted).items():
         base = layer.get_base_layer()
         if type(base).__name__ != "Linear4bit":
             continue
@@ -127,7 +126,7 @@ def keep_start(recipe: Recipe, adapted: PeftModel, folder: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in start.items() if _half(name)}, folder / START)
 
 
-def as_plain(adapter: Path, config: LoraConfig, start: Path) -> None:
+def save_as_plain(adapter: Path, config: LoraConfig, start: Path) -> None:
     """Make the saved adapter one that any program puts on the base as it is, in place.
 
     s·[B, −B₀]·[A; A₀] = s·(BA − B₀A₀): with twice the rank, alpha grows so that s stays. DoRA's magnitudes and all else

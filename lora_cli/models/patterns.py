@@ -26,19 +26,19 @@ for pattern in patterns:
 """
 
 
-def refuse(config: LoraConfig, names: Sequence[str], where: Callable[[str], str]) -> None:
+def refuse_slow_patterns(config: LoraConfig, names: Sequence[str], where: Callable[[str], str]) -> None:
     """UsageError for a regular expression of `config` that is none, or takes longer than SECONDS on these names.
 
     `re` cannot be interrupted: they are tried in a process of their own. The expressions are those PEFT forms; `where`
     says in which place a field was written.
     """
-    asked = list(_patterns(config))
+    asked = list(_walk_patterns(config))
     for field, written, pattern in asked:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
-                f"{where(field)}: {_short(written)} is no regular expression: {error}", "lists take names"
+                f"{where(field)}: {_shorten(written)} is no regular expression: {error}", "lists take names"
             ) from None
     asked = [(field, written, pattern) for field, written, pattern in asked if re.search(r"[*+{(]", written)]
     if not asked:
@@ -52,26 +52,26 @@ def refuse(config: LoraConfig, names: Sequence[str], where: Callable[[str], str]
     except subprocess.TimeoutExpired as error:
         field, written, _ = asked[len((error.stdout or b"").splitlines())]
         raise UsageError(
-            f"{where(field)}: {_short(written)} takes over {SECONDS:g} s to match {len(names)} names",
+            f"{where(field)}: {_shorten(written)} takes over {SECONDS:g} s to match {len(names)} names",
             "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
         ) from None
 
 
-def key(written: str) -> str:
+def pattern_of_key(written: str) -> str:
     """PEFT's regular expression for a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({written})$"
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """PEFT's fields that are one value or several, as several."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def _short(written: str) -> str:
+def _shorten(written: str) -> str:
     return repr(written if len(written) <= 80 else f"{written[:79]}…")
 
 
-def _patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
+def _walk_patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
     """(field, what was written, the regular expression that PEFT makes of it)."""
     for field in ("target_modules", "exclude_modules"):
         written = getattr(config, field)
@@ -79,8 +79,8 @@ def _patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
             yield field, written, f"(?:{written})\\Z"
     for field in ("rank_pattern", "alpha_pattern"):
         for written in getattr(config, field) or {}:
-            yield field, written, key(written)
+            yield field, written, pattern_of_key(written)
     for name in config.modules_to_save or []:
         yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
-    for pattern in listed(config.layers_pattern):
+    for pattern in as_list(config.layers_pattern):
         yield "layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."

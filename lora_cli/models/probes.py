@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common.errors import LoraError
-from lora_cli.models import chat_template as chat
+from lora_cli.models import chat_template
 
 TRAINED = "lora_probes.safetensors"
 # Mean KL by which arithmetic in a type (training's own, and other hardware) may differ from float32
@@ -53,17 +53,20 @@ class Probe(NamedTuple):
     plain: bool
 
 
-def probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     """The probe prompts for this tokenizer."""
     if tokenizer.chat_template is None:
         return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
-    texts = [chat.render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True) for text in PROBES]
+    texts = [
+        chat_template.render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+        for text in PROBES
+    ]
     return [Probe(text, tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in texts]
 
 
 def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Keep what the model says after each probe when training ends (float32, probes × vocabulary) with the adapter."""
-    last = torch.stack([rows[-1] for rows in logits(model, probes(tokenizer))])
+    last = torch.stack([rows[-1] for rows in compute_logits(model, make_probes(tokenizer))])
     save_file({"logits": last}, folder / TRAINED)
 
 
@@ -75,9 +78,9 @@ def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtyp
     """
     if not (folder / TRAINED).is_file():
         return None
-    difference = compare(list(load_file(folder / TRAINED)["logits"][:, None]), [rows[-1:] for rows in given])
+    difference = compare_logits(list(load_file(folder / TRAINED)["logits"][:, None]), [rows[-1:] for rows in given])
     # one wrong row of a vocabulary hides in the mean; in float32 no logit may be far off
-    far = dtype == torch.float32 and not difference.max_abs <= 10 * limit(difference, dtype)
+    far = dtype == torch.float32 and not difference.max_abs <= 10 * rounding_limit(difference, dtype)
     if far or not difference.mean_kl <= TRAINED_KL[dtype]:
         raise LoraError(
             f"{folder} on its base is not the model that was trained: {difference}",
@@ -86,7 +89,7 @@ def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtyp
     return str(difference)
 
 
-def logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:
+def compute_logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:
     """Float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval mode, on its own device."""
     model.eval()
     device = next(model.parameters()).device
@@ -94,13 +97,13 @@ def logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor
         return [model(input_ids=torch.tensor([p.ids], device=device)).logits[0].float().cpu() for p in probes]
 
 
-def compare(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:
+def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:
     """Differences of `after` from `before`, as `logits` gives them. LoraError if the vocabularies differ."""
     sizes = [logits[0].shape[-1] for logits in (before, after)]
     if sizes[0] != sizes[1]:
         raise LoraError(f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens", "use the base it was trained on")
     # one probe at a time: in double precision, a large vocabulary at every position is itself large
-    each = [_differ(first.double(), second.double()) for first, second in zip(before, after, strict=True)]
+    each = [_differ_by_position(first.double(), second.double()) for first, second in zip(before, after, strict=True)]
     max_abs, kl, same = torch.cat(each, dim=1)
     return Difference(
         max_abs=max_abs.max().item(),
@@ -110,13 +113,13 @@ def compare(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Di
     )
 
 
-def _differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _differ_by_position(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Of each position: largest difference, KL, and whether the same token is the likeliest, as (3, positions)."""
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     same = first.argmax(-1) == second.argmax(-1)
     return torch.stack([(first - second).abs().amax(-1), (p.exp() * (p - q)).sum(-1), same.double()])
 
 
-def limit(difference: Difference, dtype: torch.dtype) -> float:
+def rounding_limit(difference: Difference, dtype: torch.dtype) -> float:
     """The largest |Δlogit| that rounding weights to `dtype` explains for logits of this spread."""
     return TOLERANCE[dtype] * max(difference.spread, 1e-3)

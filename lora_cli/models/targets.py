@@ -17,73 +17,72 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli.common.errors import nearest, one_error
-from lora_cli.models import patterns
-from lora_cli.models import unsupported as limits
-from lora_cli.models.patterns import listed
-from lora_cli.models.token_rows import matches
+from lora_cli.common.errors import find_nearest, join_errors
+from lora_cli.models import patterns, unsupported
+from lora_cli.models.patterns import as_list
+from lora_cli.models.token_rows import matches_name
 from lora_cli.models.unsupported import Problem
 from lora_cli.recipe.keys import Recipe
 
 
-def check(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
+def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
     """UsageError with every part of the adapter's `config` that matches nothing in `model` or that cannot be merged."""
     modules = {name: module for name, module in model.named_modules() if name}
-    patterns.refuse(config, list(modules), lambda field: recipe.where("lora", field))
-    resolved = resolve(model, config)
-    targeted = targeted_modules(resolved, modules)
-    parameters = targeted_parameters(resolved, model)
+    patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
+    resolved = resolve_targets(model, config)
+    targeted = find_targeted_modules(resolved, modules)
+    parameters = find_targeted_parameters(resolved, model)
     problems = [
-        *_unmatched_names(recipe, config, resolved, list(modules)),
-        *_left_out_targets(recipe, config, resolved, list(modules)),
-        *_unmatched_layers(recipe, config, list(modules)),
-        *_unmatched_parameters(recipe, config, model),
-        *_unmatched_patterns(recipe, config, [*targeted, *parameters]),
-        *_wrong_token_ids(recipe, config, model, targeted),
-        *limits.problems(recipe, model, config, {name: modules[name] for name in targeted}, parameters),
+        *_find_unmatched_names(recipe, config, resolved, list(modules)),
+        *_find_left_out_targets(recipe, config, resolved, list(modules)),
+        *_find_unmatched_layers(recipe, config, list(modules)),
+        *_find_unmatched_parameters(recipe, config, model),
+        *_find_unmatched_patterns(recipe, config, [*targeted, *parameters]),
+        *_find_wrong_token_ids(recipe, config, model, targeted),
+        *unsupported.find_problems(recipe, model, config, {name: modules[name] for name in targeted}, parameters),
     ]
     if not problems and not targeted and not parameters:
         problems = [
             (f"{recipe.where('lora', 'target_modules')}: nothing is left to adapt", "lora.target_modules: all-linear")
         ]
     if problems:
-        raise one_error(f"with lora on {recipe.model.name_or_path}", problems)
+        raise join_errors(f"with lora on {recipe.model.name_or_path}", problems)
 
 
-def resolve(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model definitions converted."""
     resolved = copy.deepcopy(config)
     convert_peft_config_for_transformers(resolved, model=model, conversions=get_model_conversion_mapping(model))
     return _maybe_include_all_linear_layers(resolved, model)
 
 
-def targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
+def find_targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
     """The modules that PEFT will adapt."""
     return [name for name in names if name and check_target_module_exists(config, name)]
 
 
-def targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
+def find_targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
     """The parameters that PEFT will adapt through `target_parameters`."""
     wanted = config.target_parameters or []
-    return [name for name in parameter_names(model) if any(matches(name, target) for target in wanted)]
+    return [name for name in list_parameter_names(model) if any(matches_name(name, target) for target in wanted)]
 
 
-def parameter_names(model: nn.Module) -> list[str]:
+def list_parameter_names(model: nn.Module) -> list[str]:
     """Every name of every parameter: of a shared one all."""
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
-def _guess(target: str, names: Iterable[str], otherwise: str) -> str:
+def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
     """A hint that names the real module, or ending of a module's name, that `target` most likely meant."""
     parts = target.count(".") + 1
-    guess = nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
+    guess = find_nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
     return f"did you mean {guess}?" if guess else otherwise
 
 
 # What matches nothing -----------------------------------------------------------------------------------------------
 
 
-def _unmatched_names(
+def _find_unmatched_names(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
     kind = recipe.model.name_or_path
@@ -94,24 +93,24 @@ def _unmatched_names(
             if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
                 hint = "an expression must match the whole name"
                 if re.fullmatch(r"[\w.-]+", wanted):  # a name where a list, or the shorthand, was meant
-                    guess = nearest(wanted.lower(), ["all-linear"])
+                    guess = find_nearest(wanted.lower(), ["all-linear"])
                     hint = f"did you mean {guess}?" if guess else f"{field}: [{wanted}]"
                 yield f"{where}: no module of {kind} matches {wanted!r}", hint
         elif not (field == "target_modules" and converted):
             for target in sorted(wanted or []):
-                if not any(matches(name, target) for name in names):
-                    hint = _guess(target, names, "lora.target_modules: all-linear")
+                if not any(matches_name(name, target) for name in names):
+                    hint = _guess_target(target, names, "lora.target_modules: all-linear")
                     yield f"{where}: no module of {kind} is called {target}", hint
     where = recipe.where("lora", "modules_to_save")
     for name in config.modules_to_save or []:
-        if not any(matches(module, name) for module in names):
-            yield f"{where}: no module of {kind} is called {name}", _guess(name, names, "leave it out")
-        elif more := [module for module in names if module.endswith(name) and not matches(module, name)]:
-            full = next(module for module in names if matches(module, name))
+        if not any(matches_name(module, name) for module in names):
+            yield f"{where}: no module of {kind} is called {name}", _guess_target(name, names, "leave it out")
+        elif more := [module for module in names if module.endswith(name) and not matches_name(module, name)]:
+            full = next(module for module in names if matches_name(module, name))
             yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
 
 
-def _left_out_targets(
+def _find_left_out_targets(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
     """Names in the list of targets that exist, and that another field takes away again."""
@@ -120,13 +119,13 @@ def _left_out_targets(
     alone, where = copy.copy(config), recipe.where("lora", "target_modules")
     for target in sorted(config.target_modules):
         alone.target_modules = [target]
-        if any(matches(name, target) for name in names) and not targeted_modules(alone, names):
+        if any(matches_name(name, target) for name in names) and not find_targeted_modules(alone, names):
             others = ("exclude_modules", "modules_to_save", "layers_to_transform")
             taking = " or ".join(field for field in others if getattr(config, field) is not None)
             yield f"{where}: {target} is left out again by {taking}", "remove it from one of them"
 
 
-def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> Iterator[Problem]:
+def _find_unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> Iterator[Problem]:
     """Layers and layer patterns that choose no module, and full names, for which PEFT forgets them."""
     if config.layers_to_transform is None:
         return
@@ -134,49 +133,49 @@ def _unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) 
         where = recipe.where("lora", "target_modules")
         yield f"{where}: {target} is a full name: layers_to_transform does not apply to it", "give the end of the name"
     alone = copy.copy(config)
-    for layer in listed(config.layers_to_transform):
+    for layer in as_list(config.layers_to_transform):
         alone.layers_to_transform = layer
-        if not targeted_modules(alone, names):
+        if not find_targeted_modules(alone, names):
             numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
             there = f"{numbers[0]} to {numbers[-1]}" if numbers else "not numbered"
             where = recipe.where("lora", "layers_to_transform")
             yield f"{where}: no target_modules in layer {layer}", f"the layers are {there}"
     alone.layers_to_transform = config.layers_to_transform
-    for pattern in listed(config.layers_pattern):
+    for pattern in as_list(config.layers_pattern):
         alone.layers_pattern = [pattern]
-        if not targeted_modules(alone, names):
+        if not find_targeted_modules(alone, names):
             lists = {match[1] for name in names if (match := re.match(r".*?([^.]+)\.\d+\.", name))}
             where = recipe.where("lora", "layers_pattern")
             yield f"{where}: no target_modules under {pattern}", f"one of {', '.join(sorted(lists))}"
 
 
-def _unmatched_parameters(recipe: Recipe, config: LoraConfig, model: nn.Module) -> Iterator[Problem]:
-    names, where = parameter_names(model), recipe.where("lora", "target_parameters")
+def _find_unmatched_parameters(recipe: Recipe, config: LoraConfig, model: nn.Module) -> Iterator[Problem]:
+    names, where = list_parameter_names(model), recipe.where("lora", "target_parameters")
     for target in config.target_parameters or []:
-        if not any(matches(name, target) for name in names):
-            yield f"{where}: no parameter is called {target}", _guess(target, names, "leave it out")
+        if not any(matches_name(name, target) for name in names):
+            yield f"{where}: no parameter is called {target}", _guess_target(target, names, "leave it out")
     for field in ("layers_to_transform", "exclude_modules"):
         if config.target_parameters and getattr(config, field) is not None:
             place = recipe.where("lora", field)
             yield f"{place} does not apply to target_parameters", "name each parameter in full, and leave it out"
 
 
-def _unmatched_patterns(recipe: Recipe, config: LoraConfig, targeted: Sequence[str]) -> Iterator[Problem]:
+def _find_unmatched_patterns(recipe: Recipe, config: LoraConfig, targeted: Sequence[str]) -> Iterator[Problem]:
     """Keys that match no adapted module, and modules that two keys match: their order is lost in the adapter's file."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        matched = {key: [name for name in targeted if re.match(patterns.key(key), name)] for key in keys}
+        matched = {key: [name for name in targeted if re.match(patterns.pattern_of_key(key), name)] for key in keys}
         for key in keys:
             if not matched[key]:
                 where = recipe.where("lora", field, key)
-                yield f"{where}: no adapted module matches", _guess(key, targeted, "leave it out")
+                yield f"{where}: no adapted module matches", _guess_target(key, targeted, "leave it out")
         twice = Counter(name for found in matched.values() for name in found)
         for name in [name for name, times in twice.items() if times > 1][:1]:
             both = " and ".join(key for key in keys if name in matched[key])
             yield f"{recipe.where('lora', field)}: {both} both match {name}", "give each module one key"
 
 
-def _wrong_token_ids(
+def _find_wrong_token_ids(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
 ) -> Iterator[Problem]:
     given, where = config.trainable_token_indices or {}, recipe.where("lora", "trainable_token_indices")
@@ -185,9 +184,9 @@ def _wrong_token_ids(
     seen: set[str] = set()
     embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
-        found = [full for full in weights if matches(full, name)]
+        found = [full for full in weights if matches_name(full, name)]
         if not found:
-            yield f"{where}: no embedding or head is called {name}", _guess(name, weights, "leave it out")
+            yield f"{where}: no embedding or head is called {name}", _guess_target(name, weights, "leave it out")
             continue
         if found[0] in seen:
             yield f"{where}: {found[0]} is named twice", "give all its rows under one name"

@@ -67,7 +67,7 @@ class Tensors:
         self.entries: dict[str, Entry] = {}
         self.paths = list(paths)
         for path in self.paths:
-            for name, entry in sorted(_header(path).items(), key=lambda pair: pair[1].start):
+            for name, entry in sorted(_read_header(path).items(), key=lambda pair: pair[1].start):
                 self.entries[name] = entry
 
     def names(self, path: Path) -> list[str]:
@@ -98,7 +98,7 @@ class Tensors:
         return data.view(entry.dtype).reshape(shape)
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def _read_header(path: Path) -> dict[str, Entry]:
     """The entries of one file."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -141,17 +141,17 @@ def _is_entry(item: tuple[str, Any]) -> bool:
 
 def open_model(name: str, revision: str | None = None) -> Tensors | None:
     """The weights of a model on the hub or in a folder; None where they are not in safetensors files."""
-    single = _find(name, SINGLE, revision)  # first, as transformers: a model saved anew leaves an old index behind
+    single = _find_file(name, SINGLE, revision)  # first, as transformers: a model saved anew leaves an old index behind
     if single is not None:
         return Tensors([single])
-    index = _find(name, INDEX, revision)
+    index = _find_file(name, INDEX, revision)
     if index is None:
         return None
-    shards = _shards(index)
-    return Tensors([path for shard in shards if (path := _find(name, shard, revision, required=True))])
+    shards = _list_shards(index)
+    return Tensors([path for shard in shards if (path := _find_file(name, shard, revision, required=True))])
 
 
-def _shards(index: Path) -> list[str]:
+def _list_shards(index: Path) -> list[str]:
     """The files that an index names, all of them beside it; LoraError for an index that is none."""
     found = files.read_json(index)
     named = found.get("weight_map") if isinstance(found, dict) else None
@@ -162,7 +162,7 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(named.values()))
 
 
-def _find(name: str, file: str, revision: str | None, required: bool = False) -> Path | None:
+def _find_file(name: str, file: str, revision: str | None, required: bool = False) -> Path | None:
     try:
         found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=required)
     except (OSError, EntryNotFoundError) as error:
@@ -170,7 +170,7 @@ def _find(name: str, file: str, revision: str | None, required: bool = False) ->
     return None if found is None else Path(found)
 
 
-def create(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
+def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
     """A safetensors file with its header and room for these tensors (name -> type, shape); where each is to go."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -183,19 +183,19 @@ def create(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(file.tell() + offset)
-    return _header(path)
+    return _read_header(path)
 
 
-def fill(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
+def fill_tensor(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
     """Write a tensor's pieces, in order, to their place; returns their checksum. LoraError for one not finite."""
     total = 0
     with entry.file.open("r+b", buffering=0) as file:
         file.seek(entry.start)
         for rows in pieces:
-            if not finite(rows):
+            if not is_finite(rows):
                 raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
-            total += checksum(rows)
-            view = _bits(rows).view(np.uint8).data
+            total += compute_checksum(rows)
+            view = _view_bits(rows).view(np.uint8).data
             done = 0
             while done < len(view):
                 done += file.write(view[done:])
@@ -204,24 +204,24 @@ def fill(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
     return total % 2**64
 
 
-def finite(rows: torch.Tensor) -> bool:
+def is_finite(rows: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; by the exponent's bits, many times faster than torch.isfinite on a CPU."""
     if not rows.is_floating_point() or not rows.numel():
         return True
     if rows.dtype not in EXPONENT:
         return bool(torch.isfinite(rows.float()).all())
     mask = EXPONENT[rows.dtype]
-    return bool((_bits(rows) & UNSIGNED[rows.dtype.itemsize](mask)).max() != mask)
+    return bool((_view_bits(rows) & UNSIGNED[rows.dtype.itemsize](mask)).max() != mask)
 
 
-def checksum(rows: torch.Tensor) -> int:
+def compute_checksum(rows: torch.Tensor) -> int:
     """The sum of all bytes, taken eight at a time: any one value that is changed afterwards changes it."""
-    data = _bits(rows).view(np.uint8)
+    data = _view_bits(rows).view(np.uint8)
     whole = len(data) // 8 * 8
     return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int.from_bytes(data[whole:].tobytes(), "little")
 
 
-def _bits(rows: torch.Tensor) -> np.ndarray[Any, Any]:
+def _view_bits(rows: torch.Tensor) -> np.ndarray[Any, Any]:
     return rows.contiguous().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[rows.dtype.itemsize])
 
 
@@ -240,7 +240,7 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def changed_since(folder: Path, sums: Mapping[str, int]) -> str | None:
+def find_changed(folder: Path, sums: Mapping[str, int]) -> str | None:
     """The first tensor of a folder's files that is not what was written, by its checksum; None if all are."""
     tensors = open_model(str(folder))
     assert tensors is not None, "written just now"
@@ -249,7 +249,7 @@ def changed_since(folder: Path, sums: Mapping[str, int]) -> str | None:
 
     def total(name: str) -> int:
         shape = tensors.entries[name].shape
-        return sum(checksum(tensors.rows(name, start, stop)) for start, stop in blocks(shape)) % 2**64
+        return sum(compute_checksum(tensors.rows(name, start, stop)) for start, stop in split_rows(shape)) % 2**64
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         totals = pool.map(total, sums)
@@ -263,7 +263,7 @@ def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
     files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
 
 
-def blocks(shape: tuple[int, ...], size: int | None = None) -> Iterator[tuple[int, int]]:
+def split_rows(shape: tuple[int, ...], size: int | None = None) -> Iterator[tuple[int, int]]:
     """Ranges of rows of about `size` bytes (`BLOCK`) in float32 that cover a tensor of this shape, in order.
 
     Each but the last has a multiple of eight values, so that checksums do not depend on the ranges.

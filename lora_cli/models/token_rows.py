@@ -21,7 +21,7 @@ MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""
 
 
-def grow(model: PreTrainedModel, rows: int) -> None:
+def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
     """Let the embeddings, and the head, have at least so many rows; new ones are drawn around the mean of the rest."""
     if model.get_input_embeddings().num_embeddings < rows:
         model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
@@ -40,21 +40,21 @@ def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> No
     given: Any = config.trainable_token_indices or {}
     rows = dict(given) if isinstance(given, dict) else {names[0].rpartition(".")[2]: given}
     for name in names:
-        if not any(matches(name, saved) for saved in config.modules_to_save or ()):
-            key = next((key for key in rows if matches(name, key)), name.rpartition(".")[2])
+        if not any(matches_name(name, saved) for saved in config.modules_to_save or ()):
+            key = next((key for key in rows if matches_name(name, key)), name.rpartition(".")[2])
             rows[key] = [*rows.get(key, []), *(number for number in ids if number not in rows.get(key, []))]
     config.trainable_token_indices = rows or None
 
 
-def matches(name: str, ending: str) -> bool:
+def matches_name(name: str, ending: str) -> bool:
     """PEFT's rule for names in lists: the whole name, or its last parts."""
     return name == ending or name.endswith(f".{ending}")
 
 
-def fit(model: PreTrainedModel, folder: Path) -> None:
+def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
     """Grow the embeddings of a base to those the adapter in `folder` was trained with."""
     stored = load_peft_weights(str(folder), device="cpu")
-    rows = rows_trained(model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()})
+    rows = count_rows_trained(model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()})
     there = model.get_input_embeddings().num_embeddings
     if rows > there + MOST_ADDED:
         raise LoraError(
@@ -64,7 +64,7 @@ def fit(model: PreTrainedModel, folder: Path) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def rows_trained(model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def count_rows_trained(model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How many rows of embeddings the adapter in `folder` speaks of; `shapes` are those of its tensors, by key."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)

@@ -10,17 +10,15 @@ from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import files
-from lora_cli.common import library_errors as foreign
-from lora_cli.common import remote_code as trust
-from lora_cli.common.errors import LoraError, UsageError, nearest
-from lora_cli.models import chat_template as chat
+from lora_cli.common import files, library_errors, remote_code
+from lora_cli.common.errors import LoraError, UsageError, find_nearest
+from lora_cli.models import chat_template
 from lora_cli.recipe.keys import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def tokenizer_for(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokenizerBase, list[int], str]:
+def load_recipe_tokenizer(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokenizerBase, list[int], str]:
     """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
     tokenizer = load_tokenizer(recipe.model.name_or_path, commit, **roles)
@@ -37,15 +35,17 @@ def load_tokenizer(name: str, revision: str | None = None, **roles: str | None) 
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
-    with foreign.refused(f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust.allowed())
+    with library_errors.translate_file_errors(
+        f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=remote_code.is_allowed())
     if not tokenizer.is_fast:
         raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()
     for kind, token in roles.items():
         if token is not None:
             if token not in vocabulary:
-                guess = nearest(token, vocabulary)
+                guess = find_nearest(token, vocabulary)
                 hint = f"did you mean {guess}?" if guess else f"leave training.{kind} out"
                 raise LoraError(f"training.{kind}: the tokenizer of {name} has no token {token!r}", hint)
             setattr(tokenizer, kind, token)
@@ -73,7 +73,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
     known = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
     path = known.get(name, Path(name))
     if not path.is_file():
-        guess = nearest(name, known)
+        guess = find_nearest(name, known)
         hint = f"did you mean {guess}?" if guess else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
         raise LoraError(f"model.chat_template: there is no template {name!r} and no such file", hint)
     template = path.read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     for text in made.values():
         try:
             asked = [{"role": "user", "content": "x"}]
-            shown = chat.render(tokenizer, asked, source=text)
+            shown = chat_template.render(tokenizer, asked, source=text)
         except TemplateError:
             shown = ""
         if prompt.strip() not in shown:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.models import patterns
-from lora_cli.models.token_rows import matches
+from lora_cli.models.token_rows import matches_name
 from lora_cli.recipe.keys import Recipe
 
 NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")
@@ -23,7 +23,7 @@ Problem = tuple[str, str | None]
 """What is wrong, and what to do."""
 
 
-def problems(
+def find_problems(
     recipe: Recipe,
     model: PreTrainedModel,
     config: LoraConfig,
@@ -31,23 +31,23 @@ def problems(
     parameters: Sequence[str],
 ) -> Iterator[Problem]:
     """All of them, for the modules and parameters that `config` adapts."""
-    yield from _wrong_kinds(recipe, targeted)
-    yield from _wrong_parameters(recipe, config, model, parameters)
-    yield from _wrong_biases(recipe, config, model, targeted)
-    yield from _wrong_starts(recipe, config, targeted)
-    yield from _wrong_copies(recipe, config, model)
-    yield from _tied(recipe, config, model, list(targeted), parameters)
+    yield from _find_wrong_kinds(recipe, targeted)
+    yield from _find_wrong_parameters(recipe, config, model, parameters)
+    yield from _find_wrong_biases(recipe, config, model, targeted)
+    yield from _find_wrong_starts(recipe, config, targeted)
+    yield from _find_wrong_copies(recipe, config, model)
+    yield from _find_tied(recipe, config, model, list(targeted), parameters)
 
 
-def _wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
+def _find_wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
     """Modules without a weight that LoRA knows, and those whose own way of using it an adapter would pass by."""
     where = recipe.where("lora", "target_modules")
-    for why, names in _by_reason(targeted, _unlike_peft).items():
+    for why, names in _group_by_reason(targeted, _explain_unlike_peft).items():
         more = f" ({len(names)} such modules)" if len(names) > 1 else ""
         yield f"{where}: PEFT cannot adapt {names[0]}, {why}{more}", "leave it out of target_modules"
 
 
-def _by_reason(targeted: dict[str, nn.Module], reason: Callable[[Any], str | None]) -> dict[str, list[str]]:
+def _group_by_reason(targeted: dict[str, nn.Module], reason: Callable[[Any], str | None]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, module in targeted.items():
         if why := reason(module):
@@ -55,7 +55,7 @@ def _by_reason(targeted: dict[str, nn.Module], reason: Callable[[Any], str | Non
     return found
 
 
-def _unlike_peft(module: Any) -> str | None:
+def _explain_unlike_peft(module: Any) -> str | None:
     """Why PEFT's adapter would not be, or not merge into, what the module computes."""
     if isinstance(module, nn.Embedding):
         own = type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
@@ -71,7 +71,7 @@ def _unlike_peft(module: Any) -> str | None:
     return None if module.padding_mode == "zeros" else f"a convolution with padding_mode={module.padding_mode}"
 
 
-def _wrong_parameters(
+def _find_wrong_parameters(
     recipe: Recipe, config: LoraConfig, model: nn.Module, parameters: Sequence[str]
 ) -> Iterator[Problem]:
     """What does not go with adapters on parameters (which `all-linear` means too where experts are fused)."""
@@ -92,7 +92,7 @@ def _wrong_parameters(
         yield f"{where}: {initial} is not defined for {such}", "init_lora_weights: true"
 
 
-def _wrong_biases(
+def _find_wrong_biases(
     recipe: Recipe, config: LoraConfig, model: nn.Module, targeted: dict[str, nn.Module]
 ) -> Iterator[Problem]:
     without = [name for name, module in targeted.items() if getattr(module, "bias", None) is None]
@@ -106,7 +106,7 @@ def _wrong_biases(
         yield f"{recipe.where('lora', 'bias')} is {config.bias}, but there is no bias to train", "bias: none"
 
 
-def _wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
+def _find_wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
     """Initialisations that a module's kind, shape or rank does not allow, and what else eva does not go with."""
     initial = str(config.init_lora_weights).partition("_niter")[0]
     where = recipe.where("lora", "init_lora_weights")
@@ -119,7 +119,7 @@ def _wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Mod
             yield f"{where}: {initial} is not defined for {name}, a {type(module).__name__}", "init_lora_weights: true"
             return
         rank, field = next(
-            ((rank, key) for key, rank in config.rank_pattern.items() if re.match(patterns.key(key), name)),
+            ((rank, key) for key, rank in config.rank_pattern.items() if re.match(patterns.pattern_of_key(key), name)),
             (config.r, None),
         )
         place = recipe.where("lora", "rank_pattern", field) if field else recipe.where("lora", "r")
@@ -132,21 +132,21 @@ def _wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Mod
             return
 
 
-def _wrong_copies(recipe: Recipe, config: LoraConfig, model: PreTrainedModel) -> Iterator[Problem]:
+def _find_wrong_copies(recipe: Recipe, config: LoraConfig, model: PreTrainedModel) -> Iterator[Problem]:
     """Whole modules that cannot be trained: stored in 4 bits, or with rows that are to be trained by themselves."""
     where, given = recipe.where("lora", "modules_to_save"), config.trainable_token_indices or {}
     modules = dict(model.named_modules())
     ends = {name for name, module in modules.items() if module is model.get_input_embeddings()}
     rows = list(given) if isinstance(given, dict) else list(ends)
     for saved in config.modules_to_save or []:
-        for name in [name for name in modules if name and matches(name, saved)]:
+        for name in [name for name in modules if name and matches_name(name, saved)]:
             inside = [path for path, module in modules[name].named_modules() if hasattr(module, "quant_state")]
             if inside:
                 yield f"{where}: {name} is stored in 4 bits and cannot be trained", "quantization.llm_int8_skip_modules"
                 return
             weight = getattr(modules[name], "weight", None)
             shared = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
-            if weight is not None and any(matches(other, row) for other in shared for row in rows):
+            if weight is not None and any(matches_name(other, row) for other in shared for row in rows):
                 both = "model.add_tokens" if recipe.model.add_tokens or recipe.model.add_special_tokens else "its rows"
                 yield (
                     f"{where}: {name} is trained whole, and {both} by themselves",
@@ -155,7 +155,7 @@ def _wrong_copies(recipe: Recipe, config: LoraConfig, model: PreTrainedModel) ->
                 )
 
 
-def _tied(
+def _find_tied(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str], parameters: Sequence[str]
 ) -> Iterator[Problem]:
     """Adapters on a weight that serves as embedding and head: it can be merged into neither without changing the other.
@@ -177,8 +177,8 @@ def _tied(
             yield f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})", instead
     given = config.trainable_token_indices
     rows = given if isinstance(given, dict) else {}
-    of_head = [ids for name, ids in rows.items() if matches(shared[-1], name)]
-    of_embeddings = [ids for name, ids in rows.items() if matches(shared[0], name)]
+    of_head = [ids for name, ids in rows.items() if matches_name(shared[-1], name)]
+    of_embeddings = [ids for name, ids in rows.items() if matches_name(shared[0], name)]
     if of_head and of_head != of_embeddings:
         yield (
             f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight ({both})",

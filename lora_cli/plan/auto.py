@@ -9,8 +9,8 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli.common import remote_code as trust
-from lora_cli.common.errors import UsageError, nearest
+from lora_cli.common import remote_code
+from lora_cli.common.errors import UsageError, find_nearest
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import Hardware
 from lora_cli.recipe import upstream
@@ -40,7 +40,7 @@ def settle(
     `checkpoint_dtype` is the base's type on disk; `device` what it is to run on, by default this machine's. `levers`
     decides last what the memory plan has to say to (`memory.levers`): without it, by the kind of device alone.
     """
-    device, choices = device or hardware.here(), list[Choice]()
+    device, choices = device or hardware.detect_device(), list[Choice]()
 
     def choose(section: Section, name: str, label: str, value: Any, reason: str) -> Any:
         if getattr(section, name) != "auto":
@@ -107,23 +107,25 @@ def _packing(recipe: Recipe) -> tuple[str | bool, str]:
     return "step", "no padding, and the same run"
 
 
-def check(recipe: Recipe, device: Hardware | None = None) -> None:
+def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
     """Build every configuration once, so that what upstream refuses is refused before anything is loaded; for this
     machine, or another device."""
-    if trust.is_repository(recipe.model.attn_implementation):
+    if remote_code.is_repository(recipe.model.attn_implementation):
         where = recipe.where("model", "attn_implementation")
-        trust.require(f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa")
+        remote_code.require_allowed(f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if (given := recipe.model.attn_implementation) not in (None, "auto", *known) and not trust.is_repository(given):
+    if (given := recipe.model.attn_implementation) not in (None, "auto", *known) and not remote_code.is_repository(
+        given
+    ):
         where = recipe.where("model", "attn_implementation")
-        guess = nearest(str(given), known)
+        guess = find_nearest(str(given), known)
         raise UsageError(
             f"{where}: there is no {given}", f"did you mean {guess}?" if guess else f"one of {', '.join(known)}"
         )
     settled, _ = settle(recipe, torch.float32)
-    upstream.lora_config(settled)
-    upstream.quantization_config(settled)
-    arguments = upstream.training_arguments(settled)
+    upstream.build_lora_config(settled)
+    upstream.build_quantization_config(settled)
+    arguments = upstream.build_training_arguments(settled)
     without = arguments.use_cpu and (device is None or device.kind == "cpu")
     if arguments.fp16 and without:
         place = recipe.where("training", "fp16")

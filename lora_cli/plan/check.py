@@ -19,10 +19,9 @@ from lora_cli.data import load
 from lora_cli.data.prepare import Prepared
 from lora_cli.data.selection import Kept
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models.config import checkpoint_dtype, of_recipe
+from lora_cli.models.config import get_checkpoint_dtype, load_recipe_config
 from lora_cli.models.tokenizer import IGNORED
-from lora_cli.plan import auto, hardware, memory
-from lora_cli.plan import sizes as plan
+from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe.keys import Recipe
 
 TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
@@ -30,27 +29,27 @@ TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
 BARS = 10
 
 
-def check(recipe: Recipe, samples: int, as_json: bool) -> None:
+def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
-    auto.check(recipe)
-    commit, config = of_recipe(recipe)
-    device = hardware.here()
+    auto.try_configurations(recipe)
+    commit, config = load_recipe_config(recipe)
+    device = hardware.detect_device()
     levers = memory.levers(config, device)
-    recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, levers)
-    tokenizer, new_ids, template = tokenizing.tokenizer_for(recipe, commit)
-    adapter = plan.adapter(recipe, commit, tokenizer, new_ids)
+    recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, levers)
+    tokenizer, new_ids, template = tokenizing.load_recipe_tokenizer(recipe, commit)
+    adapter = sizes.measure_adapter(recipe, commit, tokenizer, new_ids)
     train, evaluation = load.load(recipe, tokenizer)
-    plan.refuse_unknown_ids(recipe, commit, train, tokenizer)
-    steps = plan.steps(recipe, train)
+    sizes.refuse_unknown_ids(recipe, commit, train, tokenizer)
+    steps = sizes.count_steps(recipe, train)
     if as_json:
         report = {
             "choices": [choice._asdict() for choice in choices],
             "chat_template": template,
             "adapter": adapter._asdict(),
-            "train": _numbers(train),
-            "eval": _numbers(evaluation) if evaluation else None,
+            "train": _count_numbers(train),
+            "eval": _count_numbers(evaluation) if evaluation else None,
             "plan": steps._asdict(),
-            "samples": [_sample(row, tokenizer) for row in train.first[:samples]],
+            "samples": [_describe_sample(row, tokenizer) for row in train.first[:samples]],
         }
         print(json.dumps(report))
         return
@@ -62,16 +61,16 @@ def check(recipe: Recipe, samples: int, as_json: bool) -> None:
     for name, prepared in (("data", train), ("evaluation", evaluation)):
         if prepared:
             print(f"  {name}: {prepared.summary()}")
-    print("\n" + _histogram(train.counts.lengths, recipe.training.max_length))
-    print("\n" + _quantiles(train.counts.lengths))
+    print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
+    print("\n" + _format_quantiles(train.counts.lengths))
     epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
     print(f"{'' if train.stream is not None else epoch}{steps.steps} steps in all")
     print(f"{steps.fill:.0%} of the batches is text, the rest padding{' (packed)' if steps.packed else ''}")
     for row in train.first[:samples]:
-        print("\n" + _shown(row, tokenizer))
+        print("\n" + _format_sample(row, tokenizer))
 
 
-def _histogram(lengths: Counter[int], limit: int) -> str:
+def _format_histogram(lengths: Counter[int], limit: int) -> str:
     """Rows by length in tokens, ten bars up to the longest, and one for those over the limit."""
     inside = max((length for length in lengths if length <= limit), default=1)
     width = max(1, math.ceil(inside / BARS))
@@ -85,7 +84,7 @@ def _histogram(lengths: Counter[int], limit: int) -> str:
     return "\n".join([f"{'tokens':>14}  {'rows':>8}", *lines])
 
 
-def _quantiles(lengths: Counter[int]) -> str:
+def _format_quantiles(lengths: Counter[int]) -> str:
     """`half of the rows have up to 83 tokens, 95% up to 210, all up to 512`: what to choose training.max_length by."""
     total, below, found = lengths.total(), 0, list[str]()
     shares = [(0.5, "half of the rows have"), (0.95, "95%"), (1.0, "all")]
@@ -96,7 +95,7 @@ def _quantiles(lengths: Counter[int]) -> str:
     return ", ".join(found)
 
 
-def _runs(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
+def _split_by_loss(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
     """The row's text in runs that carry loss or do not, special tokens spelt out."""
     runs: list[tuple[bool, list[int]]] = []
     for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
@@ -107,25 +106,25 @@ def _runs(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str
     return [(learned, tokenizer.decode(ids, skip_special_tokens=False)) for learned, ids in runs]
 
 
-def _sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _describe_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "place": row.place,
         "tokens": len(row.input_ids),
-        "runs": [{"trained": learned, "text": text} for learned, text in _runs(row, tokenizer)],
+        "runs": [{"trained": learned, "text": text} for learned, text in _split_by_loss(row, tokenizer)],
     }
 
 
-def _shown(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
+def _format_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     parts = []
-    for learned, text in _runs(row, tokenizer):
+    for learned, text in _split_by_loss(row, tokenizer):
         before, after = (TRAINED if learned else NOT_TRAINED) if colour else ("", "")
         parts.append(f"{before}{f'⟦{text}⟧' if learned else text}{after}")
     trained = int((row.labels != IGNORED).sum())
     return f"{row.place}: {len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧\n{''.join(parts)}"
 
 
-def _numbers(prepared: Prepared) -> dict[str, Any]:
+def _count_numbers(prepared: Prepared) -> dict[str, Any]:
     counts = prepared.counts
     return {
         "read": counts.read,

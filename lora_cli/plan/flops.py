@@ -27,7 +27,7 @@ class Work(NamedTuple):
         return self.each * tokens_per_second / self.peak if self.peak else None
 
 
-def per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -> float:
+def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -> float:
     """Operations for one token whose document has `context` tokens on average.
 
     `labelled` is the share of tokens for which logits are made.
@@ -41,24 +41,24 @@ def per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -> floa
             counted = id(parameter) not in seen and not (
                 isinstance(module, nn.Embedding) and id(parameter) not in inside
             )
-            if counted and _size(parameter):
+            if counted and _count_weights(parameter):
                 seen.add(id(parameter))
-                share = labelled if id(parameter) in inside else _active(parameter, config)
-                total += (TRAINED if parameter.requires_grad else FROZEN) * share * _size(parameter)
+                share = labelled if id(parameter) in inside else _active_share(parameter, config)
+                total += (TRAINED if parameter.requires_grad else FROZEN) * share * _count_weights(parameter)
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     return total + config.num_hidden_layers * 6 * width * context
 
 
-def _size(parameter: nn.Parameter) -> int:
+def _count_weights(parameter: nn.Parameter) -> int:
     """Weights of a matrix, or of a layer's experts, also of 4 bits; 0 for vectors, which multiply nothing."""
     state = getattr(parameter, "quant_state", None)
     shape = parameter.shape if state is None else state.shape
     return 0 if len(shape) < 2 else shape.numel()
 
 
-def _active(parameter: nn.Parameter, config: Any) -> float:
+def _active_share(parameter: nn.Parameter, config: Any) -> float:
     """The share of a parameter that works on one token: of experts those it is sent to."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if parameter.dim() == 3 and experts == parameter.shape[0]:
@@ -66,7 +66,7 @@ def _active(parameter: nn.Parameter, config: Any) -> float:
     return 1.0
 
 
-def peak(device: str, dtype: str) -> float | None:
+def find_peak(device: str, dtype: str) -> float | None:
     """Operations per second that a device can do at most in this type, by TRL's table; None where it has none."""
     found = get_peak_flops(device, dtype)
     return None if found is None else float(found)

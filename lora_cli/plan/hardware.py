@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from lora_cli.common.errors import UsageError, nearest
+from lora_cli.common.errors import UsageError, find_nearest
 
 GIB = 1 << 30
 # What nvidia-smi and rocm-smi list, in MiB; the driver takes a few hundred of them.
@@ -46,11 +46,11 @@ class Hardware(NamedTuple):
         return f"{self.name}, {self.memory / GIB:.1f} GiB"
 
 
-def here() -> Hardware:
+def detect_device() -> Hardware:
     """This machine's first CUDA device, or its processor and memory."""
     if not torch.cuda.is_available():
         native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return Hardware("cpu", "this machine's memory", _ram(), bf16=bool(native))
+        return Hardware("cpu", "this machine's memory", _measure_ram(), bf16=bool(native))
     index = torch.cuda.current_device()
     return Hardware(
         "cuda",
@@ -63,13 +63,13 @@ def here() -> Hardware:
     )
 
 
-def _ram() -> int:
+def _measure_ram() -> int:
     """The machine's memory, or the container's share of it."""
     limits = [Path(path).read_text().strip() for path in CGROUP_LIMITS if Path(path).is_file()]
     return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
-def named(text: str) -> Hardware:
+def parse_gpu(text: str) -> Hardware:
     """A GPU by its size (`24GB`), its name (`H100`) or both (`A100-40GB`); UsageError for one that is not known."""
     size = re.search(r"(\d+(?:\.\d+)?)\s*Gi?B?$", text, re.IGNORECASE)
     if size:
@@ -77,7 +77,7 @@ def named(text: str) -> Hardware:
     plain = {re.sub(r"\W", "", name).casefold(): name for name in MEMORY_MIB}
     wanted = re.sub(r"\W|^(NVIDIA|GeForce|AMD)", "", text).casefold()
     if wanted not in plain:
-        guess = nearest(wanted, plain)
+        guess = find_nearest(wanted, plain)
         hint = f"did you mean {plain[guess]}?" if guess else "give its size: --gpu 24GB"
         raise UsageError(f"--gpu: {text!r} is neither a size nor a GPU known here", hint)
     name = plain[wanted]
@@ -129,7 +129,7 @@ def optimizer(hardware: Hardware, state: int, missing: int) -> tuple[str, str]:
     return "adamw_torch_fused", "the fastest AdamW"
 
 
-def peak_memory() -> int:
+def measure_peak_memory() -> int:
     """Bytes that this process had at its highest: of CUDA's allocator where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

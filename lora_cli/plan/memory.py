@@ -20,13 +20,13 @@ from transformers import PretrainedConfig
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.models.config import load_config, resolve
+from lora_cli.models.config import load_config, resolve_commit
 from lora_cli.plan import hardware
 from lora_cli.plan import rehearsal as rehearse
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
 from lora_cli.recipe.keys import Recipe
-from lora_cli.speed import step_packing as packing
+from lora_cli.speed import step_packing
 
 HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"
 HEAP_KEEPS = 0.44
@@ -50,15 +50,15 @@ class Need(NamedTuple):
 
     def __str__(self) -> str:
         largest = sorted(self.items.items(), key=lambda item: -item[1])[:3]
-        return f"{shown(self.total)} ({', '.join(f'{name} {shown(size)}' for name, size in largest)})"
+        return f"{format_bytes(self.total)} ({', '.join(f'{name} {format_bytes(size)}' for name, size in largest)})"
 
 
-def shown(size: float) -> str:
+def format_bytes(size: float) -> str:
     """`12.3 GiB`, or `123 MiB` below one."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):,.0f} MiB"
 
 
-def batch_of(recipe: Recipe, rows: Prepared | None = None) -> Batch:
+def largest_batch(recipe: Recipe, rows: Prepared | None = None) -> Batch:
     """The largest forward pass of a settled recipe; without rows, of rows as long as training.max_length allows."""
     training = recipe.training
     longest, size = training.max_length, training.per_device_train_batch_size
@@ -67,7 +67,7 @@ def batch_of(recipe: Recipe, rows: Prepared | None = None) -> Batch:
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
         together = longest * size * training.gradient_accumulation_steps
-        room = max(longest, min(training.max_length, packing.SEQUENCE))
+        room = max(longest, min(training.max_length, step_packing.SEQUENCE))
         return Batch(1, min(together, room), waiting=together > room)
     if training.packing in (True, "dataset"):
         return Batch(1, size * training.max_length, waiting)
@@ -87,7 +87,7 @@ class Forecast:
     def need(self, batch: Batch) -> Need:
         """Bytes by item for a forward and backward pass of this shape."""
         if batch not in self.known:
-            self.known[batch] = Need(around(self.rehearsal, self.rehearsal.step(batch), self.device))
+            self.known[batch] = Need(add_surroundings(self.rehearsal, self.rehearsal.step(batch), self.device))
         return self.known[batch]
 
     def fits(self, batch: Batch) -> bool:
@@ -103,11 +103,11 @@ class Forecast:
         while low + max(1, low // 64) < high and len(tried) < 10:
             tried[guess] = self.need(grown(guess)).total
             low, high = (guess, high) if tried[guess] <= self.device.memory else (low, guess)
-            guess = min(max(_crossing(tried, self.device.memory), low + 1), high - 1)
+            guess = min(max(_find_crossing(tried, self.device.memory), low + 1), high - 1)
         return low
 
 
-def _crossing(tried: dict[int, int], limit: int) -> int:
+def _find_crossing(tried: dict[int, int], limit: int) -> int:
     """Where the parabola through the three tried points nearest the limit crosses it; with fewer, twice or half."""
     nearest = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
     if len(nearest) == 3:
@@ -118,7 +118,7 @@ def _crossing(tried: dict[int, int], limit: int) -> int:
     return max(tried) * 2 if tried[max(tried)] <= limit else min(tried) // 2
 
 
-def around(rehearsal: Rehearsal, peaks: rehearse.Peaks, device: Hardware) -> dict[str, int]:
+def add_surroundings(rehearsal: Rehearsal, peaks: rehearse.Peaks, device: Hardware) -> dict[str, int]:
     """A rehearsed step's bytes with what surrounds them on the device.
 
     On a CPU what glibc's heap ever held it keeps, so that the small storages' highest stands beside the large ones';
@@ -134,9 +134,9 @@ def around(rehearsal: Rehearsal, peaks: rehearse.Peaks, device: Hardware) -> dic
     return items | {HEAP: round(kept), WORKSPACE: WORKSPACE_BYTES}
 
 
-def forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> Forecast:
+def make_forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> Forecast:
     """A settled recipe's forecast from its base's configuration."""
-    return Forecast(recipe, rehearse.skeleton(recipe, config), device)
+    return Forecast(recipe, rehearse.build_adapted(recipe, config), device)
 
 
 def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dict[str, tuple[Any, str]]]:
@@ -148,14 +148,16 @@ def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dic
         if _far_below(recipe, config, device):
             return usual | {"gradient_checkpointing": (False, f"needs a small part of {device}")}
         try:
-            plain = forecast(recipe, config, device).need(batch_of(recipe))
+            plain = make_forecast(recipe, config, device).need(largest_batch(recipe))
             if plain.total <= device.memory:
-                return usual | {"gradient_checkpointing": (False, f"{shown(plain.total)} of {device} without it")}
+                return usual | {
+                    "gradient_checkpointing": (False, f"{format_bytes(plain.total)} of {device} without it")
+                }
             again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
-            saving = forecast(again, config, device).need(batch_of(recipe))
+            saving = make_forecast(again, config, device).need(largest_batch(recipe))
         except LoraError as error:  # what is wrong with the recipe is told where it is used
             return usual | {"gradient_checkpointing": (device.kind == "cuda", str(error))}
-        said = f"{shown(saving.total)} with it, {shown(plain.total)} without, of {device}"
+        said = f"{format_bytes(saving.total)} with it, {format_bytes(plain.total)} without, of {device}"
         missing = saving.total - device.memory
         return {
             "optim": hardware.optimizer(device, saving.items.get(OPTIMIZER, 0), missing),
@@ -170,7 +172,7 @@ def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bo
 
     Saves small runs the second that a rehearsal takes.
     """
-    text, batch = config.get_text_config(), batch_of(recipe)
+    text, batch = config.get_text_config(), largest_batch(recipe)
     tokens, width = batch.rows * batch.length, max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0)
     layers = text.num_hidden_layers
     weights = 4 * (2 * text.vocab_size * text.hidden_size + layers * 8 * text.hidden_size * width)
@@ -179,19 +181,19 @@ def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bo
     return not experts and 4 * weights + kept + 12 * tokens * text.vocab_size < FAR_BELOW * device.memory
 
 
-def what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
+def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
     """For a settled recipe that ran out of memory: what it was expected to need, and what to `--set` instead."""
-    device = device or hardware.here()
-    commit = resolve(recipe.model.name_or_path, recipe.model.revision)
+    device = device or hardware.detect_device()
+    commit = resolve_commit(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(recipe.model.name_or_path, commit)
-    batch = batch_of(recipe)
+    batch = largest_batch(recipe)
     try:
-        plan = forecast(recipe, config, device)
+        plan = make_forecast(recipe, config, device)
         found = [f"it was expected to need {plan.need(batch)}; there are {device}"]
-        for option, changed in _smaller(recipe):
-            need = forecast(changed, config, device).need(batch_of(changed))
+        for option, changed in _make_smaller(recipe):
+            need = make_forecast(changed, config, device).need(largest_batch(changed))
             fits = "fits" if need.total <= device.memory else "does not fit either"
-            found.append(f"--set {option} needs {shown(need.total)}, which {fits}")
+            found.append(f"--set {option} needs {format_bytes(need.total)}, which {fits}")
         length = plan.largest(lambda n: batch._replace(length=n), batch.length // 2, batch.length)
     except rehearse.Unforeseen as error:
         return f"{error}; --set training.per_device_train_batch_size=1, or method=qlora"
@@ -200,7 +202,7 @@ def what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
     return "; ".join(found)
 
 
-def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
+def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """Recipes that need less, each by one option."""
     changes = list[tuple[str, Recipe]]()
     if not recipe.training.gradient_checkpointing:
@@ -211,12 +213,12 @@ def _smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
         changes.append(("training.per_device_train_batch_size=1", made))
     if not recipe.quantized:
         method = {"lora": "qlora", "dora": "qdora"}[recipe.method]
-        made = recipe.model_copy(update={"method": method, "quantization": settled_quantization(recipe)})
+        made = recipe.model_copy(update={"method": method, "quantization": settle_quantization(recipe)})
         changes.append((f"method={method}", made))
     return changes
 
 
-def settled_quantization(recipe: Recipe) -> Any:
+def settle_quantization(recipe: Recipe) -> Any:
     """The recipe's 4-bit storage with the compute type that `auto` becomes."""
     given = recipe.quantization
     if given.bnb_4bit_compute_dtype != "auto":

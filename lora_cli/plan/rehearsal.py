@@ -34,13 +34,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli.common.errors import LoraError
-from lora_cli.models import attach, empty, targets
-from lora_cli.models import token_rows as tokens
+from lora_cli.models import attach, empty, targets, token_rows
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
-from lora_cli.speed import dora_norms as dora
-from lora_cli.speed import install as quick
-from lora_cli.speed import loss_head as loss
+from lora_cli.speed import dora_norms, install, loss_head
 
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
 ACTIVATIONS, HEAD, BACKWARD = "activations", "head and loss", "backward pass"
@@ -70,7 +67,7 @@ class Unforeseen(LoraError):
 
 
 @contextmanager
-def unforeseen_told() -> Iterator[None]:
+def translate_unforeseen() -> Iterator[None]:
     """What the libraries raise inside, for tensors without content, as Unforeseen in their words."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # says all again, with a traceback
     level = logger.level
@@ -160,7 +157,7 @@ class Live(TorchDispatchMode):
             most.clear()
 
 
-def skeleton(
+def build_adapted(
     recipe: Recipe, config: PretrainedConfig, vocabulary: int = 0, new_ids: list[int] | None = None
 ) -> PeftModel:
     """The settled recipe's base with its adapter on the `meta` device; embeddings with at least `vocabulary` rows.
@@ -171,21 +168,21 @@ def skeleton(
     config.dtype = getattr(torch, recipe.model.dtype)
     if recipe.model.attn_implementation == "eager":
         config._attn_implementation = "eager"
-    base, lora_config = empty.from_config(config), upstream.lora_config(recipe)
+    base, lora_config = empty.build_from_config(config), upstream.build_lora_config(recipe)
     if new_ids:
-        tokens.grow(base, vocabulary)
-        tokens.train_rows(base, lora_config, new_ids)
-    targets.check(recipe, base, lora_config)
+        token_rows.grow_embeddings(base, vocabulary)
+        token_rows.train_rows(base, lora_config, new_ids)
+    targets.check_targets(recipe, base, lora_config)
     lora_config.init_lora_weights = True  # others need the weights
-    with unforeseen_told(), torch.device("meta"), attach.quiet_peft():
+    with translate_unforeseen(), torch.device("meta"), attach.quiet_peft():
         if recipe.quantized:
-            _in_4_bits(recipe, base)
+            _quantize_modules(recipe, base)
         return attach.attach_adapter(base, lora_config, recipe.lora.autocast_adapter_dtype)
 
 
-def _in_4_bits(recipe: Recipe, base: PreTrainedModel) -> None:
+def _quantize_modules(recipe: Recipe, base: PreTrainedModel) -> None:
     """Replace what transformers would quantise by bitsandbytes' modules, on the `meta` device."""
-    quantizer = AutoHfQuantizer.from_config(upstream.quantization_config(recipe), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(upstream.build_quantization_config(recipe), pre_quantized=False)
     quantizer.preprocess_model(model=base, device_map=None)
     base.is_loaded_in_4bit = True  # PEFT asks
     # bitsandbytes keeps the first table it makes for the whole process: it must not be one without content
@@ -204,14 +201,14 @@ def _materialise(network: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in known:
-                    known[id(parameter)] = _fake(module, parameter)
+                    known[id(parameter)] = _fake_tensor(module, parameter)
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _fake(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+def _fake_tensor(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, Params4bit):
         return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
     whole = torch.empty(parameter.quant_state.shape, dtype=parameter.quant_state.dtype)
@@ -239,7 +236,7 @@ class Rehearsal:
     def __init__(self, recipe: Recipe, adapted: PeftModel, kind: str = "cpu") -> None:
         self.recipe, self.adapted, self.live, self.kind = recipe, adapted, Live(), kind
         self.base: Any = adapted.get_base_model()
-        self.arguments = upstream.training_arguments(recipe)
+        self.arguments = upstream.build_training_arguments(recipe)
         self.quantised_from = 0
         """Bytes of the weights that 4-bit ones are made from, as they are in a checkpoint of the model's type."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -248,7 +245,7 @@ class Rehearsal:
 
     @contextmanager
     def _fake(self) -> Iterator[None]:
-        with unforeseen_told(), self.mode, self.live:
+        with translate_unforeseen(), self.mode, self.live:
             yield
 
     def _prepare(self) -> None:
@@ -257,14 +254,14 @@ class Rehearsal:
         packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
         size = getattr(torch, self.recipe.model.dtype).itemsize
         self.quantised_from = sum(module.in_features * module.out_features for module in packed) * size
-        self.trained = [parameter for _, parameter in attach.trainable(self.adapted)]
+        self.trained = [parameter for _, parameter in attach.walk_trainable(self.adapted)]
         for parameter in self.trained:
             self.live.belongs(parameter, ADAPTERS)
             parameter.register_post_accumulate_grad_hook(self._gradient_made)
         with unset_fake_temporarily():  # norms.py computes
-            quick.install(self.adapted, self.kind)
+            install.install(self.adapted, self.kind)
         for layer in self.adapted.modules():
-            if isinstance(layer, dora.FactoredDora):
+            if isinstance(layer, dora_norms.FactoredDora):
                 layer.squares = torch.empty(layer.weight.numel())
         if self.recipe.training.loss_head == "stock" and self.recipe.trainer == "sft":
             add_fused_lm_head(self.base, outputs=("log_probs", "entropy", "is_top1"))
@@ -346,4 +343,6 @@ class Rehearsal:
         self.live.item = HEAD
         where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
         rows = hidden.flatten(0, 1)[where]
-        return loss.summed(rows, self.base.get_output_embeddings(), where, loss.shape_of(self.base)) / len(where)
+        return loss_head.sum_loss(
+            rows, self.base.get_output_embeddings(), where, loss_head.find_shape(self.base)
+        ) / len(where)

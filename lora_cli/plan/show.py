@@ -20,10 +20,8 @@ from lora_cli.data import cache, load, sources
 from lora_cli.data.prepare import Prepared
 from lora_cli.models import attach
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models.config import checkpoint_dtype, load_config, resolve
-from lora_cli.plan import auto, flops, hardware, memory
-from lora_cli.plan import rehearsal as rehearse
-from lora_cli.plan import sizes as plan
+from lora_cli.models.config import get_checkpoint_dtype, load_config, resolve_commit
+from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe.keys import Recipe
@@ -45,20 +43,20 @@ class Time(NamedTuple):
 
 def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool) -> None:
     """Print the plan of a recipe; LoraError for what would be refused by training before its first step."""
-    device = hardware.named(gpu) if gpu else hardware.here()
-    auto.check(recipe, device)
-    commit = resolve(recipe.model.name_or_path, recipe.model.revision)
+    device = hardware.parse_gpu(gpu) if gpu else hardware.detect_device()
+    auto.try_configurations(recipe, device)
+    commit = resolve_commit(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(recipe.model.name_or_path, commit)
-    recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, memory.levers(config, device))
-    tokenizer, new_ids, _ = tokenizing.tokenizer_for(recipe, commit)
-    rows = load.load(recipe, tokenizer)[0] if read_data or _at_hand(recipe, tokenizer) else None
-    adapted = rehearse.skeleton(recipe, config, len(tokenizer), new_ids)
-    parameters, kinds = adapted.get_nb_trainable_parameters(), trained_by_kind(adapted)
-    steps = plan.steps(recipe, rows) if rows else None
-    time = _time(recipe, adapted, device, rows, steps, tokens_per_second)
+    recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, memory.levers(config, device))
+    tokenizer, new_ids, _ = tokenizing.load_recipe_tokenizer(recipe, commit)
+    rows = load.load(recipe, tokenizer)[0] if read_data or _are_rows_at_hand(recipe, tokenizer) else None
+    adapted = rehearsal.build_adapted(recipe, config, len(tokenizer), new_ids)
+    parameters, kinds = adapted.get_nb_trainable_parameters(), count_by_kind(adapted)
+    steps = sizes.count_steps(recipe, rows) if rows else None
+    time = _estimate_time(recipe, adapted, device, rows, steps, tokens_per_second)
     forecast = memory.Forecast(recipe, adapted, device)
-    batch = memory.batch_of(recipe, rows)
-    need, largest = forecast.need(batch), _largest(forecast, batch, config)
+    batch = memory.largest_batch(recipe, rows)
+    need, largest = forecast.need(batch), _find_largest(forecast, batch, config)
     report = {
         "choices": [choice._asdict() for choice in choices],
         "parameters": {"total": parameters[1], "trained": parameters[0], "trained_by_kind": kinds},
@@ -68,10 +66,12 @@ def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, 
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
     }
-    print(json.dumps(report) if as_json else "\n".join(_lines(recipe, device, report, [str(c) for c in choices])))
+    print(
+        json.dumps(report) if as_json else "\n".join(_format_lines(recipe, device, report, [str(c) for c in choices]))
+    )
 
 
-def _at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether counting the rows takes no time: small local files, or any that are prepared already."""
     found = list[Path]()
     for given in [part.path for part in recipe.data.mix] if recipe.data.mix else [recipe.data.path]:
@@ -84,25 +84,25 @@ def _at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
         return True
     if recipe.data.mix or recipe.data.path is None:
         return False
-    source = sources.find(recipe.data, "path", recipe.data.path, recipe.data.split)
-    key = cache.key(source.fingerprint(), source.names, recipe, tokenizer, date.today())
-    return (cache.folder() / key).exists()
+    source = sources.find_source(recipe.data, "path", recipe.data.path, recipe.data.split)
+    key = cache.make_key(source.fingerprint(), source.names, recipe, tokenizer, date.today())
+    return (cache.find_folder() / key).exists()
 
 
-def trained_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
+def count_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
     """Modules and trained parameters by the last part of the adapted module's name."""
     modules, trained = Counter[str](), Counter[str]()
-    layers = attach.lora_layers(adapted)
+    layers = attach.find_lora_layers(adapted)
     for name in layers:
         modules[name.rpartition(".")[2]] += 1
-    for name, parameter in attach.trainable(adapted):
+    for name, parameter in attach.walk_trainable(adapted):
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
         kind = owner.rpartition(".")[2] if owner else name.removesuffix(".weight").rpartition(".")[2]
         trained[kind] += parameter.numel()
     return {kind: (modules[kind], trained[kind]) for kind in trained}
 
 
-def _largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, int | None]:
+def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, int | None]:
     """The largest batch size and length that fit, the other as it is; None for a batch size that is of no matter."""
     training = forecast.recipe.training
     longest = min(getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST, LONGEST)
@@ -122,12 +122,12 @@ def _largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, 
     return found
 
 
-def _time(
+def _estimate_time(
     recipe: Recipe,
     adapted: PeftModel,
     device: Hardware,
     rows: Prepared | None,
-    steps: plan.Steps | None,
+    steps: sizes.Steps | None,
     tokens_per_second: float | None,
 ) -> Time | None:
     """How long the run takes at the given speed, or at an assumed share of the device's peak; None where neither is."""
@@ -136,35 +136,35 @@ def _time(
     tokens = rows.counts.tokens * steps.steps / steps.steps_per_epoch
     if tokens_per_second is not None:
         return Time(tokens / tokens_per_second, tokens_per_second, "--tokens-per-second")
-    peak = flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
+    peak = flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
     if peak is None:
         return None
     mean = rows.counts.tokens / max(len(rows.rows), 1)
-    each = flops.per_token(adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1))
+    each = flops.count_per_token(adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1))
     speed = ASSUMED_USE * peak / each
     return Time(tokens / speed, speed, f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s")
 
 
-def _lines(recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]) -> Iterator[str]:
+def _format_lines(recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]) -> Iterator[str]:
     parameters, found, batch = report["parameters"], report["memory"], Batch(**report["batch"])
     yield f"{recipe.method} on {recipe.model.name_or_path}"
     yield from (f"  {choice}" for choice in choices)
     share = parameters["trained"] / parameters["total"]
     yield f"\n{parameters['total']:,} parameters, {parameters['trained']:,} of them trained ({share:.2%})"
     kinds = [[kind, str(count), f"{number:,}"] for kind, (count, number) in parameters["trained_by_kind"].items()]
-    yield ui.table(["kind of module", "modules", "trained"], kinds)
+    yield ui.format_table(["kind of module", "modules", "trained"], kinds)
     yield f"\nmemory at the peak of a step: {batch.rows} x {batch.length} tokens in one forward pass"
-    yield ui.table(
+    yield ui.format_table(
         ["", "GiB"],
         [[name, f"{size / hardware.GIB:.2f}"] for name, size in [*found["items"].items(), ("total", found["total"])]],
     )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"
-    yield from _limits(recipe, report["largest"])
-    yield from _duration(report)
+    yield from _format_limits(recipe, report["largest"])
+    yield from _format_duration(report)
 
 
-def _limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:
+def _format_limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:
     length, size = largest["max_length"], largest["per_device_train_batch_size"]
     yield f"largest that fits: training.max_length {length or 'none'}" + (
         "; any batch size, as the rows of a step share sequences"
@@ -173,7 +173,7 @@ def _limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:
     )
 
 
-def _duration(report: dict[str, Any]) -> Iterator[str]:
+def _format_duration(report: dict[str, Any]) -> Iterator[str]:
     steps, time = report["steps"], report["time"]
     if steps is None:
         yield "steps: not counted, the rows are neither here nor prepared (--data prepares them)"
@@ -184,4 +184,4 @@ def _duration(report: dict[str, Any]) -> Iterator[str]:
         yield "time: no speed is known; --tokens-per-second N, as a run prints it"
     else:
         speed = f"{time['tokens_per_second']:,.0f} tokens/s ({time['source']})"
-        yield f"time: {ui.duration(time['seconds'])} at {speed}"
+        yield f"time: {ui.format_duration(time['seconds'])} at {speed}"

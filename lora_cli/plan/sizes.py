@@ -15,8 +15,7 @@ from trl import pack_dataset
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.models import attach, empty, targets
-from lora_cli.models import token_rows as tokens
+from lora_cli.models import attach, empty, targets, token_rows
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 
@@ -41,18 +40,18 @@ class Steps(NamedTuple):
     fill: float
 
 
-def adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]) -> Size:
+def measure_adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]) -> Size:
     """The adapter's size; UsageError where the recipe's names match nothing in the base."""
-    base, config = empty.skeleton(recipe.model.name_or_path, commit), upstream.lora_config(recipe)
+    base, config = empty.build_empty(recipe.model.name_or_path, commit), upstream.build_lora_config(recipe)
     if new_ids:
-        tokens.grow(base, len(tokenizer))
-        tokens.train_rows(base, config, new_ids)
-    targets.check(recipe, base, config)
+        token_rows.grow_embeddings(base, len(tokenizer))
+        token_rows.train_rows(base, config, new_ids)
+    targets.check_targets(recipe, base, config)
     config.init_lora_weights = True  # others need the weights
     with torch.device("meta"), attach.quiet_peft():
         adapted = attach.attach_adapter(base, config)
-    trainable = sum(parameter.numel() for _, parameter in attach.trainable(adapted))
-    return Size(trainable, len(attach.lora_layers(adapted)))
+    trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
+    return Size(trainable, len(attach.find_lora_layers(adapted)))
 
 
 def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,7 +59,7 @@ def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, token
 
     Some tokenizers have more tokens than their model; that is no error as long as none of them is used.
     """
-    there = empty.skeleton(recipe.model.name_or_path, commit).get_input_embeddings().num_embeddings
+    there = empty.build_empty(recipe.model.name_or_path, commit).get_input_embeddings().num_embeddings
     added = recipe.model.add_tokens or recipe.model.add_special_tokens  # for which the embeddings grow to all tokens
     if added or max(tokenizer.get_vocab().values(), default=-1) < there:
         return
@@ -76,7 +75,7 @@ def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, token
         )
 
 
-def steps(recipe: Recipe, train: Prepared) -> Steps:
+def count_steps(recipe: Recipe, train: Prepared) -> Steps:
     """How many steps the rows make; of a stream, its first rows tell how full they are."""
     training, rows, fill = recipe.training, len(train.rows), 1.0
     packed = training.packing in (True, "dataset")
@@ -86,7 +85,7 @@ def steps(recipe: Recipe, train: Prepared) -> Steps:
     elif training.packing != "step" and not getattr(training, "padding_free", False):
         lengths = compute.list_value_length(train.rows.with_format("arrow")[:]["input_ids"]).value_counts()
         counted = {each["values"]: each["counts"] for each in lengths.to_pylist()}
-        fill = padded_fill(counted, training.per_device_train_batch_size)
+        fill = estimate_padded_fill(counted, training.per_device_train_batch_size)
     batches = math.ceil(rows / training.per_device_train_batch_size)
     if getattr(training, "dataloader_drop_last", False) and train.stream is None:
         batches = rows // training.per_device_train_batch_size
@@ -97,7 +96,7 @@ def steps(recipe: Recipe, train: Prepared) -> Steps:
     return Steps(packed, rows, epoch, total, fill)
 
 
-def padded_fill(lengths: dict[int, int], size: int) -> float:
+def estimate_padded_fill(lengths: dict[int, int], size: int) -> float:
     """The expected share of text in batches of `size` rows drawn at random, each batch as long as its longest row.
 
     `lengths` counts the rows of each length.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_cli.recipe import upstream_fields as fields
+from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.keys import (
     INITIAL_CONFIGS,
     Recipe,
@@ -25,7 +25,10 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     if recipe.trainer == "sft" and recipe.adapts_head:
         yield f"{recipe.where('trainer')}: SFTTrainer cannot adapt the output head", "trainer: auto"
     if recipe.trainer == "trainer" or (recipe.trainer == "auto" and recipe.adapts_head):
-        sft_only = fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys()
+        sft_only = (
+            upstream_fields.read_fields(upstream_fields.SFT_CONFIG).keys()
+            - upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS).keys()
+        )
         for key in sorted((recipe.training.model_fields_set & sft_only) - TrainingFields.model_fields.keys()):
             yield (
                 f"{recipe.where('training', key)} works only with trainer: sft",
@@ -44,12 +47,12 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     if recipe.training.on_oom == "reduce" and recipe.training.save_only_model:
         place = recipe.where("training", "on_oom")
         yield f"{place}: reduce goes on from a checkpoint, and save_only_model leaves out half of it", "remove one"
-    yield from _data_contradictions(recipe)
+    yield from _list_data_contradictions(recipe)
     training, given = recipe.training, recipe.training.model_fields_set
     if {"gradient_checkpointing", "activation_checkpointing"} <= given:
         place = recipe.where("training", "activation_checkpointing")
         yield f"{place} and training.gradient_checkpointing are one setting", "give one of them"
-    yield from _initial_contradictions(recipe)
+    yield from _list_init_contradictions(recipe)
     if Path(recipe.output_dir).resolve() in (Path.cwd(), *Path.cwd().parents):
         yield f"{recipe.where('output_dir')} must be a folder of its own", "output_dir: runs/NAME"
     if training.eval_strategy in ("steps", "epoch") and not (recipe.data.eval_path or recipe.data.eval_split):
@@ -57,7 +60,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
         yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
 
 
-def _data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+def _list_data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     """What is read is named once, and each column has one name."""
     data = recipe.data
     if data.path is None and data.mix is None:
@@ -82,7 +85,7 @@ def _data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
             yield f"{place} gives {', '.join(twice)} two names", "one name for each column"
 
 
-def _initial_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+def _list_init_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     """Initialisations that the method does not allow, and their configurations without them."""
     initial = str(recipe.lora.init_lora_weights).partition("_niter")[0]
     place = recipe.where("lora", "init_lora_weights")

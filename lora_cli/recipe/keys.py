@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
-from lora_cli.recipe import upstream_fields as fields
+from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.strict_yaml import Keys, Place
 
 Auto = Literal["auto"]
@@ -36,10 +36,12 @@ class Section(BaseModel):
     def given(self) -> dict[str, Any]:
         """The values to hand upstream: all declared here, and of the taken-over fields those the recipe sets."""
         taken_over = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == TAKEN_OVER}
-        return {name: _plain(value) for name, value in self if name not in taken_over or name in self.model_fields_set}
+        return {
+            name: _as_data(value) for name, value in self if name not in taken_over or name in self.model_fields_set
+        }
 
 
-def _plain(value: Any) -> Any:
+def _as_data(value: Any) -> Any:
     """Sections within a list as data."""
     return [item.given() if isinstance(item, Section) else item for item in value] if isinstance(value, list) else value
 
@@ -317,11 +319,11 @@ RENAMED = {
 }
 
 
-def _taken_over(base: type[Section], name: str, upstream: Sequence[tuple[str, str, str]], without: set[str]) -> Any:
+def _take_over(base: type[Section], name: str, upstream: Sequence[tuple[str, str, str]], without: set[str]) -> Any:
     """`base` with every other field of the `upstream` classes added under its own name, type, default and help."""
     added: dict[str, Any] = {
         field.name: (field.annotation, Field(field.default, description=field.help, json_schema_extra=TAKEN_OVER))
-        for field in fields.read(tuple(upstream)).values()
+        for field in upstream_fields.read_fields(tuple(upstream)).values()
         if field.name not in base.model_fields and field.name not in without
     }
     return create_model(name, __base__=base, __doc__=base.__doc__, **added)
@@ -334,8 +336,8 @@ if TYPE_CHECKING:
     class Training(TrainingFields): ...
 
 else:
-    Lora = _taken_over(LoraFields, "Lora", fields.LORA_CONFIG, set(NOT_IN_LORA))
-    Training = _taken_over(TrainingFields, "Training", fields.SFT_CONFIG, set(NOT_IN_TRAINING))
+    Lora = _take_over(LoraFields, "Lora", upstream_fields.LORA_CONFIG, set(NOT_IN_LORA))
+    Training = _take_over(TrainingFields, "Training", upstream_fields.SFT_CONFIG, set(NOT_IN_TRAINING))
 
 
 class Recipe(Section):

@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_cli.common import privacy as private
-from lora_cli.common.errors import UsageError, one_error
-from lora_cli.recipe import messages
-from lora_cli.recipe import strict_yaml as yamlfile
+from lora_cli.common import privacy
+from lora_cli.common.errors import UsageError, join_errors
+from lora_cli.recipe import messages, strict_yaml
 from lora_cli.recipe.contradictions import list_contradictions
 from lora_cli.recipe.keys import (
     Recipe,
@@ -25,13 +24,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(document.data, dict):
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     for text in overrides:
-        override = _override(text)
+        override = _parse_override(text)
         if "extends" in override.data:
             raise UsageError(f"--set {text}: extends belongs in the file", "--set overrides other values")
         document = _merge(document, override)
     if not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
-    if secret := private.held(document.data):
+    if secret := privacy.find_held_secret(document.data):
         raise UsageError(
             f"{path}: the recipe holds the value of {secret}, and it is written to the run's folder",
             "take it out: what needs it reads the environment",
@@ -42,10 +41,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        raise one_error(f"in {path}", list(messages.list_problems(error, document))) from None
+        raise join_errors(f"in {path}", list(messages.list_problems(error, document))) from None
     recipe._places = document.places
     if contradictions := list(list_contradictions(recipe)):
-        raise one_error(f"in {path}", contradictions)
+        raise join_errors(f"in {path}", contradictions)
     return recipe
 
 
@@ -60,18 +59,18 @@ def _expand_home(data: dict[str, Any]) -> None:
     sections += [(rows, ("path",)) for rows in (mix if isinstance(mix, list) else [])]
     for section, keys in sections:
         if isinstance(section, dict):
-            section |= {key: _expanded(section[key]) for key in keys if key in section}
+            section |= {key: _expand(section[key]) for key in keys if key in section}
 
 
-def _expanded(value: Any) -> Any:
+def _expand(value: Any) -> Any:
     if isinstance(value, list):
-        return [_expanded(each) for each in value]
-    return private.expanded(value) if isinstance(value, str) else value
+        return [_expand(each) for each in value]
+    return privacy.expand_home(value) if isinstance(value, str) else value
 
 
 def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
     """The file merged over the recipe it extends, that one over its own, and so on."""
-    document = yamlfile.read(path)
+    document = strict_yaml.read(path)
     parent = document.data.get("extends") if isinstance(document.data, dict) else None
     if parent is None:
         return document
@@ -102,12 +101,12 @@ def _merge(below: Document, above: Document) -> Document:
     return Document(data, places)
 
 
-def _override(text: str) -> Document:
+def _parse_override(text: str) -> Document:
     """`section.key=value` as a document whose places are the option itself."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(f"--set {text}: expected section.key=value", "--set training.learning_rate=1e-4")
-    document = yamlfile.parse(value, f"--set {text}", first_line=0)
+    document = strict_yaml.parse(value, f"--set {text}", first_line=0)
     data, keys = document.data if document.places else value, tuple(key.split("."))
     places: dict[Keys, Place] = {(*keys, *inner): place for inner, place in document.places.items()}
     for depth in range(1, len(keys) + 1):

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli.common.errors import nearest
+from lora_cli.common.errors import find_nearest
 from lora_cli.recipe.keys import (
     NOT_IN_LORA,
     NOT_IN_TRAINING,
@@ -30,34 +30,34 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
                 break
             keys = (*keys, part)
         by_key.setdefault(keys, []).append(detail)
-    for keys, details in sorted(by_key.items(), key=lambda item: _nearest_place(item[0], document).line):
-        name, place = ".".join(map(_spelt, keys)), _nearest_place(keys, document)
+    for keys, details in sorted(by_key.items(), key=lambda item: _find_place(item[0], document).line):
+        name, place = ".".join(map(_spell_key, keys)), _find_place(keys, document)
         if details[0]["type"] == "extra_forbidden":
-            message, hint = _unknown_key(keys)
+            message, hint = _explain_unknown_key(keys)
             yield f"{place}: {message}", hint
         elif details[0]["type"] == "missing":
             yield f"{place}: {name} is missing", f"add {name}"
         else:
-            allowed = " or ".join(dict.fromkeys(_allowed(detail) for detail in details))
+            allowed = " or ".join(dict.fromkeys(_describe_allowed(detail) for detail in details))
             wrong = details[0]["input"]
-            yield f"{place}: {name} is {_shown(wrong)}, but must be {allowed}", _instead(keys, wrong, details)
+            yield f"{place}: {name} is {_show(wrong)}, but must be {allowed}", _suggest_value(keys, wrong, details)
 
 
-def _spelt(key: str | int) -> str:
+def _spell_key(key: str | int) -> str:
     """A key as it may stand in a line: one that is long, or not of printable characters, is quoted and cut."""
     text = str(key)
-    return text if text.isprintable() and 0 < len(text) <= 40 else _shown(text)
+    return text if text.isprintable() and 0 < len(text) <= 40 else _show(text)
 
 
-def _nearest_place(keys: Keys, document: Document) -> Place:
+def _find_place(keys: Keys, document: Document) -> Place:
     while keys not in document.places:
         keys = keys[:-1]
     return document.places[keys]
 
 
-def _unknown_key(keys: Keys) -> tuple[str, str]:
+def _explain_unknown_key(keys: Keys) -> tuple[str, str]:
     """What to say of a key that no section has."""
-    *section, key = map(_spelt, keys)
+    *section, key = map(_spell_key, keys)
     name = ".".join([*section, key])
     elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(section[0] if section else "", {})
     if key in elsewhere:
@@ -72,16 +72,16 @@ def _unknown_key(keys: Keys) -> tuple[str, str]:
     known = sections[section[0]].model_fields if section and section[0] in sections else Recipe.model_fields
     if section[:2] == ["data", "mix"]:
         known = Rows.model_fields
-    guess = nearest(key, known)
+    guess = find_nearest(key, known)
     return f"{name} is not a known key", (
         f"did you mean {'.'.join([*section, guess])}?" if guess else "lora schema --markdown lists every key"
     )
 
 
-def _instead(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
+def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
     """What to write in place of a wrong value: the word that was meant, or the default."""
     expected = " ".join(str(detail.get("ctx", {}).get("expected", "")) for detail in details)
-    if isinstance(wrong, str) and (guess := nearest(wrong, re.findall(r"'([^']+)'", expected))):
+    if isinstance(wrong, str) and (guess := find_nearest(wrong, re.findall(r"'([^']+)'", expected))):
         return f"did you mean {guess}?"
     kind: Any = Recipe
     for key in keys[:-1]:
@@ -93,7 +93,7 @@ def _instead(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
     default = field.get_default(call_default_factory=True)
     if default is None:
         return "leave it out"
-    return f"leave it out for its default, {_shown(default)}"
+    return f"leave it out for its default, {_show(default)}"
 
 
 _KINDS = {
@@ -111,7 +111,7 @@ _KINDS = {
 }
 
 
-def _allowed(detail: Any) -> str:
+def _describe_allowed(detail: Any) -> str:
     context = detail.get("ctx", {})
     if detail["type"] == "literal_error":
         return str(context["expected"])
@@ -122,6 +122,6 @@ def _allowed(detail: Any) -> str:
     return detail["msg"].removeprefix("Input should be ").replace("Input should", "it should")
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 40 else text[:37] + "…"

@@ -21,7 +21,7 @@ Paths are relative to the current folder, `extends` to the recipe's own.
 """
 
 
-def json_text() -> str:
+def make_json() -> str:
     """The JSON Schema. Nothing is marked required, since `extends` may provide it; `lora train` checks that."""
     schema = Recipe.model_json_schema()
     _tidy(schema)
@@ -43,17 +43,17 @@ def _tidy(node: Any) -> None:
             _tidy(value)
 
 
-def markdown() -> str:
+def make_markdown() -> str:
     """Every key with type, default and meaning, by section; the fields taken over from upstream listed after ours."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    parts = [INTRODUCTION, "## Top level\n", _rows(Recipe, lambda field: not _is_section(field.annotation))]
+    parts = [INTRODUCTION, "## Top level\n", _format_rows(Recipe, lambda field: not _is_section(field.annotation))]
     for name, section in sections.items():
         if _is_section(section):
             parts += [f"## {name}\n", f"{(section.__doc__ or '').strip()}\n"]
-            parts += [_rows(section, lambda field: field.json_schema_extra != TAKEN_OVER)]
+            parts += [_format_rows(section, lambda field: field.json_schema_extra != TAKEN_OVER)]
         if section in (Lora, Training):
             parts += [f"### {name}: further fields, as upstream documents them\n"]
-            parts += [_rows(section, lambda field: field.json_schema_extra == TAKEN_OVER)]
+            parts += [_format_rows(section, lambda field: field.json_schema_extra == TAKEN_OVER)]
     return "\n".join(parts)
 
 
@@ -61,36 +61,36 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _rows(section: Any, wanted: Any) -> str:
+def _format_rows(section: Any, wanted: Any) -> str:
     rows = [
-        f"| `{name}` | {_cell(f'`{_type(field.annotation)}`')} | {_default(field)} | {_cell(field.description or '')} |"
+        f"| `{name}` | {_format_cell(f'`{_format_type(field.annotation)}`')} | {_format_default(field)} | {_format_cell(field.description or '')} |"
         for name, field in section.model_fields.items()
         if wanted(field)
     ]
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def _type(annotation: Any) -> str:
+def _format_type(annotation: Any) -> str:
     """`list[str] | str | null`, the same under every Python version."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(arguments[0])
+        return _format_type(arguments[0])
     if origin is Literal:
         return " | ".join(json.dumps(value) for value in arguments)
     if origin in (Union, UnionType):
-        return " | ".join(sorted(set(map(_type, arguments)), key=lambda name: (name == "null", name)))
+        return " | ".join(sorted(set(map(_format_type, arguments)), key=lambda name: (name == "null", name)))
     if origin is not None:
-        return f"{origin.__name__}[{', '.join(map(_type, arguments))}]"
+        return f"{origin.__name__}[{', '.join(map(_format_type, arguments))}]"
     return {type(None): "null", Any: "any"}.get(annotation) or str(annotation.__name__)
 
 
-def _default(field: FieldInfo) -> str:
+def _format_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
         return "`{}`"
-    return _cell(f"`{json.dumps(field.default)}`") if field.default != "" else "–"
+    return _format_cell(f"`{json.dumps(field.default)}`") if field.default != "" else "–"
 
 
-def _cell(text: str) -> str:
+def _format_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")

@@ -93,7 +93,7 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
             return [build(child, (*path, index)) for index, child in enumerate(node.value)]
         if odd := UNWRITABLE.search(node.value):
             raise fail(f"\\x{ord(odd[0]):02x} is half a character or none", node.start_mark)
-        return _scalar(node)
+        return _parse_scalar(node)
 
     def mapping(node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
         raise UsageError(f"{name}: {str(error).splitlines()[0]}", "remove the character") from None
 
 
-def _scalar(node: yaml.Node) -> Any:
+def _parse_scalar(node: yaml.Node) -> Any:
     kind = node.tag.rsplit(":", 1)[-1]
     if kind == "null":
         return None

@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig
 
-from lora_cli.common.errors import UsageError, nearest
-from lora_cli.recipe import upstream_fields as fields
+from lora_cli.common.errors import UsageError, find_nearest
+from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.keys import INITIAL_CONFIGS, Recipe
 
 
-def lora_config(recipe: Recipe) -> LoraConfig:
+def build_lora_config(recipe: Recipe) -> LoraConfig:
     """PEFT's configuration of the adapter."""
     values = copy.deepcopy(recipe.lora.given())  # PEFT writes into them
     values.pop("autocast_adapter_dtype")  # an argument of get_peft_model, not of LoraConfig
@@ -29,7 +29,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         values["init_lora_weights"] = True  # initial.py computes it, at the adapter's own scaling and on any device
     for name, kind in VARIANT_CONFIGS.items():
         if values.get(name) is not None:
-            values[name] = _variant(recipe, name, kind)
+            values[name] = _build_variant(recipe, name, kind)
         elif name == INITIAL_CONFIGS.get(str(values["init_lora_weights"])):
             values[name] = kind()
     return _build(recipe, "lora", values, lambda given: LoraConfig(task_type="CAUSAL_LM", **given))
@@ -45,7 +45,7 @@ VARIANT_CONFIGS: dict[str, Any] = {
 }
 
 
-def _variant(recipe: Recipe, name: str, kind: Any) -> Any:
+def _build_variant(recipe: Recipe, name: str, kind: Any) -> Any:
     """The mapping a recipe gives for one of PEFT's own configuration classes, as that class.
 
     PEFT checks the values of some and ignores unknown keys of others; here both are UsageErrors.
@@ -55,7 +55,7 @@ def _variant(recipe: Recipe, name: str, kind: Any) -> Any:
     if not isinstance(given, dict):
         raise UsageError(f"{place} must be a mapping", f"its keys: {', '.join(known)}")
     for key in given.keys() - set(known):
-        guess = nearest(str(key), known)
+        guess = find_nearest(str(key), known)
         hint = f"did you mean {guess}?" if guess else f"its keys: {', '.join(known)}"
         raise UsageError(f"{recipe.where('lora', name, str(key))} is not a known key", hint)
     try:
@@ -67,7 +67,7 @@ def _variant(recipe: Recipe, name: str, kind: Any) -> Any:
         raise UsageError(f"{where}: {detail['msg']}", "lora schema --markdown") from None
 
 
-def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     """4-bit storage of the base, or None for methods that keep it as it is."""
     if not recipe.quantized:
         return None
@@ -77,7 +77,7 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
-def compiling(recipe: Recipe) -> dict[str, Any] | None:
+def read_compile_options(recipe: Recipe) -> dict[str, Any] | None:
     """torch.compile's options for a settled recipe, None where nothing is to be compiled."""
     values = recipe.training.given()
     asked, *given = (values.get(name) for name in COMPILING)
@@ -86,7 +86,7 @@ def compiling(recipe: Recipe) -> dict[str, Any] | None:
     return {name: value for name, value in zip(("backend", "mode"), given) if value}
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """`SFTConfig` for SFTTrainer, `TrainingArguments` for Trainer."""
     values = recipe.training.given()
     values.setdefault("include_num_input_tokens_seen", "non_padding")  # what tokens/s is computed from
@@ -96,7 +96,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values.setdefault("use_cpu", not (torch.cuda.is_available() or apple))
     for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # transformers' newer names
         old = new.replace("activation", "gradient")
-        if old in values and new in fields.read(fields.TRAINING_ARGUMENTS):
+        if old in values and new in upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS):
             values.setdefault(new, values.pop(old))
     # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
     values["logging_nan_inf_filter"] = False
@@ -109,7 +109,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
     values["packing"] = values["packing"] in (True, "dataset")
     if recipe.trainer == "trainer":
-        for name in fields.read(fields.SFT_CONFIG).keys() - fields.read(fields.TRAINING_ARGUMENTS).keys():
+        for name in (
+            upstream_fields.read_fields(upstream_fields.SFT_CONFIG).keys()
+            - upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS).keys()
+        ):
             values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers
         return _build(recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given))
     if not values.get("packing"):
@@ -119,20 +122,20 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def _build(recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Any:
     """`build(values)`; what it refuses becomes a UsageError that names the value's file and line."""
-    refusal = _refusal(build, values)
+    refusal = _find_refusal(build, values)
     if refusal is None:
         return build(values)
     what, _, allowed = refusal.partition(", please select one of ")
     # Upstream's messages do not say which field: find the one that is refused on its own.
     for name, value in values.items():
-        if recipe.source(section, name) and _refusal(build, {name: value}) == refusal:
-            guess = nearest(str(value), re.findall(r"'([^']+)'", allowed))
+        if recipe.source(section, name) and _find_refusal(build, {name: value}) == refusal:
+            guess = find_nearest(str(value), re.findall(r"'([^']+)'", allowed))
             hint = f"did you mean {guess}?" if guess else f"one of {allowed}" if allowed else "lora schema --markdown"
             raise UsageError(f"{recipe.where(section, name)}: {what}", hint)
     raise UsageError(f"{recipe.where(section)}: {what}", f"change the values of {section} that contradict each other")
 
 
-def _refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> str | None:
+def _find_refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> str | None:
     """What `build` says against `values`, on one line; None if it takes them."""
     try:
         build(values)

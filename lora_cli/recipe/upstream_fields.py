@@ -37,32 +37,32 @@ class UpstreamField(NamedTuple):
 
 
 @cache
-def read(classes: tuple[tuple[str, str, str], ...]) -> dict[str, UpstreamField]:
+def read_fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, UpstreamField]:
     """All fields of `classes`, each (package, file inside it, class name), by field name.
 
     Raises LoraError when a package is not installed or its file no longer defines the class.
     """
     fields: dict[str, UpstreamField] = {}
     for package, file, class_name in classes:
-        fields.update((field.name, field) for field in _fields_of(_source(package, file), class_name))
+        fields.update((field.name, field) for field in _read_fields_of(_find_source(package, file), class_name))
     return fields
 
 
-def _source(package: str, file: str) -> Path:
+def _find_source(package: str, file: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise LoraError(f"the package {package} is not installed", "pip install lora-cli")
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
+def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
     tree = ast.parse(source.read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
     if not classes:
         raise LoraError(f"{source} does not define {class_name}: this version is not supported", "pip install lora-cli")
     for node in classes[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            default, metadata = _default_and_metadata(node.value)
+            default, metadata = _read_default_and_metadata(node.value)
             annotation = _as_type(ast.unparse(node.annotation))
             choices = metadata.get("choices")
             if annotation is str and choices:
@@ -71,19 +71,19 @@ def _fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
             yield UpstreamField(node.target.id, annotation, default, help_text)
 
 
-def _default_and_metadata(value: ast.expr | None) -> tuple[Any, dict[str, Any]]:
+def _read_default_and_metadata(value: ast.expr | None) -> tuple[Any, dict[str, Any]]:
     """The literal default (None when computed) and the literal parts of a `field(…, metadata={…})` call."""
     if not isinstance(value, ast.Call):
-        return _literal(value), {}
+        return _read_literal(value), {}
     arguments = {keyword.arg: keyword.value for keyword in value.keywords}
     given = arguments.get("metadata")
     metadata = {}
     if isinstance(given, ast.Dict):
-        metadata = {_literal(key): _literal(item) for key, item in zip(given.keys, given.values)}
-    return _literal(arguments.get("default")), {key: item for key, item in metadata.items() if item is not None}
+        metadata = {_read_literal(key): _read_literal(item) for key, item in zip(given.keys, given.values)}
+    return _read_literal(arguments.get("default")), {key: item for key, item in metadata.items() if item is not None}
 
 
-def _literal(node: ast.expr | None) -> Any:
+def _read_literal(node: ast.expr | None) -> Any:
     """The value of a literal expression; None for anything that would have to be run."""
     if node is None:
         return None

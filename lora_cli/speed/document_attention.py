@@ -21,21 +21,21 @@ NAME = "sdpa_by_document"
 SHORT = 256
 
 
-def attention(
+def attend_by_document(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What transformers' sdpa gives for (batch, heads, tokens, width), document by document where there are several.
 
     They begin where `position_ids` (1, tokens) do not go up by one, as transformers takes it when it makes its masks.
     """
-    lengths = _documents(module, query, key, kwargs)
+    lengths = _find_documents(module, query, key, kwargs)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    return torch.cat([_alone(module, piece, kwargs) for piece in pieces], dim=1), None
+    return torch.cat([_attend_one(module, piece, kwargs) for piece in pieces], dim=1), None
 
 
-def _alone(module: nn.Module, one: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+def _attend_one(module: nn.Module, one: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
     """One document's attention, (1, tokens, heads, width)."""
     query, key, value = one
     half = all(tensor.dtype == torch.bfloat16 for tensor in one)
@@ -68,7 +68,7 @@ class _Short(torch.autograd.Function):
         return *(gradient.to(above[0].dtype) for gradient in gradients), None
 
 
-def _documents(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:
+def _find_documents(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:
     """The documents' lengths; None for a single one, and where they are not all that the mask may hold."""
     positions = kwargs.get("position_ids")
     if positions is None or positions.shape != (1, query.shape[2]) or key.shape[2] != query.shape[2]:
@@ -90,7 +90,9 @@ def install(model: PreTrainedModel) -> bool:
     """Let a model on a CPU that uses sdpa attend by document; returns whether it does."""
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(NAME, torch.compiler.disable(attention))  # it would be compiled for each set of lengths
+    AttentionInterface.register(
+        NAME, torch.compiler.disable(attend_by_document)
+    )  # it would be compiled for each set of lengths
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True

@@ -80,7 +80,7 @@ class FactoredDora(DoraLinearLayer):
 def install(adapted: PeftModel) -> int:
     """Let every DoRA of a linear layer with frozen weights compute its norms here; returns how many do."""
     installed = 0
-    for layer in attach.lora_layers(adapted).values():
+    for layer in attach.find_lora_layers(adapted).values():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         frozen = not any(name == "weight" and p.requires_grad for name, p in layer.get_base_layer().named_parameters())
         for magnitude in magnitudes.values():
@@ -90,13 +90,13 @@ def install(adapted: PeftModel) -> int:
     return installed
 
 
-def layers(adapted: PeftModel) -> list[FactoredDora]:
+def find_layers(adapted: PeftModel) -> list[FactoredDora]:
     """Those that do, for `norms_kept`."""
     return [module for module in adapted.modules() if isinstance(module, FactoredDora)]
 
 
 @contextmanager
-def norms_kept(layers: Sequence[FactoredDora]) -> Iterator[None]:
+def keep_norms(layers: Sequence[FactoredDora]) -> Iterator[None]:
     """Inside, where A and B must not change, each norm is computed once."""
     for layer in layers:
         layer.keeps = True

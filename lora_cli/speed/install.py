@@ -9,19 +9,17 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.speed import dora_norms as dora
-from lora_cli.speed.cpu import dropout
-from lora_cli.speed.cpu import fused_layer as fused
-from lora_cli.speed.cpu import rms_norm as norms
+from lora_cli.speed import dora_norms
+from lora_cli.speed.cpu import dropout, fused_layer, rms_norm
 
 
 def install(adapted: PeftModel, device: str) -> None:
     """For a model that trains on `device`, as torch names its kind."""
-    dora.install(adapted)
+    dora_norms.install(adapted)
     if device == "cpu":
-        norms.install(adapted)
+        rms_norm.install(adapted)
         dropout.install(adapted)
-        fused.install(adapted)
+        fused_layer.install(adapted)
 
 
 def compile_layers(network: nn.Module, options: dict[str, Any]) -> int:

@@ -49,14 +49,14 @@ class Shape(NamedTuple):
         return None if self.cap is None else 1 - (logits / self.cap).square()
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
+def find_shape(model: PreTrainedModel) -> Shape:
     """Scale and cap as the families' configurations name them."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    return Shape(float(scale) / float(getattr(config, "logits_scaling", None) or 1.0), _cap(config))
+    return Shape(float(scale) / float(getattr(config, "logits_scaling", None) or 1.0), _find_cap(config))
 
 
-def _cap(config: Any) -> float | None:
+def _find_cap(config: Any) -> float | None:
     cap = getattr(config, "final_logit_softcapping", None)
     return None if cap is None else float(cap)
 
@@ -74,7 +74,7 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             made = functional.linear(part, weight, bias)
-            found = [_likely(*pair, shape, scratch) for pair in zip(made.split(block), wanted.split(block))]
+            found = [_fill_probabilities(*pair, shape, scratch) for pair in zip(made.split(block), wanted.split(block))]
             losses, sums, slopes = (torch.cat(each) for each in zip(*found))
             total += losses.sum()
             if gradient is not None:
@@ -89,7 +89,7 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * above[0].to(gradient.dtype), None, None, None, None
 
 
-def _likely(made: Tensor, wanted: Tensor, shape: Shape, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fill_probabilities(made: Tensor, wanted: Tensor, shape: Shape, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows of the head's output, which become e^(logit - the row's highest) times the cap's derivative: each row's
     cross entropy, sum of those powers, and derivative at its `wanted` token (rows × 1 each).
 
@@ -107,7 +107,7 @@ def _likely(made: Tensor, wanted: Tensor, shape: Shape, scratch: Tensor) -> tupl
     return losses, sums, bend.gather(-1, wanted)
 
 
-def summed(hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape) -> Tensor:
+def sum_loss(hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape) -> Tensor:
     """Cross entropy in float32, summed over the rows of `hidden` (rows × width), whose next tokens are `targets`."""
     frozen = type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
     if frozen:
@@ -134,7 +134,7 @@ def install(model: PreTrainedModel) -> str | None:
         return "the model does not name its decoder and head"
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return "its loss balances experts as well"
-    own, shape = model.forward, shape_of(model)
+    own, shape = model.forward, find_shape(model)
 
     @wraps(own)  # Trainer reads from the signature which columns the model takes
     def forward(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ def install(model: PreTrainedModel) -> str | None:
         wanted = functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
         where = wanted != IGNORED
         targets = wanted[where]
-        total = summed(hidden[where], model.get_output_embeddings(), targets, shape)
+        total = sum_loss(hidden[where], model.get_output_embeddings(), targets, shape)
         count = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 

@@ -39,7 +39,7 @@ class StepCollator(NamedTuple):
     length: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        bins = fitted([len(row["input_ids"]) for row in rows], self.length)
+        bins = fit_bins([len(row["input_ids"]) for row in rows], self.length)
         ordered = [rows[place] for places in bins for place in places]
         ids = [torch.as_tensor(row["input_ids"]) for row in ordered]
         labels = [torch.as_tensor(row["labels"]).clone() for row in ordered]
@@ -51,7 +51,7 @@ class StepCollator(NamedTuple):
         return joined | {CUTS: list(accumulate(sizes, initial=0))}
 
 
-def fitted(lengths: list[int], capacity: int) -> list[list[int]]:
+def fit_bins(lengths: list[int], capacity: int) -> list[list[int]]:
     """The places of `lengths` in bins of `capacity`, best fit, longest first; what is over it has a bin to itself."""
     bins, free = list[list[int]](), list[int]()
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
@@ -65,7 +65,7 @@ def fitted(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
+def split_sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
     """The sequences of a step that `StepCollator` made, each with tensors of shape (1, tokens)."""
     cuts = inputs[CUTS]
     return [
@@ -73,7 +73,7 @@ def sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
     ]
 
 
-def unsuitable(model: PreTrainedModel) -> str | None:
+def find_unsuitable(model: PreTrainedModel) -> str | None:
     """None if documents in one sequence do not see each other in `model`, with its kernel of attention; else why not.
 
     Other words in the first of three must leave the logits of the others as they are, and those must be what they are

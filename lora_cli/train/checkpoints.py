@@ -49,7 +49,7 @@ class Unusable(NamedTuple):
 
 
 @contextmanager
-def saved(folder: Path, run: str, step: int) -> Iterator[Path]:
+def stage_checkpoint(folder: Path, run: str, step: int) -> Iterator[Path]:
     """An empty folder to write the run's checkpoint of this step into; it is sealed and named when the block ends.
 
     What already has the name, and cannot be a checkpoint of this run, is set aside. After a failure nothing is left.
@@ -60,7 +60,7 @@ def saved(folder: Path, run: str, step: int) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        _seal(staging, run, step)
+        _seal_folder(staging, run, step)
         if final.exists() or final.is_symlink():
             _set_aside(final, run)
         staging.rename(final)
@@ -69,27 +69,27 @@ def saved(folder: Path, run: str, step: int) -> Iterator[Path]:
         _remove(parent)
 
 
-def _seal(folder: Path, run: str, step: int) -> None:
+def _seal_folder(folder: Path, run: str, step: int) -> None:
     """Flush every file, then write the manifest."""
     described = {}
-    for name in _names(folder):
+    for name in _list_names(folder):
         path = folder / name
-        size, digest = _hashed(path)
+        size, digest = _hash_file(path)
         described[name] = {"size": size, "sha256": digest}
         _flush(path)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _flush(path)
-    files.write_text(folder / MANIFEST, _manifest(run, step, described))
+    files.write_text(folder / MANIFEST, _make_manifest(run, step, described))
     _flush(folder)
 
 
-def _manifest(run: str, step: int, described: dict[str, Any]) -> str:
+def _make_manifest(run: str, step: int, described: dict[str, Any]) -> str:
     return json.dumps({"format": FORMAT, "run": run, "step": step, "files": described}, indent=1, sort_keys=True) + "\n"
 
 
-def read(folder: Path, run: str) -> Checkpoint | Unusable:
+def read_checkpoint(folder: Path, run: str) -> Checkpoint | Unusable:
     """What the folder `checkpoint-N` is for this run: every file is read and compared."""
-    step = _step(folder)
+    step = _parse_step(folder)
     assert step is not None, folder
     if folder.is_symlink():
         return Unusable(folder, step, "it is a link, which is not followed", False)
@@ -98,7 +98,7 @@ def read(folder: Path, run: str) -> Checkpoint | Unusable:
         manifest = json.loads(text)
         owner, said, described = manifest["run"], manifest["step"], manifest["files"]
         size = sum(each["size"] for each in described.values() if len(each) == 2 and each["sha256"])
-        if _manifest(owner, said, described) != text:  # as we write it, to the byte
+        if _make_manifest(owner, said, described) != text:  # as we write it, to the byte
             raise ValueError
     except FileNotFoundError:
         return Unusable(folder, step, "it has no manifest: saving it was interrupted, or it is not ours", False)
@@ -108,16 +108,16 @@ def read(folder: Path, run: str) -> Checkpoint | Unusable:
         return Unusable(folder, step, "it belongs to another run", False)
     if said != step:
         return Unusable(folder, step, f"it is the checkpoint of step {said} under another name", False)
-    reason = _differs(folder, described)
+    reason = _find_difference(folder, described)
     if reason:
         return Unusable(folder, step, reason, True)
     resumable = all(name in described for name in NEEDED) and any(name.startswith("rng_state") for name in described)
     return Checkpoint(folder, step, resumable, size)
 
 
-def _differs(folder: Path, described: dict[str, Any]) -> str | None:
+def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
     """In what the folder's files are not those described; None if they are."""
-    present = {name for name in _names(folder) if not Path(name).name.startswith(".")} - {MANIFEST}
+    present = {name for name in _list_names(folder) if not Path(name).name.startswith(".")} - {MANIFEST}
     if missing := sorted(described.keys() - present):
         return f"{missing[0]} is missing"
     if added := sorted(present - described.keys()):
@@ -128,29 +128,29 @@ def _differs(folder: Path, described: dict[str, Any]) -> str | None:
             return f"{name} is a link"
         if (size := path.stat().st_size) != told["size"]:
             return f"{name} has {size} of {told['size']} bytes"
-        if _hashed(path)[1] != told["sha256"]:
+        if _hash_file(path)[1] != told["sha256"]:
             return f"{name} is damaged"
     return None
 
 
-def every(folder: Path, run: str) -> Iterator[Checkpoint | Unusable]:
+def walk_checkpoints(folder: Path, run: str) -> Iterator[Checkpoint | Unusable]:
     """The checkpoints in a run's folder, the newest first, each read when it is asked for."""
-    found = {step: path for path in folder.iterdir() if (step := _step(path)) is not None}
+    found = {step: path for path in folder.iterdir() if (step := _parse_step(path)) is not None}
     for step in sorted(found, reverse=True):
-        yield read(found[step], run)
+        yield read_checkpoint(found[step], run)
 
 
-def newest(folder: Path, run: str) -> Checkpoint | None:
+def find_newest(folder: Path, run: str) -> Checkpoint | None:
     """The newest checkpoint to resume from, saying which were skipped and why; None where there is none."""
-    for each in every(folder, run):
-        reason = each.reason if isinstance(each, Unusable) else _incomplete(each, run)
+    for each in walk_checkpoints(folder, run):
+        reason = each.reason if isinstance(each, Unusable) else _explain_incomplete(each, run)
         if reason is None and isinstance(each, Checkpoint):
             return each
         ui.say(f"  {each.folder.name} skipped: {reason}")
     return None
 
 
-def _incomplete(checkpoint: Checkpoint, run: str) -> str | None:
+def _explain_incomplete(checkpoint: Checkpoint, run: str) -> str | None:
     """Why a whole checkpoint cannot be resumed from; None if it can."""
     if not checkpoint.resumable:
         return "it was saved without the optimiser's state"
@@ -159,20 +159,22 @@ def _incomplete(checkpoint: Checkpoint, run: str) -> str | None:
         kept = checkpoint.folder.with_name(f"checkpoint-{best}")
         if not kept.is_dir():
             return f"the best model so far, {kept.name}, is missing"
-        found = read(kept, run)
+        found = read_checkpoint(kept, run)
         if isinstance(found, Unusable):
             return f"of the best model so far, {kept.name}, {found.reason}"
     return None
 
 
-def rotate(folder: Path, run: str, keep: int | None, newest: int, best: int | None) -> None:
+def delete_old(folder: Path, run: str, keep: int | None, newest: int, best: int | None) -> None:
     """Delete this run's checkpoints beyond `keep`: those of steps after `newest`, which a damaged one left behind, then
     the oldest; never those of the steps `newest` and `best`.
 
     Only folders with our manifest and this run's id are counted or deleted.
     """
     ours = [
-        (step <= newest, step) for path in folder.iterdir() if (step := _step(path)) is not None and _owned(path, run)
+        (step <= newest, step)
+        for path in folder.iterdir()
+        if (step := _parse_step(path)) is not None and _is_owned(path, run)
     ]
     if keep is None:
         return
@@ -184,18 +186,18 @@ def rotate(folder: Path, run: str, keep: int | None, newest: int, best: int | No
         _remove(doomed.parent)
 
 
-def _owned(folder: Path, run: str) -> bool:
+def _is_owned(folder: Path, run: str) -> bool:
     """Whether the folder has a manifest of this run for the step in its name."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return not folder.is_symlink() and manifest["run"] == run and manifest["step"] == _step(folder)
+        return not folder.is_symlink() and manifest["run"] == run and manifest["step"] == _parse_step(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _set_aside(final: Path, run: str) -> None:
     """Make room for a checkpoint: what is damaged and ours goes, anything else gets another name."""
-    if _owned(final, run):
+    if _is_owned(final, run):
         _remove(final)
         return
     aside = next(
@@ -205,25 +207,25 @@ def _set_aside(final: Path, run: str) -> None:
     ui.warn(f"{final} was no checkpoint of this run, and is now {aside.name}")
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process of ours left half-made in a run's folder; nobody else may be at work there."""
     for path in folder.iterdir():
         if path.name == STAGING or re.fullmatch(r"\.[\w.-]+\.\d+\.tmp", path.name):
             _remove(path)
 
 
-def _step(path: Path) -> int | None:
+def _parse_step(path: Path) -> int | None:
     """N of `checkpoint-N`; None for other names and for files."""
     match = NAME.fullmatch(path.name)
     return int(match[1]) if match and path.is_dir() else None
 
 
-def _names(folder: Path) -> list[str]:
+def _list_names(folder: Path) -> list[str]:
     """The files below the folder, as paths within it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
-def _hashed(path: Path) -> tuple[int, str]:
+def _hash_file(path: Path) -> tuple[int, str]:
     """Size and sha256 of a file."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:

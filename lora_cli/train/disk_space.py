@@ -33,7 +33,7 @@ class Need(NamedTuple):
         return self.adapter + self.kept * self.checkpoint
 
 
-def need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
+def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
     """What a run of `steps` steps will write that trains `trained` parameters, with a vocabulary of `tokens`."""
     training = recipe.training
     per_parameter = 2 if "8bit" in training.optim else 4 if training.optim in ("sgd", "lion_32bit") else 8
@@ -47,38 +47,38 @@ def need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
     return Need(adapter, checkpoint, saves if limit is None else min(saves, limit + 1))  # the newest is not one less
 
 
-def check(folder: Path, needed: Need) -> None:
+def refuse_too_little(folder: Path, needed: Need) -> None:
     """LoraError where the run's folder, of which a part may be written already, has no room for the rest."""
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     free, missing = shutil.disk_usage(folder).free, needed.total - written - shutil.disk_usage(folder).free
     if missing > 0:
         raise LoraError(
-            f"the disk is too small: the run needs about {_mb(needed.total)} MB in {folder} ({needed.kept} checkpoints "
-            f"of {_mb(needed.checkpoint)} MB and the adapter), {_mb(free)} MB are free, {_mb(missing)} MB are missing",
+            f"the disk is too small: the run needs about {_format_mb(needed.total)} MB in {folder} ({needed.kept} checkpoints "
+            f"of {_format_mb(needed.checkpoint)} MB and the adapter), {_format_mb(free)} MB are free, {_format_mb(missing)} MB are missing",
             "make room, --set training.save_total_limit=1, or --set output_dir=… on another disk",
         )
 
 
 @contextmanager
-def told(folder: Path, needed: Need) -> Iterator[None]:
+def translate_full_disk(folder: Path, needed: Need) -> Iterator[None]:
     """What fails inside for a full disk is one LoraError with the megabytes that were missing."""
     try:
         yield
     except Exception as error:
-        if not ran_out(error):
+        if not is_full_disk(error):
             raise
         sizes = [path for path in folder.glob("checkpoint-*") if (path / checkpoints.MANIFEST).is_file()]
         size = max([needed.checkpoint, *(sum(file.stat().st_size for file in path.rglob("*")) for path in sizes)])
         free = shutil.disk_usage(folder).free
         again = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
         raise LoraError(
-            f"the disk is full: the next {_mb(size)} MB do not fit in {folder}, {_mb(free)} MB are free, "
-            f"{_mb(max(1, size - free))} MB are missing; what was saved before is whole",
+            f"the disk is full: the next {_format_mb(size)} MB do not fit in {folder}, {_format_mb(free)} MB are free, "
+            f"{_format_mb(max(1, size - free))} MB are missing; what was saved before is whole",
             f"make room, then: {again}",
         ) from error
 
 
-def ran_out(error: BaseException | None) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
@@ -89,5 +89,5 @@ def ran_out(error: BaseException | None) -> bool:
     return False
 
 
-def _mb(size: int) -> str:
+def _format_mb(size: int) -> str:
     return f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}"

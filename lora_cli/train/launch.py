@@ -24,7 +24,7 @@ TURNED_ON = {
 }
 
 
-def check(environment: Mapping[str, str]) -> None:
+def check_launcher(environment: Mapping[str, str]) -> None:
     """UsageError for variables that are no numbers, that contradict each other, or that ask for several processes."""
     numbers = {name: _number(name, environment[name]) for name in (*VARIABLES, *SIZES) if _is_number(name, environment)}
     for name, size in numbers.items():
@@ -35,15 +35,17 @@ def check(environment: Mapping[str, str]) -> None:
             )
     for rank, size_name in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if size_name in numbers and numbers.get(rank, 0) >= numbers[size_name]:
-            raise UsageError(f"{rank} is {numbers[rank]}, but {size_name} is {numbers[size_name]}", _unset(environment))
+            raise UsageError(
+                f"{rank} is {numbers[rank]}, but {size_name} is {numbers[size_name]}", _explain_unset(environment)
+            )
     if not 0 <= numbers.get("MASTER_PORT", 0) < 2**16:
-        raise UsageError(f"MASTER_PORT is {numbers['MASTER_PORT']}, which is no port", _unset(environment))
+        raise UsageError(f"MASTER_PORT is {numbers['MASTER_PORT']}, which is no port", _explain_unset(environment))
     # -1 is how some launchers spell a rank that there is not
     if numbers.get("LOCAL_RANK", -1) >= 0 or {"RANK", "WORLD_SIZE"} & numbers.keys():
         missing = [name for name in NEEDED if not environment.get(name)]
         if missing:
             there = " and ".join(name for name in VARIABLES if name in environment)
-            raise UsageError(f"{there} is set, but {' and '.join(missing)} is not", _unset(environment))
+            raise UsageError(f"{there} is set, but {' and '.join(missing)} is not", _explain_unset(environment))
     _check_accelerate(environment)
 
 
@@ -73,6 +75,6 @@ def _number(name: str, text: str) -> int:
     return number
 
 
-def _unset(environment: Mapping[str, str]) -> str:
+def _explain_unset(environment: Mapping[str, str]) -> str:
     """What to type where they are a launcher's leftovers."""
     return f"unset {' '.join(name for name in VARIABLES if name in environment)}"

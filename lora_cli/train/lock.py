@@ -30,7 +30,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def hold_folder(folder: Path) -> Iterator[None]:
     """Own the folder, which exists, inside the block. LoraError naming host and process where another one does."""
     path = folder / FILE
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)

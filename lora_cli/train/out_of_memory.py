@@ -12,10 +12,10 @@ from pyarrow import compute
 
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
-from lora_cli.data import prepare as data
+from lora_cli.data import prepare
 from lora_cli.plan import memory
 from lora_cli.recipe.keys import Recipe
-from lora_cli.speed import step_packing as packing
+from lora_cli.speed import step_packing
 from lora_cli.train import run_folder
 
 HOST = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
@@ -28,7 +28,7 @@ class Pieces(NamedTuple):
     gradient_accumulation_steps: int
     sequence: int
 
-    def halved(self, recipe: Recipe, rows: data.Prepared) -> Pieces | None:
+    def halved(self, recipe: Recipe, rows: prepare.Prepared) -> Pieces | None:
         """About half as much in memory at a time, and the same rows in each step; None where that is not possible."""
         if recipe.training.packing == "step":
             lengths = compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
@@ -48,7 +48,7 @@ class Pieces(NamedTuple):
         return f"batches of {self.per_device_train_batch_size}, {self.gradient_accumulation_steps} per step"
 
 
-def pieces(recipe: Recipe, run: Mapping[str, Any]) -> Pieces:
+def read_pieces(recipe: Recipe, run: Mapping[str, Any]) -> Pieces:
     """As the recipe has them, or as the run's record says that they became."""
     if run.get("reduced"):
         return Pieces(**run["reduced"][-1]["pieces"])
@@ -56,24 +56,26 @@ def pieces(recipe: Recipe, run: Mapping[str, Any]) -> Pieces:
     return Pieces(
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
-        min(training.max_length, packing.SEQUENCE),
+        min(training.max_length, step_packing.SEQUENCE),
     )
 
 
-def applied(recipe: Recipe, pieces: Pieces) -> Recipe:
+def apply_pieces(recipe: Recipe, pieces: Pieces) -> Recipe:
     """The recipe with these pieces; the sequence's length is no key of it."""
     changes = {name: getattr(pieces, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     return recipe.settled(recipe.trainer, {"training": changes})
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the accelerator's or the host's memory is used up."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in HOST)
 
 
-def told(error: BaseException, recipe: Recipe, now: Pieces, smaller: Pieces | None, training: bool) -> LoraError:
+def explain_out_of_memory(
+    error: BaseException, recipe: Recipe, now: Pieces, smaller: Pieces | None, training: bool
+) -> LoraError:
     """One message, with what would fit; `training` is False where memory ran out in an evaluation or the optimiser."""
     said = (str(error).splitlines() or ["the host's memory is used up"])[0] or "the host's memory is used up"
     ways = []
@@ -88,16 +90,16 @@ def told(error: BaseException, recipe: Recipe, now: Pieces, smaller: Pieces | No
             f"--set training.gradient_accumulation_steps={smaller.gradient_accumulation_steps} makes the same steps "
             "(training.on_oom=reduce does so by itself)"
         )
-    ways.append(memory.what_fits(recipe))
+    ways.append(memory.suggest_what_fits(recipe))
     return LoraError(f"out of memory with {now.in_words(recipe)}: {said}", "; or ".join(ways))
 
 
-def through(
+def train_through(
     trainer: Any,
     make: Callable[[], Any],
     checkpoint: Path | None,
     recipe: Recipe,
-    rows: data.Prepared,
+    rows: prepare.Prepared,
     run: dict[str, Any],
 ) -> tuple[int, float, dict[str, float]]:
     """Train from `checkpoint` to the end; the steps made, the mean loss of them all, and speed and memory.
@@ -111,12 +113,12 @@ def through(
                 result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             return result.global_step, result.metrics["train_loss"], trainer.watch.effort(trainer.state)
         except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
-            now = pieces(recipe, run)
+            now = read_pieces(recipe, run)
             smaller = now.halved(recipe, rows)
             if recipe.training.on_oom == "stop" or not trainer.in_step or smaller is None:
-                raise told(error, recipe, now, smaller, trainer.in_step) from error
+                raise explain_out_of_memory(error, recipe, now, smaller, trainer.in_step) from error
         finally:
             trainer.watch.progress.clear()
         gc.collect()  # what the failed step held, now that its error is forgotten
@@ -125,6 +127,6 @@ def through(
         checkpoint = trainer.save_last_step()
         step = trainer.state.global_step
         reduced = [*run.get("reduced", []), {"step": step, "pieces": smaller._asdict()}]
-        run_folder.update(Path(recipe.output_dir), run, reduced=reduced)
+        run_folder.update_record(Path(recipe.output_dir), run, reduced=reduced)
         ui.warn(f"out of memory after step {step}: {now.in_words(recipe)} become {smaller.in_words(recipe)}")
         trainer = make()

@@ -76,7 +76,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """One read from the device: is the step's loss finite, and every gradient?"""
-        gradients = {name: parameter.grad for name, parameter in attach.trainable(kwargs["model"])}
+        gradients = {name: parameter.grad for name, parameter in attach.walk_trainable(kwargs["model"])}
         without = {name for name, gradient in gradients.items() if gradient is None}
         self.untouched = without if self.untouched is None else self.untouched & without
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients.values() if gradient is not None])
@@ -109,7 +109,7 @@ class Watch(TrainerCallback):
             f"lr {rate:.2e}",
             f"{speed:,.0f} tokens/s",
             *([] if used is None else [f"MFU {used:.0%}"]),
-            f"{ui.duration(left)} left",
+            f"{ui.format_duration(left)} left",
             force=state.global_step in (1, state.max_steps),
         )
 
@@ -122,7 +122,7 @@ class Watch(TrainerCallback):
         """What metrics.jsonl and the record say of speed and memory; `mfu` only where the device's peak is known."""
         speed = self.speed(state)
         used = self.work.used(speed)
-        found = {"tokens_per_second": round(speed, 1), "peak_memory_gb": round(hardware.peak_memory() / 1e9, 3)}
+        found = {"tokens_per_second": round(speed, 1), "peak_memory_gb": round(hardware.measure_peak_memory() / 1e9, 3)}
         return found if used is None else found | {"mfu": round(used, 4)}
 
     def on_train_end(

@@ -12,7 +12,7 @@ import torch
 State = dict[str, Any]
 
 
-def capture() -> State:
+def capture_state() -> State:
     """The generators' states now: lists, numbers and hexadecimal digits, so that JSON holds them exactly."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -21,23 +21,23 @@ def capture() -> State:
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": {"cpu": _hex(torch.get_rng_state())},
     }
-    if kind := _accelerator():
+    if kind := _find_accelerator():
         state["torch"][kind] = _hex(torch.get_device_module(kind).get_rng_state())
     return state
 
 
-def restore(state: State) -> None:
+def restore_state(state: State) -> None:
     """Set every generator as it was. KeyError where the state was captured on another kind of device."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_tensor(state["torch"]["cpu"]))
-    if kind := _accelerator():
+    if kind := _find_accelerator():
         torch.get_device_module(kind).set_rng_state(_tensor(state["torch"][kind]))
 
 
-def _accelerator() -> str | None:
+def _find_accelerator() -> str | None:
     """`cuda`, `mps`, …; None where only the CPU computes."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None else str(device.type)

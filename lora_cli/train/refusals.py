@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_cli.common import library_errors as foreign
+from lora_cli.common import library_errors
 from lora_cli.common.errors import LoraError
 from lora_cli.recipe.keys import LoraFields, Recipe, TrainingFields
 
@@ -23,14 +23,14 @@ SHOWN = 3
 
 
 @contextmanager
-def told(recipe: Recipe, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def translate_refusals(recipe: Recipe, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """What the libraries raise inside until something has `begun()` is a LoraError in their words; it names the values
     that lora passes on. What is raised by a line of lora is a bug of lora's, and stays what it is."""
     try:
         yield
     except Exception as error:
-        passed = passed_on(recipe)
-        known = isinstance(error, LoraError) or foreign.translate(error) is not None
+        passed = list_passed_on(recipe)
+        known = isinstance(error, LoraError) or library_errors.translate(error) is not None
         ours = PACKAGE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
         if known or ours or begun() or not (passed or isinstance(error, ANYWAY)):
             raise
@@ -39,7 +39,7 @@ def told(recipe: Recipe, begun: Callable[[], bool] = lambda: False) -> Iterator[
         raise LoraError(f"transformers, TRL or PEFT refuse this recipe: {said}", hint) from error
 
 
-def passed_on(recipe: Recipe) -> list[str]:
+def list_passed_on(recipe: Recipe) -> list[str]:
     """Where the recipe sets fields of the libraries that lora itself has no use for, with file and line."""
     sections = (("lora", recipe.lora, LoraFields), ("training", recipe.training, TrainingFields))
     return [

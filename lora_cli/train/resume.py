@@ -20,8 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.models import attach
-from lora_cli.train import checkpoints
-from lora_cli.train import random_state as rng
+from lora_cli.train import checkpoints, random_state
 from lora_cli.train.progress import Watch
 from lora_cli.train.signals import Signals
 
@@ -29,11 +28,11 @@ RUN_STATE = "run_state.json"
 
 
 @contextmanager
-def types_kept(network: torch.nn.Module) -> Iterator[None]:
+def keep_types(network: torch.nn.Module) -> Iterator[None]:
     """Whatever happens inside, trained tensors keep their types."""
-    kinds = {name: parameter.dtype for name, parameter in attach.trainable(network)}
+    kinds = {name: parameter.dtype for name, parameter in attach.walk_trainable(network)}
     yield
-    for name, parameter in attach.trainable(network):
+    for name, parameter in attach.walk_trainable(network):
         parameter.data = parameter.data.to(kinds[name])
 
 
@@ -49,7 +48,7 @@ class Resumable:
     keep: int | None
     """Checkpoints kept; Trainer's own `save_total_limit` must be None: it deletes folders of others."""
     signals: Signals
-    epoch_rng: rng.State
+    epoch_rng: random_state.State
     resumed: dict[str, Any] | None = None
     """What was read from the checkpoint's run_state.json, until the first epoch has begun."""
     evaluation_due, epoch_ended = False, False
@@ -67,12 +66,12 @@ class Resumable:
         self.processing_class.save_pretrained(output_dir)  # type: ignore[attr-defined]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        files.write_json(self._rng_file(output_dir), rng.capture())
+        files.write_json(self._rng_file(output_dir), random_state.capture_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         assert checkpoint is not None
         state = files.read_json(self._rng_file(checkpoint))
-        rng.restore(state)
+        random_state.restore_state(state)
         if self._at_edge():  # the epoch that begins now began then
             self.epoch_rng = state
 
@@ -91,9 +90,9 @@ class Resumable:
         state: TrainerState = self.state  # type: ignore[attr-defined]
         self._name_best(folder)
         final = folder / f"checkpoint-{step}"
-        if final.is_dir() and isinstance(checkpoints.read(final, self.run_id), checkpoints.Checkpoint):
+        if final.is_dir() and isinstance(checkpoints.read_checkpoint(final, self.run_id), checkpoints.Checkpoint):
             return
-        with checkpoints.saved(folder, self.run_id, step) as staging:
+        with checkpoints.stage_checkpoint(folder, self.run_id, step) as staging:
             self._saving = str(staging.parent)
             try:
                 Trainer._save_checkpoint(self, network, trial)  # TRL's writes a model card into the run's folder too
@@ -102,7 +101,7 @@ class Resumable:
             self._name_best(folder)
             state.save_to_json(str(staging / checkpoints.STATE))
             files.write_json(staging / RUN_STATE, self._run_state())
-        checkpoints.rotate(folder, self.run_id, self.keep, step, state.best_global_step)
+        checkpoints.delete_old(folder, self.run_id, self.keep, step, state.best_global_step)
 
     def _name_best(self, folder: Path) -> None:
         state: TrainerState = self.state  # type: ignore[attr-defined]
@@ -120,20 +119,20 @@ class Resumable:
         }
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with types_kept(self.model), attach.quiet_peft():  # type: ignore[attr-defined]  # PEFT loads in float32
+        with keep_types(self.model), attach.quiet_peft():  # type: ignore[attr-defined]  # PEFT loads in float32
             super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
         attach.check_adapter_complete(self.model, Path(checkpoint), "default")  # type: ignore[attr-defined]
         self.resumed = files.read_json(Path(checkpoint) / RUN_STATE)
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
-        found = checkpoints.read(best, self.run_id)
+        found = checkpoints.read_checkpoint(best, self.run_id)
         if isinstance(found, checkpoints.Unusable):
             raise LoraError(
                 f"the best model, {best}, cannot be loaded: {found.reason}",
                 "--resume --allow-changes training.load_best_model_at_end takes the last one instead",
             )
-        with types_kept(self.model), attach.quiet_peft():  # type: ignore[attr-defined]
+        with keep_types(self.model), attach.quiet_peft():  # type: ignore[attr-defined]
             super()._load_best_model()  # type: ignore[misc]
 
     def _at_edge(self) -> bool:
@@ -147,11 +146,11 @@ class Resumable:
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        before = rng.capture()
+        before = random_state.capture_state()
         try:
             metrics: dict[str, float] = super()._evaluate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            rng.restore(before)
+            random_state.restore_state(before)
         self.evaluation_due = False
         return metrics
 
@@ -175,7 +174,7 @@ class Resumable:
             assert self.evaluation_due
         finally:
             self._between_steps = False
-        self.mark(rng.capture)
+        self.mark(random_state.capture_state)
         if self.signals.stopping:
             self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
             self.signals.end()
@@ -183,7 +182,7 @@ class Resumable:
             self.watch.progress.clear()
             ui.say(f"SIGUSR1: saved checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
 
-    def mark(self, generators: Callable[[], rng.State]) -> None:
+    def mark(self, generators: Callable[[], random_state.State]) -> None:
         """Remember what the next step will change beside weights and optimiser."""
         if self.boundary is not None:
             self.boundary = {
@@ -197,7 +196,7 @@ class Resumable:
         """The checkpoint of the last step that was completed, after one that broke off `in_step`."""
         assert self.boundary and self.in_step
         self.model.zero_grad()  # type: ignore[attr-defined]
-        rng.restore(self.boundary["rng"])
+        random_state.restore_state(self.boundary["rng"])
         self._tr_loss, self.epoch_ended = self.boundary["loss"], self.boundary["epoch_ended"]
         self.state.num_input_tokens_seen = self.boundary["tokens"]  # type: ignore[attr-defined]
         self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
@@ -250,9 +249,9 @@ class Boundaries(TrainerCallback):
         """The order of the epoch's rows may be drawn from now on: from the numbers it was drawn from."""
         trainer = self.trainer
         if trainer.resumed is not None and not trainer._at_edge():
-            rng.restore(trainer.epoch_rng)
+            random_state.restore_state(trainer.epoch_rng)
         else:
-            trainer.epoch_rng = rng.capture()
+            trainer.epoch_rng = random_state.capture_state()
         trainer.resumed = None
         trainer.mark(lambda: trainer.epoch_rng)
 

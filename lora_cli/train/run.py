@@ -20,24 +20,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_cli.common import files, provenance, ui
-from lora_cli.common import privacy as private
+from lora_cli.common import files, privacy, provenance, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.data import load, selection
-from lora_cli.data import prepare as data
-from lora_cli.models import attach
-from lora_cli.models import fingerprint as identity
-from lora_cli.models import init_weights as initial
-from lora_cli.models import probes as verify
+from lora_cli.data import load, prepare, selection
+from lora_cli.models import attach, fingerprint, init_weights, probes
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models.config import checkpoint_dtype, of_recipe
-from lora_cli.plan import auto, hardware, memory
-from lora_cli.plan import sizes as plan
+from lora_cli.models.config import get_checkpoint_dtype, load_recipe_config
+from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe.keys import Recipe
-from lora_cli.train import checkpoints, lock, run_folder, setup
-from lora_cli.train import disk_space as disk
-from lora_cli.train import out_of_memory as oom
-from lora_cli.train import refusals as refusal
+from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, refusals, run_folder, setup
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
@@ -48,65 +39,69 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     With `resume` the run in the recipe's folder goes on from its newest checkpoint; of the recipe, the keys `allowed`
     may have changed.
     """
-    auto.check(recipe)
-    commit, config = of_recipe(recipe)
-    device = hardware.here()
-    recipe, choices = auto.settle(recipe, checkpoint_dtype(config), device, memory.levers(config, device))
+    auto.try_configurations(recipe)
+    commit, config = load_recipe_config(recipe)
+    device = hardware.detect_device()
+    recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, memory.levers(config, device))
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
         "base": {
             "name": recipe.model.name_or_path,
             "commit": commit,
-            "fingerprint": identity.fingerprint(recipe.model.name_or_path, commit),
+            "fingerprint": fingerprint.fingerprint_model(recipe.model.name_or_path, commit),
         },
     }
-    run_folder.check_place(folder)
+    run_folder.refuse_foreign_folder(folder)
     if resume and not folder.is_dir():
         raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
     files.make_folder(folder)
-    with lock.held(folder):
-        checkpoints.sweep(folder)
-        run = run_folder.begin(folder, recipe.plain(), contents, resume, allowed)
+    with lock.hold_folder(folder):
+        checkpoints.remove_leftovers(folder)
+        run = run_folder.begin_run(folder, recipe.plain(), contents, resume, allowed)
         ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
         for choice in choices:
             ui.say(f"  {choice}")
-        with _ending_told(folder, run):
+        with _record_ending(folder, run):
             return _run(recipe, folder, run, resume)
 
 
 @contextmanager
-def _ending_told(folder: Path, run: dict[str, Any]) -> Iterator[None]:
+def _record_ending(folder: Path, run: dict[str, Any]) -> Iterator[None]:
     """Record how the run ended; after an interruption say how to go on."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
-        run_folder.update(folder, run, status="interrupted")
-        found = (each for each in checkpoints.every(folder, run["id"]) if isinstance(each, checkpoints.Checkpoint))
+        run_folder.update_record(folder, run, status="interrupted")
+        found = (
+            each for each in checkpoints.walk_checkpoints(folder, run["id"]) if isinstance(each, checkpoints.Checkpoint)
+        )
         step = next((each.step for each in found if each.resumable), 0)
         command = shlex.join(["lora", "train", str(folder / provenance.RESOLVED_RECIPE), "--resume"])
         ui.say(f"stopped; from step {step} it goes on with: {command}")
         raise
     except BaseException:
         with suppress(OSError):  # the disk may be what failed
-            run_folder.update(folder, run, status="failed")
+            run_folder.update_record(folder, run, status="failed")
         raise
 
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
     commit = run["base"]["commit"]
-    tokenizer, new_ids, template = tokenizing.tokenizer_for(recipe, commit)
+    tokenizer, new_ids, template = tokenizing.load_recipe_tokenizer(recipe, commit)
     ui.say(f"  chat template: {template}")
-    size = plan.adapter(recipe, commit, tokenizer, new_ids)
+    size = sizes.measure_adapter(recipe, commit, tokenizer, new_ids)
     train_rows, eval_rows = load.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    plan.refuse_unknown_ids(recipe, commit, train_rows, tokenizer)
-    needed = disk.need(recipe, size.trainable, len(tokenizer), plan.steps(recipe, train_rows).steps)
-    disk.check(folder, needed)
-    _same_rows(folder, run, train_rows, tokenizer)
-    with refusal.told(recipe):
+    sizes.refuse_unknown_ids(recipe, commit, train_rows, tokenizer)
+    needed = disk_space.estimate_need(
+        recipe, size.trainable, len(tokenizer), sizes.count_steps(recipe, train_rows).steps
+    )
+    disk_space.refuse_too_little(folder, needed)
+    _refuse_other_rows(folder, run, train_rows, tokenizer)
+    with refusals.translate_refusals(recipe):
         base = setup.load_base(recipe, commit)
         setup.set_attention(recipe, base, run)
         recipe = setup.settle_packing(recipe, base)
@@ -115,33 +110,36 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     def make() -> WatchedSFTTrainer | WatchedTrainer:
         return setup.make_trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)
 
-    with refusal.told(recipe):
+    with refusals.translate_refusals(recipe):
         trainer = make()
     trainable, total = adapted.get_nb_trainable_parameters()
-    layers = len(attach.lora_layers(adapted))
+    layers = len(attach.find_lora_layers(adapted))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {layers} modules")
     _say_packed(recipe, trainer, train_rows)
     started = time.monotonic()
-    checkpoint = _checkpoint(folder, run["id"]) if resume else None
-    with disk.told(folder, needed), refusal.told(recipe, lambda: trainer.watch.stepped):
-        steps, mean_loss, effort = oom.through(trainer, make, checkpoint, recipe, train_rows, run)
+    checkpoint = _find_checkpoint(folder, run["id"]) if resume else None
+    with (
+        disk_space.translate_full_disk(folder, needed),
+        refusals.translate_refusals(recipe, lambda: trainer.watch.stepped),
+    ):
+        steps, mean_loss, effort = out_of_memory.train_through(trainer, make, checkpoint, recipe, train_rows, run)
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
         "parameters": {"trainable": trainable, "total": total, "modules": layers},
         "results": {"steps": steps, "train_loss": mean_loss} | effort,
     }
-    with disk.told(folder, needed):
-        _save(adapted, tokenizer, adapter, run, folder / initial.START)
-        run_folder.update(folder, run)
+    with disk_space.translate_full_disk(folder, needed):
+        _save(adapted, tokenizer, adapter, run, folder / init_weights.START)
+        run_folder.update_record(folder, run)
     ui.say(
-        f"trained {steps} steps in {ui.duration(time.monotonic() - started)}, mean loss {mean_loss:.4f}; "
+        f"trained {steps} steps in {ui.format_duration(time.monotonic() - started)}, mean loss {mean_loss:.4f}; "
         f"adapter in {adapter}"
     )
     return adapter
 
 
-def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: data.Prepared) -> None:
+def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: prepare.Prepared) -> None:
     """How full TRL's packing made the sequences."""
     if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
         packed = len(trainer.train_dataset)
@@ -151,7 +149,7 @@ def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, tra
         )
 
 
-def _facts(rows: data.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a run's record keeps of the rows it trained on."""
     return {
         "fingerprint": rows.fingerprint,
@@ -161,27 +159,27 @@ def _facts(rows: data.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         "tokens": rows.counts.tokens,
         "trained_tokens": rows.counts.trained_tokens,
         "left_out": dict(rows.counts.left_out),
-        "stop_token_ids": selection.stop_ids(tokenizer, rows.counts),
+        "stop_token_ids": selection.find_stop_ids(tokenizer, rows.counts),
         "streamed": rows.stream is not None,
     }
 
 
-def _same_rows(
-    folder: Path, run: dict[str, Any], train_rows: data.Prepared, tokenizer: PreTrainedTokenizerBase
+def _refuse_other_rows(
+    folder: Path, run: dict[str, Any], train_rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Record what is trained on, before it is; LoraError when a resumed run began with other rows."""
-    before, now = run.get("data"), _facts(train_rows, tokenizer)
+    before, now = run.get("data"), _describe_rows(train_rows, tokenizer)
     if before and before["fingerprint"] != now["fingerprint"]:
         raise LoraError(
             f"the run in {folder} began with other rows: the data, tokenizer or chat template have changed since",
             "undo the change; record.json says what they were",
         )
-    run_folder.update(folder, run, data=now)
+    run_folder.update_record(folder, run, data=now)
 
 
-def _checkpoint(folder: Path, run: str) -> Path | None:
+def _find_checkpoint(folder: Path, run: str) -> Path | None:
     """The newest checkpoint that holds all that makes the continued run the same run; None for its beginning."""
-    checkpoint = checkpoints.newest(folder, run)
+    checkpoint = checkpoints.find_newest(folder, run)
     ui.say(f"  resuming from {checkpoint.folder}" if checkpoint else "  no checkpoint yet: from the first step")
     return checkpoint.folder if checkpoint else None
 
@@ -190,17 +188,17 @@ def _save(
     trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any], start: Path
 ) -> None:
     """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is not finite."""
-    for name, parameter in attach.trainable(trained):
+    for name, parameter in attach.walk_trainable(trained):
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
     _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
-        verify.save_trained(trained, tokenizer, staging)
+        probes.save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
         with attach.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
-        initial.as_plain(staging, trained.peft_config["default"], start)
-        tokenizing.save_tokenizer(tokenizer, staging, private.expanded(run["base"]["name"]), run["base"]["commit"])
+        init_weights.save_as_plain(staging, trained.peft_config["default"], start)
+        tokenizing.save_tokenizer(tokenizer, staging, privacy.expand_home(run["base"]["name"]), run["base"]["commit"])
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run)
 

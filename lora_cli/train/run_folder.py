@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import privacy as private
-from lora_cli.common import provenance, ui
+from lora_cli.common import privacy, provenance, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.common.files import refuse_link, refuse_occupied, write_json, write_text
-from lora_cli.recipe import strict_yaml as yamlfile
+from lora_cli.recipe import strict_yaml
 
 # Keys of a recipe that leave the steps before a checkpoint as they were: they may change when a run is resumed
 LOGGING = (
@@ -29,7 +28,7 @@ EXTENDING = (
 )  # fmt: skip
 
 
-def check_place(folder: Path) -> None:
+def refuse_foreign_folder(folder: Path) -> None:
     """LoraError where `folder` holds something that is not a run of ours; what a kill left of one's start may stay."""
     refuse_link(folder)
     if folder.is_dir():
@@ -39,7 +38,7 @@ def check_place(folder: Path) -> None:
     refuse_occupied(folder)
 
 
-def begin(
+def begin_run(
     folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume: bool, allowed: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Claim `folder`, which is locked, for a run of the resolved `recipe` and write its record with status `running`.
@@ -48,26 +47,26 @@ def begin(
     `allowed` keys.
     """
     refuse_link(folder)
-    recipe, contents = private.portable(recipe), private.portable(contents)
+    recipe, contents = privacy.make_portable(recipe), privacy.make_portable(contents)
     path, kept = folder / provenance.RUN_RECORD, dict[str, Any]()
-    if not resume and path.is_file() and _nothing_came_of(folder):
+    if not resume and path.is_file() and _came_to_nothing(folder):
         for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
             (folder / name).unlink(missing_ok=True)
     if resume:
         if not path.is_file():
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
         before = provenance.read_record(path)
-        changes = _differences(before["recipe"], recipe)
+        changes = _list_differences(before["recipe"], recipe)
         extended = changes and all(change.key in EXTENDING for change in changes)
         if before["status"] == "finished" and not (extended or allowed):
             raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
         _check_changes(folder, changes, allowed)
-        if "fingerprint" in before["base"] and (others := _differences(before["base"], contents["base"], "base.")):
+        if "fingerprint" in before["base"] and (others := _list_differences(before["base"], contents["base"], "base.")):
             raise LoraError(
                 f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
                 f"give the same base, or rm -r {folder} to start again",
             )
-        if others := _differences(before["versions"], provenance.new("train")["versions"]):
+        if others := _list_differences(before["versions"], provenance.new_record("train")["versions"]):
             ui.warn(f"the run began with other versions and may end otherwise: {'; '.join(map(str, others))}")
         kept = {key: before[key] for key in ("id", "started", "data", "choices", "reduced") if key in before}
         kept["resumed"] = [*before.get("resumed", []), provenance.now()]
@@ -79,9 +78,9 @@ def begin(
         if status == "finished":
             hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
         raise LoraError(f"{folder} already holds a run ({status})", hint)
-    record = provenance.new("train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents) | kept
+    record = provenance.new_record("train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents) | kept
     write_json(path, record)
-    write_text(folder / provenance.RESOLVED_RECIPE, yamlfile.dump(recipe))
+    write_text(folder / provenance.RESOLVED_RECIPE, strict_yaml.dump(recipe))
     return record
 
 
@@ -102,7 +101,7 @@ def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) 
     raise LoraError(f"the recipe differs from the run in {folder}: {said}", hint)
 
 
-def _nothing_came_of(folder: Path) -> bool:
+def _came_to_nothing(folder: Path) -> bool:
     """Whether the run in `folder` failed before it saved anything: its recipe may be mended and run again."""
     kept = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
     return (
@@ -111,9 +110,9 @@ def _nothing_came_of(folder: Path) -> bool:
     )
 
 
-def update(folder: Path, record: dict[str, Any], **contents: Any) -> None:
+def update_record(folder: Path, record: dict[str, Any], **contents: Any) -> None:
     """Add to a run's record and write it."""
-    record |= {**private.portable(contents), "updated": provenance.now()}
+    record |= {**privacy.make_portable(contents), "updated": provenance.now()}
     write_json(folder / provenance.RUN_RECORD, record)
 
 
@@ -128,13 +127,13 @@ class Change(NamedTuple):
         return f"{self.key} {self.before} -> {self.after}"
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Change]:
+def _list_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Change]:
     """`training.learning_rate 0.0002 -> 0.0001` for each value that differs."""
     changes: list[Change] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            changes += _differences(before, after, f"{prefix}{key}.")
+            changes += _list_differences(before, after, f"{prefix}{key}.")
         elif before != after:
             changes.append(Change(f"{prefix}{key}", before, after))
     return changes

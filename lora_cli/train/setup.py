@@ -16,22 +16,16 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import ui
-from lora_cli.data import prepare as data
-from lora_cli.models import attach, targets
+from lora_cli.data import prepare
+from lora_cli.models import attach, init_weights, targets, token_rows
 from lora_cli.models import base as model
-from lora_cli.models import init_weights as initial
-from lora_cli.models import token_rows as tokens
 from lora_cli.plan import auto, flops, hardware
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
-from lora_cli.speed import document_attention as attention
-from lora_cli.speed import dora_norms as dora
-from lora_cli.speed import install as quick
-from lora_cli.speed import loss_head as loss
-from lora_cli.speed import step_packing as packing
-from lora_cli.train import out_of_memory as oom
+from lora_cli.speed import document_attention, dora_norms, install, loss_head, step_packing
+from lora_cli.train import out_of_memory
 from lora_cli.train.progress import Watch
-from lora_cli.train.resume import Boundaries, types_kept
+from lora_cli.train.resume import Boundaries, keep_types
 from lora_cli.train.signals import Signals
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
@@ -43,7 +37,7 @@ def load_base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
         recipe.model.name_or_path,
         commit,
         getattr(torch, recipe.model.dtype),
-        upstream.quantization_config(recipe),
+        upstream.build_quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
     model.refuse_not_finite(base, recipe.model.name_or_path)
@@ -55,7 +49,7 @@ def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) ->
     """Attention by document where the recipe leaves it open and the base's own does not know documents."""
     if recipe.model.attn_implementation:
         return
-    apart = attention.install(base)
+    apart = document_attention.install(base)
     reason = "each document of a sequence by itself, the same for less time" if apart else "what the model has"
     choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
     run["choices"] = [*(made for made in run["choices"] if made["name"] != choice.name), choice._asdict()]
@@ -64,7 +58,7 @@ def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) ->
 
 def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
     """The recipe, with padded batches where rows in one sequence would see each other in this base."""
-    why = packing.unsuitable(base) if recipe.training.packing == "step" else None
+    why = step_packing.find_unsuitable(base) if recipe.training.packing == "step" else None
     if why is None:
         return recipe
     ui.say(f"  training.packing = false: {why}")
@@ -78,30 +72,30 @@ def attach_adapter(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     new_ids: list[int],
-    train_rows: data.Prepared,
+    train_rows: prepare.Prepared,
 ) -> PeftModel:
     """The base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
-    config = upstream.lora_config(recipe)
+    config = upstream.build_lora_config(recipe)
     config.revision = commit  # so that other programs load the same base
     if new_ids:
-        tokens.grow(base, len(tokenizer))
-        tokens.train_rows(base, config, new_ids)
-    targets.check(recipe, base, config)
-    rows = [dict(row) for row in train_rows.rows.select(range(min(initial.ROWS, len(train_rows.rows))))]
-    collate = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
+        token_rows.grow_embeddings(base, len(tokenizer))
+        token_rows.train_rows(base, config, new_ids)
+    targets.check_targets(recipe, base, config)
+    rows = [dict(row) for row in train_rows.rows.select(range(min(init_weights.ROWS, len(train_rows.rows))))]
+    collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
     with attach.quiet_peft():
-        initial.before_attaching(recipe, base, config, rows, collate)
+        init_weights.prepare_base(recipe, base, config, rows, collate)
         adapted = attach.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
-        initial.after_attaching(recipe, adapted, rows, collate, commit)
-    initial.keep_start(recipe, adapted, folder)
-    quick.install(adapted, adapted.device.type)
-    if (options := upstream.compiling(recipe)) is not None:
-        ui.say(f"  {quick.compile_layers(adapted, options)} layers are compiled at the first step")
+        init_weights.prepare_adapter(recipe, adapted, rows, collate, commit)
+    init_weights.keep_start(recipe, adapted, folder)
+    install.install(adapted, adapted.device.type)
+    if (options := upstream.read_compile_options(recipe)) is not None:
+        ui.say(f"  {install.compile_layers(adapted, options)} layers are compiled at the first step")
     return adapted
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+def _find_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -110,13 +104,13 @@ def make_trainer(
     folder: Path,
     adapted: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: data.Prepared,
-    eval_rows: data.Prepared | None,
+    train_rows: prepare.Prepared,
+    eval_rows: prepare.Prepared | None,
     run: dict[str, Any],
 ) -> WatchedSFTTrainer | WatchedTrainer:
     """The trainer the recipe names, around the adapted model."""
-    pieces = oom.pieces(recipe, run)
-    arguments = upstream.training_arguments(oom.applied(recipe, pieces))
+    pieces = out_of_memory.read_pieces(recipe, run)
+    arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     common: dict[str, Any] = {
@@ -127,18 +121,18 @@ def make_trainer(
         "processing_class": tokenizer,
     }
     if recipe.training.packing == "step":
-        common["data_collator"] = packing.StepCollator(pieces.sequence)
+        common["data_collator"] = step_packing.StepCollator(pieces.sequence)
     elif recipe.trainer == "trainer":
-        common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_pad(tokenizer))
+        common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
     trainer: WatchedSFTTrainer | WatchedTrainer
-    with types_kept(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+    with keep_types(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
         trainer = WatchedSFTTrainer(**common) if recipe.trainer == "sft" else WatchedTrainer(**common)
     if recipe.training.loraplus_lr_ratio is not None:
         given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
         trainer.loraplus = {name: value for name, value in given.items() if value is not None}
     if recipe.training.loss_head == "trained_tokens":
         base = adapted.get_base_model()
-        other = loss.install(base)
+        other = loss_head.install(base)
         if other:
             ui.say(f"  training.loss_head = stock: {other}")
         else:
@@ -147,7 +141,7 @@ def make_trainer(
     trainer.watch.limit, trainer.watch.where = recipe.training.stop_on_loss_above, trainer.step_in_words
     trainer.boundary = {} if recipe.training.on_oom == "reduce" else None
     trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
-    trainer.dora_layers = dora.layers(adapted)
+    trainer.dora_layers = dora_norms.find_layers(adapted)
     trainer.watch.work = count_work(recipe, adapted, train_rows)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer.watch)
@@ -155,9 +149,9 @@ def make_trainer(
     return trainer
 
 
-def count_work(recipe: Recipe, adapted: PeftModel, train_rows: data.Prepared) -> flops.Work:
+def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared) -> flops.Work:
     """What training on one of these tokens costs, and what the device could do."""
-    counts, device = train_rows.counts, hardware.here()
+    counts, device = train_rows.counts, hardware.detect_device()
     context = counts.tokens / max(len(train_rows.rows), 1)
-    each = flops.per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
-    return flops.Work(each, flops.peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)
+    each = flops.count_per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
+    return flops.Work(each, flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)

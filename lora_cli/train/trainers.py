@@ -19,10 +19,8 @@ from trl import SFTTrainer
 
 from lora_cli.common.errors import LoraError
 from lora_cli.models.tokenizer import IGNORED
-from lora_cli.speed import dora_norms as dora
-from lora_cli.speed import step_packing as packing
-from lora_cli.train import checkpoints
-from lora_cli.train import random_state as rng
+from lora_cli.speed import dora_norms, step_packing
+from lora_cli.train import checkpoints, random_state
 from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Resumable
 
@@ -39,7 +37,7 @@ class _Watched:
     watch: Watch
     eval_loss, eval_tokens = 0.0, 0
     """Summed over the evaluation so far: the loss of each trained token, and their number."""
-    dora_layers: Sequence[dora.FactoredDora] = ()
+    dora_layers: Sequence[dora_norms.FactoredDora] = ()
     """Layers whose norms are the same in all sequences of a step."""
     trained: Sequence[torch.Tensor] = ()
     """What has gradients, from the first pass on: resuming may put other tensors into the model before it."""
@@ -115,7 +113,7 @@ class _Watched:
             return None
         passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         done = self.state.global_step % math.ceil(len(loader) / passes) * passes  # type: ignore[attr-defined]
-        rng.restore(self.epoch_rng)  # type: ignore[attr-defined]
+        random_state.restore_state(self.epoch_rng)  # type: ignore[attr-defined]
         torch.empty((), dtype=torch.int64).random_()  # the loader's own seed, which is drawn before the order
         return [int(place) for batch in islice(loader.batch_sampler, done, done + passes) for place in batch]
 
@@ -126,15 +124,15 @@ class _Watched:
             kind = "packed sequences" if getattr(self.args, "packing", False) else "rows"  # type: ignore[attr-defined]
             more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
             said = f", on {kind} {', '.join(map(str, rows[:ROWS_SHOWN]))}{more} of the prepared data (counted from 0)"
-        found = checkpoints.every(folder, self.run_id)  # type: ignore[attr-defined]
+        found = checkpoints.walk_checkpoints(folder, self.run_id)  # type: ignore[attr-defined]
         last = next((each.folder.name for each in found if isinstance(each, checkpoints.Checkpoint)), None)
         return f"{said}; {last} is the last good one" if last else said
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
         self.trained = self.trained or [parameter for parameter in model.parameters() if parameter.requires_grad]
-        parts = packing.sequences(inputs) if packing.CUTS in inputs else [inputs]
-        with dora.norms_kept(self.dora_layers):
+        parts = step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]
+        with dora_norms.keep_norms(self.dora_layers):
             for number, part in enumerate(parts, 1):
                 last = number == len(parts)
                 with nullcontext() if last else self.accelerator.no_sync(model):  # type: ignore[attr-defined]
@@ -144,13 +142,15 @@ class _Watched:
         return loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if packing.CUTS in inputs:  # known here: Trainer asks the device, in every pass, and takes padding tokens out
-            self.state.num_input_tokens_seen += inputs[packing.CUTS][-1]  # type: ignore[attr-defined]
+        if (
+            step_packing.CUTS in inputs
+        ):  # known here: Trainer asks the device, in every pass, and takes padding tokens out
+            self.state.num_input_tokens_seen += inputs[step_packing.CUTS][-1]  # type: ignore[attr-defined]
         else:
             super()._track_num_input_tokens(inputs)  # type: ignore[misc]
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        for part in packing.sequences(inputs) if packing.CUTS in inputs else [inputs]:
+        for part in step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]:
             tokens = int((part["labels"][..., 1:] != IGNORED).sum())
             loss, *others = super().prediction_step(model, part, *args, **kwargs)  # type: ignore[misc]
             if tokens:

@@ -23,14 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
 from lora_cli import cli
-from lora_cli.common import files, provenance, ui
-from lora_cli.common import library_errors as foreign
+from lora_cli.common import files, library_errors, provenance, ui
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import preflight
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import preflight, tools
 from lora_cli.gguf.adapter import export_adapter
 from lora_cli.gguf.export import export
-from lora_cli.merge.combine import combine, one_adapter
+from lora_cli.merge.combine import combine, join_adapters
 from lora_cli.merge.extract import convert, extract
 from lora_cli.merge.merge import merge
 from lora_cli.models import attach
@@ -168,7 +166,7 @@ def _disk(d: Path) -> object:
 
 
 def _several(d: Path) -> None:
-    with one_adapter([adapter(base(d))], d / "out", "0.5", "cat", None, None):
+    with join_adapters([adapter(base(d))], d / "out", "0.5", "cat", None, None):
         pass
 
 
@@ -293,18 +291,18 @@ def said(name: str, folder: Path) -> str:
     try:
         BAD[name](folder)
     except LoraError as error:
-        text = ui.render(error)
+        text = ui.render_error(error)
     except Exception as error:
-        known = foreign.translate(error)
+        known = library_errors.translate(error)
         if known is None:
             raise
-        text = ui.render(known)
+        text = ui.render_error(known)
     else:
         text = "nothing"
     finally:
         ui.say = say
         os.chdir(here)
-    home = str(llama_cpp.managed_home())
+    home = str(tools.find_managed_home())
     return text.replace("\n\n", "\n").replace(f"{folder}/", "").replace(str(folder), ".").replace(home, "LLAMA_CPP")
 
 

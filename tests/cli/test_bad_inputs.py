@@ -28,8 +28,8 @@ from test_bad_artefacts import TINY, adapter, base, changed, cut, gguf, gpt2, na
 from transformers import BertConfig
 
 from lora_cli import cli
-from lora_cli.gguf.tools import managed_home
-from lora_cli.models import adapter_config as claims
+from lora_cli.gguf.tools import find_managed_home
+from lora_cli.models import adapter_config
 
 SNAPSHOT = Path(__file__).parent / "bad_inputs.txt"
 ROWS = '{"prompt": "ask", "completion": "answer"}\n' * 4
@@ -556,7 +556,7 @@ def said(name: str, folder: Path) -> str:
                 if variable not in environment:
                     os.environ.pop(variable, None)
             with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
-                claims.announce.cache_clear()
+                adapter_config.announce_base.cache_clear()
                 cli.main()
     except SystemExit as end:
         code = end.code
@@ -599,6 +599,6 @@ def test_what_is_said_of_bad_input_and_that_nothing_is_silent(name: str, tiny: P
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as fresh:
         (Path(fresh) / "lora-cli").mkdir()
-        (Path(fresh) / "lora-cli" / managed_home().name).symlink_to(managed_home())
+        (Path(fresh) / "lora-cli" / find_managed_home().name).symlink_to(find_managed_home())
         os.environ["LORA_CACHE_DIR"] = fresh
         sys.stdout.write("\n".join(snapshot()))

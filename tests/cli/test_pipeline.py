@@ -15,7 +15,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import tools
 from lora_cli.gguf.engine import GGUFModel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -123,7 +123,7 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
 
 
 def test_the_quantiser_is_llama_cpp_s_own() -> None:
-    assert llama_cpp.find_quantizer().path.name.startswith("llama-quantize")
+    assert tools.find_quantizer().path.name.startswith("llama-quantize")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lora_cli.gguf.tools import managed_home
+from lora_cli.gguf.tools import find_managed_home
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -57,7 +57,7 @@ def test_no_secret_and_no_home_folder_is_in_any_file_or_log(tiny: Path, tmp_path
     secrets = {name: f"{CANARY}-{name}" for name in NAMES}
     cache = tmp_path / "cache" / "lora-cli"
     cache.mkdir(parents=True)
-    (cache / managed_home().name).symlink_to(managed_home())
+    (cache / find_managed_home().name).symlink_to(find_managed_home())
     calls = {
         "train r.yaml": 0,
         "check r.yaml": 0,

@@ -19,16 +19,12 @@ import torch
 from test_bad_artefacts import adapter, base, changed, named
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.common import files, provenance, ui
-from lora_cli.common import privacy as private
-from lora_cli.common import remote_code as trust
+from lora_cli.common import files, privacy, provenance, remote_code, ui
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.merge import merge as fold
 from lora_cli.merge.merge import merge
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach, config, empty, patterns
+from lora_cli.models import adapter_folder, attach, chat_template, config, empty, patterns
 from lora_cli.models import base as model
-from lora_cli.models import chat_template as chat
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.train import run_folder
 
@@ -48,7 +44,7 @@ class Net(LlamaForCausalLM):
 def untrusted():
     """Whatever a test allows is forbidden again after it."""
     yield
-    trust.allow(False)
+    remote_code.set_allowed(False)
 
 
 def with_code(folder: Path) -> tuple[Path, Path]:
@@ -65,16 +61,16 @@ def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, untrusted: None
     for load in (
         lambda: config.load_config(str(made)),
         lambda: model.load_base(str(made), None, torch.float32),
-        lambda: empty.skeleton(str(made), None),
+        lambda: empty.build_empty(str(made), None),
     ):
         with pytest.raises((ValueError, LoraError), match="custom code"):
             load()
     assert not mark.exists()
-    trust.allow(True)
+    remote_code.set_allowed(True)
     loaded = model.load_base(str(made), None, torch.float32)
     assert mark.exists()
     assert type(loaded).__name__ == "Net"
-    assert provenance.new("merge")["trusted_remote_code"] is True
+    assert provenance.new_record("merge")["trusted_remote_code"] is True
 
 
 def test_only_the_command_line_allows_code() -> None:
@@ -166,11 +162,11 @@ def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path)
     made = adapter(base(tmp_path))
     claim = {"recipe": {}, "status": "finished", "base": {"name": str(tmp_path / "base"), "commit": None}}
     (made / provenance.ARTEFACT_RECORD).write_text(json.dumps(claim))
-    assert record.read_adapter(made).base == str(tmp_path / "base")
+    assert adapter_folder.read_adapter(made).base == str(tmp_path / "base")
     named(made, base(tmp_path, "other"))
     with pytest.raises(LoraError, match="adapter_config.json names the base"):
-        record.read_adapter(made)
-    assert record.read_adapter(made, str(tmp_path / "other")).base == str(tmp_path / "other")
+        adapter_folder.read_adapter(made)
+    assert adapter_folder.read_adapter(made, str(tmp_path / "other")).base == str(tmp_path / "other")
 
 
 def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path: Path, monkeypatch) -> None:
@@ -180,7 +176,7 @@ def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path
     with pytest.raises(UsageError, match="takes over 0.5 s"):
         attach.load_adapter(network, evil)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
-        fold.merge_adapter(record.read_adapter(evil), tmp_path / "out", stream=True)
+        fold.merge_adapter(adapter_folder.read_adapter(evil), tmp_path / "out", stream=True)
 
 
 def templated(template: str) -> PreTrainedTokenizerFast:
@@ -206,11 +202,11 @@ def templated(template: str) -> PreTrainedTokenizerFast:
     ],
 )
 def test_templates_are_stopped(template: str, said: str, monkeypatch) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
-    monkeypatch.setattr(chat, "LOOK", 0.02)
-    monkeypatch.setattr(chat, "MEMORY", 2**28)
-    with pytest.raises(chat.TemplateLimit, match=said):
-        chat.render(templated(template), [{"role": "user", "content": "x"}])
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "LOOK", 0.02)
+    monkeypatch.setattr(chat_template, "MEMORY", 2**28)
+    with pytest.raises(chat_template.TemplateLimit, match=said):
+        chat_template.render(templated(template), [{"role": "user", "content": "x"}])
 
 
 def test_a_template_renders_as_transformers_renders_it() -> None:
@@ -222,14 +218,14 @@ def test_a_template_renders_as_transformers_renders_it() -> None:
             theirs = tokenizer.apply_chat_template(
                 turns, chat_template=source, tokenize=False, add_generation_prompt=ask
             )
-            assert chat.render(tokenizer, turns, add_generation_prompt=ask, source=source) == theirs
+            assert chat_template.render(tokenizer, turns, add_generation_prompt=ask, source=source) == theirs
 
 
 def test_a_machine_that_was_asleep_is_no_reason_to_stop(monkeypatch) -> None:
     """Processor time counts, and time.sleep takes none."""
-    monkeypatch.setattr(chat, "SECONDS", 0.2)
-    monkeypatch.setattr(chat, "LOOK", 0.02)
-    with chat.Limits() as limits:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "LOOK", 0.02)
+    with chat_template.Limits() as limits:
         limits.begin()
         time.sleep(0.5)
 
@@ -239,7 +235,7 @@ def test_links_are_neither_followed_nor_written_through(tmp_path: Path) -> None:
     (tmp_path / "mine" / "file").write_text("keep")
     (tmp_path / "link").symlink_to("mine")
     with pytest.raises(LoraError, match="is a link"):
-        run_folder.begin(tmp_path / "link", {}, {"base": {}}, resume=False)
+        run_folder.begin_run(tmp_path / "link", {}, {"base": {}}, resume=False)
     with pytest.raises(LoraError, match="already exists"), files.staged_folder(tmp_path / "link"):
         pass
     (tmp_path / "record.json").symlink_to("mine/file")
@@ -259,7 +255,7 @@ def test_what_is_taken_for_a_secret() -> None:
         "MY_API_KEY": "b" * 20,
         "SHELL": "c" * 9,
     }
-    assert dict(private.secrets(environment, [])) == {"$HF_TOKEN": "a" * 20, "$MY_API_KEY": "b" * 20}
+    assert dict(privacy.find_secrets(environment, [])) == {"$HF_TOKEN": "a" * 20, "$MY_API_KEY": "b" * 20}
     arguments = [
         "train",
         "--set",
@@ -268,10 +264,12 @@ def test_what_is_taken_for_a_secret() -> None:
         "e234567890",
         "training.eos_token=</s></s></s>",
     ]
-    assert [value for _, value in private.secrets({}, arguments)] == ["d234567890", "e234567890"]
-    assert private.masked("see hf_abcdefghijklmnop1234 at https://me:pw@hf.co/x") == "see *** at https://***@hf.co/x"
+    assert [value for _, value in privacy.find_secrets({}, arguments)] == ["d234567890", "e234567890"]
+    assert (
+        privacy.mask_secrets("see hf_abcdefghijklmnop1234 at https://me:pw@hf.co/x") == "see *** at https://***@hf.co/x"
+    )
     plain = "training.eos_token=</s>, TOKENIZERS_PARALLELISM"
-    assert private.masked(plain) == plain
+    assert privacy.mask_secrets(plain) == plain
 
 
 def test_merging_records_the_commit_of_a_base_that_names_none(tmp_path: Path, monkeypatch) -> None:
@@ -283,7 +281,7 @@ def test_merging_records_the_commit_of_a_base_that_names_none(tmp_path: Path, mo
         asked.append(revision)
         return None
 
-    monkeypatch.setattr(config, "resolve", resolve)
+    monkeypatch.setattr(config, "resolve_commit", resolve)
     merge(made, tmp_path / "out")
     assert asked == [None]
 

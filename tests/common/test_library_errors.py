@@ -16,8 +16,7 @@ import ssl
 
 import pytest
 
-from lora_cli.common import library_errors as foreign
-from lora_cli.common import ui
+from lora_cli.common import library_errors, ui
 from lora_cli.common.errors import LoraError
 
 # Where the classes live; none of them is imported by foreign.py
@@ -63,42 +62,42 @@ def kinds(name: str) -> list[type[BaseException]]:
     return [getattr(place, name) for place in places if isinstance(getattr(place, name, None), type)]
 
 
-def made(known: foreign.Known) -> BaseException:
+def made(known: library_errors.Known) -> BaseException:
     """An exception that the row is for, without what its class wants at its making."""
     text = next((text for words, text in TEXTS.items() if words and words in known.words), "what was wrong")
     return type(known.kind, (Exception,), {})(text)
 
 
-@pytest.mark.parametrize("known", foreign.TABLE, ids=lambda known: f"{known.kind} {known.words[:20]}".strip())
-def test_every_row_is_reached_and_short(known: foreign.Known) -> None:
+@pytest.mark.parametrize("known", library_errors.TABLE, ids=lambda known: f"{known.kind} {known.words[:20]}".strip())
+def test_every_row_is_reached_and_short(known: library_errors.Known) -> None:
     assert kinds(known.kind), f"no library has {known.kind}"
     error = made(known)
     assert re.search(known.words, str(error)), "TEXTS has a text for every row"
-    said = foreign.translate(error)
+    said = library_errors.translate(error)
     assert said is not None
     expected = known.hint.partition("{")[0]
     assert said.hint is not None
     assert said.hint.startswith(expected)
     assert "{" not in said.message + said.hint
-    assert len(ui.render(said).splitlines()) <= 6
+    assert len(ui.render_error(said).splitlines()) <= 6
 
 
 def test_no_row_hides_another() -> None:
     """A row without words stands after those of its class with words."""
     seen: set[str] = set()
-    for known in foreign.TABLE:
+    for known in library_errors.TABLE:
         assert known.kind not in seen
         if not known.words:
             seen.add(known.kind)
 
 
-@pytest.mark.parametrize("number", foreign.SYSTEM)
+@pytest.mark.parametrize("number", library_errors.SYSTEM)
 def test_the_system_s_errors_name_the_file(number: int) -> None:
-    said = foreign.translate(OSError(number, "words", "folder/file"))
+    said = library_errors.translate(OSError(number, "words", "folder/file"))
     assert said is not None
     assert said.hint
-    assert foreign.SYSTEM[number] in said.message or number == errno.ENOSPC
-    if number not in foreign.ROOM and number != errno.ENOENT:
+    assert library_errors.SYSTEM[number] in said.message or number == errno.ENOSPC
+    if number not in library_errors.ROOM and number != errno.ENOENT:
         assert "folder/file" in said.message
 
 
@@ -109,18 +108,18 @@ def test_causes_are_looked_at_too() -> None:
         except Exception as cause:
             raise RuntimeError("loading failed") from cause
     except RuntimeError as error:
-        said = foreign.translate(error)
+        said = library_errors.translate(error)
     assert said is not None
     assert said.message == "the weights cannot be read: header too large"
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("of ours"), AssertionError(), RuntimeError("x")])
 def test_what_is_not_in_the_table_is_a_bug(error: Exception) -> None:
-    assert foreign.translate(error) is None
+    assert library_errors.translate(error) is None
 
 
 def test_long_words_are_cut() -> None:
-    said = foreign.translate(type("TemplateError", (Exception,), {})("x" * 5000))
+    said = library_errors.translate(type("TemplateError", (Exception,), {})("x" * 5000))
     assert said is not None
     assert len(said.message) < 500
 
@@ -128,11 +127,11 @@ def test_long_words_are_cut() -> None:
 def test_what_a_library_raises_while_it_reads_is_its_refusal() -> None:
     with (
         pytest.raises(LoraError, match="it cannot be read: KeyError: 'a'") as caught,
-        foreign.refused("it cannot be read", "h"),
+        library_errors.translate_file_errors("it cannot be read", "h"),
     ):
         raise KeyError("a")
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(MemoryError), foreign.refused("it cannot be read", "h"):
+    with pytest.raises(MemoryError), library_errors.translate_file_errors("it cannot be read", "h"):
         raise MemoryError  # in the table: it keeps its own words
-    with pytest.raises(LoraError, match="^ours$"), foreign.refused("it cannot be read", "h"):
+    with pytest.raises(LoraError, match="^ours$"), library_errors.translate_file_errors("it cannot be read", "h"):
         raise LoraError("ours")

@@ -166,7 +166,7 @@ def said(name: str, folder: Path) -> str:
     try:
         load.load(recipe_file.load(recipe), tokenizer())
     except LoraError as error:
-        heard.append(ui.render(error).replace("\n\n", "\n"))
+        heard.append(ui.render_error(error).replace("\n\n", "\n"))
     finally:
         ui.say = say
     return "\n".join(heard).replace(f"{folder}/", "").replace(str(folder), ".")

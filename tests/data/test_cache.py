@@ -18,9 +18,8 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data import cache
+from lora_cli.data import cache, prepare
 from lora_cli.data import load as data_load
-from lora_cli.data import prepare as data
 from lora_cli.data.encode import Renderer
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.recipe import load as recipe_file
@@ -40,14 +39,14 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
 
-    def run(*overrides: str, day: date | None = None) -> data.Prepared:
+    def run(*overrides: str, day: date | None = None) -> prepare.Prepared:
         return data_load.load(recipe_file.load(tmp_path / "r.yaml", list(overrides)), tokenizer, day)[0]
 
     return run
 
 
 def entries() -> list[Path]:
-    return sorted(cache.folder().iterdir())
+    return sorted(cache.find_folder().iterdir())
 
 
 def test_the_same_rows_are_not_prepared_twice(load, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
@@ -59,7 +58,7 @@ def test_the_same_rows_are_not_prepared_twice(load, monkeypatch: pytest.MonkeyPa
     assert (again.counts, again.fingerprint) == (once.counts, once.fingerprint)
     assert [row.place for row in again.first] == [row.place for row in once.first]
     assert again.counts.left_out["dropped: over 64 tokens"] > 0
-    assert len(again.first) == data.FIRST or len(again.rows) < data.FIRST
+    assert len(again.first) == prepare.FIRST or len(again.rows) < prepare.FIRST
 
 
 @pytest.mark.parametrize(

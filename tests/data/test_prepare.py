@@ -221,7 +221,7 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
     tokenizer.chat_template = None
     assert tokenizing.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
     row = {"instruction": "ask", "input": more, "output": "answer"}
-    conversation = formats.converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(row)
+    conversation = formats.find_converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(row)
     [(text, spans)] = Renderer(tokenizer, "assistant").conversation(conversation)
     assert text == f"<s>{prompt}answer</s>"
     assert [text[start:end] for start, end in spans] == ["answer</s>"]
@@ -232,7 +232,9 @@ def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
     assert names == ["alpaca", "chatml"]
     for name in names:
         tokenizing.set_chat_template(tokenizer, name)
-        [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("messages")(CONVERSATION))
+        [(text, spans)] = Renderer(tokenizer, "assistant").conversation(
+            formats.find_converter("messages")(CONVERSATION)
+        )
         assert [text[start:end] for start, end in spans] == ["one</s>", "two</s>"], name
         assert text.count("<s>") == 1
 
@@ -261,7 +263,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
     tokenizer.chat_template = TURNS.replace("+ ' ' + eos_token", "")  # ends an answer with nothing
     prepared = prepare([{"prompt": "ask", "completion": "answer"}] * 3)
     assert learned(prepared, tokenizer) == ["answer", "</s>"]
-    assert selection.stop_ids(tokenizer, prepared.counts) == [tokenizer.eos_token_id]
+    assert selection.find_stop_ids(tokenizer, prepared.counts) == [tokenizer.eos_token_id]
     assert "warning" not in capfd.readouterr().err
     prepare([{"prompt": "ask", "completion": "answer"}] * 3, "train_on: all")
     assert "warning" not in capfd.readouterr().err
@@ -279,7 +281,7 @@ def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Pa
     asked = tokenizer.apply_chat_template(
         question.asked(tokenizer.chat_template).messages, tokenize=False, add_generation_prompt=True
     )
-    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.converter("alpaca", True)(row))
+    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.find_converter("alpaca", True)(row))
     assert asked == text[: spans[0][0]]
     assert question.expected == "answer"
 
@@ -365,7 +367,7 @@ def test_a_control_token_that_swallows_the_space_after_it_carries_loss(prepare, 
     tokenizer.chat_template = TURNS.replace("' ' + eos_token + ' '", "' <|end|>\\n'")
     prepared = prepare([CONVERSATION])
     assert learned(prepared, tokenizer) == ["one", "<|end|>", "two", "<|end|>"]
-    assert selection.stop_ids(tokenizer, prepared.counts) == [tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert selection.find_stop_ids(tokenizer, prepared.counts) == [tokenizer.convert_tokens_to_ids("<|end|>")]
 
 
 def test_the_token_that_ends_a_turn_may_stand_on_the_next_line(prepare, tokenizer) -> None:
@@ -424,8 +426,8 @@ def test_tables_do_not_invent_arguments(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: {name_or_path: x}\ndata: {path: y}\n")
     recipe = recipe_file.load(tmp_path / "r.yaml").data
     for name in ("rows.parquet", "saved"):
-        read = [row for _, row in sources.find(recipe, "path", str(tmp_path / name), "train").rows()]
-        found = [formats.converter("messages")(row).messages[1]["tool_calls"][0]["function"] for row in read]
+        read = [row for _, row in sources.find_source(recipe, "path", str(tmp_path / name), "train").rows()]
+        found = [formats.find_converter("messages")(row).messages[1]["tool_calls"][0]["function"] for row in read]
         assert [call["arguments"] for call in found] == [{"c": "x"}, {"n": 3}], name
 
 
@@ -437,7 +439,7 @@ def test_splits_of_saved_sets_are_kept_to(tmp_path: Path) -> None:
     recipe = recipe_file.load(tmp_path / "r.yaml").data
 
     def read(name: str, split: str) -> list[str]:
-        return [row["text"] for _, row in sources.find(recipe, "path", str(tmp_path / name), split).rows()]
+        return [row["text"] for _, row in sources.find_source(recipe, "path", str(tmp_path / name), split).rows()]
 
     assert read("one", "train[2:4]") == ["2", "3"]
     assert read("two", "test+train[90%:]") == ["0", "1", "9"]
@@ -509,4 +511,4 @@ def test_tools_are_asked_with_as_they_were_trained(tmp_path: Path) -> None:
         asked = generate.read_questions([], tmp_path / "rows.jsonl")[0].asked(TURNS)
         assert asked.tools == [tool]
         style = "messages" if "messages" in row else "prompt_completion"
-        assert formats.converter(style)(row).tools == [tool]
+        assert formats.find_converter(style)(row).tools == [tool]

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_cli.doctor import checks as doctor
-from lora_cli.doctor import oracle
+from lora_cli.doctor import checks, oracle
 
 
 def findings(output: str) -> dict[str, dict[str, Any]]:
@@ -72,7 +71,7 @@ def test_an_old_peft_is_found(lora, old_peft: dict[str, str]) -> None:
         "name": "peft",
         "status": "problem",
         "said": "0.10.0 is not <0.22,>=0.21",
-        "fix": f"python -m pip install 'peft=={doctor.tested_versions()['peft']}'",
+        "fix": f"python -m pip install 'peft=={checks.read_tested_versions()['peft']}'",
     }
     assert found["libraries"]["status"] == "problem"
     assert found["libraries"]["said"].startswith("cannot be tried: ")
@@ -96,7 +95,7 @@ def test_wrong_maths_are_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     right = layer.Linear.get_delta_weight
     monkeypatch.setattr(layer.Linear, "get_delta_weight", lambda self, adapter: right(self, adapter) * (1 + 1e-9))
-    assert doctor.doctor(False, True, lambda: None) is False
+    assert checks.run_doctor(False, True, lambda: None) is False
     found = findings(capsys.readouterr().out)["LoRA, rsLoRA, DoRA"]
     assert found["status"] == "problem"
     assert "Linear LoRA (cpu) merged " in found["said"]
@@ -105,15 +104,15 @@ def test_wrong_maths_are_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_unlike_gradients_of_4bit_layers_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "compare_qlora", lambda device="cpu", protected=True: {"gradients": 0.01})
-    found = {check.name: check for check in doctor.oracle_checks([])}
+    found = {check.name: check for check in checks.check_oracle([])}
     assert found["QLoRA"].status == "problem"
-    assert {check.name: check.status for check in doctor.four_bit()}["4-bit gradients"] == "note"
+    assert {check.name: check.status for check in checks.check_four_bit()}["4-bit gradients"] == "note"
 
 
 def test_rows_that_are_misread_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     for misread, status in ((True, "note"), (False, "ok")):
-        monkeypatch.setattr(doctor.importlib.import_module("lora_cli.models.base"), "misreads", lambda length: misread)  # noqa: B023
-        assert {check.name: check.status for check in doctor.four_bit()}["4-bit rows"] == status
+        monkeypatch.setattr(checks.importlib.import_module("lora_cli.models.base"), "misreads", lambda length: misread)  # noqa: B023
+        assert {check.name: check.status for check in checks.check_four_bit()}["4-bit rows"] == status
 
 
 def test_one_group_that_cannot_be_compared_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +121,7 @@ def test_one_group_that_cannot_be_compared_hides_no_other(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(oracle, "compare_qlora", broken)
     deviations: list[Any] = []
-    found = {check.name: check for check in doctor.oracle_checks(deviations)}
+    found = {check.name: check for check in checks.check_oracle(deviations)}
     assert {name: check.status for name, check in found.items()} == {
         "LoRA, rsLoRA, DoRA": "ok",
         "QLoRA": "problem",
@@ -137,10 +136,10 @@ def test_not_a_number_is_no_agreement(monkeypatch: pytest.MonkeyPatch, capsys: p
         return oracle.Deviation("g", "p", "m", value, 1.0)
 
     assert not made(float("nan")).ok
-    kept = oracle.worst([made(value) for value in (0.5, float("nan"), 0.7)])
+    kept = oracle.find_worst([made(value) for value in (0.5, float("nan"), 0.7)])
     assert [math.isnan(each.value) for each in kept] == [True]
-    monkeypatch.setattr(oracle, "deviations", lambda device: {"NF4": lambda: iter([made(float("nan"))])})
-    assert doctor.doctor(False, True, lambda: None) is False
+    monkeypatch.setattr(oracle, "measure_deviations", lambda device: {"NF4": lambda: iter([made(float("nan"))])})
+    assert checks.run_doctor(False, True, lambda: None) is False
     report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [(each["value"], each["ok"]) for each in report["oracle"]] == [(None, False)]
 
@@ -165,7 +164,7 @@ def test_a_type_that_computes_wrongly_is_a_problem(monkeypatch: pytest.MonkeyPat
             Wrong.apply(right(self, other)) if self.dtype == dtype and self.requires_grad else right(self, other)
         ),
     )
-    found = [check for check in doctor.devices() if check.status == "problem"]
+    found = [check for check in checks.check_devices() if check.status == "problem"]
     name = str(dtype).removeprefix("torch.")
     assert [check.said.partition(":")[0] for check in found if check.name == "cpu"] == [f"computes wrongly in {name}"]
 
@@ -179,7 +178,7 @@ def test_a_type_that_is_not_there_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
         return right(self, other)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", missing)
-    found = {check.status: check.said for check in doctor.devices() if check.name == "cpu"}
+    found = {check.status: check.said for check in checks.check_devices() if check.name == "cpu"}
     assert found["note"] == "has no float16: RuntimeError: not implemented for 'Half'"
     assert "float16" not in found["ok"].replace("bfloat16", "")
 
@@ -190,9 +189,9 @@ def test_disks_that_are_full_or_cannot_be_written(monkeypatch: pytest.MonkeyPatc
     found = findings(lora("doctor", "--json", env=env).stdout)
     assert found["disk for models"]["status"] == "problem"
     assert found["disk for models"]["fix"] == "export HF_HOME=FOLDER"
-    usage = doctor.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage._replace(free=1_000_000_000))
-    little = {check.name: check for check in doctor.disk()}["disk for this folder"]
+    usage = checks.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: usage._replace(free=1_000_000_000))
+    little = {check.name: check for check in checks.check_disk()}["disk for this folder"]
     assert (little.status, little.fix) == ("note", "make room, or work in another folder")
 
 
@@ -213,15 +212,15 @@ def test_a_wrong_folder_of_llama_cpp_is_named_with_what_helps(lora, tmp_path: Pa
 
 
 def test_the_tested_versions_are_those_of_the_constraints() -> None:
-    tested = doctor.tested_versions()
+    tested = checks.read_tested_versions()
     assert tested["torch"] == "2.13.0"
     assert len(tested) > 60
-    assert not list(doctor.versions())[:-1], "this environment is the tested one"
+    assert not list(checks.check_versions())[:-1], "this environment is the tested one"
 
 
 def test_other_versions_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    tested = doctor.tested_versions()
-    monkeypatch.setattr(doctor, "tested_versions", lambda: tested | {"peft": "0.21.99"})
-    found = list(doctor.versions())[0]
+    tested = checks.read_tested_versions()
+    monkeypatch.setattr(checks, "read_tested_versions", lambda: tested | {"peft": "0.21.99"})
+    found = list(checks.check_versions())[0]
     assert (found.name, found.status) == ("peft", "note")
     assert found.said.endswith(", tested with 0.21.99")

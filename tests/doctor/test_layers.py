@@ -60,7 +60,7 @@ def test_a_wrong_scaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", oracle.METHODS)
 @pytest.mark.parametrize("kind", oracle.KINDS)
 def test_the_number_of_parameters_is_the_formulas(kind: str, method: str) -> None:
-    base, _ = oracle.network(kind, torch.float64, "cpu")
+    base, _ = oracle.make_network(kind, torch.float64, "cpu")
     adapted = oracle.LoraModel(base, ["target"], r=oracle.R, lora_alpha=oracle.ALPHA, **oracle.METHODS[method])
     inputs, outputs = {"Linear": (9, 6), "Embedding": (13, 6), "Conv2d": (3 * 3 * 2, 6)}[kind]
     expected = oracle.R * (inputs + outputs) + (outputs if method == "DoRA" else 0)
@@ -88,7 +88,7 @@ def test_initial_values_are_drawn_as_peft_draws_them(init: str) -> None:
 def test_bias_all_and_lora_only_train_different_biases() -> None:
     trained = {}
     for bias in oracle.BIASES:
-        base, _ = oracle.network("Linear", torch.float64, "cpu")
+        base, _ = oracle.make_network("Linear", torch.float64, "cpu")
         adapted = oracle.LoraModel(base, ["target"], r=2, lora_alpha=2, bias=bias)
         trained[bias] = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad and "bias" in name}
     assert trained == {
@@ -101,7 +101,7 @@ def test_bias_all_and_lora_only_train_different_biases() -> None:
 @pytest.mark.parametrize("kind", ["Linear", "Embedding"])
 def test_peft_s_embedding_starts_from_the_other_side(kind: str) -> None:
     """PEFT and loralib start an Embedding with A zero; step 0 is the base all the same."""
-    base, x = oracle.network(kind, torch.float64, "cpu")
+    base, x = oracle.make_network(kind, torch.float64, "cpu")
     before = base(x)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["target"]))
     assert torch.equal(adapted(x), before)
@@ -125,15 +125,15 @@ def test_peft_s_conv2d_forgets_dilation_and_padding_mode(options: dict) -> None:
 
 
 def test_a_gradient_that_is_no_number_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = oracle.deviation
+    right = oracle.measure_deviation
     seen: list[float] = []
 
     def third_is_nan(ours: torch.Tensor, theirs: torch.Tensor) -> float:
         seen.append(right(ours, theirs))
         return float("nan") if len(seen) == 3 else seen[-1]
 
-    monkeypatch.setattr(oracle, "deviation", third_is_nan)
+    monkeypatch.setattr(oracle, "measure_deviation", third_is_nan)
     found = oracle.compare_layers("Linear", "DoRA")
     assert math.isnan(found["gradients"])
-    assert math.isnan(oracle.largest([0.0, float("nan"), 1.0]))
+    assert math.isnan(oracle.find_largest([0.0, float("nan"), 1.0]))
     assert right(torch.zeros(2), torch.tensor([0.0, float("nan")])) != 0

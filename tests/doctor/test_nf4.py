@@ -55,13 +55,13 @@ def test_scale_codes_differ_only_where_bitsandbytes_rounds_to_its_grid() -> None
     ours = nf4.NF4Tensor(weight)
     assert torch.equal(ours.offset, theirs.offset)
     assert torch.equal(ours.scale_absmax, theirs.state2.absmax)
-    assert 0 < oracle.differing(ours.scale_codes, theirs.absmax) <= oracle.SCALE_CODES
+    assert 0 < oracle.measure_differing(ours.scale_codes, theirs.absmax) <= oracle.SCALE_CODES
     scales = nf4.NF4Tensor(weight, double_quant=False).absmax() - theirs.offset
     scaled = nf4.blocks(scales, nf4.SCALE_BLOCK) / ours.scale_absmax.unsqueeze(1)
     grid = ((scaled + 1) / 2 * 65535).round() / 65535 * 2 - 1
     codebook = nf4.dynamic_codebook()
     rounded = torch.bucketize(grid, (codebook[:-1] + codebook[1:]) / 2).flatten()[: scales.numel()]
-    assert oracle.differing(rounded.to(torch.uint8), theirs.absmax) <= 2e-5
+    assert oracle.measure_differing(rounded.to(torch.uint8), theirs.absmax) <= 2e-5
 
 
 def test_double_quantisation_costs_what_it_says() -> None:

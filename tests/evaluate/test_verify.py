@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.evaluate import verify as compare
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.evaluate import verify
+from lora_cli.gguf import tools
 from lora_cli.merge.merge import merge
 
 
@@ -36,7 +36,7 @@ def forms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     adapted.save_pretrained(folder / "adapter")
     merge(folder / "adapter", folder / "merged")
     shutil.copy(tiny / "model" / "tokenizer.model", folder / "merged")
-    llama_cpp.convert(folder / "merged", folder / "m.gguf", "f16", llama_cpp.find_converter())
+    tools.convert(folder / "merged", folder / "m.gguf", "f16", tools.find_converter())
     names = {"adapter": folder / "adapter", "merged": folder / "merged", "gguf": folder / "m.gguf"}
     return {**{name: str(path) for name, path in names.items()}, "base": str(tiny / "model")}
 
@@ -46,7 +46,7 @@ def forms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     [("adapter", "merged"), ("merged", "adapter"), ("merged", "gguf"), ("gguf", "adapter"), ("gguf", "gguf")],
 )
 def test_forms_of_one_model_are_the_same_function(forms: dict[str, str], one: str, other: str) -> None:
-    said = compare.compare(forms[one], forms[other], None)
+    said = verify.compare(forms[one], forms[other], None)
     assert said.startswith(forms[one])
     assert "(limit: mean KL 1.00e-03)" in said if "gguf" in (one, other) else "(limit: |Δlogit| " in said
 
@@ -54,7 +54,7 @@ def test_forms_of_one_model_are_the_same_function(forms: dict[str, str], one: st
 @pytest.mark.parametrize("other", ["adapter", "merged", "gguf"])
 def test_another_model_is_another_function(forms: dict[str, str], other: str) -> None:
     with pytest.raises(RejectedError, match="not the same function: "):
-        compare.compare(forms["base"], forms[other], None)
+        verify.compare(forms["base"], forms[other], None)
 
 
 def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Pat
     tokenizer.add_tokens(["primary"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(LoraError, match="splits .* into other tokens"):
-        compare.compare(forms["merged"], str(tmp_path / "other"), None)
+        verify.compare(forms["merged"], str(tmp_path / "other"), None)
 
 
 def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path:
     template.write_text("{{ 'SECRET ' }}" + template.read_text())
     for pair in ((forms["merged"], str(tmp_path / "other")), (str(tmp_path / "other"), forms["adapter"])):
         with pytest.raises(RejectedError, match="has another chat template"):
-            compare.compare(*pair, None)
+            verify.compare(*pair, None)
 
 
 def test_the_command_prints_the_difference_and_exits_1_beyond_it(lora, forms: dict[str, str], tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(tiny: Path,
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload(safe_merge=True).save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "merged")
-    said = compare.compare(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
+    said = verify.compare(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
     assert " tensors equal, " in said and ", 0.00% of" not in said
     tensors, before = load_file(tmp_path / "merged" / "model.safetensors"), load_file(f"{base}/model.safetensors")
     changed = next(name for name in tensors if "v_proj" in name)
     tensors[changed] = before[changed]
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(RejectedError, match=f"{changed} in .* lies 100% of the change off"):
-        compare.compare(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
+        verify.compare(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
 
 
 def test_a_weight_that_no_adapter_changes_must_be_the_bases(forms: dict[str, str], tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_a_weight_that_no_adapter_changes_must_be_the_bases(forms: dict[str, str
     tensors["model.norm.weight"][3] += 1e-6
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(RejectedError, match="model.norm.weight in .* is not the base's"):
-        compare.compare(forms["adapter"], str(tmp_path / "other"), None)
+        verify.compare(forms["adapter"], str(tmp_path / "other"), None)

@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import parity
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import parity, tools
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import probes as verify
 
@@ -24,7 +23,7 @@ TEXTS = ["red dog sun", "Reverse: red dog", "two\nlines", "café ☃ 🙂", "  s
 @pytest.fixture(scope="module")
 def gguf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
-    llama_cpp.convert(tiny / "model", file, "f32", llama_cpp.find_converter())
+    tools.convert(tiny / "model", file, "f32", tools.find_converter())
     return file
 
 
@@ -73,14 +72,14 @@ def test_distributions_and_answers_agree_with_transformers(engine: GGUFModel, ti
 
 
 def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> None:
-    probes = verify.probes(tokenizer)
+    probes = verify.make_probes(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
-    right = [logits[-1] for logits in verify.logits(model, probes)]
-    assert "top-1 agrees on 4 of 4 probes" in parity.compare(gguf, probes, right, 1e-3)
+    right = [logits[-1] for logits in verify.compute_logits(model, probes)]
+    assert "top-1 agrees on 4 of 4 probes" in parity.compare_gguf(gguf, probes, right, 1e-3)
     model.lm_head.weight.data *= 0.9
-    wrong = [logits[-1] for logits in verify.logits(model, probes)]
+    wrong = [logits[-1] for logits in verify.compute_logits(model, probes)]
     with pytest.raises(LoraError, match="differs from the model it was made from"):
-        parity.compare(gguf, probes, wrong, 1e-3)
+        parity.compare_gguf(gguf, probes, wrong, 1e-3)
 
 
 def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:

@@ -22,13 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import adapter as export_adapter
-from lora_cli.gguf import imatrix, parity, preflight
+from lora_cli.gguf import imatrix, parity, preflight, tools
 from lora_cli.gguf import modelfile as serving
-from lora_cli.gguf import tools as llama_cpp
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.gguf.export import export
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach
+from lora_cli.models import adapter_folder, attach
 from lora_cli.models import probes as verify
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import load_config
@@ -85,7 +83,7 @@ def test_the_scale_that_the_converter_would_write_is_noticed(base: Path, tmp_pat
 
 def test_a_plain_adapter_is_converted_as_it_is(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "plain", lora_alpha=16)
-    export_adapter._write_scaled(record.read_adapter(adapter), tmp_path / "scaled")
+    export_adapter._write_scaled(adapter_folder.read_adapter(adapter), tmp_path / "scaled")
     given, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain"))
     assert given.keys() == wanted.keys()
     assert all(torch.equal(given[name], wanted[name]) for name in wanted)
@@ -154,15 +152,15 @@ def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Pat
     ):
         preflight.check_disk(tmp_path, config, ["f16"], merged=True, exact="f32")
     preflight.check_disk(tmp_path, config, ["Q2_K"], merged=False, exact=None)
-    assert preflight.bits_per_weight("Q4_K_M") == 5.5
+    assert preflight.estimate_bits_per_weight("Q4_K_M") == 5.5
 
 
 def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> None:
-    probes = verify.probes(AutoTokenizer.from_pretrained(base))
+    probes = verify.make_probes(AutoTokenizer.from_pretrained(base))
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    expected = [rows[-1] for rows in verify.logits(network, probes)]
+    expected = [rows[-1] for rows in verify.compute_logits(network, probes)]
     source = parity.Source(network.config, AutoTokenizer.from_pretrained(base), network.num_parameters())
-    converter = llama_cpp.find_converter()
+    converter = tools.find_converter()
     # NaN, which the converter writes with exit 0
     weights = load_file(base / "model.safetensors")
     nan = Path(shutil.copytree(base, tmp_path / "nan"))
@@ -171,20 +169,20 @@ def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> No
         nan / "model.safetensors",
         metadata={"format": "pt"},
     )
-    llama_cpp.convert(nan, tmp_path / "nan.gguf", "f16", converter)
+    tools.convert(nan, tmp_path / "nan.gguf", "f16", converter)
     with pytest.raises(LoraError, match=r"cannot load .*nan.gguf"):
-        parity.compare(tmp_path / "nan.gguf", probes, expected, None)
+        parity.compare_gguf(tmp_path / "nan.gguf", probes, expected, None)
     # another context length, end token and template
     other = damaged(base, tmp_path / "other", max_position_embeddings=64)
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    llama_cpp.convert(other, tmp_path / "other.gguf", "f16", converter)
+    tools.convert(other, tmp_path / "other.gguf", "f16", converter)
     with pytest.raises(LoraError, match=r"its chat template is .*; its context length is 64, not"):
-        parity.compare(tmp_path / "other.gguf", probes, expected, None, source)
+        parity.compare_gguf(tmp_path / "other.gguf", probes, expected, None, source)
 
 
 def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: Path, capfd) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    found = serving.pieces(tokenizer)
+    found = serving.find_pieces(tokenizer)
     assert found is not None
     assert found.go() == (
         '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>'
@@ -192,16 +190,16 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
         '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>\n'
     )
     tokenizing.set_chat_template(tokenizer, "alpaca")
-    alpaca = serving.pieces(tokenizer)
+    alpaca = serving.find_pieces(tokenizer)
     assert alpaca is not None
     assert alpaca.system is not None
     assert alpaca.system.startswith("Below is an instruction")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message['content'] + eos_token", "loop.index ~ eos_token"
     )
-    assert serving.pieces(tokenizer) is None
+    assert serving.find_pieces(tokenizer) is None
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert serving.pieces(tokenizer) is None
+    assert serving.find_pieces(tokenizer) is None
     serving.write_modelfile(tmp_path, [tmp_path / "x-f16.gguf", tmp_path / "x-q8_0.gguf"], base)
     modelfile = (tmp_path / "Modelfile").read_text()
     assert modelfile == (
@@ -216,7 +214,7 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
 
 def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Path, capfd) -> None:
     for name, options in (("plain", {}), ("dora", {"use_dora": True}), ("scaled", SCALED)):
-        adapter = record.read_adapter(make_adapter(base, tmp_path / name, **options))
+        adapter = adapter_folder.read_adapter(make_adapter(base, tmp_path / name, **options))
         serving.say_how([tmp_path / "x-f16.gguf"], None, adapter)
     said = capfd.readouterr().err
     assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
@@ -234,9 +232,9 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((tiny / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
-    batches = list(imatrix.read(str(rows), tokenizer))
+    batches = list(imatrix.read_rows(str(rows), tokenizer))
     assert 20 <= len(batches) <= 40
-    sums, num_tokens = imatrix.measure(network, batches)
+    sums, num_tokens = imatrix.measure_inputs(network, batches)
     assert num_tokens == sum(map(len, batches))
     # what goes into the first attention and into the head, taken from transformers' own hidden states
     first, last = torch.zeros(256), torch.zeros(256)
@@ -252,9 +250,9 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
     export(base, ["Q2_K", "Q2_K_S"], tmp_path / "with", None, None, str(rows))
     assert b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
     exact, without = tmp_path / "exact.gguf", tmp_path / "without.gguf"
-    llama_cpp.convert(base, exact, "f32", llama_cpp.find_converter())
-    llama_cpp.quantize(exact, without, "Q2_K", llama_cpp.find_quantizer())
-    held_out = list(imatrix.read(str(tiny / "eval.jsonl"), tokenizer))[:30]
+    tools.convert(base, exact, "f32", tools.find_converter())
+    tools.quantize(exact, without, "Q2_K", tools.find_quantizer())
+    held_out = list(imatrix.read_rows(str(tiny / "eval.jsonl"), tokenizer))[:30]
     weighted = distance(network, tmp_path / "with" / "base-Q2_K.gguf", held_out)
     assert weighted < 0.7 * distance(network, without, held_out)
 

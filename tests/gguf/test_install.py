@@ -20,10 +20,10 @@ from tests.unit.test_llama_cpp import program
 
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import install as llama_cpp_setup
-from lora_cli.gguf import tools as llama_cpp
+from lora_cli.gguf import tools
 from lora_cli.gguf.tools import CONVERTER, QUANTIZER, Found
 
-TOP = f"llama_cpp_python-{llama_cpp.VERSION}/vendor/llama.cpp/"
+TOP = f"llama_cpp_python-{tools.VERSION}/vendor/llama.cpp/"
 CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
 
 
@@ -56,7 +56,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index with one file in it, in the place of pip; the file is returned."""
     archive = tmp_path / "offered.tar.gz"
     monkeypatch.setattr(llama_cpp_setup, "SHA256", sdist(archive))
-    monkeypatch.setattr(llama_cpp_setup, "_download", lambda folder: archive)
+    monkeypatch.setattr(llama_cpp_setup, "_download_source", lambda folder: archive)
     return archive
 
 
@@ -69,7 +69,7 @@ def test_install_keeps_what_is_needed(index: Path, tmp_path: Path, monkeypatch: 
     wanted = {CONVERTER, "conversion/__init__.py", "conversion/llama.py", "gguf-py/gguf/__init__.py", "src/llama.cpp"}
     assert files_below(home) == wanted
     assert list(home.parent.iterdir()) == [home]
-    assert llama_cpp.find_converter() == Found(home / CONVERTER, "managed copy")
+    assert tools.find_converter() == Found(home / CONVERTER, "managed copy")
     index.unlink()
     assert llama_cpp_setup.install_converters() == home  # is there: nothing is fetched
     (home / "conversion").rename(tmp_path / "lost")
@@ -120,7 +120,7 @@ def test_two_installs_at_once_both_succeed(index: Path, monkeypatch: pytest.Monk
         thread.start()
     for thread in threads:
         thread.join()
-    home = llama_cpp.managed_home()
+    home = tools.find_managed_home()
     assert results == [home, home]
     assert list(home.parent.iterdir()) == [home]
     assert len(files_below(home)) == 5
@@ -140,7 +140,7 @@ def test_a_failed_download(said: str, message: str, hint: str, monkeypatch: pyte
     def pip(command: list[str], label: str) -> tuple[int, list[str]]:
         commands.append(command)
         wanted = Path(command[-1]).read_text()
-        assert wanted == f"llama-cpp-python=={llama_cpp.VERSION} --hash=sha256:{llama_cpp_setup.SHA256}\n"
+        assert wanted == f"llama-cpp-python=={tools.VERSION} --hash=sha256:{llama_cpp_setup.SHA256}\n"
         return 1, ["Looking in indexes", said, ""]
 
     monkeypatch.setattr(llama_cpp_setup, "run", pip)
@@ -152,7 +152,7 @@ def test_a_failed_download(said: str, message: str, hint: str, monkeypatch: pyte
 
 
 def test_without_a_compiler_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, bare: Path) -> None:
-    monkeypatch.setattr(llama_cpp_setup, "_download", lambda folder: pytest.fail("downloaded"))
+    monkeypatch.setattr(llama_cpp_setup, "_download_source", lambda folder: pytest.fail("downloaded"))
     program(bare / "apt-get", "")
     with pytest.raises(LoraError, match="needs a C\\+\\+ compiler") as caught:
         llama_cpp_setup.install_quantizer()
@@ -182,8 +182,8 @@ def test_build(index: Path, bare: Path) -> None:
     works = f"#!{sys.executable}\nprint('15 or Q4_K_M : 4.58G')\n"
     built_by(bare, f"built.write_text({works!r})\nbuilt.chmod(0o755)")
     made = llama_cpp_setup.install_quantizer()
-    home = llama_cpp.managed_home()
-    assert llama_cpp.find_quantizer() == Found(home / "bin" / QUANTIZER, "managed copy") == Found(made, "managed copy")
+    home = tools.find_managed_home()
+    assert tools.find_quantizer() == Found(home / "bin" / QUANTIZER, "managed copy") == Found(made, "managed copy")
     assert "[ 50%] Building" in (home / "build-llama-quantize.log").read_text()
     assert not list(home.glob(".build-*"))
     (bare / "cmake").unlink()
@@ -202,7 +202,7 @@ def test_a_failed_build_leaves_its_log(rest: str, message: str, index: Path, bar
     built_by(bare, rest)
     with pytest.raises(LoraError, match=message):
         llama_cpp_setup.install_quantizer()
-    home = llama_cpp.managed_home()
+    home = tools.find_managed_home()
     assert "[ 50%] Building" in (home / "build-llama-quantize.log").read_text()
     assert not list(home.glob(".build-*")) and not (home / "bin" / QUANTIZER).exists()
 

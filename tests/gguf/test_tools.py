@@ -50,7 +50,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_each_place_is_searched_in_order(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named, in_env = checkout(tmp_path / "named"), checkout(tmp_path / "env")
-    managed = checkout(llama_cpp.managed_home(), "bin")
+    managed = checkout(llama_cpp.find_managed_home(), "bin")
     installed = checkout(tmp_path / "installed")
     for tool in (installed / CONVERTER, installed / "build/bin" / QUANTIZER):
         (bare / tool.name).symlink_to(tool)  # as package managers do; what a converter imports lies beside its target
@@ -83,7 +83,7 @@ def test_binaries_of_a_checkout(place: str, tmp_path: Path) -> None:
 def test_a_named_directory_is_never_replaced(
     named_by: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkout(llama_cpp.managed_home(), "bin")  # would do, but was not asked for
+    checkout(llama_cpp.find_managed_home(), "bin")  # would do, but was not asked for
     root = checkout(tmp_path / "named", ".")
     (root / lost).rename(tmp_path / "lost")
     if named_by == "LLAMA_CPP_DIR":
@@ -116,16 +116,16 @@ def test_what_is_missing_comes_with_one_command() -> None:
 
 
 def test_type_names() -> None:
-    assert llama_cpp.quantizer_type("q4_k_m") == "Q4_K_M"
-    assert llama_cpp.converter_type("BF16") == "bf16"
+    assert llama_cpp.spell_quantizer_type("q4_k_m") == "Q4_K_M"
+    assert llama_cpp.spell_converter_type("BF16") == "bf16"
     with pytest.raises(UsageError, match=r"unknown GGUF type 'q4km'; did you mean Q4_K_M\?"):
-        llama_cpp.quantizer_type("q4km")
+        llama_cpp.spell_quantizer_type("q4km")
     with pytest.raises(UsageError, match="unknown GGUF type 'int4'$"):
-        llama_cpp.converter_type("int4")
+        llama_cpp.spell_converter_type("int4")
     assert len(llama_cpp.NEEDS_IMATRIX) == 9 and set(llama_cpp.NEEDS_IMATRIX) < set(llama_cpp.QUANTIZER_TYPES)
     for name in llama_cpp.NEEDS_IMATRIX:
         with pytest.raises(UsageError, match="importance matrix"):
-            llama_cpp.quantizer_type(name.lower())
+            llama_cpp.spell_quantizer_type(name.lower())
 
 
 WRITE = "out = Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
@@ -211,4 +211,4 @@ def test_a_failed_quantiser_says_why(tmp_path: Path) -> None:
 
 def test_a_program_that_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="cannot be run: No such file"):
-        llama_cpp.run([str(tmp_path / "nothing")], "trying")
+        llama_cpp.run_command([str(tmp_path / "nothing")], "trying")

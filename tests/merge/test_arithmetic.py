@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from lora_cli.common.errors import LoraError
 from lora_cli.merge.combine import COMBINATIONS, combine
 from lora_cli.merge.extract import convert, extract
-from lora_cli.models import adapter_folder as record
+from lora_cli.models import adapter_folder
 
 SHAPES: dict[str, dict] = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -169,7 +169,7 @@ def test_what_is_extracted_misses_the_fine_tuned_model_by_the_tail(tiny: Path, t
     said = capfd.readouterr().err
     assert "warning: not in the adapter, since they are no linear weights: model.embed_tokens.weight, " in said
     assert "lowest: " in said
-    info = record.read_adapter(tmp_path / "out")
+    info = adapter_folder.read_adapter(tmp_path / "out")
     assert info.base == str(tiny / "model")
 
 
@@ -236,10 +236,10 @@ def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(make, tiny: Path, tmp
 
 def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_recipe, tmp_path: Path) -> None:
     from lora_cli.merge.merge import merge
-    from lora_cli.recipe import load as recipe_file
-    from lora_cli.train import run as train
+    from lora_cli.recipe import load
+    from lora_cli.train import run
 
-    adapter = train.train(recipe_file.load(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
+    adapter = run.train(load.load(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
     convert(adapter, tmp_path / "plain", 256, None)  # the tiny model's shorter side: exact
     merge(adapter, tmp_path / "one")
     merge(tmp_path / "plain", tmp_path / "two")
@@ -249,14 +249,14 @@ def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_reci
 
 
 def test_another_update_than_the_one_meant_is_refused(make, tmp_path: Path, monkeypatch) -> None:
-    from lora_cli.merge import low_rank as factors
+    from lora_cli.merge import low_rank
 
-    adapter, save = make("plain", **SHAPES["plain"]), factors.save
+    adapter, save = make("plain", **SHAPES["plain"]), low_rank.save
 
     def careless(made, *rest):  # noqa: ANN001, ANN002, ANN202
         return save({name: (lora_A, 1.001 * lora_B) for name, (lora_A, lora_B) in made.items()}, *rest)
 
-    monkeypatch.setattr(factors, "save", careless)
+    monkeypatch.setattr(low_rank, "save", careless)
     with pytest.raises(LoraError, match="was not written as it should be"):
         convert(adapter, tmp_path / "out", None, None)
     assert not (tmp_path / "out").exists()

@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common import provenance
 from lora_cli.common.errors import LoraError
-from lora_cli.merge import in_memory as whole
+from lora_cli.merge import in_memory
 from lora_cli.merge.merge import merge
-from lora_cli.models import adapter_folder as record
+from lora_cli.models import adapter_folder, trained_on
 from lora_cli.models import probes as verify
-from lora_cli.models import trained_on as origin
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import run as train
+from lora_cli.recipe import load
+from lora_cli.train import run
 
 
 def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:
@@ -70,33 +69,33 @@ def test_a_foreign_adapter_merges_with_one_rounding(
 
 @pytest.mark.parametrize("method", ["qlora", "qdora"])
 def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, tmp_path: Path, method: str) -> None:
-    adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    adapter = run.train(load.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
     merge(adapter, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    info = record.read_adapter(adapter)
-    trained = PeftModel.from_pretrained(origin.load_base(info), adapter)
-    effect = (logits(trained) - logits(origin.load_base(info))).abs().max()
+    info = adapter_folder.read_adapter(adapter)
+    trained = PeftModel.from_pretrained(trained_on.load_base(info), adapter)
+    effect = (logits(trained) - logits(trained_on.load_base(info))).abs().max()
     assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base), adapter)
     assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function
 
 
 def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tmp_path: Path) -> None:
-    adapter = train.train(recipe_file.load(write_recipe("")))
+    adapter = run.train(load.load(write_recipe("")))
     merge(adapter, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
     assert names >= {"chat_template.jinja", "lora_record.json"}
     parent = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
-    assert parent["recipe"]["model"]["name_or_path"] == record.read_adapter(adapter).base
+    assert parent["recipe"]["model"]["name_or_path"] == adapter_folder.read_adapter(adapter).base
     with pytest.raises(LoraError, match="out already exists"):
         merge(adapter, tmp_path / "out")
 
 
 @pytest.fixture
 def adapter(write_recipe) -> Path:
-    return train.train(recipe_file.load(write_recipe("")))
+    return run.train(load.load(write_recipe("")))
 
 
 def damage(adapter: Path, change) -> None:
@@ -126,7 +125,7 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
 
     damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
     (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
-    monkeypatch.setattr(whole, "fold", unmerged)
+    monkeypatch.setattr(in_memory, "fold_adapter", unmerged)
     with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
         merge(adapter, tmp_path / "out", stream=False)
     assert not (tmp_path / "out").exists()
@@ -153,7 +152,7 @@ def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
 ) -> None:
     # PEFT loads such an adapter by running its (random) decomposition again: every load is another model
     recipe_path = write_recipe(f"lora: {{init_lora_weights: {start}}}\ntraining: {{learning_rate: 1e-2}}\n")
-    adapter = train.train(recipe_file.load(recipe_path))
+    adapter = run.train(load.load(recipe_path))
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["init_lora_weights"] in (True, start)
     assert config["r"] == (32 if start.startswith(("pissa", "olora")) else 16)
@@ -161,14 +160,14 @@ def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
     assert "against the end of training" in capfd.readouterr().err
     trained = load_file(adapter / verify.TRAINED)["logits"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    probes = verify.probes(AutoTokenizer.from_pretrained(tmp_path / "out"))
-    given = torch.stack([rows[-1] for rows in verify.logits(merged, probes)])
+    probes = verify.make_probes(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    given = torch.stack([rows[-1] for rows in verify.compute_logits(merged, probes)])
     torch.testing.assert_close(given, trained, rtol=1e-3, atol=1e-3)
 
 
 def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "model", tmp_path / "base")
-    adapter = train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+    adapter = run.train(load.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
@@ -192,7 +191,7 @@ def test_a_base_whose_weights_do_not_fit_its_config_is_refused(write_recipe, tin
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(LoraError, match=r"do not fit its configuration: 9 missing keys, such as model.layers.2"):
-        train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+        run.train(load.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
 
 
 def test_lora_on_tied_embeddings_is_refused_with_the_reason(tiny: Path, tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path)
 
 def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_path: Path, capfd) -> None:
     steps = "training: {save_strategy: steps, save_steps: 2}\n"
-    adapter = train.train(recipe_file.load(write_recipe(f"method: qlora\n{steps}")))
+    adapter = run.train(load.load(write_recipe(f"method: qlora\n{steps}")))
     merge(adapter.parent / "checkpoint-2", tmp_path / "out")
     assert "trained on 4-bit weights" in capfd.readouterr().err
 

@@ -25,19 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.evaluate import verify as compare
-from lora_cli.gguf import adapter as export_adapter
-from lora_cli.merge import combine, extract
-from lora_cli.merge import layerwise_logits as walk
-from lora_cli.merge import merge as fold
-from lora_cli.merge import streaming as stream
-from lora_cli.merge import streaming_plan as attach
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import fingerprint as identity
+from lora_cli.gguf import adapter
+from lora_cli.merge import combine, extract, layerwise_logits, merge, streaming, streaming_plan
+from lora_cli.models import adapter_folder, fingerprint, tensors, trained_on
 from lora_cli.models import probes as verify
-from lora_cli.models import tensors as shards
-from lora_cli.models import trained_on as origin
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import run as train
+from lora_cli.recipe import load
+from lora_cli.train import run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = "all-linear"
@@ -90,7 +83,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
             else:
                 base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=dtype)
             base.save_pretrained(folder, max_shard_size="100KB")
-            assert (folder / shards.INDEX).is_file()
+            assert (folder / tensors.INDEX).is_file()
             AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder)
         return folder
 
@@ -122,14 +115,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_merge_and_unload_bit_for_bit(made, tmp_path: Path, monkeypatch, shape: str, dtype: str) -> None:
-    monkeypatch.setattr(shards, "BLOCK", 16384)  # several blocks for these small tensors
-    assert len(list(shards.blocks((128, 128)))) > 1  # read where they are made, not where that is defined
+    monkeypatch.setattr(tensors, "BLOCK", 16384)  # several blocks for these small tensors
+    assert len(list(tensors.split_rows((128, 128)))) > 1  # read where they are made, not where that is defined
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # several at a time
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     (name, options), wanted = SHAPES[shape], DTYPES[dtype]
     base, adapter, out = made(name, wanted), tmp_path / "adapter", tmp_path / "out"
     save_adapter(base, adapter, wanted, options)
-    merged = fold.merge_adapter(record.read_adapter(adapter), out, stream=True)
+    merged = merge.merge_adapter(adapter_folder.read_adapter(adapter), out, stream=True)
     assert merged.modules == sum(
         key.endswith(("lora_A.weight", "embedding_A")) for key in load_file(adapter / "adapter_model.safetensors")
     )
@@ -155,9 +148,9 @@ def test_what_cannot_be_streamed_says_why_and_is_merged_whole(made, tmp_path: Pa
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
     with pytest.raises(LoraError, match=f"not in constant memory: .*{reason}"):
-        fold.merge(adapter, tmp_path / "out", stream=True)
+        merge.merge(adapter, tmp_path / "out", stream=True)
     if shape != "a start of the weights":  # which is another adapter at each load
-        fold.merge(adapter, tmp_path / "out")
+        merge.merge(adapter, tmp_path / "out")
         said = capfd.readouterr().err
         assert "the whole model is loaded: " in said
         assert reason in said
@@ -174,7 +167,7 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_pa
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     save_adapter(base, adapter, torch.float32, {})
-    fold.merge(adapter, tmp_path / "out")
+    merge.merge(adapter, tmp_path / "out")
     assert "the whole model is loaded: lm_head.weight is in its files, and tied" in capfd.readouterr().err
     oracle = peft_merge(base, adapter, torch.float32, tmp_path / "peft")
     given = tensors_of(tmp_path / "out")
@@ -194,10 +187,10 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_pa
     ],
 )
 def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, method: str, original: bool) -> None:
-    adapter = train.train(recipe_file.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
-    info = record.read_adapter(adapter)
+    adapter = run.train(load.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    info = adapter_folder.read_adapter(adapter)
     for stream_it, out in ((True, tmp_path / "streamed"), (False, tmp_path / "whole")):
-        fold.merge_adapter(info, out, stream=stream_it, original=original)
+        merge.merge_adapter(info, out, stream=stream_it, original=original)
     said = capfd.readouterr().err
     if method != "lora":
         into = "original ones, as asked" if original else "dequantised weights"
@@ -214,14 +207,14 @@ def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, me
 
 def test_original_weights_are_for_adapters_trained_in_4_bits(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="was not trained on 4-bit weights"):
-        fold.merge(foreign, tmp_path / "out", original=True)
+        merge.merge(foreign, tmp_path / "out", original=True)
 
 
 def test_the_original_weights_are_not_what_was_trained_on(write_recipe, tmp_path: Path) -> None:
-    adapter = train.train(recipe_file.load(write_recipe("method: qlora\n")))
-    info = record.read_adapter(adapter)
+    adapter = run.train(load.load(write_recipe("method: qlora\n")))
+    info = adapter_folder.read_adapter(adapter)
     for original in (False, True):
-        fold.merge_adapter(info, tmp_path / str(original), original=original)
+        merge.merge_adapter(info, tmp_path / str(original), original=original)
     there, here = tensors_of(tmp_path / "True"), tensors_of(tmp_path / "False")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(there[name], here[name])
@@ -233,18 +226,21 @@ def test_logits_read_weight_by_weight_are_those_of_the_loaded_model(made, tmp_pa
     name, options = SHAPES[shape]
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
-    probes = verify.probes(AutoTokenizer.from_pretrained(base))
+    probes = verify.make_probes(AutoTokenizer.from_pretrained(base))
     network = AutoModelForCausalLM.from_pretrained(base)
-    plain = [rows[-walk.KEPT :] for rows in verify.logits(network, probes)]
-    wanted = [rows[-walk.KEPT :] for rows in verify.logits(PeftModel.from_pretrained(network, adapter), probes)]
-    plan, adapted = attach.make(record.read_adapter(adapter), torch.float32, None)
-    given = walk.logits(adapted, plan.read, plan, probes)
-    difference = verify.compare(wanted, given)
+    plain = [rows[-layerwise_logits.KEPT :] for rows in verify.compute_logits(network, probes)]
+    wanted = [
+        rows[-layerwise_logits.KEPT :]
+        for rows in verify.compute_logits(PeftModel.from_pretrained(network, adapter), probes)
+    ]
+    plan, adapted = streaming_plan.make_plan(adapter_folder.read_adapter(adapter), torch.float32, None)
+    given = layerwise_logits.walk_logits(adapted, plan.read, plan, probes)
+    difference = verify.compare_logits(wanted, given)
     assert difference.max_abs < 1e-4 * difference.spread
-    assert verify.compare(plain, given).max_abs > 1e-2 * difference.spread  # the adapter does something
-    there = walk.logits_of(str(base), None, torch.float32, probes)
+    assert verify.compare_logits(plain, given).max_abs > 1e-2 * difference.spread  # the adapter does something
+    there = layerwise_logits.walk_logits_of(str(base), None, torch.float32, probes)
     assert there is not None
-    assert verify.compare(plain, there).max_abs < 1e-4 * difference.spread
+    assert verify.compare_logits(plain, there).max_abs < 1e-4 * difference.spread
 
 
 @pytest.fixture
@@ -255,7 +251,7 @@ def foreign(made, tmp_path: Path) -> Path:
 
 
 def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path, tmp_path: Path, monkeypatch) -> None:
-    write = stream.write
+    write = streaming.write
 
     def corrupted(plan, folder, dtype):  # noqa: ANN001, ANN202
         result = write(plan, folder, dtype)
@@ -265,13 +261,13 @@ def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path
         path.write_bytes(data)
         return result
 
-    monkeypatch.setattr(stream, "write", corrupted)
+    monkeypatch.setattr(streaming, "write", corrupted)
     with pytest.raises(RejectedError, match=r"is not what was written; left in .*out.rejected"):
-        fold.merge(foreign, tmp_path / "out")
+        merge.merge(foreign, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.rejected" / "config.json").is_file()
     with pytest.raises(LoraError, match="out.rejected already exists"):
-        fold.merge(foreign, tmp_path / "out")
+        merge.merge(foreign, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -282,19 +278,19 @@ def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path
     ],
 )
 def test_a_wrong_streaming_merge_is_rejected(foreign: Path, tmp_path: Path, monkeypatch, changed, said: str) -> None:
-    through = stream.Plan._through
-    monkeypatch.setattr(stream.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given)))
+    through = streaming.Plan._through
+    monkeypatch.setattr(streaming.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given)))
     with pytest.raises(RejectedError, match=said):
-        fold.merge(foreign, tmp_path / "out")
+        merge.merge(foreign, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_tensor_that_is_not_used_is_an_error(foreign: Path, tmp_path: Path) -> None:
-    plan, _ = attach.make(record.read_adapter(foreign), torch.bfloat16, None)
+    plan, _ = streaming_plan.make_plan(adapter_folder.read_adapter(foreign), torch.bfloat16, None)
     fewer = plan._replace(layers=dict(list(plan.layers.items())[1:]))
     (tmp_path / "out").mkdir()
     with pytest.raises(LoraError, match="2 tensors of the adapter were not merged, such as base_model.model"):
-        stream.write(fewer, tmp_path / "out", torch.bfloat16)
+        streaming.write(fewer, tmp_path / "out", torch.bfloat16)
 
 
 def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
@@ -303,10 +299,16 @@ def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
     def meta(*given):  # noqa: ANN002, ANN202
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
-    monkeypatch.setattr(walk, "logits", meta)
-    assert fold.merge_adapter(record.read_adapter(foreign), tmp_path / "loaded", stream=True).difference is not None
-    monkeypatch.setattr(walk.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert fold.merge_adapter(record.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference is None
+    monkeypatch.setattr(layerwise_logits, "walk_logits", meta)
+    assert (
+        merge.merge_adapter(adapter_folder.read_adapter(foreign), tmp_path / "loaded", stream=True).difference
+        is not None
+    )
+    monkeypatch.setattr(layerwise_logits.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert (
+        merge.merge_adapter(adapter_folder.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference
+        is None
+    )
     assert "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
 
 
@@ -318,34 +320,34 @@ def test_a_base_that_is_quantised_already_is_refused_at_once(foreign: Path, made
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
     with pytest.raises(LoraError, match=r"keeps its weights quantised \(gptq\)"):
-        fold.merge(foreign, tmp_path / "out", str(base))
+        merge.merge(foreign, tmp_path / "out", str(base))
 
 
 def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny / "model", base)
-    adapter = train.train(recipe_file.load(write_recipe(f"model: {{name_or_path: {base}}}\n")))
-    identity.check(record.read_adapter(adapter))
-    identity.check(record.read_adapter(adapter, str(tiny / "model")))  # the same base elsewhere
+    adapter = run.train(load.load(write_recipe(f"model: {{name_or_path: {base}}}\n")))
+    fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter))
+    fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter, str(tiny / "model")))  # the same base elsewhere
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     with pytest.raises(LoraError, match=r"the configuration's rms_norm_eps \(1e-06, now 1e-05\) differ"):
-        identity.check(record.read_adapter(adapter))
+        fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter))
     with pytest.raises(LoraError, match="rms_norm_eps"):
-        origin.load_base(record.read_adapter(adapter))  # as generating does
+        trained_on.load_base(adapter_folder.read_adapter(adapter))  # as generating does
     (base / "config.json").write_text(json.dumps(config))
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1e-4
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoraError, match=r"the tensor lm_head.weight differ"):
-        fold.merge(adapter, tmp_path / "out")
+        merge.merge(adapter, tmp_path / "out")
 
 
 def test_another_base_is_not_resumed_on(write_recipe, tiny: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny / "model", base)
-    recipe = recipe_file.load(write_recipe(f"model: {{name_or_path: {base}}}\n"))
-    train.train(recipe)
+    recipe = load.load(write_recipe(f"model: {{name_or_path: {base}}}\n"))
+    run.train(recipe)
     path = tmp_path / "run" / "record.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps({**kept, "status": "interrupted"}))
@@ -353,7 +355,7 @@ def test_another_base_is_not_resumed_on(write_recipe, tiny: Path, tmp_path: Path
     weights["lm_head.weight"] = weights["lm_head.weight"] * 2
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoraError, match="the base differs from that of the run .*lm_head.weight"):
-        train.train(recipe, resume=True)
+        run.train(recipe, resume=True)
 
 
 def changed_base(write_recipe, tiny: Path, tmp_path: Path, number: int = 1) -> list[Path]:
@@ -363,7 +365,7 @@ def changed_base(write_recipe, tiny: Path, tmp_path: Path, number: int = 1) -> l
     made = []
     for each in range(number):
         text = f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / f'run{each}'}\n"
-        made.append(train.train(recipe_file.load(write_recipe(text))))
+        made.append(run.train(load.load(write_recipe(text))))
     weights = load_file(tmp_path / "base" / "model.safetensors")
     changed = {name: tensor * 1.02 for name, tensor in weights.items()}
     save_file(changed, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
@@ -380,7 +382,7 @@ def test_every_verb_knows_the_base(write_recipe, tiny: Path, tmp_path: Path) -> 
     with pytest.raises(LoraError, match=said):
         compare.compare(str(one), str(tiny / "model"), None)
     with pytest.raises(LoraError, match=said):
-        export_adapter.export_adapter(one, ["f16"], tmp_path, None, None)
+        adapter.export_adapter(one, ["f16"], tmp_path, None, None)
     assert not (tmp_path / "both").exists()
 
 
@@ -392,7 +394,7 @@ def test_what_is_made_of_adapters_knows_its_base(made, tmp_path: Path) -> None:
     file = next((tmp_path / "base").glob("*.safetensors"))
     save_file({name: tensor * 1.02 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(LoraError, match="is not the base that .* was trained on"):
-        fold.merge(tmp_path / "both", tmp_path / "out")
+        merge.merge(tmp_path / "both", tmp_path / "out")
 
 
 def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> None:
@@ -407,10 +409,10 @@ def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> Non
         base / "model.safetensors",
         metadata={"format": "pt"},
     )
-    assert (base / shards.INDEX).is_file()
+    assert (base / tensors.INDEX).is_file()
     save_adapter(base, tmp_path / "a", torch.float32, {})
     expected = peft_merge(base, tmp_path / "a", torch.float32, tmp_path / "peft")
-    fold.merge(tmp_path / "a", tmp_path / "out")
+    merge.merge(tmp_path / "a", tmp_path / "out")
     found = tensors_of(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -423,7 +425,7 @@ def test_a_configuration_without_a_type_has_that_of_the_weights(made, tmp_path: 
     (base / "config.json").write_text(json.dumps(config))
     save_adapter(base, tmp_path / "a", torch.bfloat16, {})
     for stream_it in (True, False):
-        fold.merge_adapter(record.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
+        merge.merge_adapter(adapter_folder.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
         assert {tensor.dtype for tensor in tensors_of(tmp_path / str(stream_it)).values()} == {torch.bfloat16}
 
 
@@ -431,12 +433,12 @@ def test_experts_may_be_chosen_otherwise_at_a_few_tokens(made, tmp_path: Path, m
     base = made("moe", torch.bfloat16)
     save_adapter(base, tmp_path / "a", torch.bfloat16, {"target_modules": ["q_proj"]})
     off = verify.Difference(max_abs=1.0, mean_kl=1e-6, top1=0.99, spread=0.1)
-    monkeypatch.setattr(verify, "compare", lambda *args: off)
-    fold.merge_adapter(record.read_adapter(tmp_path / "a"), tmp_path / "out")
+    monkeypatch.setattr(verify, "compare_logits", lambda *args: off)
+    merge.merge_adapter(adapter_folder.read_adapter(tmp_path / "a"), tmp_path / "out")
     assert "rounding sends those to another expert" in capfd.readouterr().err
-    monkeypatch.setattr(verify, "compare", lambda *args: off._replace(mean_kl=1e-2))
+    monkeypatch.setattr(verify, "compare_logits", lambda *args: off._replace(mean_kl=1e-2))
     with pytest.raises(RejectedError):
-        fold.merge_adapter(record.read_adapter(tmp_path / "a"), tmp_path / "other")
+        merge.merge_adapter(adapter_folder.read_adapter(tmp_path / "a"), tmp_path / "other")
 
 
 def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path: Path) -> None:
@@ -445,17 +447,17 @@ def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(LoraError, match="link already exists"):
-        fold.merge(tmp_path / "a", tmp_path / "link")
+        merge.merge(tmp_path / "a", tmp_path / "link")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "tokenizer.json").write_text("{")
     with pytest.raises(LoraError, match="the tokenizer of .* cannot be read"):
-        fold.merge(tmp_path / "a", tmp_path / "out")
+        merge.merge(tmp_path / "a", tmp_path / "out")
 
 
 def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:
     save_adapter(made("llama", torch.float32), tmp_path / "a", torch.float32, {})
     command = [sys.executable, "-m", "lora_cli", "merge", str(tmp_path / "a"), str(tmp_path / "out")]
-    env = {**os.environ, "PYTHONPATH": str(Path(fold.__file__).parent.parent.parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(merge.__file__).parent.parent.parent)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         while process.poll() is None and not list(tmp_path.glob(".out.*")):
             time.sleep(0.005)
@@ -474,9 +476,9 @@ def test_a_tensors_checksum_does_not_depend_on_the_pieces_it_comes_in(
     """Widths that are no multiple of eight bytes: merged whole, and read back in blocks."""
     torch.manual_seed(0)
     whole = torch.randint(0, 256, shape, dtype=torch.uint8).to(dtype)
-    pieces = [whole[start:stop] for start, stop in shards.blocks(shape)]
+    pieces = [whole[start:stop] for start, stop in tensors.split_rows(shape)]
     assert sum(map(len, pieces)) == shape[0]
-    assert sum(map(shards.checksum, pieces)) % 2**64 == shards.checksum(whole) % 2**64
-    before = shards.checksum(whole)
+    assert sum(map(tensors.compute_checksum, pieces)) % 2**64 == tensors.compute_checksum(whole) % 2**64
+    before = tensors.compute_checksum(whole)
     whole.view(-1)[-1] += 1
-    assert shards.checksum(whole) != before
+    assert tensors.compute_checksum(whole) != before

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.encode import Renderer
-from lora_cli.data.formats import BadRow, converter
+from lora_cli.data.formats import BadRow, find_converter
 from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.tokenizer import IGNORED
 
@@ -80,7 +80,7 @@ class Seen(NamedTuple):
 
 def seen(tokenizer: PreTrainedTokenizerBase) -> Seen:
     """Train on both answers, and ask for each as inference does."""
-    conversation = converter("messages")({"messages": MESSAGES})
+    conversation = find_converter("messages")({"messages": MESSAGES})
     [(_, [rows])] = Renderer(tokenizer, "assistant").encode([[("here", conversation)]])
     if isinstance(rows, BadRow):
         raise rows

@@ -13,10 +13,9 @@ import pytest
 
 from lora_cli.common.errors import UsageError
 from lora_cli.data.selection import Counts
-from lora_cli.models import base as model
-from lora_cli.plan import check
-from lora_cli.plan import sizes as plan
-from lora_cli.recipe import load as recipe_file
+from lora_cli.models import base
+from lora_cli.plan import check, sizes
+from lora_cli.recipe import load
 from lora_cli.train import run as train
 
 
@@ -25,7 +24,7 @@ def report(write_recipe, capsys: pytest.CaptureFixture[str]):
     """`report(recipe text, …)` is the JSON of `lora check`."""
 
     def run(text: str = "", samples: int = 3) -> dict:
-        check.check(recipe_file.load(write_recipe(text)), samples, True)
+        check.show_check(load.load(write_recipe(text)), samples, True)
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -36,7 +35,7 @@ def test_what_is_shown_is_what_training_does(report, write_recipe, tmp_path: Pat
     more = "packing: true, " if packing else ""
     text = f"training: {{{more}max_steps: -1, num_train_epochs: 2, gradient_accumulation_steps: 3}}\n"
     shown = report(text)
-    train.train(recipe_file.load(write_recipe(text)))
+    train.train(load.load(write_recipe(text)))
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert shown["plan"]["steps"] == run["results"]["steps"]
     assert shown["plan"]["packed"] is packing
@@ -88,27 +87,27 @@ def test_the_expected_padding() -> None:
     """Against every batch of two of three rows, drawn with replacement."""
     lengths = [10, 20, 60]
     longest = sum(max(a, b) for a in lengths for b in lengths) / 9
-    assert plan.padded_fill(Counter(lengths), 2) == pytest.approx(30 / longest)
-    assert plan.padded_fill({7: 5}, 4) == pytest.approx(1)
+    assert sizes.estimate_padded_fill(Counter(lengths), 2) == pytest.approx(30 / longest)
+    assert sizes.estimate_padded_fill({7: 5}, 4) == pytest.approx(1)
 
 
 def test_the_histogram_counts_every_row() -> None:
     lengths = Counts().lengths
     lengths.update({3: 5, 40: 7, 101: 2})
-    lines = check._histogram(lengths, 100).splitlines()
+    lines = check._format_histogram(lengths, 100).splitlines()
     assert [line.split()[:2] for line in lines[1:2]] == [["1-4", "5"]]
     assert sum(int(line.replace("over 100", "over").split()[1]) for line in lines[1:]) == 14
     assert lines[-1].split()[:3] == ["over", "100", "2"]
 
 
 def test_the_lengths_that_hold_most_rows() -> None:
-    assert check._quantiles(Counter({3: 50, 40: 45, 101: 5})) == (
+    assert check._format_quantiles(Counter({3: 50, 40: 45, 101: 5})) == (
         "half of the rows have up to 3 tokens, 95% up to 40, all up to 101"
     )
-    assert check._quantiles(Counter({7: 1})) == "half of the rows have up to 7 tokens, 95% up to 7, all up to 7"
+    assert check._format_quantiles(Counter({7: 1})) == "half of the rows have up to 7 tokens, 95% up to 7, all up to 7"
 
 
 def test_training_refuses_names_before_weights_are_loaded(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "load_base", None)
+    monkeypatch.setattr(base, "load_base", None)
     with pytest.raises(UsageError, match="q_prj"):
-        train.train(recipe_file.load(write_recipe("lora: {target_modules: [q_prj]}\n")))
+        train.train(load.load(write_recipe("lora: {target_modules: [q_prj]}\n")))

@@ -12,8 +12,7 @@ import pytest
 from lora_cli.common.errors import UsageError
 from lora_cli.plan import auto, hardware
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.recipe import load as recipe_file
-from lora_cli.recipe import upstream
+from lora_cli.recipe import load, upstream
 
 CPU = Hardware("cpu", "a processor", 16 * GIB)
 AMPERE = Hardware("cuda", "A100", 80 * GIB, (8, 0), bf16=True, flash_attention=(2, 3), liger=True)
@@ -22,21 +21,21 @@ TURING = Hardware("cuda", "T4", 15 * GIB, (7, 5), flash_attention=(2,))
 
 
 def test_a_gpu_is_named_by_size_or_by_name() -> None:
-    assert hardware.named("24GB").memory == hardware.named("24 GiB").memory == 24 * GIB
-    assert hardware.named("A100-40GB").memory == 40 * GIB
+    assert hardware.parse_gpu("24GB").memory == hardware.parse_gpu("24 GiB").memory == 24 * GIB
+    assert hardware.parse_gpu("A100-40GB").memory == 40 * GIB
     for text in ("H100", "h100", "NVIDIA H100"):
-        assert (hardware.named(text).name, hardware.named(text).memory >> 20) == ("H100", 81559)
-    assert hardware.named("GeForce RTX 4090").name == "RTX 4090"
-    assert not hardware.named("T4").bf16
+        assert (hardware.parse_gpu(text).name, hardware.parse_gpu(text).memory >> 20) == ("H100", 81559)
+    assert hardware.parse_gpu("GeForce RTX 4090").name == "RTX 4090"
+    assert not hardware.parse_gpu("T4").bf16
     with pytest.raises(UsageError) as caught:
-        hardware.named("H10O")
+        hardware.parse_gpu("H10O")
     assert caught.value.hint == "did you mean H100?"
 
 
 def test_this_machine_s_memory_is_at_most_what_it_has() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) << 10 if Path("/proc/meminfo").exists() else 1 << 60
-    assert 0 < hardware.here().memory <= total
-    assert hardware.peak_memory() > 10 << 20
+    assert 0 < hardware.detect_device().memory <= total
+    assert hardware.measure_peak_memory() > 10 << 20
 
 
 def test_types_follow_device_and_checkpoint() -> None:
@@ -74,7 +73,7 @@ def test_levers_without_a_measured_gain_are_off_and_say_why() -> None:
 def test_every_auto_is_recorded_with_its_reason_and_gives_way(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
-    settled, choices = auto.settle(recipe_file.load(path), upstream.torch.float32, HOPPER)
+    settled, choices = auto.settle(load.load(path), upstream.torch.float32, HOPPER)
     made = {choice.name: choice for choice in choices}
     assert len(made) == len(choices) >= 12
     assert all(choice.reason for choice in choices)
@@ -87,7 +86,7 @@ def test_every_auto_is_recorded_with_its_reason_and_gives_way(tmp_path: Path) ->
         "training.torch_compile=false",
         "training.dataloader_num_workers=2",
     ]
-    settled, choices = auto.settle(recipe_file.load(path, fixed), upstream.torch.float32, HOPPER)
+    settled, choices = auto.settle(load.load(path, fixed), upstream.torch.float32, HOPPER)
     assert not {choice.name for choice in choices} & {text.partition("=")[0] for text in fixed}
     assert (settled.model.attn_implementation, settled.training.optim) == ("sdpa", "sgd")
     assert settled.training.dataloader_num_workers == 2
@@ -101,12 +100,12 @@ def test_the_memory_plan_is_asked_last_and_only_for_what_is_open(tmp_path: Path)
         return {"optim": ("lion_32bit", "because"), "gradient_checkpointing": (True, "it must")}
 
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd}\n")
-    settled, choices = auto.settle(recipe_file.load(path), upstream.torch.float32, CPU, levers)
+    settled, choices = auto.settle(load.load(path), upstream.torch.float32, CPU, levers)
     assert (settled.training.optim, settled.training.gradient_checkpointing) == ("sgd", True)
     assert asked[0].training.gradient_checkpointing is False
     values = {**dict(asked[0].model), **dict(asked[0].training)}
     assert {name for name, value in values.items() if value == "auto"} == {"chat_template", "pad_to_multiple_of"}
     assert str(choices[-1]) == "training.gradient_checkpointing = true (auto: it must)"
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd, gradient_checkpointing: true}\n")
-    auto.settle(recipe_file.load(path), upstream.torch.float32, CPU, levers)
+    auto.settle(load.load(path), upstream.torch.float32, CPU, levers)
     assert len(asked) == 1

@@ -21,16 +21,12 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 
 from lora_cli.models import attach
 from lora_cli.models import base as model
-from lora_cli.plan import auto, flops, hardware, memory
+from lora_cli.plan import auto, flops, hardware, memory, show
 from lora_cli.plan import rehearsal as rehearse
-from lora_cli.plan import show as planning
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import Batch
-from lora_cli.recipe import keys as recipe
-from lora_cli.recipe import load as recipe_file
-from lora_cli.recipe import upstream
-from lora_cli.speed import install as quick
-from lora_cli.speed import loss_head as loss
+from lora_cli.recipe import keys, load, upstream
+from lora_cli.speed import install, loss_head
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 LARGE_CPU = Hardware("cpu", "a processor", 64 * GIB)
@@ -40,25 +36,25 @@ def config(**values: Any) -> LlamaConfig:
     return LlamaConfig(vocab_size=1024, dtype="float32", **{**CONFIG, "num_key_value_heads": 2, **values})
 
 
-def settled(method: str = "lora", lora: dict[str, Any] | None = None, **training: Any) -> recipe.Recipe:
-    made = recipe.Recipe(
+def settled(method: str = "lora", lora: dict[str, Any] | None = None, **training: Any) -> keys.Recipe:
+    made = keys.Recipe(
         method=method,
-        model=recipe.Model(name_or_path="x", dtype="float32"),
-        lora=recipe.Lora(**(lora or {})),
-        data=recipe.Data(path="x"),
-        training=recipe.Training(**{"gradient_checkpointing": False, "packing": False, **training}),
+        model=keys.Model(name_or_path="x", dtype="float32"),
+        lora=keys.Lora(**(lora or {})),
+        data=keys.Data(path="x"),
+        training=keys.Training(**{"gradient_checkpointing": False, "packing": False, **training}),
         output_dir="x",
     )
     return auto.settle(made, torch.float32, LARGE_CPU)[0]
 
 
-def real(chosen: recipe.Recipe, folder: Path) -> PeftModel:
+def real(chosen: keys.Recipe, folder: Path) -> PeftModel:
     """The recipe's network with weights."""
     if not (folder / "config.json").is_file():
         LlamaForCausalLM(config()).save_pretrained(folder)
-    base = model.load_base(str(folder), None, torch.float32, upstream.quantization_config(chosen))
-    adapted = get_peft_model(base, upstream.lora_config(chosen))
-    quick.install(adapted, "cpu")
+    base = model.load_base(str(folder), None, torch.float32, upstream.build_quantization_config(chosen))
+    adapted = get_peft_model(base, upstream.build_lora_config(chosen))
+    install.install(adapted, "cpu")
     if chosen.training.gradient_checkpointing:
         base.activation_checkpointing_enable()
         adapted.enable_input_require_grads()
@@ -72,7 +68,7 @@ def real_step(adapted: PeftModel, ids: torch.Tensor) -> None:
     hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     where = torch.zeros(ids.numel() - len(ids), dtype=torch.long)
     rows = hidden.flatten(0, 1)[where]
-    loss.summed(rows, base.get_output_embeddings(), where, loss.shape_of(base)).backward()
+    loss_head.sum_loss(rows, base.get_output_embeddings(), where, loss_head.find_shape(base)).backward()
 
 
 def allocated(adapted: PeftModel, ids: torch.Tensor) -> int:
@@ -106,7 +102,7 @@ def test_a_rehearsed_step_is_what_the_allocator_records(
     tmp_path: Path, method: str, lora: dict[str, Any], training: dict[str, Any]
 ) -> None:
     chosen = settled(method, lora, **training)
-    rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
+    rehearsal = rehearse.Rehearsal(chosen, rehearse.build_adapted(chosen, config()))
     peaks = rehearsal.step(Batch(2, 512, waiting=False))
     measured = allocated(real(chosen, tmp_path), torch.zeros(2, 512, dtype=torch.long))
     assert peaks.all.total() - lasting(peaks) == pytest.approx(measured, rel=0.1)  # kernels take some inside
@@ -130,17 +126,17 @@ def test_weights_of_4_bits_take_what_bitsandbytes_takes(tmp_path: Path, double: 
         state = getattr(parameter, "quant_state", None)
         tensors += [] if state is None else [state.absmax, state.code]
         tensors += [state.state2.absmax, state.offset] if state is not None and state.nested else []
-    rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
+    rehearsal = rehearse.Rehearsal(chosen, rehearse.build_adapted(chosen, config()))
     assert rehearsal.live.now.all[rehearse.WEIGHTS] == pytest.approx(storages(tensors), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit"])
 def test_optimizers_state_is_their_own(tmp_path: Path, name: str) -> None:
     chosen = settled(optim=name)
-    rehearsal = rehearse.Rehearsal(chosen, rehearse.skeleton(chosen, config()))
+    rehearsal = rehearse.Rehearsal(chosen, rehearse.build_adapted(chosen, config()))
     adapted = real(chosen, tmp_path)
-    learned = [parameter for _, parameter in attach.trainable(adapted)]
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(upstream.training_arguments(chosen), adapted)
+    learned = [parameter for _, parameter in attach.walk_trainable(adapted)]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(upstream.build_training_arguments(chosen), adapted)
     optimizer = kind(learned, **options)
     for parameter in learned:
         parameter.grad = torch.zeros_like(parameter)
@@ -182,11 +178,11 @@ def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -
     ],
 )
 def test_the_largest_forward_pass_of_a_recipe(training: dict[str, Any], expected: Batch) -> None:
-    assert memory.batch_of(settled(**{"max_length": 100, **training})) == expected
+    assert memory.largest_batch(settled(**{"max_length": 100, **training})) == expected
 
 
 def test_the_largest_that_fits_is_the_last_that_does() -> None:
-    plan = memory.forecast(settled(), config(num_hidden_layers=1), LARGE_CPU)
+    plan = memory.make_forecast(settled(), config(num_hidden_layers=1), LARGE_CPU)
     room = plan.need(Batch(2, 128, waiting=False)).total
     fixed = plan.need(Batch(1, 1, waiting=False)).total
     for share in (0.3, 6.0):
@@ -201,7 +197,7 @@ def test_the_largest_that_fits_is_the_last_that_does() -> None:
 
 def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
     chosen = settled(packing="step", optim="adamw_torch_fused")
-    need = memory.forecast(chosen, config(), LARGE_CPU).need(memory.batch_of(chosen)).total
+    need = memory.make_forecast(chosen, config(), LARGE_CPU).need(memory.largest_batch(chosen)).total
     for room, expected in ((need, False), (need - 1, True)):
         decided = memory.levers(config(), LARGE_CPU._replace(memory=room))(chosen)["gradient_checkpointing"]
         assert decided[0] is expected
@@ -215,7 +211,7 @@ def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None
     chosen = settled(packing="step", lora={"r": 512})
     with_it = chosen.settled("sft", {"training": {"gradient_checkpointing": True}})
     gpu = Hardware("cuda", "a GPU", 0, bf16=True)
-    need = memory.forecast(with_it, big, gpu).need(memory.batch_of(chosen))
+    need = memory.make_forecast(with_it, big, gpu).need(memory.largest_batch(chosen))
     missing = need.items[rehearse.OPTIMIZER] // 2
     decided = memory.levers(big, gpu._replace(memory=need.total - missing))(chosen)
     assert decided["optim"][0] == "paged_adamw_8bit"
@@ -225,7 +221,7 @@ def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None
 def test_activations_that_are_offloaded_are_not_on_the_gpu() -> None:
     gpu, batch = Hardware("cuda", "a GPU", 64 * GIB, bf16=True), Batch(1, 512, waiting=False)
     plain, kept, again = (
-        memory.forecast(settled(**options), config(num_hidden_layers=4), gpu).need(batch).items
+        memory.make_forecast(settled(**options), config(num_hidden_layers=4), gpu).need(batch).items
         for options in ({}, {"activation_offloading": True}, {"gradient_checkpointing": True})
     )
     assert kept[rehearse.ACTIVATIONS] < plain[rehearse.ACTIVATIONS] / 2
@@ -235,9 +231,9 @@ def test_activations_that_are_offloaded_are_not_on_the_gpu() -> None:
 
 def test_the_out_of_memory_advice_names_what_fits(tiny: Path) -> None:
     chosen = settled(packing="step").model_copy(
-        update={"model": recipe.Model(name_or_path=str(tiny / "model"), dtype="float32")}
+        update={"model": keys.Model(name_or_path=str(tiny / "model"), dtype="float32")}
     )
-    said = memory.what_fits(chosen, Hardware("cuda", "a GPU", GIB + (20 << 20)))
+    said = memory.suggest_what_fits(chosen, Hardware("cuda", "a GPU", GIB + (20 << 20)))
     assert said.startswith("it was expected to need ")
     assert "--set training.gradient_checkpointing=true needs" in said
     assert "--set method=qlora needs" in said
@@ -261,12 +257,14 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, method: str) -> 
     ids = torch.zeros(2, length, dtype=torch.long)
     with FlopCounterMode(display=False, custom_mapping=products) as counter:
         adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert flops.per_token(adapted, 2 * length) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops.count_per_token(adapted, 2 * length) * ids.numel() == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
 def test_experts_count_as_far_as_they_work() -> None:
     sparse = config(num_local_experts=8, num_experts_per_tok=2)
-    assert flops._active(torch.nn.Parameter(torch.zeros(8, 4, 4)), sparse) == 0.25
+    assert flops._active_share(torch.nn.Parameter(torch.zeros(8, 4, 4)), sparse) == 0.25
 
 
 def test_plan_needs_no_weights(tiny: Path, lora, write_recipe, tmp_path: Path) -> None:
@@ -286,8 +284,8 @@ def test_plan_needs_no_weights(tiny: Path, lora, write_recipe, tmp_path: Path) -
 
 
 def test_plan_says_what_does_not_fit(write_recipe, capsys) -> None:
-    loaded = recipe_file.load(write_recipe("training: {packing: false, gradient_checkpointing: true}\n"))
-    planning.show_plan(loaded, "1GB", None, read_data=False, as_json=False)
+    loaded = load.load(write_recipe("training: {packing: false, gradient_checkpointing: true}\n"))
+    show.show_plan(loaded, "1GB", None, read_data=False, as_json=False)
     said = capsys.readouterr().out
     assert "DOES NOT FIT: 1.0 of 1GB, 1.0 GiB" in said
     assert "largest that fits: training.max_length none; or training.per_device_train_batch_size none" in said
@@ -306,6 +304,8 @@ def test_speed_and_memory_are_logged_and_recorded(tiny: Path, lora, write_recipe
 
 
 def test_the_share_of_the_peak_is_known_where_the_device_is() -> None:
-    assert flops.Work(4e9, flops.peak("NVIDIA H100 80GB HBM3", "bfloat16")).used(1e5) == pytest.approx(4e14 / 989e12)
-    assert flops.Work(4e9, flops.peak("a processor", "bfloat16")).used(1e5) is None
-    assert hardware.here().kind == "cuda" or flops.peak(hardware.here().name, "float32") is None
+    assert flops.Work(4e9, flops.find_peak("NVIDIA H100 80GB HBM3", "bfloat16")).used(1e5) == pytest.approx(
+        4e14 / 989e12
+    )
+    assert flops.Work(4e9, flops.find_peak("a processor", "bfloat16")).used(1e5) is None
+    assert hardware.detect_device().kind == "cuda" or flops.find_peak(hardware.detect_device().name, "float32") is None

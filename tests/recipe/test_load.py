@@ -12,16 +12,14 @@ import pytest
 
 from lora_cli.common.errors import UsageError
 from lora_cli.plan import auto
-from lora_cli.recipe import keys as recipe
+from lora_cli.recipe import keys, strict_yaml, upstream
 from lora_cli.recipe import load as recipe_file
-from lora_cli.recipe import strict_yaml as yamlfile
-from lora_cli.recipe import upstream
 
 ROOT = Path(__file__).parent.parent.parent
 MINIMAL = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"
 
 
-def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
+def load(tmp_path: Path, text: str, *overrides: str) -> keys.Recipe:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     return recipe_file.load(path, overrides)
@@ -30,7 +28,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     """What is said, the temporary folder left out of the paths."""
     with pytest.raises(UsageError) as caught:
-        auto.check(load(tmp_path, text, *overrides))
+        auto.try_configurations(load(tmp_path, text, *overrides))
     return f"{caught.value.message} | {caught.value.hint}".replace(f"{tmp_path}/", "")
 
 
@@ -44,13 +42,13 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
     assert loaded.training.given()["weight_decay"] == 0.1
     assert "adam_beta1" not in loaded.training.given()
     settled, _ = auto.settle(loaded, upstream.torch.float32)
-    assert upstream.training_arguments(settled).weight_decay == 0.1
-    assert upstream.lora_config(settled).use_rslora is True
+    assert upstream.build_training_arguments(settled).weight_decay == 0.1
+    assert upstream.build_lora_config(settled).use_rslora is True
 
 
 def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "method: qdora\ntraining: {max_steps: 3, adam_beta2: 0.95}\n")
-    (tmp_path / "again.yaml").write_text(yamlfile.dump(loaded.plain()))
+    (tmp_path / "again.yaml").write_text(strict_yaml.dump(loaded.plain()))
     assert recipe_file.load(tmp_path / "again.yaml").plain() == loaded.plain()
 
 
@@ -309,7 +307,7 @@ def test_override_values_are_yaml(tmp_path: Path, value: str, parsed: float) -> 
 
 def test_one_setting_under_its_two_names_is_a_contradiction(tmp_path: Path) -> None:
     said = refusal(tmp_path, MINIMAL + "training: {gradient_checkpointing: true, activation_checkpointing: false}\n")
-    known = "activation_checkpointing" in recipe.Training.model_fields  # older transformers have one name only
+    known = "activation_checkpointing" in keys.Training.model_fields  # older transformers have one name only
     problem = "and training.gradient_checkpointing are one setting" if known else "is not a known key"
     assert said.startswith(f"r.yaml:3: training.activation_checkpointing {problem}")
 
@@ -329,7 +327,7 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
     assert len(recipes) >= 8
     for path in recipes:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
-        auto.check(recipe_file.load(path))
+        auto.try_configurations(recipe_file.load(path))
 
 
 def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_cli.common.errors import UsageError
-from lora_cli.recipe import strict_yaml as yamlfile
+from lora_cli.recipe import strict_yaml
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,17 @@ from lora_cli.recipe import strict_yaml as yamlfile
     ],
 )
 def test_scalars_follow_the_core_schema(text: str, value: object) -> None:
-    parsed = yamlfile.parse(f"key: {text}\n", "x.yaml").data["key"]
+    parsed = strict_yaml.parse(f"key: {text}\n", "x.yaml").data["key"]
     assert parsed == value
     assert type(parsed) is type(value)
 
 
 def test_nan_is_a_number() -> None:
-    assert math.isnan(yamlfile.parse("key: .nan", "x.yaml").data["key"])
+    assert math.isnan(strict_yaml.parse("key: .nan", "x.yaml").data["key"])
 
 
 def test_every_value_knows_its_line() -> None:
-    document = yamlfile.parse("a:\n  b: 1\n  c:\n    - x\n    - y\n", "x.yaml")
+    document = strict_yaml.parse("a:\n  b: 1\n  c:\n    - x\n    - y\n", "x.yaml")
     assert {keys: place.line for keys, place in document.places.items()} == {
         (): 1,
         ("a",): 1,
@@ -72,7 +72,7 @@ def test_every_value_knows_its_line() -> None:
 )
 def test_what_is_not_strict_is_refused_with_its_line(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        yamlfile.parse(text, "x.yaml")
+        strict_yaml.parse(text, "x.yaml")
     assert caught.value.message.startswith(message)
     assert caught.value.hint
 
@@ -88,4 +88,4 @@ scalars = (
 
 @given(st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text("abc", min_size=1), inner)))
 def test_what_is_dumped_parses_to_the_same(data: object) -> None:
-    assert yamlfile.parse(yamlfile.dump({"key": data}), "x.yaml").data == {"key": data}
+    assert strict_yaml.parse(strict_yaml.dump({"key": data}), "x.yaml").data == {"key": data}

@@ -12,19 +12,19 @@ import pytest
 import transformers
 import trl
 
-from lora_cli.recipe import upstream_fields as fields
+from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.keys import NOT_IN_LORA, NOT_IN_TRAINING, Lora, Training
 
 CLASSES = [
-    (peft.LoraConfig, fields.LORA_CONFIG),
-    (transformers.TrainingArguments, fields.TRAINING_ARGUMENTS),
-    (trl.SFTConfig, fields.SFT_CONFIG),
+    (peft.LoraConfig, upstream_fields.LORA_CONFIG),
+    (transformers.TrainingArguments, upstream_fields.TRAINING_ARGUMENTS),
+    (trl.SFTConfig, upstream_fields.SFT_CONFIG),
 ]
 
 
 @pytest.mark.parametrize(("real", "classes"), CLASSES, ids=lambda item: getattr(item, "__name__", ""))
 def test_names_and_literal_defaults_are_the_real_ones(real: type, classes: tuple) -> None:
-    read = fields.read(classes)
+    read = upstream_fields.read_fields(classes)
     own = {field.name: field for field in dataclasses.fields(real) if field.init}
     inherited_from_peft = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
     inherited_from_peft |= {"revision", "inference_mode"}
@@ -37,7 +37,10 @@ def test_names_and_literal_defaults_are_the_real_ones(real: type, classes: tuple
 
 
 def test_every_upstream_field_is_reachable_or_has_its_place_elsewhere() -> None:
-    lora, training = fields.read(fields.LORA_CONFIG).keys(), fields.read(fields.SFT_CONFIG).keys()
+    lora, training = (
+        upstream_fields.read_fields(upstream_fields.LORA_CONFIG).keys(),
+        upstream_fields.read_fields(upstream_fields.SFT_CONFIG).keys(),
+    )
     assert len(lora) >= 30
     assert len(training) >= 120
     assert lora - Lora.model_fields.keys() == NOT_IN_LORA.keys() & lora

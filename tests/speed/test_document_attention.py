@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli.speed import document_attention as attention
-from lora_cli.speed import step_packing as packing
+from lora_cli.speed import document_attention, step_packing
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {
@@ -33,7 +32,7 @@ def pair(family: str, dtype: torch.dtype = torch.float32, **more) -> tuple[PreTr
     torch.manual_seed(0)
     stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).to(dtype).eval()
     ours = copy.deepcopy(stock)
-    assert attention.install(ours)
+    assert document_attention.install(ours)
     assert stock.config._attn_implementation == "sdpa"
     return stock, ours
 
@@ -57,8 +56,10 @@ def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.T
 def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the documents that attended alone, in the order they did."""
     seen: list[int] = []
-    own = attention._alone
-    monkeypatch.setattr(attention, "_alone", lambda *given: seen.append(given[1][0].shape[2]) or own(*given))
+    own = document_attention._attend_one
+    monkeypatch.setattr(
+        document_attention, "_attend_one", lambda *given: seen.append(given[1][0].shape[2]) or own(*given)
+    )
     return seen
 
 
@@ -69,7 +70,7 @@ def test_packed_documents_have_transformers_own_logits_and_gradients(family: str
     for expected, given in zip(run(stock, inputs), run(ours, inputs), strict=True):
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert alone == [5, 1, 40, 18] * 2
-    assert packing.unsuitable(ours) is None
+    assert step_packing.find_unsuitable(ours) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -109,5 +110,5 @@ def test_padded_rows_single_documents_and_generation_are_as_they_were(alone: lis
 def test_other_implementations_are_left_alone() -> None:
     options = {**SHAPE, **FAMILIES["llama"], "vocab_size": 300, "attn_implementation": "eager"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options))
-    assert not attention.install(model)
+    assert not document_attention.install(model)
     assert model.config._attn_implementation == "eager"

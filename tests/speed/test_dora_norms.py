@@ -17,9 +17,9 @@ from transformers import BitsAndBytesConfig
 
 from lora_cli.models import attach
 from lora_cli.models import base as model
-from lora_cli.recipe import load as recipe_file
-from lora_cli.speed import dora_norms as dora
-from lora_cli.train import run as train
+from lora_cli.recipe import load
+from lora_cli.speed import dora_norms
+from lora_cli.train import run
 from tests.networks import IN, OUT, Layers
 
 RANK = 4
@@ -34,7 +34,7 @@ def pair(network: torch.nn.Module, targets: list[str], **options) -> tuple[PeftM
         if "lora_" in name:
             parameter.data += 0.2 * torch.rand_like(parameter) * parameter.abs().mean().clamp(min=0.05)
     factored = copy.deepcopy(stock)
-    assert dora.install(factored) == len(attach.lora_layers(stock))
+    assert dora_norms.install(factored) == len(attach.find_lora_layers(stock))
     return stock, factored
 
 
@@ -110,8 +110,8 @@ def test_training_is_the_same_with_either(
     for name in ("ours", "stock"):
         text = f"method: {method}\noutput_dir: {tmp_path / name}\ntraining: {{logging_steps: 1, max_steps: 6}}\n"
         if name == "stock":
-            monkeypatch.setattr(dora, "install", lambda adapted: 0)
-        train.train(recipe_file.load(write_recipe(text)))
+            monkeypatch.setattr(dora_norms, "install", lambda adapted: 0)
+        run.train(load.load(write_recipe(text)))
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -120,10 +120,10 @@ def test_training_is_the_same_with_either(
 
 def test_norms_are_computed_once_where_they_are_kept_and_anew_after_it() -> None:
     _, factored = pair(Layers(), ["first"])
-    layers = dora.layers(factored)
+    layers = dora_norms.find_layers(factored)
     assert len(layers) == 1
     x, b = torch.randn(3, IN), factored.base_model.model.first.lora_B["default"].weight
-    with dora.norms_kept(layers), _Largest():
+    with dora_norms.keep_norms(layers), _Largest():
         before = factored(x)
         assert layers[0].norms is not None
         b.data *= 3  # what nobody does there, and what shows that they were not computed again

@@ -55,7 +55,7 @@ def test_a_seed_repeats_the_draws_and_evaluation_has_none() -> None:
 
 def test_positions_are_in_order_and_as_many_whatever_they_are() -> None:
     torch.manual_seed(0)
-    draws = [dropout.positions(1000, 0.1) for _ in range(50)]
+    draws = [dropout.draw_positions(1000, 0.1) for _ in range(50)]
     assert len({len(draw) for draw in draws}) == 1
     for draw in draws:
         inside = draw[draw < 1000]
@@ -66,7 +66,7 @@ def test_positions_are_in_order_and_as_many_whatever_they_are() -> None:
 def test_every_adapted_module_gets_it(tiny: Path) -> None:
     config = LoraConfig(target_modules="all-linear", lora_dropout=0.1)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "model"), config)
-    assert dropout.install(adapted) == len(attach.lora_layers(adapted)) == 14
+    assert dropout.install(adapted) == len(attach.find_lora_layers(adapted)) == 14
     assert not any(type(module) is nn.Dropout for module in adapted.modules())
     ids = torch.arange(30)[None]
     for parameter in adapted.parameters():

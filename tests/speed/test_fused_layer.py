@@ -15,10 +15,8 @@ from transformers import BitsAndBytesConfig
 
 from lora_cli.models import attach
 from lora_cli.models import base as model
-from lora_cli.speed import dora_norms as dora
-from lora_cli.speed import install as quick
-from lora_cli.speed.cpu import dropout
-from lora_cli.speed.cpu import fused_layer as fused
+from lora_cli.speed import dora_norms, install
+from lora_cli.speed.cpu import dropout, fused_layer
 from tests.networks import IN, Layers, random_model
 
 TARGETS = ["first", "second", "third"]
@@ -37,8 +35,8 @@ def pair(network: torch.nn.Module, **options) -> tuple[PeftModel, PeftModel]:
             parameter.data += 0.1 * size * torch.randn_like(parameter)
     dropout.install(stock)
     ours = copy.deepcopy(stock)
-    dora.install(ours)
-    assert fused.install(ours) == len(attach.lora_layers(stock))
+    dora_norms.install(ours)
+    assert fused_layer.install(ours) == len(attach.find_lora_layers(stock))
     return stock, ours
 
 
@@ -75,7 +73,7 @@ def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(dtype: torc
     exact = run(stock, torch.float32, half=False)
     found = []
     for each in (stock, ours):
-        for layer in attach.lora_layers(each).values():
+        for layer in attach.find_lora_layers(each).values():
             layer.get_base_layer().to(dtype)
         each.zero_grad()
         found.append(run(each, dtype, half=True))
@@ -89,7 +87,7 @@ def test_small_changes_of_a_magnitude_are_not_lost_to_16_bits() -> None:
     moved = []
     for network in pair(Layers().to(torch.bfloat16), use_dora=True):
         before = run(network, torch.bfloat16, half=True)[0].double()
-        for layer in attach.lora_layers(network).values():
+        for layer in attach.find_lora_layers(network).values():
             layer.lora_magnitude_vector["default"].weight.data *= 1.001
         after = run(network, torch.bfloat16, half=True)[0].double()
         moved.append(((after * before).sum() / before.square().sum() - 1).item())
@@ -117,12 +115,12 @@ def test_on_4_bit_layers_too(tiny: Path, options: dict) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     base = model.load_base(str(tiny / "model"), None, torch.float32, nf4)
     stock, ours = pair(base, **{"target_modules": "all-linear", **options})
-    assert sum(type(layer) is fused.Fused4bit for layer in ours.modules()) == 14
+    assert sum(type(layer) is fused_layer.Fused4bit for layer in ours.modules()) == 14
     ids = torch.arange(8, 40)[None]
     for network in (stock, ours):
         torch.manual_seed(0)
         network.train()(input_ids=ids, labels=ids).loss.backward()
-    pairs = list(zip(attach.trainable(ours), attach.trainable(stock), strict=True))
+    pairs = list(zip(attach.walk_trainable(ours), attach.walk_trainable(stock), strict=True))
     assert len(pairs) == (42 if "use_dora" in options else 28)
     for (name, one), (_, other) in pairs:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4 * other.grad.abs().max().item(), msg=name)
@@ -131,10 +129,10 @@ def test_on_4_bit_layers_too(tiny: Path, options: dict) -> None:
 def test_what_it_does_not_know_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({"lora_bias": True}, {"use_dora": True, "lora_dropout": 0.3}):
         network = get_peft_model(Layers(), LoraConfig(target_modules=["first"], **options))
-        dora.install(network)
-        installed = fused.install(network)
+        dora_norms.install(network)
+        installed = fused_layer.install(network)
         assert installed == (0 if "lora_bias" in options else 1)
-        monkeypatch.setattr(fused._Adapted, "apply", None)
+        monkeypatch.setattr(fused_layer._Adapted, "apply", None)
         network.train()(torch.randn(3, IN)).sum().backward()
         monkeypatch.undo()
 
@@ -145,9 +143,9 @@ def test_models_that_change_their_projections_in_place_train_too(family: dict, o
     base = random_model(**family)
     stock = get_peft_model(base, LoraConfig(target_modules="all-linear", **options))
     ours = copy.deepcopy(stock)
-    quick.install(ours, "cpu")
+    install.install(ours, "cpu")
     ids = torch.arange(8, 40)[None]
     for network in (stock, ours):
         network.train()(input_ids=ids, labels=ids).loss.backward()
-    for (name, one), (_, other) in zip(attach.trainable(ours), attach.trainable(stock), strict=True):
+    for (name, one), (_, other) in zip(attach.walk_trainable(ours), attach.walk_trainable(stock), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from lora_cli.recipe import load as recipe_file
-from lora_cli.speed import loss_head as loss
-from lora_cli.train import run as train
+from lora_cli.recipe import load
+from lora_cli.speed import loss_head
+from lora_cli.train import run
 from tests import networks
 
 VOCABULARY = 307
@@ -84,14 +84,16 @@ def test_every_family_has_the_stock_loss_and_gradients(monkeypatch: pytest.Monke
 
 
 def check(monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict, items: int | None) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 5 * VOCABULARY)  # so that there are several, and a last one that is not full
-    monkeypatch.setattr(loss, "BLOCK", 2 * VOCABULARY)
+    monkeypatch.setattr(
+        loss_head, "CHUNK", 5 * VOCABULARY
+    )  # so that there are several, and a last one that is not full
+    monkeypatch.setattr(loss_head, "BLOCK", 2 * VOCABULARY)
     adapted = get_peft_model(base, LoraConfig(r=4, **options))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     stock = copy.deepcopy(adapted)
-    assert loss.install(adapted.get_base_model()) is None
+    assert loss_head.install(adapted.get_base_model()) is None
     more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
     (theirs, wanted), (ours, found) = gradients(stock, **more), gradients(adapted, **more)
     assert ours == pytest.approx(theirs, rel=1e-6)
@@ -106,7 +108,7 @@ def check(monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict,
 def test_in_half_precision_it_is_as_near_to_float64_as_the_stock_one(dtype: torch.dtype) -> None:
     base = random_model("llama", dtype)
     ours, stock, exact = copy.deepcopy(base), base, copy.deepcopy(base).double()
-    assert loss.install(ours) is None
+    assert loss_head.install(ours) is None
     for model in (ours, stock, exact):
         model.get_output_embeddings().requires_grad_(requires_grad=False)
     (_, found), (_, theirs), (_, wanted) = gradients(ours), gradients(stock), gradients(exact)
@@ -134,12 +136,12 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [HEADS["frozen"], HEADS["adapted"]])
 def test_all_logits_are_never_alive(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 5 * VOCABULARY)
+    monkeypatch.setattr(loss_head, "CHUNK", 5 * VOCABULARY)
     adapted = get_peft_model(random_model("llama"), LoraConfig(r=4, **options))
     with _Largest() as seen:
         gradients(adapted)
     assert seen.largest >= 3 * 40 * VOCABULARY
-    assert loss.install(adapted.get_base_model()) is None
+    assert loss_head.install(adapted.get_base_model()) is None
     with _Largest() as seen:
         gradients(adapted)
     assert 0 < seen.largest <= 5 * VOCABULARY
@@ -147,7 +149,7 @@ def test_all_logits_are_never_alive(monkeypatch: pytest.MonkeyPatch, options: di
 
 def test_a_batch_without_labels_has_the_loss_zero() -> None:
     adapted = get_peft_model(random_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
-    assert loss.install(adapted.get_base_model()) is None
+    assert loss_head.install(adapted.get_base_model()) is None
     given = batch()
     given["labels"][:] = -100
     found = adapted(**given).loss
@@ -158,13 +160,13 @@ def test_a_batch_without_labels_has_the_loss_zero() -> None:
 
 def test_a_model_with_another_loss_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("gemma2")
-    monkeypatch.setattr(loss, "_cap", lambda config: None)  # as if it were a family that lora does not know
+    monkeypatch.setattr(loss_head, "_find_cap", lambda config: None)  # as if it were a family that lora does not know
     own = model.forward
-    assert "its own loss is another" in str(loss.install(model))
+    assert "its own loss is another" in str(loss_head.install(model))
     assert model.forward == own
     model = random_model("mixtral")
     model.config.output_router_logits = True
-    assert "balances experts" in str(loss.install(model))
+    assert "balances experts" in str(loss_head.install(model))
 
 
 @pytest.mark.parametrize("trainer", ["sft", "trainer"])
@@ -178,7 +180,7 @@ def test_training_is_the_same_with_either_head(write_recipe, tmp_path: Path, tra
             f"trainer: {trainer}\noutput_dir: {tmp_path / head}\ndata: {{eval_path: build/tiny/eval.jsonl}}\n"
             f"training: {{{more}loss_head: {head}, logging_steps: 1, gradient_accumulation_steps: 2}}\n"
         )
-        train.train(recipe_file.load(write_recipe(text)))
+        run.train(load.load(write_recipe(text)))
         lines = [json.loads(line) for line in (tmp_path / head / "metrics.jsonl").read_text().splitlines()]
         found[head] = [line.get("loss", line.get("eval_loss")) for line in lines if {"loss", "eval_loss"} & line.keys()]
     assert len(found["stock"]) >= 4

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lora_cli.speed.cpu import rms_norm as norms
+from lora_cli.speed.cpu import rms_norm
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 NORMS = {"llama": 5, "qwen3": 9, "mistral": 5, "granite": 5, "phi3": 5, "gemma2": 0, "gemma3_text": 0}
@@ -39,7 +39,7 @@ def run(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_output_is_llama_s_and_the_gradient_no_farther_from_the_exact_one(dtype: torch.dtype) -> None:
     stock = llama(dtype)
     ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).float()
-    assert norms.install(ours) == 1
+    assert rms_norm.install(ours) == 1
     x = (3 * torch.randn(5, 7, 96, generator=torch.Generator().manual_seed(2))).to(dtype)
     (theirs, by_theirs), (given, by_ours), (_, wanted) = (
         run(each, x.to(each.weight.dtype)) for each in (stock, ours, exact)
@@ -53,7 +53,7 @@ def test_the_output_is_llama_s_and_the_gradient_no_farther_from_the_exact_one(dt
 
 def test_the_gradient_is_that_of_the_formula() -> None:
     norm = llama(torch.float32, 8)
-    norms.install(norm)
+    rms_norm.install(norm)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
     _, found = run(norm, x)
     step, rows = 1e-2, torch.eye(24).view(24, 3, 8)
@@ -76,7 +76,7 @@ def test_families_whose_norm_is_another_keep_it(family: str) -> None:
     config = AutoConfig.for_model(family, **SHAPE, vocab_size=300, num_key_value_heads=2, pad_token_id=0)
     stock = AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(requires_grad=False).eval()
     ours = copy.deepcopy(stock)
-    assert norms.install(ours) == NORMS[family]
+    assert rms_norm.install(ours) == NORMS[family]
     ids = torch.arange(20)[None]
     assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
     state = ours.state_dict()
@@ -90,8 +90,8 @@ def test_families_whose_norm_is_another_keep_it(family: str) -> None:
 
 
 def test_norms_that_are_trained_or_are_not_only_a_weight_are_left() -> None:
-    assert norms.install(llama(torch.float32).requires_grad_()) == 0
-    assert norms.install(nn.LayerNorm(8).requires_grad_(requires_grad=False)) == 0
+    assert rms_norm.install(llama(torch.float32).requires_grad_()) == 0
+    assert rms_norm.install(nn.LayerNorm(8).requires_grad_(requires_grad=False)) == 0
     before = torch.get_rng_state()
-    assert norms.install(llama(torch.float32)) == 1
+    assert rms_norm.install(llama(torch.float32)) == 1
     assert torch.equal(torch.get_rng_state(), before)

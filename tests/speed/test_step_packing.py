@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lora_cli.models.tokenizer import IGNORED
-from lora_cli.recipe import load as recipe_file
-from lora_cli.speed import step_packing as packing
+from lora_cli.recipe import load
+from lora_cli.speed import step_packing
 from lora_cli.train import run as train
 from tests.networks import random_model
 
@@ -24,11 +24,11 @@ from tests.networks import random_model
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(4, 50))
 def test_every_row_is_in_one_sequence_whole(lengths: list[int], capacity: int) -> None:
     rows = [{"input_ids": [number] * length, "labels": [number] * length} for number, length in enumerate(lengths)]
-    made = packing.StepCollator(capacity)(rows)
+    made = step_packing.StepCollator(capacity)(rows)
     assert made["cuts"][0] == 0
     assert made["cuts"][-1] == sum(lengths) == made["input_ids"].shape[1]
     seen = []
-    for part in packing.sequences(made):
+    for part in step_packing.split_sequences(made):
         starts = [*(part["position_ids"][0] == 0).nonzero().flatten().tolist(), part["input_ids"].shape[1]]
         assert part["input_ids"].shape[1] <= capacity or len(starts) == 2
         for start, end in zip(starts, starts[1:]):
@@ -41,7 +41,7 @@ def test_every_row_is_in_one_sequence_whole(lengths: list[int], capacity: int) -
 
 
 def run(write_recipe, folder: Path, text: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    train.train(recipe_file.load(write_recipe(f"output_dir: {folder}\n{text}")))
+    train.train(load.load(write_recipe(f"output_dir: {folder}\n{text}")))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(folder / "adapter" / "adapter_model.safetensors")
 
@@ -82,7 +82,7 @@ def test_a_packed_step_is_the_padded_step(write_recipe, tiny: Path, tmp_path: Pa
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi", "mixtral"])
 def test_models_that_keep_rows_apart_are_packed(family: str, attention: str, dtype: torch.dtype) -> None:
     more = {"head_dim": 16} if family == "qwen3" else {}
-    assert packing.unsuitable(random_model(family, attn_implementation=attention, **more).to(dtype)) is None
+    assert step_packing.find_unsuitable(random_model(family, attn_implementation=attention, **more).to(dtype)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,10 +95,10 @@ def test_models_that_keep_rows_apart_are_packed(family: str, attention: str, dty
     ],
 )
 def test_models_that_do_not_are_padded(family: str, more: dict, dtype: torch.dtype) -> None:
-    assert "see each other" in str(packing.unsuitable(random_model(family, **more).to(dtype)))
+    assert "see each other" in str(step_packing.find_unsuitable(random_model(family, **more).to(dtype)))
 
 
 def test_a_run_on_such_a_model_says_so(write_recipe, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    monkeypatch.setattr(packing, "unsuitable", lambda base: "because")
-    train.train(recipe_file.load(write_recipe("training: {packing: step}\n")))
+    monkeypatch.setattr(step_packing, "find_unsuitable", lambda base: "because")
+    train.train(load.load(write_recipe("training: {packing: step}\n")))
     assert "training.packing = false: because" in capfd.readouterr().err

@@ -59,9 +59,8 @@ def torture(folder: Path) -> None:
 
     from lora_cli.common import files
     from lora_cli.common.errors import LoraError
-    from lora_cli.recipe import load as recipe_file
-    from lora_cli.train import checkpoints
-    from lora_cli.train import disk_space as disk
+    from lora_cli.recipe import load
+    from lora_cli.train import checkpoints, disk_space
     from lora_cli.train import run as train
 
     torch.set_num_threads(1)
@@ -72,7 +71,7 @@ def torture(folder: Path) -> None:
         "training: {max_steps: 3, per_device_train_batch_size: 2, max_length: 64, save_strategy: steps, "
         "save_steps: 1}\n"
     )
-    recipe = recipe_file.load(path)
+    recipe = load.load(path)
     adapter = train.train(recipe)
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     record = files.read_json(run / "record.json")
@@ -84,7 +83,10 @@ def torture(folder: Path) -> None:
     files.write_json(run / "record.json", {**record, "status": "running"})
     kept = folder / "kept"
     run.rename(kept)
-    check, disk.check = disk.check, lambda *_: None  # which refuses such a disk before the run
+    check, disk_space.refuse_too_little = (
+        disk_space.refuse_too_little,
+        lambda *_: None,
+    )  # which refuses such a disk before the run
     for room in rooms:
         shutil.copytree(kept, run)
         ballast, free = folder / "ballast", shutil.disk_usage(folder).free
@@ -95,7 +97,7 @@ def torture(folder: Path) -> None:
             raise AssertionError(f"{room} bytes were enough")
         except LoraError as error:
             assert "MB are missing" in error.message, error.message
-        left = checkpoints.newest(run, record["id"])
+        left = checkpoints.find_newest(run, record["id"])
         assert left is not None and left.step >= 2  # 3 where it was the adapter that did not fit
         before += left.step == 2
         assert not (run / checkpoints.STAGING).exists()
@@ -103,7 +105,7 @@ def torture(folder: Path) -> None:
         adapter = train.train(recipe, resume=True)
         assert (adapter / "adapter_model.safetensors").read_bytes() == whole
         shutil.rmtree(run)
-    disk.check = check
+    disk_space.refuse_too_little = check
     assert before > len(rooms) / 2
     print(
         f"{len(rooms)} boundaries: each told in one message, {before} resumed from the checkpoint before and the rest"

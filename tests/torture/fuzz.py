@@ -184,18 +184,22 @@ class Recipes:
     """Recipes: the shipped ones damaged as bytes, or with any of all keys set to anything."""
 
     def __init__(self, folder: Path) -> None:
-        from lora_cli.recipe import keys as recipe
+        from lora_cli.recipe import keys, strict_yaml
         from lora_cli.recipe import load as recipe_file
-        from lora_cli.recipe import strict_yaml as yamlfile
 
-        self.folder, self.load, self.check, self.dump = folder, recipe_file.load, auto.check, yamlfile.dump
+        self.folder, self.load, self.check, self.dump = (
+            folder,
+            recipe_file.load,
+            auto.try_configurations,
+            strict_yaml.dump,
+        )
         self.valid = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         for path in (ROOT / "configs").glob("*.yaml"):
             shutil.copy(path, folder)
-        sections = {"model": recipe.Model, "lora": recipe.Lora, "data": recipe.Data, "training": recipe.Training}
+        sections = {"model": keys.Model, "lora": keys.Lora, "data": keys.Data, "training": keys.Training}
         self.keys = {name: list(kind.model_fields) for name, kind in sections.items()}
-        self.known = [key for keys in self.keys.values() for key in keys] + list(recipe.Recipe.model_fields)
-        self.plain = [yamlfile.parse(text.decode(), "x").data for text in self.valid]
+        self.known = [key for keys in self.keys.values() for key in keys] + list(keys.Recipe.model_fields)
+        self.plain = [strict_yaml.parse(text.decode(), "x").data for text in self.valid]
 
     def run(self, number: int) -> None:
         """Case `number`."""
@@ -301,10 +305,10 @@ class Adapters:
         sys.path.insert(0, str(ROOT / "tests" / "contract"))
         import test_bad_artefacts
 
-        from lora_cli.merge import merge as fold
-        from lora_cli.models import adapter_folder as record
+        from lora_cli.merge import merge
+        from lora_cli.models import adapter_folder
 
-        self.folder, self.merge, self.read = folder, fold.merge_adapter, record.read_adapter
+        self.folder, self.merge, self.read = folder, merge.merge_adapter, adapter_folder.read_adapter
         with contextlib.redirect_stderr(io.StringIO()):
             self.base = test_bad_artefacts.base(folder, hidden_size=16, intermediate_size=16, vocab_size=512)
             self.adapter = test_bad_artefacts.adapter(self.base)
@@ -345,7 +349,7 @@ def resident() -> int:
 
 def tried(run: Callable[[int], None], number: int) -> Outcome:
     """One case, with its time and memory limited."""
-    from lora_cli.common import library_errors as foreign
+    from lora_cli.common import library_errors
     from lora_cli.common.errors import LoraError
 
     def late(*_: object) -> None:
@@ -364,7 +368,7 @@ def tried(run: Callable[[int], None], number: int) -> Outcome:
     except Hang:
         kind, text = "hang", traceback.format_exc()
     except Exception as error:
-        known = foreign.translate(error)
+        known = library_errors.translate(error)
         kind = (
             "memory"
             if known and known.message.startswith("out of memory")

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402, F401
 
-from lora_cli.recipe import load as recipe_file  # noqa: E402
+from lora_cli.recipe import load  # noqa: E402
 from lora_cli.train import run as train  # noqa: E402
 from lora_cli.train.resume import Resumable  # noqa: E402
 
@@ -80,7 +80,7 @@ def child(path: Path, pipe: int, log: Path) -> None:
         os.write(pipe, b")")
 
     Resumable._save_checkpoint = told  # type: ignore[method-assign]
-    recipe = recipe_file.load(path)
+    recipe = load.load(path)
     train.train(recipe, resume=(Path(recipe.output_dir) / "record.json").is_file())
 
 

@@ -22,13 +22,13 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from lora_cli.recipe import load as recipe_file  # noqa: E402
-from lora_cli.train import run as train  # noqa: E402
+from lora_cli.recipe import load  # noqa: E402
+from lora_cli.train import run  # noqa: E402
 
 
 def readings(steps: int, after: int) -> list[float]:
     """Resident MiB after each `after` steps of a run."""
-    found, process, inner = list[float](), psutil.Process(), train.Watch.on_step_end
+    found, process, inner = list[float](), psutil.Process(), run.Watch.on_step_end
 
     def read(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         inner(self, args, state, control, **kwargs)
@@ -36,7 +36,7 @@ def readings(steps: int, after: int) -> list[float]:
             found.append(process.memory_info().rss / 2**20)
             print(f"step {state.global_step}: {found[-1]:.1f} MiB", flush=True)
 
-    train.Watch.on_step_end = read  # type: ignore[method-assign]
+    run.Watch.on_step_end = read  # type: ignore[method-assign]
     tiny = ROOT / "build" / "tiny"
     with tempfile.TemporaryDirectory(prefix="rss-") as folder:
         os.environ["LORA_CACHE_DIR"] = f"{folder}/cache"
@@ -49,8 +49,8 @@ def readings(steps: int, after: int) -> list[float]:
             f"save_strategy: steps, save_steps: {after // 2}, eval_strategy: steps, "
             f"eval_steps: {after // 2}}}\n"
         )
-        train.train(recipe_file.load(path))
-    train.Watch.on_step_end = inner  # type: ignore[method-assign]
+        run.train(load.load(path))
+    run.Watch.on_step_end = inner  # type: ignore[method-assign]
     return found
 
 

@@ -21,17 +21,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Conf
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.doctor import oracle
 from lora_cli.merge.merge import merge
-from lora_cli.models import adapter_folder as record
-from lora_cli.models import attach, four_bit, patterns, targets
-from lora_cli.models import base as model
-from lora_cli.models import init_weights as initial
+from lora_cli.models import (
+    adapter_folder,
+    attach,
+    base,
+    four_bit,
+    init_weights,
+    patterns,
+    targets,
+    token_rows,
+    trained_on,
+)
 from lora_cli.models import probes as verify
-from lora_cli.models import token_rows as tokens
 from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models import trained_on as origin
-from lora_cli.recipe import keys as recipe
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import run as train
+from lora_cli.recipe import keys, load
+from lora_cli.train import run
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
 ATTENTION = {"q_proj": (H, H), "k_proj": (H, KV), "v_proj": (H, KV), "o_proj": (H, H)}
@@ -208,7 +212,7 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     row = CASES[name]
     path = write_recipe(f"lora:\n  r: 4\n  {row.lora}\n{row.more}\n")
     overrides = [f"model.name_or_path={bases(row.base)}", "training.learning_rate=1e-2"]
-    adapter = train.train(recipe_file.load(path, overrides))
+    adapter = run.train(load.load(path, overrides))
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert {
         key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in tensors.items()
@@ -218,14 +222,14 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["init_lora_weights"], settings["inference_mode"]) == (True, True)
 
-    info = record.read_adapter(adapter)
+    info = adapter_folder.read_adapter(adapter)
     tokenizer = tokenizing.load_tokenizer(str(adapter))
-    probes = verify.probes(tokenizer)
+    probes = verify.make_probes(tokenizer)
 
     def last(network: torch.nn.Module) -> torch.Tensor:
-        return torch.stack([rows[-1] for rows in verify.logits(network, probes)])
+        return torch.stack([rows[-1] for rows in verify.compute_logits(network, probes)])
 
-    base = origin.load_base(info)
+    base = trained_on.load_base(info)
     if "added tokens" in name:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     start = last(base)
@@ -384,7 +388,7 @@ def test_what_matches_nothing_or_cannot_be_merged_is_refused(write_recipe, bases
     lora, base, message, hint = WRONG[name]
     path = write_recipe(f"lora:\n  {lora}\n")
     with pytest.raises(UsageError) as caught:
-        train.train(recipe_file.load(path, [f"model.name_or_path={bases(base)}"]))
+        run.train(load.load(path, [f"model.name_or_path={bases(base)}"]))
     where, _, said = caught.value.message.partition(": ")
     assert (said, caught.value.hint) == (message.format(base=bases(base)), hint)
     line = int(where.rpartition(":")[2])
@@ -394,7 +398,7 @@ def test_what_matches_nothing_or_cannot_be_merged_is_refused(write_recipe, bases
 def test_every_problem_is_said_at_once(write_recipe) -> None:
     lora = "target_modules: [q_prj]\n  exclude_modules: [nothing]\n  modules_to_save: [haed]"
     with pytest.raises(UsageError) as caught:
-        train.train(recipe_file.load(write_recipe(f"lora:\n  {lora}\n")))
+        run.train(load.load(write_recipe(f"lora:\n  {lora}\n")))
     lines = caught.value.message.splitlines()
     assert lines[0].startswith("3 problems with lora on ")
     hints = ["did you mean q_proj?", "lora.target_modules: all-linear", "leave it out"]
@@ -420,7 +424,7 @@ def test_a_regular_expression_that_never_ends_is_stopped(
 ) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     with pytest.raises(UsageError, match=f"lora.{field}: '.*' takes over 0.5 s to match 32 names"):
-        train.train(recipe_file.load(write_recipe(f"lora:\n  {lora}\n")))
+        run.train(load.load(write_recipe(f"lora:\n  {lora}\n")))
 
 
 @pytest.mark.parametrize("base", ["tiny", "qwen", "tied", "moe", "conv"])
@@ -438,8 +442,8 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
     network = AutoModelForCausalLM.from_pretrained(bases(base))
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
     names = [name for name, _ in network.named_modules()]
-    resolved = targets.resolve(network, config)
-    expected = (targets.targeted_modules(resolved, names), targets.targeted_parameters(resolved, network))
+    resolved = targets.resolve_targets(network, config)
+    expected = (targets.find_targeted_modules(resolved, names), targets.find_targeted_parameters(resolved, network))
     if not expected[0]:
         with pytest.raises(ValueError, match="not found in the base model"):
             get_peft_model(network, config)
@@ -455,14 +459,14 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
 def test_a_token_the_tokenizer_has_is_refused(write_recipe) -> None:
     path = write_recipe("model: {add_tokens: ['<|user|>']}\n")
     with pytest.raises(UsageError, match=r"model.add_tokens: the tokenizer has '<\|user\|>' already"):
-        train.train(recipe_file.load(path))
+        run.train(load.load(path))
 
 
 def test_embeddings_never_shrink(tiny: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    tokens.grow(network, 100)
+    token_rows.grow_embeddings(network, 100)
     assert network.get_input_embeddings().num_embeddings == VOCAB
-    tokens.grow(network, VOCAB + 3)
+    token_rows.grow_embeddings(network, VOCAB + 3)
     assert network.get_output_embeddings().weight.shape[0] == VOCAB + 3
 
 
@@ -473,7 +477,7 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
         f"data: {{path: {tmp_path / 'rows.jsonl'}}}\ntraining: {{max_steps: 200, learning_rate: 3e-3}}\n"
         "model: {add_tokens: [lighthouse, '<tool>'], add_special_tokens: ['<|mark|>']}\n"
     )
-    adapter = train.train(recipe_file.load(path))
+    adapter = run.train(load.load(path))
     tokenizer = tokenizing.load_tokenizer(str(adapter))
     assert tokenizer("<tool> lighthouse <|mark|>", add_special_tokens=False)["input_ids"][0] == VOCAB + 1
     assert tokenizer.decode([VOCAB, VOCAB + 2], skip_special_tokens=True).strip() == "lighthouse"
@@ -500,21 +504,21 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
 def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monkeypatch, lora: str, base: str) -> None:
     text = f"lora: {{r: 4, {lora}}}\ntraining: {{save_strategy: steps, save_steps: 1}}\n"
     model_override = [f"model.name_or_path={bases(base)}"]
-    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
+    whole = run.train(load.load(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
     path = write_recipe(f"{text}output_dir: {tmp_path / 'b'}\n")
-    ended = train.Watch.on_step_end
+    ended = run.Watch.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         ended(self, args, state, control, **kwargs)
         if state.global_step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Watch, "on_step_end", interrupted)
+    monkeypatch.setattr(run.Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(recipe_file.load(path, model_override))
+        run.train(load.load(path, model_override))
     monkeypatch.undo()
     torch.manual_seed(99)  # nothing may hang on what the process drew before
-    resumed = train.train(recipe_file.load(path, model_override), resume=True)
+    resumed = run.train(load.load(path, model_override), resume=True)
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -524,24 +528,24 @@ def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monk
 
 def test_eva_gets_batches_it_can_use(write_recipe) -> None:
     rows = [{"input_ids": [1] * 6, "labels": [-100] * 4 + [1] * 2}] * 40
-    sizes = [len(batch) for batch in initial._batches(rows, lambda batch: batch, needed=10)]
+    sizes = [len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=10)]
     assert sizes == [8] * 5
-    assert [len(batch) for batch in initial._batches(rows, lambda batch: batch, needed=50)] == [25]
+    assert [len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=50)] == [25]
     path = write_recipe("lora: {init_lora_weights: eva}\ndata: {max_rows: 5}\n")
     with pytest.raises(UsageError, match="eva needs at least 8 rows, there are 5"):
-        train.train(recipe_file.load(path))
+        run.train(load.load(path))
 
 
 def test_eva_counts_the_largest_rank(write_recipe) -> None:
     lora = "lora: {r: 2, init_lora_weights: eva, rank_pattern: {q_proj: 200}, eva_config: {rho: 20.0}}"
     with pytest.raises(UsageError, match="eva needs 4000 trained tokens"):
-        train.train(recipe_file.load(write_recipe(f"{lora}\n")))
+        run.train(load.load(write_recipe(f"{lora}\n")))
 
 
 def test_conv1d_is_not_stored_in_4_bits(write_recipe, bases) -> None:
     path = write_recipe("method: qlora\n")
     with pytest.raises(LoraError, match=r"keeps its weights the other way round \(Conv1D\)"):
-        train.train(recipe_file.load(path, [f"model.name_or_path={bases('gpt2')}"]))
+        run.train(load.load(path, [f"model.name_or_path={bases('gpt2')}"]))
 
 
 def test_one_wrong_row_of_the_vocabulary_is_noticed() -> None:
@@ -549,36 +553,36 @@ def test_one_wrong_row_of_the_vocabulary_is_noticed() -> None:
     before = [torch.randn(4, 512)]
     after = [before[0].clone()]
     after[0][:, 7] += 0.3
-    difference = verify.compare(before, after)
+    difference = verify.compare_logits(before, after)
     assert difference.mean_kl < verify.TRAINED_KL[torch.float32]  # which would not
-    assert difference.max_abs > 10 * verify.limit(difference, torch.float32)
+    assert difference.max_abs > 10 * verify.rounding_limit(difference, torch.float32)
 
 
 def test_an_optimiser_that_is_not_there_is_an_error_of_ours(write_recipe) -> None:
     path = write_recipe("training: {loraplus_lr_ratio: 4, optim: galore_adamw}\n")
     with pytest.raises(LoraError, match=r"training\.optim: .*galore"):
-        train.train(recipe_file.load(path))
+        run.train(load.load(path))
 
 
 def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_path: Path, tiny: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    probes = verify.probes(tokenizing.load_tokenizer(str(tiny / "model")))
-    exact = torch.cat(verify.logits(original, probes))
+    probes = verify.make_probes(tokenizing.load_tokenizer(str(tiny / "model")))
+    exact = torch.cat(verify.compute_logits(original, probes))
     errors = {}
     for init in ("true", "loftq"):
         lora = f"lora: {{r: 32, lora_alpha: 64, init_lora_weights: {init}}}"
         path = write_recipe(
             f"method: qlora\n{lora}\noutput_dir: {tmp_path / init}\ntraining: {{learning_rate: 1e-30}}\n"
         )
-        adapter = train.train(recipe_file.load(path))
-        started = attach.load_adapter(origin.load_base(record.read_adapter(adapter)), adapter)
-        errors[init] = (torch.cat(verify.logits(started, probes)) - exact).pow(2).mean().sqrt().item()
+        adapter = run.train(load.load(path))
+        started = attach.load_adapter(trained_on.load_base(adapter_folder.read_adapter(adapter)), adapter)
+        errors[init] = (torch.cat(verify.compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
     assert errors["loftq"] < 0.8 * errors["true"]
 
 
 def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    began = train.Watch.on_train_begin
+    began = run.Watch.on_train_begin
 
     def look(self, args, state, control, **kwargs):
         names = {id(parameter): name for name, parameter in kwargs["model"].named_parameters()}
@@ -586,9 +590,9 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
             seen.extend((names[id(p)], group["initial_lr"], group["weight_decay"]) for p in group["params"])
         began(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(train.Watch, "on_train_begin", look)
+    monkeypatch.setattr(run.Watch, "on_train_begin", look)
     lora = "lora: {target_modules: [embed_tokens, q_proj]}"
-    train.train(recipe_file.load(write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")))
+    run.train(load.load(write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")))
     rates = {name: (rate, decay) for name, rate, decay in seen}
     assert len(rates) == len(seen) == 6
     for name, (rate, decay) in rates.items():
@@ -597,13 +601,13 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
 
 
 def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe.Quantization(bnb_4bit_compute_dtype="float32").given()
-    config = train.upstream.BitsAndBytesConfig(load_in_4bit=True, **config)
-    monkeypatch.setattr(four_bit, "misreads", lambda length: length == 512)
+    config = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
+    config = run.upstream.BitsAndBytesConfig(load_in_4bit=True, **config)
+    monkeypatch.setattr(four_bit, "test_misreading", lambda length: length == 512)
     with pytest.raises(
         LoraError, match="reads 4-bit rows of 512 weights wrongly .* in 2 modules, the first "
     ) as caught:
-        model.load_base(str(bases("tiny")), None, torch.float32, config)
+        base.load_base(str(bases("tiny")), None, torch.float32, config)
     assert caught.value.hint.endswith("'quantization.llm_int8_skip_modules=[lm_head, down_proj]'")
 
 
@@ -612,4 +616,4 @@ def test_misread_rows_are_found_by_what_they_are(bases) -> None:
     for length in (16, 32, 48, 62, 64, 80, 96, 128, 144, 192, 200, 208):
         torch.manual_seed(0)
         wrong = oracle.compare_nf4(torch.randn(8, length))["values"] > 0
-        assert four_bit.misreads(length) == wrong, length
+        assert four_bit.test_misreading(length) == wrong, length

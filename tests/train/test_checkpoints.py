@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from lora_cli.common.errors import LoraError
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import checkpoints, lock, run_folder
-from lora_cli.train import random_state as rng
+from lora_cli.recipe import load
+from lora_cli.train import checkpoints, lock, random_state, run_folder
 from lora_cli.train import run as train
 from lora_cli.train.signals import Signals
 
@@ -38,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
         "training: {max_steps: 4, per_device_train_batch_size: 2, save_strategy: steps, save_steps: 1, "
         f"save_total_limit: 3, max_length: 64}}\noutput_dir: {folder / 'run'}\n"
     )
-    train.train(recipe_file.load(path))
+    train.train(load.load(path))
     return folder / "run"
 
 
@@ -81,7 +80,7 @@ def test_every_damage_of_every_file_is_seen_and_the_one_before_is_taken(trained:
             if kind == "of another step" and before.read_bytes() == target.read_bytes():
                 continue  # the tokenizer's files are the same
             damage(target, before)
-            found = checkpoints.newest(folder, run)
+            found = checkpoints.find_newest(folder, run)
             assert found is not None and found.step == 3, (name, kind)
             said = capsys.readouterr().err
             assert said.startswith("  checkpoint-4 skipped: ") and said.count("\n") == 1, (name, kind, said)
@@ -89,7 +88,7 @@ def test_every_damage_of_every_file_is_seen_and_the_one_before_is_taken(trained:
             shutil.copytree(trained / "checkpoint-4", folder / "checkpoint-4")
             seen += 1
     assert seen > 100
-    found = checkpoints.newest(folder, run)
+    found = checkpoints.find_newest(folder, run)
     assert found is not None and found.step == 4
 
 
@@ -100,9 +99,9 @@ def test_no_flipped_bit_of_a_manifest_is_overlooked(trained: Path, tmp_path: Pat
     whole = manifest.read_bytes()
     for at in range(0, len(whole), 5):
         flipped(manifest, at)
-        assert isinstance(checkpoints.read(folder, run), checkpoints.Unusable), at
+        assert isinstance(checkpoints.read_checkpoint(folder, run), checkpoints.Unusable), at
         manifest.write_bytes(whole)
-    assert isinstance(checkpoints.read(folder, run), checkpoints.Checkpoint)
+    assert isinstance(checkpoints.read_checkpoint(folder, run), checkpoints.Checkpoint)
 
 
 def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(trained: Path, tmp_path: Path, capsys) -> None:
@@ -115,8 +114,8 @@ def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(trained: Path
     (folder / "checkpoint-8" / "model.safetensors").write_bytes(b"what Trainer would prefer")
     other = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-9")
-    (folder / "checkpoint-9" / "manifest.json").write_text(checkpoints._manifest("another", 9, other["files"]))
-    found = checkpoints.newest(folder, run)
+    (folder / "checkpoint-9" / "manifest.json").write_text(checkpoints._make_manifest("another", 9, other["files"]))
+    found = checkpoints.find_newest(folder, run)
     assert found is not None and found.folder.name == "checkpoint-4"
     assert capsys.readouterr().err.splitlines() == [
         "  checkpoint-9 skipped: it belongs to another run",
@@ -133,11 +132,11 @@ def test_a_whole_checkpoint_of_a_lost_best_model_is_not_taken(trained: Path, tmp
     state = folder / "checkpoint-4" / "trainer_state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "best_global_step": 2}))
     (folder / "checkpoint-4" / "manifest.json").unlink()
-    checkpoints._seal(folder / "checkpoint-4", run, 4)
-    found = checkpoints.newest(folder, run)
+    checkpoints._seal_folder(folder / "checkpoint-4", run, 4)
+    found = checkpoints.find_newest(folder, run)
     assert found is not None and found.step == 4
     shutil.rmtree(folder / "checkpoint-2")
-    found = checkpoints.newest(folder, run)
+    found = checkpoints.find_newest(folder, run)
     assert found is not None and found.step == 3
     assert "checkpoint-4 skipped: the best model so far, checkpoint-2, is missing" in capsys.readouterr().err
 
@@ -152,13 +151,13 @@ def test_rotation_deletes_only_this_run_s_own(trained: Path, tmp_path: Path) -> 
     for name in ("checkpoint-1", "checkpoint-1000", "checkpoint-best"):
         (folder / name).mkdir()
     foreign = ["checkpoint-1", "checkpoint-1000", "checkpoint-best"]
-    checkpoints.rotate(folder, run, None, newest=4, best=None)
-    checkpoints.rotate(folder, "another run", 1, newest=4, best=None)
+    checkpoints.delete_old(folder, run, None, newest=4, best=None)
+    checkpoints.delete_old(folder, "another run", 1, newest=4, best=None)
     assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-3", "checkpoint-4"])
-    checkpoints.rotate(folder, run, 2, newest=4, best=2)
+    checkpoints.delete_old(folder, run, 2, newest=4, best=2)
     assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-4"])
     (folder / "checkpoint-4" / "optimizer.pt").unlink()  # so that the run went on from an earlier one
-    checkpoints.rotate(folder, run, 1, newest=2, best=None)
+    checkpoints.delete_old(folder, run, 1, newest=2, best=None)
     assert left() == sorted([*foreign, "checkpoint-2"])
 
 
@@ -172,21 +171,21 @@ def test_generators_go_on_where_they_were() -> None:
 
     random.gauss(0, 1)  # leaves its second number for the next call
     np.random.normal()
-    state = json.loads(json.dumps(rng.capture()))
+    state = json.loads(json.dumps(random_state.capture_state()))
     first = drawn()
     assert drawn() != first
-    rng.restore(state)
+    random_state.restore_state(state)
     assert drawn() == first
 
 
 def test_a_run_has_one_owner(trained: Path, tmp_path: Path, write_recipe) -> None:
-    recipe = recipe_file.load(write_recipe())
+    recipe = load.load(write_recipe())
     Path(recipe.output_dir).mkdir()
     (heard, told), (ended, end) = os.pipe(), os.pipe()
     owner = os.fork()
     if not owner:
         os.close(end)
-        with lock.held(Path(recipe.output_dir)):
+        with lock.hold_folder(Path(recipe.output_dir)):
             if not os.fork():  # as a data loader's worker: its copy of the lock must not count
                 os.write(told, b"x")
             os.read(ended, 1)  # until the test closes the other end
@@ -204,7 +203,7 @@ def test_a_run_has_one_owner(trained: Path, tmp_path: Path, write_recipe) -> Non
 
 
 def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None:
-    recipe = recipe_file.load(write_recipe())
+    recipe = load.load(write_recipe())
     folder = Path(recipe.output_dir)
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -222,24 +221,24 @@ def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None
 
 def test_a_changed_recipe_is_refused_unless_it_may_change(write_recipe, tmp_path: Path, capsys) -> None:
     path = write_recipe(STEPS)
-    train.train(recipe_file.load(path))
+    train.train(load.load(path))
     longer = ["training.max_steps=6"]
     with pytest.raises(LoraError, match=r"differs from the run in .*: training.max_steps 4 -> 6") as caught:
-        train.train(recipe_file.load(path, longer), resume=True)
+        train.train(load.load(path, longer), resume=True)
     assert caught.value.hint == "undo the change, or allow it: --allow-changes training.max_steps"
     with pytest.raises(LoraError, match="lora.r: a resumed run cannot change it"):
-        train.train(recipe_file.load(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
+        train.train(load.load(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
     with pytest.raises(LoraError, match=r"run: lora.r 16 -> 4$") as caught:
-        train.train(recipe_file.load(path, [*longer, "lora.r=4"]), resume=True, allowed=["training.max_steps"])
+        train.train(load.load(path, [*longer, "lora.r=4"]), resume=True, allowed=["training.max_steps"])
     capsys.readouterr()
-    train.train(recipe_file.load(path, longer), resume=True, allowed=["training.max_steps"])
+    train.train(load.load(path, longer), resume=True, allowed=["training.max_steps"])
     assert "resuming from" in (said := capsys.readouterr().err) and "checkpoint-4" in said
     run = tmp_path / "run"
     written = json.loads((run / "record.json").read_text())
     assert (written["results"]["steps"], written["changed"]) == (6, ["training.max_steps 4 -> 6"])
     assert sorted(path.name for path in run.glob("adapter*")) == ["adapter", "adapter-4"]
     with pytest.raises(LoraError, match="is finished"):
-        train.train(recipe_file.load(path, longer), resume=True)
+        train.train(load.load(path, longer), resume=True)
 
 
 def test_what_may_change_is_in_every_recipe() -> None:
@@ -285,7 +284,7 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
         recipe = folder / "recipe.yaml"
         assert f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n" in said
         assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
-    resolved = recipe_file.load(recipe, [f"training.max_steps={max(saved) + 1}"])
+    resolved = load.load(recipe, [f"training.max_steps={max(saved) + 1}"])
     train.train(resolved, resume=True, allowed=["training.max_steps"])
 
 
@@ -307,8 +306,8 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
         "learning_rate: 3.0, lr_scheduler_type: constant_with_warmup, warmup_steps: 4, load_best_model_at_end: true, "
         "save_total_limit: 1}\n"
     )
-    whole = train.train(recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
-    recipe = recipe_file.load(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
+    whole = train.train(load.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
+    recipe = load.load(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
     inner = train.WatchedSFTTrainer.training_step
 
     def third(self, *args, **kwargs):

@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 
-from lora_cli.recipe import load as recipe_file
-from lora_cli.train import checkpoints
-from lora_cli.train import run as train
+from lora_cli.recipe import load
+from lora_cli.train import checkpoints, run
 from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Boundaries
 from lora_cli.train.trainers import _Watched
@@ -148,13 +147,13 @@ def facts(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
 def test_a_stopped_run_resumes_to_the_same_bytes(
     row: dict[str, str], write_recipe, tiny: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    train.train(recipe_file.load(write_recipe(recipe_text(row, tiny, tmp_path / "whole"))))
-    recipe = recipe_file.load(write_recipe(recipe_text(row, tiny, tmp_path / "stopped")))
+    run.train(load.load(write_recipe(recipe_text(row, tiny, tmp_path / "whole"))))
+    recipe = load.load(write_recipe(recipe_text(row, tiny, tmp_path / "stopped")))
     with monkeypatch.context() as patch:
         interrupt(patch, row)
         with pytest.raises((SystemExit, KilledError)):
-            train.train(recipe)
-    train.train(recipe, resume=True)
+            run.train(recipe)
+    run.train(recipe, resume=True)
     assert facts(tmp_path / "stopped") == facts(tmp_path / "whole")
 
 

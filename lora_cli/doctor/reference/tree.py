@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.doctor.reference import layers as kinds
+from lora_cli.doctor.reference import layers
 from lora_cli.doctor.reference.layers import DoRA, LoRALayer
 
 Bias = Literal["none", "all", "lora_only"]
 Rule = str | Sequence[str]
-LORA = {nn.Linear: kinds.LoRALinear, nn.Embedding: kinds.LoRAEmbedding, nn.Conv2d: kinds.LoRAConv2d}
-DORA = {nn.Linear: kinds.DoRALinear, nn.Embedding: kinds.DoRAEmbedding, nn.Conv2d: kinds.DoRAConv2d}
+LORA = {nn.Linear: layers.LoRALinear, nn.Embedding: layers.LoRAEmbedding, nn.Conv2d: layers.LoRAConv2d}
+DORA = {nn.Linear: layers.DoRALinear, nn.Embedding: layers.DoRAEmbedding, nn.Conv2d: layers.DoRAConv2d}
 PREFIX = "base_model.model."
 """What PEFT puts before module names in adapter files."""
 

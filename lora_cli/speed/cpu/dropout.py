@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_cli.models import attach
 
 
-def positions(size: int, p: float) -> Tensor:
+def draw_positions(size: int, p: float) -> Tensor:
     """Which of `size` elements are dropped (int64, ascending), each with probability 0 < p < 1, by torch's generator.
 
     The last entries are `size`, which stands for none: how many numbers are drawn does not depend on what they are.
@@ -30,7 +30,7 @@ def positions(size: int, p: float) -> Tensor:
     return apart.long().add_(1).cumsum_(0).sub_(1).clamp_(max=size)
 
 
-def without(x: Tensor, dropped: Tensor) -> Tensor:
+def drop_positions(x: Tensor, dropped: Tensor) -> Tensor:
     """A copy of x with zeros at the `positions` that are dropped; it has room behind it for the one that is none."""
     room = x.new_empty(x.numel() + 1)
     copy = room[:-1].view(x.shape).copy_(x)
@@ -45,7 +45,7 @@ class QuickDropout(nn.Dropout):
         """`x` with a share p of its elements zero and the others larger, in training; else `x`."""
         if not self.training or not self.p:
             return x
-        return _Dropped.apply(x, positions(x.numel(), self.p), 1 / (1 - self.p))
+        return _Dropped.apply(x, draw_positions(x.numel(), self.p), 1 / (1 - self.p))
 
 
 class _Dropped(torch.autograd.Function):
@@ -55,18 +55,18 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropped: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(dropped)
         ctx.scale = scale
-        return without(x, dropped).mul_(scale)
+        return drop_positions(x, dropped).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         (dropped,) = ctx.saved_tensors
-        return without(above[0], dropped).mul_(ctx.scale), None, None
+        return drop_positions(above[0], dropped).mul_(ctx.scale), None, None
 
 
 def install(adapted: PeftModel) -> int:
     """Let adapters on a CPU drop out with it; returns how many do."""
     installed = 0
-    for layer in attach.lora_layers(adapted).values():
+    for layer in attach.find_lora_layers(adapted).values():
         for name, dropout in getattr(layer, "lora_dropout", {}).items():
             if type(dropout) is nn.Dropout and layer.get_base_layer().weight.device.type == "cpu":
                 layer.lora_dropout[name] = QuickDropout(dropout.p)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.models import attach
-from lora_cli.speed import dora_norms as dora
+from lora_cli.speed import dora_norms
 from lora_cli.speed.cpu import dropout
 
 
@@ -59,14 +59,14 @@ class _Adapted(torch.autograd.Function):
         bias: Tensor | None,
         magnitude: Tensor | None,
         base: Frozen,
-        norms: dora.FactoredDora | None,
+        norms: dora_norms.FactoredDora | None,
         scaling: float,
         p: float,
     ) -> Tensor:
         kind, weight, scale = base.dtype, base.matrix(), scaling / (1 - p)
         seen, first, second = x.to(kind), lora_A.to(kind), (lora_B * scale).to(kind)
-        dropped = dropout.positions(x.numel(), p) if p else None
-        low = functional.linear(seen if dropped is None else dropout.without(seen, dropped), first)
+        dropped = dropout.draw_positions(x.numel(), p) if p else None
+        low = functional.linear(seen if dropped is None else dropout.drop_positions(seen, dropped), first)
         shift, kept = None if bias is None else bias.float(), (None, None, None)
         made = functional.linear(low, second, None if shift is None or norms is not None else shift.to(kind))
         made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
@@ -74,7 +74,7 @@ class _Adapted(torch.autograd.Function):
         if norms is not None:
             found = norms.norms_now(lambda: weight, lora_A, lora_B, scaling)
             factor = norms.weight.float() / found
-            given, kept = _by_column(made, factor, shift), (factor, found, made)
+            given, kept = _scale_columns(made, factor, shift), (factor, found, made)
         ctx.save_for_backward(seen, low, first, second, dropped, *kept)
         ctx.given = x.dtype, lora_A.dtype, base, scale
         return given
@@ -88,33 +88,44 @@ class _Adapted(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             by_bias = gradient.sum(0, dtype=torch.float32).to(kind)
         if factor is not None:
-            by_magnitude, gradient = _along(gradient, made) / found, _by_column(gradient, factor)
+            by_magnitude, gradient = _sum_products(gradient, made) / found, _scale_columns(gradient, factor)
         by_low = gradient @ second
         if ctx.needs_input_grad[0]:
             by_x = by_low @ first
-            by_x = by_x if dropped is None else dropout.without(by_x, dropped)
+            by_x = by_x if dropped is None else dropout.drop_positions(by_x, dropped)
             by_x = by_x.addmm_(gradient, base.matrix()).to(dtype).view_as(seen)
-        rows = rows if dropped is None else dropout.without(rows, dropped)
+        rows = rows if dropped is None else dropout.drop_positions(rows, dropped)
         by_A, by_B = (by_low.T @ rows).to(kind), (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
         return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None
 
 
-def _by_column(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
+def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
     """f x + b for x (… × out), f and b (out, float32): in one pass, as batch norm does it where it trains nothing."""
     made, none = torch.empty_like(x), torch.empty(0)
     given = factor, shift, torch.zeros_like(factor), torch.ones_like(factor)  # mean and variance of the norm
-    torch.native_batch_norm(_images(x), *given, False, 0.0, 0.0, out=(_images(made), none, none))
+    torch.native_batch_norm(_view_as_image(x), *given, False, 0.0, 0.0, out=(_view_as_image(made), none, none))
     return made
 
 
-def _along(gradient: Tensor, x: Tensor) -> Tensor:
+def _sum_products(gradient: Tensor, x: Tensor) -> Tensor:
     """The sum of g x over the rows (out, float32) for a gradient and an x (… × out): what that norm's factor learns."""
     zero = torch.zeros(x.shape[-1])
-    given = _images(gradient), _images(x), zero, zero, zero + 1, None, None, False, 0.0, (False, True, False)
+    given = (
+        _view_as_image(gradient),
+        _view_as_image(x),
+        zero,
+        zero,
+        zero + 1,
+        None,
+        None,
+        False,
+        0.0,
+        (False, True, False),
+    )
     return torch.ops.aten.native_batch_norm_backward(*given)[1]
 
 
-def _images(x: Tensor) -> Tensor:
+def _view_as_image(x: Tensor) -> Tensor:
     """… × out as one image of as many pixels and `out` channels, the channels last in memory."""
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
@@ -124,14 +135,14 @@ class _Fused:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (… × out) for x (… × in), as PEFT's."""
-        name, base = _alone(self), _frozen(self, x)
+        name, base = _find_single_adapter(self), _find_frozen(self, x)
         if name is None or base is None or args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         drop, norms = self.lora_dropout[name], None
         p = drop.p if drop.training and not isinstance(drop, nn.Identity) else 0.0
         if name in self.lora_magnitude_vector:
             norms = self.lora_magnitude_vector[name]
-            if p or not isinstance(norms, dora.FactoredDora):
+            if p or not isinstance(norms, dora_norms.FactoredDora):
                 return super().forward(x)  # type: ignore[misc]
         first, second = self.lora_A[name].weight, self.lora_B[name].weight
         bias, magnitude = self.get_base_layer().bias, None if norms is None else norms.weight
@@ -146,14 +157,14 @@ class Fused4bit(_Fused, Linear4bit):
     """PEFT's adapted 4-bit layer, as one operation."""
 
 
-def _alone(layer: Any) -> str | None:
+def _find_single_adapter(layer: Any) -> str | None:
     """The adapter of a layer that has only this one, which is active and not merged; else None."""
     names = layer.active_adapters
     single = len(names) == 1 and list(layer.lora_A) == names
     return names[0] if single and not (layer.disable_adapters or layer.merged) else None
 
 
-def _frozen(layer: Any, x: Tensor) -> Frozen | None:
+def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
     """The base of a layer; None where that and what it is given differ in type."""
     base = layer.get_base_layer()
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -166,7 +177,7 @@ def _frozen(layer: Any, x: Tensor) -> Frozen | None:
 def install(adapted: PeftModel) -> int:
     """Let LoRA and DoRA on linear layers of a model on a CPU use it; returns how many layers do."""
     installed = 0
-    for layer in attach.lora_layers(adapted).values():
+    for layer in attach.find_lora_layers(adapted).values():
         if type(layer) in (Linear, Linear4bit) and _suits(layer):
             layer.__class__ = FusedLinear if type(layer) is Linear else Fused4bit
             installed += 1
