@@ -100,11 +100,11 @@ def train(
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
     launch.check_launcher(os.environ)
-    from lora_cli.recipe.load import load
+    from lora_cli.recipe.load import load_recipe
 
     if allowed and not resume:
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
-    loaded = load(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from lora_cli.train.run import train
 
@@ -122,9 +122,9 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste the run."""
-    from lora_cli.recipe.load import load
+    from lora_cli.recipe.load import load_recipe
 
-    loaded = load(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from lora_cli.plan.check import show_check
 
@@ -146,9 +146,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
 ) -> None:
     """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps, time."""
-    from lora_cli.recipe.load import load
+    from lora_cli.recipe.load import load_recipe
 
-    loaded = load(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from lora_cli.plan.show import show_plan
 

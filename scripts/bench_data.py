@@ -53,14 +53,14 @@ def speed(folder: Path, count: int) -> None:
     """Print both times and their ratio."""
     from lora_cli.data import cache, formats, prepare, sources
     from lora_cli.data.encode import Renderer
-    from lora_cli.models import tokenizer as tokenizing
-    from lora_cli.recipe import load as recipe_file
+    from lora_cli.models.tokenizer import load_tokenizer
+    from lora_cli.recipe.load import load_recipe
 
     write_rows(folder / "rows.jsonl", count)
     recipe = folder / "r.yaml"
     recipe.write_text(f"model: {{name_or_path: x}}\ndata: {{path: {folder / 'rows.jsonl'}}}\n")
-    loaded = recipe_file.load(recipe)
-    tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
+    loaded = load_recipe(recipe)
+    tokenizer = load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     source = sources.find_source(loaded.data, "path", loaded.data.path, "train")
     convert, renderer = formats.find_converter("alpaca"), Renderer(tokenizer, "assistant")
     texts = [renderer.conversation(convert(row))[0][0] for _, row in source.rows()]
@@ -84,16 +84,16 @@ def speed(folder: Path, count: int) -> None:
 def memory_of(path: Path, streamed: bool) -> float:
     """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
     from lora_cli.data import cache
-    from lora_cli.models import tokenizer as tokenizing
-    from lora_cli.recipe import load as recipe_file
+    from lora_cli.models.tokenizer import load_tokenizer
+    from lora_cli.recipe.load import load_recipe
 
     recipe = path.with_suffix(".yaml")
     steps = "training: {max_steps: 1}\n"
     recipe.write_text(
         f"model: {{name_or_path: x}}\ndata: {{path: {path}, streaming: {str(streamed).lower()}}}\n{steps}"
     )
-    loaded = recipe_file.load(recipe)
-    tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
+    loaded = load_recipe(recipe)
+    tokenizer = load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     process, done = psutil.Process(), threading.Event()
     before = most = anonymous(process)
 
@@ -104,7 +104,7 @@ def memory_of(path: Path, streamed: bool) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    prepared = load.load(loaded, tokenizer)[0]
+    prepared = load.load_rows(loaded, tokenizer)[0]
     with path.open(encoding="utf-8") as file:
         number = sum(1 for _ in file)
     rows = prepared.rows if prepared.stream is None else prepared.stream.take(number)

@@ -78,15 +78,15 @@ def measure(folder: Path) -> int:
     """Train the recipe in `folder`; the peak in bytes over what the process had after its imports."""
     import torch
 
-    from lora_cli.recipe import load as recipe_file
+    from lora_cli.recipe.load import load_recipe
     from lora_cli.train import run
 
     if torch.cuda.is_available():
-        run.train(recipe_file.load(folder / "r.yaml"))
+        run.train(load_recipe(folder / "r.yaml"))
         return torch.cuda.max_memory_allocated()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
-    run.train(recipe_file.load(folder / "r.yaml"))
+    run.train(load_recipe(folder / "r.yaml"))
     return _status("VmHWM") - before
 
 
@@ -99,12 +99,12 @@ def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
     from lora_cli.models import tokenizer
     from lora_cli.plan import hardware, memory
-    from lora_cli.recipe import load as recipe_file
+    from lora_cli.recipe.load import load_recipe
 
     device, name = hardware.detect_device(), str(folder / "model")
     config = load_config(name)
-    recipe, _ = auto.settle(recipe_file.load(folder / "r.yaml"), get_checkpoint_dtype(config), device)
-    rows, _ = load.load(recipe, tokenizer.load_tokenizer(name))
+    recipe, _ = auto.settle(load_recipe(folder / "r.yaml"), get_checkpoint_dtype(config), device)
+    rows, _ = load.load_rows(recipe, tokenizer.load_tokenizer(name))
     items = memory.make_forecast(recipe, config, device).need(memory.largest_batch(recipe, rows)).items
     return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's
 

@@ -197,7 +197,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
         return result
 
     Trainer.train = measured_run
-    train.train(load.load(folder / "r.yaml"))
+    train.train(load.load_recipe(folder / "r.yaml"))
 
 
 def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> None:
@@ -207,7 +207,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli.models import base as model
+    from lora_cli.models.base import load_base
     from lora_cli.recipe import keys, upstream
     from lora_cli.speed import document_attention, dora_norms, install, loss_head, step_packing
 
@@ -221,7 +221,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     chosen, _ = auto.settle(chosen, getattr(torch, options.dtype))
     set_seed(0)
     quantization = upstream.build_quantization_config(chosen)
-    base = model.load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)
+    base = load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)
     document_attention.install(base)
     adapted: Any = base.requires_grad_(requires_grad=False)
     if frozen:

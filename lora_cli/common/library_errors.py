@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.common.errors import LoraError
@@ -201,6 +203,37 @@ def translate_file_errors(what: str, hint: str, but: tuple[type[Exception], ...]
         if isinstance(error, (LoraError, *but)) or translate(error) is not None:
             raise
         raise LoraError(f"{what}: {type(error).__name__}: {_first_telling_line(error)}", hint) from error
+
+
+PACKAGE = Path(__file__).parent.parent
+ON_PURPOSE = (ValueError, TypeError, ImportError, ArithmeticError)
+"""What the libraries raise on purpose: a refusal even where the recipe sets none of their own fields."""
+SHOWN = 3
+
+
+@contextmanager
+def translate_refusals(passed_on: Sequence[str], has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn a library's complaint about a recipe value into a LoraError that names the values `passed_on` to it.
+
+    A recipe reaches every field of PEFT's, TRL's and transformers' configurations. lora checks their names and types,
+    and that the configurations can be built. What else is wrong with a value, such as the name of a scheduler's
+    argument, comes to light when a library first uses it, in an exception of any type. Once something `has_begun()`,
+    an exception is no refusal any more; one raised by a line of lora is a bug of lora's, and stays what it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, LoraError) or translate(error) is not None
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = PACKAGE in Path(frame.f_code.co_filename).parents
+        if known or ours or has_begun() or not (passed_on or isinstance(error, ON_PURPOSE)):
+            raise
+        library = str(frame.f_globals.get("__name__")).partition(".")[0]
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        if len(passed_on) == 1:
+            raise LoraError(f"{passed_on[0]} was rejected by {library}: {said}", "change or remove it") from error
+        hint = f"change or remove {' or '.join(passed_on[:SHOWN])}" if passed_on else "lora doctor"
+        raise LoraError(f"{library} rejected this recipe: {said}", hint) from error
 
 
 def _translate_os_error(error: OSError) -> LoraError | None:

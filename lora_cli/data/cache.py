@@ -31,7 +31,9 @@ from lora_cli.data.selection import Counts, Kept
 from lora_cli.recipe.keys import Recipe
 
 DAYS = 30
-CODE = ("cache", "data", "formats", "readers", "render", "selection", "sources")
+PACKAGE = Path(__file__).parent.parent
+CODE = (*sorted(PACKAGE.glob("data/*.py")), PACKAGE / "models/chat_template.py", PACKAGE / "models/tokenizer.py")
+"""This program's files that decide which rows come out, and what is in them."""
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
 ROWS, COUNTS = "rows.arrow", "counts.json"
@@ -72,8 +74,8 @@ def make_key(source: str, names: list[str], recipe: Recipe, tokenizer: PreTraine
     `day` counts only for templates that write the date.
     """
     code = hashlib.sha256()
-    for name in CODE:
-        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for path in CODE:
+        code.update(path.read_bytes())
     template = tokenizer.chat_template
     decides = {
         "code": code.hexdigest(),

@@ -24,7 +24,7 @@ from lora_cli.models.tokenizer import IGNORED
 from lora_cli.recipe.keys import Recipe, Rows
 
 
-def load(
+def load_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
 ) -> tuple[prepare.Prepared, prepare.Prepared | None]:
     """The rows to train on and, where the recipe gives any, those to evaluate on.

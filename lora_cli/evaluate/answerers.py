@@ -20,8 +20,8 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import adapter_folder, attach, chat_template, config, trained_on
-from lora_cli.models import base as model
-from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.base import load_base, to_accelerator
+from lora_cli.models.tokenizer import load_tokenizer
 
 Messages = list[dict[str, Any]]
 BATCH = 16
@@ -73,7 +73,7 @@ class Bases:
         base = self.loaded.get(key)
         if base is None:
             base = trained_on.load_base(adapter)
-            base = base if adapter.quantization else model.to_accelerator(base)
+            base = base if adapter.quantization else to_accelerator(base)
         if isinstance(base, PeftModel):
             try:
                 base.load_adapter(str(adapter.folder), adapter_name=name)
@@ -94,7 +94,7 @@ class Bases:
                 return key
         key = json.dumps([name, None, None, None, None])
         dtype = config.get_checkpoint_dtype(config.load_config(name))
-        self.loaded[key] = model.to_accelerator(model.load_base(name, None, dtype)).eval()
+        self.loaded[key] = to_accelerator(load_base(name, None, dtype)).eval()
         return key
 
     @staticmethod
@@ -229,7 +229,7 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
 
 def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, with the template of an adapter on it where it has none, so that prompts compare."""
-    tokenizer = tokenizing.load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     if tokenizer.chat_template is not None:
         return tokenizer
     for other in others:

@@ -18,8 +18,7 @@ from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.merge import compare_weights, layerwise_logits, merge
 from lora_cli.models import adapter_folder, config, fingerprint, tokenizer, trained_on
-from lora_cli.models import probes as verify
-from lora_cli.models.probes import Probe
+from lora_cli.models.probes import KL_LIMIT, PROBES, Difference, Probe, compare_logits, make_probes, rounding_limit
 
 
 class Form(NamedTuple):
@@ -42,12 +41,10 @@ def compare(first: str, second: str, base: str | None) -> str:
     kinds = {path: adapter_folder.classify(path) for path in (first, second)}
     by_model = next((path for path in kinds if kinds[path] != "gguf"), None)
     # one side's tokenizer and template make the prompts of both
-    probes = (
-        verify.make_probes(_load_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain_probes(Path(first))
-    )
+    probes = make_probes(_load_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain_probes(Path(first))
     one, other = (_load_form(path, kinds[path], base, probes) for path in (first, second))
     gguf = "gguf" in kinds.values()
-    difference = verify.compare_logits(*((one.last, other.last) if gguf else (one.logits, other.logits)))
+    difference = compare_logits(*((one.last, other.last) if gguf else (one.logits, other.logits)))
     said = f"{first} ({one.type}) and {second} ({other.type}): {difference}"
     limit, value = _choose_limit(difference, one, other, gguf)
     if limit is None:
@@ -69,13 +66,13 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
-def _choose_limit(difference: verify.Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
+def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
     """The limit, and the figure it is for: KL where a GGUF takes part, else the largest |Δlogit|."""
     if not gguf:
-        limits = [verify.rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
+        limits = [rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
         return max(limits), difference.max_abs
     # Hugging Face models are compared in float32
-    known = [verify.KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None) for form in (one, other)]
+    known = [KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None) for form in (one, other)]
     return (None if None in known else max(limit for limit in known if limit is not None)), difference.mean_kl
 
 
@@ -88,7 +85,7 @@ def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokeniz
 def _plain_probes(path: Path) -> list[Probe]:
     """Probes for two GGUF files: plain text, with the ids of the first."""
     with GGUFModel(path) as engine:
-        return [Probe(text, engine.tokenize(text), True) for text in verify.PROBES]
+        return [Probe(text, engine.tokenize(text), True) for text in PROBES]
 
 
 def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Form:
@@ -96,7 +93,7 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
     if kind == "gguf":
         return _load_gguf_form(Path(path), probes)
     tokenizer = _load_tokenizer(path, kind, base)
-    if any(probe.text != other.text for probe, other in zip(probes, verify.make_probes(tokenizer)) if not probe.plain):
+    if any(probe.text != other.text for probe, other in zip(probes, make_probes(tokenizer)) if not probe.plain):
         raise RejectedError(f"{path} has another chat template: it renders the same prompts otherwise", "diff the two")
     for probe in probes:
         ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]

@@ -18,9 +18,9 @@ from lora_cli.common.errors import UsageError
 from lora_cli.gguf import parity, tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import adapter_contents, adapter_folder, attach, empty, fingerprint, trained_on
-from lora_cli.models import base as model
-from lora_cli.models import probes as verify
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import load_base
+from lora_cli.models.probes import KL_LIMIT, compare_logits, compute_logits, make_probes
 
 
 def export_adapter(
@@ -92,15 +92,14 @@ def _compare_all(
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
     dtype = trained_on.find_dtype_on_disk(adapter)
-    base = trained_on.convert_to_float32(model.load_base(adapter.base, adapter.revision, dtype))
+    base = trained_on.convert_to_float32(load_base(adapter.base, adapter.revision, dtype))
     exact = scratch / "base.gguf"
     tools.convert(base_folder, exact, tools.EXACT[str(dtype).removeprefix("torch.")], converter)
-    probes = verify.make_probes(trained_on.load_tokenizer(adapter))
-    without = verify.compute_logits(base, probes)
-    given = verify.compute_logits(attach.load_adapter(base, adapter.folder), probes)
-    ui.say(f"  what the adapter does to the base here: {verify.compare_logits(without, given)}")
+    probes = make_probes(trained_on.load_tokenizer(adapter))
+    without = compute_logits(base, probes)
+    given = compute_logits(attach.load_adapter(base, adapter.folder), probes)
+    ui.say(f"  what the adapter does to the base here: {compare_logits(without, given)}")
     expected = [rows[-1] for rows in given]
     return {
-        name: parity.compare_gguf(exact, probes, expected, verify.KL_LIMIT[name], adapter=file)
-        for name, file in made.items()
+        name: parity.compare_gguf(exact, probes, expected, KL_LIMIT[name], adapter=file) for name, file in made.items()
     }

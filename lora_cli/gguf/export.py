@@ -12,13 +12,22 @@ from transformers import PretrainedConfig
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import imatrix, modelfile, parity, preflight
-from lora_cli.gguf import tools as llama_cpp
-from lora_cli.gguf.tools import Found
+from lora_cli.gguf.tools import (
+    CONVERTER_TYPES,
+    EXACT,
+    VERSION,
+    Found,
+    convert,
+    find_converter,
+    find_quantizer,
+    quantize,
+    spell_quantizer_type,
+)
 from lora_cli.merge import merge
 from lora_cli.models import adapter_folder, base, trained_on
-from lora_cli.models import probes as verify
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import get_checkpoint_dtype, load_config
+from lora_cli.models.probes import KL_LIMIT, compute_logits, make_probes
+from lora_cli.models.tokenizer import load_tokenizer, save_tokenizer
 
 
 class Tools(NamedTuple):
@@ -49,11 +58,11 @@ def export(
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
     if weighted is not None:
         imatrix.refuse_missing_file(weighted)
-    wants_quantizer = any(name not in llama_cpp.CONVERTER_TYPES for name in names)
+    wants_quantizer = any(name not in CONVERTER_TYPES for name in names)
     if weighted is not None and not wants_quantizer:
         raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(names)}", "-q Q4_K_M")
-    quantizer = llama_cpp.find_quantizer(llama_cpp_dir) if wants_quantizer else None
-    tools = Tools(llama_cpp.find_converter(llama_cpp_dir), quantizer)
+    quantizer = find_quantizer(llama_cpp_dir) if wants_quantizer else None
+    tools = Tools(find_converter(llama_cpp_dir), quantizer)
     folder, stem = output or (path if kind == "model" else path.parent), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
     files.refuse_existing(targets.values())
@@ -75,7 +84,7 @@ def export(
 
 def _choose_exact_type(config: PretrainedConfig) -> str:
     """The converter's type that holds the model's weights as they are, from which the quantiser starts."""
-    return llama_cpp.EXACT[str(get_checkpoint_dtype(config)).removeprefix("torch.")]
+    return EXACT[str(get_checkpoint_dtype(config)).removeprefix("torch.")]
 
 
 def _check_first(
@@ -84,23 +93,23 @@ def _check_first(
     """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
     if adapter is None:
         config = load_config(str(path))
-        preflight.check_convertible(path, config, tokenizing.load_tokenizer(str(path)), converter)
+        preflight.check_convertible(path, config, load_tokenizer(str(path)), converter)
         return config
     config, tokenizer = load_config(adapter.base, adapter.revision), trained_on.load_tokenizer(adapter)
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = scratch / "unmerged"
     config.save_pretrained(str(unmerged))
-    tokenizing.save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
+    save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
     preflight.check_convertible(unmerged, config, tokenizer, converter)
     return config
 
 
 def _spell_type(name: str, weighted: bool) -> str:
     """The converter's own types first: it writes q8_0 without a quantiser."""
-    if name.lower() in llama_cpp.CONVERTER_TYPES:
+    if name.lower() in CONVERTER_TYPES:
         return name.lower()
-    return llama_cpp.spell_quantizer_type(name, weighted)
+    return spell_quantizer_type(name, weighted)
 
 
 def find_newest_result() -> Path:
@@ -122,15 +131,15 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
     exact: Path | None = None
     matrix: Path | None = None
     for name, file in made.items():
-        if name in llama_cpp.CONVERTER_TYPES:
-            llama_cpp.convert(merged, file, name, tools.converter)
+        if name in CONVERTER_TYPES:
+            convert(merged, file, name, tools.converter)
             continue
         assert tools.quantizer is not None, "export looked for it"
         if exact is None:
             exact = scratch / "exact.gguf"
-            llama_cpp.convert(merged, exact, _choose_exact_type(config), tools.converter)
+            convert(merged, exact, _choose_exact_type(config), tools.converter)
             matrix = _find_imatrix(weighted, merged, exact, tools.converter)
-        llama_cpp.quantize(exact, file, name, tools.quantizer, matrix)
+        quantize(exact, file, name, tools.quantizer, matrix)
     reports = _compare_all(merged, config, made)
     parent = (
         files.read_json(merged / provenance.ARTEFACT_RECORD)
@@ -141,7 +150,7 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         contents = provenance.new_record(
             "export-gguf",
             type=name,
-            llama_cpp=llama_cpp.VERSION,
+            llama_cpp=VERSION,
             imatrix=weighted,
             checked=reports[name],
             parent=parent,
@@ -166,12 +175,11 @@ def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) 
     """What comparing each file with the Hugging Face model showed, by type; LoraError if one may not be handed over."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    tokenizer = tokenizing.load_tokenizer(str(merged))
-    probes = verify.make_probes(tokenizer)
+    tokenizer = load_tokenizer(str(merged))
+    probes = make_probes(tokenizer)
     weights = trained_on.convert_to_float32(base.load_base(str(merged), None, get_checkpoint_dtype(config)))
-    expected = [logits[-1] for logits in verify.compute_logits(weights, probes)]
+    expected = [logits[-1] for logits in compute_logits(weights, probes)]
     source = parity.Source(config, tokenizer, weights.num_parameters())
     return {
-        name: parity.compare_gguf(file, probes, expected, verify.KL_LIMIT.get(name), source)
-        for name, file in made.items()
+        name: parity.compare_gguf(file, probes, expected, KL_LIMIT.get(name), source) for name, file in made.items()
     }

@@ -9,7 +9,6 @@ the architecture, and which tensors there are.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
@@ -46,6 +45,4 @@ def main(sums: str, model: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    # Python looks into the program's own folder first, where gguf.py is another one
-    sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
     main(*sys.argv[1:])

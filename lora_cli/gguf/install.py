@@ -187,7 +187,8 @@ def _build(folder: Path, home: Path) -> Path:
             tail = "\n  ".join([line for line in lines if line.strip()][-12:])
             raise LoraError(
                 f"building llama-quantize failed; the end of {log}:\n  {tail}",
-                f"if the compiler is old or incomplete: {_name_compiler_command()}; a llama.cpp built by hand works as well: "
+                f"if the compiler is old or incomplete: {_name_compiler_command()}; "
+                f"a llama.cpp built by hand works as well: "
                 "--llama-cpp DIR",
             )
     built = folder / "build" / "bin" / QUANTIZER

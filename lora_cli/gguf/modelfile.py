@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
 from lora_cli.models import adapter_contents, chat_template, config
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.tokenizer import adds_bos, load_tokenizer
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")
@@ -93,7 +93,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 def _render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
     """The conversation as the template renders it, without the BOS that Ollama and llama.cpp add."""
     text = chat_template.render(tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask)
-    return text.removeprefix(tokenizer.bos_token) if tokenizing.adds_bos(tokenizer) else text
+    return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text
 
 
 def _make_probes() -> list[Conversation]:
@@ -118,7 +118,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)):
         ui.warn(f"{path} is not ours and was left as it is")
         return
-    tokenizer = tokenizing.load_tokenizer(str(merged))
+    tokenizer = load_tokenizer(str(merged))
     found = find_pieces(tokenizer)
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:
@@ -165,8 +165,6 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     if (ranks or alphas) and not all_one:  # vllm/lora/peft_helper.py: one scale for all, lora_alpha over r
         ui.say(f"  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {adapter.folder} OUT")
         served = Path("OUT")
-    ui.say(
-        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules {files.name_artefact(adapter.folder)}="
-        f"{served}"
-    )
+    name = files.name_artefact(adapter.folder)
+    ui.say(f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={served}")
     ui.say(f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} --adapter-only")

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance
 from lora_cli.models import fingerprint
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.tokenizer import save_tokenizer
 
 
 def finish_folder(
@@ -20,7 +20,7 @@ def finish_folder(
 ) -> None:
     """Tokenizer and record beside the adapter; the record names the parents, and says what merging needs to know."""
     first = sources[0]
-    tokenizing.save_tokenizer(tokenizer, staging, first.base, first.revision)
+    save_tokenizer(tokenizer, staging, first.base, first.revision)
     commit = first.revision
     if commit is None and not Path(first.base).is_dir():  # made elsewhere, and saying only the name
         commit = str(resolve_revision(first.base).resolved)

@@ -17,9 +17,9 @@ from lora_cli.common.errors import LoraError
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import adapter_contents, adapter_folder, attach, base, config, fingerprint, trained_on
-from lora_cli.models import probes as verify
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.probes import compare_logits, compute_logits, make_probes
+from lora_cli.models.tokenizer import load_tokenizer
 
 START = "give the model that the fine-tuning started from"
 
@@ -39,15 +39,13 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         low_rank.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
         if others:
             ui.warn(f"not in the adapter, since they are no linear weights: {_name_some(others)}")
-        tokenizer = tokenizing.load_tokenizer(finetuned, commits[1])
-        probes = verify.make_probes(tokenizer)
-        wanted = verify.compute_logits(after, probes)
+        tokenizer = load_tokenizer(finetuned, commits[1])
+        probes = make_probes(tokenizer)
+        wanted = compute_logits(after, probes)
         meant = ((name, _measure_delta(before, after, name), each) for name, each in cut.items())
-        given = verify.compute_logits(low_rank.check_saved(before, staging, meant), probes)
+        given = compute_logits(low_rank.check_saved(before, staging, meant), probes)
         comparable = given[0].shape == wanted[0].shape
-        difference = (
-            str(verify.compare_logits(wanted, given)) if comparable else "not compared, since the vocabularies differ"
-        )
+        difference = str(compare_logits(wanted, given)) if comparable else "not compared, since the vocabularies differ"
         contents: dict[str, Any] = {"finetuned": {"name": finetuned, "commit": commits[1]}, "left_out": others}
         contents |= {"r": r, "modules": low_rank.read_tensors(cut), "difference": difference}
         derived.finish_folder(
@@ -71,8 +69,8 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         if adapter.quantization:
             network = network.dequantize()
         adapted = attach.load_adapter(trained_on.convert_to_float32(network), folder)
-        probes = verify.make_probes(tokenizer)
-        wanted = verify.compute_logits(adapted, probes)
+        probes = make_probes(tokenizer)
+        wanted = compute_logits(adapted, probes)
         layers = {name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()}
         rank = r or max(layer.r["default"] for layer in layers.values())
         cut = {
@@ -82,8 +80,8 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
         # one at a time, as they are asked for: all of them in float64 are larger than the model
         meant = ((name, _measure_merged_delta(layer), cut[name]) for name, layer in layers.items())
-        given = verify.compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)
-        difference = str(verify.compare_logits(wanted, given))
+        given = compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)
+        difference = str(compare_logits(wanted, given))
         derived.finish_folder(
             staging, tokenizer, "convert", [adapter], r=rank, modules=low_rank.read_tensors(cut), difference=difference
         )

@@ -15,10 +15,10 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.merge import output, streaming
 from lora_cli.models import base, trained_on
-from lora_cli.models import probes as verify
-from lora_cli.models import tensors as shards
 from lora_cli.models.adapter_folder import Adapter
 from lora_cli.models.attach import find_lora_layers, load_adapter
+from lora_cli.models.probes import Probe, compute_logits
+from lora_cli.models.tensors import is_finite, open_model, split_rows
 from lora_cli.models.trained_on import convert_to_float32
 
 SHARD_SIZE = "5GB"
@@ -35,14 +35,14 @@ class Whole:
         )
         self.adapted: PeftModel | None = None
 
-    def expected(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+    def expected(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
         """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
         self.adapted = self._load(original=self.original)
-        return verify.compute_logits(self.adapted, probes)
+        return compute_logits(self.adapted, probes)
 
-    def other(self, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+    def other(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
         """The same on the other weights of an adapter trained in 4 bits."""
-        return verify.compute_logits(self._load(original=not self.original), probes)
+        return compute_logits(self._load(original=not self.original), probes)
 
     def _load(self, original: bool) -> PeftModel:
         base = trained_on.load_base(self.adapter, original)
@@ -65,20 +65,20 @@ class Whole:
 
     def check_files(self, folder: Path) -> None:
         """RejectedError where a value is not finite: every one is looked at."""
-        tensors = shards.open_model(str(folder))
+        tensors = open_model(str(folder))
         assert tensors is not None, "save_pretrained writes safetensors"
         for name, entry in tensors.entries.items():
-            if not all(shards.is_finite(tensors.rows(name, *block)) for block in shards.split_rows(entry.shape)):
+            if not all(is_finite(tensors.rows(name, *block)) for block in split_rows(entry.shape)):
                 raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
 
-    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[verify.Probe]) -> list[torch.Tensor]:
+    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]) -> list[torch.Tensor]:
         """Logits of the model that was written, loaded as anybody would."""
-        return verify.compute_logits(convert_to_float32(base.load_base(str(folder), None, dtype)), probes)
+        return compute_logits(convert_to_float32(base.load_base(str(folder), None, dtype)), probes)
 
 
 def say_needed(adapter: Adapter) -> None:
     """How much memory a merge of the whole model takes: in float32, with what is being saved."""
-    base = shards.open_model(adapter.base, adapter.revision)
+    base = open_model(adapter.base, adapter.revision)
     if base is not None:
         needed = 4 * sum(math.prod(entry.shape) for entry in base.entries.values()) / 2**30
         free = psutil.virtual_memory().available / 2**30

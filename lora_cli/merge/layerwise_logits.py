@@ -21,9 +21,8 @@ from lora_cli.common import ui
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
 from lora_cli.models import base
-from lora_cli.models import probes as verify
-from lora_cli.models import tensors as shards
-from lora_cli.models.probes import Probe
+from lora_cli.models.probes import Probe, compute_logits
+from lora_cli.models.tensors import Tensors, open_model, split_rows
 
 # Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
 KEPT = 8
@@ -52,13 +51,13 @@ def walk_logits_of(
     name: str, revision: str | None, dtype: torch.dtype, probes: Sequence[Probe]
 ) -> list[torch.Tensor] | None:
     """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
-    tensors = shards.open_model(name, revision)
+    tensors = open_model(name, revision)
 
     def load() -> list[torch.Tensor]:
         network = base.load_base(name, revision, dtype)
         for parameter in network.parameters():
             parameter.data = parameter.data.float()
-        return verify.compute_logits(network, probes)
+        return compute_logits(network, probes)
 
     if tensors is None or not streaming_plan.has_own_names(name, revision, tensors):
         return [rows[-KEPT:] for rows in load()]
@@ -66,7 +65,7 @@ def walk_logits_of(
 
 
 def walk_or_load(
-    walked: Callable[[], list[torch.Tensor]], loaded: Callable[[], list[torch.Tensor]], tensors: shards.Tensors
+    walked: Callable[[], list[torch.Tensor]], loaded: Callable[[], list[torch.Tensor]], tensors: Tensors
 ) -> list[torch.Tensor] | None:
     """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of memory suffices."""
     try:
@@ -82,9 +81,7 @@ def walk_or_load(
     return [rows[-KEPT:] for rows in loaded()]
 
 
-def _walk_files(
-    name: str, revision: str | None, tensors: shards.Tensors, probes: Sequence[Probe]
-) -> list[torch.Tensor]:
+def _walk_files(name: str, revision: str | None, tensors: Tensors, probes: Sequence[Probe]) -> list[torch.Tensor]:
     def read(tensor: str, start: int, stop: int | None) -> torch.Tensor:
         rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
@@ -158,7 +155,7 @@ def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(*x.shape[:-1], shape[0])  # pieces kept between the blocks would leave holes in memory
-        for start, stop in shards.split_rows(shape):
+        for start, stop in split_rows(shape):
             with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
                 out[..., start:stop] = forward(x)
         return out

@@ -19,12 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.merge import in_memory, streamed, streaming_plan
-from lora_cli.models import adapter_folder as record
 from lora_cli.models import config, fingerprint, trained_on
-from lora_cli.models import probes as verify
-from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.config import load_config
+from lora_cli.models.probes import (
+    TRAINED,
+    Difference,
+    Probe,
+    check_trained,
+    compare_logits,
+    make_probes,
+    rounding_limit,
+)
+from lora_cli.models.tokenizer import save_tokenizer
 
 ROUTED_KL = 1e-4
 """Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""
@@ -37,7 +44,7 @@ class Merged(NamedTuple):
 
     modules: int
     dtype: torch.dtype
-    difference: verify.Difference | None
+    difference: Difference | None
 
 
 def merge_adapter(
@@ -65,12 +72,12 @@ def merge_adapter(
     with files.staged_folder(out, rejected) as staging:
         tokenizer = trained_on.load_tokenizer(adapter)
         way = choose_way(adapter, stream, original)
-        probes = verify.make_probes(tokenizer)
-        if not (adapter.folder / verify.TRAINED).is_file():  # whole, they are for what training left
+        probes = make_probes(tokenizer)
+        if not (adapter.folder / TRAINED).is_file():  # whole, they are for what training left
             probes = [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
         expected = way.expected(probes) if check else None
         if expected is not None:
-            check_trained(adapter, way, probes, expected, original)
+            check_against_training(adapter, way, probes, expected, original)
         dtype = trained_on.find_dtype_on_disk(adapter)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
@@ -84,7 +91,7 @@ def merge_adapter(
 
 def add_tokenizer_and_record(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
-    tokenizing.save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
+    save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
         provenance.new_record("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
@@ -105,10 +112,10 @@ def choose_way(adapter: Adapter, stream: bool | None, original: bool) -> streame
     return in_memory.Whole(adapter, original)
 
 
-def check_trained(
+def check_against_training(
     adapter: Adapter,
     way: streamed.Streamed | in_memory.Whole,
-    probes: Sequence[verify.Probe],
+    probes: Sequence[Probe],
     expected: Sequence[torch.Tensor],
     original: bool,
 ) -> None:
@@ -117,12 +124,12 @@ def check_trained(
     if other is None:
         return
     trained = other if original else expected
-    kept = verify.check_trained(adapter.folder, trained, trained_on.find_trained_dtype(adapter))
+    kept = check_trained(adapter.folder, trained, trained_on.find_trained_dtype(adapter))
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:
         into = "original ones, as asked, which is" if original else "dequantised weights; the original ones would be"
-        ui.say(f"  merged into the {into} off from what was trained: {verify.compare_logits(expected, other)}")
+        ui.say(f"  merged into the {into} off from what was trained: {compare_logits(expected, other)}")
 
 
 def refuse_different(
@@ -131,13 +138,13 @@ def refuse_different(
     expected: Sequence[torch.Tensor],
     dtype: torch.dtype,
     arithmetic: torch.dtype,
-) -> verify.Difference:
+) -> Difference:
     """The merged model's distance from base with adapter.
 
     RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of `expected`, explains it.
     """
-    difference = verify.compare_logits(expected, given)
-    limit = max(verify.rounding_limit(difference, each) for each in (dtype, arithmetic))
+    difference = compare_logits(expected, given)
+    limit = max(rounding_limit(difference, each) for each in (dtype, arithmetic))
     distance = f"{difference} (limit {limit:.2e})"
     ui.say(f"  merged against base with adapter: {distance}")
     over = not difference.max_abs <= limit
@@ -177,7 +184,7 @@ def merge(
     """
     started = time.monotonic()
     files.refuse_occupied(out)
-    adapter = record.read_adapter(adapter_folder, base)
+    adapter = read_adapter(adapter_folder, base)
     made = "" if adapter.record else " (no record: made elsewhere, so its base is taken as the adapter names it)"
     ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
     if original and not adapter.quantization:

@@ -15,8 +15,8 @@ from transformers.utils.hub import cached_file
 
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
-from lora_cli.models import tensors as shards
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.tensors import NAMES, Tensors, open_model
 
 SAMPLE = 64
 # Written by transformers anew wherever a model is saved
@@ -31,12 +31,12 @@ def fingerprint_model(name: str, revision: str | None) -> dict[str, Any]:
     path = cached_file(name, "config.json", revision=revision)
     settings = files.read_json(Path(str(path)))
     config = {key: value for key, value in settings.items() if key not in VOLATILE}
-    found = shards.open_model(name, revision)
+    found = open_model(name, revision)
     tensors = {} if found is None else {name: _fingerprint_tensor(found, name) for name in sorted(found.entries)}
     return {"config": config, "tensors": tensors}
 
 
-def _fingerprint_tensor(tensors: shards.Tensors, name: str) -> str:
+def _fingerprint_tensor(tensors: Tensors, name: str) -> str:
     entry = tensors.entries[name]
     size = math.prod(entry.shape) * entry.dtype.itemsize
     digest = hashlib.sha256()
@@ -45,7 +45,7 @@ def _fingerprint_tensor(tensors: shards.Tensors, name: str) -> str:
             file.seek(entry.start + max(0, place))
             digest.update(file.read(min(SAMPLE, size)))
     shape = "x".join(map(str, entry.shape))
-    return f"{shards.NAMES[entry.dtype]} {shape} {digest.hexdigest()[:12]}"
+    return f"{NAMES[entry.dtype]} {shape} {digest.hexdigest()[:12]}"
 
 
 def refuse_other_base(adapter: Adapter) -> None:

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data import load
 from lora_cli.data.prepare import Prepared
 from lora_cli.data.selection import Kept
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import get_checkpoint_dtype, load_recipe_config
-from lora_cli.models.tokenizer import IGNORED
+from lora_cli.models.tokenizer import IGNORED, load_recipe_tokenizer
 from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe.keys import Recipe
 
@@ -36,9 +35,9 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     device = hardware.detect_device()
     levers = memory.levers(config, device)
     recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, levers)
-    tokenizer, new_ids, template = tokenizing.load_recipe_tokenizer(recipe, commit)
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, commit)
     adapter = sizes.measure_adapter(recipe, commit, tokenizer, new_ids)
-    train, evaluation = load.load(recipe, tokenizer)
+    train, evaluation = load.load_rows(recipe, tokenizer)
     sizes.refuse_unknown_ids(recipe, commit, train, tokenizer)
     steps = sizes.count_steps(recipe, train)
     if as_json:

@@ -22,9 +22,20 @@ from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
 from lora_cli.models.config import load_config, resolve_commit
 from lora_cli.plan import hardware
-from lora_cli.plan import rehearsal as rehearse
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.plan.rehearsal import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, OPTIMIZER, Batch, Rehearsal
+from lora_cli.plan.rehearsal import (
+    ACTIVATIONS,
+    BACKWARD,
+    GRADIENTS,
+    HEAD,
+    ITEMS,
+    OPTIMIZER,
+    Batch,
+    Peaks,
+    Rehearsal,
+    Unforeseen,
+    build_adapted,
+)
 from lora_cli.recipe.keys import Recipe
 from lora_cli.speed import step_packing
 
@@ -118,16 +129,16 @@ def _find_crossing(tried: dict[int, int], limit: int) -> int:
     return max(tried) * 2 if tried[max(tried)] <= limit else min(tried) // 2
 
 
-def add_surroundings(rehearsal: Rehearsal, peaks: rehearse.Peaks, device: Hardware) -> dict[str, int]:
+def add_surroundings(rehearsal: Rehearsal, peaks: Peaks, device: Hardware) -> dict[str, int]:
     """A rehearsed step's bytes with what surrounds them on the device.
 
     On a CPU what glibc's heap ever held it keeps, so that the small storages' highest stands beside the large ones';
     and the files of a checkpoint in the run's own type stay mapped, with the weights that were quantised from them.
     """
     if device.kind == "cuda":
-        return {name: peaks.all[name] for name in rehearse.ITEMS if peaks.all[name]} | {RESERVE: RESERVE_BYTES}
+        return {name: peaks.all[name] for name in ITEMS if peaks.all[name]} | {RESERVE: RESERVE_BYTES}
     both = peaks.small + peaks.large
-    items = {name: both[name] for name in rehearse.ITEMS if both[name]}
+    items = {name: both[name] for name in ITEMS if both[name]}
     if rehearsal.quantised_from:
         items[MAPPED] = rehearsal.quantised_from
     kept = HEAP_KEEPS * sum(peaks.small[name] for name in FREED)
@@ -136,7 +147,7 @@ def add_surroundings(rehearsal: Rehearsal, peaks: rehearse.Peaks, device: Hardwa
 
 def make_forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> Forecast:
     """A settled recipe's forecast from its base's configuration."""
-    return Forecast(recipe, rehearse.build_adapted(recipe, config), device)
+    return Forecast(recipe, build_adapted(recipe, config), device)
 
 
 def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dict[str, tuple[Any, str]]]:
@@ -195,7 +206,7 @@ def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
             fits = "fits" if need.total <= device.memory else "does not fit either"
             found.append(f"--set {option} needs {format_bytes(need.total)}, which {fits}")
         length = plan.largest(lambda n: batch._replace(length=n), batch.length // 2, batch.length)
-    except rehearse.Unforeseen as error:
+    except Unforeseen as error:
         return f"{error}; --set training.per_device_train_batch_size=1, or method=qlora"
     if 1 < length < batch.length and batch.rows == 1 and recipe.training.packing == "step":
         found.append(f"--set training.max_length={length} fits")

@@ -19,8 +19,8 @@ from lora_cli.common import ui
 from lora_cli.data import cache, load, sources
 from lora_cli.data.prepare import Prepared
 from lora_cli.models import attach
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import get_checkpoint_dtype, load_config, resolve_commit
+from lora_cli.models.tokenizer import load_recipe_tokenizer
 from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
@@ -48,8 +48,8 @@ def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, 
     commit = resolve_commit(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(recipe.model.name_or_path, commit)
     recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, memory.levers(config, device))
-    tokenizer, new_ids, _ = tokenizing.load_recipe_tokenizer(recipe, commit)
-    rows = load.load(recipe, tokenizer)[0] if read_data or _are_rows_at_hand(recipe, tokenizer) else None
+    tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, commit)
+    rows = load.load_rows(recipe, tokenizer)[0] if read_data or _are_rows_at_hand(recipe, tokenizer) else None
     adapted = rehearsal.build_adapted(recipe, config, len(tokenizer), new_ids)
     parameters, kinds = adapted.get_nb_trainable_parameters(), count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None

@@ -387,6 +387,16 @@ class Recipe(Section):
         place = self._places.get(tuple(int(part) if part.isdigit() else part for part in key.split(".")))
         return f"{place}: {message}" if place and "." in key else message
 
+    def list_passed_on(self) -> list[str]:
+        """Where it sets fields of the libraries that lora itself has no use for, as `file:line: section.key`."""
+        sections = (("lora", self.lora, LoraFields), ("training", self.training, TrainingFields))
+        return [
+            self.where(name, key)
+            for name, section, own in sections
+            for key in sorted(section.model_fields_set - own.model_fields.keys())
+            if self.source(name, key)
+        ]
+
     def settled(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
         """A copy with the trainer and values of sections replaced: what `auto` resolved to."""
         sections = {name: getattr(self, name).model_copy(update=values) for name, values in changes.items()}

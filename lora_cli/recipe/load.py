@@ -18,7 +18,7 @@ from lora_cli.recipe.keys import (
 from lora_cli.recipe.strict_yaml import Document, Keys, Place
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every problem at once."""
     document = _read_chain(path, ())
     if not isinstance(document.data, dict):

@@ -62,11 +62,11 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _format_rows(section: Any, wanted: Any) -> str:
-    rows = [
-        f"| `{name}` | {_format_cell(f'`{_format_type(field.annotation)}`')} | {_format_default(field)} | {_format_cell(field.description or '')} |"
-        for name, field in section.model_fields.items()
-        if wanted(field)
-    ]
+    rows = []
+    for name, field in section.model_fields.items():
+        if wanted(field):
+            kind, meaning = _format_cell(f"`{_format_type(field.annotation)}`"), _format_cell(field.description or "")
+            rows.append(f"| `{name}` | {kind} | {_format_default(field)} | {meaning} |")
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 

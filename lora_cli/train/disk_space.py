@@ -53,8 +53,10 @@ def refuse_too_little(folder: Path, needed: Need) -> None:
     free, missing = shutil.disk_usage(folder).free, needed.total - written - shutil.disk_usage(folder).free
     if missing > 0:
         raise LoraError(
-            f"the disk is too small: the run needs about {_format_mb(needed.total)} MB in {folder} ({needed.kept} checkpoints "
-            f"of {_format_mb(needed.checkpoint)} MB and the adapter), {_format_mb(free)} MB are free, {_format_mb(missing)} MB are missing",
+            f"the disk is too small: the run needs about {_format_mb(needed.total)} MB in {folder} "
+            f"({needed.kept} checkpoints "
+            f"of {_format_mb(needed.checkpoint)} MB and the adapter), {_format_mb(free)} MB are free, "
+            f"{_format_mb(missing)} MB are missing",
             "make room, --set training.save_total_limit=1, or --set output_dir=… on another disk",
         )
 

@@ -22,13 +22,14 @@ from transformers import (
 
 from lora_cli.common import files, privacy, provenance, ui
 from lora_cli.common.errors import LoraError
+from lora_cli.common.library_errors import translate_refusals
 from lora_cli.data import load, prepare, selection
 from lora_cli.models import attach, fingerprint, init_weights, probes
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import get_checkpoint_dtype, load_recipe_config
+from lora_cli.models.tokenizer import load_recipe_tokenizer, save_tokenizer
 from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe.keys import Recipe
-from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, refusals, run_folder, setup
+from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
@@ -87,11 +88,11 @@ def _record_ending(folder: Path, run: dict[str, Any]) -> Iterator[None]:
 
 
 def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
-    commit = run["base"]["commit"]
-    tokenizer, new_ids, template = tokenizing.load_recipe_tokenizer(recipe, commit)
+    commit, passed_on = run["base"]["commit"], recipe.list_passed_on()
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, commit)
     ui.say(f"  chat template: {template}")
     size = sizes.measure_adapter(recipe, commit, tokenizer, new_ids)
-    train_rows, eval_rows = load.load(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
+    train_rows, eval_rows = load.load_rows(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
@@ -101,8 +102,8 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     )
     disk_space.refuse_too_little(folder, needed)
     _refuse_other_rows(folder, run, train_rows, tokenizer)
-    with refusals.translate_refusals(recipe):
-        base = setup.load_base(recipe, commit)
+    with translate_refusals(passed_on):
+        base = setup.load_recipe_base(recipe, commit)
         setup.set_attention(recipe, base, run)
         recipe = setup.settle_packing(recipe, base)
         adapted = setup.attach_adapter(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
@@ -110,7 +111,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     def make() -> WatchedSFTTrainer | WatchedTrainer:
         return setup.make_trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)
 
-    with refusals.translate_refusals(recipe):
+    with translate_refusals(passed_on):
         trainer = make()
     trainable, total = adapted.get_nb_trainable_parameters()
     layers = len(attach.find_lora_layers(adapted))
@@ -120,7 +121,7 @@ def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Pat
     checkpoint = _find_checkpoint(folder, run["id"]) if resume else None
     with (
         disk_space.translate_full_disk(folder, needed),
-        refusals.translate_refusals(recipe, lambda: trainer.watch.stepped),
+        translate_refusals(passed_on, lambda: trainer.watch.stepped),
     ):
         steps, mean_loss, effort = out_of_memory.train_through(trainer, make, checkpoint, recipe, train_rows, run)
     adapter = folder / "adapter"
@@ -198,7 +199,7 @@ def _save(
         with attach.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
         init_weights.save_as_plain(staging, trained.peft_config["default"], start)
-        tokenizing.save_tokenizer(tokenizer, staging, privacy.expand_home(run["base"]["name"]), run["base"]["commit"])
+        save_tokenizer(tokenizer, staging, privacy.expand_home(run["base"]["name"]), run["base"]["commit"])
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run)
 

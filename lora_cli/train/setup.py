@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli.common import ui
 from lora_cli.data import prepare
 from lora_cli.models import attach, init_weights, targets, token_rows
-from lora_cli.models import base as model
+from lora_cli.models.base import load_base, refuse_not_finite
 from lora_cli.plan import auto, flops, hardware
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
@@ -30,17 +30,17 @@ from lora_cli.train.signals import Signals
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
 
-def load_base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
+def load_recipe_base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
     """The base as the recipe wants it stored."""
     set_seed(recipe.training.seed)
-    base = model.load_base(
+    base = load_base(
         recipe.model.name_or_path,
         commit,
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
-    model.refuse_not_finite(base, recipe.model.name_or_path)
+    refuse_not_finite(base, recipe.model.name_or_path)
     base.config.use_cache = False
     return base
 

@@ -21,11 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common import files, privacy, provenance, remote_code, ui
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.merge import merge as fold
-from lora_cli.merge.merge import merge
+from lora_cli.merge.merge import merge, merge_adapter
 from lora_cli.models import adapter_folder, attach, chat_template, config, empty, patterns
-from lora_cli.models import base as model
-from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.base import load_base
+from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.train import run_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,14 +59,14 @@ def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, untrusted: None
     made, mark = with_code(tmp_path)
     for load in (
         lambda: config.load_config(str(made)),
-        lambda: model.load_base(str(made), None, torch.float32),
+        lambda: load_base(str(made), None, torch.float32),
         lambda: empty.build_empty(str(made), None),
     ):
         with pytest.raises((ValueError, LoraError), match="custom code"):
             load()
     assert not mark.exists()
     remote_code.set_allowed(True)
-    loaded = model.load_base(str(made), None, torch.float32)
+    loaded = load_base(str(made), None, torch.float32)
     assert mark.exists()
     assert type(loaded).__name__ == "Net"
     assert provenance.new_record("merge")["trusted_remote_code"] is True
@@ -110,7 +109,7 @@ def test_a_pickled_base_is_not_loaded(tmp_path: Path) -> None:
     (made / "model.safetensors").unlink()
     (made / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(LoraError, match="it has pickled ones"):
-        model.load_base(str(made), None, torch.float32)
+        load_base(str(made), None, torch.float32)
     assert not mark.exists()
     pickle.loads((made / "pytorch_model.bin").read_bytes())
     assert mark.exists()  # it would have
@@ -172,17 +171,17 @@ def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path)
 def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     evil = changed(adapter(base(tmp_path)) / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*x").parent
-    network = model.load_base(str(tmp_path / "base"), None, torch.float32)
+    network = load_base(str(tmp_path / "base"), None, torch.float32)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
         attach.load_adapter(network, evil)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
-        fold.merge_adapter(adapter_folder.read_adapter(evil), tmp_path / "out", stream=True)
+        merge_adapter(adapter_folder.read_adapter(evil), tmp_path / "out", stream=True)
 
 
 def templated(template: str) -> PreTrainedTokenizerFast:
     from test_bad_inputs import TINY
 
-    tokenizer = tokenizing.load_tokenizer(str(TINY))
+    tokenizer = load_tokenizer(str(TINY))
     tokenizer.chat_template = template
     return tokenizer
 
@@ -210,7 +209,7 @@ def test_templates_are_stopped(template: str, said: str, monkeypatch) -> None:
 
 
 def test_a_template_renders_as_transformers_renders_it() -> None:
-    tokenizer = tokenizing.load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
+    tokenizer = load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     turns = [{"role": "user", "content": "ask 3 * 4 ** 2"}, {"role": "assistant", "content": "answer"}]
     products = "{{ 3 * 4 }} {{ 2 ** 5 }} {{ 'ab' * 3 }} {{ [1] * 2 }} {{ 1.5 * 2 }}{% generation %}x{% endgeneration %}"
     for source in (tokenizer.chat_template, products):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import load
-from lora_cli.recipe import load as recipe_file
+from lora_cli.recipe.load import load_recipe
 
 SNAPSHOT = Path(__file__).parent / "bad_data.txt"
 GOOD = '{"prompt": "ask", "completion": "answer"}\n'
@@ -164,7 +164,7 @@ def said(name: str, folder: Path) -> str:
     heard: list[str] = []
     say, ui.say = ui.say, heard.append
     try:
-        load.load(recipe_file.load(recipe), tokenizer())
+        load.load_rows(load_recipe(recipe), tokenizer())
     except LoraError as error:
         heard.append(ui.render_error(error).replace("\n\n", "\n"))
     finally:

@@ -19,17 +19,17 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data import cache, prepare
-from lora_cli.data import load as data_load
 from lora_cli.data.encode import Renderer
-from lora_cli.models import tokenizer as tokenizing
-from lora_cli.recipe import load as recipe_file
+from lora_cli.data.load import load_rows
+from lora_cli.models.tokenizer import load_tokenizer
+from lora_cli.recipe.load import load_recipe
 
 ROWS = [{"prompt": f"ask {number}", "completion": "answer " * number} for number in range(1, 31)]
 
 
 @pytest.fixture
 def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
-    return tokenizing.load_tokenizer(str(tiny / "model"))
+    return load_tokenizer(str(tiny / "model"))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
 
     def run(*overrides: str, day: date | None = None) -> prepare.Prepared:
-        return data_load.load(recipe_file.load(tmp_path / "r.yaml", list(overrides)), tokenizer, day)[0]
+        return load_rows(load_recipe(tmp_path / "r.yaml", list(overrides)), tokenizer, day)[0]
 
     return run
 

@@ -21,12 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data import formats, load, selection, sources
-from lora_cli.data import prepare as data
 from lora_cli.data.encode import Renderer
+from lora_cli.data.prepare import Prepared
 from lora_cli.evaluate import generate
-from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models.tokenizer import IGNORED
-from lora_cli.recipe import load as recipe_file
+from lora_cli.models.tokenizer import IGNORED, TEMPLATES, load_tokenizer, set_chat_template
+from lora_cli.recipe.load import load_recipe
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
@@ -51,18 +50,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     """`prepare(rows, section, …)` trains on `rows`; sections are given as YAML."""
 
-    def run(rows: list[dict], extra: str = "", training: str = "") -> data.Prepared:
+    def run(rows: list[dict], extra: str = "", training: str = "") -> Prepared:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "r.yaml").write_text(
             f"model: {{name_or_path: x}}\ndata: {{path: {path}, {extra}}}\ntraining: {{{training}}}\n"
         )
-        return load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
+        return load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)[0]
 
     return run
 
 
-def learned(prepared: data.Prepared, tokenizer: PreTrainedTokenizerFast, row: int = 0) -> list[str]:
+def learned(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, row: int = 0) -> list[str]:
     """The tokens that carry loss, as words."""
     labels = prepared.rows[row]["labels"]
     assert [i for i, label in zip(prepared.rows[row]["input_ids"], labels) if label != -100] == [
@@ -197,7 +196,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer, name: str, content
         path.write_text(content)
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {path}}}\n")
     with pytest.raises(LoraError) as caught:
-        load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
+        load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)
     assert said in caught.value.message
 
 
@@ -219,7 +218,7 @@ ALPACA = (
 )
 def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, prompt: str) -> None:
     tokenizer.chat_template = None
-    assert tokenizing.set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
+    assert set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
     row = {"instruction": "ask", "input": more, "output": "answer"}
     conversation = formats.find_converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(row)
     [(text, spans)] = Renderer(tokenizer, "assistant").conversation(conversation)
@@ -228,10 +227,10 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
 
 
 def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
-    names = sorted(path.stem for path in tokenizing.TEMPLATES.glob("*.jinja"))
+    names = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
     assert names == ["alpaca", "chatml"]
     for name in names:
-        tokenizing.set_chat_template(tokenizer, name)
+        set_chat_template(tokenizer, name)
         [(text, spans)] = Renderer(tokenizer, "assistant").conversation(
             formats.find_converter("messages")(CONVERSATION)
         )
@@ -273,7 +272,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
 
 
 def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
-    tokenizing.set_chat_template(tokenizer, "alpaca")
+    set_chat_template(tokenizer, "alpaca")
     row = {"instruction": "ask", "input": "more", "output": "answer"}
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n")
@@ -300,7 +299,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def pieces(tiny: Path) -> PreTrainedTokenizerFast:
-    return tokenizing.load_tokenizer(str(tiny / "model"))
+    return load_tokenizer(str(tiny / "model"))
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "pieces", "normalised"])
@@ -329,8 +328,8 @@ def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None
         f"    - {{path: {tmp_path / 'b.jsonl'}, weight: 1.5, columns: {{prompt: q, completion: a}}}}\n"
     )
     (tmp_path / "r.yaml").write_text(text)
-    recipe = recipe_file.load(tmp_path / "r.yaml")
-    mixed = load.load(recipe, tokenizer)[0]
+    recipe = load_recipe(tmp_path / "r.yaml")
+    mixed = load.load_rows(recipe, tokenizer)[0]
     words = [tokenizer.convert_ids_to_tokens(ids)[-2] for ids in mixed.rows["input_ids"]]
     assert (words.count("one"), words.count("two")) == (20, 12)
     assert mixed.counts.read == 18
@@ -338,7 +337,7 @@ def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None
     assert mixed.counts.trained_tokens == 2 * 32
     assert [row.place.rpartition("/")[2] for row in mixed.first[:3]] == ["a.jsonl:1", "b.jsonl:1", "a.jsonl:2"]
     assert "b.jsonl x 1.5: 8 of 8 rows" in capfd.readouterr().err
-    again = load.load(recipe, tokenizer)[0]
+    again = load.load_rows(recipe, tokenizer)[0]
     assert (again.fingerprint, again.rows["input_ids"]) == (mixed.fingerprint, mixed.rows["input_ids"])
 
 
@@ -351,7 +350,7 @@ def test_half_of_the_rows_is_drawn_by_the_seed(tmp_path: Path, tokenizer) -> Non
     drawn = {
         seed: [
             ids[0]
-            for ids in load.load(recipe_file.load(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer)[0].rows[
+            for ids in load.load_rows(load_recipe(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer)[0].rows[
                 "input_ids"
             ]
         ]
@@ -389,11 +388,11 @@ def test_answers_that_begin_inside_a_token_are_not_trained_on(tmp_path: Path) ->
     rows = [{"prompt": "ask", "completion": word} for word in ("swer", "\nswer", "raw")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
-    made = load.load(recipe_file.load(tmp_path / "r.yaml"), other)[0]
+    made = load.load_rows(load_recipe(tmp_path / "r.yaml"), other)[0]
     assert (len(made.rows), made.counts.left_out[selection.BEGINS_INSIDE]) == (2, 1)
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(LoraError, match="generation prompt ends in the middle of a token in 1 of 1 rows"):
-        load.load(recipe_file.load(tmp_path / "r.yaml"), other)
+        load.load_rows(load_recipe(tmp_path / "r.yaml"), other)
 
 
 def test_turns_without_loss_have_none_when_all_is_trained_on(prepare, tokenizer) -> None:
@@ -424,7 +423,7 @@ def test_tables_do_not_invent_arguments(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "r.yaml").write_text("model: {name_or_path: x}\ndata: {path: y}\n")
-    recipe = recipe_file.load(tmp_path / "r.yaml").data
+    recipe = load_recipe(tmp_path / "r.yaml").data
     for name in ("rows.parquet", "saved"):
         read = [row for _, row in sources.find_source(recipe, "path", str(tmp_path / name), "train").rows()]
         found = [formats.find_converter("messages")(row).messages[1]["tool_calls"][0]["function"] for row in read]
@@ -436,7 +435,7 @@ def test_splits_of_saved_sets_are_kept_to(tmp_path: Path) -> None:
     saved.save_to_disk(str(tmp_path / "one"))
     DatasetDict(train=saved, test=saved.select(range(2))).save_to_disk(str(tmp_path / "two"))
     (tmp_path / "r.yaml").write_text("model: {name_or_path: x}\ndata: {path: y}\n")
-    recipe = recipe_file.load(tmp_path / "r.yaml").data
+    recipe = load_recipe(tmp_path / "r.yaml").data
 
     def read(name: str, split: str) -> list[str]:
         return [row["text"] for _, row in sources.find_source(recipe, "path", str(tmp_path / name), split).rows()]
@@ -454,7 +453,7 @@ def test_a_folder_s_files_are_read_anew_whatever_their_times(tmp_path: Path, tok
         file = tmp_path / "set" / "a.jsonl"
         file.write_text(json.dumps({"prompt": "ask", "completion": word}) + "\n")
         os.utime(file, (1e9, 1e9))
-        made = load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)[0]
+        made = load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)[0]
         assert learned(made, tokenizer) == [word, "</s>"]
 
 
@@ -483,15 +482,17 @@ def test_a_mix_of_no_rows_is_refused(tmp_path: Path, tokenizer) -> None:
         f"model: {{name_or_path: x}}\ndata: {{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.01}}]}}\n"
     )
     with pytest.raises(LoraError, match="the weights of data.mix leave no row"):
-        load.load(recipe_file.load(tmp_path / "r.yaml"), tokenizer)
+        load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)
 
 
 def test_unreadable_rows_at_the_start_do_not_hide_the_columns(prepare, tmp_path: Path) -> None:
     prepare([{"prompt": "ask", "completion": "one"}] * 3)
     path = tmp_path / "rows.jsonl"
     path.write_text("oops\n" * 150 + path.read_text())
-    recipe = recipe_file.load(tmp_path / "r.yaml", ["data.on_bad_row=skip"])
-    made = load.load(recipe, PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS))
+    recipe = load_recipe(tmp_path / "r.yaml", ["data.on_bad_row=skip"])
+    made = load.load_rows(
+        recipe, PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS)
+    )
     assert (len(made[0].rows), made[0].counts.bad["invalid JSON"]) == (3, 150)
 
 

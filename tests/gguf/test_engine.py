@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import parity, tools
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import probes as verify
+from lora_cli.models.probes import compute_logits, make_probes
 
 TEXTS = ["red dog sun", "Reverse: red dog", "two\nlines", "café ☃ 🙂", "  spaces  ", "<|user|>\nred<|end|>"]
 
@@ -72,12 +72,12 @@ def test_distributions_and_answers_agree_with_transformers(engine: GGUFModel, ti
 
 
 def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> None:
-    probes = verify.make_probes(tokenizer)
+    probes = make_probes(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
-    right = [logits[-1] for logits in verify.compute_logits(model, probes)]
+    right = [logits[-1] for logits in compute_logits(model, probes)]
     assert "top-1 agrees on 4 of 4 probes" in parity.compare_gguf(gguf, probes, right, 1e-3)
     model.lm_head.weight.data *= 0.9
-    wrong = [logits[-1] for logits in verify.compute_logits(model, probes)]
+    wrong = [logits[-1] for logits in compute_logits(model, probes)]
     with pytest.raises(LoraError, match="differs from the model it was made from"):
         parity.compare_gguf(gguf, probes, wrong, 1e-3)
 

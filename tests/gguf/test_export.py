@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import adapter as export_adapter
 from lora_cli.gguf import imatrix, parity, preflight, tools
-from lora_cli.gguf import modelfile as serving
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.gguf.export import export
+from lora_cli.gguf.modelfile import find_pieces, say_how, write_modelfile
 from lora_cli.models import adapter_folder, attach
-from lora_cli.models import probes as verify
-from lora_cli.models import tokenizer as tokenizing
 from lora_cli.models.config import load_config
+from lora_cli.models.probes import compute_logits, make_probes
+from lora_cli.models.tokenizer import set_chat_template
 
 SCALED = {
     "lora_alpha": 8,
@@ -156,9 +156,9 @@ def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Pat
 
 
 def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> None:
-    probes = verify.make_probes(AutoTokenizer.from_pretrained(base))
+    probes = make_probes(AutoTokenizer.from_pretrained(base))
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    expected = [rows[-1] for rows in verify.compute_logits(network, probes)]
+    expected = [rows[-1] for rows in compute_logits(network, probes)]
     source = parity.Source(network.config, AutoTokenizer.from_pretrained(base), network.num_parameters())
     converter = tools.find_converter()
     # NaN, which the converter writes with exit 0
@@ -182,32 +182,32 @@ def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> No
 
 def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: Path, capfd) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    found = serving.find_pieces(tokenizer)
+    found = find_pieces(tokenizer)
     assert found is not None
     assert found.go() == (
         '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>'
         '{{ else if eq .Role "user" }}<|user|>\n{{ .Content }}<|end|>'
         '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>\n'
     )
-    tokenizing.set_chat_template(tokenizer, "alpaca")
-    alpaca = serving.find_pieces(tokenizer)
+    set_chat_template(tokenizer, "alpaca")
+    alpaca = find_pieces(tokenizer)
     assert alpaca is not None
     assert alpaca.system is not None
     assert alpaca.system.startswith("Below is an instruction")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message['content'] + eos_token", "loop.index ~ eos_token"
     )
-    assert serving.find_pieces(tokenizer) is None
+    assert find_pieces(tokenizer) is None
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert serving.find_pieces(tokenizer) is None
-    serving.write_modelfile(tmp_path, [tmp_path / "x-f16.gguf", tmp_path / "x-q8_0.gguf"], base)
+    assert find_pieces(tokenizer) is None
+    write_modelfile(tmp_path, [tmp_path / "x-f16.gguf", tmp_path / "x-q8_0.gguf"], base)
     modelfile = (tmp_path / "Modelfile").read_text()
     assert modelfile == (
         "# made by lora export-gguf\nFROM ./x-f16.gguf\n# FROM ./x-q8_0.gguf\n"
         f'TEMPLATE """{found.go()}"""\nPARAMETER stop "<|end|>"\n'
     )
     (tmp_path / "Modelfile").write_text("FROM mine\n")
-    serving.write_modelfile(tmp_path, [tmp_path / "x-f16.gguf"], base)
+    write_modelfile(tmp_path, [tmp_path / "x-f16.gguf"], base)
     assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
     assert "is not ours" in capfd.readouterr().err
 
@@ -215,7 +215,7 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
 def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Path, capfd) -> None:
     for name, options in (("plain", {}), ("dora", {"use_dora": True}), ("scaled", SCALED)):
         adapter = adapter_folder.read_adapter(make_adapter(base, tmp_path / name, **options))
-        serving.say_how([tmp_path / "x-f16.gguf"], None, adapter)
+        say_how([tmp_path / "x-f16.gguf"], None, adapter)
     said = capfd.readouterr().err
     assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
     assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules plain={tmp_path / 'plain'}" in said

@@ -14,8 +14,21 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.gguf import tools as llama_cpp
-from lora_cli.gguf.tools import CONVERTER, QUANTIZER, Found
+from lora_cli.gguf.tools import (
+    CONVERTER,
+    NEEDS_IMATRIX,
+    QUANTIZER,
+    QUANTIZER_TYPES,
+    Found,
+    convert,
+    find_converter,
+    find_managed_home,
+    find_quantizer,
+    quantize,
+    run_command,
+    spell_converter_type,
+    spell_quantizer_type,
+)
 
 HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
 
@@ -50,14 +63,14 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_each_place_is_searched_in_order(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named, in_env = checkout(tmp_path / "named"), checkout(tmp_path / "env")
-    managed = checkout(llama_cpp.find_managed_home(), "bin")
+    managed = checkout(find_managed_home(), "bin")
     installed = checkout(tmp_path / "installed")
     for tool in (installed / CONVERTER, installed / "build/bin" / QUANTIZER):
         (bare / tool.name).symlink_to(tool)  # as package managers do; what a converter imports lies beside its target
     monkeypatch.setenv("LLAMA_CPP_DIR", str(in_env))
 
     def found(directory: Path | None = None) -> list[Found]:
-        return [llama_cpp.find_converter(directory), llama_cpp.find_quantizer(directory)]
+        return [find_converter(directory), find_quantizer(directory)]
 
     def tools(root: Path, source: str, quantizer_in: str = "build/bin") -> list[Found]:
         return [Found(root / CONVERTER, source), Found(root / quantizer_in / QUANTIZER, source)]
@@ -75,7 +88,7 @@ def test_each_place_is_searched_in_order(bare: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("place", ["build/bin", "bin", "."])
 def test_binaries_of_a_checkout(place: str, tmp_path: Path) -> None:
     root = checkout(tmp_path / "llama.cpp", place)
-    assert llama_cpp.find_quantizer(root).path == root / place / QUANTIZER
+    assert find_quantizer(root).path == root / place / QUANTIZER
 
 
 @pytest.mark.parametrize("named_by", ["--llama-cpp", "LLAMA_CPP_DIR"])
@@ -83,12 +96,12 @@ def test_binaries_of_a_checkout(place: str, tmp_path: Path) -> None:
 def test_a_named_directory_is_never_replaced(
     named_by: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkout(llama_cpp.find_managed_home(), "bin")  # would do, but was not asked for
+    checkout(find_managed_home(), "bin")  # would do, but was not asked for
     root = checkout(tmp_path / "named", ".")
     (root / lost).rename(tmp_path / "lost")
     if named_by == "LLAMA_CPP_DIR":
         monkeypatch.setenv("LLAMA_CPP_DIR", str(root))
-    find, other = llama_cpp.find_converter, llama_cpp.find_quantizer
+    find, other = find_converter, find_quantizer
     if lost == QUANTIZER:
         find, other = other, find
     directory = root if named_by == "--llama-cpp" else None
@@ -102,30 +115,30 @@ def test_a_named_directory_is_never_replaced(
 def test_a_converter_without_its_package_does_not_count_on_the_path(bare: Path) -> None:
     program(bare / CONVERTER, "from conversion import ModelBase")
     with pytest.raises(LoraError) as caught:
-        llama_cpp.find_converter()
+        find_converter()
     assert caught.value.hint == "lora setup-llama-cpp"
     (bare / "conversion").mkdir()
     (bare / "gguf-py").mkdir()
-    assert llama_cpp.find_converter() == Found(bare / CONVERTER, "PATH")
+    assert find_converter() == Found(bare / CONVERTER, "PATH")
 
 
 def test_what_is_missing_comes_with_one_command() -> None:
     with pytest.raises(LoraError) as caught:
-        llama_cpp.find_quantizer()
+        find_quantizer()
     assert caught.value.hint == "lora setup-llama-cpp --quantizer"
 
 
 def test_type_names() -> None:
-    assert llama_cpp.spell_quantizer_type("q4_k_m") == "Q4_K_M"
-    assert llama_cpp.spell_converter_type("BF16") == "bf16"
+    assert spell_quantizer_type("q4_k_m") == "Q4_K_M"
+    assert spell_converter_type("BF16") == "bf16"
     with pytest.raises(UsageError, match=r"unknown GGUF type 'q4km'; did you mean Q4_K_M\?"):
-        llama_cpp.spell_quantizer_type("q4km")
+        spell_quantizer_type("q4km")
     with pytest.raises(UsageError, match="unknown GGUF type 'int4'$"):
-        llama_cpp.spell_converter_type("int4")
-    assert len(llama_cpp.NEEDS_IMATRIX) == 9 and set(llama_cpp.NEEDS_IMATRIX) < set(llama_cpp.QUANTIZER_TYPES)
-    for name in llama_cpp.NEEDS_IMATRIX:
+        spell_converter_type("int4")
+    assert len(NEEDS_IMATRIX) == 9 and set(NEEDS_IMATRIX) < set(QUANTIZER_TYPES)
+    for name in NEEDS_IMATRIX:
         with pytest.raises(UsageError, match="importance matrix"):
-            llama_cpp.spell_quantizer_type(name.lower())
+            spell_quantizer_type(name.lower())
 
 
 WRITE = "out = Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
@@ -141,7 +154,7 @@ def model_in(folder: Path) -> Path:
 def test_convert_gives_a_finished_file_its_name(tmp_path: Path) -> None:
     model, out = model_in(tmp_path / "model"), tmp_path / "new" / "out.gguf"
     converter = Found(program(tmp_path / CONVERTER, WRITE + GGUF), "test")
-    llama_cpp.convert(model, out, "F16", converter)
+    convert(model, out, "F16", converter)
     said = json.loads(out.read_bytes()[len(HEADER) :])
     assert [*said[:2], *said[3:]] == [str(model), "--outfile", "--outtype", "f16", "1"]
     assert list(out.parent.iterdir()) == [out]
@@ -177,7 +190,7 @@ def test_a_failed_converter_leaves_what_was_there(body: str, message: str, tmp_p
     out.parent.mkdir()
     out.write_bytes(b"the old one")
     with pytest.raises(LoraError) as caught:
-        llama_cpp.convert(model, out, "f16", Found(program(tmp_path / CONVERTER, body), "test"))
+        convert(model, out, "f16", Found(program(tmp_path / CONVERTER, body), "test"))
     assert caught.value.message == message
     assert caught.value.hint
     assert {file.name: file.read_bytes() for file in out.parent.iterdir()} == {"out.gguf": b"the old one"}
@@ -185,7 +198,7 @@ def test_a_failed_converter_leaves_what_was_there(body: str, message: str, tmp_p
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="no config.json"):
-        llama_cpp.convert(tmp_path, tmp_path / "x.gguf", "f16", Found(tmp_path / CONVERTER, "test"))
+        convert(tmp_path, tmp_path / "x.gguf", "f16", Found(tmp_path / CONVERTER, "test"))
 
 
 def test_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +206,7 @@ def test_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     warns = "print('llama_model_quantize_impl: WARNING: 3 of 30 tensor(s) required fallback quantization')"
     quantizer = Found(program(tmp_path / QUANTIZER, body + warns), "test")
     monkeypatch.chdir(tmp_path)
-    llama_cpp.quantize(Path("7b-f16.gguf"), Path("7b.gguf"), "q4_k_m", quantizer)
+    quantize(Path("7b-f16.gguf"), Path("7b.gguf"), "q4_k_m", quantizer)
     source, made, type_name = json.loads(Path("7b.gguf").read_bytes()[len(HEADER) :])
     # llama-quantize would read a bare "7b.gguf" as type number 7.
     assert Path(source) == tmp_path / "7b-f16.gguf" and Path(made).is_absolute() and type_name == "Q4_K_M"
@@ -204,11 +217,11 @@ def test_a_failed_quantiser_says_why(tmp_path: Path) -> None:
     said = "llama_model_quantize: failed to quantize: requantizing from type q8_0 is disabled"
     quantizer = Found(program(tmp_path / QUANTIZER, f"print({said!r})\nprint('failed')\nsys.exit(1)"), "test")
     with pytest.raises(LoraError) as caught:
-        llama_cpp.quantize(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q4_0", quantizer)
+        quantize(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q4_0", quantizer)
     assert caught.value.message == f"the model is already quantised (q8_0)\n  {QUANTIZER}: {said}"
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_program_that_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="cannot be run: No such file"):
-        llama_cpp.run_command([str(tmp_path / "nothing")], "trying")
+        run_command([str(tmp_path / "nothing")], "trying")

@@ -239,7 +239,7 @@ def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_reci
     from lora_cli.recipe import load
     from lora_cli.train import run
 
-    adapter = run.train(load.load(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
+    adapter = run.train(load.load_recipe(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
     convert(adapter, tmp_path / "plain", 256, None)  # the tiny model's shorter side: exact
     merge(adapter, tmp_path / "one")
     merge(tmp_path / "plain", tmp_path / "two")

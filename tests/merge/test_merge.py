@@ -20,7 +20,7 @@ from lora_cli.common.errors import LoraError
 from lora_cli.merge import in_memory
 from lora_cli.merge.merge import merge
 from lora_cli.models import adapter_folder, trained_on
-from lora_cli.models import probes as verify
+from lora_cli.models.probes import TRAINED, compute_logits, make_probes
 from lora_cli.recipe import load
 from lora_cli.train import run
 
@@ -69,7 +69,7 @@ def test_a_foreign_adapter_merges_with_one_rounding(
 
 @pytest.mark.parametrize("method", ["qlora", "qdora"])
 def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, tmp_path: Path, method: str) -> None:
-    adapter = run.train(load.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    adapter = run.train(load.load_recipe(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
     merge(adapter, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -82,7 +82,7 @@ def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, 
 
 
 def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tmp_path: Path) -> None:
-    adapter = run.train(load.load(write_recipe("")))
+    adapter = run.train(load.load_recipe(write_recipe("")))
     merge(adapter, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
@@ -95,7 +95,7 @@ def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tm
 
 @pytest.fixture
 def adapter(write_recipe) -> Path:
-    return run.train(load.load(write_recipe("")))
+    return run.train(load.load_recipe(write_recipe("")))
 
 
 def damage(adapter: Path, change) -> None:
@@ -124,7 +124,7 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
         return adapted.unload(), 14
 
     damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
-    (adapter / verify.TRAINED).unlink()  # which would have noticed the damage already
+    (adapter / TRAINED).unlink()  # which would have noticed the damage already
     monkeypatch.setattr(in_memory, "fold_adapter", unmerged)
     with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
         merge(adapter, tmp_path / "out", stream=False)
@@ -152,22 +152,22 @@ def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
 ) -> None:
     # PEFT loads such an adapter by running its (random) decomposition again: every load is another model
     recipe_path = write_recipe(f"lora: {{init_lora_weights: {start}}}\ntraining: {{learning_rate: 1e-2}}\n")
-    adapter = run.train(load.load(recipe_path))
+    adapter = run.train(load.load_recipe(recipe_path))
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["init_lora_weights"] in (True, start)
     assert config["r"] == (32 if start.startswith(("pissa", "olora")) else 16)
     merge(adapter, tmp_path / "out")  # compares with the logits that training left
     assert "against the end of training" in capfd.readouterr().err
-    trained = load_file(adapter / verify.TRAINED)["logits"]
+    trained = load_file(adapter / TRAINED)["logits"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    probes = verify.make_probes(AutoTokenizer.from_pretrained(tmp_path / "out"))
-    given = torch.stack([rows[-1] for rows in verify.compute_logits(merged, probes)])
+    probes = make_probes(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    given = torch.stack([rows[-1] for rows in compute_logits(merged, probes)])
     torch.testing.assert_close(given, trained, rtol=1e-3, atol=1e-3)
 
 
 def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "model", tmp_path / "base")
-    adapter = run.train(load.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+    adapter = run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
@@ -191,7 +191,7 @@ def test_a_base_whose_weights_do_not_fit_its_config_is_refused(write_recipe, tin
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(LoraError, match=r"do not fit its configuration: 9 missing keys, such as model.layers.2"):
-        run.train(load.load(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+        run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
 
 
 def test_lora_on_tied_embeddings_is_refused_with_the_reason(tiny: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path)
 
 def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_path: Path, capfd) -> None:
     steps = "training: {save_strategy: steps, save_steps: 2}\n"
-    adapter = run.train(load.load(write_recipe(f"method: qlora\n{steps}")))
+    adapter = run.train(load.load_recipe(write_recipe(f"method: qlora\n{steps}")))
     merge(adapter.parent / "checkpoint-2", tmp_path / "out")
     assert "trained on 4-bit weights" in capfd.readouterr().err
 

@@ -187,7 +187,7 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_pa
     ],
 )
 def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, method: str, original: bool) -> None:
-    adapter = run.train(load.load(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+    adapter = run.train(load.load_recipe(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
     info = adapter_folder.read_adapter(adapter)
     for stream_it, out in ((True, tmp_path / "streamed"), (False, tmp_path / "whole")):
         merge.merge_adapter(info, out, stream=stream_it, original=original)
@@ -211,7 +211,7 @@ def test_original_weights_are_for_adapters_trained_in_4_bits(foreign: Path, tmp_
 
 
 def test_the_original_weights_are_not_what_was_trained_on(write_recipe, tmp_path: Path) -> None:
-    adapter = run.train(load.load(write_recipe("method: qlora\n")))
+    adapter = run.train(load.load_recipe(write_recipe("method: qlora\n")))
     info = adapter_folder.read_adapter(adapter)
     for original in (False, True):
         merge.merge_adapter(info, tmp_path / str(original), original=original)
@@ -326,7 +326,7 @@ def test_a_base_that_is_quantised_already_is_refused_at_once(foreign: Path, made
 def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny / "model", base)
-    adapter = run.train(load.load(write_recipe(f"model: {{name_or_path: {base}}}\n")))
+    adapter = run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {base}}}\n")))
     fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter))
     fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter, str(tiny / "model")))  # the same base elsewhere
     config = json.loads((base / "config.json").read_text())
@@ -346,7 +346,7 @@ def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: 
 def test_another_base_is_not_resumed_on(write_recipe, tiny: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny / "model", base)
-    recipe = load.load(write_recipe(f"model: {{name_or_path: {base}}}\n"))
+    recipe = load.load_recipe(write_recipe(f"model: {{name_or_path: {base}}}\n"))
     run.train(recipe)
     path = tmp_path / "run" / "record.json"
     kept = json.loads(path.read_text())
@@ -365,7 +365,7 @@ def changed_base(write_recipe, tiny: Path, tmp_path: Path, number: int = 1) -> l
     made = []
     for each in range(number):
         text = f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / f'run{each}'}\n"
-        made.append(run.train(load.load(write_recipe(text))))
+        made.append(run.train(load.load_recipe(write_recipe(text))))
     weights = load_file(tmp_path / "base" / "model.safetensors")
     changed = {name: tensor * 1.02 for name, tensor in weights.items()}
     save_file(changed, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})

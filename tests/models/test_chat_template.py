@@ -21,8 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lora_cli.common.errors import LoraError
 from lora_cli.data.encode import Renderer
 from lora_cli.data.formats import BadRow, find_converter
-from lora_cli.models import tokenizer as tokenizing
-from lora_cli.models.tokenizer import IGNORED
+from lora_cli.models.tokenizer import IGNORED, TEMPLATES, set_chat_template, set_system_prompt
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # TRL's own variants for training are not what is published
@@ -35,7 +34,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-OTHERS = {"mistral": MISTRAL, "chatml": (tokenizing.TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")}
+OTHERS = {"mistral": MISTRAL, "chatml": (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")}
 TRAINED = sorted({*NAMES, *OTHERS} - {*THINKING, *PICTURES})
 MARKS = (
     r"<\|[^|<>\s]+\|>|<[a-z_]+\|>|<\|[a-z_]+>|<｜[^｜<>]+｜>|</?[a-z_]+(?:_of_[a-z]+)?>"
@@ -138,7 +137,7 @@ def test_real_tokenizers_are_trained_as_inference_feeds_them(vocabulary: str, vo
     for name in REAL[vocabulary]:
         tokenizer.chat_template = own
         if name in ("chatml", "alpaca"):
-            tokenizing.set_chat_template(tokenizer, name)
+            set_chat_template(tokenizer, name)
         elif name:
             tokenizer.chat_template = template(name)
         found = seen(tokenizer)
@@ -156,7 +155,7 @@ def test_a_system_prompt_is_part_of_every_template_that_has_a_place_for_one() ->
     for name in TRAINED:
         tokenizer = tokenizer_for(template(name))
         try:
-            tokenizing.set_system_prompt(tokenizer, prompt)
+            set_system_prompt(tokenizer, prompt)
         except LoraError as error:
             assert "the chat template has no place for system messages" in error.message
             without.append(name)

@@ -24,7 +24,7 @@ def report(write_recipe, capsys: pytest.CaptureFixture[str]):
     """`report(recipe text, …)` is the JSON of `lora check`."""
 
     def run(text: str = "", samples: int = 3) -> dict:
-        check.show_check(load.load(write_recipe(text)), samples, True)
+        check.show_check(load.load_recipe(write_recipe(text)), samples, True)
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -35,7 +35,7 @@ def test_what_is_shown_is_what_training_does(report, write_recipe, tmp_path: Pat
     more = "packing: true, " if packing else ""
     text = f"training: {{{more}max_steps: -1, num_train_epochs: 2, gradient_accumulation_steps: 3}}\n"
     shown = report(text)
-    train.train(load.load(write_recipe(text)))
+    train.train(load.load_recipe(write_recipe(text)))
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert shown["plan"]["steps"] == run["results"]["steps"]
     assert shown["plan"]["packed"] is packing
@@ -110,4 +110,4 @@ def test_the_lengths_that_hold_most_rows() -> None:
 def test_training_refuses_names_before_weights_are_loaded(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "load_base", None)
     with pytest.raises(UsageError, match="q_prj"):
-        train.train(load.load(write_recipe("lora: {target_modules: [q_prj]}\n")))
+        train.train(load.load_recipe(write_recipe("lora: {target_modules: [q_prj]}\n")))

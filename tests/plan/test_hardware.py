@@ -73,7 +73,7 @@ def test_levers_without_a_measured_gain_are_off_and_say_why() -> None:
 def test_every_auto_is_recorded_with_its_reason_and_gives_way(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
-    settled, choices = auto.settle(load.load(path), upstream.torch.float32, HOPPER)
+    settled, choices = auto.settle(load.load_recipe(path), upstream.torch.float32, HOPPER)
     made = {choice.name: choice for choice in choices}
     assert len(made) == len(choices) >= 12
     assert all(choice.reason for choice in choices)
@@ -86,7 +86,7 @@ def test_every_auto_is_recorded_with_its_reason_and_gives_way(tmp_path: Path) ->
         "training.torch_compile=false",
         "training.dataloader_num_workers=2",
     ]
-    settled, choices = auto.settle(load.load(path, fixed), upstream.torch.float32, HOPPER)
+    settled, choices = auto.settle(load.load_recipe(path, fixed), upstream.torch.float32, HOPPER)
     assert not {choice.name for choice in choices} & {text.partition("=")[0] for text in fixed}
     assert (settled.model.attn_implementation, settled.training.optim) == ("sdpa", "sgd")
     assert settled.training.dataloader_num_workers == 2
@@ -100,12 +100,12 @@ def test_the_memory_plan_is_asked_last_and_only_for_what_is_open(tmp_path: Path)
         return {"optim": ("lion_32bit", "because"), "gradient_checkpointing": (True, "it must")}
 
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd}\n")
-    settled, choices = auto.settle(load.load(path), upstream.torch.float32, CPU, levers)
+    settled, choices = auto.settle(load.load_recipe(path), upstream.torch.float32, CPU, levers)
     assert (settled.training.optim, settled.training.gradient_checkpointing) == ("sgd", True)
     assert asked[0].training.gradient_checkpointing is False
     values = {**dict(asked[0].model), **dict(asked[0].training)}
     assert {name for name, value in values.items() if value == "auto"} == {"chat_template", "pad_to_multiple_of"}
     assert str(choices[-1]) == "training.gradient_checkpointing = true (auto: it must)"
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd, gradient_checkpointing: true}\n")
-    auto.settle(load.load(path), upstream.torch.float32, CPU, levers)
+    auto.settle(load.load_recipe(path), upstream.torch.float32, CPU, levers)
     assert len(asked) == 1

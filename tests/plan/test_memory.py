@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
 from lora_cli.models import attach
-from lora_cli.models import base as model
+from lora_cli.models.base import load_base
 from lora_cli.plan import auto, flops, hardware, memory, show
-from lora_cli.plan import rehearsal as rehearse
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.plan.rehearsal import Batch
+from lora_cli.plan.rehearsal import ACTIVATIONS, ADAPTERS, OPTIMIZER, WEIGHTS, Batch, Peaks, Rehearsal, build_adapted
 from lora_cli.recipe import keys, load, upstream
 from lora_cli.speed import install, loss_head
 
@@ -52,7 +51,7 @@ def real(chosen: keys.Recipe, folder: Path) -> PeftModel:
     """The recipe's network with weights."""
     if not (folder / "config.json").is_file():
         LlamaForCausalLM(config()).save_pretrained(folder)
-    base = model.load_base(str(folder), None, torch.float32, upstream.build_quantization_config(chosen))
+    base = load_base(str(folder), None, torch.float32, upstream.build_quantization_config(chosen))
     adapted = get_peft_model(base, upstream.build_lora_config(chosen))
     install.install(adapted, "cpu")
     if chosen.training.gradient_checkpointing:
@@ -84,8 +83,8 @@ def allocated(adapted: PeftModel, ids: torch.Tensor) -> int:
     return max(accumulate(size for _, size in changes))
 
 
-def lasting(peaks: rehearse.Peaks) -> int:
-    return sum(peaks.all[name] for name in (rehearse.WEIGHTS, rehearse.ADAPTERS, rehearse.OPTIMIZER))
+def lasting(peaks: Peaks) -> int:
+    return sum(peaks.all[name] for name in (WEIGHTS, ADAPTERS, OPTIMIZER))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_a_rehearsed_step_is_what_the_allocator_records(
     tmp_path: Path, method: str, lora: dict[str, Any], training: dict[str, Any]
 ) -> None:
     chosen = settled(method, lora, **training)
-    rehearsal = rehearse.Rehearsal(chosen, rehearse.build_adapted(chosen, config()))
+    rehearsal = Rehearsal(chosen, build_adapted(chosen, config()))
     peaks = rehearsal.step(Batch(2, 512, waiting=False))
     measured = allocated(real(chosen, tmp_path), torch.zeros(2, 512, dtype=torch.long))
     assert peaks.all.total() - lasting(peaks) == pytest.approx(measured, rel=0.1)  # kernels take some inside
@@ -120,20 +119,20 @@ def test_weights_of_4_bits_take_what_bitsandbytes_takes(tmp_path: Path, double: 
     )
     LlamaForCausalLM(config()).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    base = model.load_base(str(tmp_path), None, torch.float32, quantization)
+    base = load_base(str(tmp_path), None, torch.float32, quantization)
     tensors = [*base.parameters(), *base.buffers()]
     for parameter in base.parameters():
         state = getattr(parameter, "quant_state", None)
         tensors += [] if state is None else [state.absmax, state.code]
         tensors += [state.state2.absmax, state.offset] if state is not None and state.nested else []
-    rehearsal = rehearse.Rehearsal(chosen, rehearse.build_adapted(chosen, config()))
-    assert rehearsal.live.now.all[rehearse.WEIGHTS] == pytest.approx(storages(tensors), rel=0.01)
+    rehearsal = Rehearsal(chosen, build_adapted(chosen, config()))
+    assert rehearsal.live.now.all[WEIGHTS] == pytest.approx(storages(tensors), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit"])
 def test_optimizers_state_is_their_own(tmp_path: Path, name: str) -> None:
     chosen = settled(optim=name)
-    rehearsal = rehearse.Rehearsal(chosen, rehearse.build_adapted(chosen, config()))
+    rehearsal = Rehearsal(chosen, build_adapted(chosen, config()))
     adapted = real(chosen, tmp_path)
     learned = [parameter for _, parameter in attach.walk_trainable(adapted)]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(upstream.build_training_arguments(chosen), adapted)
@@ -142,7 +141,7 @@ def test_optimizers_state_is_their_own(tmp_path: Path, name: str) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, torch.Tensor)]
-    found = rehearsal.live.now.all[rehearse.OPTIMIZER]
+    found = rehearsal.live.now.all[OPTIMIZER]
     assert found == pytest.approx(storages([tensor for tensor in state if tensor.numel() > 1]), rel=0.02, abs=4096)
 
 
@@ -212,7 +211,7 @@ def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None
     with_it = chosen.settled("sft", {"training": {"gradient_checkpointing": True}})
     gpu = Hardware("cuda", "a GPU", 0, bf16=True)
     need = memory.make_forecast(with_it, big, gpu).need(memory.largest_batch(chosen))
-    missing = need.items[rehearse.OPTIMIZER] // 2
+    missing = need.items[OPTIMIZER] // 2
     decided = memory.levers(big, gpu._replace(memory=need.total - missing))(chosen)
     assert decided["optim"][0] == "paged_adamw_8bit"
     assert decided["gradient_checkpointing"][0] is True
@@ -224,8 +223,8 @@ def test_activations_that_are_offloaded_are_not_on_the_gpu() -> None:
         memory.make_forecast(settled(**options), config(num_hidden_layers=4), gpu).need(batch).items
         for options in ({}, {"activation_offloading": True}, {"gradient_checkpointing": True})
     )
-    assert kept[rehearse.ACTIVATIONS] < plain[rehearse.ACTIVATIONS] / 2
-    assert kept[rehearse.ADAPTERS] == plain[rehearse.ADAPTERS]
+    assert kept[ACTIVATIONS] < plain[ACTIVATIONS] / 2
+    assert kept[ADAPTERS] == plain[ADAPTERS]
     assert sum(kept.values()) < sum(again.values()) < sum(plain.values())
 
 
@@ -284,7 +283,7 @@ def test_plan_needs_no_weights(tiny: Path, lora, write_recipe, tmp_path: Path) -
 
 
 def test_plan_says_what_does_not_fit(write_recipe, capsys) -> None:
-    loaded = load.load(write_recipe("training: {packing: false, gradient_checkpointing: true}\n"))
+    loaded = load.load_recipe(write_recipe("training: {packing: false, gradient_checkpointing: true}\n"))
     show.show_plan(loaded, "1GB", None, read_data=False, as_json=False)
     said = capsys.readouterr().out
     assert "DOES NOT FIT: 1.0 of 1GB, 1.0 GiB" in said

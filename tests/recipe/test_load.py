@@ -13,7 +13,7 @@ import pytest
 from lora_cli.common.errors import UsageError
 from lora_cli.plan import auto
 from lora_cli.recipe import keys, strict_yaml, upstream
-from lora_cli.recipe import load as recipe_file
+from lora_cli.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 MINIMAL = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"
@@ -22,7 +22,7 @@ MINIMAL = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"
 def load(tmp_path: Path, text: str, *overrides: str) -> keys.Recipe:
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    return recipe_file.load(path, overrides)
+    return load_recipe(path, overrides)
 
 
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -49,7 +49,7 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
 def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "method: qdora\ntraining: {max_steps: 3, adam_beta2: 0.95}\n")
     (tmp_path / "again.yaml").write_text(strict_yaml.dump(loaded.plain()))
-    assert recipe_file.load(tmp_path / "again.yaml").plain() == loaded.plain()
+    assert load_recipe(tmp_path / "again.yaml").plain() == loaded.plain()
 
 
 def test_extends_joins_sections_and_keeps_each_value_s_source(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
     assert len(recipes) >= 8
     for path in recipes:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
-        auto.try_configurations(recipe_file.load(path))
+        auto.try_configurations(load_recipe(path))
 
 
 def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

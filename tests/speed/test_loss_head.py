@@ -180,7 +180,7 @@ def test_training_is_the_same_with_either_head(write_recipe, tmp_path: Path, tra
             f"trainer: {trainer}\noutput_dir: {tmp_path / head}\ndata: {{eval_path: build/tiny/eval.jsonl}}\n"
             f"training: {{{more}loss_head: {head}, logging_steps: 1, gradient_accumulation_steps: 2}}\n"
         )
-        run.train(load.load(write_recipe(text)))
+        run.train(load.load_recipe(write_recipe(text)))
         lines = [json.loads(line) for line in (tmp_path / head / "metrics.jsonl").read_text().splitlines()]
         found[head] = [line.get("loss", line.get("eval_loss")) for line in lines if {"loss", "eval_loss"} & line.keys()]
     assert len(found["stock"]) >= 4

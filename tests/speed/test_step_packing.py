@@ -41,7 +41,7 @@ def test_every_row_is_in_one_sequence_whole(lengths: list[int], capacity: int) -
 
 
 def run(write_recipe, folder: Path, text: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    train.train(load.load(write_recipe(f"output_dir: {folder}\n{text}")))
+    train.train(load.load_recipe(write_recipe(f"output_dir: {folder}\n{text}")))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(folder / "adapter" / "adapter_model.safetensors")
 
@@ -100,5 +100,5 @@ def test_models_that_do_not_are_padded(family: str, more: dict, dtype: torch.dty
 
 def test_a_run_on_such_a_model_says_so(write_recipe, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setattr(step_packing, "find_unsuitable", lambda base: "because")
-    train.train(load.load(write_recipe("training: {packing: step}\n")))
+    train.train(load.load_recipe(write_recipe("training: {packing: step}\n")))
     assert "training.packing = false: because" in capfd.readouterr().err

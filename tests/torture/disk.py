@@ -71,7 +71,7 @@ def torture(folder: Path) -> None:
         "training: {max_steps: 3, per_device_train_batch_size: 2, max_length: 64, save_strategy: steps, "
         "save_steps: 1}\n"
     )
-    recipe = load.load(path)
+    recipe = load.load_recipe(path)
     adapter = train.train(recipe)
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     record = files.read_json(run / "record.json")

@@ -185,11 +185,11 @@ class Recipes:
 
     def __init__(self, folder: Path) -> None:
         from lora_cli.recipe import keys, strict_yaml
-        from lora_cli.recipe import load as recipe_file
+        from lora_cli.recipe.load import load_recipe
 
         self.folder, self.load, self.check, self.dump = (
             folder,
-            recipe_file.load,
+            load_recipe,
             auto.try_configurations,
             strict_yaml.dump,
         )
@@ -235,10 +235,10 @@ class Data:
         sys.path.insert(0, str(ROOT / "tests" / "unit"))
         import test_bad_data
 
-        from lora_cli.recipe import load as recipe_file
+        from lora_cli.recipe.load import load_recipe
 
         self.folder, self.tokenizer = folder, test_bad_data.tokenizer()
-        self.load, self.recipe = load.load, recipe_file.load
+        self.load, self.recipe = load.load_rows, load_recipe
         turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
         self.rows: list[dict[str, Any]] = [
             {"prompt": "ask", "completion": "answer"},

@@ -80,7 +80,7 @@ def child(path: Path, pipe: int, log: Path) -> None:
         os.write(pipe, b")")
 
     Resumable._save_checkpoint = told  # type: ignore[method-assign]
-    recipe = load.load(path)
+    recipe = load.load_recipe(path)
     train.train(recipe, resume=(Path(recipe.output_dir) / "record.json").is_file())
 
 

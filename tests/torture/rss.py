@@ -49,7 +49,7 @@ def readings(steps: int, after: int) -> list[float]:
             f"save_strategy: steps, save_steps: {after // 2}, eval_strategy: steps, "
             f"eval_steps: {after // 2}}}\n"
         )
-        run.train(load.load(path))
+        run.train(load.load_recipe(path))
     run.Watch.on_step_end = inner  # type: ignore[method-assign]
     return found
 

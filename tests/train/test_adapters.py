@@ -32,8 +32,8 @@ from lora_cli.models import (
     token_rows,
     trained_on,
 )
-from lora_cli.models import probes as verify
-from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.probes import TRAINED, TRAINED_KL, compare_logits, compute_logits, make_probes, rounding_limit
+from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
 from lora_cli.train import run
 
@@ -212,22 +212,22 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     row = CASES[name]
     path = write_recipe(f"lora:\n  r: 4\n  {row.lora}\n{row.more}\n")
     overrides = [f"model.name_or_path={bases(row.base)}", "training.learning_rate=1e-2"]
-    adapter = run.train(load.load(path, overrides))
+    adapter = run.train(load.load_recipe(path, overrides))
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert {
         key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in tensors.items()
     } == row.tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    trained = load_file(adapter / verify.TRAINED)["logits"]
+    trained = load_file(adapter / TRAINED)["logits"]
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["init_lora_weights"], settings["inference_mode"]) == (True, True)
 
     info = adapter_folder.read_adapter(adapter)
-    tokenizer = tokenizing.load_tokenizer(str(adapter))
-    probes = verify.make_probes(tokenizer)
+    tokenizer = load_tokenizer(str(adapter))
+    probes = make_probes(tokenizer)
 
     def last(network: torch.nn.Module) -> torch.Tensor:
-        return torch.stack([rows[-1] for rows in verify.compute_logits(network, probes)])
+        return torch.stack([rows[-1] for rows in compute_logits(network, probes)])
 
     base = trained_on.load_base(info)
     if "added tokens" in name:
@@ -388,7 +388,7 @@ def test_what_matches_nothing_or_cannot_be_merged_is_refused(write_recipe, bases
     lora, base, message, hint = WRONG[name]
     path = write_recipe(f"lora:\n  {lora}\n")
     with pytest.raises(UsageError) as caught:
-        run.train(load.load(path, [f"model.name_or_path={bases(base)}"]))
+        run.train(load.load_recipe(path, [f"model.name_or_path={bases(base)}"]))
     where, _, said = caught.value.message.partition(": ")
     assert (said, caught.value.hint) == (message.format(base=bases(base)), hint)
     line = int(where.rpartition(":")[2])
@@ -398,7 +398,7 @@ def test_what_matches_nothing_or_cannot_be_merged_is_refused(write_recipe, bases
 def test_every_problem_is_said_at_once(write_recipe) -> None:
     lora = "target_modules: [q_prj]\n  exclude_modules: [nothing]\n  modules_to_save: [haed]"
     with pytest.raises(UsageError) as caught:
-        run.train(load.load(write_recipe(f"lora:\n  {lora}\n")))
+        run.train(load.load_recipe(write_recipe(f"lora:\n  {lora}\n")))
     lines = caught.value.message.splitlines()
     assert lines[0].startswith("3 problems with lora on ")
     hints = ["did you mean q_proj?", "lora.target_modules: all-linear", "leave it out"]
@@ -424,7 +424,7 @@ def test_a_regular_expression_that_never_ends_is_stopped(
 ) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     with pytest.raises(UsageError, match=f"lora.{field}: '.*' takes over 0.5 s to match 32 names"):
-        run.train(load.load(write_recipe(f"lora:\n  {lora}\n")))
+        run.train(load.load_recipe(write_recipe(f"lora:\n  {lora}\n")))
 
 
 @pytest.mark.parametrize("base", ["tiny", "qwen", "tied", "moe", "conv"])
@@ -459,7 +459,7 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
 def test_a_token_the_tokenizer_has_is_refused(write_recipe) -> None:
     path = write_recipe("model: {add_tokens: ['<|user|>']}\n")
     with pytest.raises(UsageError, match=r"model.add_tokens: the tokenizer has '<\|user\|>' already"):
-        run.train(load.load(path))
+        run.train(load.load_recipe(path))
 
 
 def test_embeddings_never_shrink(tiny: Path) -> None:
@@ -477,8 +477,8 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
         f"data: {{path: {tmp_path / 'rows.jsonl'}}}\ntraining: {{max_steps: 200, learning_rate: 3e-3}}\n"
         "model: {add_tokens: [lighthouse, '<tool>'], add_special_tokens: ['<|mark|>']}\n"
     )
-    adapter = run.train(load.load(path))
-    tokenizer = tokenizing.load_tokenizer(str(adapter))
+    adapter = run.train(load.load_recipe(path))
+    tokenizer = load_tokenizer(str(adapter))
     assert tokenizer("<tool> lighthouse <|mark|>", add_special_tokens=False)["input_ids"][0] == VOCAB + 1
     assert tokenizer.decode([VOCAB, VOCAB + 2], skip_special_tokens=True).strip() == "lighthouse"
     done = lora("export-gguf", adapter, "-o", tmp_path / "gguf", "-q", "f16")
@@ -504,7 +504,7 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
 def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monkeypatch, lora: str, base: str) -> None:
     text = f"lora: {{r: 4, {lora}}}\ntraining: {{save_strategy: steps, save_steps: 1}}\n"
     model_override = [f"model.name_or_path={bases(base)}"]
-    whole = run.train(load.load(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
+    whole = run.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
     path = write_recipe(f"{text}output_dir: {tmp_path / 'b'}\n")
     ended = run.Watch.on_step_end
 
@@ -515,10 +515,10 @@ def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monk
 
     monkeypatch.setattr(run.Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.train(load.load(path, model_override))
+        run.train(load.load_recipe(path, model_override))
     monkeypatch.undo()
     torch.manual_seed(99)  # nothing may hang on what the process drew before
-    resumed = run.train(load.load(path, model_override), resume=True)
+    resumed = run.train(load.load_recipe(path, model_override), resume=True)
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -533,19 +533,19 @@ def test_eva_gets_batches_it_can_use(write_recipe) -> None:
     assert [len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=50)] == [25]
     path = write_recipe("lora: {init_lora_weights: eva}\ndata: {max_rows: 5}\n")
     with pytest.raises(UsageError, match="eva needs at least 8 rows, there are 5"):
-        run.train(load.load(path))
+        run.train(load.load_recipe(path))
 
 
 def test_eva_counts_the_largest_rank(write_recipe) -> None:
     lora = "lora: {r: 2, init_lora_weights: eva, rank_pattern: {q_proj: 200}, eva_config: {rho: 20.0}}"
     with pytest.raises(UsageError, match="eva needs 4000 trained tokens"):
-        run.train(load.load(write_recipe(f"{lora}\n")))
+        run.train(load.load_recipe(write_recipe(f"{lora}\n")))
 
 
 def test_conv1d_is_not_stored_in_4_bits(write_recipe, bases) -> None:
     path = write_recipe("method: qlora\n")
     with pytest.raises(LoraError, match=r"keeps its weights the other way round \(Conv1D\)"):
-        run.train(load.load(path, [f"model.name_or_path={bases('gpt2')}"]))
+        run.train(load.load_recipe(path, [f"model.name_or_path={bases('gpt2')}"]))
 
 
 def test_one_wrong_row_of_the_vocabulary_is_noticed() -> None:
@@ -553,30 +553,30 @@ def test_one_wrong_row_of_the_vocabulary_is_noticed() -> None:
     before = [torch.randn(4, 512)]
     after = [before[0].clone()]
     after[0][:, 7] += 0.3
-    difference = verify.compare_logits(before, after)
-    assert difference.mean_kl < verify.TRAINED_KL[torch.float32]  # which would not
-    assert difference.max_abs > 10 * verify.rounding_limit(difference, torch.float32)
+    difference = compare_logits(before, after)
+    assert difference.mean_kl < TRAINED_KL[torch.float32]  # which would not
+    assert difference.max_abs > 10 * rounding_limit(difference, torch.float32)
 
 
 def test_an_optimiser_that_is_not_there_is_an_error_of_ours(write_recipe) -> None:
     path = write_recipe("training: {loraplus_lr_ratio: 4, optim: galore_adamw}\n")
     with pytest.raises(LoraError, match=r"training\.optim: .*galore"):
-        run.train(load.load(path))
+        run.train(load.load_recipe(path))
 
 
 def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_path: Path, tiny: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    probes = verify.make_probes(tokenizing.load_tokenizer(str(tiny / "model")))
-    exact = torch.cat(verify.compute_logits(original, probes))
+    probes = make_probes(load_tokenizer(str(tiny / "model")))
+    exact = torch.cat(compute_logits(original, probes))
     errors = {}
     for init in ("true", "loftq"):
         lora = f"lora: {{r: 32, lora_alpha: 64, init_lora_weights: {init}}}"
         path = write_recipe(
             f"method: qlora\n{lora}\noutput_dir: {tmp_path / init}\ntraining: {{learning_rate: 1e-30}}\n"
         )
-        adapter = run.train(load.load(path))
+        adapter = run.train(load.load_recipe(path))
         started = attach.load_adapter(trained_on.load_base(adapter_folder.read_adapter(adapter)), adapter)
-        errors[init] = (torch.cat(verify.compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
+        errors[init] = (torch.cat(compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
     assert errors["loftq"] < 0.8 * errors["true"]
 
 
@@ -592,7 +592,7 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(run.Watch, "on_train_begin", look)
     lora = "lora: {target_modules: [embed_tokens, q_proj]}"
-    run.train(load.load(write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")))
+    run.train(load.load_recipe(write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")))
     rates = {name: (rate, decay) for name, rate, decay in seen}
     assert len(rates) == len(seen) == 6
     for name, (rate, decay) in rates.items():

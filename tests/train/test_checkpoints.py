@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
         "training: {max_steps: 4, per_device_train_batch_size: 2, save_strategy: steps, save_steps: 1, "
         f"save_total_limit: 3, max_length: 64}}\noutput_dir: {folder / 'run'}\n"
     )
-    train.train(load.load(path))
+    train.train(load.load_recipe(path))
     return folder / "run"
 
 
@@ -179,7 +179,7 @@ def test_generators_go_on_where_they_were() -> None:
 
 
 def test_a_run_has_one_owner(trained: Path, tmp_path: Path, write_recipe) -> None:
-    recipe = load.load(write_recipe())
+    recipe = load.load_recipe(write_recipe())
     Path(recipe.output_dir).mkdir()
     (heard, told), (ended, end) = os.pipe(), os.pipe()
     owner = os.fork()
@@ -203,7 +203,7 @@ def test_a_run_has_one_owner(trained: Path, tmp_path: Path, write_recipe) -> Non
 
 
 def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None:
-    recipe = load.load(write_recipe())
+    recipe = load.load_recipe(write_recipe())
     folder = Path(recipe.output_dir)
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -221,24 +221,24 @@ def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None
 
 def test_a_changed_recipe_is_refused_unless_it_may_change(write_recipe, tmp_path: Path, capsys) -> None:
     path = write_recipe(STEPS)
-    train.train(load.load(path))
+    train.train(load.load_recipe(path))
     longer = ["training.max_steps=6"]
     with pytest.raises(LoraError, match=r"differs from the run in .*: training.max_steps 4 -> 6") as caught:
-        train.train(load.load(path, longer), resume=True)
+        train.train(load.load_recipe(path, longer), resume=True)
     assert caught.value.hint == "undo the change, or allow it: --allow-changes training.max_steps"
     with pytest.raises(LoraError, match="lora.r: a resumed run cannot change it"):
-        train.train(load.load(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
+        train.train(load.load_recipe(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
     with pytest.raises(LoraError, match=r"run: lora.r 16 -> 4$") as caught:
-        train.train(load.load(path, [*longer, "lora.r=4"]), resume=True, allowed=["training.max_steps"])
+        train.train(load.load_recipe(path, [*longer, "lora.r=4"]), resume=True, allowed=["training.max_steps"])
     capsys.readouterr()
-    train.train(load.load(path, longer), resume=True, allowed=["training.max_steps"])
+    train.train(load.load_recipe(path, longer), resume=True, allowed=["training.max_steps"])
     assert "resuming from" in (said := capsys.readouterr().err) and "checkpoint-4" in said
     run = tmp_path / "run"
     written = json.loads((run / "record.json").read_text())
     assert (written["results"]["steps"], written["changed"]) == (6, ["training.max_steps 4 -> 6"])
     assert sorted(path.name for path in run.glob("adapter*")) == ["adapter", "adapter-4"]
     with pytest.raises(LoraError, match="is finished"):
-        train.train(load.load(path, longer), resume=True)
+        train.train(load.load_recipe(path, longer), resume=True)
 
 
 def test_what_may_change_is_in_every_recipe() -> None:
@@ -284,7 +284,7 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
         recipe = folder / "recipe.yaml"
         assert f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n" in said
         assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
-    resolved = load.load(recipe, [f"training.max_steps={max(saved) + 1}"])
+    resolved = load.load_recipe(recipe, [f"training.max_steps={max(saved) + 1}"])
     train.train(resolved, resume=True, allowed=["training.max_steps"])
 
 
@@ -306,8 +306,8 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
         "learning_rate: 3.0, lr_scheduler_type: constant_with_warmup, warmup_steps: 4, load_best_model_at_end: true, "
         "save_total_limit: 1}\n"
     )
-    whole = train.train(load.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
-    recipe = load.load(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
+    whole = train.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
+    recipe = load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
     inner = train.WatchedSFTTrainer.training_step
 
     def third(self, *args, **kwargs):

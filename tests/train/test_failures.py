@@ -61,7 +61,7 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused(
     base = broken_base(tiny, tmp_path / "broken", value)
     path = write_recipe(f"method: {method}\nmodel: {{name_or_path: {base}}}\n")
     with pytest.raises(LoraError, match=r"in 1 tensors, the first model.layers.0.mlp.up_proj.weight"):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -71,7 +71,7 @@ def test_a_single_quantised_base_too(write_recipe, tiny: Path, tmp_path: Path) -
         f"method: qlora\nmodel: {{name_or_path: {base}}}\nquantization: {{bnb_4bit_use_double_quant: false}}\n"
     )
     with pytest.raises(LoraError, match="the first model.layers.0.mlp.up_proj.weight"):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
 
 
 def spoil(patch: pytest.MonkeyPatch, step: int, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
@@ -108,7 +108,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
         f"trainer: trainer\ndata: {{max_rows: 24}}\ntraining: {{packing: false, {SAVING}, max_steps: 9, "
         f"gradient_accumulation_steps: 2, train_sampling_strategy: {order}}}\n"
     )
-    recipe, collated = load.load(path), Collated()
+    recipe, collated = load.load_recipe(path), Collated()
     with monkeypatch.context() as patch:
         patch.setattr(train.Watch, "on_step_end", _interrupt_at(4))
         with pytest.raises(KeyboardInterrupt):
@@ -150,7 +150,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(write_recipe, monkeypatch) -
 
     spoil(monkeypatch, 2, endless)
     with pytest.raises(NonFiniteError, match=r"stopped at step 2: a gradient is not finite \(loss 3"):
-        train.train(load.load(write_recipe()))
+        train.train(load.load_recipe(write_recipe()))
 
 
 class _Overflow(torch.autograd.Function):
@@ -168,7 +168,7 @@ def test_a_loss_above_the_recipe_s_limit_stops_the_run(write_recipe, tmp_path: P
     with pytest.raises(
         NonFiniteError, match=r"step 3: the loss is \d+\.\d+, above training.stop_on_loss_above: 20, on r"
     ):
-        train.train(load.load(write_recipe("training: {stop_on_loss_above: 20}\n")))
+        train.train(load.load_recipe(write_recipe("training: {stop_on_loss_above: 20}\n")))
 
 
 def exhaust(patch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
@@ -206,7 +206,7 @@ def test_out_of_memory_is_one_message_with_what_would_fit(
 ) -> None:
     exhaust(monkeypatch, 2, error)
     with pytest.raises(LoraError) as caught:
-        train.train(load.load(write_recipe(f"training: {{packing: {packing}, max_length: 64}}\n")))
+        train.train(load.load_recipe(write_recipe(f"training: {{packing: {packing}, max_length: 64}}\n")))
     said = f"{caught.value.message} {caught.value.hint}"
     assert re.search(way, said), said
     assert "\n" not in said
@@ -224,14 +224,14 @@ def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_piece
     path = write_recipe(f"{common}}}\noutput_dir: {tmp_path / 'reduced'}\n")
     with monkeypatch.context() as patch:
         exhaust(patch, 1, MemoryError())
-        reduced = train.train(load.load(path))
+        reduced = train.train(load.load_recipe(path))
     [entry] = json.loads((tmp_path / "reduced" / "record.json").read_text())["reduced"]
     assert entry["step"] == 0
     small = f"{common}, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}}\n"
     if packing == "step":
         small = f"{common}}}\n"
         monkeypatch.setattr(train.oom.packing, "SEQUENCE", entry["pieces"]["sequence"])
-    from_the_start = train.train(load.load(write_recipe(f"{small}output_dir: {tmp_path / 'small'}\n")))
+    from_the_start = train.train(load.load_recipe(write_recipe(f"{small}output_dir: {tmp_path / 'small'}\n")))
     first, second = weights(reduced), weights(from_the_start)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -242,8 +242,8 @@ def test_memory_that_runs_out_later_changes_rounding_only(
 ) -> None:
     """In the third step, inside an epoch; the first two steps are not made again, and a later resumption keeps it."""
     text = f"training: {{packing: {packing}, max_length: 64, max_steps: 5, on_oom: reduce}}\n"
-    whole = train.train(load.load(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
-    recipe = load.load(write_recipe(f"{text}output_dir: {tmp_path / 'reduced'}\n"))
+    whole = train.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
+    recipe = load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'reduced'}\n"))
     with monkeypatch.context() as patch:
         exhaust(patch, 6 if packing == "step" else 3, MemoryError())
         reduced = train.train(recipe)
@@ -271,7 +271,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
     write_recipe, tmp_path: Path, monkeypatch, stage: str
 ) -> None:
     text = f"training: {{{SAVING}}}\n"
-    recipe = load.load(write_recipe(f"{text}output_dir: {tmp_path / 'run'}\n"))
+    recipe = load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'run'}\n"))
     owner, name = STAGES[stage]
     inner, armed = getattr(owner, name), []
 
@@ -303,7 +303,7 @@ def test_a_disk_too_small_is_told_before_the_run(write_recipe, tmp_path: Path, m
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     with pytest.raises(LoraError, match=r"the run needs about .* MB in .* \(3 checkpoints of .*, 3.0 MB are free, "):
-        train.train(load.load(write_recipe(f"training: {{{SAVING}}}\n")))
+        train.train(load.load_recipe(write_recipe(f"training: {{{SAVING}}}\n")))
 
 
 @pytest.mark.parametrize("more", ["", "lora: {r: 64}", "training: {optim: adamw_torch}"])
@@ -313,7 +313,7 @@ def test_the_estimate_is_near_what_is_written(write_recipe, tmp_path: Path, monk
     monkeypatch.setattr(disk_space, "estimate_need", lambda *given: found.append(inner(*given)) or found[-1])
     text = f"training: {{{SAVING}, max_steps: 2}}\n" if not more.startswith("training") else ""
     text = text or more.replace("}", f", {SAVING}, max_steps: 2}}")
-    train.train(load.load(write_recipe(f"{text}\n{'' if more.startswith('training') else more}\n")))
+    train.train(load.load_recipe(write_recipe(f"{text}\n{'' if more.startswith('training') else more}\n")))
     saved = checkpoints.find_newest(tmp_path / "run", json.loads((tmp_path / "run" / "record.json").read_text())["id"])
     assert saved is not None
     assert saved.size <= found[0].checkpoint <= 2 * saved.size + 2**21

@@ -147,8 +147,8 @@ def facts(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
 def test_a_stopped_run_resumes_to_the_same_bytes(
     row: dict[str, str], write_recipe, tiny: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    run.train(load.load(write_recipe(recipe_text(row, tiny, tmp_path / "whole"))))
-    recipe = load.load(write_recipe(recipe_text(row, tiny, tmp_path / "stopped")))
+    run.train(load.load_recipe(write_recipe(recipe_text(row, tiny, tmp_path / "whole"))))
+    recipe = load.load_recipe(write_recipe(recipe_text(row, tiny, tmp_path / "stopped")))
     with monkeypatch.context() as patch:
         interrupt(patch, row)
         with pytest.raises((SystemExit, KilledError)):

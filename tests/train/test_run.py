@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from lora_cli.common.errors import LoraError
 from lora_cli.merge.merge import merge
 from lora_cli.models import attach, base
-from lora_cli.models import tokenizer as tokenizing
+from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
 from lora_cli.speed.cpu.fused_layer import FusedLinear
 from lora_cli.train import run as train
@@ -37,8 +37,10 @@ def adapter_bytes(folder: Path) -> str:
 def test_an_evaluation_in_the_middle_changes_nothing(write_recipe, tiny: Path, tmp_path: Path, method: str) -> None:
     # bitsandbytes repacks 4-bit weights at the first forward in eval mode; training after it then went wrong silently
     evaluated = f"data: {{eval_path: {tiny / 'eval.jsonl'}}}\ntraining: {{eval_strategy: steps, eval_steps: 2}}\n"
-    plain = train.train(load.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n")))
-    between = train.train(load.load(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}")))
+    plain = train.train(load.load_recipe(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n")))
+    between = train.train(
+        load.load_recipe(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}"))
+    )
     assert "eval_loss" in (tmp_path / "b" / "metrics.jsonl").read_text()
     assert adapter_bytes(plain) == adapter_bytes(between)
 
@@ -67,7 +69,7 @@ def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights
 def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     write_recipe, tmp_path: Path, method: str, trainer: str
 ) -> None:
-    adapter = train.train(load.load(write_recipe(f"method: {method}\ntrainer: {trainer}\n")))
+    adapter = train.train(load.load_recipe(write_recipe(f"method: {method}\ntrainer: {trainer}\n")))
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert any("lora_magnitude_vector" in name for name in tensors) == (method in ("dora", "qdora"))
@@ -77,7 +79,7 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (run["status"], run["recipe"]["method"], run["results"]["steps"]) == ("finished", method, 3)
     assert run["data"]["rows"] == 64
-    resolved = load.load(tmp_path / "run" / "recipe.yaml")
+    resolved = load.load_recipe(tmp_path / "run" / "recipe.yaml")
     assert resolved.plain() == run["recipe"]
     assert "auto" not in (resolved.model.dtype, resolved.training.optim)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +90,7 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
 def test_both_trainers_compute_the_same_loss(write_recipe, tmp_path: Path) -> None:
     losses = {}
     for trainer in ("sft", "trainer"):
-        train.train(load.load(write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")))
+        train.train(load.load_recipe(write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")))
         losses[trainer] = json.loads((tmp_path / trainer / "record.json").read_text())["results"]["train_loss"]
     assert losses["sft"] == pytest.approx(losses["trainer"], rel=1e-4)
 
@@ -97,7 +99,7 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Pa
     runs = {
         name: adapter_bytes(
             train.train(
-                load.load(
+                load.load_recipe(
                     write_recipe(
                         f"lora: {{lora_dropout: 0.1}}\noutput_dir: {tmp_path / name}\ntraining: {{seed: {seed}}}\n"
                     )
@@ -116,7 +118,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     write_recipe, tmp_path: Path, monkeypatch, capsys, more: str
 ) -> None:
     steps = f"training: {{max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}}\n{more}"
-    whole = train.train(load.load(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
+    whole = train.train(load.load_recipe(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
     path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
     ended = train.Watch.on_step_end
 
@@ -127,14 +129,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(train.Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
     monkeypatch.undo()
     with pytest.raises(LoraError, match=r"already holds a run \(interrupted\)"):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
     with pytest.raises(LoraError, match="the recipe differs from the run"):
-        train.train(load.load(path, ["training.learning_rate=2e-3"]), resume=True)
+        train.train(load.load_recipe(path, ["training.learning_rate=2e-3"]), resume=True)
     (tmp_path / "b" / "checkpoint-4" / "optimizer.pt").unlink()
-    resumed = train.train(load.load(path), resume=True)
+    resumed = train.train(load.load_recipe(path), resume=True)
     assert "checkpoint-4 skipped: optimizer.pt is missing\n" in capsys.readouterr().err
     assert adapter_bytes(resumed) == adapter_bytes(whole)
     steps_logged = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
@@ -143,32 +145,32 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
 def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path: Path) -> None:
     path = write_recipe("training: {eos_token: '<|user|>'}\n")
-    adapter = train.train(load.load(path))
-    tokenizer = tokenizing.load_tokenizer(str(adapter))
+    adapter = train.train(load.load_recipe(path))
+    tokenizer = load_tokenizer(str(adapter))
     assert tokenizer.eos_token == "<|user|>"
-    rows = train.data.load(load.load(path), tokenizer)[0].rows
+    rows = train.data.load(load.load_recipe(path), tokenizer)[0].rows
     assert all(labels[-1] == tokenizer.eos_token_id for labels in rows["labels"])
     merge(adapter, tmp_path / "out")
     ends = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
     assert ends[0] == tokenizer.eos_token_id
     with pytest.raises(LoraError, match=r"training.eos_token: the tokenizer of .* has no token '<\|usr\|>'") as caught:
-        train.train(load.load(path, ["training.eos_token=<|usr|>", f"output_dir={tmp_path / 'other'}"]))
+        train.train(load.load_recipe(path, ["training.eos_token=<|usr|>", f"output_dir={tmp_path / 'other'}"]))
     assert caught.value.hint == "did you mean <|user|>?"
 
 
 def test_no_step_at_all_is_an_error(write_recipe) -> None:
     path = write_recipe("training: {dataloader_drop_last: true, per_device_train_batch_size: 128, max_steps: -1}\n")
     with pytest.raises(LoraError, match="there is no full batch to train on"):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
 
 
 def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, tmp_path: Path) -> None:
     path = write_recipe("")
     with pytest.raises(LoraError, match=r"data.path: .*nope.jsonl does not exist"):
-        train.train(load.load(path, [f"data.path={tmp_path / 'nope.jsonl'}"]))
-    assert train.train(load.load(path)).is_dir()
+        train.train(load.load_recipe(path, [f"data.path={tmp_path / 'nope.jsonl'}"]))
+    assert train.train(load.load_recipe(path)).is_dir()
     with pytest.raises(LoraError, match=r"already holds a run \(finished\)"):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, 
 )
 def test_what_upstream_refuses_is_an_error_of_ours(write_recipe, text: str, said: str) -> None:
     with pytest.raises(LoraError) as caught:
-        train.train(load.load(write_recipe(f"{text}\n")))
+        train.train(load.load_recipe(write_recipe(f"{text}\n")))
     assert said in caught.value.message
     assert caught.value.hint
 
@@ -195,7 +197,7 @@ def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.Mo
         return self.base_layer(x) if self.out_features == 512 else linear(self, x, *args, **kwargs)
 
     monkeypatch.setattr(FusedLinear, "forward", past_the_adapter)
-    train.train(load.load(write_recipe("")))
+    train.train(load.load_recipe(write_recipe("")))
     assert (
         "warning: 8 trained tensors never had a gradient and are as they started, such as "
         "base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight; leave" in capsys.readouterr().err
@@ -211,7 +213,7 @@ def test_layers_compiled_one_by_one_train_the_same(write_recipe, tmp_path: Path,
             f"output_dir: {tmp_path / backend}\ntraining: {{max_steps: 2, torch_compile_backend: {backend}, "
             f"gradient_checkpointing: {checkpointing}}}\n"
         )
-        found[backend] = load_file(train.train(load.load(path)) / "adapter_model.safetensors")
+        found[backend] = load_file(train.train(load.load_recipe(path)) / "adapter_model.safetensors")
         assert ("2 layers are compiled" in capsys.readouterr().err) == (backend == "eager")
     assert found["eager"].keys() == found["null"].keys()
     for name, tensor in found["eager"].items():
@@ -229,12 +231,12 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
             f"data: {{eval_path: {tiny / 'eval.jsonl'}, max_rows: 37}}\n"
             f"training: {{eval_strategy: steps, eval_steps: 3, per_device_eval_batch_size: {size}}}\n"
         )
-        adapter = train.train(load.load(path))
+        adapter = train.train(load.load_recipe(path))
         lines = [json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()]
         found[size] = next(line for line in lines if "eval_loss" in line)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     adapted = attach.load_adapter(base, adapter).eval()
-    rows = train.data.load(load.load(path), tokenizing.load_tokenizer(str(adapter)))[1].rows
+    rows = train.data.load(load.load_recipe(path), load_tokenizer(str(adapter)))[1].rows
     losses = []
     with torch.no_grad():
         for row in rows:
@@ -268,16 +270,13 @@ def test_joined_documents_do_not_see_each_other(
 
     monkeypatch.setattr(train.WatchedSFTTrainer, "compute_loss", keep)
     text = f"model: {{attn_implementation: {attention}}}\ntraining: {{{joined}: true, max_steps: 1, max_length: 128}}\n"
-    recipe = load.load(write_recipe(text))
+    recipe = load.load_recipe(write_recipe(text))
     train.train(recipe)
     assert ("  packed: 64 rows in " in capsys.readouterr().err) == (joined == "packing")
     dtype, device = (torch.float32, "cpu") if attention == "sdpa" else (torch.bfloat16, "cuda")
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation=attention, dtype=dtype)
     base = base.eval().to(device)
-    rows = {
-        tuple(row)
-        for row in train.data.load(recipe, tokenizing.load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
-    }
+    rows = {tuple(row) for row in train.data.load(recipe, load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]}
     batch = {name: tensor.to(device) for name, tensor in batches[0].items()}
     assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
     with torch.no_grad():
@@ -303,19 +302,19 @@ def test_a_mix_is_trained_recorded_and_resolved_again(write_recipe, tiny: Path, 
         f"    - {{path: {tiny / 'eval.jsonl'}, max_rows: 10}}\n"
         "training: {max_steps: 2, save_strategy: 'no'}\n"
     )
-    train.train(load.load(path))
+    train.train(load.load_recipe(path))
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (run["data"]["read"], run["data"]["rows"]) == (30, 50)
-    assert load.load(tmp_path / "run" / "recipe.yaml").plain() == run["recipe"]
+    assert load.load_recipe(tmp_path / "run" / "recipe.yaml").plain() == run["recipe"]
 
 
 def test_a_stream_trains_on_the_rows_in_their_order_again_and_again(write_recipe, tmp_path: Path) -> None:
     steps = "training: {max_steps: 7, per_device_train_batch_size: 4, save_strategy: 'no'"
     kept = write_recipe(f"{steps}, train_sampling_strategy: sequential}}\ndata: {{max_rows: 12}}\n")
-    whole = train.train(load.load(kept))
+    whole = train.train(load.load_recipe(kept))
     (tmp_path / "run").rename(tmp_path / "kept")
     streamed = write_recipe(f"{steps}}}\ndata: {{max_rows: 12, streaming: true, shuffle_buffer: 1}}\n")
-    again = train.train(load.load(streamed))
+    again = train.train(load.load_recipe(streamed))
     assert adapter_bytes(again) == adapter_bytes(tmp_path / "kept" / whole.name)
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (run["data"]["streamed"], run["data"]["rows"]) == (True, 12)
@@ -331,10 +330,10 @@ def test_streams_are_mixed_by_weight(tiny: Path, tmp_path: Path) -> None:
         f"data:\n  streaming: true\n  mix:\n    - {{path: {tmp_path / 'a.jsonl'}, weight: 3}}\n"
         f"    - {{path: {tmp_path / 'b.jsonl'}}}\n"
     )
-    tokenizer = tokenizing.load_tokenizer(str(tiny / "model"))
+    tokenizer = load_tokenizer(str(tiny / "model"))
     drawn = []
     for _ in range(2):
-        stream = train.data.load(load.load(path), tokenizer)[0].stream
+        stream = train.data.load(load.load_recipe(path), tokenizer)[0].stream
         assert stream is not None
         texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in stream.take(400)]
         drawn.append([text.rstrip()[-1] for text in texts])
@@ -348,7 +347,7 @@ def test_a_bad_row_far_down_a_stream_stops_the_run_there(write_recipe, tiny: Pat
     (tmp_path / "rows.jsonl").write_text(good * 11_000 + '{"prompt": "x"}\n')
     text = f"data: {{path: {tmp_path / 'rows.jsonl'}, streaming: true, shuffle_buffer: 12000, max_rows: 20000}}\n"
     with pytest.raises(LoraError, match=r"rows.jsonl:11001: there is no completion"):
-        train.train(load.load(write_recipe(text)))
+        train.train(load.load_recipe(write_recipe(text)))
 
 
 def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Path, monkeypatch) -> None:
@@ -363,13 +362,13 @@ def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Pat
 
     monkeypatch.setattr(train.Watch, "on_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(load.load(path))
+        train.train(load.load_recipe(path))
     monkeypatch.undo()
     (tmp_path / "rows.jsonl").write_text("".join(rows[1:41]))
     with pytest.raises(LoraError, match="began with other rows"):
-        train.train(load.load(path), resume=True)
+        train.train(load.load_recipe(path), resume=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:40]))
-    train.train(load.load(path), resume=True)
+    train.train(load.load_recipe(path), resume=True)
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert len(run["resumed"]) == 2
     assert run["started"] <= run["resumed"][0]
@@ -385,6 +384,6 @@ def test_walking_the_model_once_is_the_run_that_walks_it_in_every_pass(
             f"output_dir: {tmp_path / name}\nlora: {{lora_dropout: 0.1}}\ndata: {{eval_path: {tiny / 'eval.jsonl'}}}\n"
             "training: {max_steps: 4, neftune_noise_alpha: 5, eval_strategy: steps, eval_steps: 2}\n"
         )
-        found.append(adapter_bytes(train.train(load.load(write_recipe(text)))))
+        found.append(adapter_bytes(train.train(load.load_recipe(write_recipe(text)))))
         monkeypatch.setattr(trainers._Watched, "_walked_once", lambda self: nullcontext())
     assert found[0] == found[1]
