@@ -247,9 +247,9 @@ def verify(
 ) -> None:
     """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not explain it."""
     _quiet_libraries()
-    from lora_cli.evaluate.verify import compare
+    from lora_cli.evaluate.verify import verify
 
-    typer.echo(compare(first, second, base))
+    typer.echo(verify(first, second, base))
 
 
 @app.command("export-gguf")

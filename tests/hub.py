@@ -7,7 +7,7 @@
         assert ("GET", "/api/models/HuggingFaceTB/SmolLM2-135M/revision/v2") in hub.requests
 
 It speaks what transformers, peft, datasets and huggingface_hub ask when they read: repository info, trees, file
-metadata, ranges, and the refusals of the real one (`contract/test_hub.py` holds it to that). A folder is copied into
+metadata, ranges, and the refusals of the real one (`models/test_hub.py` holds it to that). A folder is copied into
 memory when added, so a commit never changes, and its sha follows from its content. Uploads are not served.
 """
 

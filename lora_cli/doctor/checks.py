@@ -27,7 +27,6 @@ from lora_cli import __version__
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import tools
-from lora_cli.models.four_bit import test_misreading
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent.parent / "constraints.txt"
@@ -164,7 +163,8 @@ def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
     """Everything a run imports."""
     started = time.perf_counter()
     prepare()
-    importlib.import_module("lora_cli.train")
+    import lora_cli.train.run  # noqa: F401
+
     yield Check("libraries", "ok", f"imported in {time.perf_counter() - started:.1f} s")
 
 
@@ -272,6 +272,7 @@ def _name_fix(*names: str) -> str:
 def check_four_bit() -> Iterator[Check]:
     """What bitsandbytes gets wrong on this processor, and lora keeps away from recipes."""
     from lora_cli.doctor import oracle
+    from lora_cli.models import four_bit
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")  # what is being asked
@@ -281,7 +282,7 @@ def check_four_bit() -> Iterator[Check]:
     else:
         said = f"bitsandbytes by itself is off by {bare:.0%} after an evaluation; lora prevents that"
         yield Check("4-bit gradients", "note", said)
-    misread = [length for length in range(16, 513, 16) if test_misreading(length)]
+    misread = [length for length in range(16, 513, 16) if four_bit.misreads_rows(length)]
     if misread:
         shown = ", ".join(map(str, misread[:4]))
         said = f"bitsandbytes misreads rows of {shown}, … weights on this processor; lora refuses such bases"

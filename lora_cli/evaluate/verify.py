@@ -33,7 +33,7 @@ class Form(NamedTuple):
         return [rows[-1:].double().log_softmax(-1) for rows in self.logits]
 
 
-def compare(first: str, second: str, base: str | None) -> str:
+def verify(first: str, second: str, base: str | None) -> str:
     """The difference in words. RejectedError where it is more than the forms' types explain.
 
     `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be compared.

@@ -88,7 +88,7 @@ def find_packed(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[
     quantizer.preprocess_model(model=other, device_map=None)
     found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
     for length in sorted({module.in_features for module in found.values()}):
-        if four_bit.test_misreading(length):
+        if four_bit.misreads_rows(length):
             raise Unstreamable(f"bitsandbytes misreads rows of {length} weights here")
     return {f"{name}.weight": dict(module.weight.__dict__) for name, module in found.items()}
 

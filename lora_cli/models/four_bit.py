@@ -27,7 +27,7 @@ def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
 
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
     lengths = {module.in_features for module in layers.values() if module.weight.device.type == "cpu"}
-    misread = {length for length in lengths if test_misreading(length)}
+    misread = {length for length in lengths if misreads_rows(length)}
     paths = [path for path, module in layers.items() if module.in_features in misread]
     if paths:
         endings = sorted({path.rpartition(".")[2] for path in paths})
@@ -38,7 +38,7 @@ def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
         )
 
 
-def test_misreading(length: int) -> bool:
+def misreads_rows(length: int) -> bool:
     """Whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the same numbers in one row."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

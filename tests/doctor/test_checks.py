@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lora_cli.doctor import checks, oracle
+from lora_cli.models import four_bit
 
 
 def findings(output: str) -> dict[str, dict[str, Any]]:
@@ -111,7 +112,7 @@ def test_unlike_gradients_of_4bit_layers_are_a_problem(monkeypatch: pytest.Monke
 
 def test_rows_that_are_misread_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     for misread, status in ((True, "note"), (False, "ok")):
-        monkeypatch.setattr(checks.importlib.import_module("lora_cli.models.base"), "misreads", lambda length: misread)  # noqa: B023
+        monkeypatch.setattr(four_bit, "misreads_rows", lambda length: misread)  # noqa: B023
         assert {check.name: check.status for check in checks.check_four_bit()}["4-bit rows"] == status
 
 

@@ -46,7 +46,7 @@ def forms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     [("adapter", "merged"), ("merged", "adapter"), ("merged", "gguf"), ("gguf", "adapter"), ("gguf", "gguf")],
 )
 def test_forms_of_one_model_are_the_same_function(forms: dict[str, str], one: str, other: str) -> None:
-    said = verify.compare(forms[one], forms[other], None)
+    said = verify.verify(forms[one], forms[other], None)
     assert said.startswith(forms[one])
     assert "(limit: mean KL 1.00e-03)" in said if "gguf" in (one, other) else "(limit: |Δlogit| " in said
 
@@ -54,7 +54,7 @@ def test_forms_of_one_model_are_the_same_function(forms: dict[str, str], one: st
 @pytest.mark.parametrize("other", ["adapter", "merged", "gguf"])
 def test_another_model_is_another_function(forms: dict[str, str], other: str) -> None:
     with pytest.raises(RejectedError, match="not the same function: "):
-        verify.compare(forms["base"], forms[other], None)
+        verify.verify(forms["base"], forms[other], None)
 
 
 def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Pat
     tokenizer.add_tokens(["primary"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(LoraError, match="splits .* into other tokens"):
-        verify.compare(forms["merged"], str(tmp_path / "other"), None)
+        verify.verify(forms["merged"], str(tmp_path / "other"), None)
 
 
 def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path:
     template.write_text("{{ 'SECRET ' }}" + template.read_text())
     for pair in ((forms["merged"], str(tmp_path / "other")), (str(tmp_path / "other"), forms["adapter"])):
         with pytest.raises(RejectedError, match="has another chat template"):
-            verify.compare(*pair, None)
+            verify.verify(*pair, None)
 
 
 def test_the_command_prints_the_difference_and_exits_1_beyond_it(lora, forms: dict[str, str], tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(tiny: Path,
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload(safe_merge=True).save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "merged")
-    said = verify.compare(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
+    said = verify.verify(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
     assert " tensors equal, " in said and ", 0.00% of" not in said
     tensors, before = load_file(tmp_path / "merged" / "model.safetensors"), load_file(f"{base}/model.safetensors")
     changed = next(name for name in tensors if "v_proj" in name)
     tensors[changed] = before[changed]
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(RejectedError, match=f"{changed} in .* lies 100% of the change off"):
-        verify.compare(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
+        verify.verify(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
 
 
 def test_a_weight_that_no_adapter_changes_must_be_the_bases(forms: dict[str, str], tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_a_weight_that_no_adapter_changes_must_be_the_bases(forms: dict[str, str
     tensors["model.norm.weight"][3] += 1e-6
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(RejectedError, match="model.norm.weight in .* is not the base's"):
-        verify.compare(forms["adapter"], str(tmp_path / "other"), None)
+        verify.verify(forms["adapter"], str(tmp_path / "other"), None)

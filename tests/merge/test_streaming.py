@@ -380,7 +380,7 @@ def test_every_verb_knows_the_base(write_recipe, tiny: Path, tmp_path: Path) -> 
     with pytest.raises(LoraError, match=said):
         extract.convert(one, tmp_path / "plain", 4, None)
     with pytest.raises(LoraError, match=said):
-        compare.compare(str(one), str(tiny / "model"), None)
+        compare.verify(str(one), str(tiny / "model"), None)
     with pytest.raises(LoraError, match=said):
         adapter.export_adapter(one, ["f16"], tmp_path, None, None)
     assert not (tmp_path / "both").exists()

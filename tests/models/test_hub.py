@@ -175,7 +175,7 @@ def read() -> None:
 
 class Reader:
     def __init__(self, environ: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.contract.test_hub"]
+        command = [sys.executable, "-m", "tests.models.test_hub"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environ}, **pipes)
 

@@ -603,7 +603,7 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
 def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: pytest.MonkeyPatch) -> None:
     config = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
     config = run.upstream.BitsAndBytesConfig(load_in_4bit=True, **config)
-    monkeypatch.setattr(four_bit, "test_misreading", lambda length: length == 512)
+    monkeypatch.setattr(four_bit, "misreads_rows", lambda length: length == 512)
     with pytest.raises(
         LoraError, match="reads 4-bit rows of 512 weights wrongly .* in 2 modules, the first "
     ) as caught:
@@ -616,4 +616,4 @@ def test_misread_rows_are_found_by_what_they_are(bases) -> None:
     for length in (16, 32, 48, 62, 64, 80, 96, 128, 144, 192, 200, 208):
         torch.manual_seed(0)
         wrong = oracle.compare_nf4(torch.randn(8, length))["values"] > 0
-        assert four_bit.test_misreading(length) == wrong, length
+        assert four_bit.misreads_rows(length) == wrong, length
