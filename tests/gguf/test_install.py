@@ -16,12 +16,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.unit.test_llama_cpp import program
 
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf import install as llama_cpp_setup
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import CONVERTER, QUANTIZER, Found
+from tests.gguf.test_tools import program
 
 TOP = f"llama_cpp_python-{tools.VERSION}/vendor/llama.cpp/"
 CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
@@ -143,7 +143,7 @@ def test_a_failed_download(said: str, message: str, hint: str, monkeypatch: pyte
         assert wanted == f"llama-cpp-python=={tools.VERSION} --hash=sha256:{llama_cpp_setup.SHA256}\n"
         return 1, ["Looking in indexes", said, ""]
 
-    monkeypatch.setattr(llama_cpp_setup, "run", pip)
+    monkeypatch.setattr(llama_cpp_setup, "run_command", pip)
     with pytest.raises(LoraError, match=message) as caught:
         llama_cpp_setup.install_converters()
     assert str(caught.value.hint).startswith(hint)

@@ -152,14 +152,14 @@ def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -
     for rehearsed in (False, True):
         out = tmp_path / f"run-{rehearsed}"
         before = (
-            "from lora_cli import memory, model, upstream, hardware\n"
-            "config = model.load_config(recipe.model.name_or_path)\n"
-            "settled, _ = upstream.settle(recipe, config.dtype)\n"
-            "memory.forecast(settled, config, hardware.here()).need(memory.batch_of(settled))\n"
+            "from lora_cli.models import config as configs\nfrom lora_cli.plan import auto, hardware, memory\n"
+            "config = configs.load_config(recipe.model.name_or_path)\n"
+            "settled, _ = auto.settle(recipe, config.dtype)\n"
+            "memory.make_forecast(settled, config, hardware.detect_device()).need(memory.largest_batch(settled))\n"
         )
-        code = "from pathlib import Path\nfrom lora_cli import recipe_file\n"
-        code += f"recipe = recipe_file.load(Path({str(path)!r}), ['output_dir={out}'])\n"
-        code += f"{before if rehearsed else ''}from lora_cli import train\ntrain.train(recipe)\n"
+        code = "from pathlib import Path\nfrom lora_cli.recipe import load\n"
+        code += f"recipe = load.load_recipe(Path({str(path)!r}), ['output_dir={out}'])\n"
+        code += f"{before if rehearsed else ''}from lora_cli.train import run\nrun.train(recipe)\n"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]

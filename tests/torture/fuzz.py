@@ -302,7 +302,7 @@ class Adapters:
     """Adapters: configurations with anything in them, damaged ones, and damaged weights; merged without comparing."""
 
     def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(ROOT / "tests" / "contract"))
+        sys.path.insert(0, str(ROOT / "tests" / "cli"))
         import test_bad_artefacts
 
         from lora_cli.merge import merge

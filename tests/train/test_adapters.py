@@ -16,7 +16,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3MoeConfig, RecurrentGemmaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+)
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.doctor import oracle
@@ -36,6 +44,7 @@ from lora_cli.models.probes import TRAINED, TRAINED_KL, compare_logits, compute_
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
 from lora_cli.train import run
+from lora_cli.train.progress import Watch
 
 H, MLP, KV, VOCAB = 256, 512, 128, 512
 ATTENTION = {"q_proj": (H, H), "k_proj": (H, KV), "v_proj": (H, KV), "o_proj": (H, H)}
@@ -506,14 +515,14 @@ def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monk
     model_override = [f"model.name_or_path={bases(base)}"]
     whole = run.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
     path = write_recipe(f"{text}output_dir: {tmp_path / 'b'}\n")
-    ended = run.Watch.on_step_end
+    ended = Watch.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         ended(self, args, state, control, **kwargs)
         if state.global_step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Watch, "on_step_end", interrupted)
+    monkeypatch.setattr(Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(load.load_recipe(path, model_override))
     monkeypatch.undo()
@@ -582,7 +591,7 @@ def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_pa
 
 def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    began = run.Watch.on_train_begin
+    began = Watch.on_train_begin
 
     def look(self, args, state, control, **kwargs):
         names = {id(parameter): name for name, parameter in kwargs["model"].named_parameters()}
@@ -590,7 +599,7 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
             seen.extend((names[id(p)], group["initial_lr"], group["weight_decay"]) for p in group["params"])
         began(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(run.Watch, "on_train_begin", look)
+    monkeypatch.setattr(Watch, "on_train_begin", look)
     lora = "lora: {target_modules: [embed_tokens, q_proj]}"
     run.train(load.load_recipe(write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")))
     rates = {name: (rate, decay) for name, rate, decay in seen}
@@ -602,7 +611,7 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
 
 def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: pytest.MonkeyPatch) -> None:
     config = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
-    config = run.upstream.BitsAndBytesConfig(load_in_4bit=True, **config)
+    config = BitsAndBytesConfig(load_in_4bit=True, **config)
     monkeypatch.setattr(four_bit, "misreads_rows", lambda length: length == 512)
     with pytest.raises(
         LoraError, match="reads 4-bit rows of 512 weights wrongly .* in 2 modules, the first "

@@ -20,7 +20,7 @@ import torch
 
 from lora_cli.common.errors import LoraError
 from lora_cli.recipe import load
-from lora_cli.train import checkpoints, lock, random_state, run_folder
+from lora_cli.train import checkpoints, lock, random_state, run_folder, trainers
 from lora_cli.train import run as train
 from lora_cli.train.signals import Signals
 
@@ -308,7 +308,7 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
     )
     whole = train.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
     recipe = load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
-    inner = train.WatchedSFTTrainer.training_step
+    inner = trainers.WatchedSFTTrainer.training_step
 
     def third(self, *args, **kwargs):
         if self.state.global_step == 2:
@@ -316,7 +316,7 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
         return inner(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.WatchedSFTTrainer, "training_step", third)
+        patch.setattr(trainers.WatchedSFTTrainer, "training_step", third)
         with pytest.raises(SystemExit):
             train.train(recipe)
     foreign = tmp_path / "stopped" / "checkpoint-77"

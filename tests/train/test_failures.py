@@ -18,15 +18,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
+from lora_cli.data.load import load_rows
+from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import load
+from lora_cli.speed import step_packing
 from lora_cli.train import checkpoints, disk_space
 from lora_cli.train import run as train
-from lora_cli.train.progress import NonFiniteError
+from lora_cli.train.progress import NonFiniteError, Watch
 from lora_cli.train.resume import Resumable
+from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
 SAVING = "save_strategy: steps, save_steps: 1"
 
@@ -76,7 +82,7 @@ def test_a_single_quantised_base_too(write_recipe, tiny: Path, tmp_path: Path) -
 
 def spoil(patch: pytest.MonkeyPatch, step: int, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
     """In this step, `change(trainer, loss)` is what the forward pass gave."""
-    for kind in (train.WatchedSFTTrainer, train.WatchedTrainer):
+    for kind in (WatchedSFTTrainer, WatchedTrainer):
         inner = kind.compute_loss
 
         def compute_loss(self, *args, inner=inner, **kwargs):
@@ -90,13 +96,13 @@ class Collated(list):
     """The rows of each batch, as the collator got them."""
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        inner = train.DataCollatorForLanguageModeling.__call__
+        inner = DataCollatorForLanguageModeling.__call__
 
         def called(collator, rows, *args, **kwargs):
             self.append([tuple(row["input_ids"]) for row in rows])
             return inner(collator, rows, *args, **kwargs)
 
-        patch.setattr(train.DataCollatorForLanguageModeling, "__call__", called)
+        patch.setattr(DataCollatorForLanguageModeling, "__call__", called)
 
 
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
@@ -110,7 +116,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
     )
     recipe, collated = load.load_recipe(path), Collated()
     with monkeypatch.context() as patch:
-        patch.setattr(train.Watch, "on_step_end", _interrupt_at(4))
+        patch.setattr(Watch, "on_step_end", _interrupt_at(4))
         with pytest.raises(KeyboardInterrupt):
             train.train(recipe)
     with monkeypatch.context() as patch:
@@ -124,7 +130,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
         "of the prepared data (counted from 0); checkpoint-4 is the last good one; nothing was saved from this step"
     ), said
     named = [int(word) for word in said.partition("on rows ")[2].partition(" of")[0].split(", ")]
-    rows = train.data.load(recipe, train.tokenizing.load_tokenizer(recipe.model.name_or_path))[0].rows
+    rows = load_rows(recipe, load_tokenizer(recipe.model.name_or_path))[0].rows
     batches = [batch for batch in collated if len(batch) == 4]
     assert len(named) == 8
     wanted = {tuple(rows[place]["input_ids"]) for place in named}
@@ -134,7 +140,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
 
 
 def _interrupt_at(step: int) -> Callable[..., None]:
-    ended = train.Watch.on_step_end
+    ended = Watch.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         ended(self, args, state, control, **kwargs)
@@ -175,7 +181,7 @@ def exhaust(patch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Let a forward pass and every one of its size run out of memory, from this call on."""
     calls = itertools.count(1)
     sizes: list[int] = []
-    for kind in (train.WatchedSFTTrainer, train.WatchedTrainer):
+    for kind in (WatchedSFTTrainer, WatchedTrainer):
         inner = kind.compute_loss
 
         def compute_loss(self, network, inputs, *args, inner=inner, **kwargs):
@@ -230,7 +236,7 @@ def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_piece
     small = f"{common}, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}}\n"
     if packing == "step":
         small = f"{common}}}\n"
-        monkeypatch.setattr(train.oom.packing, "SEQUENCE", entry["pieces"]["sequence"])
+        monkeypatch.setattr(step_packing, "SEQUENCE", entry["pieces"]["sequence"])
     from_the_start = train.train(load.load_recipe(write_recipe(f"{small}output_dir: {tmp_path / 'small'}\n")))
     first, second = weights(reduced), weights(from_the_start)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -256,10 +262,10 @@ def test_memory_that_runs_out_later_changes_rounding_only(
 
 
 STAGES = {
-    "the adapter": (train.PeftModel, "save_pretrained"),
+    "the adapter": (PeftModel, "save_pretrained"),
     "the optimiser": (torch, "save"),
     "generators": (Resumable, "_save_rng_state"),
-    "trainer_state.json": (train.checkpoints, "_seal"),
+    "trainer_state.json": (checkpoints, "_seal"),
     "a file's flush": (checkpoints, "_flush"),
     "the manifest": (checkpoints, "_manifest"),
     "the name": (Path, "rename"),

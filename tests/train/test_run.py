@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
 from lora_cli.common.errors import LoraError
+from lora_cli.data.load import load_rows
 from lora_cli.merge.merge import merge
 from lora_cli.models import attach, base
 from lora_cli.models.tokenizer import load_tokenizer
@@ -25,6 +26,7 @@ from lora_cli.recipe import keys, load
 from lora_cli.speed.cpu.fused_layer import FusedLinear
 from lora_cli.train import run as train
 from lora_cli.train import trainers
+from lora_cli.train.progress import Watch
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
 
@@ -47,7 +49,7 @@ def test_an_evaluation_in_the_middle_changes_nothing(write_recipe, tiny: Path, t
 
 def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights(tiny: Path) -> None:
     quantization = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
-    config = train.upstream.BitsAndBytesConfig(load_in_4bit=True, **quantization)
+    config = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     ids = torch.arange(40).reshape(1, -1) + 10
 
     def gradient(network: torch.nn.Module) -> torch.Tensor:
@@ -120,14 +122,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     steps = f"training: {{max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}}\n{more}"
     whole = train.train(load.load_recipe(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
     path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
-    ended = train.Watch.on_step_end
+    ended = Watch.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003
         ended(self, args, state, control, **kwargs)
         if state.global_step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Watch, "on_step_end", interrupted)
+    monkeypatch.setattr(Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.train(load.load_recipe(path))
     monkeypatch.undo()
@@ -148,7 +150,7 @@ def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path:
     adapter = train.train(load.load_recipe(path))
     tokenizer = load_tokenizer(str(adapter))
     assert tokenizer.eos_token == "<|user|>"
-    rows = train.data.load(load.load_recipe(path), tokenizer)[0].rows
+    rows = load_rows(load.load_recipe(path), tokenizer)[0].rows
     assert all(labels[-1] == tokenizer.eos_token_id for labels in rows["labels"])
     merge(adapter, tmp_path / "out")
     ends = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
@@ -236,7 +238,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
         found[size] = next(line for line in lines if "eval_loss" in line)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     adapted = attach.load_adapter(base, adapter).eval()
-    rows = train.data.load(load.load_recipe(path), load_tokenizer(str(adapter)))[1].rows
+    rows = load_rows(load.load_recipe(path), load_tokenizer(str(adapter)))[1].rows
     losses = []
     with torch.no_grad():
         for row in rows:
@@ -262,13 +264,13 @@ def test_joined_documents_do_not_see_each_other(
 ) -> None:
     """The logits of a joined batch, as SFTTrainer builds it, are those of its rows one by one."""
     batches = []
-    step = train.WatchedSFTTrainer.compute_loss
+    step = trainers.WatchedSFTTrainer.compute_loss
 
     def keep(self, network, inputs, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         batches.append({name: value.cpu() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return step(self, network, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(train.WatchedSFTTrainer, "compute_loss", keep)
+    monkeypatch.setattr(trainers.WatchedSFTTrainer, "compute_loss", keep)
     text = f"model: {{attn_implementation: {attention}}}\ntraining: {{{joined}: true, max_steps: 1, max_length: 128}}\n"
     recipe = load.load_recipe(write_recipe(text))
     train.train(recipe)
@@ -276,7 +278,7 @@ def test_joined_documents_do_not_see_each_other(
     dtype, device = (torch.float32, "cpu") if attention == "sdpa" else (torch.bfloat16, "cuda")
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation=attention, dtype=dtype)
     base = base.eval().to(device)
-    rows = {tuple(row) for row in train.data.load(recipe, load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]}
+    rows = {tuple(row) for row in load_rows(recipe, load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]}
     batch = {name: tensor.to(device) for name, tensor in batches[0].items()}
     assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
     with torch.no_grad():
@@ -333,7 +335,7 @@ def test_streams_are_mixed_by_weight(tiny: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny / "model"))
     drawn = []
     for _ in range(2):
-        stream = train.data.load(load.load_recipe(path), tokenizer)[0].stream
+        stream = load_rows(load.load_recipe(path), tokenizer)[0].stream
         assert stream is not None
         texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in stream.take(400)]
         drawn.append([text.rstrip()[-1] for text in texts])
@@ -360,7 +362,7 @@ def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Pat
     def interrupted(*args, **kwargs) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Watch, "on_save", interrupted)
+    monkeypatch.setattr(Watch, "on_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.train(load.load_recipe(path))
     monkeypatch.undo()
