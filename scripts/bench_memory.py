@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from bench_train import ROOT, make_model
 
 from lora_cli.data import load
-from lora_cli.models.config import get_checkpoint_dtype, load_config
+from lora_cli.models.base import Base
 from lora_cli.plan import auto
 
 STEPS = 3
@@ -97,15 +97,13 @@ def _status(key: str) -> int:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Bytes by item that `lora plan` foresees for the recipe in `folder` on this machine."""
-    from lora_cli.models import tokenizer
     from lora_cli.plan import hardware, memory
     from lora_cli.recipe.load import load_recipe
 
-    device, name = hardware.detect_device(), str(folder / "model")
-    config = load_config(name)
-    recipe, _ = auto.settle(load_recipe(folder / "r.yaml"), get_checkpoint_dtype(config), device)
-    rows, _ = load.load_rows(recipe, tokenizer.load_tokenizer(name))
-    items = memory.make_forecast(recipe, config, device).need(memory.largest_batch(recipe, rows)).items
+    device, base = hardware.detect_device(), Base(str(folder / "model"))
+    recipe, _ = auto.settle(load_recipe(folder / "r.yaml"), base.dtype, device)
+    rows, _ = load.load_rows(recipe, base.load_tokenizer())
+    items = memory.make_forecast(recipe, base.config, device).need(memory.largest_batch(recipe, rows)).items
     return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 
+from lora_cli.models.base import Base
 from lora_cli.plan import auto
 
 ROOT = Path(__file__).parent.parent
@@ -207,7 +208,6 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     from peft.helpers import disable_input_dtype_casting
     from transformers import set_seed
 
-    from lora_cli.models.base import load_base
     from lora_cli.recipe import keys, upstream
     from lora_cli.speed import document_attention, dora_norms, install, loss_head, step_packing
 
@@ -221,7 +221,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
     chosen, _ = auto.settle(chosen, getattr(torch, options.dtype))
     set_seed(0)
     quantization = upstream.build_quantization_config(chosen)
-    base = load_base(str(folder / "model"), None, getattr(torch, options.dtype), quantization)
+    base = Base(str(folder / "model")).load(getattr(torch, options.dtype), quantization)
     document_attention.install(base)
     adapted: Any = base.requires_grad_(requires_grad=False)
     if frozen:

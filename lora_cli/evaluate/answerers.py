@@ -6,7 +6,6 @@ conversation is rendered by the chat template saved with the model that answers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import adapter_folder, attach, chat_template, config, trained_on
-from lora_cli.models.base import load_base, to_accelerator
+from lora_cli.models import adapter_folder, attach, chat_template, names
+from lora_cli.models.base import Base, to_accelerator
 from lora_cli.models.tokenizer import load_tokenizer
 
 Messages = list[dict[str, Any]]
@@ -55,24 +54,36 @@ class Answerer(Protocol):
         """Print one answer to stdout as it comes, and return it."""
 
 
+class Stored(NamedTuple):
+    """What two answerers must agree in to share the weights of one loaded base."""
+
+    base: Base
+    dtype: torch.dtype
+    quantization: str | None = None
+    """The settings of its 4-bit storage, as text."""
+    alone: Path | None = None
+    """The adapter that changes the base's own weights, and so has it for itself."""
+
+
 class Bases:
-    """Base models loaded so far, by name, revision, type and quantisation; each at most once."""
+    """Base models loaded so far; each at most once."""
 
     def __init__(self) -> None:
-        self.loaded: dict[str, PreTrainedModel | PeftModel] = {}
+        self.loaded: dict[Stored, PreTrainedModel | PeftModel] = {}
 
     @staticmethod
-    def key(adapter: adapter_folder.Adapter) -> str:
-        """What two adapters must agree in to share a base."""
-        alone = None if adapter.shares_base else str(adapter.folder)
-        return json.dumps([adapter.base, adapter.revision, adapter.dtype, adapter.quantization, alone])
+    def key(adapter: adapter_folder.Adapter) -> Stored:
+        """What the adapter's base is loaded as."""
+        quantization = str(adapter.quantization) if adapter.quantization else None
+        alone = None if adapter.shares_base else adapter.folder
+        return Stored(adapter.base, adapter.trained_dtype, quantization, alone)
 
-    def with_adapter(self, adapter: adapter_folder.Adapter, name: str) -> str:
+    def with_adapter(self, adapter: adapter_folder.Adapter, name: str) -> Stored:
         """The adapter loaded on its base under `name`; returns the base's key."""
         key = self.key(adapter)
         base = self.loaded.get(key)
         if base is None:
-            base = trained_on.load_base(adapter)
+            base = adapter.load_base()
             base = base if adapter.quantization else to_accelerator(base)
         if isinstance(base, PeftModel):
             try:
@@ -86,20 +97,15 @@ class Bases:
         self.loaded[key] = base.eval()
         return key
 
-    def plain(self, name: str) -> str:
+    def plain(self, name: str) -> Stored:
         """A model without adapter: a base that is there already in its own type, or loaded now; returns its key."""
+        base = Base(name)
+        wanted = Stored(base, base.dtype)
         for key in self.loaded:
-            base, _, dtype, quantization, alone = json.loads(key)
-            if base == name and quantization is None and alone is None and dtype in (None, self._on_disk(name)):
+            if key.base.name == name and key[1:] == wanted[1:]:
                 return key
-        key = json.dumps([name, None, None, None, None])
-        dtype = config.get_checkpoint_dtype(config.load_config(name))
-        self.loaded[key] = to_accelerator(load_base(name, None, dtype)).eval()
-        return key
-
-    @staticmethod
-    def _on_disk(name: str) -> str:
-        return str(config.get_checkpoint_dtype(config.load_config(name))).removeprefix("torch.")
+        self.loaded[wanted] = to_accelerator(base.load()).eval()
+        return wanted
 
 
 class HFAnswerer:
@@ -108,7 +114,7 @@ class HFAnswerer:
     def __init__(
         self,
         bases: Bases,
-        key: str,
+        key: Stored,
         adapter: str | None,
         tokenizer: PreTrainedTokenizerBase,
         stops: Sequence[int] = (),
@@ -211,7 +217,7 @@ class GGUFAnswerer:
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:
     """What answers for each path, by a short label. Adapters first, so that a base among the paths shares theirs."""
     bases = Bases()
-    kinds = {path: adapter_folder.classify(path) for path in paths}
+    kinds = {path: names.classify(path) for path in paths}
     answerers: dict[str, Answerer] = {}
     for path in sorted(kinds, key=lambda path: kinds[path] != "adapter"):
         if kinds[path] == "gguf":
@@ -219,7 +225,7 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
         elif kinds[path] == "adapter":
             adapter = adapter_folder.read_adapter(Path(path), base)
             name = f"adapter_{len(answerers)}"
-            key, tokenizer = bases.with_adapter(adapter, name), trained_on.load_tokenizer(adapter)
+            key, tokenizer = bases.with_adapter(adapter, name), adapter.load_tokenizer()
             answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
         else:
             tokenizer = _load_base_tokenizer(path, answerers.values())
@@ -233,7 +239,7 @@ def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTok
     if tokenizer.chat_template is not None:
         return tokenizer
     for other in others:
-        if isinstance(other, HFAnswerer) and json.loads(other.key)[0] == name:
+        if isinstance(other, HFAnswerer) and other.key.base.name == name:
             tokenizer.chat_template = other.tokenizer.chat_template
             ui.say(f"{name} has no chat template: it gets that of the adapter on it")
             return tokenizer

@@ -17,8 +17,10 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.merge import compare_weights, layerwise_logits, merge
-from lora_cli.models import adapter_folder, config, fingerprint, tokenizer, trained_on
+from lora_cli.models import adapter_folder, names
+from lora_cli.models.base import Base
 from lora_cli.models.probes import KL_LIMIT, PROBES, Difference, Probe, compare_logits, make_probes, rounding_limit
+from lora_cli.models.tokenizer import load_tokenizer
 
 
 class Form(NamedTuple):
@@ -38,7 +40,7 @@ def verify(first: str, second: str, base: str | None) -> str:
 
     `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be compared.
     """
-    kinds = {path: adapter_folder.classify(path) for path in (first, second)}
+    kinds = {path: names.classify(path) for path in (first, second)}
     by_model = next((path for path in kinds if kinds[path] != "gguf"), None)
     # one side's tokenizer and template make the prompts of both
     probes = make_probes(_load_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain_probes(Path(first))
@@ -61,8 +63,7 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
         return ""
-    dtype = config.get_checkpoint_dtype(config.load_config(models[0]))
-    found = compare_weights.compare_weights(adapter_folder.read_adapter(Path(adapters[0]), base), models[0], dtype)
+    found = compare_weights.compare_weights(adapter_folder.read_adapter(Path(adapters[0]), base), Base(models[0]))
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
@@ -78,8 +79,8 @@ def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) ->
 
 def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
     if kind == "adapter":
-        return trained_on.load_tokenizer(adapter_folder.read_adapter(Path(path), base))
-    return tokenizer.load_tokenizer(path)
+        return adapter_folder.read_adapter(Path(path), base).load_tokenizer()
+    return load_tokenizer(path)
 
 
 def _plain_probes(path: Path) -> list[Probe]:
@@ -100,14 +101,15 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         _require_same_ids(path, probe, ids)
     if kind == "adapter":
         adapter = adapter_folder.read_adapter(Path(path), base)
-        fingerprint.refuse_other_base(adapter)
+        adapter.refuse_other_base()
         ui.say(f"{path}: on {adapter.base}")
-        dtype = trained_on.find_trained_dtype(adapter)
+        dtype = adapter.trained_dtype
         logits = merge.choose_way(adapter, stream=None, original=False).expected(probes)
         logits = logits and [rows[-layerwise_logits.KEPT :] for rows in logits]
     else:
-        dtype = config.get_checkpoint_dtype(config.load_config(path))
-        logits = layerwise_logits.walk_logits_of(path, None, dtype, probes)
+        model = Base(path)
+        dtype = model.dtype
+        logits = layerwise_logits.walk_logits_of(model, dtype, probes)
     if logits is None:
         raise LoraError(f"{path} could not be read weight by weight", "compare it where there is more memory")
     return Form(logits, str(dtype).removeprefix("torch."))

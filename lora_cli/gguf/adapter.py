@@ -10,16 +10,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import UsageError
 from lora_cli.gguf import parity, tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import adapter_contents, adapter_folder, attach, empty, fingerprint, trained_on
+from lora_cli.models import adapter_contents, adapter_folder, attach, empty
 from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import load_base
+from lora_cli.models.base import convert_to_float32
 from lora_cli.models.probes import KL_LIMIT, compare_logits, compute_logits, make_probes
 
 
@@ -37,7 +36,7 @@ def export_adapter(
         raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
     adapter = adapter_folder.read_adapter(path, base)
     adapter_contents.refuse_beyond(path)
-    fingerprint.refuse_other_base(adapter)
+    adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)
     folder, stem = output or path.parent, files.name_artefact(path)
     targets = {name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))}
@@ -50,7 +49,7 @@ def export_adapter(
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         scaled, made = Path(scratch) / "scaled", {name: Path(scratch) / file.name for name, file in targets.items()}
-        base_folder = _find_base_folder(adapter)
+        base_folder = adapter.base.download()
         _write_scaled(adapter, scaled)
         for name, file in made.items():
             tools.convert(scaled, file, name, converter, base_folder)
@@ -66,16 +65,9 @@ def export_adapter(
     return list(targets.values())
 
 
-def _find_base_folder(adapter: Adapter) -> Path:
-    """The folder of the adapter's base; that of the hub's cache for a name on the hub."""
-    return Path(
-        adapter.base if Path(adapter.base).is_dir() else snapshot_download(adapter.base, revision=adapter.revision)
-    )
-
-
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
     """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by 1 for plain LoRA."""
-    adapted = attach.load_adapter(empty.build_zero(adapter.base, adapter.revision), adapter.folder)
+    adapted = attach.load_adapter(empty.build_zero(adapter.base.config), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
     for path, layer in attach.find_lora_layers(adapted).items():
         factor = layer.scaling["default"] * layer.r["default"] / config.lora_alpha
@@ -91,11 +83,11 @@ def _compare_all(
     """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one differs."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    dtype = trained_on.find_dtype_on_disk(adapter)
-    base = trained_on.convert_to_float32(load_base(adapter.base, adapter.revision, dtype))
+    dtype = adapter.base.dtype
+    base = convert_to_float32(adapter.base.load(dtype))
     exact = scratch / "base.gguf"
     tools.convert(base_folder, exact, tools.EXACT[str(dtype).removeprefix("torch.")], converter)
-    probes = make_probes(trained_on.load_tokenizer(adapter))
+    probes = make_probes(adapter.load_tokenizer())
     without = compute_logits(base, probes)
     given = compute_logits(attach.load_adapter(base, adapter.folder), probes)
     ui.say(f"  what the adapter does to the base here: {compare_logits(without, given)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import PretrainedConfig
 
 from lora_cli.common import files, provenance, ui
@@ -24,10 +26,10 @@ from lora_cli.gguf.tools import (
     spell_quantizer_type,
 )
 from lora_cli.merge import merge
-from lora_cli.models import adapter_folder, base, trained_on
-from lora_cli.models.config import get_checkpoint_dtype, load_config
+from lora_cli.models import adapter_folder, names
+from lora_cli.models.base import Base, convert_to_float32
 from lora_cli.models.probes import KL_LIMIT, compute_logits, make_probes
-from lora_cli.models.tokenizer import load_tokenizer, save_tokenizer
+from lora_cli.models.tokenizer import save_tokenizer
 
 
 class Tools(NamedTuple):
@@ -51,28 +53,28 @@ def export(
     current folder. Files are named after the folder, in `output` or beside the weights. Raises LoraError for missing
     tools and files in the way before anything is converted, and when a file's answers differ; nothing is left then.
     """
-    names = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
+    wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
-    kind = adapter_folder.classify(str(path))
+    kind = names.classify(str(path))
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
     if weighted is not None:
         imatrix.refuse_missing_file(weighted)
-    wants_quantizer = any(name not in CONVERTER_TYPES for name in names)
+    wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
     if weighted is not None and not wants_quantizer:
-        raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(names)}", "-q Q4_K_M")
+        raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M")
     quantizer = find_quantizer(llama_cpp_dir) if wants_quantizer else None
     tools = Tools(find_converter(llama_cpp_dir), quantizer)
     folder, stem = output or (path if kind == "model" else path.parent), files.name_artefact(path)
-    targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
+    targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {tools.converter}")
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         merged, adapter = path, adapter_folder.read_adapter(path, base) if kind == "adapter" else None
         config = _check_first(path, adapter, tools.converter, Path(scratch))
-        exact = _choose_exact_type(config) if wants_quantizer else None
-        preflight.check_disk(folder, config, names, adapter is not None, exact)
+        exact = _choose_exact_type((adapter.base if adapter else Base(str(path))).dtype) if wants_quantizer else None
+        preflight.check_disk(folder, config, wanted, adapter.base.dtype if adapter else None, exact)
         if adapter is not None:
             merged = Path(scratch) / stem
             merge.merge_adapter(adapter, merged)
@@ -82,9 +84,9 @@ def export(
     return list(targets.values())
 
 
-def _choose_exact_type(config: PretrainedConfig) -> str:
+def _choose_exact_type(dtype: torch.dtype) -> str:
     """The converter's type that holds the model's weights as they are, from which the quantiser starts."""
-    return EXACT[str(get_checkpoint_dtype(config)).removeprefix("torch.")]
+    return EXACT[str(dtype).removeprefix("torch.")]
 
 
 def _check_first(
@@ -92,15 +94,15 @@ def _check_first(
 ) -> PretrainedConfig:
     """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
     if adapter is None:
-        config = load_config(str(path))
-        preflight.check_convertible(path, config, load_tokenizer(str(path)), converter)
-        return config
-    config, tokenizer = load_config(adapter.base, adapter.revision), trained_on.load_tokenizer(adapter)
+        model = Base(str(path))
+        preflight.check_convertible(path, model.config, model.load_tokenizer(), converter)
+        return model.config
+    config, tokenizer = copy.deepcopy(adapter.base.config), adapter.load_tokenizer()
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = scratch / "unmerged"
     config.save_pretrained(str(unmerged))
-    save_tokenizer(tokenizer, unmerged, adapter.base, adapter.revision)
+    save_tokenizer(tokenizer, unmerged, adapter.base.name, adapter.base.revision)
     preflight.check_convertible(unmerged, config, tokenizer, converter)
     return config
 
@@ -126,7 +128,7 @@ def find_newest_result() -> Path:
 
 def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path, weighted: str | None) -> None:
     """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
-    config = load_config(str(merged))
+    model = Base(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
     exact: Path | None = None
     matrix: Path | None = None
@@ -137,10 +139,10 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
         assert tools.quantizer is not None, "export looked for it"
         if exact is None:
             exact = scratch / "exact.gguf"
-            convert(merged, exact, _choose_exact_type(config), tools.converter)
+            convert(merged, exact, _choose_exact_type(model.dtype), tools.converter)
             matrix = _find_imatrix(weighted, merged, exact, tools.converter)
         quantize(exact, file, name, tools.quantizer, matrix)
-    reports = _compare_all(merged, config, made)
+    reports = _compare_all(model, made)
     parent = (
         files.read_json(merged / provenance.ARTEFACT_RECORD)
         if (merged / provenance.ARTEFACT_RECORD).is_file()
@@ -171,15 +173,15 @@ def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Fo
     return made
 
 
-def _compare_all(merged: Path, config: PretrainedConfig, made: dict[str, Path]) -> dict[str, str]:
+def _compare_all(model: Base, made: dict[str, Path]) -> dict[str, str]:
     """What comparing each file with the Hugging Face model showed, by type; LoraError if one may not be handed over."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    tokenizer = load_tokenizer(str(merged))
+    tokenizer = model.load_tokenizer()
     probes = make_probes(tokenizer)
-    weights = trained_on.convert_to_float32(base.load_base(str(merged), None, get_checkpoint_dtype(config)))
+    weights = convert_to_float32(model.load())
     expected = [logits[-1] for logits in compute_logits(weights, probes)]
-    source = parity.Source(config, tokenizer, weights.num_parameters())
+    source = parity.Source(model.config, tokenizer, weights.num_parameters())
     return {
         name: parity.compare_gguf(file, probes, expected, KL_LIMIT.get(name), source) for name, file in made.items()
     }

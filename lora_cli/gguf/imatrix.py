@@ -23,8 +23,8 @@ from lora_cli.data import prepare, sources
 from lora_cli.data.encode import Renderer
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import base, config
-from lora_cli.models.tokenizer import load_tokenizer
+from lora_cli.models import base
+from lora_cli.models.base import Base
 from lora_cli.recipe.keys import Data, Model, Recipe, Training
 
 MAX_TOKENS, CHUNK = 65536, 512
@@ -43,8 +43,8 @@ def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter:
 
     `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows that cannot be used.
     """
-    tokenizer = load_tokenizer(str(folder))
-    network = base.load_base(str(folder), None, config.get_checkpoint_dtype(config.load_config(str(folder))))
+    model = Base(str(folder))
+    tokenizer, network = model.load_tokenizer(), model.load()
     batches = list(read_rows(rows, tokenizer))
     sums, num_tokens = measure_inputs(base.to_accelerator(network), batches)
     ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")

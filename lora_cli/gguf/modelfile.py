@@ -15,9 +15,10 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
-from lora_cli.models import adapter_contents, chat_template, config
+from lora_cli.models import adapter_contents, chat_template
 from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.tokenizer import adds_bos, load_tokenizer
+from lora_cli.models.base import Base
+from lora_cli.models.tokenizer import adds_bos
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")
@@ -118,7 +119,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)):
         ui.warn(f"{path} is not ours and was left as it is")
         return
-    tokenizer = load_tokenizer(str(merged))
+    tokenizer = Base(str(merged)).load_tokenizer()
     found = find_pieces(tokenizer)
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:
@@ -137,7 +138,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
-    configured = GenerationConfig.from_model_config(config.load_config(str(merged))).eos_token_id
+    configured = GenerationConfig.from_model_config(Base(str(merged)).config).eos_token_id
     if (merged / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(str(merged)).eos_token_id
     ids = configured if isinstance(configured, list) else [configured]

@@ -16,7 +16,6 @@ from lora_cli.common.errors import LoraError
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import empty
-from lora_cli.models.config import get_checkpoint_dtype
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 
@@ -55,14 +54,16 @@ def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
-def check_disk(folder: Path, config: PretrainedConfig, types: Iterable[str], merged: bool, exact: str | None) -> None:
+def check_disk(
+    folder: Path, config: PretrainedConfig, types: Iterable[str], merged: torch.dtype | None, exact: str | None
+) -> None:
     """LoraError naming the megabytes that are missing in `folder` for GGUFs of `types`, estimated from the parameters.
 
-    `merged`: a merged model is written there first; `exact`: so is a GGUF of that type.
+    `merged`: a merged model of that type is written there first; `exact`: so is a GGUF of that type.
     """
-    num_params = empty.build_from_config(config).num_parameters()
+    num_params = empty.build_empty(config).num_parameters()
     bits = sum(estimate_bits_per_weight(name) for name in types)
-    bits += (8 * get_checkpoint_dtype(config).itemsize if merged else 0) + (BITS[exact] if exact else 0)
+    bits += (8 * merged.itemsize if merged else 0) + (BITS[exact] if exact else 0)
     needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1

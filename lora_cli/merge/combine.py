@@ -17,8 +17,9 @@ from lora_cli.common import files, ui
 from lora_cli.common.errors import LoraError, UsageError, find_nearest
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
-from lora_cli.models import adapter_contents, adapter_folder, attach, empty, fingerprint, trained_on
+from lora_cli.models import adapter_contents, adapter_folder, attach, empty
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import Base
 
 COMBINATIONS: tuple[str, ...] = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 SEED = 0
@@ -67,7 +68,7 @@ def combine(
     _refuse_other_bases(adapters)
     for adapter in adapters:
         adapter_contents.refuse_beyond(adapter.folder)
-        fingerprint.refuse_other_base(adapter)
+        adapter.refuse_other_base()
     first = adapters[0]
     with files.staged_folder(out) as staging:
         tokenizer = _load_tokenizer(adapters)
@@ -75,8 +76,8 @@ def combine(
         _check_rank(adapted, r)
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
-        rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
-        attach.load_adapter(empty.build_zero(first.base, first.revision), staging)
+        rank = low_rank.save(made, staging, first.base.name, fan_in_fan_out)
+        attach.load_adapter(empty.build_zero(first.base.config), staging)
         settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
         derived.finish_folder(staging, tokenizer, "combine", adapters, distance=distance, **settings)
     ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
@@ -128,7 +129,7 @@ def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
     """LoraError, naming both, unless all adapters are of one base; a warning where only some are of a 4-bit one."""
     first = adapters[0]
     for other in adapters[1:]:
-        if (_locate_base(first.base), first.revision) != (_locate_base(other.base), other.revision):
+        if _locate_base(first.base) != _locate_base(other.base):
             raise LoraError(
                 f"the adapters are of different bases: {first.folder} of {_name_adapter(first)}, {other.folder} of "
                 f"{_name_adapter(other)}",
@@ -138,17 +139,18 @@ def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
             ui.warn(f"{first.folder} and {other.folder} were trained on the base in different precisions")
 
 
-def _locate_base(base: str) -> str:
-    return str(Path(base).resolve()) if Path(base).is_dir() else base
+def _locate_base(base: Base) -> tuple[str, str | None]:
+    """What two bases must agree in to be one: the folder however it is written, or name and revision."""
+    return (str(Path(base.name).resolve()) if base.is_folder else base.name), base.revision
 
 
 def _name_adapter(adapter: Adapter) -> str:
-    return adapter.base + (f" at {adapter.revision}" if adapter.revision else "")
+    return adapter.base.name + (f" at {adapter.base.revision}" if adapter.base.revision else "")
 
 
 def _load_tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
     """That of the first; a warning where another renders chats otherwise."""
-    tokenizers = [trained_on.load_tokenizer(adapter) for adapter in adapters]
+    tokenizers = [adapter.load_tokenizer() for adapter in adapters]
     for adapter, tokenizer in zip(adapters[1:], tokenizers[1:]):
         if tokenizer.chat_template != tokenizers[0].chat_template:
             ui.warn(f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken")
@@ -160,7 +162,7 @@ def _attach_side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
 
     PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
     """
-    adapted = empty.build_zero(adapters[0].base, adapters[0].revision)
+    adapted = empty.build_zero(adapters[0].base.config)
     for number, adapter in enumerate(adapters):
         adapted = attach.load_adapter(adapted, adapter.folder, str(number))
     layers = attach.find_lora_layers(adapted)

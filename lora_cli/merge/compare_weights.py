@@ -15,8 +15,9 @@ import torch
 from lora_cli.common.errors import RejectedError
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Plan, one_thread_each, together
-from lora_cli.models import tensors, trained_on
+from lora_cli.models import tensors
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import Base
 
 # How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's safe_merge in 16 bits,
 # which rounds the change before adding it, comes to 0.11 where the change itself is mostly rounded away, and far less
@@ -33,16 +34,16 @@ class Distance(NamedTuple):
     """Euclidean, over that of the adapter's change to the tensor; 0 where both are, and infinite where only that is."""
 
 
-def compare_weights(adapter: Adapter, merged: str, dtype: torch.dtype) -> str | None:
-    """How the files of a merged model of type `dtype`, a folder or on the hub, differ from `adapter` merged anew.
+def compare_weights(adapter: Adapter, merged: Base) -> str | None:
+    """How the files of a merged model, a folder or on the hub, differ from `adapter` merged anew.
 
     None where the adapter cannot be merged tensor by tensor. RejectedError naming a tensor that is not the merged one.
     """
     try:
-        plan, _ = streaming_plan.make_plan(adapter, trained_on.find_trained_dtype(adapter), adapter.quantization)
+        plan, _ = streaming_plan.make_plan(adapter, adapter.trained_dtype, adapter.quantization)
     except streaming_plan.Unstreamable:
         return None
-    written = tensors.open_model(merged)
+    written = merged.tensors
     if written is None:
         return None
     missing = sorted(name for name in plan.parameters if name not in written.entries)
@@ -50,7 +51,7 @@ def compare_weights(adapter: Adapter, merged: str, dtype: torch.dtype) -> str | 
         raise RejectedError(f"{merged} lacks {missing[0]}, which {adapter.base} has", "merge again")
 
     def distances_of(names: list[str]) -> dict[str, Distance]:
-        return {name: _measure_distance(plan, written, name, dtype) for name in names}
+        return {name: _measure_distance(plan, written, name, merged.dtype) for name in names}
 
     distances: dict[str, Distance] = {}
     with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import resolve_revision
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance
-from lora_cli.models import fingerprint
 from lora_cli.models.adapter_folder import Adapter
 from lora_cli.models.tokenizer import save_tokenizer
 
@@ -20,15 +18,13 @@ def finish_folder(
 ) -> None:
     """Tokenizer and record beside the adapter; the record names the parents, and says what merging needs to know."""
     first = sources[0]
-    save_tokenizer(tokenizer, staging, first.base, first.revision)
-    commit = first.revision
-    if commit is None and not Path(first.base).is_dir():  # made elsewhere, and saying only the name
-        commit = str(resolve_revision(first.base).resolved)
+    save_tokenizer(tokenizer, staging, first.base.name, first.base.revision)
+    base = first.base if first.base.revision else first.base.resolve()  # made elsewhere, it may say only the name
     stops = sorted({token for source in sources for token in source.stop_token_ids})
     made = provenance.new_record(
         command,
         status="finished",
-        base={"name": first.base, "commit": commit, "fingerprint": fingerprint.fingerprint_model(first.base, commit)},
+        base={"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
         recipe={key: first.recipe[key] for key in ("model", "quantization") if key in first.recipe},
         data={"stop_token_ids": stops},
         **contents,

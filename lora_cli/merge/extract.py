@@ -16,10 +16,10 @@ from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
-from lora_cli.models import adapter_contents, adapter_folder, attach, base, config, fingerprint, trained_on
+from lora_cli.models import adapter_contents, adapter_folder, attach
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import Base, convert_to_float32
 from lora_cli.models.probes import compare_logits, compute_logits, make_probes
-from lora_cli.models.tokenizer import load_tokenizer
 
 START = "give the model that the fine-tuning started from"
 
@@ -31,26 +31,24 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     Raises LoraError when the two are not of one architecture, or no linear weight differs.
     """
     with files.staged_folder(out) as staging:
-        commits = [config.resolve_commit(name) for name in (base, finetuned)]
-        before, after = (_load_in_float32(name, commit) for name, commit in zip((base, finetuned), commits))
+        first, second = Base(base).resolve(), Base(finetuned).resolve()
+        before, after = convert_to_float32(first.load()), convert_to_float32(second.load())
         linear, others = _find_changed(before, after, base, finetuned)
         cut = {name: low_rank.truncate(_measure_delta(before, after, name), r) for name in _show_progress(linear)}
         fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
         low_rank.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
         if others:
             ui.warn(f"not in the adapter, since they are no linear weights: {_name_some(others)}")
-        tokenizer = load_tokenizer(finetuned, commits[1])
+        tokenizer = second.load_tokenizer()
         probes = make_probes(tokenizer)
         wanted = compute_logits(after, probes)
         meant = ((name, _measure_delta(before, after, name), each) for name, each in cut.items())
         given = compute_logits(low_rank.check_saved(before, staging, meant), probes)
         comparable = given[0].shape == wanted[0].shape
         difference = str(compare_logits(wanted, given)) if comparable else "not compared, since the vocabularies differ"
-        contents: dict[str, Any] = {"finetuned": {"name": finetuned, "commit": commits[1]}, "left_out": others}
+        contents: dict[str, Any] = {"finetuned": {"name": finetuned, "commit": second.revision}, "left_out": others}
         contents |= {"r": r, "modules": low_rank.read_tensors(cut), "difference": difference}
-        derived.finish_folder(
-            staging, tokenizer, "extract", [Adapter(staging, base, commits[0], None, True)], **contents
-        )
+        derived.finish_folder(staging, tokenizer, "extract", [Adapter(staging, first, None, True)], **contents)
     ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
 
@@ -62,13 +60,13 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     """
     adapter = adapter_folder.read_adapter(folder, base)
     adapter_contents.refuse_beyond(folder, [adapter_contents.DORA])
-    fingerprint.refuse_other_base(adapter)
+    adapter.refuse_other_base()
     with files.staged_folder(out) as staging:
-        tokenizer = trained_on.load_tokenizer(adapter)
-        network = trained_on.load_base(adapter)
+        tokenizer = adapter.load_tokenizer()
+        network = adapter.load_base()
         if adapter.quantization:
             network = network.dequantize()
-        adapted = attach.load_adapter(trained_on.convert_to_float32(network), folder)
+        adapted = attach.load_adapter(convert_to_float32(network), folder)
         probes = make_probes(tokenizer)
         wanted = compute_logits(adapted, probes)
         layers = {name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()}
@@ -77,7 +75,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
             name: low_rank.truncate(_measure_merged_delta(layers[name]), rank) for name in _show_progress(list(layers))
         }
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
-        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
+        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base.name, fan_in_fan_out)
         # one at a time, as they are asked for: all of them in float64 are larger than the model
         meant = ((name, _measure_merged_delta(layer), cut[name]) for name, layer in layers.items())
         given = compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)
@@ -87,12 +85,6 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         )
     ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
-
-
-def _load_in_float32(name: str, commit: str | None) -> PreTrainedModel:
-    return trained_on.convert_to_float32(
-        base.load_base(name, commit, config.get_checkpoint_dtype(config.load_config(name, commit)))
-    )
 
 
 def _find_changed(

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.merge import output, streaming
-from lora_cli.models import base, trained_on
 from lora_cli.models.adapter_folder import Adapter
 from lora_cli.models.attach import find_lora_layers, load_adapter
+from lora_cli.models.base import Base, convert_to_float32
 from lora_cli.models.probes import Probe, compute_logits
-from lora_cli.models.tensors import is_finite, open_model, split_rows
-from lora_cli.models.trained_on import convert_to_float32
+from lora_cli.models.tensors import is_finite, split_rows
 
 SHARD_SIZE = "5GB"
 
@@ -30,9 +29,7 @@ class Whole:
     def __init__(self, adapter: Adapter, original: bool) -> None:
         self.adapter, self.original = adapter, original
         # 4-bit weights answer in the type of training
-        self.arithmetic = (
-            trained_on.find_trained_dtype(adapter) if adapter.quantization and not original else torch.float32
-        )
+        self.arithmetic = adapter.trained_dtype if adapter.quantization and not original else torch.float32
         self.adapted: PeftModel | None = None
 
     def expected(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
@@ -45,7 +42,7 @@ class Whole:
         return compute_logits(self._load(original=not self.original), probes)
 
     def _load(self, original: bool) -> PeftModel:
-        base = trained_on.load_base(self.adapter, original)
+        base = self.adapter.load_base(original)
         quantised = self.adapter.quantization and not original
         return load_adapter(base if quantised else convert_to_float32(base), self.adapter.folder)
 
@@ -65,7 +62,7 @@ class Whole:
 
     def check_files(self, folder: Path) -> None:
         """RejectedError where a value is not finite: every one is looked at."""
-        tensors = open_model(str(folder))
+        tensors = Base(str(folder)).tensors
         assert tensors is not None, "save_pretrained writes safetensors"
         for name, entry in tensors.entries.items():
             if not all(is_finite(tensors.rows(name, *block)) for block in split_rows(entry.shape)):
@@ -73,12 +70,12 @@ class Whole:
 
     def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]) -> list[torch.Tensor]:
         """Logits of the model that was written, loaded as anybody would."""
-        return compute_logits(convert_to_float32(base.load_base(str(folder), None, dtype)), probes)
+        return compute_logits(convert_to_float32(Base(str(folder)).load(dtype)), probes)
 
 
 def say_needed(adapter: Adapter) -> None:
     """How much memory a merge of the whole model takes: in float32, with what is being saved."""
-    base = open_model(adapter.base, adapter.revision)
+    base = adapter.base.tensors
     if base is not None:
         needed = 4 * sum(math.prod(entry.shape) for entry in base.entries.values()) / 2**30
         free = psutil.virtual_memory().available / 2**30

@@ -20,9 +20,9 @@ from torch import nn
 from lora_cli.common import ui
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
-from lora_cli.models import base
+from lora_cli.models.base import Base, convert_to_float32
 from lora_cli.models.probes import Probe, compute_logits
-from lora_cli.models.tensors import Tensors, open_model, split_rows
+from lora_cli.models.tensors import Tensors, split_rows
 
 # Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
 KEPT = 8
@@ -47,21 +47,15 @@ def walk_logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequenc
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
 
-def walk_logits_of(
-    name: str, revision: str | None, dtype: torch.dtype, probes: Sequence[Probe]
-) -> list[torch.Tensor] | None:
+def walk_logits_of(model: Base, dtype: torch.dtype, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
     """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
-    tensors = open_model(name, revision)
 
     def load() -> list[torch.Tensor]:
-        network = base.load_base(name, revision, dtype)
-        for parameter in network.parameters():
-            parameter.data = parameter.data.float()
-        return compute_logits(network, probes)
+        return compute_logits(convert_to_float32(model.load(dtype)), probes)
 
-    if tensors is None or not streaming_plan.has_own_names(name, revision, tensors):
+    if model.tensors is None or not streaming_plan.has_own_names(model):
         return [rows[-KEPT:] for rows in load()]
-    return walk_or_load(lambda: _walk_files(name, revision, tensors, probes), load, tensors)
+    return walk_or_load(lambda: _walk_files(model, probes), load, model.tensors)
 
 
 def walk_or_load(
@@ -81,12 +75,15 @@ def walk_or_load(
     return [rows[-KEPT:] for rows in loaded()]
 
 
-def _walk_files(name: str, revision: str | None, tensors: Tensors, probes: Sequence[Probe]) -> list[torch.Tensor]:
+def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    tensors = model.tensors
+    assert tensors is not None, "walk_logits_of has looked"
+
     def read(tensor: str, start: int, stop: int | None) -> torch.Tensor:
         rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
 
-    return walk_logits(streaming_plan.build_empty(name, revision), read, None, probes)
+    return walk_logits(streaming_plan.build_unweighted(model), read, None, probes)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.common import files, provenance, ui
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.merge import in_memory, streamed, streaming_plan
-from lora_cli.models import config, fingerprint, trained_on
 from lora_cli.models.adapter_folder import Adapter, read_adapter
-from lora_cli.models.config import load_config
 from lora_cli.models.probes import (
     TRAINED,
     Difference,
@@ -64,13 +63,11 @@ def merge_adapter(
     the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
     then, if that is given.
     """
-    adapter = adapter._replace(
-        revision=config.resolve_commit(adapter.base, adapter.revision)
-    )  # what the record is to name
+    adapter = replace(adapter, base=adapter.base.resolve())  # what the record is to name
     refuse_unmergeable(adapter)
-    fingerprint.refuse_other_base(adapter)
+    adapter.refuse_other_base()
     with files.staged_folder(out, rejected) as staging:
-        tokenizer = trained_on.load_tokenizer(adapter)
+        tokenizer = adapter.load_tokenizer()
         way = choose_way(adapter, stream, original)
         probes = make_probes(tokenizer)
         if not (adapter.folder / TRAINED).is_file():  # whole, they are for what training left
@@ -78,7 +75,7 @@ def merge_adapter(
         expected = way.expected(probes) if check else None
         if expected is not None:
             check_against_training(adapter, way, probes, expected, original)
-        dtype = trained_on.find_dtype_on_disk(adapter)
+        dtype = adapter.base.dtype
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
         add_tokenizer_and_record(adapter, tokenizer, staging)
@@ -91,10 +88,10 @@ def merge_adapter(
 
 def add_tokenizer_and_record(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
-    save_tokenizer(tokenizer, folder, adapter.base, adapter.revision)
+    save_tokenizer(tokenizer, folder, adapter.base.name, adapter.base.revision)
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
-        provenance.new_record("merge", base=adapter.base, revision=adapter.revision, parent=adapter.record),
+        provenance.new_record("merge", base=adapter.base.name, revision=adapter.base.revision, parent=adapter.record),
     )
     files.leave_out_home(folder)
 
@@ -103,7 +100,7 @@ def choose_way(adapter: Adapter, stream: bool | None, original: bool) -> streame
     """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
     if stream is not False:
         try:
-            return streamed.Streamed(adapter, trained_on.find_trained_dtype(adapter), original)
+            return streamed.Streamed(adapter, adapter.trained_dtype, original)
         except streaming_plan.Unstreamable as reason:
             if stream:
                 raise LoraError(f"not in constant memory: {reason}", "leave --stream out") from reason
@@ -124,7 +121,7 @@ def check_against_training(
     if other is None:
         return
     trained = other if original else expected
-    kept = check_trained(adapter.folder, trained, trained_on.find_trained_dtype(adapter))
+    kept = check_trained(adapter.folder, trained, adapter.trained_dtype)
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:
@@ -160,13 +157,13 @@ def refuse_different(
 
 def _has_experts(adapter: Adapter) -> bool:
     """Whether the base chooses among experts: a rounded weight may turn a close choice, and that token's logits."""
-    config = load_config(adapter.base, adapter.revision).get_text_config()
+    config = adapter.base.config.get_text_config()
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
     """LoraError for a base whose files hold weights in a form that nothing can be added to."""
-    stored = getattr(config.load_config(adapter.base, adapter.revision), "quantization_config", None)
+    stored = getattr(adapter.base.config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise LoraError(

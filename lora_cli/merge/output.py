@@ -14,13 +14,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import streaming_plan
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import Base
 
 
 def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
     """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
-    plain_model = streaming_plan.build_empty(adapter.base, adapter.revision)
+    plain_model = streaming_plan.build_unweighted(adapter.base)
     with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
-        plain_model.generation_config = GenerationConfig.from_pretrained(adapter.base, revision=adapter.revision)
+        plain_model.generation_config = GenerationConfig.from_pretrained(
+            adapter.base.name, revision=adapter.base.revision
+        )
     plain_model.config.dtype = str(dtype).removeprefix("torch.")
     plain_model.config.architectures = [type(plain_model).__name__]
     plain_model.config.use_cache = True
@@ -29,7 +32,7 @@ def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Seque
     plain_model.generation_config.save_pretrained(str(folder))
 
 
-def refuse_tied(adapted: PeftModel, base: str) -> None:
+def refuse_tied(adapted: PeftModel, base: Base) -> None:
     """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):

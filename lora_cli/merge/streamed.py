@@ -12,6 +12,7 @@ from lora_cli.common.errors import RejectedError
 from lora_cli.merge import in_memory, layerwise_logits, output, streaming, streaming_plan
 from lora_cli.models import probes, tensors
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import Base
 
 # MiB that merging a tensor may take before it is said
 LARGE = 500
@@ -64,4 +65,4 @@ class Streamed:
 
     def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[probes.Probe]) -> list[torch.Tensor] | None:
         """Logits of the model that was written."""
-        return layerwise_logits.walk_logits_of(str(folder), None, dtype, probes)
+        return layerwise_logits.walk_logits_of(Base(str(folder)), dtype, probes)

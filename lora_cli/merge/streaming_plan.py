@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lora_cli.common import library_errors, remote_code
 from lora_cli.common.errors import LoraError
 from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, plain
-from lora_cli.models import attach, config, four_bit, tensors, token_rows
+from lora_cli.models import attach, four_bit, tensors, token_rows
 from lora_cli.models.adapter_folder import Adapter
+from lora_cli.models.base import Base
+from lora_cli.models.config import BROKEN_CONFIG
 from lora_cli.models.empty import UNBUILDABLE
 from lora_cli.models.tensors import Tensors
 
@@ -32,14 +35,14 @@ class Unstreamable(Exception):
     """Why an adapter must be merged with the whole model in memory, in words."""
 
 
-def build_empty(name: str, revision: str | None) -> PreTrainedModel:
+def build_unweighted(base: Base) -> PreTrainedModel:
     """The base in float32 without its parameters; buffers that are worked out, such as rotary frequencies, are real."""
     with (
         init_empty_weights(include_buffers=False),
-        library_errors.translate_file_errors(UNBUILDABLE, config.BROKEN_CONFIG),
+        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
     ):
         empty = AutoModelForCausalLM.from_config(
-            config.load_config(name, revision), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
+            copy.deepcopy(base.config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
         )
     empty.tie_weights()  # taking the weights away has parted them
     return empty
@@ -51,12 +54,12 @@ def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str,
     `trained` is the type the base's weights had in training, `quantization` how they were stored in 4 bits (None: they
     were not, or the original weights are wanted). Raises Unstreamable.
     """
-    base = tensors.open_model(adapter.base, adapter.revision)
+    base = adapter.base.tensors
     if base is None:
         raise Unstreamable("the base has no safetensors files")
     config = attach.read_adapter_config(adapter.folder)
     _check_config(config)
-    empty = build_empty(adapter.base, adapter.revision)
+    empty = build_unweighted(adapter.base)
     parameters = _match_tensors(empty, base)
     packed = find_packed(empty, adapter, quantization) if quantization else {}
     carried = Tensors([adapter.folder / "adapter_model.safetensors"])
@@ -84,7 +87,7 @@ def find_packed(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[
 
     settings = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    other = build_empty(adapter.base, adapter.revision)
+    other = build_unweighted(adapter.base)
     quantizer.preprocess_model(model=other, device_map=None)
     found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
     for length in sorted({module.in_features for module in found.values()}):
@@ -101,13 +104,12 @@ def _check_config(config: PeftConfig) -> None:
         raise Unstreamable("it repeats layers of the base")
 
 
-def has_own_names(name: str, revision: str | None, base: Tensors) -> bool:
+def has_own_names(model: Base) -> bool:
     """Whether a model's files name its tensors as the model does, so that they can be read one by one."""
     try:
-        _match_tensors(build_empty(name, revision), base)
+        return bool(model.tensors and _match_tensors(build_unweighted(model), model.tensors))
     except Unstreamable:
         return False
-    return True
 
 
 def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:

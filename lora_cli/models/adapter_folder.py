@@ -1,32 +1,32 @@
-"""What produced an artefact: the run's record, and what a saved adapter says of itself.
-
-`record.json` in a run's folder holds the resolved recipe, the choices `auto` made, versions, base, data and results;
-a copy, `lora_record.json`, travels inside the adapter and names the parent of whatever is made from it.
-"""
+"""A saved adapter: its folder is read, checked and resolved once, with the base that it was trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import privacy, provenance
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.common.files import read_json
-from lora_cli.models import adapter_config
+from lora_cli.models import adapter_config, fingerprint, names, tokenizer
+from lora_cli.models.base import Base
 
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
-
-class Adapter(NamedTuple):
-    """A saved adapter folder: the base it names, and how that base was loaded if we trained it (else None)."""
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter folder, the base it names, and our record of its training (None for one made elsewhere)."""
 
     folder: Path
-    base: str
-    revision: str | None
+    base: Base
     record: dict[str, Any] | None
     shares_base: bool
+    """Whether other adapters may lie on the same loaded base: this one leaves the base's own weights as they are."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -44,13 +44,54 @@ class Adapter(NamedTuple):
         return list(self.record.get("data", {}).get("stop_token_ids", [])) if self.record else []
 
     @property
-    def dtype(self) -> str | None:
-        """The type of the base weights it was trained on."""
-        return self.recipe.get("model", {}).get("dtype")
+    def trained_dtype(self) -> torch.dtype:
+        """The type the base's weights had in training; that of its files for an adapter made elsewhere."""
+        dtype = self.recipe.get("model", {}).get("dtype")
+        return getattr(torch, dtype) if dtype else self.base.dtype
+
+    def refuse_other_base(self) -> None:
+        """Raise LoraError naming what differs where the base is not the one that the adapter was trained on.
+
+        An adapter made elsewhere, or before fingerprints were kept, says nothing of its base.
+        """
+        kept = self.record["base"].get("fingerprint") if self.record else None
+        different = fingerprint.list_differences(kept, self.base.fingerprint) if kept else []
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise LoraError(
+                f"{self.base} is not the base that {self.folder} was trained on: {', '.join(different[:3])}{more} "
+                "differ",
+                "the base has changed since: --base gives the one it was trained on",
+            )
+
+    def load_base(self, original: bool = False) -> PreTrainedModel:
+        """Load the base as the adapter was trained on it: same revision, type, quantisation; a foreign one as its files
+        are. `original` leaves the quantisation out. Raises LoraError where it is not the base that was trained on."""
+        self.refuse_other_base()
+        settings = None
+        if self.quantization and not original:
+            settings = BitsAndBytesConfig(load_in_4bit=True, **self.quantization)
+        return self.base.load(self.trained_dtype, settings)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer saved with the adapter, with the template that was trained; else the base's."""
+        if (self.folder / "tokenizer_config.json").is_file():
+            return tokenizer.load_tokenizer(str(self.folder))
+        return self.base.load_tokenizer()
 
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:
-    """What the adapter in `folder` says of itself; `base` overrides the base it names. LoraError if it is none."""
+    """Read and check the adapter in `folder`; `base` overrides the base it names. Raises LoraError if it is none."""
+    _locate(folder, base)
+    shapes = _check_weights(folder)
+    config = _read_config(folder, shapes)
+    record = _read_record(folder)
+    named = _choose_base(folder, base, config, record)
+    return Adapter(folder, named, record, not _changes_base(config))
+
+
+def _locate(folder: Path, base: str | None) -> None:
+    """Refuse what is no adapter's folder, and an empty --base."""
     if base is not None and not base.strip():
         raise UsageError("--base is empty", "leave it out, or --base MODEL")
     if folder.is_file():
@@ -61,26 +102,36 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         inside = folder / "adapter"
         hint = f"did you mean {inside}?" if (inside / "adapter_config.json").is_file() else "give the adapter's folder"
         raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
-    shapes = _check_weights(folder)
-    config = read_json(folder / "adapter_config.json")
+
+
+def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Read adapter_config.json and refuse what cannot be a LoRA or DoRA adapter with tensors of these shapes."""
+    file = folder / "adapter_config.json"
+    config = read_json(file)
     if not isinstance(config, dict):
-        raise LoraError(f"{folder / 'adapter_config.json'} is no adapter configuration", "copy the adapter again")
+        raise LoraError(f"{file} is no adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA", "use PEFT itself")
-    adapter_config.check_fields(folder / "adapter_config.json", config)
+    adapter_config.check_fields(file, config)
     adapter_config.refuse_other_task(folder, config.get("task_type"))
     adapter_config.refuse_other_ranks(folder, config, shapes)
-    # a checkpoint of a run has its record one folder up
-    places = [
-        folder / provenance.ARTEFACT_RECORD,
-        *([folder.parent / provenance.RUN_RECORD] if folder.name.startswith("checkpoint-") else []),
-    ]
-    record = next((provenance.read_record(place) for place in places if place.is_file()), None)
+    return config
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """Read our record of the adapter's training; a checkpoint of a run has it one folder up."""
+    places = [folder / provenance.ARTEFACT_RECORD]
+    if folder.name.startswith("checkpoint-"):
+        places.append(folder.parent / provenance.RUN_RECORD)
+    return next((provenance.read_record(place) for place in places if place.is_file()), None)
+
+
+def _choose_base(folder: Path, base: str | None, config: dict[str, Any], record: dict[str, Any] | None) -> Base:
+    """The base: as given, else as the adapter and our record name it. Raises LoraError where that can be no model."""
     named = config.get("base_model_name_or_path")
     if record and base is None:
-        adapter_config.refuse_other_base(
-            folder, privacy.make_portable(named), privacy.make_portable(record["base"].get("name"))
-        )
+        recorded = privacy.make_portable(record["base"].get("name"))
+        adapter_config.refuse_other_base(folder, privacy.make_portable(named), recorded)
     name = privacy.expand_home(base or named or "")
     if not name:
         raise LoraError(f"{folder} does not name its base model", "--base MODEL")
@@ -91,26 +142,27 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         raise LoraError(
             f"the base of {folder}, the folder {name}, is not here", "--base MODEL, or run this where it is"
         )
-    if not _may_be_model(name):
+    if not names.may_be_model(name):
         raise LoraError(f"the base of {folder}, {name}, is no model", "--base MODEL")
     if record is None and base is None:
         adapter_config.announce_base(folder, name, revision)
-    # these change the base's own weights or size while they are on it, so another adapter must not share it
-    changes_base = config.get("bias", "none") != "none" or isinstance(config.get("init_lora_weights"), str)
-    changes_base |= bool(config.get("trainable_token_indices"))
-    return Adapter(folder, name, revision, record, not changes_base)
+    return Base(name, revision)
+
+
+def _changes_base(config: dict[str, Any]) -> bool:
+    """Whether the adapter changes the base's own weights or size while it is on it."""
+    starts_otherwise = isinstance(config.get("init_lora_weights"), str)
+    return config.get("bias", "none") != "none" or starts_otherwise or bool(config.get("trainable_token_indices"))
 
 
 def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the adapter's tensors; LoraError unless its weights are there, whole, and not pickled."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        pickled = next((file for kind in PICKLED for file in sorted(folder.glob(f"*{kind}"))), None)
-        hint = (
-            f"{pickled.name} is a pickle, which may run code when it is loaded: have it converted to safetensors"
-            if (pickled)
-            else "copy it again"
-        )
+        pickled = next((file for kind in names.PICKLED for file in sorted(folder.glob(f"*{kind}"))), None)
+        hint = "copy it again"
+        if pickled:
+            hint = f"{pickled.name} is a pickle, which may run code when it is loaded: have it converted to safetensors"
         raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
     try:
         with safe_open(weights, framework="pt") as stored:
@@ -124,33 +176,3 @@ def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     if whole:
         raise LoraError(f"{weights}: {whole[0]} holds whole numbers, as no adapter does", "copy it again")
     return shapes
-
-
-def _may_be_model(name: str) -> bool:
-    """Whether `name` is a model's folder, or may be a name on the hub: no other folder, no file, no longer path."""
-    path = Path(name)
-    if path.exists():
-        return (path / "config.json").is_file()
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-
-
-def classify(path: str) -> str:
-    """`gguf`, `adapter`, `model` (a folder) or `hub` for what a path on the command line is; LoraError if nothing."""
-    local = Path(path)
-    if not path.strip():
-        raise UsageError("an empty name is no model", "give a folder, a .gguf file or a model on the hub")
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise LoraError(f"{path} does not exist", f"ls {local.parent}")
-        return "gguf"
-    if local.is_dir():
-        if (local / "adapter_config.json").is_file():
-            return "adapter"
-        if (local / "config.json").is_file():
-            return "model"
-        inside = local / "adapter"
-        hint = f"did you mean {inside}?" if inside.is_dir() else "give a folder with config.json or adapter_config.json"
-        raise LoraError(f"{path} is neither a model nor an adapter", hint)
-    if local.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise LoraError(f"{path} does not exist or is no model", "give a folder, a .gguf file or a model on the hub")
-    return "hub"

@@ -1,81 +1,176 @@
-"""Load a base model, and attach a new or a trained adapter to it."""
+"""A base model: a folder, or a name on the hub at one revision; what is read of it is read once.
+
+Everything of a run is loaded at one commit, and merging loads the base at it again.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import resolve_revision, snapshot_download
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.common import remote_code
 from lora_cli.common.errors import LoraError
-from lora_cli.models import adapter_folder, empty, four_bit, tensors
+from lora_cli.models import empty, fingerprint, four_bit, names, tensors, tokenizer
+from lora_cli.models.config import load_config
+from lora_cli.models.tensors import Tensors
+from lora_cli.recipe.keys import Recipe
 
 
-def load_base(
-    name: str,
-    revision: str | None,
-    dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None = None,
-    **kwargs: Any,
-) -> PreTrainedModel:
-    """The base in `dtype`, or in 4 bits with `dtype` for what is not quantised; `kwargs` go to from_pretrained."""
-    refuse_without_safetensors(name, revision)
-    if quantization is not None and any(
-        isinstance(module, Conv1D) for module in empty.build_empty(name, revision).modules()
-    ):
-        raise LoraError(
-            f"{name} keeps its weights the other way round (Conv1D), and comes back from 4 bits wrongly",
-            "--set method=lora, or method=dora",
+@dataclass(frozen=True)
+class Base:
+    """A base model by its name (a folder, or a name on the hub) and, on the hub, a revision of it."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Base:
+        """Return the base of a recipe, its revision resolved and its configuration read; LoraError names the key."""
+        try:
+            base = cls(recipe.model.name_or_path, recipe.model.revision).resolve()
+            base.config  # noqa: B018 – read here, so that what is wrong with it is said of the recipe's key
+        except LoraError as error:
+            if error.message.startswith("model."):
+                raise
+            raise type(error)(f"model.name_or_path: {error.message}", error.hint) from error
+        return base
+
+    def resolve(self) -> Base:
+        """Return the base with the commit that its revision stands for now; a folder has none.
+
+        Raises LoraError when the name is neither a model's folder nor a name on the hub; the hub's own errors when it
+        does not know the name or revision.
+        """
+        kind = names.classify(self.name)
+        if kind == "model":
+            return replace(self, revision=None)
+        if kind != "hub":
+            raise LoraError(f"{self.name} is not a base model", "give a folder with config.json or a name on the hub")
+        if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
+            return self
+        return replace(self, revision=str(resolve_revision(self.name, revision=self.revision).resolved))
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the name is a folder on this machine."""
+        return Path(self.name).is_dir()
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Its configuration, with the type of its weights where the file names none. Copy it before changing it."""
+        return load_config(self.name, self.revision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type its weights have on disk (float32 when the configuration does not say)."""
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+    @cached_property
+    def tensors(self) -> Tensors | None:
+        """The headers of its safetensors files; None where it has no such files."""
+        return tensors.open_model(self.name, self.revision)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells it from another base: its configuration, and a short hash of each tensor."""
+        return fingerprint.fingerprint_model(self.name, self.revision, self.tensors)
+
+    def download(self) -> Path:
+        """Return the folder with its files: its own, or that of the hub's cache."""
+        return Path(self.name if self.is_folder else snapshot_download(self.name, revision=self.revision))
+
+    def build_empty(self) -> PreTrainedModel:
+        """Build it without weights (on the `meta` device): its modules' names and shapes, in an instant."""
+        return empty.build_empty(self.config)
+
+    def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
+        """Load its tokenizer, as `tokenizer.load_tokenizer`."""
+        return tokenizer.load_tokenizer(self.name, self.revision, **roles)
+
+    def load(
+        self, dtype: torch.dtype | None = None, quantization: BitsAndBytesConfig | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Load it in `dtype` (default: its own), or in 4 bits with `dtype` for what is not quantised.
+
+        `kwargs` go to from_pretrained. Raises LoraError where its files lack or misshape a weight.
+        """
+        self.refuse_without_safetensors()
+        if quantization is not None:
+            self._refuse_conv1d()
+            if torch.cuda.is_available():
+                kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
+        network, report = AutoModelForCausalLM.from_pretrained(
+            self.name,
+            revision=self.revision,
+            dtype=dtype or self.dtype,
+            quantization_config=quantization,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=remote_code.is_allowed(),
+            ignore_mismatched_sizes=True,  # so that they are in the report, which is looked at below
+            **kwargs,
         )
-    if quantization is not None and torch.cuda.is_available():
-        kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=quantization,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=remote_code.is_allowed(),
-        ignore_mismatched_sizes=True,  # so that they are in the report, which is looked at below
-        **kwargs,
-    )
-    # transformers fills weights that the files lack with random numbers, and says so in a log only
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what]):
+        self._refuse_misfits(report)
+        if quantization is not None:
+            four_bit.keep_4bit_weights_unpacked(network)
+            four_bit.refuse_misread_rows(network, self.name)
+        return network
+
+    def refuse_without_safetensors(self) -> None:
+        """Raise LoraError where its weights are absent or pickled, or where it is a base and an adapter at once."""
+        folder = Path(self.name)
+        if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names instead
             raise LoraError(
-                f"the weights of {name} do not fit its configuration: {len(names)} {what.replace('_', ' ')}, "
-                f"such as {names[0]}",
-                "config.json and the weights must be of one model",
+                f"{self.name} is an adapter as well as a base", f"move {self.name}/adapter_*.* to another folder"
             )
-    if quantization is not None:
-        four_bit.keep_4bit_weights_unpacked(model)
-        four_bit.refuse_misread_rows(model, name)
-    return model
-
-
-def refuse_without_safetensors(name: str, revision: str | None) -> None:
-    """LoraError where a model's weights are not there, or pickled, or where it is a base and an adapter at once."""
-    if Path(name, "adapter_config.json").is_file():  # transformers would load the base that it names instead
-        raise LoraError(f"{name} is an adapter as well as a base", f"move {name}/adapter_*.* to another folder")
-    if tensors.open_model(name, revision) is None:
-        pickled = sorted(file.name for kind in adapter_folder.PICKLED for file in Path(name).glob(f"*{kind}"))
+        if self.tensors is not None:
+            return
+        pickled = sorted(file.name for kind in names.PICKLED for file in folder.glob(f"*{kind}"))
         only = f": it has pickled ones ({pickled[0]}), which may run code when they are loaded" if pickled else ""
         raise LoraError(
-            f"{name} has no weights in safetensors files{only}", "take a revision or copy that has model.safetensors"
+            f"{self.name} has no weights in safetensors files{only}",
+            "take a revision or copy that has model.safetensors",
         )
+
+    def _refuse_conv1d(self) -> None:
+        if any(isinstance(module, Conv1D) for module in self.build_empty().modules()):
+            raise LoraError(
+                f"{self.name} keeps its weights the other way round (Conv1D), and comes back from 4 bits wrongly",
+                "--set method=lora, or method=dora",
+            )
+
+    def _refuse_misfits(self, report: dict[str, Any]) -> None:
+        """Refuse what transformers says in a log only: it fills weights that the files lack with random numbers."""
+        for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
+            if keys:
+                raise LoraError(
+                    f"the weights of {self.name} do not fit its configuration: {len(keys)} {what.replace('_', ' ')}, "
+                    f"such as {keys[0]}",
+                    "config.json and the weights must be of one model",
+                )
 
 
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on the GPU where there is one. Not for 4-bit weights: `load_base` has put those where they run."""
+    """The model on the GPU where there is one. Not for 4-bit weights: `Base.load` has put those where they run."""
     accelerator = torch.accelerator.current_accelerator()
     return model if accelerator is None else model.to(accelerator)
 
@@ -107,3 +202,11 @@ def _all_finite(tensor: torch.Tensor) -> bool:
         return True
     least, greatest = torch.aminmax(tensor)
     return bool(torch.isfinite(least) & torch.isfinite(greatest))
+
+
+def convert_to_float32(base: PreTrainedModel) -> PreTrainedModel:
+    """Every weight in float32, exactly; buffers such as rotary frequencies as they are."""
+    for parameter in base.parameters():
+        parameter.data = parameter.data.float()
+    base.config.dtype = torch.float32
+    return base

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from lora_cli.common.errors import UsageError
-from lora_cli.models import attach, base, targets
+from lora_cli.models import attach, targets
+from lora_cli.models.base import Base
 from lora_cli.recipe.keys import Recipe
 
 ROWS = 256
@@ -58,7 +59,7 @@ def prepare_base(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows
     set_seed(recipe.training.seed)
 
 
-def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, commit: str | None) -> None:
+def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, base: Base) -> None:
     """eva and loftq: replace A and B of the attached adapter."""
     if recipe.lora.init_lora_weights == "eva":
         config = adapted.peft_config["default"]
@@ -80,7 +81,7 @@ def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
                 if parameter.requires_grad and "lora_" in name:
                     parameter.data = parameter.data.float()
     elif recipe.lora.init_lora_weights == "loftq":
-        original = base.load_base(recipe.model.name_or_path, commit, torch.float32)
+        original = base.load(torch.float32)
         _loftq(adapted, original)
 
 
@@ -107,10 +108,10 @@ def _loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
     PEFT's own needs CUDA and leaves out the scaling s: at alpha = 2r it adds the correction twice.
     """
     for name, layer in attach.find_lora_layers(adapted).items():
-        base = layer.get_base_layer()
-        if type(base).__name__ != "Linear4bit":
+        stored = layer.get_base_layer()
+        if type(stored).__name__ != "Linear4bit":
             continue
-        quantised = dequantize_module_weight(base).float()
+        quantised = dequantize_module_weight(stored).float()
         weight = original.get_submodule(name.removeprefix("base_model.model.")).weight.to(quantised)
         u, s, vh = torch.linalg.svd(weight - quantised, full_matrices=False)
         rank = layer.r["default"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
@@ -15,13 +16,16 @@ from lora_cli.common.errors import LoraError, UsageError, find_nearest
 from lora_cli.models import chat_template
 from lora_cli.recipe.keys import Recipe
 
+if TYPE_CHECKING:
+    from lora_cli.models.base import Base
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def load_recipe_tokenizer(recipe: Recipe, commit: str | None) -> tuple[PreTrainedTokenizerBase, list[int], str]:
+def load_recipe_tokenizer(recipe: Recipe, base: Base) -> tuple[PreTrainedTokenizerBase, list[int], str]:
     """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
-    tokenizer = load_tokenizer(recipe.model.name_or_path, commit, **roles)
+    tokenizer = base.load_tokenizer(**roles)
     new_ids = add_tokens(recipe, tokenizer)
     template = set_chat_template(tokenizer, recipe.model.chat_template)
     if recipe.model.system_prompt:

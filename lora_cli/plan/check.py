@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data import load
 from lora_cli.data.prepare import Prepared
 from lora_cli.data.selection import Kept
-from lora_cli.models.config import get_checkpoint_dtype, load_recipe_config
+from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import IGNORED, load_recipe_tokenizer
 from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe.keys import Recipe
@@ -31,14 +31,14 @@ BARS = 10
 def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
     auto.try_configurations(recipe)
-    commit, config = load_recipe_config(recipe)
+    base = Base.of_recipe(recipe)
     device = hardware.detect_device()
-    levers = memory.levers(config, device)
-    recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, levers)
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, commit)
-    adapter = sizes.measure_adapter(recipe, commit, tokenizer, new_ids)
+    levers = memory.levers(base.config, device)
+    recipe, choices = auto.settle(recipe, base.dtype, device, levers)
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
+    adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
     train, evaluation = load.load_rows(recipe, tokenizer)
-    sizes.refuse_unknown_ids(recipe, commit, train, tokenizer)
+    sizes.refuse_unknown_ids(recipe, base, train, tokenizer)
     steps = sizes.count_steps(recipe, train)
     if as_json:
         report = {

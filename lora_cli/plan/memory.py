@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.models.config import load_config, resolve_commit
+from lora_cli.models.base import Base
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import (
@@ -195,8 +195,7 @@ def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bo
 def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
     """For a settled recipe that ran out of memory: what it was expected to need, and what to `--set` instead."""
     device = device or hardware.detect_device()
-    commit = resolve_commit(recipe.model.name_or_path, recipe.model.revision)
-    config = load_config(recipe.model.name_or_path, commit)
+    config = Base.of_recipe(recipe).config
     batch = largest_batch(recipe)
     try:
         plan = make_forecast(recipe, config, device)

@@ -19,7 +19,7 @@ from lora_cli.common import ui
 from lora_cli.data import cache, load, sources
 from lora_cli.data.prepare import Prepared
 from lora_cli.models import attach
-from lora_cli.models.config import get_checkpoint_dtype, load_config, resolve_commit
+from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_recipe_tokenizer
 from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.plan.hardware import Hardware
@@ -45,18 +45,17 @@ def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, 
     """Print the plan of a recipe; LoraError for what would be refused by training before its first step."""
     device = hardware.parse_gpu(gpu) if gpu else hardware.detect_device()
     auto.try_configurations(recipe, device)
-    commit = resolve_commit(recipe.model.name_or_path, recipe.model.revision)
-    config = load_config(recipe.model.name_or_path, commit)
-    recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, memory.levers(config, device))
-    tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, commit)
+    base = Base.of_recipe(recipe)
+    recipe, choices = auto.settle(recipe, base.dtype, device, memory.levers(base.config, device))
+    tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base)
     rows = load.load_rows(recipe, tokenizer)[0] if read_data or _are_rows_at_hand(recipe, tokenizer) else None
-    adapted = rehearsal.build_adapted(recipe, config, len(tokenizer), new_ids)
+    adapted = rehearsal.build_adapted(recipe, base.config, len(tokenizer), new_ids)
     parameters, kinds = adapted.get_nb_trainable_parameters(), count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
     time = _estimate_time(recipe, adapted, device, rows, steps, tokens_per_second)
     forecast = memory.Forecast(recipe, adapted, device)
     batch = memory.largest_batch(recipe, rows)
-    need, largest = forecast.need(batch), _find_largest(forecast, batch, config)
+    need, largest = forecast.need(batch), _find_largest(forecast, batch, base.config)
     report = {
         "choices": [choice._asdict() for choice in choices],
         "parameters": {"total": parameters[1], "trained": parameters[0], "trained_by_kind": kinds},

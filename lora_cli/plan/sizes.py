@@ -15,7 +15,8 @@ from trl import pack_dataset
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.prepare import Prepared
-from lora_cli.models import attach, empty, targets, token_rows
+from lora_cli.models import attach, targets, token_rows
+from lora_cli.models.base import Base
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
 
@@ -40,26 +41,26 @@ class Steps(NamedTuple):
     fill: float
 
 
-def measure_adapter(recipe: Recipe, commit: str | None, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]) -> Size:
+def measure_adapter(recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]) -> Size:
     """The adapter's size; UsageError where the recipe's names match nothing in the base."""
-    base, config = empty.build_empty(recipe.model.name_or_path, commit), upstream.build_lora_config(recipe)
+    network, config = base.build_empty(), upstream.build_lora_config(recipe)
     if new_ids:
-        token_rows.grow_embeddings(base, len(tokenizer))
-        token_rows.train_rows(base, config, new_ids)
-    targets.check_targets(recipe, base, config)
+        token_rows.grow_embeddings(network, len(tokenizer))
+        token_rows.train_rows(network, config, new_ids)
+    targets.check_targets(recipe, network, config)
     config.init_lora_weights = True  # others need the weights
     with torch.device("meta"), attach.quiet_peft():
-        adapted = attach.attach_adapter(base, config)
+        adapted = attach.attach_adapter(network, config)
     trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
     return Size(trainable, len(attach.find_lora_layers(adapted)))
 
 
-def refuse_unknown_ids(recipe: Recipe, commit: str | None, rows: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_unknown_ids(recipe: Recipe, base: Base, rows: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
     """LoraError where rows, or what fills short ones, have a token for which the base has no embedding.
 
     Some tokenizers have more tokens than their model; that is no error as long as none of them is used.
     """
-    there = empty.build_empty(recipe.model.name_or_path, commit).get_input_embeddings().num_embeddings
+    there = base.build_empty().get_input_embeddings().num_embeddings
     added = recipe.model.add_tokens or recipe.model.add_special_tokens  # for which the embeddings grow to all tokens
     if added or max(tokenizer.get_vocab().values(), default=-1) < there:
         return

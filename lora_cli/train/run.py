@@ -24,8 +24,8 @@ from lora_cli.common import files, privacy, provenance, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.common.library_errors import translate_refusals
 from lora_cli.data import load, prepare, selection
-from lora_cli.models import attach, fingerprint, init_weights, probes
-from lora_cli.models.config import get_checkpoint_dtype, load_recipe_config
+from lora_cli.models import attach, init_weights, probes
+from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_recipe_tokenizer, save_tokenizer
 from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe.keys import Recipe
@@ -41,17 +41,13 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     may have changed.
     """
     auto.try_configurations(recipe)
-    commit, config = load_recipe_config(recipe)
+    base = Base.of_recipe(recipe)
     device = hardware.detect_device()
-    recipe, choices = auto.settle(recipe, get_checkpoint_dtype(config), device, memory.levers(config, device))
+    recipe, choices = auto.settle(recipe, base.dtype, device, memory.levers(base.config, device))
     folder = Path(recipe.output_dir)
     contents = {
         "choices": [choice._asdict() for choice in choices],
-        "base": {
-            "name": recipe.model.name_or_path,
-            "commit": commit,
-            "fingerprint": fingerprint.fingerprint_model(recipe.model.name_or_path, commit),
-        },
+        "base": {"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
     }
     run_folder.refuse_foreign_folder(folder)
     if resume and not folder.is_dir():
@@ -64,7 +60,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
         for choice in choices:
             ui.say(f"  {choice}")
         with _record_ending(folder, run):
-            return _run(recipe, folder, run, resume)
+            return _run(recipe, base, folder, run, resume)
 
 
 @contextmanager
@@ -87,26 +83,26 @@ def _record_ending(folder: Path, run: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _run(recipe: Recipe, folder: Path, run: dict[str, Any], resume: bool) -> Path:
-    commit, passed_on = run["base"]["commit"], recipe.list_passed_on()
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, commit)
+def _run(recipe: Recipe, base: Base, folder: Path, run: dict[str, Any], resume: bool) -> Path:
+    passed_on = recipe.list_passed_on()
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
     ui.say(f"  chat template: {template}")
-    size = sizes.measure_adapter(recipe, commit, tokenizer, new_ids)
+    size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
     train_rows, eval_rows = load.load_rows(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
-    sizes.refuse_unknown_ids(recipe, commit, train_rows, tokenizer)
+    sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer)
     needed = disk_space.estimate_need(
         recipe, size.trainable, len(tokenizer), sizes.count_steps(recipe, train_rows).steps
     )
     disk_space.refuse_too_little(folder, needed)
     _refuse_other_rows(folder, run, train_rows, tokenizer)
     with translate_refusals(passed_on):
-        base = setup.load_recipe_base(recipe, commit)
-        setup.set_attention(recipe, base, run)
-        recipe = setup.settle_packing(recipe, base)
-        adapted = setup.attach_adapter(recipe, base, commit, folder, tokenizer, new_ids, train_rows)
+        network = setup.load_recipe_base(recipe, base)
+        setup.set_attention(recipe, network, run)
+        recipe = setup.settle_packing(recipe, network)
+        adapted = setup.attach_adapter(recipe, base, network, folder, tokenizer, new_ids, train_rows)
 
     def make() -> WatchedSFTTrainer | WatchedTrainer:
         return setup.make_trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)

@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli.common import ui
 from lora_cli.data import prepare
 from lora_cli.models import attach, init_weights, targets, token_rows
-from lora_cli.models.base import load_base, refuse_not_finite
+from lora_cli.models.base import Base, refuse_not_finite
 from lora_cli.plan import auto, flops, hardware
 from lora_cli.recipe import upstream
 from lora_cli.recipe.keys import Recipe
@@ -30,19 +30,17 @@ from lora_cli.train.signals import Signals
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
 
-def load_recipe_base(recipe: Recipe, commit: str | None) -> PreTrainedModel:
+def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     """The base as the recipe wants it stored."""
     set_seed(recipe.training.seed)
-    base = load_base(
-        recipe.model.name_or_path,
-        commit,
+    network = base.load(
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),
         **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
     )
-    refuse_not_finite(base, recipe.model.name_or_path)
-    base.config.use_cache = False
-    return base
+    refuse_not_finite(network, base.name)
+    network.config.use_cache = False
+    return network
 
 
 def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
@@ -67,8 +65,8 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
 
 def attach_adapter(
     recipe: Recipe,
-    base: PreTrainedModel,
-    commit: str | None,
+    base: Base,
+    network: PreTrainedModel,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     new_ids: list[int],
@@ -77,17 +75,17 @@ def attach_adapter(
     """The base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
     config = upstream.build_lora_config(recipe)
-    config.revision = commit  # so that other programs load the same base
+    config.revision = base.revision  # so that other programs load the same base
     if new_ids:
-        token_rows.grow_embeddings(base, len(tokenizer))
-        token_rows.train_rows(base, config, new_ids)
-    targets.check_targets(recipe, base, config)
+        token_rows.grow_embeddings(network, len(tokenizer))
+        token_rows.train_rows(network, config, new_ids)
+    targets.check_targets(recipe, network, config)
     rows = [dict(row) for row in train_rows.rows.select(range(min(init_weights.ROWS, len(train_rows.rows))))]
     collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
     with attach.quiet_peft():
-        init_weights.prepare_base(recipe, base, config, rows, collate)
-        adapted = attach.attach_adapter(base, config, recipe.lora.autocast_adapter_dtype)
-        init_weights.prepare_adapter(recipe, adapted, rows, collate, commit)
+        init_weights.prepare_base(recipe, network, config, rows, collate)
+        adapted = attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
+        init_weights.prepare_adapter(recipe, adapted, rows, collate, base)
     init_weights.keep_start(recipe, adapted, folder)
     install.install(adapted, adapted.device.type)
     if (options := upstream.read_compile_options(recipe)) is not None:

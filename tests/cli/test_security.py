@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.common import files, privacy, provenance, remote_code, ui
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.merge.merge import merge, merge_adapter
-from lora_cli.models import adapter_folder, attach, chat_template, config, empty, patterns
-from lora_cli.models.base import load_base
+from lora_cli.models import adapter_folder, attach, chat_template, config, patterns
+from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.train import run_folder
 
@@ -59,14 +59,14 @@ def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, untrusted: None
     made, mark = with_code(tmp_path)
     for load in (
         lambda: config.load_config(str(made)),
-        lambda: load_base(str(made), None, torch.float32),
-        lambda: empty.build_empty(str(made), None),
+        lambda: Base(str(made)).load(torch.float32),
+        lambda: Base(str(made)).build_empty(),
     ):
         with pytest.raises((ValueError, LoraError), match="custom code"):
             load()
     assert not mark.exists()
     remote_code.set_allowed(True)
-    loaded = load_base(str(made), None, torch.float32)
+    loaded = Base(str(made)).load(torch.float32)
     assert mark.exists()
     assert type(loaded).__name__ == "Net"
     assert provenance.new_record("merge")["trusted_remote_code"] is True
@@ -109,7 +109,7 @@ def test_a_pickled_base_is_not_loaded(tmp_path: Path) -> None:
     (made / "model.safetensors").unlink()
     (made / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(LoraError, match="it has pickled ones"):
-        load_base(str(made), None, torch.float32)
+        Base(str(made)).load(torch.float32)
     assert not mark.exists()
     pickle.loads((made / "pytorch_model.bin").read_bytes())
     assert mark.exists()  # it would have
@@ -151,7 +151,7 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(tmp_path: Pa
     def opened(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(config, "load_config", opened)
+    monkeypatch.setattr("lora_cli.models.base.load_config", opened)
     with pytest.raises(KeyboardInterrupt):
         merge(made, tmp_path / "out")
     assert heard[0] == f"{made} was made elsewhere: by its own word, its base is {tmp_path / 'base'}"
@@ -171,7 +171,7 @@ def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path)
 def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     evil = changed(adapter(base(tmp_path)) / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*x").parent
-    network = load_base(str(tmp_path / "base"), None, torch.float32)
+    network = Base(str(tmp_path / "base")).load(torch.float32)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
         attach.load_adapter(network, evil)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
@@ -274,24 +274,24 @@ def test_what_is_taken_for_a_secret() -> None:
 def test_merging_records_the_commit_of_a_base_that_names_none(tmp_path: Path, monkeypatch) -> None:
     """The hub's answer is recorded; a folder has no commit."""
     made = adapter(base(tmp_path))
-    asked: list[str | None] = []
+    asked: list[Base] = []
 
-    def resolve(name: str, revision: str | None = None) -> str | None:
-        asked.append(revision)
-        return None
+    def resolve(self: Base) -> Base:
+        asked.append(self)
+        return self
 
-    monkeypatch.setattr(config, "resolve_commit", resolve)
+    monkeypatch.setattr(Base, "resolve", resolve)
     merge(made, tmp_path / "out")
-    assert asked == [None]
+    assert asked == [Base(str(tmp_path / "base"))]
 
 
 def test_trust_is_not_remembered_between_commands() -> None:
     """Each command's own default forbids again what the one before allowed, in one process too."""
     code = (
-        "import sys\nfrom lora_cli import cli, trust\n"
+        "import sys\nfrom lora_cli import cli\nfrom lora_cli.common import remote_code\n"
         "for words in (['check', 'gone.yaml', '--trust-remote-code'], ['check', 'gone.yaml']):\n"
         "    sys.argv = ['lora', *words]\n    try:\n        cli.main()\n    except SystemExit:\n"
-        "        print(trust.allowed())\n"
+        "        print(remote_code.is_allowed())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["True", "False"]

@@ -150,8 +150,8 @@ def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Pat
     with pytest.raises(
         LoraError, match=rf"about {(needed >> 20) + 1} MB in .*, {(needed - free >> 20) + 1} MB more than"
     ):
-        preflight.check_disk(tmp_path, config, ["f16"], merged=True, exact="f32")
-    preflight.check_disk(tmp_path, config, ["Q2_K"], merged=False, exact=None)
+        preflight.check_disk(tmp_path, config, ["f16"], merged=torch.float32, exact="f32")
+    preflight.check_disk(tmp_path, config, ["Q2_K"], merged=None, exact=None)
     assert preflight.estimate_bits_per_weight("Q4_K_M") == 5.5
 
 

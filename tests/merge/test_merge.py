@@ -19,7 +19,7 @@ from lora_cli.common import provenance
 from lora_cli.common.errors import LoraError
 from lora_cli.merge import in_memory
 from lora_cli.merge.merge import merge
-from lora_cli.models import adapter_folder, trained_on
+from lora_cli.models import adapter_folder
 from lora_cli.models.probes import TRAINED, compute_logits, make_probes
 from lora_cli.recipe import load
 from lora_cli.train import run
@@ -74,8 +74,8 @@ def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     info = adapter_folder.read_adapter(adapter)
-    trained = PeftModel.from_pretrained(trained_on.load_base(info), adapter)
-    effect = (logits(trained) - logits(trained_on.load_base(info))).abs().max()
+    trained = PeftModel.from_pretrained(info.load_base(), adapter)
+    effect = (logits(trained) - logits(info.load_base())).abs().max()
     assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base), adapter)
     assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function

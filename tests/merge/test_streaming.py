@@ -27,8 +27,9 @@ from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.evaluate import verify as compare
 from lora_cli.gguf import adapter
 from lora_cli.merge import combine, extract, layerwise_logits, merge, streaming, streaming_plan
-from lora_cli.models import adapter_folder, fingerprint, tensors, trained_on
+from lora_cli.models import adapter_folder, tensors
 from lora_cli.models import probes as verify
+from lora_cli.models.base import Base
 from lora_cli.recipe import load
 from lora_cli.train import run
 
@@ -238,7 +239,7 @@ def test_logits_read_weight_by_weight_are_those_of_the_loaded_model(made, tmp_pa
     difference = verify.compare_logits(wanted, given)
     assert difference.max_abs < 1e-4 * difference.spread
     assert verify.compare_logits(plain, given).max_abs > 1e-2 * difference.spread  # the adapter does something
-    there = layerwise_logits.walk_logits_of(str(base), None, torch.float32, probes)
+    there = layerwise_logits.walk_logits_of(Base(str(base)), torch.float32, probes)
     assert there is not None
     assert verify.compare_logits(plain, there).max_abs < 1e-4 * difference.spread
 
@@ -327,14 +328,14 @@ def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: 
     base = tmp_path / "base"
     shutil.copytree(tiny / "model", base)
     adapter = run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {base}}}\n")))
-    fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter))
-    fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter, str(tiny / "model")))  # the same base elsewhere
+    adapter_folder.read_adapter(adapter).refuse_other_base()
+    adapter_folder.read_adapter(adapter, str(tiny / "model")).refuse_other_base()  # the same base elsewhere
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     with pytest.raises(LoraError, match=r"the configuration's rms_norm_eps \(1e-06, now 1e-05\) differ"):
-        fingerprint.refuse_other_base(adapter_folder.read_adapter(adapter))
+        adapter_folder.read_adapter(adapter).refuse_other_base()
     with pytest.raises(LoraError, match="rms_norm_eps"):
-        trained_on.load_base(adapter_folder.read_adapter(adapter))  # as generating does
+        adapter_folder.read_adapter(adapter).load_base()  # as generating does
     (base / "config.json").write_text(json.dumps(config))
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1e-4

@@ -13,7 +13,7 @@ import pytest
 
 from lora_cli.common.errors import UsageError
 from lora_cli.data.selection import Counts
-from lora_cli.models import base
+from lora_cli.models.base import Base
 from lora_cli.plan import check, sizes
 from lora_cli.recipe import load
 from lora_cli.train import run as train
@@ -108,6 +108,6 @@ def test_the_lengths_that_hold_most_rows() -> None:
 
 
 def test_training_refuses_names_before_weights_are_loaded(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "load_base", None)
+    monkeypatch.setattr(Base, "load", None)
     with pytest.raises(UsageError, match="q_prj"):
         train.train(load.load_recipe(write_recipe("lora: {target_modules: [q_prj]}\n")))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
 from lora_cli.models import attach
-from lora_cli.models.base import load_base
+from lora_cli.models.base import Base
 from lora_cli.plan import auto, flops, hardware, memory, show
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import ACTIVATIONS, ADAPTERS, OPTIMIZER, WEIGHTS, Batch, Peaks, Rehearsal, build_adapted
@@ -51,7 +51,7 @@ def real(chosen: keys.Recipe, folder: Path) -> PeftModel:
     """The recipe's network with weights."""
     if not (folder / "config.json").is_file():
         LlamaForCausalLM(config()).save_pretrained(folder)
-    base = load_base(str(folder), None, torch.float32, upstream.build_quantization_config(chosen))
+    base = Base(str(folder)).load(torch.float32, upstream.build_quantization_config(chosen))
     adapted = get_peft_model(base, upstream.build_lora_config(chosen))
     install.install(adapted, "cpu")
     if chosen.training.gradient_checkpointing:
@@ -119,7 +119,7 @@ def test_weights_of_4_bits_take_what_bitsandbytes_takes(tmp_path: Path, double: 
     )
     LlamaForCausalLM(config()).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    base = load_base(str(tmp_path), None, torch.float32, quantization)
+    base = Base(str(tmp_path)).load(torch.float32, quantization)
     tensors = [*base.parameters(), *base.buffers()]
     for parameter in base.parameters():
         state = getattr(parameter, "quant_state", None)

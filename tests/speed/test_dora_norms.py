@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
 from lora_cli.models import attach
-from lora_cli.models.base import load_base
+from lora_cli.models.base import Base
 from lora_cli.recipe import load
 from lora_cli.speed import dora_norms
 from lora_cli.train import run
@@ -58,7 +58,7 @@ def test_outputs_and_gradients_are_peft_s(options: dict, training: bool) -> None
 
 def test_quantised_layers_are_peft_s(tiny: Path) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    base = load_base(str(tiny / "model"), None, torch.float32, nf4)
+    base = Base(str(tiny / "model")).load(torch.float32, nf4)
     stock, factored = pair(base, ["q_proj", "down_proj"])
     ids = torch.arange(8, 40)[None]
     wanted, ours = (network(input_ids=ids).logits for network in (stock, factored))

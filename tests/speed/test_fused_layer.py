@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from lora_cli.models import attach
-from lora_cli.models.base import load_base
+from lora_cli.models.base import Base
 from lora_cli.speed import dora_norms, install
 from lora_cli.speed.cpu import dropout, fused_layer
 from tests.networks import IN, Layers, random_model
@@ -113,7 +113,7 @@ def test_what_is_more_than_plain_lora_is_peft_s() -> None:
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
 def test_on_4_bit_layers_too(tiny: Path, options: dict) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    base = load_base(str(tiny / "model"), None, torch.float32, nf4)
+    base = Base(str(tiny / "model")).load(torch.float32, nf4)
     stock, ours = pair(base, **{"target_modules": "all-linear", **options})
     assert sum(type(layer) is fused_layer.Fused4bit for layer in ours.modules()) == 14
     ids = torch.arange(8, 40)[None]

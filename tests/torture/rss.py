@@ -24,11 +24,12 @@ import torch  # noqa: E402
 
 from lora_cli.recipe import load  # noqa: E402
 from lora_cli.train import run  # noqa: E402
+from lora_cli.train.progress import Watch  # noqa: E402
 
 
 def readings(steps: int, after: int) -> list[float]:
     """Resident MiB after each `after` steps of a run."""
-    found, process, inner = list[float](), psutil.Process(), run.Watch.on_step_end
+    found, process, inner = list[float](), psutil.Process(), Watch.on_step_end
 
     def read(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         inner(self, args, state, control, **kwargs)
@@ -36,7 +37,7 @@ def readings(steps: int, after: int) -> list[float]:
             found.append(process.memory_info().rss / 2**20)
             print(f"step {state.global_step}: {found[-1]:.1f} MiB", flush=True)
 
-    run.Watch.on_step_end = read  # type: ignore[method-assign]
+    Watch.on_step_end = read  # type: ignore[method-assign]
     tiny = ROOT / "build" / "tiny"
     with tempfile.TemporaryDirectory(prefix="rss-") as folder:
         os.environ["LORA_CACHE_DIR"] = f"{folder}/cache"
@@ -50,7 +51,7 @@ def readings(steps: int, after: int) -> list[float]:
             f"eval_steps: {after // 2}}}\n"
         )
         run.train(load.load_recipe(path))
-    run.Watch.on_step_end = inner  # type: ignore[method-assign]
+    Watch.on_step_end = inner  # type: ignore[method-assign]
     return found
 
 

@@ -32,14 +32,13 @@ from lora_cli.merge.merge import merge
 from lora_cli.models import (
     adapter_folder,
     attach,
-    base,
     four_bit,
     init_weights,
     patterns,
     targets,
     token_rows,
-    trained_on,
 )
+from lora_cli.models.base import Base
 from lora_cli.models.probes import TRAINED, TRAINED_KL, compare_logits, compute_logits, make_probes, rounding_limit
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
@@ -238,7 +237,7 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     def last(network: torch.nn.Module) -> torch.Tensor:
         return torch.stack([rows[-1] for rows in compute_logits(network, probes)])
 
-    base = trained_on.load_base(info)
+    base = info.load_base()
     if "added tokens" in name:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     start = last(base)
@@ -584,7 +583,7 @@ def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_pa
             f"method: qlora\n{lora}\noutput_dir: {tmp_path / init}\ntraining: {{learning_rate: 1e-30}}\n"
         )
         adapter = run.train(load.load_recipe(path))
-        started = attach.load_adapter(trained_on.load_base(adapter_folder.read_adapter(adapter)), adapter)
+        started = attach.load_adapter(adapter_folder.read_adapter(adapter).load_base(), adapter)
         errors[init] = (torch.cat(compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
     assert errors["loftq"] < 0.8 * errors["true"]
 
@@ -616,7 +615,7 @@ def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: py
     with pytest.raises(
         LoraError, match="reads 4-bit rows of 512 weights wrongly .* in 2 modules, the first "
     ) as caught:
-        base.load_base(str(bases("tiny")), None, torch.float32, config)
+        Base(str(bases("tiny"))).load(torch.float32, config)
     assert caught.value.hint.endswith("'quantization.llm_int8_skip_modules=[lm_head, down_proj]'")
 
 

@@ -20,7 +20,8 @@ from transformers.utils import is_flash_attn_2_available
 from lora_cli.common.errors import LoraError
 from lora_cli.data.load import load_rows
 from lora_cli.merge.merge import merge
-from lora_cli.models import attach, base
+from lora_cli.models import attach
+from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
 from lora_cli.speed.cpu.fused_layer import FusedLinear
@@ -61,8 +62,8 @@ def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights
         network(inputs_embeds=hidden, labels=ids).loss.backward()
         return hidden.grad
 
-    quantised = gradient(base.load_base(str(tiny / "model"), None, torch.float32, config))
-    plain = gradient(base.load_base(str(tiny / "model"), None, torch.float32, config).dequantize())
+    quantised = gradient(Base(str(tiny / "model")).load(torch.float32, config))
+    plain = gradient(Base(str(tiny / "model")).load(torch.float32, config).dequantize())
     torch.testing.assert_close(quantised, plain, rtol=1e-4, atol=1e-6)
 
 
