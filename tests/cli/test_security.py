@@ -161,7 +161,7 @@ def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path)
     made = adapter(base(tmp_path))
     claim = {"recipe": {}, "status": "finished", "base": {"name": str(tmp_path / "base"), "commit": None}}
     (made / provenance.ARTEFACT_RECORD).write_text(json.dumps(claim))
-    assert adapter_folder.read_adapter(made).base == str(tmp_path / "base")
+    assert adapter_folder.read_adapter(made).base.name == str(tmp_path / "base")
     named(made, base(tmp_path, "other"))
     with pytest.raises(LoraError, match="adapter_config.json names the base"):
         adapter_folder.read_adapter(made)

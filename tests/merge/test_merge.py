@@ -77,7 +77,7 @@ def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, 
     trained = PeftModel.from_pretrained(info.load_base(), adapter)
     effect = (logits(trained) - logits(info.load_base())).abs().max()
     assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
-    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base), adapter)
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base.name), adapter)
     assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function
 
 
@@ -88,7 +88,7 @@ def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tm
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
     assert names >= {"chat_template.jinja", "lora_record.json"}
     parent = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
-    assert parent["recipe"]["model"]["name_or_path"] == adapter_folder.read_adapter(adapter).base
+    assert parent["recipe"]["model"]["name_or_path"] == adapter_folder.read_adapter(adapter).base.name
     with pytest.raises(LoraError, match="out already exists"):
         merge(adapter, tmp_path / "out")
 
