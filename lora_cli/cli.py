@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 
 from lora_cli import __version__
-from lora_cli.common import library_errors, privacy, remote_code, ui
-from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.common import LoraError, UsageError, library_errors, privacy, remote_code, ui
 from lora_cli.train import launch
 
 if TYPE_CHECKING:
-    from lora_cli.recipe.keys import Recipe
+    from lora_cli.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,7 +99,7 @@ def train(
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
     launch.check_launcher(os.environ)
-    from lora_cli.recipe.load import load_recipe
+    from lora_cli.recipe import load_recipe
 
     if allowed and not resume:
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
@@ -122,7 +121,7 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste the run."""
-    from lora_cli.recipe.load import load_recipe
+    from lora_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
@@ -146,7 +145,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
 ) -> None:
     """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps, time."""
-    from lora_cli.recipe.load import load_recipe
+    from lora_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()

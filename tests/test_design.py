@@ -76,12 +76,40 @@ def test_rooms_import_only_rooms_before_them() -> None:
     assert not upward
 
 
+def doors(room: str) -> set[str]:
+    """What the room's `__init__` names."""
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    named = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+    return set(ast.literal_eval(named))
+
+
+def test_others_enter_a_room_by_its_doors() -> None:
+    """They import what the room's `__init__` names, and neither its files nor what nobody outside needs."""
+    entered = {(each.source, each.name, each.path) for each in EVERY if each.room != room_of(each.source)}
+    assert len(entered) > 150
+    assert not {(source, name, path) for source, name, path in entered if name not in doors(source)}
+    used = {(source, name) for source, name, _ in entered}
+    assert not {(room, name) for room in FLOOR.keys() - {"cli"} for name in doors(room) if (room, name) not in used}
+
+
+def test_no_file_reaches_into_another_s_private_parts() -> None:
+    private = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in ours if (node.module or "").startswith("lora_cli")]
+        modules = {alias.asname or alias.name for node in ours for alias in node.names if alias.name.islower()}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                if node.attr.startswith("_") and not node.attr.startswith("__"):
+                    private.append(f"{path.stem}: {node.value.id}.{node.attr}")
+    assert not private
+
+
 def test_the_reference_is_only_for_comparing() -> None:
-    users = {each.path for each in EVERY if "doctor.reference" in each.source}
     reference = [path for path in FILES if path.parent.name == "reference"]
-    assert users == {"doctor/oracle", *(f"doctor/reference/{path.stem}" for path in reference)} & (
-        users | {"doctor/oracle"}
-    )
+    users = {each.path for each in EVERY if "doctor.reference" in each.source and "/reference/" not in each.path}
+    assert users == {"doctor/oracle"}
     assert packages(reference) == {"torch", "safetensors"}
 
 

@@ -25,10 +25,9 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import files, ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, files, ui
 from lora_cli.data.selection import Counts, Kept
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 DAYS = 30
 PACKAGE = Path(__file__).parent.parent

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 from lora_cli.data.formats import BadRow, Conversation, Tokens
-from lora_cli.models import chat_template, tokenizer
-from lora_cli.models.tokenizer import adds_bos
+from lora_cli.models import IGNORED, adds_bos, chat_template
 
 Span = tuple[int, int]
 NDArray = np.ndarray[Any, Any]
@@ -127,7 +126,7 @@ class Renderer:
             assert isinstance(found, list)
             ids = np.array(encoding.ids, np.int32)
             starts, ends = self._offsets(piece.text, ids)
-            labels, begins_inside = np.full(len(ids), tokenizer.IGNORED, np.int32), False
+            labels, begins_inside = np.full(len(ids), IGNORED, np.int32), False
             for start, end in piece.spans:
                 first, last = np.searchsorted(starts, [start, end])
                 begins_inside |= bool(first and ends[first - 1] > start)
@@ -251,8 +250,8 @@ class Renderer:
             raise BadRow(
                 "input_ids are not the tokenizer's", f"input_ids has {wrong}, but the tokenizer has {size} tokens"
             )
-        if any(label not in (tokenizer.IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
-            raise BadRow("labels are not input_ids", f"labels must be those of input_ids, or {tokenizer.IGNORED}")
+        if any(label not in (IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
+            raise BadRow("labels are not input_ids", f"labels must be those of input_ids, or {IGNORED}")
         return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
 
 

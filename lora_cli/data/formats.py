@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_cli.common.errors import find_nearest
+from lora_cli.common import find_nearest
 
 # The columns each format needs, most specific first. Further ones: alpaca `input`; `system`; `tools`; `labels`.
 FORMATS = {

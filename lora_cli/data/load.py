@@ -15,13 +15,12 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.data import cache, prepare, sources
 from lora_cli.data.encode import Renderer
 from lora_cli.data.selection import Counts
-from lora_cli.models.tokenizer import IGNORED
-from lora_cli.recipe.keys import Recipe, Rows
+from lora_cli.models import IGNORED
+from lora_cli.recipe import Recipe, Rows
 
 
 def load_rows(

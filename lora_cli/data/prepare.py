@@ -23,14 +23,13 @@ from datasets import (
     Value,
 )
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError, find_nearest
+from lora_cli.common import LoraError, find_nearest, ui
 from lora_cli.data import cache, formats, readers, selection
 from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
-from lora_cli.recipe.keys import Data, Recipe
+from lora_cli.recipe import Data, Recipe
 
 COLUMNS_FROM = 100
 """Rows, from the first, whose columns tell the format."""

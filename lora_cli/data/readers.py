@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import pyarrow
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 from lora_cli.data.formats import BadRow
 
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}

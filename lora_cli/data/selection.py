@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.data.encode import Encoded, NDArray
 from lora_cli.data.formats import BadRow
-from lora_cli.models.tokenizer import IGNORED
-from lora_cli.recipe.keys import Data, Recipe
+from lora_cli.models import IGNORED
+from lora_cli.recipe import Data, Recipe
 
 BEGINS_INSIDE = "dropped: an answer begins inside a token of the prompt"
 

@@ -28,10 +28,9 @@ from datasets import (
 )
 from huggingface_hub import resolve_revision
 
-from lora_cli.common import library_errors
-from lora_cli.common.errors import LoraError, find_nearest
+from lora_cli.common import LoraError, find_nearest, library_errors
 from lora_cli.data import readers
-from lora_cli.recipe.keys import Data
+from lora_cli.recipe import Data
 
 
 class Source(NamedTuple):

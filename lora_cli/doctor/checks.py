@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lora_cli import __version__
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.gguf import tools
 
 PACKAGE = "lora-cli"

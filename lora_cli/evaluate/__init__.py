@@ -1,1 +1,7 @@
 """What a model says: generate, chat and verify."""
+
+__all__ = [
+    "chat",
+    "generate",
+    "verify",
+]

@@ -15,12 +15,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
-from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import adapter_folder, attach, chat_template, names
-from lora_cli.models.base import Base, to_accelerator
-from lora_cli.models.tokenizer import load_tokenizer
+from lora_cli.common import LoraError, ui
+from lora_cli.gguf import engine
+from lora_cli.models import (
+    Adapter,
+    Base,
+    attach,
+    chat_template,
+    load_tokenizer,
+    names,
+    read_adapter,
+    to_accelerator,
+)
 
 Messages = list[dict[str, Any]]
 BATCH = 16
@@ -72,13 +78,13 @@ class Bases:
         self.loaded: dict[Stored, PreTrainedModel | PeftModel] = {}
 
     @staticmethod
-    def key(adapter: adapter_folder.Adapter) -> Stored:
+    def key(adapter: Adapter) -> Stored:
         """What the adapter's base is loaded as."""
         quantization = str(adapter.quantization) if adapter.quantization else None
         alone = None if adapter.shares_base else adapter.folder
         return Stored(adapter.base, adapter.trained_dtype, quantization, alone)
 
-    def with_adapter(self, adapter: adapter_folder.Adapter, name: str) -> Stored:
+    def with_adapter(self, adapter: Adapter, name: str) -> Stored:
         """The adapter loaded on its base under `name`; returns the base's key."""
         key = self.key(adapter)
         base = self.loaded.get(key)
@@ -189,7 +195,7 @@ class GGUFAnswerer:
     """A GGUF file in llama.cpp, with the chat template embedded in the file."""
 
     def __init__(self, path: Path) -> None:
-        self.model = GGUFModel(path)
+        self.model = engine.GGUFModel(path)
 
     @property
     def chat_template(self) -> str | None:
@@ -223,7 +229,7 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
         if kinds[path] == "gguf":
             answerers[path] = GGUFAnswerer(Path(path))
         elif kinds[path] == "adapter":
-            adapter = adapter_folder.read_adapter(Path(path), base)
+            adapter = read_adapter(Path(path), base)
             name = f"adapter_{len(answerers)}"
             key, tokenizer = bases.with_adapter(adapter, name), adapter.load_tokenizer()
             answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)

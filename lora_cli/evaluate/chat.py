@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from lora_cli.common import ui
-from lora_cli.common.errors import UsageError
+from lora_cli.common import UsageError, ui
 from lora_cli.evaluate.answerers import Asked, Messages, Sampling, open_models
 
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
-from lora_cli.common import ui
-from lora_cli.common.errors import UsageError
+from lora_cli.common import UsageError, ui
 from lora_cli.data import formats
 from lora_cli.evaluate.answerers import Asked, Sampling, open_models
 

@@ -13,14 +13,22 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.gguf.engine import GGUFModel
+from lora_cli.common import LoraError, RejectedError, ui
+from lora_cli.gguf import engine
 from lora_cli.merge import compare_weights, layerwise_logits, merge
-from lora_cli.models import adapter_folder, names
-from lora_cli.models.base import Base
-from lora_cli.models.probes import KL_LIMIT, PROBES, Difference, Probe, compare_logits, make_probes, rounding_limit
-from lora_cli.models.tokenizer import load_tokenizer
+from lora_cli.models import (
+    KL_LIMIT,
+    PROBES,
+    Base,
+    Difference,
+    Probe,
+    compare_logits,
+    load_tokenizer,
+    make_probes,
+    names,
+    read_adapter,
+    rounding_limit,
+)
 
 
 class Form(NamedTuple):
@@ -63,7 +71,7 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
         return ""
-    found = compare_weights.compare_weights(adapter_folder.read_adapter(Path(adapters[0]), base), Base(models[0]))
+    found = compare_weights.compare_weights(read_adapter(Path(adapters[0]), base), Base(models[0]))
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
@@ -79,14 +87,14 @@ def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) ->
 
 def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
     if kind == "adapter":
-        return adapter_folder.read_adapter(Path(path), base).load_tokenizer()
+        return read_adapter(Path(path), base).load_tokenizer()
     return load_tokenizer(path)
 
 
 def _plain_probes(path: Path) -> list[Probe]:
     """Probes for two GGUF files: plain text, with the ids of the first."""
-    with GGUFModel(path) as engine:
-        return [Probe(text, engine.tokenize(text), True) for text in PROBES]
+    with engine.GGUFModel(path) as model:
+        return [Probe(text, model.tokenize(text), True) for text in PROBES]
 
 
 def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Form:
@@ -100,7 +108,7 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]
         _require_same_ids(path, probe, ids)
     if kind == "adapter":
-        adapter = adapter_folder.read_adapter(Path(path), base)
+        adapter = read_adapter(Path(path), base)
         adapter.refuse_other_base()
         ui.say(f"{path}: on {adapter.base}")
         dtype = adapter.trained_dtype
@@ -116,11 +124,11 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
 
 
 def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:
-    with GGUFModel(path, exact=True) as engine:
+    with engine.GGUFModel(path, exact=True) as model:
         for probe in probes:
-            _require_same_ids(str(path), probe, engine.tokenize(probe.text, add_special=probe.plain))
-        given = [torch.tensor([engine.logprobs(probe.ids)]) for probe in probes]
-        return Form(given, str(engine.metadata["ftype"]).lower().removeprefix("all "))
+            _require_same_ids(str(path), probe, model.tokenize(probe.text, add_special=probe.plain))
+        given = [torch.tensor([model.logprobs(probe.ids)]) for probe in probes]
+        return Form(given, str(model.metadata["ftype"]).lower().removeprefix("all "))
 
 
 def _require_same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:

@@ -12,14 +12,20 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lora_cli.common import files, provenance, ui
-from lora_cli.common.errors import UsageError
+from lora_cli.common import UsageError, files, provenance, ui
 from lora_cli.gguf import parity, tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import adapter_contents, adapter_folder, attach, empty
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import convert_to_float32
-from lora_cli.models.probes import KL_LIMIT, compare_logits, compute_logits, make_probes
+from lora_cli.models import (
+    KL_LIMIT,
+    Adapter,
+    adapter_contents,
+    attach,
+    compare_logits,
+    compute_logits,
+    convert_to_float32,
+    make_probes,
+    read_adapter,
+)
 
 
 def export_adapter(
@@ -34,7 +40,7 @@ def export_adapter(
     if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
         known = ", ".join(tools.CONVERTER_TYPES)
         raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
-    adapter = adapter_folder.read_adapter(path, base)
+    adapter = read_adapter(path, base)
     adapter_contents.refuse_beyond(path)
     adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)
@@ -67,7 +73,7 @@ def export_adapter(
 
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
     """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by 1 for plain LoRA."""
-    adapted = attach.load_adapter(empty.build_zero(adapter.base.config), adapter.folder)
+    adapted = attach.load_adapter(adapter.base.build_zero(), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
     for path, layer in attach.find_lora_layers(adapted).items():
         factor = layer.scaling["default"] * layer.r["default"] / config.lora_alpha

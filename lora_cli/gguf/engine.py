@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 from lora_cli.gguf import tools
 
 

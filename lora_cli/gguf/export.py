@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from lora_cli.common import files, provenance, ui
-from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.common import LoraError, UsageError, files, provenance, ui
 from lora_cli.gguf import imatrix, modelfile, parity, preflight
 from lora_cli.gguf.tools import (
     CONVERTER_TYPES,
@@ -26,10 +25,17 @@ from lora_cli.gguf.tools import (
     spell_quantizer_type,
 )
 from lora_cli.merge import merge
-from lora_cli.models import adapter_folder, names
-from lora_cli.models.base import Base, convert_to_float32
-from lora_cli.models.probes import KL_LIMIT, compute_logits, make_probes
-from lora_cli.models.tokenizer import save_tokenizer
+from lora_cli.models import (
+    KL_LIMIT,
+    Adapter,
+    Base,
+    compute_logits,
+    convert_to_float32,
+    make_probes,
+    names,
+    read_adapter,
+    save_tokenizer,
+)
 
 
 class Tools(NamedTuple):
@@ -71,7 +77,7 @@ def export(
     ui.say(f"exporting {path} with the converter {tools.converter}")
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
-        merged, adapter = path, adapter_folder.read_adapter(path, base) if kind == "adapter" else None
+        merged, adapter = path, read_adapter(path, base) if kind == "adapter" else None
         config = _check_first(path, adapter, tools.converter, Path(scratch))
         exact = _choose_exact_type((adapter.base if adapter else Base(str(path))).dtype) if wants_quantizer else None
         preflight.check_disk(folder, config, wanted, adapter.base.dtype if adapter else None, exact)
@@ -89,9 +95,7 @@ def _choose_exact_type(dtype: torch.dtype) -> str:
     return EXACT[str(dtype).removeprefix("torch.")]
 
 
-def _check_first(
-    path: Path, adapter: adapter_folder.Adapter | None, converter: Found, scratch: Path
-) -> PretrainedConfig:
+def _check_first(path: Path, adapter: Adapter | None, converter: Found, scratch: Path) -> PretrainedConfig:
     """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
     if adapter is None:
         model = Base(str(path))

@@ -17,15 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
-from lora_cli.data import prepare, sources
-from lora_cli.data.encode import Renderer
+from lora_cli.common import LoraError, ui
+from lora_cli.data import Renderer, prepare, sources
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import base
-from lora_cli.models.base import Base
-from lora_cli.recipe.keys import Data, Model, Recipe, Training
+from lora_cli.models import Base, to_accelerator
+from lora_cli.recipe import Data, Model, Recipe, Training
 
 MAX_TOKENS, CHUNK = 65536, 512
 FILES = (".gguf", ".dat", ".imatrix")
@@ -46,7 +43,7 @@ def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter:
     model = Base(str(folder))
     tokenizer, network = model.load_tokenizer(), model.load()
     batches = list(read_rows(rows, tokenizer))
-    sums, num_tokens = measure_inputs(base.to_accelerator(network), batches)
+    sums, num_tokens = measure_inputs(to_accelerator(network), batches)
     ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")
     scratch = outfile.with_suffix(".safetensors")
     save_file(sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows})

@@ -19,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_cli.common.errors import LoraError
-from lora_cli.common.ui import format_duration, say
+from lora_cli.common import LoraError, format_duration, say
 from lora_cli.gguf.tools import (
     CONVERTER,
     QUANTIZER,

@@ -15,10 +15,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import files, ui
-from lora_cli.models import adapter_contents, chat_template
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base
-from lora_cli.models.tokenizer import adds_bos
+from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_template
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")

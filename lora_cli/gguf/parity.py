@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import probes
+from lora_cli.models import Probe
 
 NO_ENGINE = "not compared: no llama.cpp engine"
 SPLITS = "a base that transformers saved anew lacks tokenizer.model: copy it from the original; else report it"
@@ -38,7 +37,7 @@ def find_engine() -> bool:
 
 def compare_gguf(
     gguf: Path,
-    probes: Sequence[probes.Probe],
+    probes: Sequence[Probe],
     expected: Sequence[torch.Tensor],
     kl_limit: float | None,
     source: Source | None = None,

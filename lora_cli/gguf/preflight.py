@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import empty

@@ -20,9 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.common import files
-from lora_cli.common.errors import LoraError, UsageError, find_nearest
-from lora_cli.common.ui import Progress, warn
+from lora_cli.common import LoraError, Progress, UsageError, files, find_nearest, warn
 
 VERSION = "0.3.36"
 """Release of llama-cpp-python whose source package carries the llama.cpp revision everything here was tried with."""

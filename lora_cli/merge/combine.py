@@ -13,13 +13,10 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import files, ui
-from lora_cli.common.errors import LoraError, UsageError, find_nearest
+from lora_cli.common import LoraError, UsageError, files, find_nearest, ui
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
-from lora_cli.models import adapter_contents, adapter_folder, attach, empty
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base
+from lora_cli.models import Adapter, Base, adapter_contents, attach, read_adapter
 
 COMBINATIONS: tuple[str, ...] = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 SEED = 0
@@ -64,7 +61,7 @@ def combine(
     """
     numbers = _parse_weights(weights, len(folders))
     _check_combination(combination, density, r)
-    adapters = [adapter_folder.read_adapter(folder, base) for folder in folders]
+    adapters = [read_adapter(folder, base) for folder in folders]
     _refuse_other_bases(adapters)
     for adapter in adapters:
         adapter_contents.refuse_beyond(adapter.folder)
@@ -77,7 +74,7 @@ def combine(
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
         rank = low_rank.save(made, staging, first.base.name, fan_in_fan_out)
-        attach.load_adapter(empty.build_zero(first.base.config), staging)
+        attach.load_adapter(first.base.build_zero(), staging)
         settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
         derived.finish_folder(staging, tokenizer, "combine", adapters, distance=distance, **settings)
     ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
@@ -162,7 +159,7 @@ def _attach_side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
 
     PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
     """
-    adapted = empty.build_zero(adapters[0].base.config)
+    adapted = adapters[0].base.build_zero()
     for number, adapter in enumerate(adapters):
         adapted = attach.load_adapter(adapted, adapter.folder, str(number))
     layers = attach.find_lora_layers(adapted)

@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from lora_cli.common.errors import RejectedError
+from lora_cli.common import RejectedError
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Plan, one_thread_each, together
-from lora_cli.models import tensors
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base
+from lora_cli.models import Adapter, Base, Tensors
 
 # How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's safe_merge in 16 bits,
 # which rounds the change before adding it, comes to 0.11 where the change itself is mostly rounded away, and far less
@@ -67,7 +65,7 @@ def compare_weights(adapter: Adapter, merged: Base) -> str | None:
     return f"{len(distances) - len(unequal)} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
 
 
-def _measure_distance(plan: Plan, written: tensors.Tensors, name: str, dtype: torch.dtype) -> Distance:
+def _measure_distance(plan: Plan, written: Tensors, name: str, dtype: torch.dtype) -> Distance:
     unequal, off, change, start = 0, 0.0, 0.0, 0
     with torch.inference_mode():
         for expected in plan.merged(name, dtype):

@@ -9,8 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.tokenizer import save_tokenizer
+from lora_cli.models import Adapter, save_tokenizer
 
 
 def finish_folder(

@@ -12,14 +12,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import files, provenance, ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, files, provenance, ui
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
-from lora_cli.models import adapter_contents, adapter_folder, attach
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base, convert_to_float32
-from lora_cli.models.probes import compare_logits, compute_logits, make_probes
+from lora_cli.models import (
+    Adapter,
+    Base,
+    adapter_contents,
+    attach,
+    compare_logits,
+    compute_logits,
+    convert_to_float32,
+    make_probes,
+    read_adapter,
+)
 
 START = "give the model that the fine-tuning started from"
 
@@ -58,7 +64,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
 
     `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than linear updates.
     """
-    adapter = adapter_folder.read_adapter(folder, base)
+    adapter = read_adapter(folder, base)
     adapter_contents.refuse_beyond(folder, [adapter_contents.DORA])
     adapter.refuse_other_base()
     with files.staged_folder(out) as staging:

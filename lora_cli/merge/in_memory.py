@@ -11,14 +11,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.common import LoraError, RejectedError, ui
 from lora_cli.merge import output, streaming
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.attach import find_lora_layers, load_adapter
-from lora_cli.models.base import Base, convert_to_float32
-from lora_cli.models.probes import Probe, compute_logits
-from lora_cli.models.tensors import is_finite, split_rows
+from lora_cli.models import (
+    Adapter,
+    Base,
+    Probe,
+    attach,
+    compute_logits,
+    convert_to_float32,
+    is_finite,
+    split_rows,
+)
 
 SHARD_SIZE = "5GB"
 
@@ -44,14 +48,14 @@ class Whole:
     def _load(self, original: bool) -> PeftModel:
         base = self.adapter.load_base(original)
         quantised = self.adapter.quantization and not original
-        return load_adapter(base if quantised else convert_to_float32(base), self.adapter.folder)
+        return attach.load_adapter(base if quantised else convert_to_float32(base), self.adapter.folder)
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
         adapted = self.adapted or self._load(original=self.original)
         self.adapted = None
         if self.adapter.quantization and not self.original:
-            adapted = load_adapter(convert_to_float32(adapted.unload().dequantize()), self.adapter.folder)
+            adapted = attach.load_adapter(convert_to_float32(adapted.unload().dequantize()), self.adapter.folder)
         output.refuse_tied(adapted, self.adapter.base)
         plain, modules = fold_adapter(adapted)
         round_once(plain, dtype)
@@ -84,12 +88,12 @@ def say_needed(adapter: Adapter) -> None:
 
 def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
     """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
-    layers = find_lora_layers(adapted)
+    layers = attach.find_lora_layers(adapted)
     try:
         plain = adapted.merge_and_unload()
     except streaming.REFUSALS as error:
         raise streaming.refused(error) from error
-    left = [name for name, layer in layers.items() if not layer.merged] + list(find_lora_layers(plain))
+    left = [name for name, layer in layers.items() if not layer.merged] + list(attach.find_lora_layers(plain))
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
         raise LoraError(

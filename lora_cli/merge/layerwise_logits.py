@@ -20,9 +20,7 @@ from torch import nn
 from lora_cli.common import ui
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
-from lora_cli.models.base import Base, convert_to_float32
-from lora_cli.models.probes import Probe, compute_logits
-from lora_cli.models.tensors import Tensors, split_rows
+from lora_cli.models import Base, Probe, Tensors, compute_logits, convert_to_float32, split_rows
 
 # Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
 KEPT = 8
@@ -83,7 +81,7 @@ def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
         rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
 
-    return walk_logits(streaming_plan.build_unweighted(model), read, None, probes)
+    return walk_logits(model.build_unweighted(), read, None, probes)
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.models import attach
 
 PREFIX = "base_model.model."

@@ -17,20 +17,20 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import files, provenance, ui
-from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, ui
 from lora_cli.merge import in_memory, streamed, streaming_plan
-from lora_cli.models.adapter_folder import Adapter, read_adapter
-from lora_cli.models.probes import (
+from lora_cli.models import (
     TRAINED,
+    Adapter,
     Difference,
     Probe,
     check_trained,
     compare_logits,
     make_probes,
+    read_adapter,
     rounding_limit,
+    save_tokenizer,
 )
-from lora_cli.models.tokenizer import save_tokenizer
 
 ROUTED_KL = 1e-4
 """Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""

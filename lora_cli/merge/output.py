@@ -11,15 +11,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel
 
-from lora_cli.common.errors import LoraError
-from lora_cli.merge import streaming_plan
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base
+from lora_cli.common import LoraError
+from lora_cli.models import Adapter, Base
 
 
 def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
     """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
-    plain_model = streaming_plan.build_unweighted(adapter.base)
+    plain_model = adapter.base.build_unweighted()
     with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
         plain_model.generation_config = GenerationConfig.from_pretrained(
             adapter.base.name, revision=adapter.base.revision

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.common import ui
-from lora_cli.common.errors import RejectedError
+from lora_cli.common import RejectedError, ui
 from lora_cli.merge import in_memory, layerwise_logits, output, streaming, streaming_plan
-from lora_cli.models import probes, tensors
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base
+from lora_cli.models import Adapter, Base, Probe, tensors
 
 # MiB that merging a tensor may take before it is said
 LARGE = 500
@@ -29,7 +26,7 @@ class Streamed:
         output.refuse_tied(self.adapted, adapter.base)
         self.sums: dict[str, int] = {}
 
-    def expected(self, probes: Sequence[probes.Probe]) -> list[torch.Tensor] | None:
+    def expected(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
         """Logits of base with adapter, on the weights that are merged into; None where they cannot be had."""
         return layerwise_logits.walk_or_load(
             lambda: layerwise_logits.walk_logits(self.adapted, self.plan.read, self.plan, probes),
@@ -37,7 +34,7 @@ class Streamed:
             self.plan.weights.base,
         )
 
-    def other(self, probes: Sequence[probes.Probe]) -> list[torch.Tensor] | None:
+    def other(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
         """The same on the other weights of an adapter trained in 4 bits: original for dequantised, and so on."""
         plan, adapted = streaming_plan.make_plan(
             self.adapter, self.trained, self.adapter.quantization if self.original else None
@@ -63,6 +60,6 @@ class Streamed:
         if changed:
             raise RejectedError(f"{changed} in the merged model's files is not what was written", "check the disk")
 
-    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[probes.Probe]) -> list[torch.Tensor] | None:
+    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
         """Logits of the model that was written."""
         return layerwise_logits.walk_logits_of(Base(str(folder)), dtype, probes)

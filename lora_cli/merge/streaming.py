@@ -24,9 +24,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli.common.errors import LoraError
-from lora_cli.models import tensors
-from lora_cli.models.tensors import Tensors
+from lora_cli.common import LoraError
+from lora_cli.models import (
+    Tensors,
+    split_rows,
+    tensors,
+)
 
 NAME = "default"
 # PEFT's own steps in the path of a base's tensor
@@ -107,9 +110,7 @@ class Changed(NamedTuple):
     def blocks(self) -> list[tuple[int, int]]:
         """The rows to take together. A variant such as DoRA makes several more tensors of their size."""
         shape = tuple(self.layer.get_base_layer().weight.shape)
-        return list(
-            tensors.split_rows(shape, tensors.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None)
-        )
+        return list(split_rows(shape, tensors.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None))
 
     def adapter(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Its adapter tensors, in float32 as PEFT loads them."""
@@ -178,7 +179,7 @@ class Plan(NamedTuple):
         stored = weights.base.entries[name]
         untouched = changed is None and name not in weights.replaced and name not in weights.packed
         if untouched and stored.dtype == self.dtype(name, dtype) and weights.trained in (stored.dtype, torch.float32):
-            return (weights.base.rows(name, start, stop) for start, stop in tensors.split_rows(stored.shape))
+            return (weights.base.rows(name, start, stop) for start, stop in split_rows(stored.shape))
         pieces = self._plain(name) if changed is None else self._through(name, changed)
         return (rows.to(self.dtype(name, dtype)) for rows in pieces)
 
@@ -193,7 +194,7 @@ class Plan(NamedTuple):
         return dtype if self.parameters[name] and stored.is_floating_point else stored
 
     def _plain(self, name: str) -> Iterator[torch.Tensor]:
-        for start, stop in tensors.split_rows(self.weights.base.entries[name].shape):
+        for start, stop in split_rows(self.weights.base.entries[name].shape):
             yield self.weights.rows(name, start, stop)
 
     def _with_tokens(self, name: str, changed: Changed) -> Iterator[torch.Tensor]:
@@ -201,7 +202,7 @@ class Plan(NamedTuple):
         layer, ids = changed.layer, changed.layer.token_indices[NAME]
         (inside,) = changed.base
         trained = changed.adapter(self.weights)
-        for start, stop in tensors.split_rows(self.weights.base.entries[name].shape):
+        for start, stop in split_rows(self.weights.base.entries[name].shape):
             rows = self.weights.rows(name, start, stop)
             here = [number for number, token in enumerate(ids) if start <= token < stop]
             if here:

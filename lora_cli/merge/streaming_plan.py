@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.common import library_errors, remote_code
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, library_errors
 from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, plain
-from lora_cli.models import attach, four_bit, tensors, token_rows
-from lora_cli.models.adapter_folder import Adapter
-from lora_cli.models.base import Base
-from lora_cli.models.config import BROKEN_CONFIG
-from lora_cli.models.empty import UNBUILDABLE
-from lora_cli.models.tensors import Tensors
+from lora_cli.models import (
+    Adapter,
+    Base,
+    Tensors,
+    attach,
+    four_bit,
+    is_finite,
+    token_rows,
+)
 
 # Starts that PEFT works out again from the base's weights when it loads such an adapter, changing them
 FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "eva", "loftq")
@@ -33,19 +33,6 @@ FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "eva", "loftq")
 
 class Unstreamable(Exception):
     """Why an adapter must be merged with the whole model in memory, in words."""
-
-
-def build_unweighted(base: Base) -> PreTrainedModel:
-    """The base in float32 without its parameters; buffers that are worked out, such as rotary frequencies, are real."""
-    with (
-        init_empty_weights(include_buffers=False),
-        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
-    ):
-        empty = AutoModelForCausalLM.from_config(
-            copy.deepcopy(base.config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
-        )
-    empty.tie_weights()  # taking the weights away has parted them
-    return empty
 
 
 def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None) -> tuple[Plan, PeftModel]:
@@ -59,7 +46,7 @@ def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str,
         raise Unstreamable("the base has no safetensors files")
     config = attach.read_adapter_config(adapter.folder)
     _check_config(config)
-    empty = build_unweighted(adapter.base)
+    empty = adapter.base.build_unweighted()
     parameters = _match_tensors(empty, base)
     packed = find_packed(empty, adapter, quantization) if quantization else {}
     carried = Tensors([adapter.folder / "adapter_model.safetensors"])
@@ -87,7 +74,7 @@ def find_packed(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[
 
     settings = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    other = build_unweighted(adapter.base)
+    other = adapter.base.build_unweighted()
     quantizer.preprocess_model(model=other, device_map=None)
     found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
     for length in sorted({module.in_features for module in found.values()}):
@@ -107,7 +94,7 @@ def _check_config(config: PeftConfig) -> None:
 def has_own_names(model: Base) -> bool:
     """Whether a model's files name its tensors as the model does, so that they can be read one by one."""
     try:
-        return bool(model.tensors and _match_tensors(build_unweighted(model), model.tensors))
+        return bool(model.tensors and _match_tensors(model.build_unweighted(), model.tensors))
     except Unstreamable:
         return False
 
@@ -157,7 +144,7 @@ def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors
     whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
     attach.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
     for key in carried.entries:
-        if not tensors.is_finite(carried.rows(key)):
+        if not is_finite(carried.rows(key)):
             raise LoraError(f"{adapter.folder}: {key} holds values that are not finite", "train again")
     for key, name in places.items():
         if carried.entries[key].shape != tuple(state[name].shape):

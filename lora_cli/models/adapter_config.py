@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 
 TEXTS = (list, str, type(None))
 NUMBER = (int, float)

@@ -9,8 +9,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from lora_cli.common import files
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, files
 
 DORA = "DoRA magnitudes"
 

@@ -11,9 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli.common import privacy, provenance
-from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.common.files import read_json
+from lora_cli.common import LoraError, UsageError, privacy, provenance, read_json
 from lora_cli.models import adapter_config, fingerprint, names, tokenizer
 from lora_cli.models.base import Base
 

@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.common import library_errors
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, library_errors
 from lora_cli.models import patterns, token_rows
 
 

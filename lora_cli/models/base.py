@@ -23,12 +23,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import remote_code
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, remote_code
 from lora_cli.models import empty, fingerprint, four_bit, names, tensors, tokenizer
 from lora_cli.models.config import load_config
 from lora_cli.models.tensors import Tensors
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,14 @@ class Base:
     def build_empty(self) -> PreTrainedModel:
         """Build it without weights (on the `meta` device): its modules' names and shapes, in an instant."""
         return empty.build_empty(self.config)
+
+    def build_zero(self) -> PreTrainedModel:
+        """Build it with zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
+        return empty.build_zero(self.config)
+
+    def build_unweighted(self) -> PreTrainedModel:
+        """Build it in float32 without parameters, and with the buffers that are computed, for rows to be read in."""
+        return empty.build_unweighted(self.config)
 
     def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
         """Load its tokenizer, as `tokenizer.load_tokenizer`."""

@@ -17,7 +17,7 @@ from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 
 SECONDS = 2.0
 """Processor time that the conversations of one row may take to render."""

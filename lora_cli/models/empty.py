@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -29,4 +30,14 @@ def build_zero(config: PretrainedConfig) -> PreTrainedModel:
     for module in network.modules():
         for key, weight in module.named_parameters(recurse=False):
             setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return network
+
+
+def build_unweighted(config: PretrainedConfig) -> PreTrainedModel:
+    """Build it in float32 without its parameters; buffers that are computed, such as rotary frequencies, are real."""
+    with init_empty_weights(include_buffers=False), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
+        network = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
+        )
+    network.tie_weights()  # taking the weights away has parted them
     return network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 
 
 def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:

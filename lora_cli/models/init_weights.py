@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from lora_cli.common.errors import UsageError
+from lora_cli.common import UsageError
 from lora_cli.models import attach, targets
 from lora_cli.models.base import Base
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 ROWS = 256
 """How many rows, from the first, an initialisation looks at."""

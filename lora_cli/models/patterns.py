@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lora_cli.common.errors import UsageError
+from lora_cli.common import UsageError
 
 SECONDS = 5.0
 """How long all expressions may take on all of a model's names."""

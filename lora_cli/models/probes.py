@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 from lora_cli.models import chat_template
 
 TRAINED = "lora_probes.safetensors"

@@ -17,12 +17,12 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli.common.errors import find_nearest, join_errors
+from lora_cli.common import find_nearest, join_errors
 from lora_cli.models import patterns, unsupported
 from lora_cli.models.patterns import as_list
 from lora_cli.models.token_rows import matches_name
 from lora_cli.models.unsupported import Problem
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 
 def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:

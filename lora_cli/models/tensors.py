@@ -21,8 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import files
-from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.common import LoraError, RejectedError, files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {

@@ -14,8 +14,7 @@ from peft import LoraConfig
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
-from lora_cli.common import files
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, files
 
 MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""

@@ -11,10 +11,9 @@ from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import files, library_errors, remote_code
-from lora_cli.common.errors import LoraError, UsageError, find_nearest
+from lora_cli.common import LoraError, UsageError, files, find_nearest, library_errors, remote_code
 from lora_cli.models import chat_template
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
     from lora_cli.models.base import Base

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.models import patterns
 from lora_cli.models.token_rows import matches_name
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")
 """Initialisations that PEFT computes from the weight of a Linear."""

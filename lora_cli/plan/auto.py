@@ -9,12 +9,10 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli.common import remote_code
-from lora_cli.common.errors import UsageError, find_nearest
+from lora_cli.common import UsageError, find_nearest, remote_code
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import Hardware
-from lora_cli.recipe import upstream
-from lora_cli.recipe.keys import Recipe, Section
+from lora_cli.recipe import Recipe, Section, upstream
 
 
 class Choice(NamedTuple):

@@ -15,13 +15,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data import load
-from lora_cli.data.prepare import Prepared
-from lora_cli.data.selection import Kept
-from lora_cli.models.base import Base
-from lora_cli.models.tokenizer import IGNORED, load_recipe_tokenizer
+from lora_cli.data import Kept, Prepared, load
+from lora_cli.models import IGNORED, Base, load_recipe_tokenizer
 from lora_cli.plan import auto, hardware, memory, sizes
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
 """Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""

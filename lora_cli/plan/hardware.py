@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from lora_cli.common.errors import UsageError, find_nearest
+from lora_cli.common import UsageError, find_nearest
 
 GIB = 1 << 30
 # What nvidia-smi and rocm-smi list, in MiB; the driver takes a few hundred of them.

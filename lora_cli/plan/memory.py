@@ -18,9 +18,9 @@ from peft import PeftModel
 from pyarrow import compute
 from transformers import PretrainedConfig
 
-from lora_cli.common.errors import LoraError
-from lora_cli.data.prepare import Prepared
-from lora_cli.models.base import Base
+from lora_cli.common import LoraError
+from lora_cli.data import Prepared
+from lora_cli.models import Base
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import (
@@ -36,7 +36,7 @@ from lora_cli.plan.rehearsal import (
     Unforeseen,
     build_adapted,
 )
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 from lora_cli.speed import step_packing
 
 HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"

@@ -33,10 +33,9 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 from lora_cli.models import attach, empty, targets, token_rows
-from lora_cli.recipe import upstream
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import dora_norms, install, loss_head
 
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"

@@ -16,15 +16,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
-from lora_cli.data import cache, load, sources
-from lora_cli.data.prepare import Prepared
-from lora_cli.models import attach
-from lora_cli.models.base import Base
-from lora_cli.models.tokenizer import load_recipe_tokenizer
+from lora_cli.data import Prepared, cache, load, sources
+from lora_cli.models import Base, attach, load_recipe_tokenizer
 from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 
 SMALL = 32 << 20
 """Bytes of local files that are prepared on the way to count steps."""

@@ -13,12 +13,10 @@ from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from lora_cli.common.errors import LoraError
-from lora_cli.data.prepare import Prepared
-from lora_cli.models import attach, targets, token_rows
-from lora_cli.models.base import Base
-from lora_cli.recipe import upstream
-from lora_cli.recipe.keys import Recipe
+from lora_cli.common import LoraError
+from lora_cli.data import Prepared
+from lora_cli.models import Base, attach, targets, token_rows
+from lora_cli.recipe import Recipe, upstream
 
 
 class Size(NamedTuple):

@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_cli.common import privacy
-from lora_cli.common.errors import UsageError, join_errors
+from lora_cli.common import UsageError, join_errors, privacy
 from lora_cli.recipe import messages, strict_yaml
 from lora_cli.recipe.contradictions import list_contradictions
 from lora_cli.recipe.keys import (

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli.common.errors import find_nearest
+from lora_cli.common import find_nearest
 from lora_cli.recipe.keys import (
     NOT_IN_LORA,
     NOT_IN_TRAINING,

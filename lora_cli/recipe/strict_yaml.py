@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lora_cli.common import files
-from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.common import LoraError, UsageError, files
 
 LARGEST = 2**17
 """Bytes of a recipe: a hundred times what the longest here has, and read in a second."""

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig
 
-from lora_cli.common.errors import UsageError, find_nearest
+from lora_cli.common import UsageError, find_nearest
 from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.keys import INITIAL_CONFIGS, Recipe
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 
 # Where each class lives; a class comes after its bases, so that a field it redeclares wins.
 LORA_CONFIG = (("peft", "tuners/lora/config.py", "LoraConfig"),)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.common import LoraError, UsageError
 from lora_cli.speed import dora_norms
 from lora_cli.speed.cpu import dropout, fused_layer, rms_norm
 

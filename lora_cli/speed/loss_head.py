@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lora_cli.models.tokenizer import IGNORED
+from lora_cli.models import IGNORED
 
 CHUNK = 1 << 24
 """Logits alive at a time, made in one product: 32 MB in bfloat16."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_cli.models.tokenizer import IGNORED
+from lora_cli.models import IGNORED
 
 CUTS = "cuts"
 SEQUENCE = 1024

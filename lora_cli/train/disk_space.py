@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common.errors import LoraError
-from lora_cli.recipe.keys import Recipe
+from lora_cli.common import LoraError
+from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints
 
 TOKEN = 150

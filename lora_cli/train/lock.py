@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError
 
 FILE = ".lock"
 _open = set[int]()

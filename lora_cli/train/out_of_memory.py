@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from pyarrow import compute
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.data import prepare
 from lora_cli.plan import memory
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 from lora_cli.speed import step_packing
 from lora_cli.train import run_folder
 

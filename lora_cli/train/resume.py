@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli.common import files, ui
-from lora_cli.common.errors import LoraError
+from lora_cli.common import LoraError, files, ui
 from lora_cli.models import attach
 from lora_cli.train import checkpoints, random_state
 from lora_cli.train.progress import Watch

@@ -20,15 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_cli.common import files, privacy, provenance, ui
-from lora_cli.common.errors import LoraError
-from lora_cli.common.library_errors import translate_refusals
+from lora_cli.common import LoraError, files, privacy, provenance, translate_refusals, ui
 from lora_cli.data import load, prepare, selection
-from lora_cli.models import attach, init_weights, probes
-from lora_cli.models.base import Base
-from lora_cli.models.tokenizer import load_recipe_tokenizer, save_tokenizer
+from lora_cli.models import Base, attach, init_weights, load_recipe_tokenizer, save_tokenizer, save_trained
 from lora_cli.plan import auto, hardware, memory, sizes
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
@@ -190,7 +186,7 @@ def _save(
             raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
     _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
-        probes.save_trained(trained, tokenizer, staging)
+        save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
         with attach.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)

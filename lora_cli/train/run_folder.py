@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import privacy, provenance, ui
-from lora_cli.common.errors import LoraError
-from lora_cli.common.files import refuse_link, refuse_occupied, write_json, write_text
+from lora_cli.common import LoraError, privacy, provenance, refuse_link, refuse_occupied, ui, write_json, write_text
 from lora_cli.recipe import strict_yaml
 
 # Keys of a recipe that leave the steps before a checkpoint as they were: they may change when a run is resumed

@@ -17,11 +17,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import ui
 from lora_cli.data import prepare
-from lora_cli.models import attach, init_weights, targets, token_rows
-from lora_cli.models.base import Base, refuse_not_finite
+from lora_cli.models import Base, attach, init_weights, refuse_not_finite, targets, token_rows
 from lora_cli.plan import auto, flops, hardware
-from lora_cli.recipe import upstream
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import document_attention, dora_norms, install, loss_head, step_packing
 from lora_cli.train import out_of_memory
 from lora_cli.train.progress import Watch

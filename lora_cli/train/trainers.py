@@ -17,8 +17,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from lora_cli.common.errors import LoraError
-from lora_cli.models.tokenizer import IGNORED
+from lora_cli.common import LoraError
+from lora_cli.models import IGNORED
 from lora_cli.speed import dora_norms, step_packing
 from lora_cli.train import checkpoints, random_state
 from lora_cli.train.progress import Watch
