@@ -15,6 +15,7 @@ from lora_cli.common import LoraError, ui
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import empty
+from lora_cli.recipe import DEFAULT_TASK
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 
@@ -60,7 +61,7 @@ def check_disk(
 
     `merged`: a merged model of that type is written there first; `exact`: so is a GGUF of that type.
     """
-    num_params = empty.build_empty(config).num_parameters()
+    num_params = empty.build_empty(config, DEFAULT_TASK).num_parameters()
     bits = sum(estimate_bits_per_weight(name) for name in types)
     bits += (8 * merged.itemsize if merged else 0) + (BITS[exact] if exact else 0)
     needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free

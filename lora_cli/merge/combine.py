@@ -73,7 +73,7 @@ def combine(
         _check_rank(adapted, r)
         fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
-        rank = low_rank.save(made, staging, first.base.name, fan_in_fan_out)
+        rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
         attach.load_adapter(first.base.build_zero(), staging)
         settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
         derived.finish_folder(staging, tokenizer, "combine", adapters, distance=distance, **settings)

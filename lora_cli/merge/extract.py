@@ -42,7 +42,7 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         linear, others = _find_changed(before, after, base, finetuned)
         cut = {name: low_rank.truncate(_measure_delta(before, after, name), r) for name in _show_progress(linear)}
         fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
-        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, base, fan_in_fan_out)
+        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, first, fan_in_fan_out)
         if others:
             ui.warn(f"not in the adapter, since they are no linear weights: {_name_some(others)}")
         tokenizer = second.load_tokenizer()
@@ -81,7 +81,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
             name: low_rank.truncate(_measure_merged_delta(layers[name]), rank) for name in _show_progress(list(layers))
         }
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
-        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base.name, fan_in_fan_out)
+        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
         # one at a time, as they are asked for: all of them in float64 are larger than the model
         meant = ((name, _measure_merged_delta(layer), cut[name]) for name, layer in layers.items())
         given = compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)

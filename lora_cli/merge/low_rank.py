@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lora_cli.common import LoraError, ui
-from lora_cli.models import attach
+from lora_cli.models import Base, attach
 
 PREFIX = "base_model.model."
 TOLERANCE = 1e-5
@@ -53,7 +53,7 @@ def truncate(delta: torch.Tensor, r: int) -> Factors:
 
 
 def save(
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], folder: Path, base: str, fan_in_fan_out: bool
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], folder: Path, base: Base, fan_in_fan_out: bool
 ) -> int:
     """Write `(lora_A, lora_B)` by module name as a PEFT adapter of scale 1 for `base`; returns its usual rank."""
     ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
@@ -66,8 +66,8 @@ def save(
         rank_pattern=others,
         alpha_pattern=others,
         fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+        task_type=base.task.peft_type,
         inference_mode=True,
     )
     tensors = {}

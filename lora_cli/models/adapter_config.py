@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.common import LoraError, ui
+from lora_cli.recipe import TASKS, find_task
 
 TEXTS = (list, str, type(None))
 NUMBER = (int, float)
@@ -68,8 +69,9 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> None:
 
 def refuse_other_task(folder: Path, task: Any) -> None:
     """LoraError for an adapter of a model that classifies, or embeds: its head is not among its tensors."""
-    if task not in (None, "CAUSAL_LM"):
-        raise LoraError(f"{folder} is an adapter for {task}, not for models that write text", "use PEFT itself")
+    if find_task(task) is None:
+        known = " or ".join(each.does for each in TASKS)
+        raise LoraError(f"{folder} is an adapter for {task}, not for models that {known}", "use PEFT itself")
 
 
 def _walk_problems(config: Mapping[str, Any]) -> Iterator[str]:

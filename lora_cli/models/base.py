@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from huggingface_hub import resolve_revision, snapshot_download
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,7 +26,7 @@ from lora_cli.common import LoraError, remote_code
 from lora_cli.models import empty, fingerprint, four_bit, names, tensors, tokenizer
 from lora_cli.models.config import load_config
 from lora_cli.models.tensors import Tensors
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import DEFAULT_TASK, Recipe, Task
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Base:
 
     name: str
     revision: str | None = None
+    task: Task = DEFAULT_TASK
 
     def __str__(self) -> str:
         return self.name
@@ -44,7 +44,7 @@ class Base:
     def of_recipe(cls, recipe: Recipe) -> Base:
         """Return the base of a recipe, its revision resolved and its configuration read; LoraError names the key."""
         try:
-            base = cls(recipe.model.name_or_path, recipe.model.revision).resolve()
+            base = cls(recipe.model.name_or_path, recipe.model.revision, recipe.task).resolve()
             base.config  # noqa: B018 – read here, so that what is wrong with it is said of the recipe's key
         except LoraError as error:
             if error.message.startswith("model."):
@@ -98,15 +98,15 @@ class Base:
 
     def build_empty(self) -> PreTrainedModel:
         """Build it without weights (on the `meta` device): its modules' names and shapes, in an instant."""
-        return empty.build_empty(self.config)
+        return empty.build_empty(self.config, self.task)
 
     def build_zero(self) -> PreTrainedModel:
         """Build it with zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
-        return empty.build_zero(self.config)
+        return empty.build_zero(self.config, self.task)
 
     def build_unweighted(self) -> PreTrainedModel:
         """Build it in float32 without parameters, and with the buffers that are computed, for rows to be read in."""
-        return empty.build_unweighted(self.config)
+        return empty.build_unweighted(self.config, self.task)
 
     def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
         """Load its tokenizer, as `tokenizer.load_tokenizer`."""
@@ -124,7 +124,7 @@ class Base:
             self._refuse_conv1d()
             if torch.cuda.is_available():
                 kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-        network, report = AutoModelForCausalLM.from_pretrained(
+        network, report = self.task.find_auto_class().from_pretrained(
             self.name,
             revision=self.revision,
             dtype=dtype or self.dtype,

@@ -7,36 +7,36 @@ import copy
 import torch
 from accelerate import init_empty_weights
 from transformers import (
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from lora_cli.common import library_errors, remote_code
 from lora_cli.models.config import BROKEN_CONFIG
+from lora_cli.recipe import Task
 
 UNBUILDABLE = "transformers cannot build the model that its config.json describes"
 
 
-def build_empty(config: PretrainedConfig) -> PreTrainedModel:
+def build_empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build the model of a configuration without weights (on the `meta` device)."""
     with torch.device("meta"), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=remote_code.is_allowed())
+        return task.find_auto_class().from_config(copy.deepcopy(config), trust_remote_code=remote_code.is_allowed())
 
 
-def build_zero(config: PretrainedConfig) -> PreTrainedModel:
+def build_zero(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build it with float32 zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
-    network = build_empty(config)
+    network = build_empty(config, task)
     for module in network.modules():
         for key, weight in module.named_parameters(recurse=False):
             setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
     return network
 
 
-def build_unweighted(config: PretrainedConfig) -> PreTrainedModel:
+def build_unweighted(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build it in float32 without its parameters; buffers that are computed, such as rotary frequencies, are real."""
     with init_empty_weights(include_buffers=False), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
-        network = AutoModelForCausalLM.from_config(
+        network = task.find_auto_class().from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
         )
     network.tie_weights()  # taking the weights away has parted them

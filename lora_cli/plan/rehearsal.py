@@ -167,7 +167,7 @@ def build_adapted(
     config.dtype = getattr(torch, recipe.model.dtype)
     if recipe.model.attn_implementation == "eager":
         config._attn_implementation = "eager"
-    base, lora_config = empty.build_empty(config), upstream.build_lora_config(recipe)
+    base, lora_config = empty.build_empty(config, recipe.task), upstream.build_lora_config(recipe)
     if new_ids:
         token_rows.grow_embeddings(base, vocabulary)
         token_rows.train_rows(base, lora_config, new_ids)

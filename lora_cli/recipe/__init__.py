@@ -2,14 +2,19 @@
 
 from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Section, Training
 from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 
 __all__ = [
+    "DEFAULT_TASK",
     "Data",
     "Model",
     "Recipe",
     "Rows",
     "Section",
+    "TASKS",
+    "Task",
     "Training",
+    "find_task",
     "load_recipe",
     "schema",
     "strict_yaml",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.keys import (
     INITIAL_CONFIGS,
     Recipe,
@@ -25,11 +24,8 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     if recipe.trainer == "sft" and recipe.adapts_head:
         yield f"{recipe.where('trainer')}: SFTTrainer cannot adapt the output head", "trainer: auto"
     if recipe.trainer == "trainer" or (recipe.trainer == "auto" and recipe.adapts_head):
-        sft_only = (
-            upstream_fields.read_fields(upstream_fields.SFT_CONFIG).keys()
-            - upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS).keys()
-        )
-        for key in sorted((recipe.training.model_fields_set & sft_only) - TrainingFields.model_fields.keys()):
+        own = recipe.objective.list_own_fields()
+        for key in sorted((recipe.training.model_fields_set & own) - TrainingFields.model_fields.keys()):
             yield (
                 f"{recipe.where('training', key)} works only with trainer: sft",
                 (

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
 from lora_cli.recipe import upstream_fields
 from lora_cli.recipe.strict_yaml import Keys, Place
+from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, DEFAULT_TASK, Objective, Task
 
 Auto = Literal["auto"]
 INITIALISATIONS = r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$"
@@ -267,7 +268,7 @@ class TrainingFields(Section):
 # Fields of upstream classes that a recipe says elsewhere, and where.
 NOT_IN_LORA = {
     "peft_type": "the method is always LoRA",
-    "task_type": "it is always CAUSAL_LM",
+    "task_type": f"it is always {DEFAULT_TASK.peft_type}",
     "runtime_config": "it is not saved with an adapter",
     "inference_mode": "training sets it",
     "use_qalora": "it works on GPTQ bases only, which lora does not load",
@@ -337,7 +338,7 @@ if TYPE_CHECKING:
 
 else:
     Lora = _take_over(LoraFields, "Lora", upstream_fields.LORA_CONFIG, set(NOT_IN_LORA))
-    Training = _take_over(TrainingFields, "Training", upstream_fields.SFT_CONFIG, set(NOT_IN_TRAINING))
+    Training = _take_over(TrainingFields, "Training", DEFAULT_OBJECTIVE.fields, set(NOT_IN_TRAINING))
 
 
 class Recipe(Section):
@@ -359,6 +360,16 @@ class Recipe(Section):
     """The run's folder; default `runs/NAME` for a recipe NAME.yaml."""
 
     _places: dict[Keys, Place] = PrivateAttr(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained to do."""
+        return DEFAULT_TASK
+
+    @property
+    def objective(self) -> Objective:
+        """What training makes smaller."""
+        return DEFAULT_OBJECTIVE
 
     @property
     def quantized(self) -> bool:

@@ -13,7 +13,6 @@ from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, VeloraConfig
 from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
-from trl import SFTConfig
 
 from lora_cli.common import UsageError, find_nearest
 from lora_cli.recipe import upstream_fields
@@ -32,7 +31,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig:
             values[name] = _build_variant(recipe, name, kind)
         elif name == INITIAL_CONFIGS.get(str(values["init_lora_weights"])):
             values[name] = kind()
-    return _build(recipe, "lora", values, lambda given: LoraConfig(task_type="CAUSAL_LM", **given))
+    return _build(recipe, "lora", values, lambda given: LoraConfig(task_type=recipe.task.peft_type, **given))
 
 
 VARIANT_CONFIGS: dict[str, Any] = {
@@ -109,15 +108,13 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
     values["packing"] = values["packing"] in (True, "dataset")
     if recipe.trainer == "trainer":
-        for name in (
-            upstream_fields.read_fields(upstream_fields.SFT_CONFIG).keys()
-            - upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS).keys()
-        ):
+        for name in recipe.objective.list_own_fields():
             values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers
         return _build(recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given))
     if not values.get("packing"):
         values["max_length"] = None  # data.py has already cut or dropped long rows
-    return _build(recipe, "training", values, lambda given: SFTConfig(recipe.output_dir, **given))
+    config_class = recipe.objective.find_config_class()
+    return _build(recipe, "training", values, lambda given: config_class(recipe.output_dir, **given))
 
 
 def _build(recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Any:

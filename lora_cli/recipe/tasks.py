@@ -1,0 +1,66 @@
+"""What a model is trained to do, and by what: a row per task and per objective.
+
+Everyone asks `recipe.task` and `recipe.objective`; nobody else knows their names. Nothing heavy is imported here:
+classes of other libraries are named, and taken from their modules when they are needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from lora_cli.recipe.upstream_fields import SFT_CONFIG, TRAINING_ARGUMENTS, read_fields
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model does with its input."""
+
+    name: str
+    peft_type: str
+    """PEFT's `task_type`."""
+    auto_class: str
+    """transformers' class that loads such a model."""
+    does: str
+    """What such models do, to be said of one: `models that …`."""
+
+    def find_auto_class(self) -> Any:
+        """Return transformers' class that loads such a model."""
+        return getattr(importlib.import_module("transformers"), self.auto_class)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training makes smaller, and the configuration of the trainer that does it."""
+
+    name: str
+    trainer: str
+    """TRL's trainer, as a person knows it."""
+    config: str
+    """TRL's configuration class."""
+    fields: tuple[tuple[str, str, str], ...]
+    """Where the fields of that class are declared."""
+
+    def find_config_class(self) -> Any:
+        """Return TRL's configuration class."""
+        return getattr(importlib.import_module("trl"), self.config)
+
+    def list_own_fields(self) -> set[str]:
+        """The fields of that class that transformers' own `TrainingArguments` lacks."""
+        return read_fields(self.fields).keys() - read_fields(TRAINING_ARGUMENTS).keys()
+
+
+TASKS = (Task("causal_lm", "CAUSAL_LM", "AutoModelForCausalLM", "write text"),)
+OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)
+DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
+
+
+def find_task(peft_type: str | None) -> Task | None:
+    """Return the task of an adapter by PEFT's `task_type`; None where there is no such task.
+
+    An adapter that names no task is taken for one of the default task, as PEFT takes it.
+    """
+    if peft_type is None:
+        return DEFAULT_TASK
+    return next((task for task in TASKS if task.peft_type == peft_type), None)
