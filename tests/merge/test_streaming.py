@@ -434,10 +434,10 @@ def test_experts_may_be_chosen_otherwise_at_a_few_tokens(made, tmp_path: Path, m
     base = made("moe", torch.bfloat16)
     save_adapter(base, tmp_path / "a", torch.bfloat16, {"target_modules": ["q_proj"]})
     off = verify.Difference(max_abs=1.0, mean_kl=1e-6, top1=0.99, spread=0.1)
-    monkeypatch.setattr(verify, "compare_logits", lambda *args: off)
+    monkeypatch.setattr(merge, "compare_logits", lambda *args: off)
     merge.merge_adapter(adapter_folder.read_adapter(tmp_path / "a"), tmp_path / "out")
     assert "rounding sends those to another expert" in capfd.readouterr().err
-    monkeypatch.setattr(verify, "compare_logits", lambda *args: off._replace(mean_kl=1e-2))
+    monkeypatch.setattr(merge, "compare_logits", lambda *args: off._replace(mean_kl=1e-2))
     with pytest.raises(RejectedError):
         merge.merge_adapter(adapter_folder.read_adapter(tmp_path / "a"), tmp_path / "other")
 
