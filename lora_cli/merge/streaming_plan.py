@@ -26,9 +26,7 @@ from lora_cli.models import (
     is_finite,
     token_rows,
 )
-
-# Starts that PEFT works out again from the base's weights when it loads such an adapter, changing them
-FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "eva", "loftq")
+from lora_cli.recipe import find_initialisation
 
 
 class Unstreamable(Exception):
@@ -85,8 +83,9 @@ def find_packed(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[
 
 def _check_config(config: PeftConfig) -> None:
     assert isinstance(config, LoraConfig), "read_adapter has refused others"
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(FROM_WEIGHTS):
-        raise Unstreamable(f"its start, {config.init_lora_weights}, is worked out from the base's weights again")
+    start = find_initialisation(config.init_lora_weights)
+    if start and start.repeated_at_load:
+        raise Unstreamable(f"its start, {config.init_lora_weights}, is computed from the base's weights again")
     if config.layer_replication:
         raise Unstreamable("it repeats layers of the base")
 

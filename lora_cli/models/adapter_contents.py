@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from lora_cli.common import LoraError, files
+from lora_cli.recipe import find_initialisation
 
 DORA = "DoRA magnitudes"
 
@@ -20,6 +20,7 @@ def list_beyond(folder: Path) -> list[str]:
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
         keys = list(stored.keys())
     whole = [key for key in keys if not any(part.startswith("lora_") for part in key.split("."))]
+    start = find_initialisation(config.get("init_lora_weights"))
     found = {
         DORA: config.get("use_dora") or any("lora_magnitude_vector" in key for key in keys),
         "modules trained whole (modules_to_save)": config.get("modules_to_save"),
@@ -28,15 +29,10 @@ def list_beyond(folder: Path) -> list[str]:
         "adapted parameters (target_parameters)": config.get("target_parameters"),
         "biases in the adapter (lora_bias)": config.get("lora_bias"),
         "trained biases of the base": config.get("bias", "none") != "none",
-        "a start that PEFT takes out of the base again (init_lora_weights)": _takes_from_base(config),
+        "a start that PEFT takes out of the base again (init_lora_weights)": start and start.changes_base_at_load,
     }
     words = [name for name, there in found.items() if there]
     return words or ([f"whole tensors, such as {whole[0]}"] if whole else [])
-
-
-def _takes_from_base(config: Mapping[str, Any]) -> bool:
-    start = config.get("init_lora_weights")
-    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq"))
 
 
 def refuse_beyond(folder: Path, accepted: Sequence[str] = ()) -> None:

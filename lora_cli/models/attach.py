@@ -18,6 +18,7 @@ from transformers import (
 
 from lora_cli.common import LoraError, library_errors
 from lora_cli.models import patterns, token_rows
+from lora_cli.models.tensors import is_finite
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
     # An adapter may carry whole embeddings and heads as well, under the names the model has for them.
     whole = {key.replace(f".{name}.", ".") for key in model.state_dict()}
     refuse_incomplete(folder, set(stored), set(loaded), whole)
-    bad = [key for key, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    bad = [key for key, tensor in stored.items() if not is_finite(tensor)]
     if bad:
         raise LoraError(f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)", "train again")
 

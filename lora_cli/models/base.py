@@ -184,7 +184,7 @@ def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
 
 def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
     """LoraError naming the first tensor of the base `name` that holds NaN or an infinity."""
-    bad = list(dict.fromkeys(key for key, tensor in _walk_numbers(network) if not _all_finite(tensor)))
+    bad = list(dict.fromkeys(key for key, tensor in _walk_numbers(network) if not tensors.is_finite(tensor)))
     if bad:
         raise LoraError(
             f"the base {name} holds values that are not finite, in {len(bad)} tensors, the first {bad[0]}",
@@ -201,14 +201,6 @@ def _walk_numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
             continue
         scales = [state.absmax] if state.state2 is None else [state.offset, state.state2.absmax]
         yield from ((key, scale) for scale in scales)
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    """By the least and the greatest value, for which nothing of the tensor's size is made."""
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-        return True
-    least, greatest = torch.aminmax(tensor)
-    return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
 def convert_to_float32(base: PreTrainedModel) -> PreTrainedModel:

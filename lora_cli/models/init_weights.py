@@ -25,12 +25,11 @@ from transformers import PreTrainedModel, set_seed
 from lora_cli.common import UsageError
 from lora_cli.models import attach, targets
 from lora_cli.models.base import Base
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, find_initialisation
 
 ROWS = 256
 """How many rows, from the first, an initialisation looks at."""
 EVA_ROWS = 8
-MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 START = "initial_adapter.safetensors"
 Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
@@ -122,7 +121,8 @@ def _loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
 
 def keep_start(recipe: Recipe, adapted: PeftModel, folder: Path) -> None:
     """Save A₀ and B₀ where they were taken off the base; `as_plain` needs them."""
-    if str(recipe.lora.init_lora_weights).startswith(MOVES_THE_BASE):
+    found = find_initialisation(recipe.lora.init_lora_weights)
+    if found and found.moves_base:
         start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         save_file({name: tensor.contiguous() for name, tensor in start.items() if _half(name)}, folder / START)
 

@@ -204,11 +204,17 @@ def fill_tensor(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
 
 
 def is_finite(rows: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; by the exponent's bits, many times faster than torch.isfinite on a CPU."""
-    if not rows.is_floating_point() or not rows.numel():
+    """Return whether no value is NaN or infinite, on any device and without making anything of the tensor's size.
+
+    On a CPU the exponent's bits tell, many times faster than torch.isfinite; elsewhere the least and greatest value.
+    """
+    if not rows.is_floating_point() or not rows.numel() or rows.is_meta:
         return True
     if rows.dtype not in EXPONENT:
-        return bool(torch.isfinite(rows.float()).all())
+        rows = rows.float()
+    if rows.device.type != "cpu":
+        least, greatest = torch.aminmax(rows)
+        return bool(torch.isfinite(least) & torch.isfinite(greatest))
     mask = EXPONENT[rows.dtype]
     return bool((_view_bits(rows) & UNSIGNED[rows.dtype.itemsize](mask)).max() != mask)
 

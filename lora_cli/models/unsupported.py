@@ -14,10 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.models import patterns
 from lora_cli.models.token_rows import matches_name
-from lora_cli.recipe import Recipe
-
-NEEDS_LINEAR = ("pissa", "olora", "orthogonal", "corda", "lora_ga", "mica")
-"""Initialisations that PEFT computes from the weight of a Linear."""
+from lora_cli.recipe import Recipe, find_initialisation
 
 Problem = tuple[str, str | None]
 """What is wrong, and what to do."""
@@ -87,7 +84,8 @@ def _find_wrong_parameters(
     if config.lora_dropout:
         where = recipe.where("lora", "lora_dropout")
         yield f"{where}: there is no dropout for {such}", "lora_dropout: 0, or name target_modules"
-    if initial.startswith((*NEEDS_LINEAR, "eva")):
+    start = find_initialisation(config.init_lora_weights)
+    if start and (start.needs_linear or start.name == "eva"):
         where = recipe.where("lora", "init_lora_weights")
         yield f"{where}: {initial} is not defined for {such}", "init_lora_weights: true"
 
@@ -112,7 +110,8 @@ def _find_wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, n
     where = recipe.where("lora", "init_lora_weights")
     if initial == "eva" and config.trainable_token_indices:
         yield f"{where}: eva does not go with trained rows of embeddings", "init_lora_weights: true"
-    if initial not in NEEDS_LINEAR:
+    start = find_initialisation(config.init_lora_weights)
+    if start is None or not start.needs_linear:
         return
     for name, module in targeted.items():
         if not isinstance(module, (nn.Linear, nn.Embedding)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_cli.recipe import initialisations
 from lora_cli.recipe.keys import (
-    INITIAL_CONFIGS,
     Recipe,
     TrainingFields,
 )
@@ -83,18 +83,19 @@ def _list_data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]
 
 def _list_init_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     """Initialisations that the method does not allow, and their configurations without them."""
-    initial = str(recipe.lora.init_lora_weights).partition("_niter")[0]
+    found = initialisations.find_initialisation(recipe.lora.init_lora_weights)
+    initial = found.name if found else None
     place = recipe.where("lora", "init_lora_weights")
-    if recipe.quantized and initial in ("pissa", "olora", "corda", "lora_ga", "mica", "orthogonal"):
+    if recipe.quantized and found and found.needs_linear:
         yield f"{place} needs the base's weights, which {recipe.method} stores in 4 bits", "use method: lora or dora"
     if not recipe.quantized and initial == "loftq":
-        yield f"{place} makes up for 4-bit storage, which {recipe.method} has not", "use method: qlora or qdora"
+        yield f"{place} makes up for 4-bit storage, which {recipe.method} does not have", "use method: qlora or qdora"
     if recipe.method == "dora" and initial == "mica":
         yield f"{place} is not defined for DoRA", "use method: lora"
     if recipe.lora.lora_bias and isinstance(recipe.lora.init_lora_weights, str):
         place = recipe.where("lora", "lora_bias")
         yield f"{place} works only with init_lora_weights: true or false", "remove one of them"
-    for name, config in INITIAL_CONFIGS.items():
+    for name, config in initialisations.CONFIGS.items():
         if recipe.source("lora", config) and initial != name:
             place = recipe.where("lora", config)
             yield f"{place} has no effect", f"add lora.init_lora_weights: {name}, or remove it"

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
-from lora_cli.recipe import upstream_fields
+from lora_cli.recipe import initialisations, upstream_fields
 from lora_cli.recipe.strict_yaml import Keys, Place
 from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, DEFAULT_TASK, Objective, Task
 
 Auto = Literal["auto"]
-INITIALISATIONS = r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$"
-INITIAL_CONFIGS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}  # marks the fields that are declared upstream, not here
 DType = Literal["float32", "bfloat16", "float16"]
 Index = Annotated[int, Field(ge=0)]
@@ -91,7 +89,7 @@ class LoraFields(Section):
     """Parameters that get an adapter where there is no module to name, such as fused experts: name endings."""
     use_dora: bool | None = None
     """Weight-decomposed LoRA; follows from `method` and need not be set."""
-    init_lora_weights: bool | Annotated[str, Field(pattern=INITIALISATIONS)] = True
+    init_lora_weights: bool | Annotated[str, Field(pattern=initialisations.PATTERN)] = True
     """Initial A and B. true: Kaiming-uniform A and zero B; false: both random, for tests. gaussian, orthogonal, mica
     (trains A only): drawn or from the base's weights. eva, corda, lora_ga: from the first rows of the data, see
     eva_config, corda_config, lora_ga_config. loftq (qlora, qdora): makes up for the error of the 4-bit storage. pissa,

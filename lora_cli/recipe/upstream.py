@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from lora_cli.common import UsageError, find_nearest
-from lora_cli.recipe import upstream_fields
-from lora_cli.recipe.keys import INITIAL_CONFIGS, Recipe
+from lora_cli.recipe import initialisations, upstream_fields
+from lora_cli.recipe.keys import Recipe
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig:
@@ -29,7 +29,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig:
     for name, kind in VARIANT_CONFIGS.items():
         if values.get(name) is not None:
             values[name] = _build_variant(recipe, name, kind)
-        elif name == INITIAL_CONFIGS.get(str(values["init_lora_weights"])):
+        elif name == initialisations.CONFIGS.get(str(values["init_lora_weights"])):
             values[name] = kind()
     return _build(recipe, "lora", values, lambda given: LoraConfig(task_type=recipe.task.peft_type, **given))
 
