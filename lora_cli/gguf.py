@@ -45,7 +45,7 @@ class GGUFModel:
         """
         if not llama_cpp.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
-        xlc = _xllamacpp()
+        xlc = xllamacpp()
         params = xlc.CommonParams()
         params.model.path = str(path)
         params.n_ctx = n_ctx
@@ -163,7 +163,8 @@ class GGUFModel:
             raise LoraError(f"llama.cpp refused: {_message(json.load(error))}") from error
 
 
-def _xllamacpp() -> Any:
+def xllamacpp() -> Any:
+    """The engine's package. Raises LoraError where it is not installed."""
     try:
         import xllamacpp
     except ModuleNotFoundError as error:

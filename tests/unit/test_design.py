@@ -28,6 +28,7 @@ FLOORS = [
     {"__init__", "errors", "private"},
     {
         "imatrix_file",
+        "gguf_file",
         "ui",
         "files",
         "fields",
@@ -42,7 +43,7 @@ FLOORS = [
         "hardware",
         "flops",
     },
-    {"yamlfile", "claims"},
+    {"yamlfile", "claims", "gguf_mixture"},
     {"recipe", "record", "llama_cpp", "formats", "checkpoints", "signals"},
     {"tokens", "readers", "render", "shards"},
     {"limits", "selection", "sources"},
@@ -60,7 +61,7 @@ FLOORS = [
         "verify",
         "llama_cpp_setup",
     },
-    {"stream", "identity", "disk"},
+    {"stream", "identity", "disk", "gguf_quantize"},
     {"attach", "origin"},
     {"walk"},
     {
