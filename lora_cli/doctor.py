@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_cli import __version__, llama_cpp, ui
+from lora_cli import __version__, gguf_quantize, llama_cpp, ui
 from lora_cli.errors import LoraError
 
 PACKAGE = "lora-cli"
@@ -289,20 +289,23 @@ def four_bit() -> Iterator[Check]:
 
 
 def tools() -> Iterator[Check]:
-    """What exporting needs beyond a recipe, so notes only: converter and quantiser where they are looked for, and an
-    engine to open the result in."""
-    for name, find in (("converter", llama_cpp.find_converter), ("quantiser", llama_cpp.find_quantizer)):
-        try:
-            yield Check(f"llama.cpp {name}", "ok", str(find()))
-        except (LoraError, OSError, UnicodeDecodeError) as error:
-            fix = error.hint if isinstance(error, LoraError) else "lora setup-llama-cpp"
-            yield Check(f"llama.cpp {name}", "note", str(error), fix)
+    """What exporting needs beyond a recipe, so notes only: the converter where it is looked for, an engine to open the
+    result in, and the quantiser in it."""
+    try:
+        yield Check("llama.cpp converter", "ok", str(llama_cpp.find_converter()))
+    except (LoraError, OSError, UnicodeDecodeError) as error:
+        fix = error.hint if isinstance(error, LoraError) else "lora setup-llama-cpp"
+        yield Check("llama.cpp converter", "note", str(error), fix)
     try:
         engine = importlib.import_module("xllamacpp")
         yield Check("llama.cpp engine", "ok", f"xllamacpp {getattr(engine, '__version__', '')}".strip())
+        gguf_quantize.Ggml()
+        yield Check("llama.cpp quantiser", "ok", "ggml's, in xllamacpp")
     except ImportError as error:
-        said = f"GGUF files can be neither verified nor run: {error}"
+        said = f"GGUF files can be neither verified nor run, and K-quants not be made: {error}"
         yield Check("llama.cpp engine", "note", said, "python -m pip install xllamacpp")
+    except LoraError as error:
+        yield Check("llama.cpp quantiser", "note", error.message, error.hint)
 
 
 def disk() -> Iterator[Check]:

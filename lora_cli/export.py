@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from lora_cli import (
     files,
     fold,
+    gguf_mixture,
+    gguf_quantize,
     imatrix,
     llama_cpp,
     model,
@@ -26,13 +27,6 @@ from lora_cli import (
 )
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.llama_cpp import Found
-
-
-class Tools(NamedTuple):
-    """llama.cpp's converter, and its quantiser where a wanted type needs it."""
-
-    converter: Found
-    quantizer: Found | None
 
 
 def export(
@@ -59,22 +53,23 @@ def export(
     wants_quantizer = any(name not in llama_cpp.CONVERTER_TYPES for name in names)
     if weighted is not None and not wants_quantizer:
         raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(names)}", "-q Q4_K_M")
-    quantizer = llama_cpp.find_quantizer(llama_cpp_dir) if wants_quantizer else None
-    tools = Tools(llama_cpp.find_converter(llama_cpp_dir), quantizer)
+    if wants_quantizer:
+        gguf_quantize.Ggml()  # says so where there is none
+    converter = llama_cpp.find_converter(llama_cpp_dir)
     folder, stem = output or (path if kind == "model" else path.parent), files.stem(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
     files.refuse_existing(targets.values())
-    ui.say(f"exporting {path} with the converter {tools.converter}")
+    ui.say(f"exporting {path} with the converter {converter}")
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         merged, adapter = path, record.read_adapter(path, base) if kind == "adapter" else None
-        config = _check_first(path, adapter, tools.converter, Path(scratch))
+        config = _check_first(path, adapter, converter, Path(scratch))
         exact = _exact(config) if wants_quantizer else None
         preflight.check_disk(folder, config, names, adapter is not None, exact)
         if adapter is not None:
             merged = Path(scratch) / stem
             fold.merge(adapter, merged)
-        _convert_all(merged, targets, tools, Path(scratch), weighted)
+        _convert_all(merged, targets, converter, Path(scratch), weighted)
         serving.write_modelfile(folder, list(targets.values()), merged)
     serving.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
@@ -105,7 +100,7 @@ def _type(name: str, weighted: bool) -> str:
     """The converter's own types first: it writes q8_0 without a quantiser."""
     if name.lower() in llama_cpp.CONVERTER_TYPES:
         return name.lower()
-    return llama_cpp.quantizer_type(name, weighted)
+    return gguf_mixture.pick(name, weighted)
 
 
 def newest_result() -> Path:
@@ -118,7 +113,7 @@ def newest_result() -> Path:
     return newest
 
 
-def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path, weighted: str | None) -> None:
+def _convert_all(merged: Path, targets: dict[str, Path], converter: Found, scratch: Path, weighted: str | None) -> None:
     """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
     config = model.load_config(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
@@ -126,14 +121,13 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
     matrix: Path | None = None
     for name, file in made.items():
         if name in llama_cpp.CONVERTER_TYPES:
-            llama_cpp.convert(merged, file, name, tools.converter)
+            llama_cpp.convert(merged, file, name, converter)
             continue
-        assert tools.quantizer is not None, "export looked for it"
         if exact is None:
             exact = scratch / "exact.gguf"
-            llama_cpp.convert(merged, exact, _exact(config), tools.converter)
-            matrix = _imatrix(weighted, merged, exact, tools.converter)
-        llama_cpp.quantize(exact, file, name, tools.quantizer, matrix)
+            llama_cpp.convert(merged, exact, _exact(config), converter)
+            matrix = _imatrix(weighted, merged, exact, converter)
+        gguf_quantize.quantize(exact, file, name, matrix)
     reports = _compare_all(merged, config, made)
     parent = files.read_json(merged / record.ARTEFACT_RECORD) if (merged / record.ARTEFACT_RECORD).is_file() else None
     for name, target in targets.items():

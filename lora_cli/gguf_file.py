@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
-
-from lora_cli.errors import LoraError
 
 VERSION = 3
 ALIGNMENT = 32
-"""GGUF_DEFAULT_ALIGNMENT: bytes, where the metadata does not state `general.alignment`."""
+"""GGUF_DEFAULT_ALIGNMENT, in bytes; llama-quantize writes files of no other."""
 
 # Values: the number that stands for a type in a file -> how `struct` reads it.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -48,22 +43,15 @@ class Header(NamedTuple):
         return _decode(self.metadata[key]) if key in self.metadata else default
 
 
-def read_header(data: np.ndarray) -> Header:
-    """The header of the GGUF whose bytes `data` are (uint8, mapped or in memory).
+def read_header(view: memoryview) -> Header:
+    """The header of the GGUF whose bytes are `view`.
 
     Raises ValueError for what is no GGUF, is of version 1, or ends too early.
     """
     try:
-        return _read_header(data.data)
+        return _read_header(view)
     except (struct.error, KeyError) as error:
         raise ValueError(f"the header is damaged: {error}") from error
-
-
-def open_mapped(path: Path) -> np.ndarray:
-    """The bytes of `path` (uint8), read from disk as they are used. Raises LoraError where there are none."""
-    if not path.is_file() or not path.stat().st_size:
-        raise LoraError(f"{path} is missing or empty", f"ls -l {path}")
-    return np.memmap(path, np.uint8, "r")
 
 
 def text(value: bytes) -> bytes:
@@ -94,9 +82,9 @@ def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:num]
 
 
-def padding(size: int, alignment: int = ALIGNMENT) -> int:
-    """Bytes that are missing from `size` to a multiple of `alignment`."""
-    return -size % alignment
+def padding(size: int) -> int:
+    """Bytes that are missing from `size` to a multiple of ALIGNMENT."""
+    return -size % ALIGNMENT
 
 
 def _sized(value: bytes) -> bytes:
@@ -120,7 +108,10 @@ def _read_header(view: memoryview) -> Header:
         at += 4 + 8 * dims + 12
         tensors.append(Tensor(name.decode(), tuple(shape), kind, offset))
     found = Header(metadata, tensors, at)
-    return found._replace(data_start=at + padding(at, found.get("general.alignment", ALIGNMENT)))
+    alignment = found.get("general.alignment", ALIGNMENT)
+    if alignment != ALIGNMENT:
+        raise ValueError(f"its tensors are aligned to {alignment!r} bytes, not to {ALIGNMENT}")
+    return found._replace(data_start=at + padding(at))
 
 
 def _read_text(view: memoryview, at: int) -> tuple[bytes, int]:
@@ -138,10 +129,10 @@ def _end(view: memoryview, at: int, kind: int) -> int:
         return at + struct.calcsize(SCALARS[kind])
     inner, num = struct.unpack_from("<IQ", view, at)
     at += 12
-    if inner in SCALARS:
+    if inner != STRING:
         return at + num * struct.calcsize(SCALARS[inner])
     for _ in range(num):
-        at = _end(view, at, inner)
+        at = _read_text(view, at)[1]
     return at
 
 
@@ -154,7 +145,6 @@ def _decode(value: bytes) -> Any:
     inner, num = struct.unpack_from("<IQ", value, 4)
     if inner in SCALARS:
         return list(struct.unpack_from(f"<{num}{SCALARS[inner]}", value, 16))
-    assert inner == STRING, "nobody asks for arrays of arrays"
     texts, at, view = [], 16, memoryview(value)
     for _ in range(num):
         item, at = _read_text(view, at)

@@ -2,7 +2,7 @@
 
 The rule of llama.cpp's src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`,
 `tensor_allows_quantization`, `tensor_requires_imatrix`) as of llama-cpp-python 0.3.36, for the options that
-`llama-quantize` has by default. tests/slow/test_quantize.py compares whole files with it.
+`llama-quantize` has by default. tests/oracle/test_quantize.py compares whole files with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lora_cli.errors import LoraError
+from lora_cli import llama_cpp
+from lora_cli.errors import LoraError, UsageError
 from lora_cli.gguf_file import Header, Tensor, trimmed
 
 
@@ -28,42 +29,22 @@ class Kind(NamedTuple):
 # Names and order of tools/quantize/quantize.cpp, without the plain copies (F32, F16, BF16, COPY: the
 # converter's work) and without MXFP4_MOE, which turns a model that is no mixture of experts into
 # Q8_0 and does not say so.
+# fmt: off
 KINDS = {
-    "Q1_0": Kind(40, "Q1_0"),
-    "Q2_0": Kind(41, "Q2_0"),
-    "Q4_0": Kind(2, "Q4_0"),
-    "Q4_1": Kind(3, "Q4_1"),
-    "Q5_0": Kind(8, "Q5_0"),
-    "Q5_1": Kind(9, "Q5_1"),
-    "IQ2_XXS": Kind(19, "IQ2_XXS"),
-    "IQ2_XS": Kind(20, "IQ2_XS"),
-    "IQ2_S": Kind(28, "IQ2_XS"),
-    "IQ2_M": Kind(29, "IQ2_S"),
-    "IQ1_S": Kind(24, "IQ1_S"),
-    "IQ1_M": Kind(31, "IQ1_M"),
-    "TQ1_0": Kind(36, "TQ1_0"),
-    "TQ2_0": Kind(37, "TQ2_0"),
-    "Q2_K": Kind(10, "Q2_K"),
-    "Q2_K_S": Kind(21, "Q2_K"),
-    "IQ3_XXS": Kind(23, "IQ3_XXS"),
-    "IQ3_S": Kind(26, "IQ3_S"),
-    "IQ3_M": Kind(27, "IQ3_S"),
-    "Q3_K": Kind(12, "Q3_K"),
-    "IQ3_XS": Kind(22, "IQ3_S"),
-    "Q3_K_S": Kind(11, "Q3_K"),
-    "Q3_K_M": Kind(12, "Q3_K"),
-    "Q3_K_L": Kind(13, "Q3_K"),
-    "IQ4_NL": Kind(25, "IQ4_NL"),
-    "IQ4_XS": Kind(30, "IQ4_XS"),
-    "Q4_K": Kind(15, "Q4_K"),
-    "Q4_K_S": Kind(14, "Q4_K"),
-    "Q4_K_M": Kind(15, "Q4_K"),
-    "Q5_K": Kind(17, "Q5_K"),
-    "Q5_K_S": Kind(16, "Q5_K"),
-    "Q5_K_M": Kind(17, "Q5_K"),
-    "Q6_K": Kind(18, "Q6_K"),
+    "Q1_0": Kind(40, "Q1_0"), "Q2_0": Kind(41, "Q2_0"), "Q4_0": Kind(2, "Q4_0"),
+    "Q4_1": Kind(3, "Q4_1"), "Q5_0": Kind(8, "Q5_0"), "Q5_1": Kind(9, "Q5_1"),
+    "IQ2_XXS": Kind(19, "IQ2_XXS"), "IQ2_XS": Kind(20, "IQ2_XS"), "IQ2_S": Kind(28, "IQ2_XS"),
+    "IQ2_M": Kind(29, "IQ2_S"), "IQ1_S": Kind(24, "IQ1_S"), "IQ1_M": Kind(31, "IQ1_M"),
+    "TQ1_0": Kind(36, "TQ1_0"), "TQ2_0": Kind(37, "TQ2_0"), "Q2_K": Kind(10, "Q2_K"),
+    "Q2_K_S": Kind(21, "Q2_K"), "IQ3_XXS": Kind(23, "IQ3_XXS"), "IQ3_S": Kind(26, "IQ3_S"),
+    "IQ3_M": Kind(27, "IQ3_S"), "Q3_K": Kind(12, "Q3_K"), "IQ3_XS": Kind(22, "IQ3_S"),
+    "Q3_K_S": Kind(11, "Q3_K"), "Q3_K_M": Kind(12, "Q3_K"), "Q3_K_L": Kind(13, "Q3_K"),
+    "IQ4_NL": Kind(25, "IQ4_NL"), "IQ4_XS": Kind(30, "IQ4_XS"), "Q4_K": Kind(15, "Q4_K"),
+    "Q4_K_S": Kind(14, "Q4_K"), "Q4_K_M": Kind(15, "Q4_K"), "Q5_K": Kind(17, "Q5_K"),
+    "Q5_K_S": Kind(16, "Q5_K"), "Q5_K_M": Kind(17, "Q5_K"), "Q6_K": Kind(18, "Q6_K"),
     "Q8_0": Kind(7, "Q8_0"),
 }
+# fmt: on
 SAME = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Shorter names."""
 NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
@@ -111,9 +92,9 @@ OTHER_RULES = ("glm5-next", "granite-switch", "nanbeige")
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor as far as the rule looks at it: the how-manieth of its part it is, in what model.
+    """A tensor as far as the rule looks at it: number `index` of the `num` of its part, in what model.
 
-    `shared`: four query heads and more read one key head. `weighted`: there is an importance matrix.
+    `shared`: four query heads or more read one key head. `weighted`: there is an importance matrix.
     """
 
     index: int
@@ -246,6 +227,18 @@ class Choice(NamedTuple):
     tensor: Tensor
     type: str | None
     narrower: bool = False
+
+
+def pick(name: str, weighted: bool) -> str:
+    """The kind of KINDS that `name` means, whatever its case. Raises UsageError, also for one that needs an importance
+    matrix where there is none."""
+    picked = llama_cpp.pick(name, KINDS)
+    if picked in NEEDS_IMATRIX and not weighted:
+        raise UsageError(
+            f"{picked} needs an importance matrix, measured on text like that the model is for",
+            "--imatrix DATA.jsonl, or a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
+        )
+    return picked
 
 
 def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -> list[Choice]:

@@ -9,6 +9,7 @@ its C name, `ggml_quantize_chunk` (ggml/include/ggml.h). Which type a tensor get
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import struct
 import sys
@@ -71,7 +72,7 @@ class Ggml:
 
     def num_bytes(self, type_name: str, shape: tuple[int, ...]) -> int:
         """Size of a tensor of this type and shape (innermost first)."""
-        return int(np.prod(shape[1:], dtype=np.int64)) * self.lib.ggml_row_size(self.numbers[type_name], shape[0])
+        return math.prod(shape[1:]) * self.lib.ggml_row_size(self.numbers[type_name], shape[0])
 
     def quantize(self, rows: np.ndarray, type_name: str, weights: np.ndarray | None) -> np.ndarray:
         """float32 `rows` (number, width) in blocks of `type_name`, as bytes; `weights`: one for each column."""
@@ -98,7 +99,7 @@ def quantize(
     that is quantised already or holds values that are not finite, for an importance matrix of another model, for one
     that is missing, and where there is no ggml; `target` is then untouched.
     """
-    ggml, data = Ggml(), gguf_file.open_mapped(source)
+    ggml, data = Ggml(), mapped(source)
     weights = read_weights(imatrix) if imatrix else None
     model = _read(source, data)
     choices = gguf_mixture.choose(model, kind, weights is not None, ggml.block)
@@ -119,12 +120,19 @@ def quantize(
         warn(f"{narrower} of {len(choices)} tensors take a larger type: their rows do not fit {kind}'s blocks")
 
 
+def mapped(path: Path) -> np.ndarray:
+    """The bytes of `path` (uint8), read from disk as they are used. Raises LoraError where there are none."""
+    if not path.is_file() or not path.stat().st_size:
+        raise LoraError(f"{path} is missing or empty", f"ls -l {path}")
+    return np.memmap(path, np.uint8, "r")
+
+
 def read_weights(path: Path) -> Weights:
     """The importance matrix in `path`, a GGUF or the format before that (tools/quantize, common/imatrix-loader.cpp).
 
     Raises LoraError for a file that is neither, and for values that are not finite.
     """
-    data = gguf_file.open_mapped(path)
+    data = mapped(path)
     try:
         found = _weights_of_gguf(data, path) if bytes(data[:4]) == b"GGUF" else _weights_of_dat(data, path)
     except (ValueError, struct.error, KeyError) as error:
@@ -136,7 +144,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _weights_of_gguf(data: np.ndarray, path: Path) -> Weights:
-    stored = gguf_file.read_header(data)
+    stored = gguf_file.read_header(data.data)
     arrays = {tensor.name: _float32(data[stored.data_start :], tensor) for tensor in stored.tensors}
     names = sorted({name.rpartition(".")[0] for name in arrays if name.endswith((".in_sum2", ".counts"))})
     if not names:
@@ -148,11 +156,11 @@ def _weights_of_gguf(data: np.ndarray, path: Path) -> Weights:
         # an expert that never saw a token weighs all its columns alike
         seen = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
         by_tensor[name] = seen.reshape(-1)
-    datasets = stored.get("imatrix.datasets")
-    num_chunks = stored.get("imatrix.chunk_count")
-    if datasets is None or num_chunks is None or stored.get("imatrix.chunk_size") is None:
+    datasets, num_chunks = stored.get("imatrix.datasets"), stored.get("imatrix.chunk_count")
+    said = isinstance(datasets, list) and isinstance(num_chunks, int) and "imatrix.chunk_size" in stored.metadata
+    if not said:
         raise ValueError("it does not say what it was measured on")
-    return Weights(by_tensor, datasets[0] if datasets else None, num_chunks, path.name)
+    return Weights(by_tensor, str(datasets[0]) if datasets else None, num_chunks, path.name)
 
 
 def _weights_of_dat(data: np.ndarray, path: Path) -> Weights:
@@ -176,15 +184,15 @@ def _weights_of_dat(data: np.ndarray, path: Path) -> Weights:
 
 
 def _float32(weights: np.ndarray, tensor: Tensor) -> np.ndarray:
-    num = int(np.prod(tensor.shape, dtype=np.int64))
-    if tensor.type != 0:
-        raise ValueError(f"{tensor.name} is not float32")
+    num = math.prod(tensor.shape)
+    if tensor.type != 0 or tensor.offset + 4 * num > weights.size:
+        raise ValueError(f"{tensor.name} is not float32, or ends after the file")
     return np.frombuffer(weights, "<f4", num, tensor.offset)
 
 
 def _read(source: Path, data: np.ndarray) -> Header:
     try:
-        return gguf_file.read_header(data)
+        return gguf_file.read_header(data.data)
     except ValueError as error:
         raise LoraError(f"{source} is no GGUF that can be quantised: {error}", "export it again") from error
 
@@ -271,7 +279,7 @@ def _parts(
 ) -> Iterator[tuple[np.ndarray, str, np.ndarray | None]]:
     """Some rows at a time, never of two experts, since each has its own part of the importance matrix."""
     width, per_expert = tensor.shape[0], tensor.shape[1]
-    rows = given.reshape(-1, given.size // int(np.prod(tensor.shape[1:], dtype=np.int64)))
+    rows = given.reshape(-1, given.size // math.prod(tensor.shape[1:]))
     step = max(1, CHUNK // width)
     for first in range(0, len(rows), per_expert):
         expert = first // per_expert

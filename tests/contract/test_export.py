@@ -20,7 +20,19 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli import export_adapter, imatrix, llama_cpp, model, parity, preflight, record, serving, tokenizing, verify
+from lora_cli import (
+    export_adapter,
+    gguf_quantize,
+    imatrix,
+    llama_cpp,
+    model,
+    parity,
+    preflight,
+    record,
+    serving,
+    tokenizing,
+    verify,
+)
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.export import export
 from lora_cli.gguf import GGUFModel
@@ -245,7 +257,7 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
     assert b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
     exact, without = tmp_path / "exact.gguf", tmp_path / "without.gguf"
     llama_cpp.convert(base, exact, "f32", llama_cpp.find_converter())
-    llama_cpp.quantize(exact, without, "Q2_K", llama_cpp.find_quantizer())
+    gguf_quantize.quantize(exact, without, "Q2_K")
     held_out = list(imatrix.read(str(tiny / "eval.jsonl"), tokenizer))[:30]
     weighted = distance(network, tmp_path / "with" / "base-Q2_K.gguf", held_out)
     assert weighted < 0.7 * distance(network, without, held_out)

@@ -15,7 +15,6 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli import llama_cpp
 from lora_cli.gguf import GGUFModel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,10 +119,6 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == second != ""
-
-
-def test_the_quantiser_is_llama_cpp_s_own() -> None:
-    assert llama_cpp.find_quantizer().path.name.startswith("llama-quantize")
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ FLOORS = [
         "hardware",
         "flops",
     },
-    {"yamlfile", "claims", "gguf_mixture"},
+    {"yamlfile", "claims"},
     {"recipe", "record", "llama_cpp", "formats", "checkpoints", "signals"},
-    {"tokens", "readers", "render", "shards"},
+    {"tokens", "readers", "render", "shards", "gguf_mixture"},
     {"limits", "selection", "sources"},
     {"cache"},
     {

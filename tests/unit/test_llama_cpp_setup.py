@@ -1,7 +1,6 @@
 """Installing llama.cpp's tools: nothing but the expected archive, nothing half done, two at once.
 
-Hermetic: a fake source package in the place of pip's, a small Python program in the place of cmake; no network, no
-compiler. The real build is run by tests/e2e. Alone: pytest tests/unit/test_llama_cpp_setup.py
+Hermetic: a fake source package in the place of pip's; no network. Alone: pytest tests/unit/test_llama_cpp_setup.py
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import pytest
 
 from lora_cli import llama_cpp, llama_cpp_setup
 from lora_cli.errors import LoraError
-from lora_cli.llama_cpp import CONVERTER, QUANTIZER, Found
-from tests.unit.test_llama_cpp import program
+from lora_cli.llama_cpp import CONVERTER, Found
 
 TOP = f"llama_cpp_python-{llama_cpp.VERSION}/vendor/llama.cpp/"
 CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
@@ -28,20 +26,24 @@ CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
 
 @pytest.fixture(autouse=True)
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without llama.cpp or compiler: empty cache, empty PATH. Returns the only folder on the PATH."""
+    """A machine without llama.cpp: empty cache, empty PATH. Returns the only folder on the PATH."""
     on_path = tmp_path / "path"
     on_path.mkdir()
     monkeypatch.setenv("PATH", str(on_path))
     monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("LLAMA_CPP_DIR", "CXX"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     return on_path
 
 
 def sdist(path: Path, extra: str = TOP + "conversion/llama.py") -> str:
     """A source package as small as it can be; returns its sha256."""
-    names = [TOP + CONVERTER, TOP + "conversion/__init__.py", TOP + "gguf-py/gguf/__init__.py", TOP + "src/llama.cpp"]
-    left_out = [TOP + "models/big.gguf", TOP + "ggml/src/ggml-cuda/a.cu", "llama_cpp_python-0.3.36/llama_cpp/x.py"]
+    names = [TOP + CONVERTER, TOP + "conversion/__init__.py", TOP + "gguf-py/gguf/__init__.py"]
+    left_out = [
+        TOP + "src/llama.cpp",
+        TOP + "models/big.gguf",
+        TOP + "ggml/src/ggml-cuda/a.cu",
+        "llama_cpp_python-0.3.36/llama_cpp/x.py",
+    ]
     with tarfile.open(path, "w:gz") as archive:
         for name in [*names, *left_out, extra]:
             member = tarfile.TarInfo(name)
@@ -65,7 +67,7 @@ def files_below(root: Path) -> set[str]:
 
 def test_install_keeps_what_is_needed(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = llama_cpp_setup.install_converters()
-    wanted = {CONVERTER, "conversion/__init__.py", "conversion/llama.py", "gguf-py/gguf/__init__.py", "src/llama.cpp"}
+    wanted = {CONVERTER, "conversion/__init__.py", "conversion/llama.py", "gguf-py/gguf/__init__.py"}
     assert files_below(home) == wanted
     assert list(home.parent.iterdir()) == [home]
     assert llama_cpp.find_converter() == Found(home / CONVERTER, "managed copy")
@@ -122,7 +124,7 @@ def test_two_installs_at_once_both_succeed(index: Path, monkeypatch: pytest.Monk
     home = llama_cpp.managed_home()
     assert results == [home, home]
     assert list(home.parent.iterdir()) == [home]
-    assert len(files_below(home)) == 5
+    assert len(files_below(home)) == 4
 
 
 @pytest.mark.parametrize(
@@ -148,62 +150,6 @@ def test_a_failed_download(said: str, message: str, hint: str, monkeypatch: pyte
     assert str(caught.value.hint).startswith(hint)
     assert [command[:3] for command in commands] == [[sys.executable, "-m", "pip"]]
     assert files_below(tmp_path / "cache") == set()
-
-
-def test_without_a_compiler_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, bare: Path) -> None:
-    monkeypatch.setattr(llama_cpp_setup, "_download", lambda folder: pytest.fail("downloaded"))
-    program(bare / "apt-get", "")
-    with pytest.raises(LoraError, match="needs a C\\+\\+ compiler") as caught:
-        llama_cpp_setup.install_quantizer()
-    assert caught.value.hint == "sudo apt-get install -y g++"
-
-
-CMAKE = """
-if '--build' not in sys.argv:
-    folder = Path(sys.argv[sys.argv.index('-S') + 1])
-    assert (folder / 'CMakeLists.txt').is_file() and (folder / 'left_out.cpp').is_file()
-    source, = [a.partition('=')[2] for a in sys.argv if a.startswith('-DLLAMA_CPP=')]
-    assert (Path(source) / 'src' / 'llama.cpp').is_file()
-    sys.exit()
-print('[ 50%] Building CXX object a.o')
-built = Path(sys.argv[sys.argv.index('--build') + 1]) / 'bin' / 'llama-quantize'
-built.parent.mkdir(parents=True)
-"""
-
-
-def built_by(bare: Path, rest: str) -> None:
-    for name in ("c++", "ninja"):
-        program(bare / name, "")
-    program(bare / "cmake", CMAKE + rest)
-
-
-def test_build(index: Path, bare: Path) -> None:
-    works = f"#!{sys.executable}\nprint('15 or Q4_K_M : 4.58G')\n"
-    built_by(bare, f"built.write_text({works!r})\nbuilt.chmod(0o755)")
-    made = llama_cpp_setup.install_quantizer()
-    home = llama_cpp.managed_home()
-    assert llama_cpp.find_quantizer() == Found(home / "bin" / QUANTIZER, "managed copy") == Found(made, "managed copy")
-    assert "[ 50%] Building" in (home / "build-llama-quantize.log").read_text()
-    assert not list(home.glob(".build-*"))
-    (bare / "cmake").unlink()
-    assert llama_cpp_setup.install_quantizer() == made  # is there: nothing is built
-
-
-@pytest.mark.parametrize(
-    ("rest", "message"),
-    [
-        ("print('a.cpp:1: error: no float16 here')\nsys.exit(2)", "a.cpp:1: error: no float16 here"),
-        ("built.write_text('#!/nothing')\nbuilt.chmod(0o755)", "cannot be run"),
-        (f"built.write_text('#!{sys.executable}')\nbuilt.chmod(0o755)", "does not run"),
-    ],
-)
-def test_a_failed_build_leaves_its_log(rest: str, message: str, index: Path, bare: Path) -> None:
-    built_by(bare, rest)
-    with pytest.raises(LoraError, match=message):
-        llama_cpp_setup.install_quantizer()
-    home = llama_cpp.managed_home()
-    assert "[ 50%] Building" in (home / "build-llama-quantize.log").read_text()
-    assert not list(home.glob(".build-*")) and not (home / "bin" / QUANTIZER).exists()
 
 
 def test_imports_are_light() -> None:
