@@ -1,5 +1,5 @@
 # make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
-# make test   sets everything up (builds llama.cpp's quantiser once: needs a C++ compiler) and passes the tests
+# make test   sets everything up, and passes the tests
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -21,18 +21,23 @@ $(TINY): scripts/make_tiny_model.py | $(READY)
 demo: $(READY) $(TINY)  ## train, merge, export and compare, with LoRA
 	$(BIN)/python scripts/demo.py lora
 
-methods: $(READY) $(TINY) quantizer  ## the same with each method, and Q4_K_M
+methods: $(READY) $(TINY)  ## the same with each method
 	$(BIN)/python scripts/demo.py lora qlora dora qdora
 
-quantizer: $(READY)  ## llama.cpp's converters and quantiser, in the user's cache folder
-	$(BIN)/lora setup-llama-cpp --quantizer
+quantizer: $(READY) $(TINY) build/llama-quantize/llama-quantize  ## our quantiser against llama.cpp's program, built once: needs a C++ compiler
+	$(BIN)/lora setup-llama-cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow tests/gguf/test_quantize_bytes.py
+
+build/llama-quantize/llama-quantize: scripts/build_llama_quantize.py | $(READY)
+	$(BIN)/python scripts/build_llama_quantize.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(READY) lint $(TINY) quantizer
+test: $(READY) lint $(TINY)
+	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte

@@ -43,7 +43,7 @@ BaseModel = Annotated[
     Optional[str], typer.Option("--base", metavar="MODEL", help="Use this base instead of the one the adapter names.")
 ]
 LlamaCpp = Annotated[
-    Optional[Path], typer.Option("--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the tools from.")
+    Optional[Path], typer.Option("--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the converters from.")
 ]
 Weights = Annotated[
     Optional[str], typer.Option("--weights", metavar="W,W…", help="One number per adapter; default: 1 each.")
@@ -275,7 +275,7 @@ def export_gguf(
     llama_cpp: LlamaCpp = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own tools."""
+    """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own converter and quantiser."""
     _quiet_libraries()
     if adapter_only:
         from lora_cli.gguf.adapter import export_adapter
@@ -294,17 +294,11 @@ def export_gguf(
 
 
 @app.command("setup-llama-cpp")
-def setup_llama_cpp(
-    quantizer: Annotated[
-        bool, typer.Option("--quantizer", help="Also build llama-quantize, for K-quants (needs a C++ compiler).")
-    ] = False,
-) -> None:
+def setup_llama_cpp() -> None:
     """Install a pinned copy of llama.cpp's converters, checked by sha256."""
     from lora_cli.gguf import install
 
     typer.echo(install.install_converters())
-    if quantizer:
-        typer.echo(install.install_quantizer())
 
 
 @app.command()

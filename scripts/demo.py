@@ -17,13 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from lora_cli.common import ui
-from lora_cli.common.errors import LoraError
-from lora_cli.gguf import tools
+from lora_cli import ui
 
 TINY = Path("build/tiny")
 METHODS = ("lora", "qlora", "dora", "qdora")
 SHOWN = 5
+TYPES = ["f16", "q8_0", "Q4_K_M"]
 LORA = str(Path(sys.executable).with_name("lora"))
 
 
@@ -33,22 +32,21 @@ def main(methods: list[str]) -> int:
         print(f"usage: python scripts/demo.py {' '.join(METHODS)} (not {', '.join(unknown)})", file=sys.stderr)
         return 2
     started = time.monotonic()
-    types = ["f16", "q8_0"] + (["Q4_K_M"] if quantizer_found() else [])
     run_lora("setup-llama-cpp")
     rows, failures = [], []
     for method in methods:
-        scores, distance = pipeline(method, types)
+        scores, distance = pipeline(method)
         rows.append([method, *(f"{100 * share:.1f}%" for share in scores.values()), distance])
         failures += [f"{method}: {problem}" for problem in problems(scores)]
     print(f"\nexact match on {len(TINY.joinpath('eval.jsonl').read_text().splitlines())} held-out rows")
-    print(ui.format_table(["method", "base", "adapter", "merged", *types, "merge |Δlogit|"], rows))
+    print(ui.format_table(["method", "base", "adapter", "merged", *TYPES, "merge |Δlogit|"], rows))
     print(f"done in {ui.format_duration(time.monotonic() - started)}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def pipeline(method: str, types: list[str]) -> tuple[dict[str, float], str]:
+def pipeline(method: str) -> tuple[dict[str, float], str]:
     """Share of exact answers by form of the model, and the largest logit difference that the merge reported."""
     run = Path("runs") / ("demo" if method == "lora" else f"demo-{method}")
     shutil.rmtree(run, ignore_errors=True)
@@ -56,12 +54,12 @@ def pipeline(method: str, types: list[str]) -> tuple[dict[str, float], str]:
     report = run_lora("merge", str(run / "adapter"), str(run / "merged"))
     distance = re.search(r"merged against base with adapter: largest \|Δlogit\| (\S+),", report)
     assert distance, "lora merge prints the largest difference"
-    options = [option for kind in types for option in ("--quantize", kind)]
+    options = [option for kind in TYPES for option in ("--quantize", kind)]
     run_lora("export-gguf", str(run / "merged"), *options)
-    ggufs = [str(run / "merged" / f"{run.name}-{kind}.gguf") for kind in types]
+    ggufs = [str(run / "merged" / f"{run.name}-{kind}.gguf") for kind in TYPES]
     forms = dict(
         zip(
-            ["base", "adapter", "merged", *types],
+            ["base", "adapter", "merged", *TYPES],
             [str(TINY / "model"), str(run / "adapter"), str(run / "merged"), *ggufs],
         )
     )
@@ -93,15 +91,6 @@ def problems(scores: dict[str, float]) -> list[str]:
         if abs(scores[form] - scores["adapter"]) > 0.02:
             found.append(f"{form} answers {scores[form]:.1%} exactly, the adapter {scores['adapter']:.1%}")
     return found
-
-
-def quantizer_found() -> bool:
-    """Whether K-quants can be made here without compiling anything."""
-    try:
-        tools.find_quantizer()
-    except LoraError:
-        return False
-    return True
 
 
 def run_lora(*arguments: str) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from lora_cli import __version__
 from lora_cli.common import LoraError, ui
-from lora_cli.gguf import tools
+from lora_cli.gguf import quantize, tools
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent.parent / "constraints.txt"
@@ -294,20 +294,23 @@ def check_four_bit() -> Iterator[Check]:
 
 
 def check_tools() -> Iterator[Check]:
-    """What exporting needs beyond a recipe, so notes only: converter and quantiser where they are looked for, and an
-    engine to open the result in."""
-    for name, find in (("converter", tools.find_converter), ("quantiser", tools.find_quantizer)):
-        try:
-            yield Check(f"llama.cpp {name}", "ok", str(find()))
-        except (LoraError, OSError, UnicodeDecodeError) as error:
-            fix = error.hint if isinstance(error, LoraError) else "lora setup-llama-cpp"
-            yield Check(f"llama.cpp {name}", "note", str(error), fix)
+    """What exporting needs beyond a recipe, so notes only: the converter where it is looked for, an engine to open the
+    result in, and the quantiser in it."""
+    try:
+        yield Check("llama.cpp converter", "ok", str(tools.find_converter()))
+    except (LoraError, OSError, UnicodeDecodeError) as error:
+        fix = error.hint if isinstance(error, LoraError) else "lora setup-llama-cpp"
+        yield Check("llama.cpp converter", "note", str(error), fix)
     try:
         engine = importlib.import_module("xllamacpp")
         yield Check("llama.cpp engine", "ok", f"xllamacpp {getattr(engine, '__version__', '')}".strip())
+        quantize.Ggml()
+        yield Check("llama.cpp quantiser", "ok", "ggml's, in xllamacpp")
     except ImportError as error:
-        said = f"GGUF files can be neither verified nor run: {error}"
+        said = f"GGUF files can be neither verified nor run, and K-quants not be made: {error}"
         yield Check("llama.cpp engine", "note", said, "python -m pip install xllamacpp")
+    except LoraError as error:
+        yield Check("llama.cpp quantiser", "note", error.message, error.hint)
 
 
 def check_disk() -> Iterator[Check]:

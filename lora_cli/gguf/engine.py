@@ -45,7 +45,7 @@ class GGUFModel:
         """
         if not tools.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
-        xlc = _import_xllamacpp()
+        xlc = import_xllamacpp()
         params = xlc.CommonParams()
         params.model.path = str(path)
         params.n_ctx = n_ctx
@@ -163,7 +163,8 @@ class GGUFModel:
             raise LoraError(f"llama.cpp refused: {_read_message(json.load(error))}") from error
 
 
-def _import_xllamacpp() -> Any:
+def import_xllamacpp() -> Any:
+    """The engine's package. Raises LoraError where it is not installed."""
     try:
         import xllamacpp
     except ModuleNotFoundError as error:

@@ -6,24 +6,13 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
 from lora_cli.common import LoraError, UsageError, files, provenance, ui
-from lora_cli.gguf import imatrix, modelfile, parity, preflight
-from lora_cli.gguf.tools import (
-    CONVERTER_TYPES,
-    EXACT,
-    VERSION,
-    Found,
-    convert,
-    find_converter,
-    find_quantizer,
-    quantize,
-    spell_quantizer_type,
-)
+from lora_cli.gguf import imatrix, mixture, modelfile, parity, preflight, quantize
+from lora_cli.gguf.tools import CONVERTER_TYPES, EXACT, VERSION, Found, convert, find_converter
 from lora_cli.merge import merge
 from lora_cli.models import (
     KL_LIMIT,
@@ -36,13 +25,6 @@ from lora_cli.models import (
     read_adapter,
     save_tokenizer,
 )
-
-
-class Tools(NamedTuple):
-    """llama.cpp's converter, and its quantiser where a wanted type needs it."""
-
-    converter: Found
-    quantizer: Found | None
 
 
 def export(
@@ -69,22 +51,23 @@ def export(
     wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
     if weighted is not None and not wants_quantizer:
         raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M")
-    quantizer = find_quantizer(llama_cpp_dir) if wants_quantizer else None
-    tools = Tools(find_converter(llama_cpp_dir), quantizer)
+    if wants_quantizer:
+        quantize.Ggml()  # says so where there is none
+    converter = find_converter(llama_cpp_dir)
     folder, stem = output or (path if kind == "model" else path.parent), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
-    ui.say(f"exporting {path} with the converter {tools.converter}")
+    ui.say(f"exporting {path} with the converter {converter}")
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         merged, adapter = path, read_adapter(path, base) if kind == "adapter" else None
-        config = _check_first(path, adapter, tools.converter, Path(scratch))
+        config = _check_first(path, adapter, converter, Path(scratch))
         exact = _choose_exact_type((adapter.base if adapter else Base(str(path))).dtype) if wants_quantizer else None
         preflight.check_disk(folder, config, wanted, adapter.base.dtype if adapter else None, exact)
         if adapter is not None:
             merged = Path(scratch) / stem
             merge.merge_adapter(adapter, merged)
-        _convert_all(merged, targets, tools, Path(scratch), weighted)
+        _convert_all(merged, targets, converter, Path(scratch), weighted)
         modelfile.write_modelfile(folder, list(targets.values()), merged)
     modelfile.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
@@ -115,7 +98,7 @@ def _spell_type(name: str, weighted: bool) -> str:
     """The converter's own types first: it writes q8_0 without a quantiser."""
     if name.lower() in CONVERTER_TYPES:
         return name.lower()
-    return spell_quantizer_type(name, weighted)
+    return mixture.pick(name, weighted)
 
 
 def find_newest_result() -> Path:
@@ -130,7 +113,7 @@ def find_newest_result() -> Path:
     return newest
 
 
-def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: Path, weighted: str | None) -> None:
+def _convert_all(merged: Path, targets: dict[str, Path], converter: Found, scratch: Path, weighted: str | None) -> None:
     """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
     model = Base(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
@@ -138,14 +121,13 @@ def _convert_all(merged: Path, targets: dict[str, Path], tools: Tools, scratch: 
     matrix: Path | None = None
     for name, file in made.items():
         if name in CONVERTER_TYPES:
-            convert(merged, file, name, tools.converter)
+            convert(merged, file, name, converter)
             continue
-        assert tools.quantizer is not None, "export looked for it"
         if exact is None:
             exact = scratch / "exact.gguf"
-            convert(merged, exact, _choose_exact_type(model.dtype), tools.converter)
-            matrix = _find_imatrix(weighted, merged, exact, tools.converter)
-        quantize(exact, file, name, tools.quantizer, matrix)
+            convert(merged, exact, _choose_exact_type(model.dtype), converter)
+            matrix = _find_imatrix(weighted, merged, exact, converter)
+        quantize.quantize(exact, file, name, matrix)
     reports = _compare_all(model, made)
     parent = (
         files.read_json(merged / provenance.ARTEFACT_RECORD)

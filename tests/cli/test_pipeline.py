@@ -15,8 +15,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.gguf import tools
-from lora_cli.gguf.engine import GGUFModel
+from lora_cli.gguf import GGUFModel
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "Reverse: red dog sun"
@@ -120,10 +119,6 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == second != ""
-
-
-def test_the_quantiser_is_llama_cpp_s_own() -> None:
-    assert tools.find_quantizer().path.name.startswith("llama-quantize")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import adapter as export_adapter
-from lora_cli.gguf import imatrix, parity, preflight, tools
+from lora_cli.gguf import imatrix, parity, preflight, quantize, tools
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.gguf.export import export
 from lora_cli.gguf.modelfile import find_pieces, say_how, write_modelfile
@@ -251,7 +251,7 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
     assert b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
     exact, without = tmp_path / "exact.gguf", tmp_path / "without.gguf"
     tools.convert(base, exact, "f32", tools.find_converter())
-    tools.quantize(exact, without, "Q2_K", tools.find_quantizer())
+    quantize.quantize(exact, without, "Q2_K")
     held_out = list(imatrix.read_rows(str(tiny / "eval.jsonl"), tokenizer))[:30]
     weighted = distance(network, tmp_path / "with" / "base-Q2_K.gguf", held_out)
     assert weighted < 0.7 * distance(network, without, held_out)

@@ -1,7 +1,6 @@
 """Installing llama.cpp's tools: nothing but the expected archive, nothing half done, two at once.
 
-Hermetic: a fake source package in the place of pip's, a small Python program in the place of cmake; no network, no
-compiler. The real build is run by tests/cli/test_pipeline.py. Alone: pytest tests/gguf/test_install.py
+Hermetic: a fake source package in the place of pip's; no network. Alone: pytest tests/gguf/test_install.py
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.common.errors import LoraError
-from lora_cli.gguf import install as llama_cpp_setup
-from lora_cli.gguf import tools
-from lora_cli.gguf.tools import CONVERTER, QUANTIZER, Found
-from tests.gguf.test_tools import program
+from lora_cli.common import LoraError
+from lora_cli.gguf import install, tools
+from lora_cli.gguf.tools import CONVERTER, Found
 
 TOP = f"llama_cpp_python-{tools.VERSION}/vendor/llama.cpp/"
 CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
@@ -29,20 +26,24 @@ CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
 
 @pytest.fixture(autouse=True)
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without llama.cpp or compiler: empty cache, empty PATH. Returns the only folder on the PATH."""
+    """A machine without llama.cpp: empty cache, empty PATH. Returns the only folder on the PATH."""
     on_path = tmp_path / "path"
     on_path.mkdir()
     monkeypatch.setenv("PATH", str(on_path))
     monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("LLAMA_CPP_DIR", "CXX"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     return on_path
 
 
 def sdist(path: Path, extra: str = TOP + "conversion/llama.py") -> str:
     """A source package as small as it can be; returns its sha256."""
-    names = [TOP + CONVERTER, TOP + "conversion/__init__.py", TOP + "gguf-py/gguf/__init__.py", TOP + "src/llama.cpp"]
-    left_out = [TOP + "models/big.gguf", TOP + "ggml/src/ggml-cuda/a.cu", "llama_cpp_python-0.3.36/llama_cpp/x.py"]
+    names = [TOP + CONVERTER, TOP + "conversion/__init__.py", TOP + "gguf-py/gguf/__init__.py"]
+    left_out = [
+        TOP + "src/llama.cpp",
+        TOP + "models/big.gguf",
+        TOP + "ggml/src/ggml-cuda/a.cu",
+        "llama_cpp_python-0.3.36/llama_cpp/x.py",
+    ]
     with tarfile.open(path, "w:gz") as archive:
         for name in [*names, *left_out, extra]:
             member = tarfile.TarInfo(name)
@@ -55,8 +56,8 @@ def sdist(path: Path, extra: str = TOP + "conversion/llama.py") -> str:
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index with one file in it, in the place of pip; the file is returned."""
     archive = tmp_path / "offered.tar.gz"
-    monkeypatch.setattr(llama_cpp_setup, "SHA256", sdist(archive))
-    monkeypatch.setattr(llama_cpp_setup, "_download_source", lambda folder: archive)
+    monkeypatch.setattr(install, "SHA256", sdist(archive))
+    monkeypatch.setattr(install, "_download_source", lambda folder: archive)
     return archive
 
 
@@ -65,26 +66,26 @@ def files_below(root: Path) -> set[str]:
 
 
 def test_install_keeps_what_is_needed(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = llama_cpp_setup.install_converters()
-    wanted = {CONVERTER, "conversion/__init__.py", "conversion/llama.py", "gguf-py/gguf/__init__.py", "src/llama.cpp"}
+    home = install.install_converters()
+    wanted = {CONVERTER, "conversion/__init__.py", "conversion/llama.py", "gguf-py/gguf/__init__.py"}
     assert files_below(home) == wanted
     assert list(home.parent.iterdir()) == [home]
     assert tools.find_converter() == Found(home / CONVERTER, "managed copy")
     index.unlink()
-    assert llama_cpp_setup.install_converters() == home  # is there: nothing is fetched
+    assert install.install_converters() == home  # is there: nothing is fetched
     (home / "conversion").rename(tmp_path / "lost")
     with pytest.raises(FileNotFoundError):  # is not whole: fetched again
-        llama_cpp_setup.install_converters()
-    monkeypatch.setattr(llama_cpp_setup, "SHA256", sdist(index))
-    assert files_below(llama_cpp_setup.install_converters()) == wanted
+        install.install_converters()
+    monkeypatch.setattr(install, "SHA256", sdist(index))
+    assert files_below(install.install_converters()) == wanted
 
 
 def test_another_archive_is_refused(index: Path, tmp_path: Path) -> None:
-    expected = llama_cpp_setup.SHA256
+    expected = install.SHA256
     got = sdist(index, TOP + "conversion/evil.py")
     assert got != expected
     with pytest.raises(LoraError) as caught:
-        llama_cpp_setup.install_converters()
+        install.install_converters()
     assert caught.value.message == (
         f"offered.tar.gz is not the archive it should be: its sha256 is {got}, expected {expected}"
     )
@@ -92,30 +93,30 @@ def test_another_archive_is_refused(index: Path, tmp_path: Path) -> None:
 
 
 def test_no_member_leaves_the_folder(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp_setup, "SHA256", sdist(index, TOP + "conversion/../../../../outside.py"))
+    monkeypatch.setattr(install, "SHA256", sdist(index, TOP + "conversion/../../../../outside.py"))
     with pytest.raises(tarfile.OutsideDestinationError):
-        llama_cpp_setup.install_converters()
+        install.install_converters()
     assert not list(tmp_path.rglob("outside.py"))
 
 
 def test_two_installs_at_once_both_succeed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both_unpacked = threading.Barrier(2, timeout=30)
-    rename = llama_cpp_setup._rename
+    rename = install._rename
 
     def rename_together(fresh: Path, home: Path) -> None:
         both_unpacked.wait()  # neither has found the other's copy
         rename(fresh, home)
 
-    monkeypatch.setattr(llama_cpp_setup, "_rename", rename_together)
+    monkeypatch.setattr(install, "_rename", rename_together)
     results: list[Path | BaseException] = []
 
-    def install() -> None:
+    def install_once() -> None:
         try:
-            results.append(llama_cpp_setup.install_converters())
+            results.append(install.install_converters())
         except BaseException as error:
             results.append(error)
 
-    threads = [threading.Thread(target=install) for _ in range(2)]
+    threads = [threading.Thread(target=install_once) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -123,7 +124,7 @@ def test_two_installs_at_once_both_succeed(index: Path, monkeypatch: pytest.Monk
     home = tools.find_managed_home()
     assert results == [home, home]
     assert list(home.parent.iterdir()) == [home]
-    assert len(files_below(home)) == 5
+    assert len(files_below(home)) == 4
 
 
 @pytest.mark.parametrize(
@@ -140,71 +141,15 @@ def test_a_failed_download(said: str, message: str, hint: str, monkeypatch: pyte
     def pip(command: list[str], label: str) -> tuple[int, list[str]]:
         commands.append(command)
         wanted = Path(command[-1]).read_text()
-        assert wanted == f"llama-cpp-python=={tools.VERSION} --hash=sha256:{llama_cpp_setup.SHA256}\n"
+        assert wanted == f"llama-cpp-python=={tools.VERSION} --hash=sha256:{install.SHA256}\n"
         return 1, ["Looking in indexes", said, ""]
 
-    monkeypatch.setattr(llama_cpp_setup, "run_command", pip)
+    monkeypatch.setattr(install, "run_command", pip)
     with pytest.raises(LoraError, match=message) as caught:
-        llama_cpp_setup.install_converters()
+        install.install_converters()
     assert str(caught.value.hint).startswith(hint)
     assert [command[:3] for command in commands] == [[sys.executable, "-m", "pip"]]
     assert files_below(tmp_path / "cache") == set()
-
-
-def test_without_a_compiler_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, bare: Path) -> None:
-    monkeypatch.setattr(llama_cpp_setup, "_download_source", lambda folder: pytest.fail("downloaded"))
-    program(bare / "apt-get", "")
-    with pytest.raises(LoraError, match="needs a C\\+\\+ compiler") as caught:
-        llama_cpp_setup.install_quantizer()
-    assert caught.value.hint == "sudo apt-get install -y g++"
-
-
-CMAKE = """
-if '--build' not in sys.argv:
-    folder = Path(sys.argv[sys.argv.index('-S') + 1])
-    assert (folder / 'CMakeLists.txt').is_file() and (folder / 'left_out.cpp').is_file()
-    source, = [a.partition('=')[2] for a in sys.argv if a.startswith('-DLLAMA_CPP=')]
-    assert (Path(source) / 'src' / 'llama.cpp').is_file()
-    sys.exit()
-print('[ 50%] Building CXX object a.o')
-built = Path(sys.argv[sys.argv.index('--build') + 1]) / 'bin' / 'llama-quantize'
-built.parent.mkdir(parents=True)
-"""
-
-
-def built_by(bare: Path, rest: str) -> None:
-    for name in ("c++", "ninja"):
-        program(bare / name, "")
-    program(bare / "cmake", CMAKE + rest)
-
-
-def test_build(index: Path, bare: Path) -> None:
-    works = f"#!{sys.executable}\nprint('15 or Q4_K_M : 4.58G')\n"
-    built_by(bare, f"built.write_text({works!r})\nbuilt.chmod(0o755)")
-    made = llama_cpp_setup.install_quantizer()
-    home = tools.find_managed_home()
-    assert tools.find_quantizer() == Found(home / "bin" / QUANTIZER, "managed copy") == Found(made, "managed copy")
-    assert "[ 50%] Building" in (home / "build-llama-quantize.log").read_text()
-    assert not list(home.glob(".build-*"))
-    (bare / "cmake").unlink()
-    assert llama_cpp_setup.install_quantizer() == made  # is there: nothing is built
-
-
-@pytest.mark.parametrize(
-    ("rest", "message"),
-    [
-        ("print('a.cpp:1: error: no float16 here')\nsys.exit(2)", "a.cpp:1: error: no float16 here"),
-        ("built.write_text('#!/nothing')\nbuilt.chmod(0o755)", "cannot be run"),
-        (f"built.write_text('#!{sys.executable}')\nbuilt.chmod(0o755)", "does not run"),
-    ],
-)
-def test_a_failed_build_leaves_its_log(rest: str, message: str, index: Path, bare: Path) -> None:
-    built_by(bare, rest)
-    with pytest.raises(LoraError, match=message):
-        llama_cpp_setup.install_quantizer()
-    home = tools.find_managed_home()
-    assert "[ 50%] Building" in (home / "build-llama-quantize.log").read_text()
-    assert not list(home.glob(".build-*")) and not (home / "bin" / QUANTIZER).exists()
 
 
 def test_imports_are_light() -> None:

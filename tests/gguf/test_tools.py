@@ -1,7 +1,7 @@
-"""Finding and running llama.cpp's tools: which one is taken, and that a failure never looks like a result.
+"""Finding and running llama.cpp's converters: which one is taken, and that a failure never looks like a result.
 
-Hermetic: fake trees, and small Python programs in the place of the converter and llama-quantize; the real ones are run
-by tests/cli/test_pipeline.py. Alone: pytest tests/gguf/test_tools.py
+Hermetic: fake trees, and small Python programs in the place of the converter; the real one is run by tests/e2e. Alone:
+pytest tests/gguf/test_tools.py
 """
 
 from __future__ import annotations
@@ -13,22 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.gguf.tools import (
-    CONVERTER,
-    NEEDS_IMATRIX,
-    QUANTIZER,
-    QUANTIZER_TYPES,
-    Found,
-    convert,
-    find_converter,
-    find_managed_home,
-    find_quantizer,
-    quantize,
-    run_command,
-    spell_converter_type,
-    spell_quantizer_type,
-)
+from lora_cli.common import LoraError, UsageError
+from lora_cli.gguf import mixture, tools
+from lora_cli.gguf.tools import CONVERTER, Found, convert, find_converter, run_command
 
 HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
 
@@ -41,12 +28,11 @@ def program(path: Path, body: str) -> Path:
     return path
 
 
-def checkout(root: Path, quantizer_in: str = "build/bin") -> Path:
+def checkout(root: Path) -> Path:
     """A llama.cpp checkout with everything in it."""
     (root / "conversion").mkdir(parents=True)
     (root / "gguf-py").mkdir()
     program(root / CONVERTER, "from conversion import ModelBase")
-    program(root / quantizer_in / QUANTIZER, "")
     return root
 
 
@@ -63,51 +49,32 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_each_place_is_searched_in_order(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named, in_env = checkout(tmp_path / "named"), checkout(tmp_path / "env")
-    managed = checkout(find_managed_home(), "bin")
-    installed = checkout(tmp_path / "installed")
-    for tool in (installed / CONVERTER, installed / "build/bin" / QUANTIZER):
-        (bare / tool.name).symlink_to(tool)  # as package managers do; what a converter imports lies beside its target
+    managed, installed = checkout(tools.find_managed_home()), checkout(tmp_path / "installed")
+    # as package managers do; what a converter imports lies beside its target
+    (bare / CONVERTER).symlink_to(installed / CONVERTER)
     monkeypatch.setenv("LLAMA_CPP_DIR", str(in_env))
-
-    def found(directory: Path | None = None) -> list[Found]:
-        return [find_converter(directory), find_quantizer(directory)]
-
-    def tools(root: Path, source: str, quantizer_in: str = "build/bin") -> list[Found]:
-        return [Found(root / CONVERTER, source), Found(root / quantizer_in / QUANTIZER, source)]
-
-    assert found(named) == tools(named, "--llama-cpp")
-    assert found() == tools(in_env, "LLAMA_CPP_DIR")
+    assert tools.find_converter(named) == Found(named / CONVERTER, "--llama-cpp")
+    assert tools.find_converter() == Found(in_env / CONVERTER, "LLAMA_CPP_DIR")
     monkeypatch.delenv("LLAMA_CPP_DIR")
-    assert found() == tools(installed, "PATH")
-    (bare / QUANTIZER).unlink()  # each is searched for on its own
-    assert found() == [tools(installed, "PATH")[0], tools(managed, "managed copy", "bin")[1]]
+    assert tools.find_converter() == Found(installed / CONVERTER, "PATH")
     (bare / CONVERTER).unlink()
-    assert found() == tools(managed, "managed copy", "bin")
-
-
-@pytest.mark.parametrize("place", ["build/bin", "bin", "."])
-def test_binaries_of_a_checkout(place: str, tmp_path: Path) -> None:
-    root = checkout(tmp_path / "llama.cpp", place)
-    assert find_quantizer(root).path == root / place / QUANTIZER
+    assert tools.find_converter() == Found(managed / CONVERTER, "managed copy")
 
 
 @pytest.mark.parametrize("named_by", ["--llama-cpp", "LLAMA_CPP_DIR"])
-@pytest.mark.parametrize("lost", [CONVERTER, "conversion", QUANTIZER])
+@pytest.mark.parametrize("lost", [CONVERTER, "conversion"])
 def test_a_named_directory_is_never_replaced(
     named_by: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkout(find_managed_home(), "bin")  # would do, but was not asked for
-    root = checkout(tmp_path / "named", ".")
-    (root / lost).rename(tmp_path / "lost")
+    checkout(tools.find_managed_home())  # would do, but was not asked for
+    root = checkout(tmp_path / "named")
+    directory = root if named_by == "--llama-cpp" else None
     if named_by == "LLAMA_CPP_DIR":
         monkeypatch.setenv("LLAMA_CPP_DIR", str(root))
-    find, other = find_converter, find_quantizer
-    if lost == QUANTIZER:
-        find, other = other, find
-    directory = root if named_by == "--llama-cpp" else None
-    assert other(directory).source == named_by
+    assert tools.find_converter(directory).source == named_by
+    (root / lost).rename(tmp_path / "lost")
     with pytest.raises(LoraError, match=lost) as caught:
-        find(directory)
+        tools.find_converter(directory)
     assert caught.value.message.startswith(f"{named_by} {root} has no {lost}")
     assert "setup-llama-cpp" in str(caught.value.hint)
 
@@ -122,23 +89,13 @@ def test_a_converter_without_its_package_does_not_count_on_the_path(bare: Path) 
     assert find_converter() == Found(bare / CONVERTER, "PATH")
 
 
-def test_what_is_missing_comes_with_one_command() -> None:
-    with pytest.raises(LoraError) as caught:
-        find_quantizer()
-    assert caught.value.hint == "lora setup-llama-cpp --quantizer"
-
-
 def test_type_names() -> None:
-    assert spell_quantizer_type("q4_k_m") == "Q4_K_M"
-    assert spell_converter_type("BF16") == "bf16"
+    assert mixture.pick("q4_k_m", weighted=False) == "Q4_K_M"
+    assert tools.spell_converter_type("BF16") == "bf16"
     with pytest.raises(UsageError, match=r"unknown GGUF type 'q4km'; did you mean Q4_K_M\?"):
-        spell_quantizer_type("q4km")
+        mixture.pick("q4km", weighted=False)
     with pytest.raises(UsageError, match="unknown GGUF type 'int4'$"):
-        spell_converter_type("int4")
-    assert len(NEEDS_IMATRIX) == 9 and set(NEEDS_IMATRIX) < set(QUANTIZER_TYPES)
-    for name in NEEDS_IMATRIX:
-        with pytest.raises(UsageError, match="importance matrix"):
-            spell_quantizer_type(name.lower())
+        tools.spell_converter_type("int4")
 
 
 WRITE = "out = Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
@@ -199,27 +156,6 @@ def test_a_failed_converter_leaves_what_was_there(body: str, message: str, tmp_p
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="no config.json"):
         convert(tmp_path, tmp_path / "x.gguf", "f16", Found(tmp_path / CONVERTER, "test"))
-
-
-def test_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    body = f"Path(sys.argv[2]).write_bytes({HEADER!r} + json.dumps(sys.argv[1:]).encode())\n"
-    warns = "print('llama_model_quantize_impl: WARNING: 3 of 30 tensor(s) required fallback quantization')"
-    quantizer = Found(program(tmp_path / QUANTIZER, body + warns), "test")
-    monkeypatch.chdir(tmp_path)
-    quantize(Path("7b-f16.gguf"), Path("7b.gguf"), "q4_k_m", quantizer)
-    source, made, type_name = json.loads(Path("7b.gguf").read_bytes()[len(HEADER) :])
-    # llama-quantize would read a bare "7b.gguf" as type number 7.
-    assert Path(source) == tmp_path / "7b-f16.gguf" and Path(made).is_absolute() and type_name == "Q4_K_M"
-    assert "warning: 3 of 30 tensors take a larger type: their rows do not fit Q4_K_M's" in capsys.readouterr().err
-
-
-def test_a_failed_quantiser_says_why(tmp_path: Path) -> None:
-    said = "llama_model_quantize: failed to quantize: requantizing from type q8_0 is disabled"
-    quantizer = Found(program(tmp_path / QUANTIZER, f"print({said!r})\nprint('failed')\nsys.exit(1)"), "test")
-    with pytest.raises(LoraError) as caught:
-        quantize(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q4_0", quantizer)
-    assert caught.value.message == f"the model is already quantised (q8_0)\n  {QUANTIZER}: {said}"
-    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_program_that_cannot_start(tmp_path: Path) -> None:

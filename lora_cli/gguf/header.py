@@ -1,0 +1,152 @@
+"""The GGUF file format: what stands before the weights, read and written again byte for byte.
+
+As ggml/include/gguf.h describes it (versions 2 and 3, which are laid out alike): magic, version,
+counts; the metadata; an entry per tensor; padding; the weights, each tensor padded to the
+alignment. All numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+VERSION = 3
+ALIGNMENT = 32
+"""GGUF_DEFAULT_ALIGNMENT, in bytes; llama-quantize writes files of no other."""
+
+# Values: the number that stands for a type in a file -> how `struct` reads it.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+UINT32, STRING, ARRAY = 4, 8, 9
+
+
+class Tensor(NamedTuple):
+    """One tensor's entry. `shape` is from the inside out, as ggml counts: its first number is the
+    length of a row. `type` is ggml's number; `offset` counts bytes from where the weights begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+class Header(NamedTuple):
+    """What stands before the weights, `data_start` bytes in all. A value of `metadata` is kept as it
+    is in the file: four bytes of type, then the content."""
+
+    metadata: dict[str, bytes]
+    tensors: list[Tensor]
+    data_start: int
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key` as Python has it; `default` where there is none. Arrays are lists."""
+        return _decode(self.metadata[key]) if key in self.metadata else default
+
+
+def read_header(view: memoryview) -> Header:
+    """The header of the GGUF whose bytes are `view`.
+
+    Raises ValueError for what is no GGUF, is of version 1, or ends too early.
+    """
+    try:
+        return _read_header(view)
+    except (struct.error, KeyError) as error:
+        raise ValueError(f"the header is damaged: {error}") from error
+
+
+def text(value: bytes) -> bytes:
+    """A string as a value of the metadata."""
+    return struct.pack("<I", STRING) + _sized(value)
+
+
+def uint32(value: int) -> bytes:
+    """A whole number as a value of the metadata."""
+    return struct.pack("<II", UINT32, value)
+
+
+def header(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> bytes:
+    """The bytes before the weights, padding included; `offset` of each tensor as it shall be in the file."""
+    parts = [struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(metadata))]
+    parts += [_sized(key.encode()) + value for key, value in metadata.items()]
+    for each in tensors:
+        shape = trimmed(each.shape)
+        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        parts.append(_sized(each.name.encode()) + sizes + struct.pack("<IQ", each.type, each.offset))
+    written = b"".join(parts)
+    return written + bytes(padding(len(written)))
+
+
+def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without dimensions of 1 at its end, as ggml counts dimensions."""
+    num = max((at for at, size in enumerate(shape, start=1) if size > 1), default=1)
+    return shape[:num]
+
+
+def padding(size: int) -> int:
+    """Bytes that are missing from `size` to a multiple of ALIGNMENT."""
+    return -size % ALIGNMENT
+
+
+def _sized(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def _read_header(view: memoryview) -> Header:
+    magic, version, num_tensors, num_values = struct.unpack_from("<4sIQQ", view)
+    if magic != b"GGUF" or version not in (2, VERSION):
+        raise ValueError(f"it starts with {magic!r}, version {version}: not as GGUF does, version 2 or 3")
+    at, metadata, tensors = 24, {}, []
+    for _ in range(num_values):
+        key, at = _read_text(view, at)
+        end = _end(view, at + 4, *struct.unpack_from("<I", view, at))
+        metadata[key.decode()] = bytes(view[at:end])
+        at = end
+    for _ in range(num_tensors):
+        name, at = _read_text(view, at)
+        (dims,) = struct.unpack_from("<I", view, at)
+        *shape, kind, offset = struct.unpack_from(f"<{dims}QIQ", view, at + 4)
+        at += 4 + 8 * dims + 12
+        tensors.append(Tensor(name.decode(), tuple(shape), kind, offset))
+    found = Header(metadata, tensors, at)
+    alignment = found.get("general.alignment", ALIGNMENT)
+    if alignment != ALIGNMENT:
+        raise ValueError(f"its tensors are aligned to {alignment!r} bytes, not to {ALIGNMENT}")
+    return found._replace(data_start=at + padding(at))
+
+
+def _read_text(view: memoryview, at: int) -> tuple[bytes, int]:
+    (size,) = struct.unpack_from("<Q", view, at)
+    if at + 8 + size > len(view):
+        raise ValueError("the header is damaged: a text ends after the file")
+    return bytes(view[at + 8 : at + 8 + size]), at + 8 + size
+
+
+def _end(view: memoryview, at: int, kind: int) -> int:
+    """Where the content of a value that begins at `at` ends."""
+    if kind == STRING:
+        return _read_text(view, at)[1]
+    if kind != ARRAY:
+        return at + struct.calcsize(SCALARS[kind])
+    inner, num = struct.unpack_from("<IQ", view, at)
+    at += 12
+    if inner != STRING:
+        return at + num * struct.calcsize(SCALARS[inner])
+    for _ in range(num):
+        at = _read_text(view, at)[1]
+    return at
+
+
+def _decode(value: bytes) -> Any:
+    (kind,) = struct.unpack_from("<I", value)
+    if kind == STRING:
+        return value[12:].decode()
+    if kind != ARRAY:
+        return struct.unpack_from(f"<{SCALARS[kind]}", value, 4)[0]
+    inner, num = struct.unpack_from("<IQ", value, 4)
+    if inner in SCALARS:
+        return list(struct.unpack_from(f"<{num}{SCALARS[inner]}", value, 16))
+    texts, at, view = [], 16, memoryview(value)
+    for _ in range(num):
+        item, at = _read_text(view, at)
+        texts.append(item.decode())
+    return texts
