@@ -1,4 +1,5 @@
-"""The command line: one verb, one short function, heavy imports inside it. Errors are rendered here only."""
+"""The command line: one verb, one short function, heavy imports inside it. Errors are rendered here
+only."""
 
 from __future__ import annotations
 
@@ -34,23 +35,41 @@ BUG = 70
 # typer keeps its click to itself; a wrong option or argument is this base of what it does export
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as configs/alpaca.yaml.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as configs/alpaca.yaml.")
+]
 Overrides = Annotated[
     Optional[list[str]],
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the recipe; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a value of the recipe; may be repeated.",
+    ),
 ]
 BaseModel = Annotated[
-    Optional[str], typer.Option("--base", metavar="MODEL", help="Use this base instead of the one the adapter names.")
+    Optional[str],
+    typer.Option(
+        "--base", metavar="MODEL", help="Use this base instead of the one the adapter names."
+    ),
 ]
 LlamaCpp = Annotated[
-    Optional[Path], typer.Option("--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the converters from.")
+    Optional[Path],
+    typer.Option(
+        "--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the converters from."
+    ),
 ]
 Weights = Annotated[
-    Optional[str], typer.Option("--weights", metavar="W,W…", help="One number per adapter; default: 1 each.")
+    Optional[str],
+    typer.Option("--weights", metavar="W,W…", help="One number per adapter; default: 1 each."),
 ]
-Combination = Annotated[str, typer.Option(help="cat, svd, linear, ties, dare_ties, …: PEFT's combination_type.")]
+Combination = Annotated[
+    str, typer.Option(help="cat, svd, linear, ties, dare_ties, …: PEFT's combination_type.")
+]
 Density = Annotated[
-    Optional[float], typer.Option(min=0.0, max=1.0, help="Share of the weights that ties, dare, magnitude_prune keep.")
+    Optional[float],
+    typer.Option(
+        min=0.0, max=1.0, help="Share of the weights that ties, dare, magnitude_prune keep."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TrustRemoteCode = Annotated[
@@ -58,7 +77,7 @@ TrustRemoteCode = Annotated[
     typer.Option(
         remote_code.FLAG,
         callback=lambda given: remote_code.set_allowed(given),
-        help="Let a model's repository run Python code of its own here; only this option allows it.",
+        help="Let a model's repository run its own Python code here; only this option allows it.",
     ),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
@@ -80,7 +99,10 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -90,11 +112,17 @@ def _options(
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allowed: Annotated[
         Optional[list[str]],
-        typer.Option("--allow-changes", metavar="SECTION.KEY", help="With --resume: this may differ; may be repeated."),
+        typer.Option(
+            "--allow-changes",
+            metavar="SECTION.KEY",
+            help="With --resume: this may differ; may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
@@ -117,10 +145,13 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Rows to show as the model sees them.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout instead.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste the run."""
+    """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste
+    the run."""
     from lora_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -136,15 +167,24 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpu: Annotated[
-        Optional[str], typer.Option("--gpu", metavar="24GB|H100|…", help="Plan for this; default: this machine.")
+        Optional[str],
+        typer.Option("--gpu", metavar="24GB|H100|…", help="Plan for this; default: this machine."),
     ] = None,
     tokens_per_second: Annotated[
-        Optional[float], typer.Option("--tokens-per-second", min=0.001, help="A speed you know, to tell the time by.")
+        Optional[float],
+        typer.Option(
+            "--tokens-per-second", min=0.001, help="A speed you know, to tell the time by."
+        ),
     ] = None,
-    data: Annotated[bool, typer.Option("--data", help="Prepare the rows, however many, to count the steps.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Prepare the rows, however many, to count the steps.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout instead.")
+    ] = False,
 ) -> None:
-    """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps, time."""
+    """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps,
+    time."""
     from lora_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -158,7 +198,10 @@ def plan(
 def merge(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="ADAPTER... OUT", help="LoRA or DoRA adapters, ours or any PEFT ones; a new folder."),
+        typer.Argument(
+            metavar="ADAPTER... OUT",
+            help="LoRA or DoRA adapters, ours or any PEFT ones; a new folder.",
+        ),
     ],
     base: BaseModel = None,
     weights: Weights = None,
@@ -166,7 +209,10 @@ def merge(
     density: Density = None,
     stream: Annotated[
         Optional[bool],
-        typer.Option("--stream/--no-stream", help="In constant memory, or not; default: where that is possible."),
+        typer.Option(
+            "--stream/--no-stream",
+            help="In constant memory, or not; default: where that is possible.",
+        ),
     ] = None,
     base_weights: Annotated[
         BaseWeights, typer.Option(help="Of an adapter trained in 4 bits: what it is merged into.")
@@ -187,12 +233,18 @@ def merge(
 @app.command()
 def combine(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER ADAPTER... OUT", help="LoRA adapters of one base; a new folder.")
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER ADAPTER... OUT", help="LoRA adapters of one base; a new folder."
+        ),
     ],
     weights: Weights = None,
     combination: Combination = "cat",
     density: Density = None,
-    r: Annotated[Optional[int], typer.Option("--r", min=1, help="Rank of the svd kinds; default: the largest.")] = None,
+    r: Annotated[
+        Optional[int],
+        typer.Option("--r", min=1, help="Rank of the svd kinds; default: the largest."),
+    ] = None,
     base: BaseModel = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -223,13 +275,20 @@ def extract(
 
 @app.command()
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the plain LoRA adapter to; must not exist.")],
-    r: Annotated[Optional[int], typer.Option("--r", min=1, help="Rank; default: the adapter's largest.")] = None,
+    adapter: Annotated[
+        Path, typer.Argument(help="A LoRA or DoRA adapter folder, ours or any PEFT one.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write the plain LoRA adapter to; must not exist.")
+    ],
+    r: Annotated[
+        Optional[int], typer.Option("--r", min=1, help="Rank; default: the adapter's largest.")
+    ] = None,
     base: BaseModel = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a plain LoRA adapter of a DoRA one, or one of a smaller rank, and say what that costs."""
+    """Make a plain LoRA adapter of a DoRA one, or one of a smaller rank, and say what that
+    costs."""
     _quiet_libraries()
     from lora_cli.merge.extract import convert
 
@@ -239,12 +298,18 @@ def convert(
 
 @app.command()
 def verify(
-    first: Annotated[str, typer.Argument(metavar="A", help="An adapter, a model (folder or hub), or a .gguf file.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="What should be the same function: any of these.")],
+    first: Annotated[
+        str,
+        typer.Argument(metavar="A", help="An adapter, a model (folder or hub), or a .gguf file."),
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar="B", help="What should be the same function: any of these.")
+    ],
     base: BaseModel = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not explain it."""
+    """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not
+    explain it."""
     _quiet_libraries()
     from lora_cli.evaluate.verify import verify
 
@@ -255,35 +320,57 @@ def verify(
 def export_gguf(
     path: Annotated[
         Optional[Path],
-        typer.Argument(help="A merged model or an adapter; default: the newest result under this folder."),
+        typer.Argument(
+            help="A merged model or an adapter; default: the newest result under this folder."
+        ),
     ] = None,
     quantize: Annotated[
         Optional[list[str]],
-        typer.Option("--quantize", "-q", metavar="TYPE", help="f32, f16, bf16, q8_0, Q4_K_M, …; may be repeated."),
+        typer.Option(
+            "--quantize",
+            "-q",
+            metavar="TYPE",
+            help="f32, f16, bf16, q8_0, Q4_K_M, …; may be repeated.",
+        ),
     ] = None,
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH.")
+        Optional[Path],
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH."),
     ] = None,
     base: BaseModel = None,
     imatrix: Annotated[
         Optional[str],
-        typer.Option("--imatrix", metavar="FILE|DATA", help="An importance matrix, or rows to measure one on."),
+        typer.Option(
+            "--imatrix",
+            metavar="FILE|DATA",
+            help="An importance matrix, or rows to measure one on.",
+        ),
     ] = None,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base.")
+        bool,
+        typer.Option(
+            "--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base."
+        ),
     ] = False,
     llama_cpp: LlamaCpp = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own converter and quantiser."""
+    """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own converter and
+    quantiser."""
     _quiet_libraries()
     if adapter_only:
         from lora_cli.gguf.adapter import export_adapter
 
         if imatrix is not None:
-            raise UsageError("--imatrix is for the quantiser's types, which an adapter has none of", "leave it out")
+            raise UsageError(
+                "--imatrix is for the quantiser's types, which an adapter has none of",
+                "leave it out",
+            )
         if path is None:
-            raise UsageError("--adapter-only needs the adapter's folder", "lora export-gguf ADAPTER --adapter-only")
+            raise UsageError(
+                "--adapter-only needs the adapter's folder",
+                "lora export-gguf ADAPTER --adapter-only",
+            )
         files = export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
     else:
         from lora_cli.gguf.export import export
@@ -303,17 +390,30 @@ def setup_llama_cpp() -> None:
 
 @app.command()
 def generate(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Base, adapters, merged folders, .gguf files.")],
-    prompt: Annotated[Optional[list[str]], typer.Option("--prompt", "-p", help="May be repeated.")] = None,
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="Base, adapters, merged folders, .gguf files."),
+    ],
+    prompt: Annotated[
+        Optional[list[str]], typer.Option("--prompt", "-p", help="May be repeated.")
+    ] = None,
     file: Annotated[
         Optional[Path],
-        typer.Option("--file", "-f", help="Prompts: lines of text, or .jsonl rows; answers in the rows are compared."),
+        typer.Option(
+            "--file",
+            "-f",
+            help="Prompts: lines of text, or .jsonl rows; answers in the rows are compared.",
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     base: BaseModel = None,
-    show: Annotated[Optional[int], typer.Option(min=0, help="Print at most this many prompts' answers.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and model on stdout.")] = False,
+    show: Annotated[
+        Optional[int], typer.Option(min=0, help="Print at most this many prompts' answers.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per prompt and model on stdout.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer the same prompts with several models side by side."""
@@ -341,10 +441,15 @@ def chat(
 
 @app.command()
 def doctor(
-    oracle: Annotated[bool, typer.Option("--oracle", help="Also print every comparison's largest deviation.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Also print every comparison's largest deviation.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout instead.")
+    ] = False,
 ) -> None:
-    """Check what is installed here against the published formulas. Exit 1 if something a recipe needs is wrong."""
+    """Check what is installed here against the published formulas. Exit 1 if something a recipe
+    needs is wrong."""
     from lora_cli.doctor.checks import run_doctor
 
     if not run_doctor(oracle, as_json, _quiet_libraries):
@@ -422,7 +527,11 @@ def main() -> NoReturn:
         if len(sys.argv) == 1:  # no command at all: the message is the help
             ui.say(error.format_message())
             sys.exit(2)
-        _fail(UsageError(error.format_message(), f"{error.ctx.command_path if error.ctx else 'lora'} --help"))
+        _fail(
+            UsageError(
+                error.format_message(), f"{error.ctx.command_path if error.ctx else 'lora'} --help"
+            )
+        )
     except Exception as error:
         known = library_errors.translate(error)
         if known is None:
@@ -435,8 +544,10 @@ def _report(error: Exception) -> NoReturn:
     lines = "".join(traceback.format_exception(error))
     ui.say(privacy.replace_home(lines).rstrip())
     ui.say(
-        f"\nThis is a bug in lora {__version__}, not a mistake of yours. Please report it with the lines above, the\n"
-        "command, the recipe, and what `lora doctor --json` prints. Tokens and your home folder are left out above."
+        f"\nThis is a bug in lora {__version__}, not a mistake of yours. Please report it with "
+        "the lines above, the\n"
+        "command, the recipe, and what `lora doctor --json` prints. Tokens and your home folder "
+        "are left out above."
     )
     sys.exit(BUG)
 

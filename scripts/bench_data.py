@@ -1,11 +1,13 @@
-"""How long preparing rows takes, against the tokenizer alone; and the memory that reading a large file takes.
+"""How long preparing rows takes, against the tokenizer alone; and the memory that reading a large
+file takes.
 
     python scripts/bench_data.py [--rows 50000] [--large 5000000]
 
-Rows are made like Alpaca's (instruction, output; 5 to 30 and 5 to 120 common words). The ratio is `data.prepare` over
-`tokenizer(texts)` in one batch call on the same rendered texts, both sides alternating, the best of five; and what it
-takes when the same rows were prepared before. Then the growth of the process's memory while the rows of a large .jsonl
-are prepared and read back, and while they are streamed, against the same for a file a tenth as large.
+Rows are made like Alpaca's (instruction, output; 5 to 30 and 5 to 120 common words). The ratio is
+`data.prepare` over `tokenizer(texts)` in one batch call on the same rendered texts, both sides
+alternating, the best of five; and what it takes when the same rows were prepared before. Then the
+growth of the process's memory while the rows of a large .jsonl are prepared and read back, and
+while they are streamed, against the same for a file a tenth as large.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 WORDS = (
-    "the of and to in is that it was for on are as with they at be this have from or one had by word but not what all "
-    "were we when your can said there use an each which she do how their if will up other about out many then them "
-    "these so some her would make like him into time has look two more write go see number no way could people my than"
+    "the of and to in is that it was for on are as with they at be this have from or one had by "
+    "word but not what all "
+    "were we when your can said there use an each which she do how their if will up other about "
+    "out many then them "
+    "these so some her would make like him into time has look two more write go see number no way "
+    "could people my than"
 ).split()
 
 
@@ -76,13 +81,17 @@ def speed(folder: Path, count: int) -> None:
             times.append(time.perf_counter() - started)
     assert prepared.counts.tokens == sum(map(len, ids))
     print(f"{count:,} rows, {prepared.counts.tokens:,} tokens: tokenizer alone {min(alone):.2f} s")
-    print(f"prepare {min(whole):.2f} s, ratio {min(whole) / min(alone):.2f}; from the cache {min(again):.2f} s")
+    print(
+        f"prepare {min(whole):.2f} s, ratio {min(whole) / min(alone):.2f}; from the cache "
+        f"{min(again):.2f} s"
+    )
     ratios = sorted(ours / theirs for ours, theirs in zip(whole, alone))
     print(f"the five ratios: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
 
 
 def memory_of(path: Path, streamed: bool) -> float:
-    """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or streamed."""
+    """Growth of the process's memory, in MB, while every row of `path` is prepared and read, or
+    streamed."""
     from lora_cli.data import cache
     from lora_cli.models.tokenizer import load_tokenizer
     from lora_cli.recipe.load import load_recipe
@@ -90,7 +99,8 @@ def memory_of(path: Path, streamed: bool) -> float:
     recipe = path.with_suffix(".yaml")
     steps = "training: {max_steps: 1}\n"
     recipe.write_text(
-        f"model: {{name_or_path: x}}\ndata: {{path: {path}, streaming: {str(streamed).lower()}}}\n{steps}"
+        f"model: {{name_or_path: x}}\ndata: "
+        f"{{path: {path}, streaming: {str(streamed).lower()}}}\n{steps}"
     )
     loaded = load_recipe(recipe)
     tokenizer = load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
@@ -116,13 +126,15 @@ def memory_of(path: Path, streamed: bool) -> float:
 
 
 def anonymous(process: psutil.Process) -> int:
-    """Memory of the process in bytes, without the pages of mapped files, which the system takes back at will."""
+    """Memory of the process in bytes, without the pages of mapped files, which the system takes
+    back at will."""
     info = process.memory_info()
     return int(info.rss - getattr(info, "shared", 0))
 
 
 def memory(folder: Path, large: int) -> None:
-    """Print the growth for a tenth of the rows and for all, prepared and streamed, each in a process of its own."""
+    """Print the growth for a tenth of the rows and for all, prepared and streamed, each in a
+    process of its own."""
     for count in (large // 10, large):
         path = folder / "large.jsonl"
         write_rows(path, count)
@@ -132,7 +144,11 @@ def memory(folder: Path, large: int) -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             grown, took = float(done.stdout.split()[-1]), time.perf_counter() - started
             size = path.stat().st_size / 1e6
-            print(f"{count:,} rows, {size:,.0f} MB, {how}: memory grows by {grown:.0f} MB ({took:.0f} s)", flush=True)
+            print(
+                f"{count:,} rows, {size:,.0f} MB, {how}: memory grows by {grown:.0f} MB "
+                f"({took:.0f} s)",
+                flush=True,
+            )
 
 
 def main() -> None:

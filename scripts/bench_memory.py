@@ -2,9 +2,10 @@
 
     python scripts/bench_memory.py [--width 512] [--layers 8] [--only qlora]
 
-A random Llama (60 million parameters unless told otherwise) is trained for three steps by `lora train`'s own code, each
-combination in a process of its own. Measured on a CPU: the highest resident memory over what the process had after its
-imports; on CUDA: the allocator's peak. Planned: what `lora plan` says of the same recipe and rows.
+A random Llama (60 million parameters unless told otherwise) is trained for three steps by `lora
+train`'s own code, each combination in a process of its own. Measured on a CPU: the highest resident
+memory over what the process had after its imports; on CUDA: the allocator's peak. Planned: what
+`lora plan` says of the same recipe and rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ STEPS = 3
 
 
 class Case(NamedTuple):
-    """One combination; `row` is the rows' length, `rows` how many one forward pass is given (for step: one step)."""
+    """One combination; `row` is the rows' length, `rows` how many one forward pass is given (for
+    step: one step)."""
 
     method: str
     checkpointing: bool
@@ -42,10 +44,13 @@ class Case(NamedTuple):
     def recipe(self, folder: Path) -> str:
         """The recipe, with model and rows in `folder`."""
         return (
-            f"method: {self.method}\noutput_dir: {folder / 'run'}\nmodel: {{name_or_path: {folder / 'model'}}}\n"
+            f"method: {self.method}\noutput_dir: {folder / 'run'}\nmodel: "
+            f"{{name_or_path: {folder / 'model'}}}\n"
             f"lora: {{r: 16{self.lora}}}\ndata: {{path: {folder / 'rows.jsonl'}}}\n"
-            f"training: {{packing: {self.packing}, gradient_checkpointing: {str(self.checkpointing).lower()}, "
-            f"per_device_train_batch_size: {self.rows}, max_length: {self.max_length}, max_steps: {STEPS}, "
+            f"training: {{packing: {self.packing}, "
+            f"gradient_checkpointing: {str(self.checkpointing).lower()}, "
+            f"per_device_train_batch_size: {self.rows}, max_length: {self.max_length}, max_steps: "
+            f"{STEPS}, "
             "save_strategy: 'no'}\n"
         )
 
@@ -66,7 +71,8 @@ CASES = [
 
 
 def write_rows(path: Path, case: Case) -> None:
-    """Rows of the case's length, but for one in four, which is half as long: padded batches need a mask."""
+    """Rows of the case's length, but for one in four, which is half as long: padded batches need a
+    mask."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(STEPS * case.rows * 8):
             length = case.row if number % 4 else case.row // 2
@@ -75,7 +81,8 @@ def write_rows(path: Path, case: Case) -> None:
 
 
 def measure(folder: Path) -> int:
-    """Train the recipe in `folder`; the peak in bytes over what the process had after its imports."""
+    """Train the recipe in `folder`; the peak in bytes over what the process had after its
+    imports."""
     import torch
 
     from lora_cli.recipe.load import load_recipe
@@ -103,8 +110,14 @@ def plan(folder: Path) -> dict[str, Any]:
     device, base = hardware.detect_device(), Base(str(folder / "model"))
     recipe, _ = auto.settle(load_recipe(folder / "r.yaml"), base.dtype, device)
     rows, _ = load.load_rows(recipe, base.load_tokenizer())
-    items = memory.make_forecast(recipe, base.config, device).need(memory.largest_batch(recipe, rows)).items
-    return {item: size for item, size in items.items() if item != memory.RESERVE}  # not the allocator's
+    items = (
+        memory.make_forecast(recipe, base.config, device)
+        .need(memory.largest_batch(recipe, rows))
+        .items
+    )
+    return {
+        item: size for item, size in items.items() if item != memory.RESERVE
+    }  # not the allocator's
 
 
 def asked(what: str, folder: Path) -> Any:
@@ -120,7 +133,9 @@ def asked(what: str, folder: Path) -> Any:
 
 def main() -> None:
     """Every case, planned and measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -132,10 +147,21 @@ def main() -> None:
     if options.do:
         print("FOUND " + json.dumps({"measure": measure, "plan": plan}[options.do](options.folder)))
         return
-    columns = ("method", "checkpointing", "packing", "row", "rows", "planned MB", "measured MB", "ratio")
+    columns = (
+        "method",
+        "checkpointing",
+        "packing",
+        "row",
+        "rows",
+        "planned MB",
+        "measured MB",
+        "ratio",
+    )
     print(("{:<14} {:<14} {:<8}" + " {:>12}" * 5).format(*columns))
     worst = 1.0
-    for case in [case for case in CASES if not options.only or case.method in options.only.split(",")]:
+    for case in [
+        case for case in CASES if not options.only or case.method in options.only.split(",")
+    ]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             make_model(folder / "model", options)

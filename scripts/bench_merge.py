@@ -1,11 +1,13 @@
-"""Time and memory of merging: plain PEFT, ours in constant memory, ours with its checks, and copying the folder.
+"""Time and memory of merging: plain PEFT, ours in constant memory, ours with its checks, and
+copying the folder.
 
     python scripts/bench_merge.py [--gigabytes 2] [--half] [--repeat 3]
 
-The base is a random bfloat16 Llama of about that size in four shards, the adapters a LoRA and a DoRA of rank 16 on
-every linear module. Each side runs in a process of its own, one after the other, `--repeat` times round. Of each the
-best wall time counts, from after the imports, also until everything is on the disk; and the highest resident memory,
-over that after the imports. `--half` does the same for a base of half the size.
+The base is a random bfloat16 Llama of about that size in four shards, the adapters a LoRA and a
+DoRA of rank 16 on every linear module. Each side runs in a process of its own, one after the other,
+`--repeat` times round. Of each the best wall time counts, from after the imports, also until
+everything is on the disk; and the highest resident memory, over that after the imports. `--half`
+does the same for a base of half the size.
 """
 
 from __future__ import annotations
@@ -48,8 +50,12 @@ def make(folder: Path, gigabytes: float) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     base = LlamaForCausalLM(config)
-    base.save_pretrained(folder / "base", max_shard_size=f"{int(base.num_parameters() * 2 / SHARDS / 2**20) + 64}MB")
-    AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model").save_pretrained(folder / "base")
+    base.save_pretrained(
+        folder / "base", max_shard_size=f"{int(base.num_parameters() * 2 / SHARDS / 2**20) + 64}MB"
+    )
+    AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model").save_pretrained(
+        folder / "base"
+    )
     torch.set_default_dtype(torch.float32)
     for name, dora in (("LoRA", False), ("DoRA", True)):
         adapted = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", use_dora=dora))
@@ -62,7 +68,8 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def run(side: str, folder: Path, name: str) -> None:
-    """One side, in this process: prints its wall time (s), its peak memory and that of the imports (MiB) as JSON."""
+    """One side, in this process: prints its wall time (s), its peak memory and that of the imports
+    (MiB) as JSON."""
     out = folder / "out"
     if side == "plain PEFT":
         from peft import PeftModel
@@ -81,7 +88,10 @@ def run(side: str, folder: Path, name: str) -> None:
 
         def work() -> None:
             merge.merge_adapter(
-                adapter_folder.read_adapter(folder / name), out, stream=True, check=side == "lora merge"
+                adapter_folder.read_adapter(folder / name),
+                out,
+                stream=True,
+                check=side == "lora merge",
             )
 
     before = memory()
@@ -90,12 +100,18 @@ def run(side: str, folder: Path, name: str) -> None:
     work()
     wall, peak = time.perf_counter() - started, memory()
     os.sync()
-    print(json.dumps({"wall": wall, "disk": time.perf_counter() - started, "peak": peak, "imports": before}))
+    print(
+        json.dumps(
+            {"wall": wall, "disk": time.perf_counter() - started, "peak": peak, "imports": before}
+        )
+    )
 
 
 def memory() -> float:
     """The most memory this process has held so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def bench(folder: Path, gigabytes: float, repeat: int) -> None:
@@ -104,7 +120,10 @@ def bench(folder: Path, gigabytes: float, repeat: int) -> None:
     size = sum(file.stat().st_size for file in (folder / "base").iterdir()) / 1e9
     shards = len(list((folder / "base").glob("*.safetensors")))
     print(f"\nbase of {size:.2f} GB in {shards} shards")
-    print("adapter  side                    wall s  of PEFT  of copy  to disk s  of PEFT  of copy    MiB")
+    print(
+        "adapter  side                    wall s  of PEFT  of copy  to disk s  of PEFT  of copy   "
+        " MiB"
+    )
     for name in ("LoRA", "DoRA"):
         found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for _ in range(repeat):
@@ -119,7 +138,8 @@ def bench(folder: Path, gigabytes: float, repeat: int) -> None:
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
                 shutil.rmtree(folder / "out")
         best = {
-            side: {until: min(run[until] for run in runs) for until in ("wall", "disk")} for side, runs in found.items()
+            side: {until: min(run[until] for run in runs) for until in ("wall", "disk")}
+            for side, runs in found.items()
         }
         for side, runs in found.items():
             cells = [f"{name:7}", f"{side:22}"]
@@ -145,7 +165,10 @@ def main() -> None:
     elif arguments.run:
         run(arguments.run[0], Path(arguments.run[2]), arguments.run[1])
     else:
-        for gigabytes in [arguments.gigabytes, *([arguments.gigabytes / 2] if arguments.half else [])]:
+        for gigabytes in [
+            arguments.gigabytes,
+            *([arguments.gigabytes / 2] if arguments.half else []),
+        ]:
             with tempfile.TemporaryDirectory() as folder:
                 bench(Path(folder), gigabytes, arguments.repeat)
 

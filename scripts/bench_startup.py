@@ -1,9 +1,10 @@
-"""Time of a whole `lora train` of one step on the tiny model, its rows cached, against importing its libraries.
+"""Time of a whole `lora train` of one step on the tiny model, its rows cached, against importing
+its libraries.
 
     python scripts/bench_startup.py [--repeat 5]
 
-Both are processes of their own, one after the other. The first step is over before the process is: what it takes to
-save the adapter is in the time as well.
+Both are processes of their own, one after the other. The first step is over before the process is:
+what it takes to save the adapter is in the time as well.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     """Alternate the two after a warm-up of each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=5)
     repeat = parser.parse_args().repeat
     imports, runs = [], []
@@ -40,13 +43,18 @@ def main() -> None:
         tiny = ROOT / "build" / "tiny"
         for number in range(repeat + 1):
             recipe.write_text(
-                f"method: lora\noutput_dir: {folder}/run{number}\nmodel: {{name_or_path: {tiny / 'model'}}}\n"
-                f"data: {{path: {tiny / 'train.jsonl'}}}\ntraining: {{max_steps: 1, save_strategy: 'no'}}\n"
+                f"method: lora\noutput_dir: {folder}/run{number}\nmodel: "
+                f"{{name_or_path: {tiny / 'model'}}}\n"
+                f"data: {{path: {tiny / 'train.jsonl'}}}\ntraining: "
+                f"{{max_steps: 1, save_strategy: 'no'}}\n"
             )
             imports.append(seconds([sys.executable, "-c", IMPORTS]))
             runs.append(seconds([sys.executable, "-m", "lora_cli", "train", str(recipe)]))
     first, second = (statistics.median(each[1:]) for each in (imports, runs))
-    print(f"importing {first:.2f} s, lora train of one step {second:.2f} s: {second / first:.2f} times")
+    print(
+        f"importing {first:.2f} s, lora train of one step {second:.2f} s: {second / first:.2f} "
+        "times"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Training speed on this machine: lora against SFTTrainer as it is, with its best flags, and a bare loop.
+"""Training speed on this machine: lora against SFTTrainer as it is, with its best flags, and a bare
+loop.
 
     python scripts/bench_train.py [--method lora] [--rows 192] [--rounds 3] [--vocabulary 32000] …
-    python scripts/bench_train.py --peers ENV [--peers ENV …]      # the command lines installed there instead
+    python scripts/bench_train.py --peers ENV [--peers ENV …]   # the command lines installed there
 
-A random Llama (10 million parameters beside the embeddings unless told otherwise, in bfloat16 where the processor
-computes it) and rows with the lengths of Alpaca's (log-normal, median 95 tokens, at most 1024; 55 % of the tokens carry
-loss; `--length`: all as long, `--data FILE`: questions and answers of a .jsonl, spelt by the tiny model's tokenizer).
-Every side trains on every row once, with rank 16 on all linear layers, 8 rows to a step, and in a process of its own;
-the sides alternate. Printed: real tokens (no padding) per CPU second and per second, medians over the rounds and
-spread, peak memory over what the process had when training began, and the mean loss of the last quarter of the steps.
+A random Llama (10 million parameters beside the embeddings unless told otherwise, in bfloat16 where
+the processor computes it) and rows with the lengths of Alpaca's (log-normal, median 95 tokens, at
+most 1024; 55 % of the tokens carry loss; `--length`: all as long, `--data FILE`: questions and
+answers of a .jsonl, spelt by the tiny model's tokenizer). Every side trains on every row once, with
+rank 16 on all linear layers, 8 rows to a step, and in a process of its own; the sides alternate.
+Printed: real tokens (no padding) per CPU second and per second, medians over the rounds and spread,
+peak memory over what the process had when training began, and the mean loss of the last quarter of
+the steps.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 STEP_ROWS, RATE = 8, 2e-4
 KNOWN = 500
-"""Tokens that occur in the rows: those of the tiny model's tokenizer. The head has the whole vocabulary."""
+"""Tokens that occur in the rows: those of the tiny model's tokenizer. The head has the whole
+vocabulary."""
 
 
 def write_rows(path: Path, options: argparse.Namespace) -> int:
@@ -44,15 +48,20 @@ def write_rows(path: Path, options: argparse.Namespace) -> int:
     rows = real_rows(options) if options.data else made_rows(options)
     with path.open("w", encoding="utf-8") as file:
         for ids, asked in rows:
-            file.write(json.dumps({"input_ids": ids, "labels": [-100] * asked + ids[asked:]}) + "\n")
+            file.write(
+                json.dumps({"input_ids": ids, "labels": [-100] * asked + ids[asked:]}) + "\n"
+            )
     return sum(len(ids) for ids, _ in rows)
 
 
 def made_rows(options: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """Tokens of which every one but the first follows from the one before, and how many carry no loss."""
+    """Tokens of which every one but the first follows from the one before, and how many carry no
+    loss."""
     draw, rows = random.Random(0), []
     for _ in range(options.rows):
-        length = options.length or max(16, min(options.max_length, round(draw.lognormvariate(4.55, 0.75))))
+        length = options.length or max(
+            16, min(options.max_length, round(draw.lognormvariate(4.55, 0.75)))
+        )
         ids = [draw.randrange(10, KNOWN)]
         while len(ids) < length:
             ids.append((ids[-1] * 7 + 11) % (KNOWN - 10) + 10)
@@ -61,20 +70,25 @@ def made_rows(options: argparse.Namespace) -> list[tuple[list[int], int]]:
 
 
 def real_rows(options: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """The first questions and answers of at most `--max-length` tokens, and the length of each question."""
+    """The first questions and answers of at most `--max-length` tokens, and the length of each
+    question."""
     from transformers import AutoTokenizer
 
     tokenizer, rows = AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model"), []
     for line in Path(options.data).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        asked, answered = (tokenizer(row[name], add_special_tokens=False).input_ids for name in ("question", "answer"))
+        asked, answered = (
+            tokenizer(row[name], add_special_tokens=False).input_ids
+            for name in ("question", "answer")
+        )
         if len(asked) + len(answered) <= options.max_length and len(rows) < options.rows:
             rows.append((asked + answered, len(asked)))
     return rows
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
-    """A random Llama with the tiny model's tokenizer, whose few tokens are the first of the vocabulary."""
+    """A random Llama with the tiny model's tokenizer, whose few tokens are the first of the
+    vocabulary."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -116,7 +130,11 @@ class Measured:
 def report(measured: Measured, losses: list[float]) -> None:
     """One line of JSON on stdout, for the process that compares."""
     last = losses[-max(1, len(losses) // 4) :]
-    found = {"wall": measured.wall, "cpu": measured.cpu, "mb": (measured.most - measured.before) / 1e6}
+    found = {
+        "wall": measured.wall,
+        "cpu": measured.cpu,
+        "mb": (measured.most - measured.before) / 1e6,
+    }
     print("FOUND " + json.dumps(found | {"loss": sum(last) / len(last)}))
 
 
@@ -143,11 +161,17 @@ def stock(folder: Path, options: argparse.Namespace, by_name: bool = False, **fl
     if options.method.startswith("q"):
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         kind = getattr(torch, options.dtype)
-        quantised["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=kind, **nf4)
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=kind, **nf4
+        )
     model: Any = str(folder / "model")
     if not by_name or quantised:
         model = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype, **quantised)
-    shared: dict[str, Any] = {"per_device_train_batch_size": STEP_ROWS, "learning_rate": RATE, "num_train_epochs": 1}
+    shared: dict[str, Any] = {
+        "per_device_train_batch_size": STEP_ROWS,
+        "learning_rate": RATE,
+        "num_train_epochs": 1,
+    }
     shared |= {
         "max_length": options.max_length,
         "logging_steps": 1,
@@ -155,7 +179,9 @@ def stock(folder: Path, options: argparse.Namespace, by_name: bool = False, **fl
         "report_to": "none",
         "seed": 0,
     }
-    arguments = SFTConfig(str(folder / "out"), use_cpu=not torch.cuda.is_available(), **shared, **flags)
+    arguments = SFTConfig(
+        str(folder / "out"), use_cpu=not torch.cuda.is_available(), **shared, **flags
+    )
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     config = LoraConfig(
         r=options.rank,
@@ -181,11 +207,15 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     from lora_cli.train import run as train
 
     text = (
-        f"method: {options.method}\noutput_dir: {folder / 'run'}\nmodel: {{name_or_path: {folder / 'model'}}}\n"
-        f"lora: {{r: {options.rank}, lora_alpha: {2 * options.rank}, lora_dropout: {options.dropout}}}\n"
+        f"method: {options.method}\noutput_dir: {folder / 'run'}\nmodel: "
+        f"{{name_or_path: {folder / 'model'}}}\n"
+        f"lora: {{r: {options.rank}, lora_alpha: {2 * options.rank}, "
+        f"lora_dropout: {options.dropout}}}\n"
         f"data: {{path: {folder / 'rows.jsonl'}}}\n"
-        f"training: {{per_device_train_batch_size: {STEP_ROWS}, learning_rate: {RATE}, logging_steps: 1, "
-        f"max_length: {options.max_length}, save_strategy: 'no', lr_scheduler_type: linear, warmup_steps: 0}}\n"
+        f"training: {{per_device_train_batch_size: {STEP_ROWS}, learning_rate: {RATE}, "
+        f"logging_steps: 1, "
+        f"max_length: {options.max_length}, save_strategy: 'no', lr_scheduler_type: linear, "
+        f"warmup_steps: 0}}\n"
     )
     (folder / "r.yaml").write_text(text)
     run = Trainer.train
@@ -193,7 +223,9 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
     def measured_run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         with Measured() as measured:
             result = run(self, *args, **kwargs)
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
         report(measured, [line["loss"] for line in lines if "loss" in line])
         return result
 
@@ -202,7 +234,8 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
 
 
 def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> None:
-    """A loop around PEFT with lora's levers and nothing else; `frozen`: the base alone, with no adapter to learn."""
+    """A loop around PEFT with lora's levers and nothing else; `frozen`: the base alone, with no
+    adapter to learn."""
     import torch
     from peft import get_peft_model
     from peft.helpers import disable_input_dtype_casting
@@ -264,7 +297,9 @@ SIDES: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "SFTTrainer": lambda folder, options: trained(lambda: stock(folder, options, by_name=True)),
     "SFTTrainer, model loaded": lambda folder, options: trained(lambda: stock(folder, options)),
     "SFTTrainer, best flags": lambda folder, options: trained(
-        lambda: stock(folder, options, packing=True, gradient_checkpointing=False, optim="adamw_torch_fused")
+        lambda: stock(
+            folder, options, packing=True, gradient_checkpointing=False, optim="adamw_torch_fused"
+        )
     ),
     "bare loop": bare,
     "frozen base": lambda folder, options: bare(folder, options, frozen=True),
@@ -277,7 +312,9 @@ def measure(side: str, folder: Path, arguments: list[str]) -> dict[str, float]:
         for name in ("model", "rows.jsonl"):
             (Path(scratch) / name).symlink_to(folder / name)
         command = [sys.executable, __file__, *arguments, "--side", side, "--folder", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ}
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     if not lines:
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -313,7 +350,10 @@ def compare_tools(options: argparse.Namespace) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "build" / "tiny" / "model")
     ids = real_rows(options) if options.data else made_rows(options)
-    rows = [(*(tokenizer.decode(part) for part in (row[:asked], row[asked:])), len(row)) for row, asked in ids]
+    rows = [
+        (*(tokenizer.decode(part) for part in (row[:asked], row[asked:])), len(row))
+        for row, asked in ids
+    ]
     with tempfile.TemporaryDirectory() as name:
         made = Path(name)
         make_model(made / "model", options)
@@ -330,13 +370,17 @@ def compare_tools(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """All sides in turn, as often as there are rounds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     add_model_options(parser)
     parser.add_argument("--sides", default=",".join(side.replace(",", "") for side in SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--peers", type=Path, action="append", metavar="ENV", help="environments with other tools")
+    parser.add_argument(
+        "--peers", type=Path, action="append", metavar="ENV", help="environments with other tools"
+    )
     options = parser.parse_args()
     if options.peers:
         compare_tools(options)

@@ -1,19 +1,24 @@
-"""Make a tiny chat model that really knows something, and a task it does not know yet to fine-tune it on.
+"""Make a tiny chat model that really knows something, and a task it does not know yet to fine-tune
+it on.
 
     python scripts/make_tiny_model.py OUT [--seed 0] [--steps 1200]
 
 writes, about a minute later on two CPU cores and without a network:
 
-    OUT/model/       a Llama of 1.4M float32 parameters with a SentencePiece tokenizer and a chat template, pretrained
-                     here on five word-list tasks (copy, sort, first, last, count)
-    OUT/train.jsonl  rows of a sixth task, {"prompt": "Reverse: red dog sun", "completion": "sun dog red"}
+    OUT/model/       a Llama of 1.4M float32 parameters with a SentencePiece tokenizer and a chat
+                     template, pretrained here on five word-list tasks (copy, sort, first, last,
+                     count)
+    OUT/train.jsonl  rows of a sixth task, {"prompt": "Reverse: red dog sun",
+                     "completion": "sun dog red"}
     OUT/eval.jsonl   held-out rows of the same task
-    OUT/DONE         written last: what made this folder, and how well the model does on rows it never saw
+    OUT/DONE         written last: what made this folder, and how well the model does on rows it
+                     never saw
 
-A random model would do for shapes, but not to see that fine-tuning works: an adapter has to have something to adapt.
-Every size is a multiple of 64 (bitsandbytes' 4-bit kernels on the CPU) and every row of a weight has 256 or 512
-elements (llama.cpp's K-quants). The tokenizer is SentencePiece because llama.cpp's converter refuses a byte-level BPE
-it has never seen. The same seed on the same machine gives the same bytes.
+A random model would do for shapes, but not to see that fine-tuning works: an adapter has to have
+something to adapt. Every size is a multiple of 64 (bitsandbytes' 4-bit kernels on the CPU) and
+every row of a weight has 256 or 512 elements (llama.cpp's K-quants). The tokenizer is SentencePiece
+because llama.cpp's converter refuses a byte-level BPE it has never seen. The same seed on the same
+machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,14 +36,20 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-# Read when torch is imported. By default its threads spin while they wait: two of these on the same two cores then take
-# eight times as long as one, and with this 1.6 times.
+# Read when torch is imported. By default its threads spin while they wait: two of these on the same
+# two cores then take eight times as long as one, and with this 1.6 times.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sentencepiece
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, get_scheduler
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    get_scheduler,
+)
 from transformers.utils.logging import disable_progress_bar
 
 WORDS = (  # noqa: SIM905  each is one piece of the tokenizer
@@ -63,7 +74,8 @@ IGNORED = -100
 
 VOCAB_SIZE = 512
 ROLES = ["system", "user", "assistant"]
-# One begin token at the very start, and the end token of an answer inside the markers: it has to be learnt as well.
+# One begin token at the very start, and the end token of an answer inside the markers: it has to be
+# learnt as well.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -84,7 +96,8 @@ Example = tuple[list[int], list[int]]  # token ids, labels
 
 
 def fresh_lists(rng: random.Random) -> Iterator[list[str]]:
-    """Lists of three to five different words, never the same list twice: whatever is drawn later is held out."""
+    """Lists of three to five different words, never the same list twice: whatever is drawn later is
+    held out."""
     seen = set()
     while True:
         words = rng.sample(WORDS, rng.randint(3, 5))
@@ -106,10 +119,11 @@ def text(task: str, words: list[str]) -> str:
 
 
 def train_sentencepiece(texts: list[str]) -> bytes:
-    """A BPE model with byte fallback that leaves the text as it is: no normalisation and no space put in front.
+    """A BPE model with byte fallback that leaves the text as it is: no normalisation and no space
+    put in front.
 
-    A space in front is where Hugging Face and llama.cpp part: one puts it at the start, the other after every special
-    token.
+    A space in front is where Hugging Face and llama.cpp part: one puts it at the start, the other
+    after every special token.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -135,8 +149,9 @@ def train_sentencepiece(texts: list[str]) -> bytes:
 def make_tokenizer(sentencepiece_model: bytes) -> LlamaTokenizer:
     """The Hugging Face form of it.
 
-    Built from the pieces here, since transformers reads `tokenizer.model` only where protobuf is installed. A piece's
-    id is its rank, so the merges are the ways to put it together from two others, in the order of the ids.
+    Built from the pieces here, since transformers reads `tokenizer.model` only where protobuf is
+    installed. A piece's id is its rank, so the merges are the ways to put it together from two
+    others, in the order of the ids.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     vocab = {processor.id_to_piece(i): i for i in range(len(processor))}
@@ -156,7 +171,9 @@ def make_tokenizer(sentencepiece_model: bytes) -> LlamaTokenizer:
 
 def make_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
     """Two Llama layers with random weights."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -173,17 +190,25 @@ def make_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
     return model
 
 
-def encode(tokenizer: LlamaTokenizer, chats: list[list[Message]], texts: list[str]) -> list[Example]:
+def encode(
+    tokenizer: LlamaTokenizer, chats: list[list[Message]], texts: list[str]
+) -> list[Example]:
     """Chats learn their answers, sentences every token."""
-    encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = tokenizer.apply_chat_template(
+        chats, return_dict=True, return_assistant_tokens_mask=True
+    )
     examples = [
         (ids, [token if answer else IGNORED for token, answer in zip(ids, mask)])
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"])
     ]
-    return examples + [(ids, ids) for ids in tokenizer([one + tokenizer.eos_token for one in texts])["input_ids"]]
+    return examples + [
+        (ids, ids) for ids in tokenizer([one + tokenizer.eos_token for one in texts])["input_ids"]
+    ]
 
 
-def batches(examples: list[Example], rng: random.Random, pad: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    examples: list[Example], rng: random.Random, pad: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of ids and labels, int64 [BATCH_SIZE, longest row], padded on the right."""
     while True:
         order = rng.sample(examples, len(examples))
@@ -196,8 +221,11 @@ def batches(examples: list[Example], rng: random.Random, pad: int) -> Iterator[t
             )
 
 
-def pretrain(model: LlamaForCausalLM, rows: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
-    """AdamW with a warmup and a cosine down to zero. Padding is on the right of a causal model: no mask is needed."""
+def pretrain(
+    model: LlamaForCausalLM, rows: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int
+) -> None:
+    """AdamW with a warmup and a cosine down to zero. Padding is on the right of a causal model: no
+    mask is needed."""
     settings = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(model.parameters(), **settings, fused=True)
     schedule = get_scheduler("cosine", optimizer, round(WARMUP * steps), steps)
@@ -218,7 +246,9 @@ def pretrain(model: LlamaForCausalLM, rows: Iterator[tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def exact_match(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, task: str, lists: list[list[str]]) -> float:
+def exact_match(
+    model: LlamaForCausalLM, tokenizer: LlamaTokenizer, task: str, lists: list[list[str]]
+) -> float:
     """The share of lists whose greedy answer is the right one to the letter, end token included."""
     prompts = tokenizer.apply_chat_template(
         [chat(task, words)[:-1] for words in lists],
@@ -228,7 +258,9 @@ def exact_match(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, task: str, l
         padding=True,
         tokenizer_kwargs={"padding_side": "left"},
     )
-    answers = model.eval().generate(**prompts, max_new_tokens=16)[:, prompts["input_ids"].shape[1] :]
+    answers = model.eval().generate(**prompts, max_new_tokens=16)[
+        :, prompts["input_ids"].shape[1] :
+    ]
     wanted = [TASKS[task](words) + tokenizer.eos_token for words in lists]
     got = [tokenizer.decode(answer).replace(tokenizer.pad_token, "") for answer in answers]
     return sum(a == b for a, b in zip(wanted, got)) / len(lists)
@@ -237,7 +269,9 @@ def exact_match(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, task: str, l
 def write_rows(path: Path, lists: list[list[str]]) -> None:
     """Rows of the task to fine-tune on, as JSON lines."""
     turns = [chat("Reverse", words) for words in lists]
-    rows = [{"prompt": user["content"], "completion": assistant["content"]} for user, assistant in turns]
+    rows = [
+        {"prompt": user["content"], "completion": assistant["content"]} for user, assistant in turns
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -251,13 +285,20 @@ def make(folder: Path, seed: int, steps: int) -> None:
     train, evaluation = list(islice(lists, NUM_TRAIN)), list(islice(lists, NUM_EVAL))
     assert not {tuple(words) for words in train} & {tuple(words) for words in evaluation}
     systems = [None] * 15 + ["Be brief."]
-    chats = [chat(rng.choice(MIXTURE), words, rng.choice(systems)) for words in islice(lists, NUM_CHATS)]
+    chats = [
+        chat(rng.choice(MIXTURE), words, rng.choice(systems)) for words in islice(lists, NUM_CHATS)
+    ]
     texts = [text(rng.choice(MIXTURE), words) for words in islice(lists, NUM_TEXTS)]
 
-    sentencepiece_model = train_sentencepiece([m["content"] for messages in chats for m in messages] + texts)
+    sentencepiece_model = train_sentencepiece(
+        [m["content"] for messages in chats for m in messages] + texts
+    )
     tokenizer = make_tokenizer(sentencepiece_model)
     model = make_model(tokenizer)
-    say(f"{model.num_parameters():,} parameters, {len(tokenizer)} pieces, {NUM_CHATS + NUM_TEXTS} rows")
+    say(
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} pieces, {NUM_CHATS + NUM_TEXTS} "
+        "rows"
+    )
     examples = encode(tokenizer, chats, texts)
     pretrain(model, batches(examples, rng, tokenizer.pad_token_id), steps)
     held_out["Reverse"] = evaluation
@@ -271,7 +312,10 @@ def make(folder: Path, seed: int, steps: int) -> None:
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     done = {"seed": seed, "steps": steps, "script_sha256": script, "exact_match": shares}
     (folder / "DONE").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
-    say("exact match on held-out rows: " + ", ".join(f"{task} {share:.1%}" for task, share in shares.items()))
+    say(
+        "exact match on held-out rows: "
+        + ", ".join(f"{task} {share:.1%}" for task, share in shares.items())
+    )
 
 
 def say(line: str) -> None:
@@ -280,11 +324,14 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    """Make everything beside OUT and move it there in one step: OUT is whole, or it is not there."""
+    """Make everything beside OUT and move it there in one step: OUT is whole, or it is not
+    there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder to make; must not exist, or be empty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1200, help="20 gives the same files and a bad model in seconds")
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="20 gives the same files and a bad model in seconds"
+    )
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty")

@@ -1,9 +1,11 @@
-"""Other command lines of fine-tuning beside `lora train`, whole processes: what `bench_train.py --peers ENV` runs.
+"""Other command lines of fine-tuning beside `lora train`, whole processes: what `bench_train.py
+--peers ENV` runs.
 
-Each tool that is installed in the environments trains on the same rows (`--data FILE` as bench_train.py takes it, or
-made ones spelt out as text), for the same steps, with its own defaults for all else; once on all rows and once on those
-of a single step. Tokens of the questions and answers, as the tiny model's tokenizer has them, by the difference of the
-two runs' times: starting and loading are in neither.
+Each tool that is installed in the environments trains on the same rows (`--data FILE` as
+bench_train.py takes it, or made ones spelt out as text), for the same steps, with its own defaults
+for all else; once on all rows and once on those of a single step. Tokens of the questions and
+answers, as the tiny model's tokenizer has them, by the difference of the two runs' times: starting
+and loading are in neither.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import NamedTuple
 import yaml
 
 Command = Callable[[Path, Path, int, argparse.Namespace], list[str | Path]]
-"""The arguments of a run: the environment's `bin`, the folder of a run, the rows of a step, the options."""
+"""The arguments of a run: the environment's `bin`, the folder of a run, the rows of a step, the
+options."""
 
 
 class Spent(NamedTuple):
@@ -50,18 +53,45 @@ def lora(_: Path, folder: Path, step_rows: int, options: argparse.Namespace) -> 
     return [sys.executable, "-m", "lora_cli", "train", folder / "r.yaml"]
 
 
-def trl(binaries: Path, folder: Path, step_rows: int, options: argparse.Namespace) -> list[str | Path]:
+def trl(
+    binaries: Path, folder: Path, step_rows: int, options: argparse.Namespace
+) -> list[str | Path]:
     """TRL's command line."""
     return [
-        *(binaries / "trl", "sft", "--model_name_or_path", folder / "model", "--dataset_name", folder / "data"),
+        *(
+            binaries / "trl",
+            "sft",
+            "--model_name_or_path",
+            folder / "model",
+            "--dataset_name",
+            folder / "data",
+        ),
         *("--output_dir", folder / "run", "--use_peft", "--lora_r", str(options.rank)),
-        *("--lora_alpha", str(2 * options.rank), "--lora_target_modules", "all-linear", "--use_cpu", "true"),
+        *(
+            "--lora_alpha",
+            str(2 * options.rank),
+            "--lora_target_modules",
+            "all-linear",
+            "--use_cpu",
+            "true",
+        ),
         *("--per_device_train_batch_size", str(step_rows), "--max_length", str(options.max_length)),
-        *("--num_train_epochs", "1", "--save_strategy", "no", "--report_to", "none", "--dtype", options.dtype),
+        *(
+            "--num_train_epochs",
+            "1",
+            "--save_strategy",
+            "no",
+            "--report_to",
+            "none",
+            "--dtype",
+            options.dtype,
+        ),
     ]
 
 
-def llamafactory(binaries: Path, folder: Path, step_rows: int, options: argparse.Namespace) -> list[str | Path]:
+def llamafactory(
+    binaries: Path, folder: Path, step_rows: int, options: argparse.Namespace
+) -> list[str | Path]:
     """LLaMA-Factory's command line."""
     columns = {"prompt": "prompt", "response": "completion"}
     (folder / "data" / "dataset_info.json").write_text(
@@ -92,7 +122,8 @@ def llamafactory(binaries: Path, folder: Path, step_rows: int, options: argparse
 
 PEERS: dict[str, Command] = {"trl": trl, "llamafactory-cli": llamafactory}
 UNKNOWN = ("litgpt", "soup", "axolotl", "unsloth")
-"""Tools that are named when installed: how to run them on a model of any shape without a GPU is not written."""
+"""Tools that are named when installed: how to run them on a model of any shape without a GPU is not
+written."""
 
 
 def spent(command: list[str | Path], folder: Path) -> Spent | None:
@@ -113,13 +144,17 @@ def compare(
     step_rows: int,
     options: argparse.Namespace,
 ) -> list[list[str]]:
-    """A table's lines: tool, tokens a CPU second, a second, and the first as a share of lora's. `rows` are prompt,
-    completion and tokens; `make_folder` gives a new folder with the base in `model`."""
+    """A table's lines: tool, tokens a CPU second, a second, and the first as a share of lora's.
+    `rows` are prompt, completion and tokens; `make_folder` gives a new folder with the base in
+    `model`."""
     tools: dict[str, tuple[Path, Command]] = {"lora train": (Path(), lora)}
     for environment in environments:
         binaries = environment.absolute() / "bin"
         there = {name: command for name, command in PEERS.items() if (binaries / name).exists()}
-        tools |= {f"{name} of {environment.absolute().name}": (binaries, command) for name, command in there.items()}
+        tools |= {
+            f"{name} of {environment.absolute().name}": (binaries, command)
+            for name, command in there.items()
+        }
         for name in UNKNOWN:
             if (binaries / name).exists():
                 print(f"{name}: not measured")
@@ -130,13 +165,22 @@ def compare(
             for some in (rows[:step_rows], rows):
                 folder = make_folder()
                 (folder / "data").mkdir()
-                text = "".join(json.dumps({"prompt": ask, "completion": say}) + "\n" for ask, say, _ in some)
+                text = "".join(
+                    json.dumps({"prompt": ask, "completion": say}) + "\n" for ask, say, _ in some
+                )
                 (folder / "data" / "rows.jsonl").write_text(text)
                 both.append(spent(command(binaries, folder, step_rows, options), folder))
             less, more = both
             if less and more:
                 found[name].append(Spent(more.cpu - less.cpu, more.wall - less.wall))
     tokens = sum(count for _, _, count in rows[step_rows:])
-    speeds = {name: [tokens / statistics.median(each) for each in zip(*runs)] for name, runs in found.items() if runs}
+    speeds = {
+        name: [tokens / statistics.median(each) for each in zip(*runs)]
+        for name, runs in found.items()
+        if runs
+    }
     ours = speeds["lora train"][0]
-    return [[name, f"{cpu:,.0f}", f"{wall:,.0f}", f"{cpu / ours:.2f}"] for name, (cpu, wall) in speeds.items()]
+    return [
+        [name, f"{cpu:,.0f}", f"{wall:,.0f}", f"{cpu / ours:.2f}"]
+        for name, (cpu, wall) in speeds.items()
+    ]

@@ -1,10 +1,12 @@
-"""Where the time of a training step goes, by kind of work: `lora train` on the random Llama of bench_train.py.
+"""Where the time of a training step goes, by kind of work: `lora train` on the random Llama of
+bench_train.py.
 
     python scripts/profile_train.py [--method lora] [--rows 48] [--width 320] [--vocabulary 32000] …
 
-One thread, so that the times of the operations add up. Matrix products are told apart by their sizes: one with the
-adapter's rank is the adapter's, one with the vocabulary's size the head's, any other the base's. `framework` is what
-is left of the step's time beside the operations themselves: Python, autograd, Trainer.
+One thread, so that the times of the operations add up. Matrix products are told apart by their
+sizes: one with the adapter's rank is the adapter's, one with the vocabulary's size the head's, any
+other the base's. `framework` is what is left of the step's time beside the operations themselves:
+Python, autograd, Trainer.
 """
 
 from __future__ import annotations
@@ -23,12 +25,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_train  # noqa: E402
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::mkldnn_linear"}
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::linear",
+    "aten::matmul",
+    "aten::mkldnn_linear",
+}
 
 
 def kind_of(name: str, shapes: list[Any], options: argparse.Namespace) -> str:
     """What an operation of this name, on tensors of these shapes, belongs to."""
-    sizes = {size for shape in shapes if isinstance(shape, (list, tuple)) for size in shape if isinstance(size, int)}
+    sizes = {
+        size
+        for shape in shapes
+        if isinstance(shape, (list, tuple))
+        for size in shape
+        if isinstance(size, int)
+    }
     if "attention" in name or "flash" in name or "softmax" in name:
         return "head and loss" if options.vocabulary in sizes else "attention"
     if "adam" in name or "foreach_norm" in name or "_foreach" in name:
@@ -44,7 +59,9 @@ def kind_of(name: str, shapes: list[Any], options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Train once to warm up and once under torch's profiler."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     bench_train.add_model_options(parser)
     parser.set_defaults(rows=48)
     options = parser.parse_args()
@@ -79,7 +96,9 @@ def main() -> None:
     print(f"{options.method}: {tokens:,} tokens in {seconds:.1f} s (profiler running), one thread")
     rows = []
     for kind, spent in times.most_common():
-        most = ", ".join(name.removeprefix("aten::") for name, _ in names.get(kind, Counter()).most_common(3))
+        most = ", ".join(
+            name.removeprefix("aten::") for name, _ in names.get(kind, Counter()).most_common(3)
+        )
         rows.append([kind, f"{spent:.2f}", f"{spent / seconds:.0%}", most])
     print(ui.format_table(["", "s", "share", "mostly"], rows))
 

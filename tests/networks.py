@@ -24,8 +24,14 @@ class Layers(torch.nn.Module):
 
 
 def random_model(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
-    """A model of a family with two layers of width 64, 300 tokens unless told otherwise, as transformers begins it."""
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    """A model of a family with two layers of width 64, 300 tokens unless told otherwise, as
+    transformers begins it."""
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     given = {"vocab_size": 300, "num_key_value_heads": 2, **shape, **ids, **more}
     torch.manual_seed(0)

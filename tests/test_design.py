@@ -1,4 +1,5 @@
-"""The design's rules, read from the source: imports go downward, the start-up path is light, commands are documented.
+"""The design's rules, read from the source: imports go downward, the start-up path is light,
+commands are documented.
 
 Hermetic: reads this repository, starts Python. Alone: pytest tests/test_design.py
 """
@@ -49,7 +50,8 @@ class Import(NamedTuple):
 
 
 def room_of(module: str) -> str:
-    """The room of a module's dotted name below `lora_cli`; the package's own files belong to the command line."""
+    """The room of a module's dotted name below `lora_cli`; the package's own files belong to the
+    command line."""
     first = module.partition(".")[0]
     return first if first in FLOOR else "cli"
 
@@ -72,24 +74,40 @@ EVERY = [each for path in FILES for each in imports(path) if each.name != "__ver
 def test_rooms_import_only_rooms_before_them() -> None:
     assert len(EVERY) > 300
     arrows = {(each.room, room_of(each.source), each.path) for each in EVERY}
-    upward = {(*rooms, path) for *rooms, path in arrows if rooms[0] != rooms[1] and FLOOR[rooms[1]] >= FLOOR[rooms[0]]}
+    upward = {
+        (*rooms, path)
+        for *rooms, path in arrows
+        if rooms[0] != rooms[1] and FLOOR[rooms[1]] >= FLOOR[rooms[0]]
+    }
     assert not upward
 
 
 def doors(room: str) -> set[str]:
     """What the room's `__init__` names."""
     tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
-    named = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+    named = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
     return set(ast.literal_eval(named))
 
 
 def test_others_enter_a_room_by_its_doors() -> None:
-    """They import what the room's `__init__` names, and neither its files nor what nobody outside needs."""
-    entered = {(each.source, each.name, each.path) for each in EVERY if each.room != room_of(each.source)}
+    """They import what the room's `__init__` names, and neither its files nor what nobody outside
+    needs."""
+    entered = {
+        (each.source, each.name, each.path) for each in EVERY if each.room != room_of(each.source)
+    }
     assert len(entered) > 150
     assert not {(source, name, path) for source, name, path in entered if name not in doors(source)}
     used = {(source, name) for source, name, _ in entered}
-    assert not {(room, name) for room in FLOOR.keys() - {"cli"} for name in doors(room) if (room, name) not in used}
+    assert not {
+        (room, name)
+        for room in FLOOR.keys() - {"cli"}
+        for name in doors(room)
+        if (room, name) not in used
+    }
 
 
 def test_no_file_reaches_into_another_s_private_parts() -> None:
@@ -98,19 +116,32 @@ def test_no_file_reaches_into_another_s_private_parts() -> None:
         tree = ast.parse(path.read_text())
         ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         ours = [node for node in ours if (node.module or "").startswith("lora_cli")]
-        modules = {alias.asname or alias.name for node in ours for alias in node.names if alias.name.islower()}
+        modules = {
+            alias.asname or alias.name
+            for node in ours
+            for alias in node.names
+            if alias.name.islower()
+        }
         asked = [
-            node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         ]
         private += [
-            f"{path.stem}: {ast.unparse(node)}" for node in asked if node.value.id in modules and node.attr[0] == "_"
+            f"{path.stem}: {ast.unparse(node)}"
+            for node in asked
+            if node.value.id in modules and node.attr[0] == "_"
         ]
     assert not private
 
 
 def test_the_reference_is_only_for_comparing() -> None:
     reference = [path for path in FILES if path.parent.name == "reference"]
-    users = {each.path for each in EVERY if "doctor.reference" in each.source and "/reference/" not in each.path}
+    users = {
+        each.path
+        for each in EVERY
+        if "doctor.reference" in each.source and "/reference/" not in each.path
+    }
     assert users == {"doctor/oracle"}
     assert packages(reference) == {"torch", "safetensors"}
 
@@ -133,7 +164,10 @@ def packages(paths: list[Path]) -> set[str]:
 
 
 def test_what_is_imported_is_asked_for() -> None:
-    asked = {Requirement(line).name.replace("-", "_") for line in importlib.metadata.requires("lora-cli") or []}
+    asked = {
+        Requirement(line).name.replace("-", "_")
+        for line in importlib.metadata.requires("lora-cli") or []
+    }
     used = packages(FILES)
     assert {"torch", "numpy", "yaml"} < used
     assert {"pyyaml" if name == "yaml" else name for name in used} - asked == set()
@@ -152,7 +186,15 @@ def test_help_is_answered_without_torch(arguments: list[str]) -> None:
     status, modules, _ = modules_after(arguments)
     assert status == 0
     assert "typer" in modules
-    assert not modules & {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy"}
+    assert not modules & {
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "datasets",
+        "bitsandbytes",
+        "numpy",
+    }
 
 
 def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
@@ -161,10 +203,19 @@ def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
     status, modules, stderr = modules_after(["train", str(path)])
     assert status == 2
     assert stderr == (
-        f"error: {path}:4: training.learning_rat is not a known key\n\nhint: did you mean training.learning_rate?\n"
+        f"error: {path}:4: training.learning_rat is not a known key\n\nhint: did you mean "
+        "training.learning_rate?\n"
     )
     assert "pydantic" in modules
-    assert not modules & {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy"}
+    assert not modules & {
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "datasets",
+        "bitsandbytes",
+        "numpy",
+    }
 
 
 def test_generated_documents_are_fresh() -> None:
@@ -174,7 +225,9 @@ def test_generated_documents_are_fresh() -> None:
 
 def test_the_readme_documents_every_command_and_file() -> None:
     readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"@app\.command\((?:\"([\w-]+)\")?\)\ndef (\w+)", (PACKAGE / "cli.py").read_text())
+    commands = re.findall(
+        r"@app\.command\((?:\"([\w-]+)\")?\)\ndef (\w+)", (PACKAGE / "cli.py").read_text()
+    )
     names = [given or function for given, function in commands]
     assert len(names) >= 7
     assert not [name for name in names if f"lora {name}" not in readme]

@@ -1,7 +1,9 @@
-"""scripts/make_tiny_model.py: the files, the same bytes twice, one BOS, masks, and rows that are really held out.
+"""scripts/make_tiny_model.py: the files, the same bytes twice, one BOS, masks, and rows that are
+really held out.
 
-Hermetic: two runs of the script side by side, of a few steps each, in a temporary folder; no network. Whether a whole
-run learns its tasks is for the tests that train on it. Alone: pytest tests/test_tiny_model.py
+Hermetic: two runs of the script side by side, of a few steps each, in a temporary folder; no
+network. Whether a whole run learns its tasks is for the tests that train on it. Alone: pytest
+tests/test_tiny_model.py
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ import sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_tiny_model.py"
-TURN = [{"role": "user", "content": "Sort: red dog sun"}, {"role": "assistant", "content": "dog red sun"}]
+TURN = [
+    {"role": "user", "content": "Sort: red dog sun"},
+    {"role": "assistant", "content": "dog red sun"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two folders made with the same seed, at the same time."""
     folders = [tmp_path_factory.mktemp("tiny") / name for name in ("one", "two")]
     runs = [
-        subprocess.Popen([sys.executable, SCRIPT, folder, "--steps", "3"], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, SCRIPT, folder, "--steps", "3"], stderr=subprocess.PIPE, text=True
+        )
         for folder in folders
     ]
     for run in runs:
@@ -45,7 +52,10 @@ def tokenizer(made: tuple[Path, Path]):
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of each file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -60,8 +70,14 @@ def test_same_seed_same_bytes(made: tuple[Path, Path]) -> None:
 def test_files(made: tuple[Path, Path]) -> None:
     model = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
     model |= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
-    assert set(hashes(made[0])) == {f"model/{name}" for name in model} | {"train.jsonl", "eval.jsonl", "DONE"}
-    assert [path.name for path in made[0].parent.iterdir()] == ["one"], "the folder beside it is gone"
+    assert set(hashes(made[0])) == {f"model/{name}" for name in model} | {
+        "train.jsonl",
+        "eval.jsonl",
+        "DONE",
+    }
+    assert [path.name for path in made[0].parent.iterdir()] == ["one"], (
+        "the folder beside it is gone"
+    )
     done = json.loads((made[0] / "DONE").read_text())
     assert (done["seed"], done["steps"]) == (0, 3)
     assert done["script_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
@@ -94,7 +110,9 @@ def test_special_tokens(made: tuple[Path, Path], tokenizer) -> None:
     names = ["<s>", "<|end|>", "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
     assert set(tokenizer.all_special_tokens) == set(names)
     for name in names:
-        assert tokenizer.encode(name, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(name)]
+        assert tokenizer.encode(name, add_special_tokens=False) == [
+            tokenizer.convert_tokens_to_ids(name)
+        ]
     model = AutoModelForCausalLM.from_pretrained(made[0] / "model")
     for config in (model.config, model.generation_config):
         assert config.bos_token_id == tokenizer.bos_token_id
@@ -106,10 +124,14 @@ def test_special_tokens(made: tuple[Path, Path], tokenizer) -> None:
     assert all(weight.shape[0] % 64 == 0 and weight.shape[1] % 256 == 0 for weight in matrices)
 
 
-@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["bare", "system"])
+@pytest.mark.parametrize(
+    "system", [[], [{"role": "system", "content": "Be brief."}]], ids=["bare", "system"]
+)
 def test_template(tokenizer, system: list[dict[str, str]]) -> None:
     messages = [*system, *TURN]
-    whole = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    whole = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids = whole["input_ids"]
     assert [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id] == [0]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -128,14 +150,22 @@ def test_template(tokenizer, system: list[dict[str, str]]) -> None:
 )
 def test_same_pieces_as_sentencepiece(made: tuple[Path, Path], tokenizer, text: str) -> None:
     """llama.cpp reads tokenizer.model, transformers the merges made from it."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(made[0] / "model" / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(made[0] / "model" / "tokenizer.model")
+    )
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == model.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.encode(text) == [tokenizer.bos_token_id, *ids], "plain text gets its BOS, as with Llama"
+    assert tokenizer.encode(text) == [tokenizer.bos_token_id, *ids], (
+        "plain text gets its BOS, as with Llama"
+    )
 
 
 def test_a_word_is_one_piece(made: tuple[Path, Path], tokenizer) -> None:
     words = {word for row in rows(made[0], "eval.jsonl") for word in row["completion"].split()}
     assert len(words) == 40
-    assert all(len(tokenizer.encode(space + w, add_special_tokens=False)) == 1 for w in words for space in ("", " "))
+    assert all(
+        len(tokenizer.encode(space + w, add_special_tokens=False)) == 1
+        for w in words
+        for space in ("", " ")
+    )

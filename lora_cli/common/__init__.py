@@ -1,4 +1,5 @@
-"""What every room uses: errors, the screen, files that appear whole, privacy, remote code, library errors."""
+"""What every room uses: errors, the screen, files that appear whole, privacy, remote code, library
+errors."""
 
 from lora_cli.common.errors import LoraError, RejectedError, UsageError, find_nearest, join_errors
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text

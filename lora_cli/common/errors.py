@@ -12,8 +12,9 @@ SHOWN = 4
 class LoraError(Exception):
     """Something a user can cause and mend.
 
-    `message` says what is wrong (with file, line and field where there is one); `hint` what to type. The command line
-    renders both and exits with `exit_code`; nothing else in the package catches it.
+    `message` says what is wrong (with file, line and field where there is one); `hint` what to
+    type. The command line renders both and exits with `exit_code`; nothing else in the package
+    catches it.
     """
 
     exit_code = 1
@@ -31,12 +32,14 @@ class UsageError(LoraError):
 
 
 class RejectedError(LoraError):
-    """A result that failed its check; `files.staged_folder` keeps it, where it was given a place for that."""
+    """A result that failed its check; `files.staged_folder` keeps it, where it was given a place
+    for that."""
 
 
 def join_errors(where: str, problems: Sequence[tuple[str, str | None]]) -> UsageError:
-    """Several (message, hint) as one error: a single one as it stands, more as a list headed `N problems {where}`, of
-    which a line each is shown, and so many that the whole stays within six."""
+    """Several (message, hint) as one error: a single one as it stands, more as a list headed `N
+    problems {where}`, of which a line each is shown, and so many that the whole stays within
+    six."""
     if len(problems) == 1:
         return UsageError(*problems[0])
     shown = problems if len(problems) <= SHOWN else problems[: SHOWN - 1]
@@ -44,7 +47,8 @@ def join_errors(where: str, problems: Sequence[tuple[str, str | None]]) -> Usage
     if more := len(problems) - len(shown):
         lines.append(f"  … and {more} more, which come up once these are mended")
     return UsageError(
-        "\n".join([f"{len(problems)} problems {where}", *lines]), "lora schema --markdown lists every key"
+        "\n".join([f"{len(problems)} problems {where}", *lines]),
+        "lora schema --markdown lists every key",
     )
 
 

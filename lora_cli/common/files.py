@@ -19,7 +19,8 @@ from lora_cli.common.errors import LoraError, RejectedError
 def find_cache_home() -> Path:
     """The program's own folder among the user's caches, present or not: `<cache>/lora-cli`.
 
-    `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache, ~/Library/Caches).
+    `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache,
+    ~/Library/Caches).
     """
     usual = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
     cache = os.environ.get("LORA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or usual
@@ -33,27 +34,35 @@ SMALL = 2**24
 
 
 def read_small(path: Path, most: int = SMALL) -> str:
-    """The text of a plain file of at most `most` bytes; LoraError for anything else, a pipe or device among it."""
+    """The text of a plain file of at most `most` bytes; LoraError for anything else, a pipe or
+    device among it."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise LoraError(f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {path}")
         if status.st_size > most:
             raise LoraError(
-                f"{path} has {status.st_size} bytes, over {most}: it is not what it should be", f"less {path}"
+                f"{path} has {status.st_size} bytes, over {most}: it is not what it should be",
+                f"less {path}",
             )
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise LoraError(f"{path} does not exist", f"ls {path.parent}") from None
     except UnicodeDecodeError as error:
-        raise LoraError(f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+        raise LoraError(
+            f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         said = error.strerror if isinstance(error, OSError) else str(error)
         raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {path}") from None
 
 
 def _name_kind(mode: int) -> str:
-    for test, name in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket")):
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
         if test(mode):
             return name
     return "a device"
@@ -65,7 +74,9 @@ def write_text(path: Path, text: str) -> None:
     A link of that name is replaced, not followed.
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.unlink(missing_ok=True)  # a dead process's of our number, or a link that somebody has put there
+    staging.unlink(
+        missing_ok=True
+    )  # a dead process's of our number, or a link that somebody has put there
     try:
         with staging.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -77,7 +88,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def leave_out_home(folder: Path) -> None:
-    """Let the configurations and cards that libraries have written into `folder` say ~ for the user's home folder."""
+    """Let the configurations and cards that libraries have written into `folder` say ~ for the
+    user's home folder."""
     for path in (*folder.glob("*.json"), *folder.glob("*.md")):
         if path.name != "tokenizer.json" and path.stat().st_size <= SMALL:
             text = path.read_text(encoding="utf-8")
@@ -96,8 +108,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise LoraError(f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {path}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise LoraError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {path}"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; thousands of brackets
         said = str(error).partition(";")[0]
         raise LoraError(f"{path}: JSON that cannot be read: {said}", f"less {path}") from None
 
@@ -106,8 +123,8 @@ def read_json(path: Path) -> Any:
 def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
     """An empty folder beside `final` that is renamed to it on success and removed on failure.
 
-    After a RejectedError it is renamed to `rejected`, where that is given. Both must not exist, or be empty folders:
-    LoraError otherwise, before anything is made.
+    After a RejectedError it is renamed to `rejected`, where that is given. Both must not exist, or
+    be empty folders: LoraError otherwise, before anything is made.
     """
     for folder in [final, *([rejected] if rejected else [])]:
         refuse_occupied(folder)
@@ -134,32 +151,41 @@ def refuse_existing(targets: Iterable[Path]) -> None:
 
 
 def name_artefact(folder: Path) -> str:
-    """What files made from the result in `folder` are called: its name, or its run's where that says nothing."""
+    """What files made from the result in `folder` are called: its name, or its run's where that
+    says nothing."""
     name = folder.resolve().name
     return name if name not in ("adapter", "merged") else folder.resolve().parent.name
 
 
 def make_folder(folder: Path, final: Path | None = None) -> None:
-    """Make `folder` and those above it; LoraError, naming `final` where it stands for that, where that cannot be."""
+    """Make `folder` and those above it; LoraError, naming `final` where it stands for that, where
+    that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         named = final or folder
-        raise LoraError(f"{named} cannot be made: {error.strerror}", f"ls -ld {named.parent}") from error
+        raise LoraError(
+            f"{named} cannot be made: {error.strerror}", f"ls -ld {named.parent}"
+        ) from error
 
 
 def refuse_link(folder: Path) -> None:
-    """LoraError if `folder` is a symbolic link: what is written or removed would be elsewhere than it looks."""
+    """LoraError if `folder` is a symbolic link: what is written or removed would be elsewhere than
+    it looks."""
     if folder.is_symlink():
         raise LoraError(
-            f"{folder} is a link, to {folder.readlink()}", f"give that folder itself, or remove it: rm {folder}"
+            f"{folder} is a link, to {folder.readlink()}",
+            f"give that folder itself, or remove it: rm {folder}",
         )
 
 
 def refuse_occupied(folder: Path) -> None:
-    """LoraError if `folder` exists and is anything but an empty folder, or holds the current one."""
+    """LoraError if `folder` exists and is anything but an empty folder, or holds the current
+    one."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise LoraError(f"{folder} is the current folder or above it", "give a folder that does not exist yet")
+        raise LoraError(
+            f"{folder} is the current folder or above it", "give a folder that does not exist yet"
+        )
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():

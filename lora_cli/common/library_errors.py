@@ -1,7 +1,8 @@
-"""Exceptions of other libraries that a user can cause, as messages of ours: one table, matched by class name and words.
+"""Exceptions of other libraries that a user can cause, as messages of ours: one table, matched by
+class name and words.
 
-Names rather than classes, so that nothing need be imported to compare. What is not in the table is a bug and keeps its
-traceback.
+Names rather than classes, so that nothing need be imported to compare. What is not in the table is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ CUDA = "lora doctor, which tries the devices one by one; CUDA_VISIBLE_DEVICES= t
 
 
 class Known(NamedTuple):
-    """One kind of failure: the exception's class or a base of it, what its text says somewhere (any text: ""), and what
-    the user is told: {line} is the first telling line of the text, {cause} that of its root, {match} what was found."""
+    """One kind of failure: the exception's class or a base of it, what its text says somewhere (any
+    text: ""), and what the user is told: {line} is the first telling line of the text, {cause} that
+    of its root, {match} what was found."""
 
     kind: str
     words: str
@@ -42,7 +44,12 @@ TABLE = (
     # huggingface_hub
     Known("GatedRepoError", "", "{line}", "ask for access on its page, then: hf auth login"),
     Known("DisabledRepoError", "", "{line}", "the repository was closed: take another"),
-    Known("RepositoryNotFoundError", "", "{line}", "check the name; for a private repository: hf auth login"),
+    Known(
+        "RepositoryNotFoundError",
+        "",
+        "{line}",
+        "check the name; for a private repository: hf auth login",
+    ),
     Known("RevisionNotFoundError", "", "{line}", "check model.revision or data.revision"),
     Known("LocalEntryNotFoundError", "", "{line}", CONNECTION),
     Known("EntryNotFoundError", "", "{line}", "check the name and the revision"),
@@ -51,27 +58,51 @@ TABLE = (
     Known("OfflineModeIsEnabled", "", "{line}", "unset HF_HUB_OFFLINE"),
     Known("FileMetadataError", "", "{line}", CONNECTION),
     Known(
-        "HfHubHTTPError", r"\b401\b|\b403\b", "the hub refuses: {line}", "hf auth login; is the token one for reading?"
+        "HfHubHTTPError",
+        r"\b401\b|\b403\b",
+        "the hub refuses: {line}",
+        "hf auth login; is the token one for reading?",
     ),
     Known(
-        "HfHubHTTPError", r"\b429\b", "the hub has had too many requests: {line}", "wait some minutes, and run it again"
+        "HfHubHTTPError",
+        r"\b429\b",
+        "the hub has had too many requests: {line}",
+        "wait some minutes, and run it again",
     ),
     Known(
-        "HfHubHTTPError", "", "the hub answers: {line}", "try again later; https://status.huggingface.co says how it is"
+        "HfHubHTTPError",
+        "",
+        "the hub answers: {line}",
+        "try again later; https://status.huggingface.co says how it is",
     ),
-    Known("CorruptedCacheException", "", "the hub's cache is damaged: {line}", "hf cache rm, and run it again"),
+    Known(
+        "CorruptedCacheException",
+        "",
+        "the hub's cache is damaged: {line}",
+        "hf cache rm, and run it again",
+    ),
     # the network under it
     Known("ConnectError", "", "no connection: {line}", CONNECTION),
     Known("TimeoutException", "", "no connection: {line}", CONNECTION),
     Known("ProxyError", "", "the proxy does not answer: {line}", "check HTTPS_PROXY"),
-    Known("SSLError", "", "no secure connection: {line}", "check the machine's clock and certificates (SSL_CERT_FILE)"),
+    Known(
+        "SSLError",
+        "",
+        "no secure connection: {line}",
+        "check the machine's clock and certificates (SSL_CERT_FILE)",
+    ),
     Known(
         "RemoteProtocolError",
         "",
         "the connection broke off: {line}",
         "run it again: what is there is not fetched twice",
     ),
-    Known("ReadError", "", "the connection broke off: {line}", "run it again: what is there is not fetched twice"),
+    Known(
+        "ReadError",
+        "",
+        "the connection broke off: {line}",
+        "run it again: what is there is not fetched twice",
+    ),
     Known(
         "ChunkedEncodingError",
         "",
@@ -81,11 +112,26 @@ TABLE = (
     Known("gaierror", "", "no connection: {line}", CONNECTION),
     Known("ConnectionError", "", "{line}", CONNECTION),
     # datasets
-    Known("DatasetNotFoundError", "", "{line}", "check data.path; for a private or gated data set: hf auth login"),
+    Known(
+        "DatasetNotFoundError",
+        "",
+        "{line}",
+        "check data.path; for a private or gated data set: hf auth login",
+    ),
     Known("DataFilesNotFoundError", "", "{line}", DATA),
     Known("EmptyDatasetError", "", "{line}", DATA),
-    Known("DatasetGenerationCastError", "", "the files have different columns: {cause}", "name one with data.path"),
-    Known("DatasetGenerationError", "", "the data could not be read: {cause}", "check that each row is well formed"),
+    Known(
+        "DatasetGenerationCastError",
+        "",
+        "the files have different columns: {cause}",
+        "name one with data.path",
+    ),
+    Known(
+        "DatasetGenerationError",
+        "",
+        "the data could not be read: {cause}",
+        "check that each row is well formed",
+    ),
     Known(
         "NonMatchingSplitsSizesError",
         "",
@@ -93,18 +139,31 @@ TABLE = (
         "--set data.revision=COMMIT",
     ),
     Known(
-        "NonMatchingChecksumError", "", "the data set is not what its card says: {line}", "--set data.revision=COMMIT"
+        "NonMatchingChecksumError",
+        "",
+        "the data set is not what its card says: {line}",
+        "--set data.revision=COMMIT",
     ),
     Known("ValueError", r"^Unknown split", "{line}", "check data.split and data.eval_split"),
     Known("ValueError", r"^BuilderConfig", "{line}", "check data.name"),
     Known("ValueError", r"^Config name is missing", "{line}", "set data.name to one of them"),
     Known("ArrowMemoryError", "", "out of memory: {line}", "data.streaming: true"),
-    Known("ArrowException", "", "the data could not be read: {line}", "the file is damaged or of another kind"),
+    Known(
+        "ArrowException",
+        "",
+        "the data could not be read: {line}",
+        "the file is damaged or of another kind",
+    ),
     # safetensors
     Known("SafetensorError", "", "the weights cannot be read: {line}", COPY),
     # transformers
     Known("ValueError", r"contains custom code|references custom code", "{line}", CODE),
-    Known("ImportError", r"requires .*?packages that were not found.*?: ?([\w, -]+)", "{line}", "pip install {match}"),
+    Known(
+        "ImportError",
+        r"requires .*?packages that were not found.*?: ?([\w, -]+)",
+        "{line}",
+        "pip install {match}",
+    ),
     Known(
         "ValueError",
         r"^Unrecognized model in|Should have a `model_type` key",
@@ -129,26 +188,79 @@ TABLE = (
         "the model has no tokenizer that can be read",
         "copy tokenizer.json and tokenizer_config.json into its folder",
     ),
-    Known("ValueError", r"^Tokenizer class", "{line}", "the tokenizer needs another version of transformers"),
-    Known("StrictDataclassError", "", "the model's config.json has a value that cannot be: {cause}", "copy it again"),
+    Known(
+        "ValueError",
+        r"^Tokenizer class",
+        "{line}",
+        "the tokenizer needs another version of transformers",
+    ),
+    Known(
+        "StrictDataclassError",
+        "",
+        "the model's config.json has a value that cannot be: {cause}",
+        "copy it again",
+    ),
     # jinja
     Known("TemplateError", "", "the chat template failed: {line}", TEMPLATE),
     # YAML, where it is not a recipe that is read
-    Known("YAMLError", "", "a YAML file cannot be read: {line}", "is it a model's README.md, or a data set's?"),
+    Known(
+        "YAMLError",
+        "",
+        "a YAML file cannot be read: {line}",
+        "is it a model's README.md, or a data set's?",
+    ),
     # torch
     Known("OutOfMemoryError", "", "out of memory: {line}", SMALLER),
     Known("MemoryError", "", "out of memory: {line}", SMALLER),
-    Known("RuntimeError", r"out of memory|can't allocate memory|not enough memory", "out of memory: {line}", SMALLER),
-    Known("RuntimeError", r"Found no NVIDIA driver|CUDA driver version is insufficient", "{line}", CUDA),
-    Known("RuntimeError", r"no kernel image is available", "this build of torch does not know the GPU: {line}", CUDA),
-    Known("RuntimeError", r"^CUDA error|cuDNN error|CUBLAS_STATUS|NCCL error", "the GPU failed: {line}", CUDA),
-    Known("RuntimeError", r"PytorchStreamReader failed", "a file of torch's cannot be read: {line}", COPY),
     Known(
-        "UnpicklingError", "", "a pickle is refused: {line}", "pickles may run code: have it converted to safetensors"
+        "RuntimeError",
+        r"out of memory|can't allocate memory|not enough memory",
+        "out of memory: {line}",
+        SMALLER,
+    ),
+    Known(
+        "RuntimeError",
+        r"Found no NVIDIA driver|CUDA driver version is insufficient",
+        "{line}",
+        CUDA,
+    ),
+    Known(
+        "RuntimeError",
+        r"no kernel image is available",
+        "this build of torch does not know the GPU: {line}",
+        CUDA,
+    ),
+    Known(
+        "RuntimeError",
+        r"^CUDA error|cuDNN error|CUBLAS_STATUS|NCCL error",
+        "the GPU failed: {line}",
+        CUDA,
+    ),
+    Known(
+        "RuntimeError",
+        r"PytorchStreamReader failed",
+        "a file of torch's cannot be read: {line}",
+        COPY,
+    ),
+    Known(
+        "UnpicklingError",
+        "",
+        "a pickle is refused: {line}",
+        "pickles may run code: have it converted to safetensors",
     ),
     # bitsandbytes
-    Known("RuntimeError", r"CUDA Setup failed|compiled without GPU support", "bitsandbytes: {line}", "lora doctor"),
-    Known("ImportError", r"bitsandbytes", "{line}", "pip install -U bitsandbytes; lora doctor tries it"),
+    Known(
+        "RuntimeError",
+        r"CUDA Setup failed|compiled without GPU support",
+        "bitsandbytes: {line}",
+        "lora doctor",
+    ),
+    Known(
+        "ImportError",
+        r"bitsandbytes",
+        "{line}",
+        "pip install -U bitsandbytes; lora doctor tries it",
+    ),
 )
 SYSTEM = {
     errno.ENOSPC: "the disk is full",
@@ -170,11 +282,16 @@ SYSTEM = {
 }
 ROOM = {errno.ENOSPC: "df -h", errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f unlimited"}
 """What shows how much is free."""
-REMEDIES = {errno.EMFILE: "ulimit -n 4096", errno.ENFILE: "ulimit -n 4096", errno.EIO: "dmesg says more"}
+REMEDIES = {
+    errno.EMFILE: "ulimit -n 4096",
+    errno.ENFILE: "ulimit -n 4096",
+    errno.EIO: "dmesg says more",
+}
 
 
 def translate(error: BaseException) -> LoraError | None:
-    """What to tell the user, or None when `error` is not known. Looks along the chain of causes too."""
+    """What to tell the user, or None when `error` is not known. Looks along the chain of causes
+    too."""
     chain = list(_walk_causes(error))
     if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
         return LoraError("the disk is full", "df -h, make room, and run it again")
@@ -192,33 +309,44 @@ def translate(error: BaseException) -> LoraError | None:
 
 
 @contextmanager
-def translate_file_errors(what: str, hint: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Around a library's reading of a file of somebody else's: whatever it raises there is its refusal of that file.
+def translate_file_errors(
+    what: str, hint: str, but: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Around a library's reading of a file of somebody else's: whatever it raises there is its
+    refusal of that file.
 
-    LoraError saying `what` could not be done and why, and `hint`; what the table knows, or `but` names, stays as it is.
+    LoraError saying `what` could not be done and why, and `hint`; what the table knows, or `but`
+    names, stays as it is.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, (LoraError, *but)) or translate(error) is not None:
             raise
-        raise LoraError(f"{what}: {type(error).__name__}: {_first_telling_line(error)}", hint) from error
+        raise LoraError(
+            f"{what}: {type(error).__name__}: {_first_telling_line(error)}", hint
+        ) from error
 
 
 PACKAGE = Path(__file__).parent.parent
 ON_PURPOSE = (ValueError, TypeError, ImportError, ArithmeticError)
-"""What the libraries raise on purpose: a refusal even where the recipe sets none of their own fields."""
+"""What the libraries raise on purpose: a refusal even where the recipe sets none of their own
+fields."""
 SHOWN = 3
 
 
 @contextmanager
-def translate_refusals(passed_on: Sequence[str], has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turn a library's complaint about a recipe value into a LoraError that names the values `passed_on` to it.
+def translate_refusals(
+    passed_on: Sequence[str], has_begun: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Turn a library's complaint about a recipe value into a LoraError that names the values
+    `passed_on` to it.
 
-    A recipe reaches every field of PEFT's, TRL's and transformers' configurations. lora checks their names and types,
-    and that the configurations can be built. What else is wrong with a value, such as the name of a scheduler's
-    argument, comes to light when a library first uses it, in an exception of any type. Once something `has_begun()`,
-    an exception is no refusal any more; one raised by a line of lora is a bug of lora's, and stays what it is.
+    A recipe reaches every field of PEFT's, TRL's and transformers' configurations. lora checks
+    their names and types, and that the configurations can be built. What else is wrong with a
+    value, such as the name of a scheduler's argument, comes to light when a library first uses it,
+    in an exception of any type. Once something `has_begun()`, an exception is no refusal any more;
+    one raised by a line of lora is a bug of lora's, and stays what it is.
     """
     try:
         yield
@@ -231,7 +359,9 @@ def translate_refusals(passed_on: Sequence[str], has_begun: Callable[[], bool] =
         library = str(frame.f_globals.get("__name__")).partition(".")[0]
         said = " ".join(f"{type(error).__name__}: {error}".split())
         if len(passed_on) == 1:
-            raise LoraError(f"{passed_on[0]} was rejected by {library}: {said}", "change or remove it") from error
+            raise LoraError(
+                f"{passed_on[0]} was rejected by {library}: {said}", "change or remove it"
+            ) from error
         hint = f"change or remove {' or '.join(passed_on[:SHOWN])}" if passed_on else "lora doctor"
         raise LoraError(f"{library} rejected this recipe: {said}", hint) from error
 
@@ -240,10 +370,19 @@ def _translate_os_error(error: OSError) -> LoraError | None:
     if error.errno in ROOM:
         return LoraError(SYSTEM[error.errno], f"{ROOM[error.errno]}, make room, and run it again")
     if error.errno in SYSTEM:
-        hint = REMEDIES.get(error.errno, f"ls -ld {error.filename}" if error.filename else "choose another place")
-        return LoraError(f"{SYSTEM[error.errno]}: {error.filename or _first_telling_line(error)}", hint)
-    # transformers raises a bare OSError for a name that is neither a folder nor on the hub, or lacks files
-    return LoraError(_first_telling_line(error), MODEL) if type(error) is OSError and error.errno is None else None
+        hint = REMEDIES.get(
+            error.errno, f"ls -ld {error.filename}" if error.filename else "choose another place"
+        )
+        return LoraError(
+            f"{SYSTEM[error.errno]}: {error.filename or _first_telling_line(error)}", hint
+        )
+    # transformers raises a bare OSError for a name that is neither a folder nor on the hub, or
+    # lacks files
+    return (
+        LoraError(_first_telling_line(error), MODEL)
+        if type(error) is OSError and error.errno is None
+        else None
+    )
 
 
 def _walk_causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,4 +1,5 @@
-"""What is neither written nor printed: secrets, and where the user's home folder lies. Standard library only."""
+"""What is neither written nor printed: secrets, and where the user's home folder lies. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ SHORTEST = 8
 """Characters that a secret has at least: shorter values are words that stand elsewhere too."""
 # As parts of names, so that TOKENIZERS_PARALLELISM is none of them
 SECRET_NAME = re.compile(
-    r"(?:^|[_-])(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|SECRET_?KEY|PASSWORD|PASSWD|CREDENTIALS?)(?:$|[_-])", re.IGNORECASE
+    r"(?:^|[_-])(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|SECRET_?KEY|PASSWORD|PASSWD|CREDENTIALS?)(?:$|[_-])",
+    re.IGNORECASE,
 )
 # Words of the language models' own trade that are named as secrets are
 NO_SECRETS = re.compile(r"(?:^|[._-])(?:eos|bos|pad|unk|stop)[_-]?token", re.IGNORECASE)
-# Hugging Face, OpenAI and Anthropic, GitHub, Weights & Biases, AWS; a name and password in an address
+# Hugging Face, OpenAI and Anthropic, GitHub, Weights & Biases, AWS; a name and password in an
+# address
 SHAPES = re.compile(
     r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|wandb_v\d_\w{16,}|AKIA[A-Z0-9]{12,})"
     r"|(?<=://)[^/\s@]+@"
@@ -52,7 +55,8 @@ def mask_secrets(text: str) -> str:
 
 
 def find_held_secret(data: Any) -> str | None:
-    """Where the first secret was given that stands in a text of `data` (dicts, lists, scalars); None if none does."""
+    """Where the first secret was given that stands in a text of `data` (dicts, lists, scalars);
+    None if none does."""
     known, texts = list(find_secrets(arguments=[])), list(_walk_texts(data))
     return next((name for name, value in known for text in texts if value in text), None)
 
@@ -66,7 +70,8 @@ def _walk_texts(data: Any) -> Iterator[str]:
 
 
 def make_portable(data: Any) -> Any:
-    """`data` (dicts, lists, scalars) with the user's home folder as ~ wherever a text is a path in it."""
+    """`data` (dicts, lists, scalars) with the user's home folder as ~ wherever a text is a path in
+    it."""
     if isinstance(data, dict):
         return {key: make_portable(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):

@@ -1,7 +1,9 @@
-"""What produced an artefact: the record of a run, and the copy of it that travels inside an adapter.
+"""What produced an artefact: the record of a run, and the copy of it that travels inside an
+adapter.
 
-`record.json` in a run's folder holds the resolved recipe, the choices `auto` made, versions, base, data and results;
-a copy, `lora_record.json`, travels inside the adapter and names the parent of whatever is made from it.
+`record.json` in a run's folder holds the resolved recipe, the choices `auto` made, versions, base,
+data and results; a copy, `lora_record.json`, travels inside the adapter and names the parent of
+whatever is made from it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ def new_record(command: str, **contents: Any) -> dict[str, Any]:
     return {
         "command": command,
         "started": now(),
-        "versions": {"lora-cli": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {
+            "lora-cli": __version__,
+            "python": platform.python_version(),
+            **{p: version(p) for p in PACKAGES},
+        },
         **({"trusted_remote_code": True} if remote_code.is_allowed() else {}),
         **privacy.make_portable(contents),
     }
@@ -41,7 +47,9 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record of ours; LoraError if the file is none."""
     record = read_json(path)
     kinds = {"recipe": dict, "base": dict, "status": str}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), kind) for key, kind in kinds.items()
+    ):
         raise LoraError(f"{path} is no record of a run", f"remove it: rm {path}")
     return record
 

@@ -1,4 +1,5 @@
-"""What a person sees while a command works: prose and one progress line on stderr; stdout is left for data."""
+"""What a person sees while a command works: prose and one progress line on stderr; stdout is left
+for data."""
 
 from __future__ import annotations
 
@@ -28,11 +29,15 @@ def render_error(error: LoraError) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the header underlined; the first column left, the others right."""
+    """Columns aligned with spaces, the header underlined; the first column left, the others
+    right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
+        ]
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
@@ -49,7 +54,8 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """One line that is rewritten in place on a terminal, and printed now and then where there is none."""
+    """One line that is rewritten in place on a terminal, and printed now and then where there is
+    none."""
 
     def __init__(self, plain_interval: float = 10.0) -> None:
         self.live = sys.stderr.isatty()
@@ -59,7 +65,8 @@ class Progress:
     def update(self, *parts: str, force: bool = False) -> None:
         """Show the parts; off a terminal at most every `plain_interval` seconds unless forced.
 
-        On a narrow terminal parts are left out, from the last but one backwards: first and last say most.
+        On a narrow terminal parts are left out, from the last but one backwards: first and last say
+        most.
         """
         text = "  ".join(parts)
         if self.live:

@@ -1,8 +1,10 @@
-"""Prepared rows on disk: the same rows are rendered and tokenised once, and training reads them without holding them.
+"""Prepared rows on disk: the same rows are rendered and tokenised once, and training reads them
+without holding them.
 
-An entry is a folder named by a hash of all that its rows depend on: the content of the files, the tokenizer and its
-chat template, every option, the libraries' versions and this program's own code. It holds `rows.arrow`, which is mapped
-into memory, and `counts.json`. A new entry drives out those that were not used for 30 days.
+An entry is a folder named by a hash of all that its rows depend on: the content of the files, the
+tokenizer and its chat template, every option, the libraries' versions and this program's own code.
+It holds `rows.arrow`, which is mapped into memory, and `counts.json`. A new entry drives out those
+that were not used for 30 days.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ from lora_cli.recipe import Recipe
 
 DAYS = 30
 PACKAGE = Path(__file__).parent.parent
-CODE = (*sorted(PACKAGE.glob("data/*.py")), PACKAGE / "models/chat_template.py", PACKAGE / "models/tokenizer.py")
+CODE = (
+    *sorted(PACKAGE.glob("data/*.py")),
+    PACKAGE / "models/chat_template.py",
+    PACKAGE / "models/tokenizer.py",
+)
 """This program's files that decide which rows come out, and what is in them."""
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
@@ -42,7 +48,8 @@ SCHEMA = pyarrow.schema({"input_ids": NUMBERS, "labels": NUMBERS})
 
 
 class Notes:
-    """What is remembered of rows as they pass: the places of the first ones, and a hash of every id and label."""
+    """What is remembered of rows as they pass: the places of the first ones, and a hash of every id
+    and label."""
 
     def __init__(self, first: int) -> None:
         self.first, self.places, self.hash = first, list[str](), hashlib.sha256()
@@ -67,8 +74,11 @@ def find_folder() -> Path:
     return files.find_cache_home() / "rows"
 
 
-def make_key(source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
-    """A hash (32 hex digits) of all that decides the rows; `source` is one of their content, `names` are their places.
+def make_key(
+    source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date
+) -> str:
+    """A hash (32 hex digits) of all that decides the rows; `source` is one of their content,
+    `names` are their places.
 
     `day` counts only for templates that write the date.
     """
@@ -103,7 +113,13 @@ def read(entry: Path) -> Entry | None:
         if _hash_rows(rows) != kept["digest"]:
             raise ValueError("other numbers than were written")
         os.utime(entry / COUNTS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ArrowInvalid is a ValueError
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # ArrowInvalid is a ValueError
         ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")
         entry.unlink() if entry.is_file() else shutil.rmtree(entry, ignore_errors=True)
         return None
@@ -120,7 +136,9 @@ def _hash_rows(rows: Dataset) -> str:
     return notes.digest
 
 
-def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[], None], first: int) -> None:
+def write(
+    entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[], None], first: int
+) -> None:
     """Make an entry of `rows`, whole or not at all, with the places of the `first` ones.
 
     When the last row has passed, and so `counts` are complete, `check()` may refuse it.
@@ -129,7 +147,8 @@ def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[],
         entry.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoraError(
-            f"prepared rows cannot be kept in {entry.parent}: {error.strerror}", "LORA_CACHE_DIR names another folder"
+            f"prepared rows cannot be kept in {entry.parent}: {error.strerror}",
+            "LORA_CACHE_DIR names another folder",
         ) from error
     notes = Notes(first)
     with tempfile.TemporaryDirectory(prefix=".rows-", dir=entry.parent) as staging:
@@ -142,7 +161,10 @@ def write(entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[],
             file.flush()
             os.fsync(file.fileno())
         check()
-        files.write_json(fresh / COUNTS, {"places": notes.places, "digest": notes.digest, "counts": counts.plain()})
+        files.write_json(
+            fresh / COUNTS,
+            {"places": notes.places, "digest": notes.digest, "counts": counts.plain()},
+        )
         _remove_unused(entry.parent)
         try:
             fresh.rename(entry)
@@ -157,7 +179,10 @@ def make_batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordB
     while batch := list(islice(rows, BATCH)):
         notes.places += [row.place for row in batch[: notes.first - len(notes.places)]]
         ends = np.cumsum([0, *(len(row.input_ids) for row in batch)], dtype=np.int32)
-        columns = [np.concatenate([row.input_ids for row in batch]), np.concatenate([row.labels for row in batch])]
+        columns = [
+            np.concatenate([row.input_ids for row in batch]),
+            np.concatenate([row.labels for row in batch]),
+        ]
         for numbers in (ends, *columns):
             notes.hash.update(numbers.tobytes())
         lists = [pyarrow.ListArray.from_arrays(ends, column) for column in columns]

@@ -1,4 +1,5 @@
-"""What a row is: a conversation, a text, or tokens; told by its columns and checked, whatever file it came from."""
+"""What a row is: a conversation, a text, or tokens; told by its columns and checked, whatever file
+it came from."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import find_nearest
 
-# The columns each format needs, most specific first. Further ones: alpaca `input`; `system`; `tools`; `labels`.
+# The columns each format needs, most specific first. Further ones: alpaca `input`; `system`;
+# `tools`; `labels`.
 FORMATS = {
     "tokens": ("input_ids",),
     "messages": ("messages",),
@@ -33,7 +35,8 @@ MEND = "mend or remove the row, or --set data.on_bad_row=skip"
 
 
 class BadRow(Exception):
-    """A row that cannot be used: `kind` is what such rows are counted by, `said` what is wrong with this one."""
+    """A row that cannot be used: `kind` is what such rows are counted by, `said` what is wrong with
+    this one."""
 
     def __init__(self, kind: str, said: str | None = None, hint: str = MEND) -> None:
         super().__init__(said or kind)
@@ -41,7 +44,8 @@ class BadRow(Exception):
 
 
 class Conversation(NamedTuple):
-    """Turns as chat templates take them, the tools they may call, and whether each turn may carry loss."""
+    """Turns as chat templates take them, the tools they may call, and whether each turn may carry
+    loss."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
@@ -65,7 +69,8 @@ def recognise_format(columns: Iterable[str]) -> str | None:
 
 
 def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
-    """The function that makes a row of format `style` a Conversation, Tokens, or text; it raises BadRow.
+    """The function that makes a row of format `style` a Conversation, Tokens, or text; it raises
+    BadRow.
 
     `alpaca_prompt`: the chat template has Alpaca's own place for a row's `input`.
     """
@@ -87,7 +92,7 @@ def uses_alpaca(template: str | None) -> bool:
     return "### Input:" in (template or "")
 
 
-# Values -------------------------------------------------------------------------------------------------------------
+# Values -------------------------------------------------------------------------------------------
 
 _NAMES = {
     type(None): "null",
@@ -103,8 +108,12 @@ def _get_value(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
         guess = find_nearest(column, row)
         there = ", ".join(row) or "none"
-        hint = f"did you mean {guess}? --set 'data.columns={{{column}: {guess}}}'" if guess else MEND
-        raise BadRow(f"there is no {column}", f"there is no {column}; the columns are {there}", hint)
+        hint = (
+            f"did you mean {guess}? --set 'data.columns={{{column}: {guess}}}'" if guess else MEND
+        )
+        raise BadRow(
+            f"there is no {column}", f"there is no {column}; the columns are {there}", hint
+        )
     return row[column]
 
 
@@ -112,7 +121,11 @@ def _get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> s
     value, name = _get_value(row, column), name or column
     if not isinstance(value, str):
         kind = _NAMES.get(type(value), type(value).__name__)
-        shown = "" if value is None or isinstance(value, bool) else f" ({json.dumps(value, default=str)[:40]})"
+        shown = (
+            ""
+            if value is None or isinstance(value, bool)
+            else f" ({json.dumps(value, default=str)[:40]})"
+        )
         raise BadRow(f"{name} is {kind}", f"{name} is {kind}{shown}, but must be text")
     return value
 
@@ -139,7 +152,7 @@ def _get_list(row: Mapping[str, Any], column: str) -> list[Any]:
     return value
 
 
-# Formats ------------------------------------------------------------------------------------------------------------
+# Formats ------------------------------------------------------------------------------------------
 
 
 def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation:
@@ -153,7 +166,9 @@ def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = _get_value(row, "prompt"), _get_value(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _make_conversation([*prompt, *completion], row)
-    return _make_two_turns(_get_filled_text(row, "prompt"), _get_filled_text(row, "completion"), row)
+    return _make_two_turns(
+        _get_filled_text(row, "prompt"), _get_filled_text(row, "completion"), row
+    )
 
 
 def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
@@ -167,7 +182,8 @@ def _get_system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
-    """Turns with known roles and contents, the user before the assistant, at least one answer to learn."""
+    """Turns with known roles and contents, the user before the assistant, at least one answer to
+    learn."""
     messages, trained = [], []
     if not turns:
         raise BadRow("there is no turn")
@@ -186,19 +202,28 @@ def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation
 
 
 def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
-    """One message as templates take it, and whether it may carry loss (`train: false` or `weight: 0` say no)."""
+    """One message as templates take it, and whether it may carry loss (`train: false` or `weight:
+    0` say no)."""
     if not isinstance(turn, dict):
         raise BadRow(
-            "a turn is no mapping", f"turn {number} is {json.dumps(turn, default=str)[:40]}, not {{role, content}}"
+            "a turn is no mapping",
+            f"turn {number} is {json.dumps(turn, default=str)[:40]}, not {{role, content}}",
         )
     role = turn.get("role")
     if role not in ROLES:
         guess = find_nearest(str(role), ROLES)
         hint = f"did you mean {guess}?" if guess else f"roles are {', '.join(ROLES)}"
-        raise BadRow(f"the role {role!r} is not known", f"turn {number}: the role {role!r} is not known", hint)
+        raise BadRow(
+            f"the role {role!r} is not known",
+            f"turn {number}: the role {role!r} is not known",
+            hint,
+        )
     train, weight = turn.get("train"), turn.get("weight")
     if not (train is None or isinstance(train, bool)) or weight not in (None, 0, 1):
-        raise BadRow("train is no true or false", f"turn {number}: train must be true or false, weight 0 or 1")
+        raise BadRow(
+            "train is no true or false",
+            f"turn {number}: train must be true or false, weight 0 or 1",
+        )
     message = {"role": role}
     calls = turn.get("tool_calls")
     if calls:
@@ -216,7 +241,8 @@ def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
 
 
 def _convert_calls(calls: Any, number: int) -> list[Any]:
-    """Tool calls with arguments as mappings, as templates print them (OpenAI's files hold them as JSON text)."""
+    """Tool calls with arguments as mappings, as templates print them (OpenAI's files hold them as
+    JSON text)."""
     made = []
     for call in calls if isinstance(calls, list) else [None]:
         call = call if isinstance(call, dict) else {}
@@ -236,7 +262,13 @@ def _convert_calls(calls: Any, number: int) -> list[Any]:
                     f"turn {number}: the arguments of {function['name']} are no JSON",
                 ) from None
         named = {"id": call["id"]} if call.get("id") else {}
-        made.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        made.append(
+            {
+                **named,
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
     return made
 
 
@@ -255,7 +287,11 @@ def _convert_sharegpt_turn(turn: Any) -> Any:
             calls = json.loads(str(value))
         except (ValueError, RecursionError):
             raise BadRow("a function_call is no JSON") from None
-        return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **others}
+        return {
+            "role": "assistant",
+            "tool_calls": calls if isinstance(calls, list) else [calls],
+            **others,
+        }
     return {"role": SHAREGPT_ROLES.get(str(speaker), speaker), "content": value, **others}
 
 
@@ -280,7 +316,10 @@ def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
             if name == "attention_mask":
                 ids = [number for number, kept in zip(ids, mask) if kept]
                 labels = [label for label, kept in zip(labels, mask) if kept]
-                row = {key: _mask_labels(row[key], mask) if key in MASKS[1:] else row[key] for key in row}
+                row = {
+                    key: _mask_labels(row[key], mask) if key in MASKS[1:] else row[key]
+                    for key in row
+                }
             else:
                 labels = [label if kept else -100 for label, kept in zip(labels, mask)]
     return Tokens(ids, labels)

@@ -28,7 +28,8 @@ def load_rows(
 ) -> tuple[prepare.Prepared, prepare.Prepared | None]:
     """The rows to train on and, where the recipe gives any, those to evaluate on.
 
-    `day` is what chat templates that write the date are to write: a resumed run trains on the rows it began with.
+    `day` is what chat templates that write the date are to write: a resumed run trains on the rows
+    it began with.
     """
     data, renderer = recipe.data, Renderer(tokenizer, recipe.data.train_on, day)
     if "strftime_now" in str(tokenizer.chat_template):
@@ -39,12 +40,17 @@ def load_rows(
         else _load_one(recipe, renderer, "path", data.path, data.split)
     )
     if renderer.adds_bos and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first):
-        ui.warn(f"rows do not begin with {tokenizer.bos_token}: the chat template writes none, the tokenizer would")
+        ui.warn(
+            f"rows do not begin with {tokenizer.bos_token}: the chat template writes none, the "
+            "tokenizer would"
+        )
     if not (data.eval_path or data.eval_split):
         return train, None
     where = "eval_path" if data.eval_path else "path"
     whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
-    evaluation = _load_one(whole, renderer, where, data.eval_path or data.path, data.eval_split or "train")
+    evaluation = _load_one(
+        whole, renderer, where, data.eval_path or data.path, data.eval_split or "train"
+    )
     if both := _count_shared(train.rows, evaluation.rows):
         ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
     return train, evaluation
@@ -76,12 +82,18 @@ def _load_one(
 
 
 def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepare.Prepared:
-    """The data sets one after the other (training draws its rows in random order), each as often as it weighs; streams
-    are drawn from at random, the more often the more they weigh."""
+    """The data sets one after the other (training draws its rows in random order), each as often as
+    it weighs; streams are drawn from at random, the more often the more they weigh."""
     parts: list[prepare.Prepared] = []
     for number, rows in enumerate(mix):
         own = recipe.data.model_copy(update={**dict(rows), "mix": None})
-        part = _load_one(recipe.model_copy(update={"data": own}), renderer, f"mix.{number}.path", rows.path, rows.split)
+        part = _load_one(
+            recipe.model_copy(update={"data": own}),
+            renderer,
+            f"mix.{number}.path",
+            rows.path,
+            rows.split,
+        )
         ui.say(f"  {rows.path} x {rows.weight:g}: {part.summary()}")
         parts.append(part)
     seed, weights = recipe.training.seed, [rows.weight for rows in mix]
@@ -90,22 +102,37 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
         counts = counts.plus(part.counts)
     if not streams:
         parts = [
-            _repeat_by_weight(part, weight, [seed, number]) for number, (part, weight) in enumerate(zip(parts, weights))
+            _repeat_by_weight(part, weight, [seed, number])
+            for number, (part, weight) in enumerate(zip(parts, weights))
         ]
         counts.tokens = sum(part.counts.tokens for part in parts)
         counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
-    drawn = interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed) if streams else None
-    fingerprint = hashlib.sha256("".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode())
-    first = [row for rows in zip_longest(*(part.first for part in parts)) for row in rows if row is not None]
+    drawn = (
+        interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed)
+        if streams
+        else None
+    )
+    fingerprint = hashlib.sha256(
+        "".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode()
+    )
+    first = [
+        row
+        for rows in zip_longest(*(part.first for part in parts))
+        for row in rows
+        if row is not None
+    ]
     commits = ", ".join(part.commit for part in parts if part.commit) or None
     rows = concatenate_datasets([part.rows for part in parts])
     if not len(rows):
         raise LoraError("the weights of data.mix leave no row", "give one of them a larger weight")
-    return prepare.Prepared(rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn)
+    return prepare.Prepared(
+        rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn
+    )
 
 
 def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:
-    """The rows so many times, and of the share that is left over as many, drawn at random; tokens counted anew."""
+    """The rows so many times, and of the share that is left over as many, drawn at random; tokens
+    counted anew."""
     whole, share = divmod(weight, 1)
     drawn = np.random.default_rng(seed).permutation(len(part.rows))[: round(share * len(part.rows))]
     some = part.rows.select(np.sort(drawn))

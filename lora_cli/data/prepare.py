@@ -1,8 +1,9 @@
-"""The rows a recipe trains on: read, recognised, rendered, encoded, selected, counted; the same for both trainers.
+"""The rows a recipe trains on: read, recognised, rendered, encoded, selected, counted; the same for
+both trainers.
 
-Prepared before the run and kept on disk (`cache.py`); or, for sets that do not fit there (`data.streaming`), the first
-of them looked at before the run, and all of them prepared while it trains, over and over, drawn from a buffer. Memory
-is constant either way.
+Prepared before the run and kept on disk (`cache.py`); or, for sets that do not fit there
+(`data.streaming`), the first of them looked at before the run, and all of them prepared while it
+trains, over and over, drawn from a buffer. Memory is constant either way.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ LOOKED_AT = 10_000
 
 
 class Prepared(NamedTuple):
-    """Rows with `input_ids` and `labels`, the first of them with their places, and what became of the rows read.
+    """Rows with `input_ids` and `labels`, the first of them with their places, and what became of
+    the rows read.
 
     Of a stream, all that is but the first of the rows; `stream` gives all, without end.
     """
@@ -49,7 +51,8 @@ class Prepared(NamedTuple):
     first: list[Kept]
     counts: Counts
     fingerprint: str
-    """A hash of every id and label; of a stream, of the first ones and of the files' first and last megabyte."""
+    """A hash of every id and label; of a stream, of the first ones and of the files' first and last
+    megabyte."""
     commit: str | None
     stream: IterableDataset | None = None
 
@@ -57,17 +60,22 @@ class Prepared(NamedTuple):
         """`571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over 512 tokens)`."""
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
-        text = f"{len(self.rows)} of {counts.read} rows, {counts.tokens} tokens, {share:.0f}% with loss"
+        text = f"{len(self.rows)} of {counts.read} rows"
+        text = f"{text}, {counts.tokens} tokens, {share:.0f}% with loss"
         text = f"{text} ({counts.reasons()})" if counts.reasons() else text
         return f"a stream, of its first rows {text}" if self.stream is not None else text
 
 
 def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
-    """Everything the source has, ready to train on, from the cache where it was prepared before; says what to know.
+    """Everything the source has, ready to train on, from the cache where it was prepared before;
+    says what to know.
 
-    LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left to learn from.
+    LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left to
+    learn from.
     """
-    key = cache.make_key(source.fingerprint(), source.names, recipe, renderer.tokenizer, renderer.day)
+    key = cache.make_key(
+        source.fingerprint(), source.names, recipe, renderer.tokenizer, renderer.day
+    )
     entry = cache.find_folder() / key
     found = cache.read(entry)
     if found:
@@ -77,30 +85,40 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
         rows = _select_rows(source, recipe, renderer, counts)
         gc.freeze()  # else each of many collections walks all that the libraries have made
         try:
-            cache.write(entry, rows, counts, partial(_refuse_useless, source, recipe, counts), FIRST)
+            cache.write(
+                entry, rows, counts, partial(_refuse_useless, source, recipe, counts), FIRST
+            )
         finally:
             gc.unfreeze()
         found = cache.read(entry)
         assert found, "just written"
     selection.warn_of_counts(renderer.tokenizer, found.counts)
-    return Prepared(found.rows, _first_rows(found.rows, found.places), found.counts, found.digest, source.commit)
+    return Prepared(
+        found.rows, _first_rows(found.rows, found.places), found.counts, found.digest, source.commit
+    )
 
 
 def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     """The first rows looked at, as `prepare` does, and all of them as a stream."""
     counts, notes = Counts(), cache.Notes(FIRST)
-    look = recipe.data.model_copy(update={"max_rows": min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)})
+    look = recipe.data.model_copy(
+        update={"max_rows": min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)}
+    )
     beginning = recipe.model_copy(update={"data": look})
     batches = cache.make_batches(_select_rows(source, beginning, renderer, counts), notes)
     rows = Dataset(pyarrow.Table.from_batches(batches, cache.SCHEMA))
     _refuse_useless(source, recipe, counts)
     selection.warn_of_counts(renderer.tokenizer, counts)
     features = Features({name: List(Value("int32")) for name in cache.SCHEMA.names})
-    endless = IterableDataset.from_generator(partial(_repeat_rows, source, recipe, renderer), features)
+    endless = IterableDataset.from_generator(
+        partial(_repeat_rows, source, recipe, renderer), features
+    )
     if recipe.data.shuffle_buffer > 1:
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
     fingerprint = f"{notes.digest}, {source.fingerprint(ends_only=True)}"
-    return Prepared(rows, _first_rows(rows, notes.places), counts, fingerprint, source.commit, endless)
+    return Prepared(
+        rows, _first_rows(rows, notes.places), counts, fingerprint, source.commit, endless
+    )
 
 
 def stream_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[Kept]:
@@ -126,7 +144,8 @@ def _first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
 
 
 def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
-    """LoraError where there was no row, a bad one that is not to be skipped, or none to learn from."""
+    """LoraError where there was no row, a bad one that is not to be skipped, or none to learn
+    from."""
     if counts.read == 0:
         where = f"split {source.split} of " if source.split != "train" else ""
         raise LoraError(f"data.path: {where}{source.name} holds no row", f"head {source.name}")
@@ -134,7 +153,9 @@ def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
     selection.refuse_nothing(counts)
 
 
-def _select_rows(source: Source, recipe: Recipe, renderer: Renderer, counts: Counts) -> Iterator[Kept]:
+def _select_rows(
+    source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
+) -> Iterator[Kept]:
     """The rows to train on as they come, none held."""
     return selection.select_rows(_encode_rows(source, recipe, renderer, counts), recipe, counts)
 
@@ -142,7 +163,8 @@ def _select_rows(source: Source, recipe: Recipe, renderer: Renderer, counts: Cou
 def _encode_rows(
     source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
 ) -> Iterator[tuple[str, list[Encoded]]]:
-    """The usable rows with their places; bad ones are counted. Once one is an error, the rest is only looked at."""
+    """The usable rows with their places; bad ones are counted. Once one is an error, the rest is
+    only looked at."""
     data = recipe.data
     rows: Iterator[tuple[str, readers.Row]] = islice(source.rows(), data.max_rows)
     first = list[tuple[str, readers.Row]]()
@@ -150,7 +172,9 @@ def _encode_rows(
     while readable < COLUMNS_FROM and len(first) < LOOKED_AT and (row := next(rows, None)):
         first.append(row)
         readable += not isinstance(row[1], BadRow)
-    columns = list(dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row))
+    columns = list(
+        dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row)
+    )
     style = _choose_format(data, columns) if columns else "text"
     convert = formats.find_converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
     batches = _convert_rows(chain(first, rows), convert, data, counts)
@@ -173,7 +197,9 @@ def _convert_rows(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                batch.append((place, convert(_rename_columns(row, data.columns) if data.columns else row)))
+                batch.append(
+                    (place, convert(_rename_columns(row, data.columns) if data.columns else row))
+                )
             except BadRow as bad:
                 counts.count_bad(place, bad)
         if batch and not (counts.first_bad and data.on_bad_row == "error"):
@@ -181,9 +207,12 @@ def _convert_rows(
 
 
 def _rename_columns(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
-    """The row under our column names (`columns` is ours: theirs); a column of theirs in the way is left out."""
+    """The row under our column names (`columns` is ours: theirs); a column of theirs in the way is
+    left out."""
     theirs = set(columns.values())
-    kept = {name: value for name, value in row.items() if name not in theirs and name not in columns}
+    kept = {
+        name: value for name, value in row.items() if name not in theirs and name not in columns
+    }
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
@@ -200,7 +229,9 @@ def _choose_format(data: Data, columns: list[str]) -> str:
         return data.format
     if style := formats.recognise_format(named):
         return style
-    answer = next((name for name in columns if name in ("chosen", "answer", "response")), columns[-1])
+    answer = next(
+        (name for name in columns if name in ("chosen", "answer", "response")), columns[-1]
+    )
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
     raise LoraError(
         f"data.path: the columns {', '.join(columns)} are of no known format ({shapes})",

@@ -1,4 +1,5 @@
-"""The rows of one local file, each with the place it stands at; what cannot be read says where and why."""
+"""The rows of one local file, each with the place it stands at; what cannot be read says where and
+why."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]
     if how == "csv":
         yield from _read_csv(file, stream)
     elif how == "text":
-        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(stream, 1) if line.strip())
+        lines = (
+            (number, line.rstrip("\r\n")) for number, line in enumerate(stream, 1) if line.strip()
+        )
         yield from ((f"{file}:{number}", {"text": line}) for number, line in lines)
     else:
         yield from _read_json(file, stream)
@@ -65,7 +68,9 @@ def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            said = f"{file}:{number}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
+            said = (
+                f"{file}:{number}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
+            )
             encoding = "UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
             return LoraError(said, f"iconv -f {encoding} -t UTF-8 {file}")
     raise AssertionError("it was read as UTF-8 and refused")
@@ -90,12 +95,22 @@ def _parse_line(line: str, first: bool) -> Row:
         value = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         if first and line.strip() == "{":
-            return BadRow("one JSON object over many lines", hint="one row a line, or one list of rows: jq -c . FILE")
+            return BadRow(
+                "one JSON object over many lines",
+                hint="one row a line, or one list of rows: jq -c . FILE",
+            )
         return BadRow("invalid JSON", f"column {error.colno}: invalid JSON: {error.msg}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        return BadRow("JSON that cannot be read", f"JSON that cannot be read: {str(error).partition(';')[0]}")
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; thousands of brackets
+        return BadRow(
+            "JSON that cannot be read", f"JSON that cannot be read: {str(error).partition(';')[0]}"
+        )
     if not isinstance(value, dict):
-        return BadRow("a row is no mapping", f"the row is {line.strip()[:40]}, not a mapping of columns")
+        return BadRow(
+            "a row is no mapping", f"the row is {line.strip()[:40]}, not a mapping of columns"
+        )
     return value
 
 
@@ -103,22 +118,29 @@ def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise LoraError(f"{file}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}", f"jq . {file}") from None
+        raise LoraError(
+            f"{file}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}", f"jq . {file}"
+        ) from None
     except (ValueError, RecursionError) as error:
         said = str(error).partition(";")[0]
-        raise LoraError(f"{file}: JSON that cannot be read: {said}", "one row a line is read row by row") from None
+        raise LoraError(
+            f"{file}: JSON that cannot be read: {said}", "one row a line is read row by row"
+        ) from None
     for number, value in enumerate(values, 1):
         place = f"{file}, row {number}"
         yield (
             place,
             value
             if isinstance(value, dict)
-            else BadRow("a row is no mapping", f"it is {json.dumps(value)[:40]}, not a mapping of columns"),
+            else BadRow(
+                "a row is no mapping", f"it is {json.dumps(value)[:40]}, not a mapping of columns"
+            ),
         )
 
 
 def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """Rows under a header line; separated by whichever of comma, tabulator and semicolon stands in it most often."""
+    """Rows under a header line; separated by whichever of comma, tabulator and semicolon stands in
+    it most often."""
     csv.field_size_limit(1 << 30)
     first = stream.readline()
     rows = csv.reader(chain([first], stream), delimiter=max(",\t;", key=first.count), strict=True)
@@ -131,12 +153,17 @@ def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
             if len(values) != len(header):
                 yield (
                     f"{file}:{rows.line_num}",
-                    BadRow("another number of columns", f"{len(values)} columns, but the header has {len(header)}"),
+                    BadRow(
+                        "another number of columns",
+                        f"{len(values)} columns, but the header has {len(header)}",
+                    ),
                 )
             else:
                 yield f"{file}:{rows.line_num}", dict(zip(header, values))
     except csv.Error as error:
-        raise LoraError(f"{file}:{rows.line_num}: invalid CSV: {error}", f"sed -n {rows.line_num}p {file}") from None
+        raise LoraError(
+            f"{file}:{rows.line_num}: invalid CSV: {error}", f"sed -n {rows.line_num}p {file}"
+        ) from None
 
 
 def _refuse_twice(file: Path, columns: list[str]) -> None:
@@ -156,26 +183,39 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
             with file.open("rb") as stream:
                 whole = stream.read(6) == b"ARROW1"
             reader = ipc.open_file(file) if whole else ipc.open_stream(file)
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if whole else iter(reader)
+            batches = (
+                (reader.get_batch(index) for index in range(reader.num_record_batches))
+                if whole
+                else iter(reader)
+            )
         number = 0
         for batch in batches:
-            batch.validate(full=True)  # or a damaged file's offsets lead outside its buffers, and the process crashes
+            batch.validate(
+                full=True
+            )  # or a damaged file's offsets lead outside its buffers, and the process crashes
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", drop_nulls(row)
     except pyarrow.ArrowInvalid as error:
-        raise LoraError(f"{file} is no {kind} file: {' '.join(str(error).split())[:200]}", f"ls -l {file}") from None
+        raise LoraError(
+            f"{file} is no {kind} file: {' '.join(str(error).split())[:200]}", f"ls -l {file}"
+        ) from None
 
 
 def drop_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without nulls inside its values: a table gives each mapping in a column the keys of all of them."""
+    """The row without nulls inside its values: a table gives each mapping in a column the keys of
+    all of them."""
     return {name: _dense(value) for name, value in row.items()}
 
 
 def _dense(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _dense(inner) for key, inner in value.items() if inner is not None}
-    return [_dense(inner) for inner in value] if isinstance(value, list) and value and not _flat(value[0]) else value
+    return (
+        [_dense(inner) for inner in value]
+        if isinstance(value, list) and value and not _flat(value[0])
+        else value
+    )
 
 
 def _flat(value: Any) -> bool:

@@ -65,7 +65,10 @@ class Counts:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Counts:
         """From `plain`, after JSON has made its keys text and its tuples lists."""
-        numbered = {name: Counter({int(key): n for key, n in plain[name].items()}) for name in ("lengths", "ends")}
+        numbered = {
+            name: Counter({int(key): n for key, n in plain[name].items()})
+            for name in ("lengths", "ends")
+        }
         named = {name: Counter(plain[name]) for name in ("left_out", "bad")}
         first = plain["first_bad"]
         return cls(**plain | numbered | named | {"first_bad": tuple(first) if first else None})
@@ -80,8 +83,11 @@ class Counts:
         return ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
 
 
-def select_rows(encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts) -> Iterator[Kept]:
-    """The rows to train on: those with something to learn, long ones treated as data.on_long_row says."""
+def select_rows(
+    encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts
+) -> Iterator[Kept]:
+    """The rows to train on: those with something to learn, long ones treated as data.on_long_row
+    says."""
     limit, policy = recipe.training.max_length, recipe.data.on_long_row
     for place, found in encoded:
         counts.by_turn += len(found) > 1
@@ -121,7 +127,10 @@ def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) 
         counts.left_out[f"dropped: over {limit} tokens"] += 1
         return []
     starts = range(0, length if policy == "split" else 1, limit)
-    pieces = [Kept(place, row.input_ids[start : start + limit], row.labels[start : start + limit]) for start in starts]
+    pieces = [
+        Kept(place, row.input_ids[start : start + limit], row.labels[start : start + limit])
+        for start in starts
+    ]
     taught = [piece for piece in pieces if (piece.labels != IGNORED).any()]
     if not taught:
         counts.left_out["dropped: the answer was cut off whole"] += 1
@@ -133,7 +142,8 @@ def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) 
 
 
 def refuse_bad_rows(data: Data, counts: Counts) -> None:
-    """LoraError for the first bad row, with how many of each kind there are, unless they are to be skipped."""
+    """LoraError for the first bad row, with how many of each kind there are, unless they are to be
+    skipped."""
     total = sum(counts.bad.values())
     if counts.first_bad is None or data.on_bad_row == "skip":
         counts.left_out["dropped: bad"] += total
@@ -148,39 +158,57 @@ def _list_kinds(counts: Counts) -> str:
 
 
 def refuse_nothing(counts: Counts) -> None:
-    """LoraError where no row is left to learn from, with the reasons, or most answers could not be told to begin."""
+    """LoraError where no row is left to learn from, with the reasons, or most answers could not be
+    told to begin."""
     inside = counts.left_out[BEGINS_INSIDE]
     if 2 * inside > counts.read:
         raise LoraError(
-            f"the chat template's generation prompt ends in the middle of a token in {inside} of {counts.read} rows: "
+            f"the chat template's generation prompt ends in the middle of a token in {inside} of "
+            f"{counts.read} rows: "
             "inference would feed other tokens than training",
             "mend the template (a space at its end?), or --set model.chat_template=chatml",
         )
     if not counts.kept:
         too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
-        hint = f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
+        hint = (
+            f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
+        )
         if counts.first_bad and not too_long:
             hint = "look at the first bad row, {}: {}".format(*counts.first_bad)
-        raise LoraError(f"no row is left to train on: {counts.read} read ({counts.reasons()})", hint)
+        raise LoraError(
+            f"no row is left to train on: {counts.read} read ({counts.reasons()})", hint
+        )
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
     """The control tokens that the trained answers end with: where generation is to stop."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(token for token in counts.ends if token in special or token in tokenizer.all_special_ids)
+    return sorted(
+        token for token in counts.ends if token in special or token in tokenizer.all_special_ids
+    )
 
 
 def warn_of_counts(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
     """What is no error, and what one would want to know before a run."""
     if counts.first_bad:
         place, said, _ = counts.first_bad
-        left_out = f"{sum(counts.bad.values())} bad rows of {counts.read} are left out ({_list_kinds(counts)})"
+        number, kinds = sum(counts.bad.values()), _list_kinds(counts)
+        left_out = f"{number} bad rows of {counts.read} are left out ({kinds})"
         ui.warn(f"{left_out}; the first is {place}: {said}")
     stops = set(find_stop_ids(tokenizer, counts))
     endless = sum(number for token, number in counts.ends.items() if token not in stops)
     if endless:
-        ui.warn(f"{endless} of {counts.ends.total()} answers end in no token that stops: the model may never stop")
+        ui.warn(
+            f"{endless} of {counts.ends.total()} answers end in no token that stops: the model "
+            "may never stop"
+        )
     if counts.control_in_text:
-        ui.warn(f"{counts.control_in_text} rows have control tokens in their text, which are read as such")
+        ui.warn(
+            f"{counts.control_in_text} rows have control tokens in their text, which are read as "
+            "such"
+        )
     if counts.by_turn:
-        ui.say(f"  {counts.by_turn} conversations became one row for each answer: the template changes earlier turns")
+        ui.say(
+            f"  {counts.by_turn} conversations became one row for each answer: the template "
+            "changes earlier turns"
+        )

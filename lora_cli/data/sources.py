@@ -1,7 +1,9 @@
-"""Where rows come from: local files, a folder, or a data set on the hub; each row with the place it stands at.
+"""Where rows come from: local files, a folder, or a data set on the hub; each row with the place it
+stands at.
 
-Local files are read here, not by `datasets`: its readers stop at the first row whose types differ from the rows before,
-and do not say in which file and line. Everything is read in batches; nothing is held.
+Local files are read here, not by `datasets`: its readers stop at the first row whose types differ
+from the rows before, and do not say in which file and line. Everything is read in batches; nothing
+is held.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class Source(NamedTuple):
         return (row for file in self.files for row in readers.read(file))
 
     def fingerprint(self, ends_only: bool = False) -> str:
-        """A hash of the content of what is read, not of times; `ends_only`: of its size, first and last megabyte."""
+        """A hash of the content of what is read, not of times; `ends_only`: of its size, first and
+        last megabyte."""
         total = hashlib.sha256(self.split.encode())
         for file in self.files:
             with file.open("rb") as stream:
@@ -83,7 +86,9 @@ class Source(NamedTuple):
                 while block := stream.read(1 << 20):
                     total.update(block)
         if isinstance(self.table, Dataset):
-            with pyarrow.ipc.new_stream(pyarrow.PythonFile(_Hashing(total), "w"), self.table.data.schema) as writer:
+            with pyarrow.ipc.new_stream(
+                pyarrow.PythonFile(_Hashing(total), "w"), self.table.data.schema
+            ) as writer:
                 for batch in self.table.with_format("arrow").iter(readers.BATCH):
                     writer.write_table(batch)
         elif self.table is not None:
@@ -106,7 +111,8 @@ class _Hashing(io.RawIOBase):
 
 
 def find_source(data: Data, field: str, path: str | list[str], split: str) -> Source:
-    """What data.`field` names. LoraError when it is not there, empty, or of no kind that can be read."""
+    """What data.`field` names. LoraError when it is not there, empty, or of no kind that can be
+    read."""
     paths = [path] if isinstance(path, str) else path
     for name in paths:
         _refuse_no_file(field, name)
@@ -116,7 +122,8 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
             for name, files in found.items():
                 if not files:
                     raise LoraError(
-                        f"data.{field}: {name} is no file; a list must name local files", f"ls {Path(name).parent}"
+                        f"data.{field}: {name} is no file; a list must name local files",
+                        f"ls {Path(name).parent}",
                     )
             return _files(field, [file for files in found.values() for file in files], split)
         if Path(paths[0]).is_dir():
@@ -129,11 +136,14 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
         if library_errors.translate(error) is not None:
             raise
         said = " ".join(str(error).split())
-        raise LoraError(f"data.{field}: {path}, split {split!r}: {said}", "check the path and the split") from error
+        raise LoraError(
+            f"data.{field}: {path}, split {split!r}: {said}", "check the path and the split"
+        ) from error
 
 
 def _local(field: str, name: str) -> list[Path]:
-    """The files that a path or a pattern such as `data/*.jsonl` names; none for a folder or a name on the hub."""
+    """The files that a path or a pattern such as `data/*.jsonl` names; none for a folder or a name
+    on the hub."""
     if glob.has_magic(name) and not Path(name).is_file():
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207 – absolute patterns too
         if not found:
@@ -151,14 +161,16 @@ def _files(field: str, files: list[Path], split: str) -> Source:
             raise LoraError(f"data.{field}: {file} does not exist", f"ls {file.parent}")
         if readers.guess_kind(file) is None:
             raise LoraError(
-                f"data.{field}: {file} is none of {', '.join(readers.KINDS)}, nor one of them with .gz",
+                f"data.{field}: {file} is none of {', '.join(readers.KINDS)}, nor one of them "
+                "with .gz",
                 f"mv {file} {file}.jsonl",
             )
         if file.stat().st_size == 0:
             raise LoraError(f"data.{field}: {file} is empty", f"ls -l {file}")
     if not re.fullmatch(r"train(\[.*\])?(\+train(\[.*\])?)*", split):
         raise LoraError(
-            f"data.{field}: local files have the split train only, not {split!r}", "split: train, or train[:1000]"
+            f"data.{field}: local files have the split train only, not {split!r}",
+            "split: train, or train[:1000]",
         )
     ReadInstruction.from_spec(split)
     return Source(files, None, split)
@@ -169,20 +181,28 @@ def _refuse_no_file(field: str, name: str) -> None:
     if "://" in name:
         raise LoraError(f"data.{field}: {name} is an address, not a file", f"curl -LO {name}")
     if Path(name).exists() and not Path(name).is_file() and not Path(name).is_dir():
-        raise LoraError(f"data.{field}: {name} is a pipe or a device, not a file", "copy what it gives into a file")
+        raise LoraError(
+            f"data.{field}: {name} is a pipe or a device, not a file",
+            "copy what it gives into a file",
+        )
 
 
 def _folder(data: Data, folder: Path, split: str) -> Source:
-    """A folder that `datasets` saved, or one of files, always read anew: `datasets` goes by the files' times."""
+    """A folder that `datasets` saved, or one of files, always read anew: `datasets` goes by the
+    files' times."""
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(str(folder))
         parts = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         return Source([], _part(folder, parts.with_format(None), split), split)
     try:
         rebuilt = None if data.streaming else DownloadMode.REUSE_CACHE_IF_EXISTS
-        table = load_dataset(str(folder), data.name, split=split, streaming=data.streaming, download_mode=rebuilt)
+        table = load_dataset(
+            str(folder), data.name, split=split, streaming=data.streaming, download_mode=rebuilt
+        )
     except RuntimeError as error:  # a script among the files: datasets does not run it
-        raise LoraError(f"{folder} cannot be read: {' '.join(str(error).split())}", "name its files instead") from None
+        raise LoraError(
+            f"{folder} cannot be read: {' '.join(str(error).split())}", "name its files instead"
+        ) from None
     return Source([], table, split)
 
 
@@ -197,14 +217,24 @@ def _part(folder: Path, parts: DatasetDict, split: str) -> Dataset:
             )
     slices = instruction.to_absolute({name: len(part) for name, part in parts.items()})
     return concatenate_datasets(
-        [parts[each.splitname].select(range(len(parts[each.splitname]))[slice(each.from_, each.to)]) for each in slices]
+        [
+            parts[each.splitname].select(
+                range(len(parts[each.splitname]))[slice(each.from_, each.to)]
+            )
+            for each in slices
+        ]
     )
 
 
 def _hub(data: Data, name: str, split: str) -> Source:
-    """A hub data set at one commit. Offline, `load_dataset` would take whatever it built last: LoraError then."""
+    """A hub data set at one commit. Offline, `load_dataset` would take whatever it built last:
+    LoraError then."""
     commit = str(resolve_revision(name, repo_type="dataset", revision=data.revision).resolved)
     table = load_dataset(name, data.name, split=split, revision=commit, streaming=data.streaming)
-    if isinstance(table, Dataset) and not all(commit in Path(file["filename"]).parts for file in table.cache_files):
-        raise LoraError(f"data.path: {name} is cached at another revision than {commit}", "unset HF_HUB_OFFLINE")
+    if isinstance(table, Dataset) and not all(
+        commit in Path(file["filename"]).parts for file in table.cache_files
+    ):
+        raise LoraError(
+            f"data.path: {name} is cached at another revision than {commit}", "unset HF_HUB_OFFLINE"
+        )
     return Source([], table, split, commit)

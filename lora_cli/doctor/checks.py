@@ -1,7 +1,9 @@
-"""`lora doctor`: does what is installed on this machine compute what it should, and is what lora uses there?
+"""`lora doctor`: does what is installed on this machine compute what it should, and is what lora
+uses there?
 
-What a recipe needs is tried, not looked up: a matrix product per device and type, PEFT and bitsandbytes against the
-reference, a file on each disk. A check that cannot even run is a problem with the exception as its text.
+What a recipe needs is tried, not looked up: a matrix product per device and type, PEFT and
+bitsandbytes against the reference, a file on each disk. A check that cannot even run is a problem
+with the exception as its text.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ LITTLE_DISK = 5e9
 
 
 class Check(NamedTuple):
-    """One finding: `problem` where a recipe would fail or go wrong, `note` for what one should know."""
+    """One finding: `problem` where a recipe would fail or go wrong, `note` for what one should
+    know."""
 
     name: str
     status: Literal["ok", "note", "problem"]
@@ -43,7 +46,8 @@ class Check(NamedTuple):
 
 
 def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> bool:
-    """Run every check and print the findings; whether there was no problem. `prepare` quiets the libraries."""
+    """Run every check and print the findings; whether there was no problem. `prepare` quiets the
+    libraries."""
     checks: list[Check] = []
     deviations: list[Any] = []
     for check in run_checks(deviations, prepare):
@@ -53,10 +57,19 @@ def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) ->
     problems = [check for check in checks if check.status == "problem"]
     if as_json:
         found = [
-            each._asdict() | {"ok": each.ok, "value": None if math.isnan(each.value) else each.value}
+            each._asdict()
+            | {"ok": each.ok, "value": None if math.isnan(each.value) else each.value}
             for each in deviations
         ]
-        print(json.dumps({"ok": not problems, "checks": [check._asdict() for check in checks], "oracle": found}))
+        print(
+            json.dumps(
+                {
+                    "ok": not problems,
+                    "checks": [check._asdict() for check in checks],
+                    "oracle": found,
+                }
+            )
+        )
         return not problems
     if show_oracle and deviations:
         from lora_cli.doctor import oracle
@@ -68,17 +81,24 @@ def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) ->
 
 
 def _format_check(check: Check) -> str:
-    """Status, name and text, folded to the terminal's width; the command that mends it on a line of its own."""
+    """Status, name and text, folded to the terminal's width; the command that mends it on a line of
+    its own."""
     text = f"{check.status:7}  {check.name}: {check.said}"
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        text = textwrap.fill(text, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
+        text = textwrap.fill(
+            text, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        )
     return f"{text}\n{'':7}  -> {check.fix}" if check.fix else text
 
 
 def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[Check]:
     """Every check, as it is made; what the oracle measured is added to `deviations`."""
-    yield Check("lora", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
+    yield Check(
+        "lora",
+        "ok",
+        f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}",
+    )
     yield from _try_check("versions", check_versions)
     yield from _try_check("libraries", lambda: _import_libraries(prepare))
     yield from _try_check("devices", check_devices)
@@ -99,19 +119,27 @@ def _try_check(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Chec
         yield Check(name, "problem", f"cannot be tried: {type(error).__name__}: {said}", fix)
 
 
-# Versions -----------------------------------------------------------------------------------------------------------
+# Versions -----------------------------------------------------------------------------------------
 
 
 def check_versions() -> Iterator[Check]:
-    """Each package lora asks for: installed, in the range it asks for, and the version that was tested?"""
+    """Each package lora asks for: installed, in the range it asks for, and the version that was
+    tested?"""
     from packaging.requirements import Requirement
 
     tested = read_tested_versions()
     try:
         asked = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check(PACKAGE, "problem", "is not installed, only its source is here", "python -m pip install -e .")
-        asked = [name for name in tested if _find_version(name)]  # the ranges stand in what is missing
+        yield Check(
+            PACKAGE,
+            "problem",
+            "is not installed, only its source is here",
+            "python -m pip install -e .",
+        )
+        asked = [
+            name for name in tested if _find_version(name)
+        ]  # the ranges stand in what is missing
     as_tested = []
     for requirement in map(Requirement, asked):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -129,7 +157,11 @@ def read_tested_versions() -> dict[str, str]:
     """Package -> version of the tested set, for this Python."""
     from packaging.requirements import Requirement
 
-    lines = [line.partition(" #")[0] for line in TESTED.read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line.partition(" #")[0]
+        for line in TESTED.read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate()]
     return {pin.name: next(iter(pin.specifier)).version for pin in pins}
 
@@ -138,7 +170,10 @@ def _find_version(name: str) -> str | None:
     """The version of a package; None where it is not, or not wholly, installed."""
     try:
         return importlib.metadata.version(name) or None
-    except (importlib.metadata.PackageNotFoundError, KeyError):  # KeyError: a folder without its metadata
+    except (
+        importlib.metadata.PackageNotFoundError,
+        KeyError,
+    ):  # KeyError: a folder without its metadata
         return None
 
 
@@ -152,10 +187,16 @@ def _check_version(requirement: Any, tested: str | None) -> Check | None:
         return Check(requirement.name, "problem", "is not, or not wholly, installed", again)
     public = installed.partition("+")[0]  # 2.13.0+cpu is the build of a version, not another one
     if not requirement.specifier.contains(public, prereleases=True):
-        return Check(requirement.name, "problem", f"{installed} is not {requirement.specifier}", fix)
+        return Check(
+            requirement.name, "problem", f"{installed} is not {requirement.specifier}", fix
+        )
     if tested is None:
         return Check(requirement.name, "ok", installed)
-    return None if public == tested else Check(requirement.name, "note", f"{installed}, tested with {tested}", fix)
+    return (
+        None
+        if public == tested
+        else Check(requirement.name, "note", f"{installed}, tested with {tested}", fix)
+    )
 
 
 def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
@@ -167,7 +208,7 @@ def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
     yield Check("libraries", "ok", f"imported in {time.perf_counter() - started:.1f} s")
 
 
-# Devices ------------------------------------------------------------------------------------------------------------
+# Devices ------------------------------------------------------------------------------------------
 
 
 def list_device_names() -> list[str]:
@@ -180,7 +221,8 @@ def list_device_names() -> list[str]:
 
 
 def check_devices() -> Iterator[Check]:
-    """A matrix product and its gradient on every device in every type, against float64 on the CPU."""
+    """A matrix product and its gradient on every device in every type, against float64 on the
+    CPU."""
     import torch
 
     for device in list_device_names():
@@ -191,25 +233,41 @@ def check_devices() -> Iterator[Check]:
                 times[name], off = time_matmul(device, dtype)
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 status: Literal["note", "problem"] = "problem" if name == "float32" else "note"
-                said = f"has no {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-                yield Check(device, status, said, _name_fix("torch") if status == "problem" else None)
+                said = (
+                    f"has no {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                )
+                yield Check(
+                    device, status, said, _name_fix("torch") if status == "problem" else None
+                )
                 continue
             if not off <= 8 * torch.finfo(dtype).eps:
-                said = f"computes wrongly in {name}: a product is off by {off:.1e} of its largest value"
+                said = f"computes wrongly in {name}: "
+                said += f"a product is off by {off:.1e} of its largest value"
                 yield Check(device, "problem", said, _name_fix("torch"))
-        shown = [f"{name} ({times[name] / times['float32']:.2g}x the time)" for name in times if name != "float32"]
+        shown = [
+            f"{name} ({times[name] / times['float32']:.2g}x the time)"
+            for name in times
+            if name != "float32"
+        ]
         if "float32" in times:
-            yield Check(device, "ok", f"tried in {', '.join(['float32', *shown])}{_measure_device_memory(device)}")
+            yield Check(
+                device,
+                "ok",
+                f"tried in {', '.join(['float32', *shown])}{_measure_device_memory(device)}",
+            )
 
 
 def time_matmul(device: str, dtype: Any) -> tuple[float, float]:
-    """The time of one product of two 512x512 matrices with its gradient, and how far from exact, as a share of the
-    largest value."""
+    """The time of one product of two 512x512 matrices with its gradient, and how far from exact, as
+    a share of the largest value."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(512, 512, generator=generator).to(dtype) for _ in range(2))
-    exact_product, exact_gradient = left.double() @ right.double(), torch.ones(512, 512).double() @ right.double().T
+    exact_product, exact_gradient = (
+        left.double() @ right.double(),
+        torch.ones(512, 512).double() @ right.double().T,
+    )
     one, other = left.to(device).requires_grad_(), right.to(device)
     best = float("inf")
     for _ in range(5):
@@ -220,7 +278,8 @@ def time_matmul(device: str, dtype: Any) -> tuple[float, float]:
         best = min(best, time.perf_counter() - started)
     pairs = zip((exact_product, exact_gradient), found)
     return best, max(
-        ((value - exact).abs().max() / exact.abs().max()).nan_to_num(float("inf")).item() for exact, value in pairs
+        ((value - exact).abs().max() / exact.abs().max()).nan_to_num(float("inf")).item()
+        for exact, value in pairs
     )
 
 
@@ -233,11 +292,12 @@ def _measure_device_memory(device: str) -> str:
     return f"; {torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
-# PEFT and bitsandbytes ----------------------------------------------------------------------------------------------
+# PEFT and bitsandbytes ----------------------------------------------------------------------------
 
 
 def check_oracle(deviations: list[Any]) -> Iterator[Check]:
-    """PEFT's layers and bitsandbytes' NF4 against the papers' formulas, on the CPU and the first accelerator."""
+    """PEFT's layers and bitsandbytes' NF4 against the papers' formulas, on the CPU and the first
+    accelerator."""
     from lora_cli.doctor import oracle
 
     for device in list_device_names()[:2]:
@@ -254,13 +314,24 @@ def _check_group(
     group = oracle.find_worst(compare())
     deviations += group
     if wrong := [each for each in group if not each.ok]:
-        shown = "; ".join(f"{each.pair} {each.measure} {each.value:.1e} (limit {each.limit:.0e})" for each in wrong[:3])
-        yield Check(name, "problem", f"not what was published: {shown}", _name_fix("peft", "bitsandbytes"))
+        shown = "; ".join(
+            f"{each.pair} {each.measure} {each.value:.1e} (limit {each.limit:.0e})"
+            for each in wrong[:3]
+        )
+        yield Check(
+            name, "problem", f"not what was published: {shown}", _name_fix("peft", "bitsandbytes")
+        )
     elif name == "NF4":
         share = max(each.value for each in group if each.measure == "scale codes")
-        yield Check(name, "ok", f"on {device} as published; {share:.1%} of the scales' 8-bit codes differ")
+        yield Check(
+            name, "ok", f"on {device} as published; {share:.1%} of the scales' 8-bit codes differ"
+        )
     else:
-        yield Check(name, "ok", f"on {device} as published, to {oracle.find_largest(each.value for each in group):.1e}")
+        yield Check(
+            name,
+            "ok",
+            f"on {device} as published, to {oracle.find_largest(each.value for each in group):.1e}",
+        )
 
 
 def _name_fix(*names: str) -> str:
@@ -274,28 +345,33 @@ def check_four_bit() -> Iterator[Check]:
     from lora_cli.models import four_bit
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")  # what is being asked
+        warnings.filterwarnings(
+            "ignore", message=".*autograd kernel was not registered"
+        )  # what is being asked
         bare = oracle.compare_qlora(protected=False)["gradients"]
     if bare <= oracle.SINGLE:
         yield Check("4-bit gradients", "ok", "right, also after an evaluation")
     else:
-        said = f"bitsandbytes by itself is off by {bare:.0%} after an evaluation; lora prevents that"
+        said = (
+            f"bitsandbytes by itself is off by {bare:.0%} after an evaluation; lora prevents that"
+        )
         yield Check("4-bit gradients", "note", said)
     misread = [length for length in range(16, 513, 16) if four_bit.misreads_rows(length)]
     if misread:
         shown = ", ".join(map(str, misread[:4]))
-        said = f"bitsandbytes misreads rows of {shown}, … weights on this processor; lora refuses such bases"
+        said = f"bitsandbytes misreads rows of {shown}, … weights on this processor; "
+        said += "lora refuses such bases"
         yield Check("4-bit rows", "note", said)
     else:
         yield Check("4-bit rows", "ok", "read right at every length up to 512")
 
 
-# Tools, disk, memory ------------------------------------------------------------------------------------------------
+# Tools, disk, memory ------------------------------------------------------------------------------
 
 
 def check_tools() -> Iterator[Check]:
-    """What exporting needs beyond a recipe, so notes only: the converter where it is looked for, an engine to open the
-    result in, and the quantiser in it."""
+    """What exporting needs beyond a recipe, so notes only: the converter where it is looked for, an
+    engine to open the result in, and the quantiser in it."""
     try:
         yield Check("llama.cpp converter", "ok", str(tools.find_converter()))
     except (LoraError, OSError, UnicodeDecodeError) as error:
@@ -303,7 +379,9 @@ def check_tools() -> Iterator[Check]:
         yield Check("llama.cpp converter", "note", str(error), fix)
     try:
         engine = importlib.import_module("xllamacpp")
-        yield Check("llama.cpp engine", "ok", f"xllamacpp {getattr(engine, '__version__', '')}".strip())
+        yield Check(
+            "llama.cpp engine", "ok", f"xllamacpp {getattr(engine, '__version__', '')}".strip()
+        )
         quantize.Ggml()
         yield Check("llama.cpp quantiser", "ok", "ggml's, in xllamacpp")
     except ImportError as error:
@@ -330,7 +408,12 @@ def check_disk() -> Iterator[Check]:
             with tempfile.TemporaryFile(dir=place):
                 free = shutil.disk_usage(place).free
         except OSError as error:
-            yield Check(f"disk for {name}", "problem", f"{folder} cannot be written to: {error.strerror}", elsewhere)
+            yield Check(
+                f"disk for {name}",
+                "problem",
+                f"{folder} cannot be written to: {error.strerror}",
+                elsewhere,
+            )
             continue
         little = free < LITTLE_DISK
         said, fix = f"{free / 1e9:.1f} GB free at {folder}", f"make room, or {elsewhere}"
@@ -343,5 +426,7 @@ def check_memory() -> Iterator[Check]:
 
     ram = psutil.virtual_memory()
     yield Check(
-        "memory", "ok", f"{ram.available / 1e9:.1f} of {ram.total / 1e9:.1f} GB free, {os.cpu_count()} processors"
+        "memory",
+        "ok",
+        f"{ram.available / 1e9:.1f} of {ram.total / 1e9:.1f} GB free, {os.cpu_count()} processors",
     )

@@ -1,8 +1,8 @@
 """The installed PEFT and bitsandbytes held against the reference: how far each pair lies apart.
 
-Every comparison starts from one small network and one adapter whose every trainable tensor is random (B ≠ 0), written
-by the reference as an adapter file and loaded by PEFT from it. `lora doctor` runs them on the user's machine, the tests
-over more cases.
+Every comparison starts from one small network and one adapter whose every trainable tensor is
+random (B ≠ 0), written by the reference as an adapter file and loaded by PEFT from it. `lora
+doctor` runs them on the user's machine, the tests over more cases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from lora_cli.doctor.reference import nf4
 from lora_cli.doctor.reference.tree import LoraModel
 from lora_cli.models import four_bit
 
-METHODS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+}
 KINDS = ("Linear", "Embedding", "Conv2d")
 BIASES = ("none", "all", "lora_only")
 R, ALPHA = 4, 6
@@ -34,9 +38,10 @@ EXACT = 1e-12
 SINGLE = 1e-5
 """The same where a library computes in float32."""
 SCALE_CODES = 0.005
-"""Largest share of 8-bit scale codes that may differ under double quantisation. bitsandbytes' CPU kernel does not
-compare with the middle between two codes: it looks the value up, rounded to one of 65536 steps from −1 to 1, and a
-value within a step of the middle may get the neighbouring code (measured: 0.15 % of normal values)."""
+"""Largest share of 8-bit scale codes that may differ under double quantisation. bitsandbytes' CPU
+kernel does not compare with the middle between two codes: it looks the value up, rounded to one of
+65536 steps from −1 to 1, and a value within a step of the middle may get the neighbouring code
+(measured: 0.15 % of normal values)."""
 
 
 class Deviation(NamedTuple):
@@ -90,11 +95,16 @@ def compare_layers(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """PEFT's layer against the reference's: `forward`, `gradients` of all that trains, `merged` weights, `unmerged`
-    weights, and the `exchange` of the adapter file from PEFT back to the reference. ArithmeticError when the two do not
-    train the same tensors."""
+    """PEFT's layer against the reference's: `forward`, `gradients` of all that trains, `merged`
+    weights, `unmerged` weights, and the `exchange` of the adapter file from PEFT back to the
+    reference. ArithmeticError when the two do not train the same tensors."""
     base, x = make_network(kind, dtype, device)
-    settings: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "lora_dropout": lora_dropout, "bias": bias}
+    settings: dict[str, Any] = {
+        "r": R,
+        "lora_alpha": ALPHA,
+        "lora_dropout": lora_dropout,
+        "bias": bias,
+    }
     ours = LoraModel(copy.deepcopy(base), ["target"], **settings, **METHODS[method])
     for tensor in ours.adapter_tensors().values():
         tensor.data += torch.randn_like(tensor)
@@ -102,7 +112,10 @@ def compare_layers(
         folder = Path(temporary)
         ours.save_adapter(folder / "ours")
         theirs = PeftModel.from_pretrained(
-            copy.deepcopy(base), str(folder / "ours"), is_trainable=True, autocast_adapter_dtype=False
+            copy.deepcopy(base),
+            str(folder / "ours"),
+            is_trainable=True,
+            autocast_adapter_dtype=False,
         )
         result = _compare_training(ours, theirs, x)
         theirs.save_pretrained(str(folder / "theirs"))
@@ -116,7 +129,9 @@ def compare_layers(
     )
     plain, peft_plain = ours.merge().state_dict(), theirs.merge_and_unload().state_dict()
     _require_same_keys(plain, peft_plain)
-    result["merged"] = find_largest(measure_deviation(plain[name], peft_plain[name]) for name in plain)
+    result["merged"] = find_largest(
+        measure_deviation(plain[name], peft_plain[name]) for name in plain
+    )
     return result
 
 
@@ -127,7 +142,9 @@ def find_largest(values: Iterable[float]) -> float:
 
 def _require_same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     if ours.keys() != theirs.keys():
-        raise ArithmeticError(f"not the same tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}")
+        raise ArithmeticError(
+            f"not the same tensors: {', '.join(sorted(ours.keys() ^ theirs.keys())[:4])}"
+        )
 
 
 def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str, float]:
@@ -137,9 +154,14 @@ def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str
         side.train()
         torch.manual_seed(1)
         outputs.append(side(x))
-        (outputs[-1] * torch.linspace(-1, 1, outputs[-1].numel()).to(outputs[-1]).view_as(outputs[-1])).sum().backward()
+        (
+            outputs[-1]
+            * torch.linspace(-1, 1, outputs[-1].numel()).to(outputs[-1]).view_as(outputs[-1])
+        ).sum().backward()
     gradients = {
-        name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): tensor.grad
+        name.replace(".default", "").replace(
+            "lora_magnitude_vector.weight", "lora_magnitude_vector"
+        ): tensor.grad
         for name, tensor in theirs.named_parameters()
         if tensor.requires_grad
     }
@@ -147,12 +169,15 @@ def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str
     _require_same_keys(trained, gradients)
     return {
         "forward": measure_deviation(*outputs),
-        "gradients": find_largest(measure_deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()),
+        "gradients": find_largest(
+            measure_deviation(tensor.grad, gradients[name]) for name, tensor in trained.items()
+        ),
     }
 
 
 def measure_deviation(ours: Tensor, theirs: Tensor) -> float:
-    """max |ours − theirs|, relative to the largest |ours| where that is above 1. ArithmeticError for other shapes."""
+    """max |ours − theirs|, relative to the largest |ours| where that is above 1. ArithmeticError
+    for other shapes."""
     _require_same_shape(ours, theirs)
     scale = max(1.0, ours.detach().abs().max().item())
     return (ours.detach() - theirs.detach()).abs().max().item() / scale
@@ -160,19 +185,23 @@ def measure_deviation(ours: Tensor, theirs: Tensor) -> float:
 
 def _require_same_shape(ours: Tensor, theirs: Tensor) -> None:
     if ours.shape != theirs.shape:
-        raise ArithmeticError(f"a tensor of shape {tuple(theirs.shape)} in place of {tuple(ours.shape)}")
+        raise ArithmeticError(
+            f"a tensor of shape {tuple(theirs.shape)} in place of {tuple(ours.shape)}"
+        )
 
 
 def compare_nf4(weight: Tensor) -> dict[str, float]:
     """bitsandbytes' NF4 of `weight` against the reference's.
 
-    `codes` and `absmax`: shares that differ without double quantisation, `scale codes`: with it; `values` and `values
-    (double)`: deviation of what the same codes and scales are read as.
+    `codes` and `absmax`: shares that differ without double quantisation, `scale codes`: with it;
+    `values` and `values (double)`: deviation of what the same codes and scales are read as.
     """
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK)
-    twice, double = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True)
+    twice, double = functional.quantize_4bit(
+        weight, quant_type="nf4", blocksize=nf4.BLOCK, compress_statistics=True
+    )
     ours, ours_double = nf4.NF4Tensor(weight, double_quant=False), nf4.NF4Tensor(weight)
     result = {
         "codes": measure_differing(ours.packed, packed.flatten()),
@@ -182,8 +211,12 @@ def compare_nf4(weight: Tensor) -> dict[str, float]:
     ours.packed, ours.plain_absmax = packed.flatten(), state.absmax
     ours_double.packed, ours_double.scale_codes = twice.flatten(), double.absmax
     ours_double.scale_absmax, ours_double.offset = double.state2.absmax, double.offset
-    result["values"] = measure_deviation(ours.dequantize(), functional.dequantize_4bit(packed, state))
-    result["values (double)"] = measure_deviation(ours_double.dequantize(), functional.dequantize_4bit(twice, double))
+    result["values"] = measure_deviation(
+        ours.dequantize(), functional.dequantize_4bit(packed, state)
+    )
+    result["values (double)"] = measure_deviation(
+        ours_double.dequantize(), functional.dequantize_4bit(twice, double)
+    )
     return result
 
 
@@ -194,18 +227,25 @@ def measure_differing(ours: Tensor, theirs: Tensor) -> float:
 
 
 def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, float]:
-    """LoRA on bitsandbytes' 4-bit Linear against `QLoRALinear`, in float32: `forward` and `gradients` of A, B and x,
-    after a pass in eval mode as an evaluation makes it, and the `merged` weight against the dequantised one with ΔW.
-    Without double quantisation, so that both sides hold the same values.
+    """LoRA on bitsandbytes' 4-bit Linear against `QLoRALinear`, in float32: `forward` and
+    `gradients` of A, B and x, after a pass in eval mode as an evaluation makes it, and the `merged`
+    weight against the dequantised one with ΔW. Without double quantisation, so that both sides hold
+    the same values.
 
-    Not `protected`: without what `model.keep_4bit_weights_unpacked` does, and without a bias (which raises then).
+    Not `protected`: without what `model.keep_4bit_weights_unpacked` does, and without a bias (which
+    raises then).
     """
     from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(0)
     plain = nn.Linear(128, 192, bias=protected)
     quantised = Linear4bit(
-        128, 192, bias=protected, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False
+        128,
+        192,
+        bias=protected,
+        compute_dtype=torch.float32,
+        quant_type="nf4",
+        compress_statistics=False,
     )
     quantised.load_state_dict(plain.state_dict())
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"])
@@ -227,7 +267,10 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
     for output in outputs:
         output.pow(2).mean().backward()
     pairs = [(inputs[0], inputs[1])]
-    pairs += [(getattr(ours, name), getattr(adapted, name)["default"].weight) for name in ("lora_A", "lora_B")]
+    pairs += [
+        (getattr(ours, name), getattr(adapted, name)["default"].weight)
+        for name in ("lora_A", "lora_B")
+    ]
     return {
         "forward": measure_deviation(*outputs),
         "gradients": find_largest(measure_relative(one.grad, other.grad) for one, other in pairs),
@@ -263,7 +306,9 @@ def _measure_layers(device: str) -> Iterator[Deviation]:
     dtype, limit = (torch.float32, SINGLE) if device.startswith("mps") else (torch.float64, EXACT)
     for kind, method, bias, dropout in itertools.product(KINDS, METHODS, BIASES, (0.0, 0.25)):
         for measure, value in compare_layers(kind, method, bias, dropout, dtype, device).items():
-            yield Deviation("LoRA, rsLoRA, DoRA", f"{kind} {method} ({device})", measure, value, limit)
+            yield Deviation(
+                "LoRA, rsLoRA, DoRA", f"{kind} {method} ({device})", measure, value, limit
+            )
 
 
 def _measure_qlora(device: str) -> Iterator[Deviation]:
@@ -272,8 +317,8 @@ def _measure_qlora(device: str) -> Iterator[Deviation]:
 
 
 def _measure_nf4(device: str) -> Iterator[Deviation]:
-    """Equal on the CPU; elsewhere a kernel may divide where this multiplies by the reciprocal, so that a value between
-    two codes falls to the other side, and round a product otherwise."""
+    """Equal on the CPU; elsewhere a kernel may divide where this multiplies by the reciprocal, so
+    that a value between two codes falls to the other side, and round a product otherwise."""
     cpu = device == "cpu"
     limits = {"codes": 0.0 if cpu else 1e-5, "absmax": 0.0, "scale codes": SCALE_CODES}
     torch.manual_seed(0)
@@ -288,7 +333,10 @@ def find_worst(found: Iterable[Deviation]) -> list[Deviation]:
     by_key: dict[tuple[str, str], list[Deviation]] = {}
     for each in found:
         by_key.setdefault((each.pair, each.measure), []).append(each)
-    return [max(group, key=lambda each: (math.isnan(each.value), each.value)) for group in by_key.values()]
+    return [
+        max(group, key=lambda each: (math.isnan(each.value), each.value))
+        for group in by_key.values()
+    ]
 
 
 def format_deviations(deviations: list[Deviation]) -> str:

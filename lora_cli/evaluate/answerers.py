@@ -1,7 +1,8 @@
 """What answers a conversation: a base, an adapter, a merged model or a GGUF file.
 
-Adapters of one base share it: it is loaded once, and the adapters are switched on it, or off for the base itself. Each
-conversation is rendered by the chat template saved with the model that answers.
+Adapters of one base share it: it is loaded once, and the adapters are switched on it, or off for
+the base itself. Each conversation is rendered by the chat template saved with the model that
+answers.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class Bases:
                 base.load_adapter(str(adapter.folder), adapter_name=name)
             except (RuntimeError, ValueError, KeyError) as error:
                 said = " ".join(str(error).split())[:300]
-                raise LoraError(f"{adapter.folder} cannot share its base: {said}", "give it in a call alone") from error
+                raise LoraError(
+                    f"{adapter.folder} cannot share its base: {said}", "give it in a call alone"
+                ) from error
             attach.check_adapter_complete(base, adapter.folder, name)
         else:
             base = attach.load_adapter(base, adapter.folder, name)
@@ -104,7 +107,8 @@ class Bases:
         return key
 
     def plain(self, name: str) -> Stored:
-        """A model without adapter: a base that is there already in its own type, or loaded now; returns its key."""
+        """A model without adapter: a base that is there already in its own type, or loaded now;
+        returns its key."""
         base = Base(name)
         wanted = Stored(base, base.dtype)
         for key in self.loaded:
@@ -125,7 +129,13 @@ class HFAnswerer:
         tokenizer: PreTrainedTokenizerBase,
         stops: Sequence[int] = (),
     ) -> None:
-        self.bases, self.key, self.adapter, self.tokenizer, self.stops = bases, key, adapter, tokenizer, stops
+        self.bases, self.key, self.adapter, self.tokenizer, self.stops = (
+            bases,
+            key,
+            adapter,
+            tokenizer,
+            stops,
+        )
 
     @property
     def chat_template(self) -> str | None:
@@ -148,21 +158,34 @@ class HFAnswerer:
     def _ids(self, asked: Asked) -> list[int]:
         messages = asked.messages
         if self.tokenizer.chat_template is None and len(messages) > 1:
-            raise LoraError("this model has no chat template: it cannot hold a conversation", "lora generate PATH")
+            raise LoraError(
+                "this model has no chat template: it cannot hold a conversation",
+                "lora generate PATH",
+            )
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = chat_template.render(self.tokenizer, messages, asked.tools, add_generation_prompt=True)
+        text = chat_template.render(
+            self.tokenizer, messages, asked.tools, add_generation_prompt=True
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
         """Left-padded, with the pads masked; cut at the token that ends a turn."""
         weights, tokenizer = self.bases.loaded[self.key], self.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=weights.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=weights.device)
+        ids = torch.tensor(
+            [[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=weights.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=weights.device
+        )
         drawing = (
-            {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature else {"do_sample": False}
+            {"do_sample": True, "temperature": sampling.temperature}
+            if sampling.temperature
+            else {"do_sample": False}
         )
         with torch.inference_mode(), self._switched(weights):
             output = weights.generate(
@@ -177,10 +200,17 @@ class HFAnswerer:
         return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
 
     def _ends(self, weights: PreTrainedModel) -> list[int]:
-        """The tokens that end an answer: the tokenizer's, those of training, and those of the generation config."""
+        """The tokens that end an answer: the tokenizer's, those of training, and those of the
+        generation config."""
         configured = weights.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
-        return sorted({token for token in [self.tokenizer.eos_token_id, *self.stops, *more] if token is not None})
+        return sorted(
+            {
+                token
+                for token in [self.tokenizer.eos_token_id, *self.stops, *more]
+                if token is not None
+            }
+        )
 
     def _switched(self, weights: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
         if not isinstance(weights, PeftModel):
@@ -205,7 +235,9 @@ class GGUFAnswerer:
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One after the other."""
         return [
-            self.model.complete(self.model.render(*asked), sampling.max_new_tokens, sampling.temperature)
+            self.model.complete(
+                self.model.render(*asked), sampling.max_new_tokens, sampling.temperature
+            )
             for asked in conversations
         ]
 
@@ -221,7 +253,8 @@ class GGUFAnswerer:
 
 
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:
-    """What answers for each path, by a short label. Adapters first, so that a base among the paths shares theirs."""
+    """What answers for each path, by a short label. Adapters first, so that a base among the paths
+    shares theirs."""
     bases = Bases()
     kinds = {path: names.classify(path) for path in paths}
     answerers: dict[str, Answerer] = {}
@@ -240,7 +273,8 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
 
 
 def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer, with the template of an adapter on it where it has none, so that prompts compare."""
+    """The base's own tokenizer, with the template of an adapter on it where it has none, so that
+    prompts compare."""
     tokenizer = load_tokenizer(name)
     if tokenizer.chat_template is not None:
         return tokenizer

@@ -9,8 +9,11 @@ from lora_cli.common import UsageError, ui
 from lora_cli.evaluate.answerers import Asked, Messages, Sampling, open_models
 
 
-def chat(path: str, system: str | None, max_new_tokens: int, temperature: float, base: str | None) -> None:
-    """Read lines from stdin, stream answers to stdout; the conversation so far is given back each time."""
+def chat(
+    path: str, system: str | None, max_new_tokens: int, temperature: float, base: str | None
+) -> None:
+    """Read lines from stdin, stream answers to stdout; the conversation so far is given back each
+    time."""
     answerer = open_models([path], base)[path]
     opening = [{"role": "system", "content": system}] if system else []
     messages: Messages = list(opening)

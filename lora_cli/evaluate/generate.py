@@ -1,4 +1,5 @@
-"""`lora generate` and `lora chat`: prompts answered by several models side by side; a conversation with one."""
+"""`lora generate` and `lora chat`: prompts answered by several models side by side; a conversation
+with one."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from lora_cli.evaluate.answerers import Asked, Sampling, open_models
 
 
 class Question(NamedTuple):
-    """A row that waits for an answer: in one of `formats.FORMATS`, with any word where it gives no answer."""
+    """A row that waits for an answer: in one of `formats.FORMATS`, with any word where it gives no
+    answer."""
 
     row: dict[str, Any]
     style: str
@@ -39,19 +41,29 @@ class Question(NamedTuple):
 
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
-    """Prompts of the command line, then those of the file: rows of a known format in .jsonl, else lines of text."""
-    questions = [_plain_question(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
+    """Prompts of the command line, then those of the file: rows of a known format in .jsonl, else
+    lines of text."""
+    questions = [
+        _plain_question(prompt, f"prompt {number}")
+        for number, prompt in enumerate(prompts, start=1)
+    ]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror}", f"ls -l {file}") from None
         except UnicodeDecodeError as error:
-            raise UsageError(f"{file} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+            raise UsageError(
+                f"{file} is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
+            ) from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place, json_file = f"{file}:{number}", file.suffix in (".jsonl", ".json")
-                questions.append(_parse_question(line, place) if json_file else _plain_question(line.strip(), place))
+                questions.append(
+                    _parse_question(line, place)
+                    if json_file
+                    else _plain_question(line.strip(), place)
+                )
     if not questions:
         raise UsageError("no prompt was given", "--prompt TEXT, or --file FILE")
     return questions
@@ -66,17 +78,30 @@ def _parse_question(line: str, place: str) -> Question:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{place}: not valid JSON: {error.msg}", "one JSON object a line") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UsageError(
+            f"{place}: not valid JSON: {error.msg}", "one JSON object a line"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; thousands of brackets
         said = str(error).partition(";")[0]
-        raise UsageError(f"{place}: JSON that cannot be read: {said}", "one JSON object a line") from None
-    for style, asked, answer in (("prompt_completion", "prompt", "completion"), ("alpaca", "instruction", "output")):
+        raise UsageError(
+            f"{place}: JSON that cannot be read: {said}", "one JSON object a line"
+        ) from None
+    for style, asked, answer in (
+        ("prompt_completion", "prompt", "completion"),
+        ("alpaca", "instruction", "output"),
+    ):
         if isinstance(row, dict) and isinstance(row.get(asked), str):
             expected = row.get(answer) or None
             return Question({**row, answer: expected or "?"}, style, place, expected)
     found = formats.recognise_format(row) if isinstance(row, dict) else None
     if found not in ("messages", "sharegpt", "prompt_completion"):
-        raise UsageError(f"{place}: a row needs prompt, instruction, messages or conversations", '{"prompt": "…"}')
+        raise UsageError(
+            f"{place}: a row needs prompt, instruction, messages or conversations",
+            '{"prompt": "…"}',
+        )
     question = Question(row, found, place, None)
     try:
         conversation = formats.find_converter(found)(row)
@@ -84,7 +109,9 @@ def _parse_question(line: str, place: str) -> Question:
         raise UsageError(f"{place}: {bad.said}", bad.hint) from None
     assert isinstance(conversation, formats.Conversation)
     if conversation.messages[-1]["role"] != "assistant":
-        raise UsageError(f"{place}: the last message is no answer", "end it with the assistant's turn")
+        raise UsageError(
+            f"{place}: the last message is no answer", "end it with the assistant's turn"
+        )
     return question._replace(expected=conversation.messages[-1]["content"] or None)
 
 
@@ -98,7 +125,8 @@ def generate(
     show: int | None,
     as_json: bool,
 ) -> None:
-    """Print each prompt with every model's answer, then how many answers are exactly the ones expected."""
+    """Print each prompt with every model's answer, then how many answers are exactly the ones
+    expected."""
     questions = read_questions(prompts, file)
     set_seed(0)
     answers = {}
@@ -109,10 +137,17 @@ def generate(
     for index, question in enumerate(shown):
         if as_json:
             for label, given in answers.items():
-                row = {"model": label, "prompt": question.text, "answer": given[index], "expected": question.expected}
+                row = {
+                    "model": label,
+                    "prompt": question.text,
+                    "answer": given[index],
+                    "expected": question.expected,
+                }
                 print(json.dumps(row, ensure_ascii=False))
         else:
-            print(_format_answers(question, {label: given[index] for label, given in answers.items()}))
+            print(
+                _format_answers(question, {label: given[index] for label, given in answers.items()})
+            )
     expected = [question.expected for question in questions]
     if any(answer is not None for answer in expected):
         rows = [[label, *_count_exact_matches(given, expected)] for label, given in answers.items()]
@@ -125,11 +160,19 @@ def _format_answers(question: Question, answers: dict[str, str]) -> str:
         lines.append(f"expected: {question.expected}")
     for label, answer in answers.items():
         text = answer.strip()
-        lines.append(f"  {label}: {text}" if "\n" not in text else f"  {label}:\n    " + text.replace("\n", "\n    "))
+        lines.append(
+            f"  {label}: {text}"
+            if "\n" not in text
+            else f"  {label}:\n    " + text.replace("\n", "\n    ")
+        )
     return "\n".join(lines) + "\n"
 
 
 def _count_exact_matches(given: Sequence[str], expected: Sequence[str | None]) -> tuple[str, str]:
-    pairs = [(answer.strip(), wanted.strip()) for answer, wanted in zip(given, expected) if wanted is not None]
+    pairs = [
+        (answer.strip(), wanted.strip())
+        for answer, wanted in zip(given, expected)
+        if wanted is not None
+    ]
     hits = sum(answer == wanted for answer, wanted in pairs)
     return f"{hits}/{len(pairs)}", f"{100 * hits / len(pairs):.1f}%"

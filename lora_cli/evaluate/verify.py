@@ -1,7 +1,9 @@
-"""`lora verify`: are two forms of a model the same function? Any two of adapter, model and GGUF file.
+"""`lora verify`: are two forms of a model the same function? Any two of adapter, model and GGUF
+file.
 
-Each answers the same probe prompts, in constant memory where that is possible. Between Hugging Face models the logits
-after the last tokens of each probe are compared; with a GGUF file, the distribution after the very last, in llama.cpp.
+Each answers the same probe prompts, in constant memory where that is possible. Between Hugging Face
+models the logits after the last tokens of each probe are compared; with a GGUF file, the
+distribution after the very last, in llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from lora_cli.models import (
 
 
 class Form(NamedTuple):
-    """What one form says: logits of some positions per probe, and the type that its weights have."""
+    """What one form says: logits of some positions per probe, and the type that its weights
+    have."""
 
     logits: list[torch.Tensor]
     type: str
@@ -46,12 +49,17 @@ class Form(NamedTuple):
 def verify(first: str, second: str, base: str | None) -> str:
     """The difference in words. RejectedError where it is more than the forms' types explain.
 
-    `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be compared.
+    `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be
+    compared.
     """
     kinds = {path: names.classify(path) for path in (first, second)}
     by_model = next((path for path in kinds if kinds[path] != "gguf"), None)
     # one side's tokenizer and template make the prompts of both
-    probes = make_probes(_load_tokenizer(by_model, kinds[by_model], base)) if by_model else _plain_probes(Path(first))
+    probes = (
+        make_probes(_load_tokenizer(by_model, kinds[by_model], base))
+        if by_model
+        else _plain_probes(Path(first))
+    )
     one, other = (_load_form(path, kinds[path], base, probes) for path in (first, second))
     gguf = "gguf" in kinds.values()
     difference = compare_logits(*((one.last, other.last) if gguf else (one.logits, other.logits)))
@@ -61,7 +69,9 @@ def verify(first: str, second: str, base: str | None) -> str:
         return f"{said} (reported: {' and '.join(sorted({one.type, other.type}))} has no limit)"
     said = f"{said} (limit: {'mean KL' if gguf else '|Δlogit|'} {limit:.2e})"
     if not value <= limit:
-        raise RejectedError(f"not the same function: {said}", "merge or export again; lora generate shows answers")
+        raise RejectedError(
+            f"not the same function: {said}", "merge or export again; lora generate shows answers"
+        )
     return said + _compare_weights(kinds, base)
 
 
@@ -75,14 +85,22 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
-def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) -> tuple[float | None, float]:
-    """The limit, and the figure it is for: KL where a GGUF takes part, else the largest |Δlogit|."""
+def _choose_limit(
+    difference: Difference, one: Form, other: Form, gguf: bool
+) -> tuple[float | None, float]:
+    """The limit, and the figure it is for: KL where a GGUF takes part, else the largest
+    |Δlogit|."""
     if not gguf:
         limits = [rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
         return max(limits), difference.max_abs
     # Hugging Face models are compared in float32
-    known = [KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None) for form in (one, other)]
-    return (None if None in known else max(limit for limit in known if limit is not None)), difference.mean_kl
+    known = [
+        KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None)
+        for form in (one, other)
+    ]
+    return (
+        None if None in known else max(limit for limit in known if limit is not None)
+    ), difference.mean_kl
 
 
 def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
@@ -102,8 +120,15 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
     if kind == "gguf":
         return _load_gguf_form(Path(path), probes)
     tokenizer = _load_tokenizer(path, kind, base)
-    if any(probe.text != other.text for probe, other in zip(probes, make_probes(tokenizer)) if not probe.plain):
-        raise RejectedError(f"{path} has another chat template: it renders the same prompts otherwise", "diff the two")
+    if any(
+        probe.text != other.text
+        for probe, other in zip(probes, make_probes(tokenizer))
+        if not probe.plain
+    ):
+        raise RejectedError(
+            f"{path} has another chat template: it renders the same prompts otherwise",
+            "diff the two",
+        )
     for probe in probes:
         ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]
         _require_same_ids(path, probe, ids)
@@ -119,7 +144,9 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         dtype = model.dtype
         logits = layerwise_logits.walk_logits_of(model, dtype, probes)
     if logits is None:
-        raise LoraError(f"{path} could not be read weight by weight", "compare it where there is more memory")
+        raise LoraError(
+            f"{path} could not be read weight by weight", "compare it where there is more memory"
+        )
     return Form(logits, str(dtype).removeprefix("torch."))
 
 
@@ -133,4 +160,7 @@ def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:
 
 def _require_same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:
     if list(ids) != probe.ids:
-        raise LoraError(f"{path} splits {probe.text[:60]!r} into other tokens than the other", "they are two models")
+        raise LoraError(
+            f"{path} splits {probe.text[:60]!r} into other tokens than the other",
+            "they are two models",
+        )

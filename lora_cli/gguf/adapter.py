@@ -1,7 +1,9 @@
-"""`lora export-gguf ADAPTER --adapter-only`: a LoRA adapter as a GGUF of its own, for llama.cpp to lay over the base.
+"""`lora export-gguf ADAPTER --adapter-only`: a LoRA adapter as a GGUF of its own, for llama.cpp to
+lay over the base.
 
-llama.cpp's converter writes the raw `lora_alpha` of the configuration, and llama.cpp multiplies each B·A by that over
-the module's rank: rsLoRA and alpha_pattern would run at another strength. So it is given B times what is missing.
+llama.cpp's converter writes the raw `lora_alpha` of the configuration, and llama.cpp multiplies
+each B·A by that over the module's rank: rsLoRA and alpha_pattern would run at another strength. So
+it is given B times what is missing.
 """
 
 from __future__ import annotations
@@ -29,32 +31,46 @@ from lora_cli.models import (
 
 
 def export_adapter(
-    path: Path, types: Sequence[str], output: Path | None, base: str | None, llama_cpp_dir: Path | None
+    path: Path,
+    types: Sequence[str],
+    output: Path | None,
+    base: str | None,
+    llama_cpp_dir: Path | None,
 ) -> list[Path]:
-    """Write the adapter in `path` as one GGUF per type (f32, f16, bf16, q8_0), each compared in llama.cpp, on its base,
-    with base and adapter here; returns the files' paths, in `output` or beside `path`.
+    """Write the adapter in `path` as one GGUF per type (f32, f16, bf16, q8_0), each compared in
+    llama.cpp, on its base, with base and adapter here; returns the files' paths, in `output` or
+    beside `path`.
 
-    Raises LoraError for an adapter that llama.cpp cannot hold, files in the way, and answers that differ; nothing is
-    left then.
+    Raises LoraError for an adapter that llama.cpp cannot hold, files in the way, and answers that
+    differ; nothing is left then.
     """
     if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
         known = ", ".join(tools.CONVERTER_TYPES)
-        raise UsageError(f"an adapter cannot be written as {kquants[0]}", f"one of {known}; the base may be any type")
+        raise UsageError(
+            f"an adapter cannot be written as {kquants[0]}",
+            f"one of {known}; the base may be any type",
+        )
     adapter = read_adapter(path, base)
     adapter_contents.refuse_beyond(path)
     adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)
     folder, stem = output or path.parent, files.name_artefact(path)
-    targets = {name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))}
+    targets = {
+        name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))
+    }
     files.refuse_existing(targets.values())
     ui.say(f"exporting the adapter {path} with the converter {converter}")
     if adapter.quantization:
         ui.warn(
-            "trained on 4-bit weights: over a GGUF of the original base it is another function; merge it for the same"
+            "trained on 4-bit weights: over a GGUF of the original base it is another function; "
+            "merge it for the same"
         )
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
-        scaled, made = Path(scratch) / "scaled", {name: Path(scratch) / file.name for name, file in targets.items()}
+        scaled, made = (
+            Path(scratch) / "scaled",
+            {name: Path(scratch) / file.name for name, file in targets.items()},
+        )
         base_folder = adapter.base.download()
         _write_scaled(adapter, scaled)
         for name, file in made.items():
@@ -62,17 +78,25 @@ def export_adapter(
         reports = _compare_all(adapter, base_folder, made, converter, Path(scratch))
         for name, target in targets.items():
             contents = provenance.new_record(
-                "export-gguf", type=name, llama_cpp=tools.VERSION, checked=reports[name], parent=adapter.record
+                "export-gguf",
+                type=name,
+                llama_cpp=tools.VERSION,
+                checked=reports[name],
+                parent=adapter.record,
             )
             files.write_json(target.with_name(f"{target.name}.json"), contents)
             made[name].rename(target)
-            ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, base with adapter {reports[name]}")
+            ui.say(
+                f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, base with adapter "
+                f"{reports[name]}"
+            )
     ui.say(f"to run it: llama-server -m BASE.gguf --lora {next(iter(targets.values()))}")
     return list(targets.values())
 
 
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
-    """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by 1 for plain LoRA."""
+    """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by
+    1 for plain LoRA."""
     adapted = attach.load_adapter(adapter.base.build_zero(), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
     for path, layer in attach.find_lora_layers(adapted).items():
@@ -86,7 +110,8 @@ def _write_scaled(adapter: Adapter, folder: Path) -> None:
 def _compare_all(
     adapter: Adapter, base_folder: Path, made: dict[str, Path], converter: Found, scratch: Path
 ) -> dict[str, str]:
-    """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one differs."""
+    """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one
+    differs."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
     dtype = adapter.base.dtype
@@ -99,5 +124,6 @@ def _compare_all(
     ui.say(f"  what the adapter does to the base here: {compare_logits(without, given)}")
     expected = [rows[-1] for rows in given]
     return {
-        name: parity.compare_gguf(exact, probes, expected, KL_LIMIT[name], adapter=file) for name, file in made.items()
+        name: parity.compare_gguf(exact, probes, expected, KL_LIMIT[name], adapter=file)
+        for name, file in made.items()
     }

@@ -1,9 +1,10 @@
 """Open a GGUF in someone else's program: llama.cpp itself, through xllamacpp (the `gguf` extra).
 
-xllamacpp starts llama.cpp's own server inside this process, on a free port of 127.0.0.1. Here it is closed to everybody
-else by a random key, and spoken to with the calls of llama.cpp's tools/server/README.md:
-  GET /props (chat template, special tokens), GET /v1/models (`meta`: sizes), POST /tokenize, POST /apply-template,
-  POST /completion (`prompt` as token ids, so that nothing is added to it; `n_probs` for log-probabilities).
+xllamacpp starts llama.cpp's own server inside this process, on a free port of 127.0.0.1. Here it is
+closed to everybody else by a random key, and spoken to with the calls of llama.cpp's
+tools/server/README.md: GET /props (chat template, special tokens), GET /v1/models (`meta`: sizes),
+POST /tokenize, POST /apply-template, POST /completion (`prompt` as token ids, so that nothing is
+added to it; `n_probs` for log-probabilities).
 """
 
 from __future__ import annotations
@@ -28,20 +29,26 @@ from lora_cli.gguf import tools
 
 
 class GGUFModel:
-    """A loaded GGUF. Use as a context manager, or `close()` it: it holds the model in memory, a port and threads."""
+    """A loaded GGUF. Use as a context manager, or `close()` it: it holds the model in memory, a
+    port and threads."""
 
     def __init__(
-        self, path: Path, n_ctx: int = 4096, gpu_layers: int = 0, exact: bool = False, adapter: Path | None = None
+        self,
+        path: Path,
+        n_ctx: int = 4096,
+        gpu_layers: int = 0,
+        exact: bool = False,
+        adapter: Path | None = None,
     ) -> None:
         """Load `path` without a word on stderr.
 
-        `n_ctx`: tokens of prompt and answer together (0: what the model was trained for, which can be a lot of memory).
-        `gpu_layers`: layers put on the GPU by a GPU build of xllamacpp (-1: all).
-        `exact`: float32 KV cache and no flash attention, to compare a model with a reference: flash attention reads K
-        and V as float16, which alone moves log-probabilities of a float32 model by 1e-2 (6e-5 with `exact`). Every
-        tensor is also looked through for values that are not finite.
-        `adapter`: a GGUF of a LoRA adapter, applied at full strength.
-        Raises LoraError when xllamacpp is not installed or llama.cpp cannot load the file.
+        `n_ctx`: tokens of prompt and answer together (0: what the model was trained for, which can
+        be a lot of memory). `gpu_layers`: layers put on the GPU by a GPU build of xllamacpp (-1:
+        all). `exact`: float32 KV cache and no flash attention, to compare a model with a reference:
+        flash attention reads K and V as float16, which alone moves log-probabilities of a float32
+        model by 1e-2 (6e-5 with `exact`). Every tensor is also looked through for values that are
+        not finite. `adapter`: a GGUF of a LoRA adapter, applied at full strength. Raises LoraError
+        when xllamacpp is not installed or llama.cpp cannot load the file.
         """
         if not tools.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
@@ -64,8 +71,12 @@ class GGUFModel:
         # A proxy set in the environment must not get the requests to this process.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         props = self._ask("/props")
-        self.metadata: Mapping[str, Any] = {"ftype": props["model_ftype"], **self._ask("/v1/models")["data"][0]["meta"]}
-        """What llama.cpp says of the model: `ftype`, `n_vocab`, `n_ctx_train`, `n_embd`, `n_params`, `size` (bytes)."""
+        self.metadata: Mapping[str, Any] = {
+            "ftype": props["model_ftype"],
+            **self._ask("/v1/models")["data"][0]["meta"],
+        }
+        """What llama.cpp says of the model: `ftype`, `n_vocab`, `n_ctx_train`, `n_embd`,
+        `n_params`, `size` (bytes)."""
         self.chat_template: str = props["chat_template"]
         """The GGUF's embedded chat template; llama.cpp's default (ChatML) where it has none."""
         self.bos_token: str = props["bos_token"]
@@ -79,31 +90,51 @@ class GGUFModel:
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return self._ask("/tokenize", body)["tokens"]
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-        """The prompt for `messages` (`role`, `content`) and `tools` by the embedded chat template, ready for an answer.
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> str:
+        """The prompt for `messages` (`role`, `content`) and `tools` by the embedded chat template,
+        ready for an answer.
 
-        llama.cpp takes a leading BOS out of the text, since it adds one when it tokenises: `complete(render(…))` and
-        `tokenize(render(…))` have exactly one.
+        llama.cpp takes a leading BOS out of the text, since it adds one when it tokenises:
+        `complete(render(…))` and `tokenize(render(…))` have exactly one.
         """
         asked: dict[str, Any] = {"messages": [dict(message) for message in messages]}
-        return self._ask("/apply-template", asked | ({"tools": list(tools)} if tools else {}))["prompt"]
+        return self._ask("/apply-template", asked | ({"tools": list(tools)} if tools else {}))[
+            "prompt"
+        ]
 
     def complete(
-        self, prompt: str | Sequence[int], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> str:
-        """The answer to `prompt`, up to an end-of-generation token (left out) or `max_new_tokens`; see `stream`."""
+        """The answer to `prompt`, up to an end-of-generation token (left out) or `max_new_tokens`;
+        see `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, temperature, seed))
 
     def stream(
-        self, prompt: str | Sequence[int], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> Iterator[str]:
         """The answer piece by piece, as it is made; dropping the iterator stops llama.cpp.
 
-        `prompt` as token ids is taken as it is. A text gets the GGUF's BOS unless it starts with it. `temperature` 0 is
-        greedy; above, llama.cpp's usual samplers apply as well (top-k 40, top-p 0.95, min-p 0.05).
-        Raises LoraError when the prompt does not fit into `n_ctx` or holds ids outside the vocabulary.
+        `prompt` as token ids is taken as it is. A text gets the GGUF's BOS unless it starts with
+        it. `temperature` 0 is greedy; above, llama.cpp's usual samplers apply as well (top-k 40,
+        top-p 0.95, min-p 0.05). Raises LoraError when the prompt does not fit into `n_ctx` or holds
+        ids outside the vocabulary.
         """
-        body = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed, "stream": True}
+        body = {
+            "n_predict": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stream": True,
+        }
         with self._open("/completion", {"prompt": self._ids(prompt), **body}) as reply:
             for line in reply:
                 if line.startswith(b"data: "):
@@ -113,21 +144,26 @@ class GGUFModel:
                     yield piece["content"]
 
     def logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
-        """Natural-log probabilities of the token after `prompt_ids`: one per token id, over the whole vocabulary.
+        """Natural-log probabilities of the token after `prompt_ids`: one per token id, over the
+        whole vocabulary.
 
-        No temperature and no sampler has touched them. llama.cpp works them out in float32, where a probability below
-        1e-45 is 0: such tokens all get the logarithm of that, -103.3, which keeps a divergence finite.
+        No temperature and no sampler has touched them. llama.cpp works them out in float32, where a
+        probability below 1e-45 is 0: such tokens all get the logarithm of that, -103.3, which keeps
+        a divergence finite.
         """
         n_vocab = self.metadata["n_vocab"]
         body = {"prompt": list(prompt_ids), "n_predict": 1, "n_probs": n_vocab, "temperature": 0.0}
-        # llama.cpp drops the probabilities of a step whose chosen token is not whole UTF-8 (a byte of an emoji), so it
-        # is made to choose "a". The probabilities are taken from the raw logits, which the bias does not reach.
+        # llama.cpp drops the probabilities of a step whose chosen token is not whole UTF-8 (a byte
+        # of an emoji), so it is made to choose "a". The probabilities are taken from the raw
+        # logits, which the bias does not reach.
         body["logit_bias"] = [[self.tokenize("a", add_special=False)[-1], 1e9]]
         rows = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         least = math.log(2.0**-149)
         logprobs = [least] * n_vocab
         for row in rows:
-            logprobs[row["id"]] = max(row["logprob"], least)  # log(0) comes as the lowest float32, -3.4e38
+            logprobs[row["id"]] = max(
+                row["logprob"], least
+            )  # log(0) comes as the lowest float32, -3.4e38
         return logprobs
 
     def close(self) -> None:
@@ -138,7 +174,10 @@ class GGUFModel:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -158,7 +197,9 @@ class GGUFModel:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         try:
-            return self._opener.open(urllib.request.Request(self._server.listening_address + route, data, headers))
+            return self._opener.open(
+                urllib.request.Request(self._server.listening_address + route, data, headers)
+            )
         except urllib.error.HTTPError as error:
             raise LoraError(f"llama.cpp refused: {_read_message(json.load(error))}") from error
 
@@ -177,7 +218,8 @@ def import_xllamacpp() -> Any:
 
 
 def _load_server(xlc: Any, params: Any) -> Any:
-    """The running server. A silent llama.cpp does not say why it fails, so a failure is repeated aloud, into a file."""
+    """The running server. A silent llama.cpp does not say why it fails, so a failure is repeated
+    aloud, into a file."""
     for params.verbosity in (-1, 1):
         with _capture_stderr() as file:
             try:

@@ -1,4 +1,5 @@
-"""`lora export-gguf`: a merged model, or an adapter merged on the way, as GGUF files checked in llama.cpp."""
+"""`lora export-gguf`: a merged model, or an adapter merged on the way, as GGUF files checked in
+llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,11 +36,13 @@ def export(
     llama_cpp_dir: Path | None,
     weighted: str | None = None,
 ) -> list[Path]:
-    """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns their paths.
+    """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns
+    their paths.
 
-    `path` is a merged model or an adapter (`base` overrides the base it names); None takes the newest result below the
-    current folder. Files are named after the folder, in `output` or beside the weights. Raises LoraError for missing
-    tools and files in the way before anything is converted, and when a file's answers differ; nothing is left then.
+    `path` is a merged model or an adapter (`base` overrides the base it names); None takes the
+    newest result below the current folder. Files are named after the folder, in `output` or beside
+    the weights. Raises LoraError for missing tools and files in the way before anything is
+    converted, and when a file's answers differ; nothing is left then.
     """
     wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
@@ -50,7 +53,9 @@ def export(
         imatrix.refuse_missing_file(weighted)
     wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
     if weighted is not None and not wants_quantizer:
-        raise UsageError(f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M")
+        raise UsageError(
+            f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M"
+        )
     if wants_quantizer:
         quantize.Ggml()  # says so where there is none
     converter = find_converter(llama_cpp_dir)
@@ -62,7 +67,11 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
         merged, adapter = path, read_adapter(path, base) if kind == "adapter" else None
         config = _check_first(path, adapter, converter, Path(scratch))
-        exact = _choose_exact_type((adapter.base if adapter else Base(str(path))).dtype) if wants_quantizer else None
+        exact = (
+            _choose_exact_type((adapter.base if adapter else Base(str(path))).dtype)
+            if wants_quantizer
+            else None
+        )
         preflight.check_disk(folder, config, wanted, adapter.base.dtype if adapter else None, exact)
         if adapter is not None:
             merged = Path(scratch) / stem
@@ -74,12 +83,16 @@ def export(
 
 
 def _choose_exact_type(dtype: torch.dtype) -> str:
-    """The converter's type that holds the model's weights as they are, from which the quantiser starts."""
+    """The converter's type that holds the model's weights as they are, from which the quantiser
+    starts."""
     return EXACT[str(dtype).removeprefix("torch.")]
 
 
-def _check_first(path: Path, adapter: Adapter | None, converter: Found, scratch: Path) -> PretrainedConfig:
-    """What can be refused before weights are touched is; returns the configuration of the model to be converted."""
+def _check_first(
+    path: Path, adapter: Adapter | None, converter: Found, scratch: Path
+) -> PretrainedConfig:
+    """What can be refused before weights are touched is; returns the configuration of the model to
+    be converted."""
     if adapter is None:
         model = Base(str(path))
         preflight.check_convertible(path, model.config, model.load_tokenizer(), converter)
@@ -102,19 +115,27 @@ def _spell_type(name: str, weighted: bool) -> str:
 
 
 def find_newest_result() -> Path:
-    """The merged model or adapter below the current folder that was written last; LoraError if there is none."""
+    """The merged model or adapter below the current folder that was written last; LoraError if
+    there is none."""
     found = [
-        file for file in Path().rglob(provenance.ARTEFACT_RECORD) if not any(p.startswith(".") for p in file.parts)
+        file
+        for file in Path().rglob(provenance.ARTEFACT_RECORD)
+        if not any(p.startswith(".") for p in file.parts)
     ]
     if not found:
-        raise LoraError("there is no merged model or adapter of ours below this folder", "lora export-gguf PATH")
+        raise LoraError(
+            "there is no merged model or adapter of ours below this folder", "lora export-gguf PATH"
+        )
     newest = max(found, key=lambda file: file.stat().st_mtime).parent
     ui.say(f"the newest result here is {newest}")
     return newest
 
 
-def _convert_all(merged: Path, targets: dict[str, Path], converter: Found, scratch: Path, weighted: str | None) -> None:
-    """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered from it rightly."""
+def _convert_all(
+    merged: Path, targets: dict[str, Path], converter: Found, scratch: Path, weighted: str | None
+) -> None:
+    """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered
+    from it rightly."""
     model = Base(str(merged))
     made = {name: scratch / target.name for name, target in targets.items()}
     exact: Path | None = None
@@ -160,7 +181,8 @@ def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Fo
 
 
 def _compare_all(model: Base, made: dict[str, Path]) -> dict[str, str]:
-    """What comparing each file with the Hugging Face model showed, by type; LoraError if one may not be handed over."""
+    """What comparing each file with the Hugging Face model showed, by type; LoraError if one may
+    not be handed over."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
     tokenizer = model.load_tokenizer()
@@ -169,5 +191,6 @@ def _compare_all(model: Base, made: dict[str, Path]) -> dict[str, str]:
     expected = [logits[-1] for logits in compute_logits(weights, probes)]
     source = parity.Source(model.config, tokenizer, weights.num_parameters())
     return {
-        name: parity.compare_gguf(file, probes, expected, KL_LIMIT.get(name), source) for name, file in made.items()
+        name: parity.compare_gguf(file, probes, expected, KL_LIMIT.get(name), source)
+        for name, file in made.items()
     }

@@ -16,7 +16,19 @@ ALIGNMENT = 32
 """GGUF_DEFAULT_ALIGNMENT, in bytes; llama-quantize writes files of no other."""
 
 # Values: the number that stands for a type in a file -> how `struct` reads it.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 UINT32, STRING, ARRAY = 4, 8, 9
 
 
@@ -31,8 +43,8 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What stands before the weights, `data_start` bytes in all. A value of `metadata` is kept as it
-    is in the file: four bytes of type, then the content."""
+    """What stands before the weights, `data_start` bytes in all. A value of `metadata` is kept as
+    it is in the file: four bytes of type, then the content."""
 
     metadata: dict[str, bytes]
     tensors: list[Tensor]
@@ -65,13 +77,16 @@ def uint32(value: int) -> bytes:
 
 
 def header(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> bytes:
-    """The bytes before the weights, padding included; `offset` of each tensor as it shall be in the file."""
+    """The bytes before the weights, padding included; `offset` of each tensor as it shall be in the
+    file."""
     parts = [struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(metadata))]
     parts += [_sized(key.encode()) + value for key, value in metadata.items()]
     for each in tensors:
         shape = trimmed(each.shape)
         sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        parts.append(_sized(each.name.encode()) + sizes + struct.pack("<IQ", each.type, each.offset))
+        parts.append(
+            _sized(each.name.encode()) + sizes + struct.pack("<IQ", each.type, each.offset)
+        )
     written = b"".join(parts)
     return written + bytes(padding(len(written)))
 
@@ -94,7 +109,9 @@ def _sized(value: bytes) -> bytes:
 def _read_header(view: memoryview) -> Header:
     magic, version, num_tensors, num_values = struct.unpack_from("<4sIQQ", view)
     if magic != b"GGUF" or version not in (2, VERSION):
-        raise ValueError(f"it starts with {magic!r}, version {version}: not as GGUF does, version 2 or 3")
+        raise ValueError(
+            f"it starts with {magic!r}, version {version}: not as GGUF does, version 2 or 3"
+        )
     at, metadata, tensors = 24, {}, []
     for _ in range(num_values):
         key, at = _read_text(view, at)

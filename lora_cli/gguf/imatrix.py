@@ -1,7 +1,9 @@
-"""Importance matrices: how large the inputs of each linear layer are over rows of text, for llama.cpp's quantiser.
+"""Importance matrices: how large the inputs of each linear layer are over rows of text, for
+llama.cpp's quantiser.
 
-As llama.cpp's own llama-imatrix (tools/imatrix/imatrix.cpp): the sum of squares of every input column, and the number
-of tokens. Measured here on the Hugging Face model; written by `imatrix_file.py` with the converter's gguf package.
+As llama.cpp's own llama-imatrix (tools/imatrix/imatrix.cpp): the sum of squares of every input
+column, and the number of tokens. Measured here on the Hugging Face model; written by
+`imatrix_file.py` with the converter's gguf package.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ def refuse_missing_file(given: str) -> None:
 
 
 def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) -> None:
-    """Measure the model in `folder` on `rows` (a file or data set as in `data.path`) and write `outfile`.
+    """Measure the model in `folder` on `rows` (a file or data set as in `data.path`) and write
+    `outfile`.
 
-    `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows that cannot be used.
+    `exact` is the model's GGUF, which says what its tensors are called. Raises LoraError for rows
+    that cannot be used.
     """
     model = Base(str(folder))
     tokenizer, network = model.load_tokenizer(), model.load()
@@ -46,21 +50,33 @@ def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter:
     sums, num_tokens = measure_inputs(to_accelerator(network), batches)
     ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")
     scratch = outfile.with_suffix(".safetensors")
-    save_file(sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows})
-    script, package = Path(__file__).with_name("imatrix_writer.py"), converter.path.parent / "gguf-py"
+    save_file(
+        sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows}
+    )
+    script, package = (
+        Path(__file__).with_name("imatrix_writer.py"),
+        converter.path.parent / "gguf-py",
+    )
     command = [sys.executable, str(script), str(scratch), str(exact), str(outfile)]
-    code, lines = tools.run_command(command, "writing the importance matrix", {"PYTHONPATH": str(package)})
+    code, lines = tools.run_command(
+        command, "writing the importance matrix", {"PYTHONPATH": str(package)}
+    )
     left_out = [line.partition(": ")[2] for line in lines if line.startswith("left out: ")]
     if left_out:
-        ui.warn(f"{len(left_out)} layers have no importance matrix, since their names are not known: {left_out[0]}, …")
+        ui.warn(
+            f"{len(left_out)} layers have no importance matrix, since their names are not known: "
+            f"{left_out[0]}, …"
+        )
     if code or len(left_out) == len(sums):
         raise LoraError(
-            f"the importance matrix cannot be written: {tools.find_last_line(lines)}", "leave --imatrix out"
+            f"the importance matrix cannot be written: {tools.find_last_line(lines)}",
+            "leave --imatrix out",
         )
 
 
 def read_rows(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of the rows as they would be trained on, in pieces of at most CHUNK, up to MAX_TOKENS in all."""
+    """Token ids of the rows as they would be trained on, in pieces of at most CHUNK, up to
+    MAX_TOKENS in all."""
     recipe = Recipe(
         model=Model(name_or_path="-"),
         data=Data(path=rows, on_long_row="split"),
@@ -77,10 +93,17 @@ def read_rows(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[in
         yield [int(token) for token in row.input_ids]
 
 
-def measure_inputs(network: PreTrainedModel, batches: Iterable[list[int]]) -> tuple[dict[str, torch.Tensor], int]:
-    """The sum of squares of each input column (float32, on the CPU) by linear module, and the number of tokens."""
+def measure_inputs(
+    network: PreTrainedModel, batches: Iterable[list[int]]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The sum of squares of each input column (float32, on the CPU) by linear module, and the
+    number of tokens."""
     sums: dict[str, torch.Tensor] = {}
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
     device, num_tokens = next(network.parameters()).device, 0
     with ExitStack() as stack, torch.inference_mode():
         for name, module in layers.items():
@@ -89,7 +112,10 @@ def measure_inputs(network: PreTrainedModel, batches: Iterable[list[int]]) -> tu
             network.eval()(input_ids=torch.tensor([ids], device=device))
             num_tokens += len(ids)
     if not num_tokens:
-        raise LoraError("there are no rows to measure an importance matrix on", "--imatrix DATA with rows of text")
+        raise LoraError(
+            "there are no rows to measure an importance matrix on",
+            "--imatrix DATA with rows of text",
+        )
     return {name: each.float().cpu() for name, each in sums.items()}, num_tokens
 
 

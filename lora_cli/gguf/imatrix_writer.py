@@ -1,9 +1,10 @@
-"""Write an importance matrix as llama.cpp reads it. A program of its own, since it needs the converter's gguf package:
+"""Write an importance matrix as llama.cpp reads it. A program of its own, since it needs the
+converter's gguf package:
 
     PYTHONPATH=llama.cpp/gguf-py python imatrix_file.py SUMS.safetensors MODEL.gguf OUT.gguf
 
-SUMS holds sums of squares by the name of a Hugging Face module, and the number of tokens in its metadata; MODEL says
-the architecture, and which tensors there are.
+SUMS holds sums of squares by the name of a Hugging Face module, and the number of tokens in its
+metadata; MODEL says the architecture, and which tensors there are.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from safetensors import safe_open
 
 
 def main(sums: str, model: str, out: str) -> None:
-    """Map each module to its tensor in `model` and write `out`; print the modules that are none there."""
+    """Map each module to its tensor in `model` and write `out`; print the modules that are none
+    there."""
     import gguf
 
     reader = gguf.GGUFReader(model)
     arch = reader.get_field("general.architecture").contents()
     blocks = reader.get_field(f"{arch}.block_count").contents()
     known = {tensor.name for tensor in reader.tensors}
-    names = gguf.get_tensor_name_map(next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), blocks)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), blocks
+    )
     writer = gguf.GGUFWriter(out, arch)
     writer.add_type(gguf.GGUFType.IMATRIX)
     with safe_open(sums, framework="np") as stored:

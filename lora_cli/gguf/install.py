@@ -1,8 +1,9 @@
 """Install llama.cpp's converters into the managed copy that `tools.py` searches last.
 
-They are three things of one revision (two scripts, `conversion/`, `gguf-py/`). The source package of llama-cpp-python
-carries all three, so pip fetches it: from the index pip is configured for, checked against one sha256. Everything lands
-under its final name by one rename, so processes may race.
+They are three things of one revision (two scripts, `conversion/`, `gguf-py/`). The source package
+of llama-cpp-python carries all three, so pip fetches it: from the index pip is configured for,
+checked against one sha256. Everything lands under its final name by one rename, so processes may
+race.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ KEEP = re.compile(r"LICENSE|convert_(hf|lora)_to_gguf\.py|(conversion|gguf-py)/.
 def install_converters() -> Path:
     """Install both converters into the managed copy; returns its folder.
 
-    Does nothing where they are. Downloads 77 MB. Raises LoraError when pip fails or brings another archive.
+    Does nothing where they are. Downloads 77 MB. Raises LoraError when pip fails or brings another
+    archive.
     """
     home = find_managed_home()
     if not find_missing_part(home / CONVERTER):
@@ -52,10 +54,20 @@ def install_converters() -> Path:
 
 
 def _download_source(folder: Path) -> Path:
-    """The source package, by pip. Stated with its hash, so that pip runs nothing of an archive that is not ours."""
+    """The source package, by pip. Stated with its hash, so that pip runs nothing of an archive that
+    is not ours."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
-    command = _pip("download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder), "-r", str(wanted))
+    command = _pip(
+        "download",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+        "--dest",
+        str(folder),
+        "-r",
+        str(wanted),
+    )
     code, lines = run_command(command, "downloading")
     if code:
         raise _explain_pip(f"llama-cpp-python {VERSION}", lines)
@@ -63,12 +75,15 @@ def _download_source(folder: Path) -> Path:
 
 
 def _unpack(sdist: Path, target: Path) -> None:
-    """The files of KEEP from `sdist`, below `target`. Raises LoraError when its sha256 is another one."""
+    """The files of KEEP from `sdist`, below `target`. Raises LoraError when its sha256 is another
+    one."""
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if digest != SHA256:
         raise LoraError(
-            f"{sdist.name} is not the archive it should be: its sha256 is {digest}, expected {SHA256}",
-            "try again; if it stays so, ask who runs the package index or its mirror: pip config list",
+            f"{sdist.name} is not the archive it should be: its sha256 is {digest}, expected "
+            f"{SHA256}",
+            "try again; if it stays so, ask who runs the package index or its mirror: pip config "
+            "list",
         )
     top = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
     with tarfile.open(sdist) as archive:
@@ -96,9 +111,14 @@ def _pip(*arguments: str) -> list[str]:
 def _explain_pip(what: str, lines: list[str]) -> LoraError:
     said = find_last_line(lines)
     if "No module named pip" in said:
-        return LoraError(f"this Python has no pip to fetch {what} with", f"{sys.executable} -m ensurepip")
+        return LoraError(
+            f"this Python has no pip to fetch {what} with", f"{sys.executable} -m ensurepip"
+        )
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
-        return LoraError(f"the package index offers another {what} than the expected one (sha256)", "pip config list")
+        return LoraError(
+            f"the package index offers another {what} than the expected one (sha256)",
+            "pip config list",
+        )
     return LoraError(
         f"pip could not fetch {what}: {said}",
         "check the network and `pip config list`, or point LLAMA_CPP_DIR at a llama.cpp checkout",

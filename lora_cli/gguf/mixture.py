@@ -1,8 +1,10 @@
-"""Which type each tensor of a GGUF gets: llama.cpp's mixtures, which keep the tensors that matter most in more bits.
+"""Which type each tensor of a GGUF gets: llama.cpp's mixtures, which keep the tensors that matter
+most in more bits.
 
 The rule of llama.cpp's src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`,
-`tensor_allows_quantization`, `tensor_requires_imatrix`) as of llama-cpp-python 0.3.36, for the options that
-`llama-quantize` has by default. tests/gguf/test_quantize_bytes.py compares whole files with it.
+`tensor_allows_quantization`, `tensor_requires_imatrix`) as of llama-cpp-python 0.3.36, for the
+options that `llama-quantize` has by default. tests/gguf/test_quantize_bytes.py compares whole files
+with it.
 """
 
 from __future__ import annotations
@@ -26,28 +28,59 @@ class Kind(NamedTuple):
     base: str
 
 
-# Names and order of tools/quantize/quantize.cpp, without the plain copies (F32, F16, BF16, COPY: the
-# converter's work) and without MXFP4_MOE, which turns a model that is no mixture of experts into
-# Q8_0 and does not say so.
-# fmt: off
+# Names and order of tools/quantize/quantize.cpp, without the plain copies (F32, F16, BF16, COPY:
+# the converter's work) and without MXFP4_MOE, which turns a model that is no mixture of experts
+# into Q8_0 and does not say so. fmt: off
 KINDS = {
-    "Q1_0": Kind(40, "Q1_0"), "Q2_0": Kind(41, "Q2_0"), "Q4_0": Kind(2, "Q4_0"),
-    "Q4_1": Kind(3, "Q4_1"), "Q5_0": Kind(8, "Q5_0"), "Q5_1": Kind(9, "Q5_1"),
-    "IQ2_XXS": Kind(19, "IQ2_XXS"), "IQ2_XS": Kind(20, "IQ2_XS"), "IQ2_S": Kind(28, "IQ2_XS"),
-    "IQ2_M": Kind(29, "IQ2_S"), "IQ1_S": Kind(24, "IQ1_S"), "IQ1_M": Kind(31, "IQ1_M"),
-    "TQ1_0": Kind(36, "TQ1_0"), "TQ2_0": Kind(37, "TQ2_0"), "Q2_K": Kind(10, "Q2_K"),
-    "Q2_K_S": Kind(21, "Q2_K"), "IQ3_XXS": Kind(23, "IQ3_XXS"), "IQ3_S": Kind(26, "IQ3_S"),
-    "IQ3_M": Kind(27, "IQ3_S"), "Q3_K": Kind(12, "Q3_K"), "IQ3_XS": Kind(22, "IQ3_S"),
-    "Q3_K_S": Kind(11, "Q3_K"), "Q3_K_M": Kind(12, "Q3_K"), "Q3_K_L": Kind(13, "Q3_K"),
-    "IQ4_NL": Kind(25, "IQ4_NL"), "IQ4_XS": Kind(30, "IQ4_XS"), "Q4_K": Kind(15, "Q4_K"),
-    "Q4_K_S": Kind(14, "Q4_K"), "Q4_K_M": Kind(15, "Q4_K"), "Q5_K": Kind(17, "Q5_K"),
-    "Q5_K_S": Kind(16, "Q5_K"), "Q5_K_M": Kind(17, "Q5_K"), "Q6_K": Kind(18, "Q6_K"),
+    "Q1_0": Kind(40, "Q1_0"),
+    "Q2_0": Kind(41, "Q2_0"),
+    "Q4_0": Kind(2, "Q4_0"),
+    "Q4_1": Kind(3, "Q4_1"),
+    "Q5_0": Kind(8, "Q5_0"),
+    "Q5_1": Kind(9, "Q5_1"),
+    "IQ2_XXS": Kind(19, "IQ2_XXS"),
+    "IQ2_XS": Kind(20, "IQ2_XS"),
+    "IQ2_S": Kind(28, "IQ2_XS"),
+    "IQ2_M": Kind(29, "IQ2_S"),
+    "IQ1_S": Kind(24, "IQ1_S"),
+    "IQ1_M": Kind(31, "IQ1_M"),
+    "TQ1_0": Kind(36, "TQ1_0"),
+    "TQ2_0": Kind(37, "TQ2_0"),
+    "Q2_K": Kind(10, "Q2_K"),
+    "Q2_K_S": Kind(21, "Q2_K"),
+    "IQ3_XXS": Kind(23, "IQ3_XXS"),
+    "IQ3_S": Kind(26, "IQ3_S"),
+    "IQ3_M": Kind(27, "IQ3_S"),
+    "Q3_K": Kind(12, "Q3_K"),
+    "IQ3_XS": Kind(22, "IQ3_S"),
+    "Q3_K_S": Kind(11, "Q3_K"),
+    "Q3_K_M": Kind(12, "Q3_K"),
+    "Q3_K_L": Kind(13, "Q3_K"),
+    "IQ4_NL": Kind(25, "IQ4_NL"),
+    "IQ4_XS": Kind(30, "IQ4_XS"),
+    "Q4_K": Kind(15, "Q4_K"),
+    "Q4_K_S": Kind(14, "Q4_K"),
+    "Q4_K_M": Kind(15, "Q4_K"),
+    "Q5_K": Kind(17, "Q5_K"),
+    "Q5_K_S": Kind(16, "Q5_K"),
+    "Q5_K_M": Kind(17, "Q5_K"),
+    "Q6_K": Kind(18, "Q6_K"),
     "Q8_0": Kind(7, "Q8_0"),
 }
 # fmt: on
 SAME = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Shorter names."""
-NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
+NEEDS_IMATRIX = (
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "IQ3_XXS",
+    "IQ3_XS",
+    "Q2_K_S",
+)
 """Kinds with tensors of a type that is not to be made without an importance matrix."""
 
 LOWEST = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
@@ -55,7 +88,8 @@ LOWEST = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
 WEIGHTED_TYPES = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 """Types that are garbage without an importance matrix."""
 
-# What is never quantised although it has two dimensions: small, or sensitive. Any of these within a name.
+# What is never quantised although it has two dimensions: small, or sensitive. Any of these within a
+# name.
 KEPT = re.compile(
     r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
     r"|^position_embd\.weight$|^token_types\.weight$|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight"
@@ -85,14 +119,17 @@ NARROWER = {
     "Q6_K": "Q8_0",
 }
 LAYERS_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
-"""Layers by which llama.cpp knows a model of 70 billion parameters (`LLM_TYPE_70B` in src/models)."""
+"""Layers by which llama.cpp knows a model of 70 billion parameters (`LLM_TYPE_70B` in
+src/models)."""
 OTHER_RULES = ("glm5-next", "granite-switch", "nanbeige")
-"""Architectures whose tensors llama.cpp keeps, or whose layers it counts, in ways of their own, not followed here."""
+"""Architectures whose tensors llama.cpp keeps, or whose layers it counts, in ways of their own, not
+followed here."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor as far as the rule looks at it: number `index` of the `num` of its part, in what model.
+    """A tensor as far as the rule looks at it: number `index` of the `num` of its part, in what
+    model.
 
     `shared`: four query heads or more read one key head. `weighted`: there is an importance matrix.
     """
@@ -178,7 +215,9 @@ VALUE: Mapping[str, Rule] = {
 DOWN: Mapping[str, Rule] = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), _first("Q2_K")),
     **dict.fromkeys(("IQ2_S", "IQ2_M"), _first("IQ3_S")),
-    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), lambda at: "Q5_K" if at.first_eighth and not at.weighted else None),
+    **dict.fromkeys(
+        ("IQ4_NL", "IQ4_XS"), lambda at: "Q5_K" if at.first_eighth and not at.weighted else None
+    ),
     "Q2_K": _always("Q3_K"),
     "Q2_K_S": _first("Q4_K"),
     "IQ3_XXS": lambda at: None if at.weighted else "Q4_K" if at.first_eighth else "Q3_K",
@@ -209,7 +248,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "down": DOWN,
 }
 FEW_BITS_OF_EIGHT = (
-    "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS", *LOWEST
+    "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M",
+    "IQ3_S", "IQ3_M", "IQ4_XS", *LOWEST
 )  # fmt: skip
 """Kinds in which a mixture of eight experts has its attention's output in Q5_K."""
 EMBEDDING = {
@@ -221,8 +261,8 @@ EMBEDDING = {
 
 
 class Choice(NamedTuple):
-    """A tensor and the name of its new type, None where it stays as it is. `narrower`: its rows do not
-    fit the type that the rule names, so it has one of smaller blocks, which takes more room."""
+    """A tensor and the name of its new type, None where it stays as it is. `narrower`: its rows do
+    not fit the type that the rule names, so it has one of smaller blocks, which takes more room."""
 
     tensor: Tensor
     type: str | None
@@ -230,22 +270,24 @@ class Choice(NamedTuple):
 
 
 def pick(name: str, weighted: bool) -> str:
-    """The kind of KINDS that `name` means, whatever its case. Raises UsageError, also for one that needs an importance
-    matrix where there is none."""
+    """The kind of KINDS that `name` means, whatever its case. Raises UsageError, also for one that
+    needs an importance matrix where there is none."""
     picked = tools.pick(name, KINDS)
     if picked in NEEDS_IMATRIX and not weighted:
         raise UsageError(
             f"{picked} needs an importance matrix, measured on text like that the model is for",
-            "--imatrix DATA.jsonl, or a type that needs none: Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
+            "--imatrix DATA.jsonl, or a type that needs none: "
+            "Q2_K, Q3_K_M, IQ3_S, IQ4_XS or Q4_K_M",
         )
     return picked
 
 
 def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -> list[Choice]:
-    """What becomes of each tensor of `model` in a file of `kind`, in the order in which llama-quantize writes them.
+    """What becomes of each tensor of `model` in a file of `kind`, in the order in which
+    llama-quantize writes them.
 
-    `weighted`: there is an importance matrix. `block`: elements in a block of each type. Raises LoraError for an
-    architecture with a rule of its own, and for rows that fit no type.
+    `weighted`: there is an importance matrix. `block`: elements in a block of each type. Raises
+    LoraError for an architecture with a rule of its own, and for rows that fit no type.
     """
     arch = model.get("general.architecture")
     if arch in OTHER_RULES:
@@ -259,7 +301,8 @@ def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -
 
 
 def needs_weights(name: str, type_name: str | None, kind: str) -> bool:
-    """Whether a tensor of this name must not be made into `type_name` without an importance matrix."""
+    """Whether a tensor of this name must not be made into `type_name` without an importance
+    matrix."""
     if name in EMBEDDINGS or name == "output.weight":
         return False
     return type_name in WEIGHTED_TYPES or (type_name, kind) == ("Q2_K", "Q2_K_S")
@@ -269,7 +312,12 @@ class _Mixture:
     """The rule for one model and kind; counts the tensors it has seen."""
 
     def __init__(
-        self, model: Header, kind: str, weighted: bool, block: Mapping[str, int], tensors: Sequence[Tensor]
+        self,
+        model: Header,
+        kind: str,
+        weighted: bool,
+        block: Mapping[str, int],
+        tensors: Sequence[Tensor],
     ) -> None:
         self.kind, self.base, self.block, self.weighted = kind, KINDS[kind].base, block, weighted
         self.arch = model.get("general.architecture")
@@ -279,14 +327,21 @@ class _Mixture:
         key_heads = _first_of(model.get(f"{self.arch}.attention.head_count_kv", heads))
         self.shared = key_heads > 0 and heads // key_heads >= 4
         # the older llama of this size, 65B, shares no heads
-        self.is_70b = LAYERS_OF_70B.get(self.arch) == self.num_layers and (self.arch, heads) != ("llama", key_heads)
+        self.is_70b = LAYERS_OF_70B.get(self.arch) == self.num_layers and (self.arch, heads) != (
+            "llama",
+            key_heads,
+        )
         self.tied = all(tensor.name != "output.weight" for tensor in tensors)
         self.num_values = sum(_part(tensor.name) == "value" for tensor in tensors)
         self.seen: Counter[str] = Counter()
 
     def choose(self, tensor: Tensor) -> Choice:
         """The type of the next tensor, of which the file's order is that of the calls."""
-        if len(trimmed(tensor.shape)) < 2 or not tensor.name.endswith("weight") or KEPT.search(tensor.name):
+        if (
+            len(trimmed(tensor.shape)) < 2
+            or not tensor.name.endswith("weight")
+            or KEPT.search(tensor.name)
+        ):
             return Choice(tensor, None)
         wanted, width = self._wanted(tensor), tensor.shape[0]
         if width % self.block[wanted] == 0:
@@ -298,7 +353,9 @@ class _Mixture:
                 "another type, such as Q4_K_M",
             )
         narrower = NARROWER.get(wanted, wanted)
-        return Choice(tensor, narrower if width % self.block[narrower] == 0 else "F16", narrower=True)
+        return Choice(
+            tensor, narrower if width % self.block[narrower] == 0 else "F16", narrower=True
+        )
 
     def _wanted(self, tensor: Tensor) -> str:
         """The type by the rule, whether or not the rows fit."""
@@ -326,10 +383,17 @@ class _Mixture:
         if part in ("up", "gate", "down") and self.num_experts > 1 and self.kind not in LOWEST:
             index = _layer(name)  # a layer has several of them
         num = self.num_values if part == "value" else self.num_layers
-        place = Place(index, num, self.shared, self.num_experts, self.weighted, self.arch == "falcon")
+        place = Place(
+            index, num, self.shared, self.num_experts, self.weighted, self.arch == "falcon"
+        )
         rule = RULES[part].get(self.kind)
         chosen = rule(place) if rule else None
-        if self.is_70b and part == "value" and self.kind not in LOWEST and (chosen or self.base) in ("Q3_K", "Q4_K"):
+        if (
+            self.is_70b
+            and part == "value"
+            and self.kind not in LOWEST
+            and (chosen or self.base) in ("Q3_K", "Q4_K")
+        ):
             return "Q5_K"
         return chosen
 

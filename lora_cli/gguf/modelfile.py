@@ -1,8 +1,10 @@
-"""How to run what was exported: an Ollama Modelfile, and command lines that say what a server cannot load.
+"""How to run what was exported: an Ollama Modelfile, and command lines that say what a server
+cannot load.
 
-Ollama reads Go templates. One is written only where it is certain: where every probe conversation, rendered by the
-tokenizer, is each message between a text before and a text after its role's content, and one text that asks for the
-answer. Else TEMPLATE is left out, and Ollama goes by the template inside the GGUF where it knows it.
+Ollama reads Go templates. One is written only where it is certain: where every probe conversation,
+rendered by the tokenizer, is each message between a text before and a text after its role's
+content, and one text that asks for the answer. Else TEMPLATE is left out, and Ollama goes by the
+template inside the GGUF where it knows it.
 """
 
 from __future__ import annotations
@@ -24,18 +26,24 @@ Conversation = Sequence[Mapping[str, str]]
 
 
 class Pieces(NamedTuple):
-    """A chat template in pieces: the text before and after the content of each role, the text that asks for an answer,
-    and the system message that is there when none is given."""
+    """A chat template in pieces: the text before and after the content of each role, the text that
+    asks for an answer, and the system message that is there when none is given."""
 
     around: dict[str, tuple[str, str]]
     ask: str
     system: str | None
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt for an answer to `conversation`, without BOS: what the Go template renders in Ollama."""
+        """The prompt for an answer to `conversation`, without BOS: what the Go template renders in
+        Ollama."""
         given = conversation[0]["role"] == "system"
-        default = [] if given or self.system is None else [{"role": "system", "content": self.system}]
-        return "".join(m["content"].join(self.around[m["role"]]) for m in [*default, *conversation]) + self.ask
+        default = (
+            [] if given or self.system is None else [{"role": "system", "content": self.system}]
+        )
+        return (
+            "".join(m["content"].join(self.around[m["role"]]) for m in [*default, *conversation])
+            + self.ask
+        )
 
     def go(self) -> str:
         """The Go template."""
@@ -43,18 +51,23 @@ class Pieces(NamedTuple):
             f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
             for role, (before, after) in self.around.items()
         )
-        return f"{{{{ range .Messages }}}}{{{{ {'{{ else '.join(cases)}{{{{ end }}}}{{{{ end }}}}{self.ask}"
+        branches = "{{ else ".join(cases)
+        return "{{ range .Messages }}{{ " + branches + "{{ end }}{{ end }}" + self.ask
 
 
 def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
-    """The tokenizer's chat template in pieces; None where it has none, or renders a probe conversation otherwise."""
+    """The tokenizer's chat template in pieces; None where it has none, or renders a probe
+    conversation otherwise."""
     if tokenizer.chat_template is None:
         return None
     try:
         found = _take_apart(tokenizer)
         if found is None:
             return None
-        certain = all(found.render(probe) == _render_conversation(tokenizer, probe) for probe in _make_probes())
+        certain = all(
+            found.render(probe) == _render_conversation(tokenizer, probe)
+            for probe in _make_probes()
+        )
     except TemplateError:  # a template may refuse a system message, or a turn out of order
         return None
     return found if certain and '"""' not in found.go() else None
@@ -64,8 +77,14 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
     """The pieces as one conversation of three roles shows them."""
     marks = {role: f"@{role}@" for role in ROLES}
     turns = [{"role": role, "content": mark} for role, mark in marks.items()]
-    longer = [*turns, {"role": "user", "content": "@last@"}]  # an answer in a prompt is never the last turn
-    whole, all_turns = _render_conversation(tokenizer, longer), _render_conversation(tokenizer, longer, ask=False)
+    longer = [
+        *turns,
+        {"role": "user", "content": "@last@"},
+    ]  # an answer in a prompt is never the last turn
+    whole, all_turns = (
+        _render_conversation(tokenizer, longer),
+        _render_conversation(tokenizer, longer, ask=False),
+    )
     two, one = (
         _render_conversation(tokenizer, turns[:2], ask=False),
         _render_conversation(tokenizer, turns[:1], ask=False),
@@ -75,11 +94,17 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
         return None
     if not all_turns.endswith(last):
         return None
-    parts = {"system": one, "user": two[len(one) :], "assistant": all_turns[len(two) : len(all_turns) - len(last)]}
+    parts = {
+        "system": one,
+        "user": two[len(one) :],
+        "assistant": all_turns[len(two) : len(all_turns) - len(last)],
+    }
     around = {role: tuple(parts[role].split(marks[role])) for role in ROLES}
     if any(len(pair) != 2 or "{{" in "".join(pair) for pair in around.values()):
         return None
-    found = Pieces({role: (pair[0], pair[1]) for role, pair in around.items()}, whole[len(all_turns) :], None)
+    found = Pieces(
+        {role: (pair[0], pair[1]) for role, pair in around.items()}, whole[len(all_turns) :], None
+    )
     start, end = found.around["system"]
     without = _render_conversation(tokenizer, turns[1:2])
     system = without.removesuffix(found.render(turns[1:2]))
@@ -88,9 +113,14 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
     return found._replace(system=system[len(start) : len(system) - len(end)]) if system else found
 
 
-def _render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True) -> str:
-    """The conversation as the template renders it, without the BOS that Ollama and llama.cpp add."""
-    text = chat_template.render(tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask)
+def _render_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True
+) -> str:
+    """The conversation as the template renders it, without the BOS that Ollama and llama.cpp
+    add."""
+    text = chat_template.render(
+        tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask
+    )
     return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text
 
 
@@ -98,7 +128,10 @@ def _make_probes() -> list[Conversation]:
     """Conversations that every template in pieces renders as the sum of its pieces."""
 
     def chat(*turns: str) -> Conversation:
-        return [{"role": role, "content": content} for role, content in (turn.split(": ", 1) for turn in turns)]
+        return [
+            {"role": role, "content": content}
+            for role, content in (turn.split(": ", 1) for turn in turns)
+        ]
 
     one, two, three = "user: Hi.", "assistant: Hello!\n\nHow are you?", "user: Fine: \n1. a\n2. b"
     return [
@@ -111,9 +144,12 @@ def _make_probes() -> list[Conversation]:
 
 
 def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
-    """Write `folder`/Modelfile for the first of `ggufs`, made from the model in `merged`; one of a user's own stays."""
+    """Write `folder`/Modelfile for the first of `ggufs`, made from the model in `merged`; one of a
+    user's own stays."""
     path = folder / "Modelfile"
-    if path.is_symlink() or (path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)):
+    if path.is_symlink() or (
+        path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)
+    ):
         ui.warn(f"{path} is not ours and was left as it is")
         return
     tokenizer = Base(str(merged)).load_tokenizer()
@@ -121,10 +157,12 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:
         lines.append(
-            "# no TEMPLATE: this chat template is not certain in Ollama's language; Ollama reads the GGUF's own"
+            "# no TEMPLATE: this chat template is not certain in Ollama's language; Ollama reads "
+            "the GGUF's own"
         )
         ui.say(
-            "  Modelfile: without TEMPLATE, since the chat template cannot be said with certainty in Ollama's language"
+            "  Modelfile: without TEMPLATE, since the chat template cannot be said with certainty "
+            "in Ollama's language"
         )
     else:
         lines.append(f'TEMPLATE """{found.go()}"""')
@@ -134,16 +172,22 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
 
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation
+    settings."""
     configured = GenerationConfig.from_model_config(Base(str(merged)).config).eos_token_id
     if (merged / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(str(merged)).eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return [tokenizer.convert_ids_to_tokens(i) for i in dict.fromkeys([tokenizer.eos_token_id, *ids]) if i is not None]
+    return [
+        tokenizer.convert_ids_to_tokens(i)
+        for i in dict.fromkeys([tokenizer.eos_token_id, *ids])
+        if i is not None
+    ]
 
 
 def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None) -> None:
-    """Print how to run the files with llama.cpp and Ollama, and the model they came from with vLLM."""
+    """Print how to run the files with llama.cpp and Ollama, and the model they came from with
+    vLLM."""
     ui.say("to run it:")
     ui.say(f"  llama-server -m {ggufs[0]}")
     ui.say(f"  ollama create {ggufs[0].stem.lower()} -f {ggufs[0].parent / 'Modelfile'}")
@@ -152,17 +196,36 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     if adapter is None:
         return
     if more := adapter_contents.list_beyond(adapter.folder):
-        ui.say(f"  vLLM and llama-server cannot load from {adapter.folder}: {', '.join(more)}; merge it for vLLM:")
+        ui.say(
+            f"  vLLM and llama-server cannot load from {adapter.folder}: {', '.join(more)}; merge "
+            "it for vLLM:"
+        )
         ui.say(f"  lora merge {adapter.folder} OUT && vllm serve OUT")
         return
     config = files.read_json(adapter.folder / "adapter_config.json")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = next((each for each in VLLM_RANKS if each >= max(config["r"], *ranks.values(), 0)), VLLM_RANKS[-1])
+    rank = next(
+        (each for each in VLLM_RANKS if each >= max(config["r"], *ranks.values(), 0)),
+        VLLM_RANKS[-1],
+    )
     served = adapter.folder
-    all_one = ranks == alphas and config["lora_alpha"] == config["r"] and not config.get("use_rslora")
-    if (ranks or alphas) and not all_one:  # vllm/lora/peft_helper.py: one scale for all, lora_alpha over r
-        ui.say(f"  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {adapter.folder} OUT")
+    all_one = (
+        ranks == alphas and config["lora_alpha"] == config["r"] and not config.get("use_rslora")
+    )
+    if (
+        ranks or alphas
+    ) and not all_one:  # vllm/lora/peft_helper.py: one scale for all, lora_alpha over r
+        ui.say(
+            "  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert "
+            f"{adapter.folder} OUT"
+        )
         served = Path("OUT")
     name = files.name_artefact(adapter.folder)
-    ui.say(f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={served}")
-    ui.say(f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} --adapter-only")
+    ui.say(
+        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules "
+        f"{name}={served}"
+    )
+    ui.say(
+        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} "
+        "--adapter-only"
+    )

@@ -1,7 +1,7 @@
 """Quantise a GGUF: the files of llama.cpp's `llama-quantize`, byte for byte, without that program.
 
-The blocks are made by ggml's own quantiser, which xllamacpp's library (the `gguf` extra) holds under
-its C name, `ggml_quantize_chunk` (ggml/include/ggml.h). Which type a tensor gets says
+The blocks are made by ggml's own quantiser, which xllamacpp's library (the `gguf` extra) holds
+under its C name, `ggml_quantize_chunk` (ggml/include/ggml.h). Which type a tensor gets says
 `mixture.py`; what is written around the tensors is that of `llama_model_quantize_impl`
 (src/llama-quant.cpp) and tools/quantize/quantize.cpp, as of llama-cpp-python 0.3.36.
 """
@@ -37,8 +37,8 @@ LONGEST_TEXT = 127
 
 
 class Weights(NamedTuple):
-    """An importance matrix: the mean square of each input column by tensor (float32; one row after another where there
-    are several experts), and what the file says of where it comes from."""
+    """An importance matrix: the mean square of each input column by tensor (float32; one row after
+    another where there are several experts), and what the file says of where it comes from."""
 
     by_tensor: dict[str, np.ndarray]
     dataset: str | None
@@ -47,7 +47,8 @@ class Weights(NamedTuple):
 
 
 class Ggml:
-    """ggml's types and its quantiser, by ctypes. Raises LoraError where xllamacpp is not installed or hides them."""
+    """ggml's types and its quantiser, by ctypes. Raises LoraError where xllamacpp is not installed
+    or hides them."""
 
     def __init__(self) -> None:
         types = engine.import_xllamacpp().ggml_type
@@ -57,7 +58,15 @@ class Ggml:
         self.lib: Any = ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)
         whole, place, size = ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t
         try:
-            self.lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, place, place, whole, whole, whole, place]
+            self.lib.ggml_quantize_chunk.argtypes = [
+                ctypes.c_int,
+                place,
+                place,
+                whole,
+                whole,
+                whole,
+                place,
+            ]
             self.lib.ggml_quantize_chunk.restype = size
             self.lib.ggml_row_size.argtypes = [ctypes.c_int, whole]
             self.lib.ggml_row_size.restype = size
@@ -66,16 +75,24 @@ class Ggml:
             self.lib.ggml_blck_size.restype = whole
         except AttributeError as error:
             said = f"this xllamacpp does not let others use ggml's quantiser ({error})"
-            raise LoraError(said, "pip install -U xllamacpp; -q q8_0, f16, bf16 and f32 need no quantiser") from error
-        self.block = {name: int(self.lib.ggml_blck_size(number)) for name, number in self.numbers.items()}
+            raise LoraError(
+                said, "pip install -U xllamacpp; -q q8_0, f16, bf16 and f32 need no quantiser"
+            ) from error
+        self.block = {
+            name: int(self.lib.ggml_blck_size(number)) for name, number in self.numbers.items()
+        }
 
     def num_bytes(self, type_name: str, shape: tuple[int, ...]) -> int:
         """Size of a tensor of this type and shape (innermost first)."""
         return math.prod(shape[1:]) * self.lib.ggml_row_size(self.numbers[type_name], shape[0])
 
     def quantize(self, rows: np.ndarray, type_name: str, weights: np.ndarray | None) -> np.ndarray:
-        """float32 `rows` (number, width) in blocks of `type_name`, as bytes; `weights`: one for each column."""
-        rows, made = np.ascontiguousarray(rows), np.empty(self.num_bytes(type_name, rows.shape[::-1]), np.uint8)
+        """float32 `rows` (number, width) in blocks of `type_name`, as bytes; `weights`: one for
+        each column."""
+        rows, made = (
+            np.ascontiguousarray(rows),
+            np.empty(self.num_bytes(type_name, rows.shape[::-1]), np.uint8),
+        )
         columns = None if weights is None else np.ascontiguousarray(weights, np.float32)
         address = None if columns is None else columns.ctypes.data
         self.lib.ggml_quantize_chunk(
@@ -85,18 +102,26 @@ class Ggml:
 
     def is_valid(self, data: np.ndarray, type_name: str) -> bool:
         """Whether every number in `data`, bytes of `type_name`, is finite."""
-        return self.lib.ggml_validate_row_data(self.numbers[type_name], data.ctypes.data, data.nbytes)
+        return self.lib.ggml_validate_row_data(
+            self.numbers[type_name], data.ctypes.data, data.nbytes
+        )
 
 
 def quantize(
-    source: Path, target: Path, kind: str, imatrix: Path | None = None, num_threads: int | None = None
+    source: Path,
+    target: Path,
+    kind: str,
+    imatrix: Path | None = None,
+    num_threads: int | None = None,
 ) -> None:
-    """Write the GGUF `source` (f32, f16 or bf16) as `target`, of `kind` (one of KINDS), all at once or not at all.
+    """Write the GGUF `source` (f32, f16 or bf16) as `target`, of `kind` (one of KINDS), all at once
+    or not at all.
 
-    `imatrix` is an importance matrix as llama.cpp writes it. The bytes do not depend on `num_threads` (all processors).
-    Warns of tensors that take a larger type because their rows do not divide into blocks. Raises LoraError for a source
-    that is quantised already or holds values that are not finite, for an importance matrix of another model, for one
-    that is missing, and where there is no ggml; `target` is then untouched.
+    `imatrix` is an importance matrix as llama.cpp writes it. The bytes do not depend on
+    `num_threads` (all processors). Warns of tensors that take a larger type because their rows do
+    not divide into blocks. Raises LoraError for a source that is quantised already or holds values
+    that are not finite, for an importance matrix of another model, for one that is missing, and
+    where there is no ggml; `target` is then untouched.
     """
     ggml, data = Ggml(), mapped(source)
     weights = read_weights(imatrix) if imatrix else None
@@ -112,40 +137,63 @@ def quantize(
             progress = Progress()
             for done, choice in enumerate(choices):
                 progress.update(f"quantising to {kind}: {100 * done // len(choices)}%")
-                _write(file, ggml, data[model.data_start :], choice, by_tensor.get(choice.tensor.name), pool)
+                _write(
+                    file,
+                    ggml,
+                    data[model.data_start :],
+                    choice,
+                    by_tensor.get(choice.tensor.name),
+                    pool,
+                )
             progress.clear()
         made.replace(target)
     if narrower := sum(choice.narrower for choice in choices):
-        warn(f"{narrower} of {len(choices)} tensors take a larger type: their rows do not fit {kind}'s blocks")
+        warn(
+            f"{narrower} of {len(choices)} tensors take a larger type: their rows do not fit "
+            f"{kind}'s blocks"
+        )
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The bytes of `path` (uint8), read from disk as they are used. Raises LoraError where there are none."""
+    """The bytes of `path` (uint8), read from disk as they are used. Raises LoraError where there
+    are none."""
     if not path.is_file() or not path.stat().st_size:
         raise LoraError(f"{path} is missing or empty", f"ls -l {path}")
     return np.memmap(path, np.uint8, "r")
 
 
 def read_weights(path: Path) -> Weights:
-    """The importance matrix in `path`, a GGUF or the format before that (tools/quantize, common/imatrix-loader.cpp).
+    """The importance matrix in `path`, a GGUF or the format before that (tools/quantize,
+    common/imatrix-loader.cpp).
 
     Raises LoraError for a file that is neither, and for values that are not finite.
     """
     data = mapped(path)
     try:
-        found = _weights_of_gguf(data, path) if bytes(data[:4]) == b"GGUF" else _weights_of_dat(data, path)
+        found = (
+            _weights_of_gguf(data, path)
+            if bytes(data[:4]) == b"GGUF"
+            else _weights_of_dat(data, path)
+        )
     except (ValueError, struct.error, KeyError) as error:
-        raise LoraError(f"{path} is no importance matrix: {error}", "--imatrix DATA.jsonl measures one") from error
+        raise LoraError(
+            f"{path} is no importance matrix: {error}", "--imatrix DATA.jsonl measures one"
+        ) from error
     for name, columns in found.by_tensor.items():
         if not np.isfinite(columns).all():
-            raise LoraError(f"{path} holds values for {name} that are not finite", "--imatrix DATA.jsonl measures one")
+            raise LoraError(
+                f"{path} holds values for {name} that are not finite",
+                "--imatrix DATA.jsonl measures one",
+            )
     return found
 
 
 def _weights_of_gguf(data: np.ndarray, path: Path) -> Weights:
     stored = header.read_header(data.data)
     arrays = {tensor.name: _float32(data[stored.data_start :], tensor) for tensor in stored.tensors}
-    names = sorted({name.rpartition(".")[0] for name in arrays if name.endswith((".in_sum2", ".counts"))})
+    names = sorted(
+        {name.rpartition(".")[0] for name in arrays if name.endswith((".in_sum2", ".counts"))}
+    )
     if not names:
         raise ValueError("it holds no sums")
     by_tensor = {}
@@ -156,14 +204,19 @@ def _weights_of_gguf(data: np.ndarray, path: Path) -> Weights:
         seen = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
         by_tensor[name] = seen.reshape(-1)
     datasets, num_chunks = stored.get("imatrix.datasets"), stored.get("imatrix.chunk_count")
-    said = isinstance(datasets, list) and isinstance(num_chunks, int) and "imatrix.chunk_size" in stored.metadata
+    said = (
+        isinstance(datasets, list)
+        and isinstance(num_chunks, int)
+        and "imatrix.chunk_size" in stored.metadata
+    )
     if not said:
         raise ValueError("it does not say what it was measured on")
     return Weights(by_tensor, str(datasets[0]) if datasets else None, num_chunks, path.name)
 
 
 def _weights_of_dat(data: np.ndarray, path: Path) -> Weights:
-    """Entries of (name, number of calls, sums), then the number of chunks and the data set's name, if at all."""
+    """Entries of (name, number of calls, sums), then the number of chunks and the data set's name,
+    if at all."""
     view, at, by_tensor = data.data, 4, {}
     (num,) = struct.unpack_from("<i", view)
     if num < 1:
@@ -193,11 +246,14 @@ def _read(source: Path, data: np.ndarray) -> Header:
     try:
         return header.read_header(data.data)
     except ValueError as error:
-        raise LoraError(f"{source} is no GGUF that can be quantised: {error}", "export it again") from error
+        raise LoraError(
+            f"{source} is no GGUF that can be quantised: {error}", "export it again"
+        ) from error
 
 
 def _columns(choices: list[Choice], kind: str, weights: Weights | None) -> dict[str, np.ndarray]:
-    """The importance matrix's part for each tensor that is quantised and has one; LoraError where it does not fit."""
+    """The importance matrix's part for each tensor that is quantised and has one; LoraError where
+    it does not fit."""
     found = {}
     for tensor, type_name, _ in choices:
         columns = weights.by_tensor.get(tensor.name) if weights and type_name else None
@@ -206,13 +262,16 @@ def _columns(choices: list[Choice], kind: str, weights: Weights | None) -> dict[
             found[tensor.name] = columns
         elif columns is not None and tensor.name not in mixture.EMBEDDINGS:
             raise LoraError(
-                f"the importance matrix has {columns.size} columns for {tensor.name}, which has {num}",
+                f"the importance matrix has {columns.size} columns for {tensor.name}, which has "
+                f"{num}",
                 "it is another model's: --imatrix DATA.jsonl measures one",
             )
         elif mixture.needs_weights(tensor.name, type_name, kind):
             raise LoraError(
-                f"{kind} needs an importance matrix that says how much the columns of {tensor.name} matter",
-                "--imatrix DATA.jsonl measures one; Q2_K, Q3_K_M, IQ3_S, IQ4_XS and Q4_K_M need none",
+                f"{kind} needs an importance matrix that says how much the columns of "
+                f"{tensor.name} matter",
+                "--imatrix DATA.jsonl measures one; Q2_K, Q3_K_M, IQ3_S, IQ4_XS and Q4_K_M need "
+                "none",
             )
     return found
 
@@ -221,11 +280,17 @@ def _refuse_quantized(ggml: Ggml, choices: list[Choice]) -> None:
     for tensor, type_name, _ in choices:
         stored = ggml.names.get(tensor.type, str(tensor.type))
         if type_name not in (None, stored) and stored not in EXACT:
-            raise LoraError(f"the model is already quantised ({tensor.name} is {stored})", "pass an f16 or bf16 GGUF")
+            raise LoraError(
+                f"the model is already quantised ({tensor.name} is {stored})",
+                "pass an f16 or bf16 GGUF",
+            )
 
 
-def _header(ggml: Ggml, model: Header, choices: list[Choice], kind: str, weights: Weights | None) -> bytes:
-    """All that stands before the tensors. The keys that quantising changes come last, as llama-quantize puts them."""
+def _header(
+    ggml: Ggml, model: Header, choices: list[Choice], kind: str, weights: Weights | None
+) -> bytes:
+    """All that stands before the tensors. The keys that quantising changes come last, as
+    llama-quantize puts them."""
     changed = {
         "general.quantization_version": header.uint32(QUANTIZATION_VERSION),
         "general.file_type": header.uint32(KINDS[kind].number),
@@ -233,11 +298,17 @@ def _header(ggml: Ggml, model: Header, choices: list[Choice], kind: str, weights
     if weights:
         changed["quantize.imatrix.file"] = header.text(weights.file.encode()[:LONGEST_TEXT])
         if weights.dataset is not None:
-            changed["quantize.imatrix.dataset"] = header.text(weights.dataset.encode()[:LONGEST_TEXT])
+            changed["quantize.imatrix.dataset"] = header.text(
+                weights.dataset.encode()[:LONGEST_TEXT]
+            )
         changed["quantize.imatrix.entries_count"] = header.uint32(len(weights.by_tensor))
         if weights.num_chunks > 0:
             changed["quantize.imatrix.chunks_count"] = header.uint32(weights.num_chunks)
-    kept = {key: value for key, value in model.metadata.items() if key not in changed and not key.startswith("split.")}
+    kept = {
+        key: value
+        for key, value in model.metadata.items()
+        if key not in changed and not key.startswith("split.")
+    }
     tensors, offset = [], 0
     for tensor, type_name, _ in choices:
         name = type_name or ggml.names[tensor.type]
@@ -261,14 +332,21 @@ def _write(
     given = weights[tensor.offset : tensor.offset + size]
     if given.size != size or not ggml.is_valid(given, stored):
         said = "values that are not finite" if given.size == size else "fewer bytes than it should"
-        raise LoraError(f"{tensor.name} holds {said}", "merge again; lora verify looks for what is wrong")
+        raise LoraError(
+            f"{tensor.name} holds {said}", "merge again; lora verify looks for what is wrong"
+        )
     written = 0
     if choice.type in (None, stored):
         written += file.write(given.data)
     else:
-        for blocks in pool.map(lambda part: ggml.quantize(*part), _parts(given, tensor, stored, choice.type, columns)):
+        for blocks in pool.map(
+            lambda part: ggml.quantize(*part), _parts(given, tensor, stored, choice.type, columns)
+        ):
             if not ggml.is_valid(blocks, choice.type):
-                raise LoraError(f"{tensor.name} has values too large for {choice.type}", "another type, or -q bf16")
+                raise LoraError(
+                    f"{tensor.name} has values too large for {choice.type}",
+                    "another type, or -q bf16",
+                )
             written += file.write(blocks.data)
     file.write(bytes(header.padding(written)))
 
@@ -276,7 +354,8 @@ def _write(
 def _parts(
     given: np.ndarray, tensor: Tensor, stored: str, type_name: str, columns: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, str, np.ndarray | None]]:
-    """Some rows at a time, never of two experts, since each has its own part of the importance matrix."""
+    """Some rows at a time, never of two experts, since each has its own part of the importance
+    matrix."""
     width, per_expert = tensor.shape[0], tensor.shape[1]
     rows = given.reshape(-1, given.size // math.prod(tensor.shape[1:]))
     step = max(1, CHUNK // width)
@@ -284,7 +363,11 @@ def _parts(
         expert = first // per_expert
         mine = None if columns is None else columns[expert * width : (expert + 1) * width]
         for start in range(first, first + per_expert, step):
-            yield _widened(rows[start : min(start + step, first + per_expert)], stored), type_name, mine
+            yield (
+                _widened(rows[start : min(start + step, first + per_expert)], stored),
+                type_name,
+                mine,
+            )
 
 
 def _widened(rows: np.ndarray, stored: str) -> np.ndarray:

@@ -1,8 +1,9 @@
 """llama.cpp's converters: where they are found, how they are run. `install.py` installs them.
 
-They are searched for in this order: the directory the user named (`--llama-cpp DIR`), `$LLAMA_CPP_DIR`, the PATH, the
-managed copy. A directory is a llama.cpp checkout. A named directory that does not hold what is needed is an error: the
-search never falls through to another llama.cpp in silence.
+They are searched for in this order: the directory the user named (`--llama-cpp DIR`),
+`$LLAMA_CPP_DIR`, the PATH, the managed copy. A directory is a llama.cpp checkout. A named directory
+that does not hold what is needed is an error: the search never falls through to another llama.cpp
+in silence.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from pathlib import Path
 from lora_cli.common import LoraError, Progress, UsageError, files, find_nearest
 
 VERSION = "0.3.36"
-"""Release of llama-cpp-python whose source package carries the llama.cpp revision everything here was tried with."""
+"""Release of llama-cpp-python whose source package carries the llama.cpp revision everything here
+was tried with."""
 
 KIND = 2
-"""Counted up when more of that revision is installed than before, so that an older copy is not taken for it."""
+"""Counted up when more of that revision is installed than before, so that an older copy is not
+taken for it."""
 
 CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 
@@ -35,20 +38,31 @@ CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 EXACT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Which of these holds weights of a type of torch as they are."""
 
-# What the tools say when they stop -> what it means, and what to do. The last line they printed is shown as well.
+# What the tools say when they stop -> what it means, and what to do. The last line they printed is
+# shown as well.
 KNOWN_FAILURES = (
     (
         r"BPE pre-tokenizer was not recognized",
-        "llama.cpp does not know this tokenizer: it recognises BPE tokenizers by a hash of what they produce",
-        "keep the base model's own tokenizer, or point --llama-cpp at a newer llama.cpp that knows it",
+        "llama.cpp does not know this tokenizer: it recognises BPE tokenizers by a hash of what "
+        "they produce",
+        "keep the base model's own tokenizer, or point --llama-cpp at a newer llama.cpp that "
+        "knows it",
     ),
     (
         r"Model (\S+) is not supported",
         r"llama.cpp's converter does not know the architecture \1",
         "a newer llama.cpp may know it: clone it and pass its folder with --llama-cpp DIR",
     ),
-    (r"No module named '(\w+)", r"the converter needs the Python package \1", r"python -m pip install \1"),
-    (r"No space left on device|not enough space on the", "the disk is full", "make room, or write to another disk"),
+    (
+        r"No module named '(\w+)",
+        r"the converter needs the Python package \1",
+        r"python -m pip install \1",
+    ),
+    (
+        r"No space left on device|not enough space on the",
+        "the disk is full",
+        "make room, or write to another disk",
+    ),
 )
 
 
@@ -64,16 +78,17 @@ class Found:
 
 
 def find_managed_home() -> Path:
-    """Folder of the managed copy, present or not, in `files.cache_home()`; its last number is that of its kind."""
+    """Folder of the managed copy, present or not, in `files.cache_home()`; its last number is that
+    of its kind."""
     return files.find_cache_home() / f"llama.cpp-{VERSION}-{KIND}"
 
 
 def find_converter(directory: Path | None = None) -> Found:
     """`convert_hf_to_gguf.py`, complete.
 
-    Complete means: the `conversion` package lies beside it where it imports that (older revisions are one file), and
-    `gguf` lies beside it or is installed here; on the PATH a converter that is not complete does not count.
-    Raises LoraError with the one command that mends it.
+    Complete means: the `conversion` package lies beside it where it imports that (older revisions
+    are one file), and `gguf` lies beside it or is installed here; on the PATH a converter that is
+    not complete does not count. Raises LoraError with the one command that mends it.
     """
     found = _search_converter(directory)
     if found is None:
@@ -87,7 +102,8 @@ def spell_converter_type(name: str) -> str:
 
 
 def pick(name: str, known: Collection[str]) -> str:
-    """The one of the GGUF types in `known` that `name` means, whatever its case. Raises UsageError."""
+    """The one of the GGUF types in `known` that `name` means, whatever its case. Raises
+    UsageError."""
     by_upper = {each.upper(): each for each in known}
     if name.upper() in by_upper:
         return by_upper[name.upper()]
@@ -96,27 +112,44 @@ def pick(name: str, known: Collection[str]) -> str:
     raise UsageError(f"unknown GGUF type {name!r}{meant}", f"known types: {', '.join(known)}")
 
 
-def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found, base: Path | None = None) -> None:
+def convert(
+    model_dir: Path, outfile: Path, outtype: str, converter: Found, base: Path | None = None
+) -> None:
     """Write the Hugging Face model in `model_dir` as the GGUF `outfile`, all at once or not at all.
 
-    `outtype` is one of CONVERTER_TYPES. With `base`, the folder of a model, `model_dir` is a LoRA adapter of it. Runs
-    in a process of its own, offline. Raises LoraError when the converter fails or leaves no GGUF; `outfile` is then
-    untouched.
+    `outtype` is one of CONVERTER_TYPES. With `base`, the folder of a model, `model_dir` is a LoRA
+    adapter of it. Runs in a process of its own, offline. Raises LoraError when the converter fails
+    or leaves no GGUF; `outfile` is then untouched.
     """
     outtype = spell_converter_type(outtype)
     script, wanted = converter.path, "config.json"
     if base is not None:
         script, wanted = converter.path.with_name(LORA_CONVERTER), "adapter_config.json"
     if not (model_dir / wanted).is_file():
-        raise LoraError(f"{model_dir} is not a model: it has no {wanted}", "pass the folder of a merged model")
+        raise LoraError(
+            f"{model_dir} is not a model: it has no {wanted}", "pass the folder of a merged model"
+        )
     if not script.is_file():
-        raise LoraError(f"{converter} has no {script.name} beside it", "leave out --llama-cpp: lora setup-llama-cpp")
+        raise LoraError(
+            f"{converter} has no {script.name} beside it",
+            "leave out --llama-cpp: lora setup-llama-cpp",
+        )
     outfile.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".lora-gguf-", dir=outfile.parent.resolve()) as folder:
         made = Path(folder) / "base.gguf"
-        command = [sys.executable, str(script), str(model_dir.resolve()), "--outfile", str(made), "--outtype", outtype]
+        command = [
+            sys.executable,
+            str(script),
+            str(model_dir.resolve()),
+            "--outfile",
+            str(made),
+            "--outtype",
+            outtype,
+        ]
         command += ["--base", str(base.resolve())] if base else []
-        code, lines = run_command(command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+        code, lines = run_command(
+            command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+        )
         if code or not is_gguf(made):
             shown = [part.replace(str(made), str(outfile.resolve())) for part in command]
             raise _failure_error(code, lines, shown)
@@ -124,21 +157,25 @@ def convert(model_dir: Path, outfile: Path, outtype: str, converter: Found, base
 
 
 def try_vocabulary(model_dir: Path, converter: Found) -> None:
-    """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError for an architecture
-    or a tokenizer that it does not know."""
+    """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError
+    for an architecture or a tokenizer that it does not know."""
     with tempfile.TemporaryDirectory(prefix="lora-vocabulary-") as folder:
         command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--vocab-only"]
         command += ["--outfile", str(Path(folder) / "vocabulary.gguf")]
-        code, lines = run_command(command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+        code, lines = run_command(
+            command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+        )
     if code:
         raise _failure_error(code, lines, command)
 
 
-def run_command(command: Sequence[str], label: str, env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
+def run_command(
+    command: Sequence[str], label: str, env: Mapping[str, str] | None = None
+) -> tuple[int, list[str]]:
     """Run `command` under one progress line: (exit status, every line of its stdout and stderr).
 
-    `env` is added to the environment. The percentage is read from what the program prints (`42%`). Raises LoraError
-    when the program cannot be started.
+    `env` is added to the environment. The percentage is read from what the program prints (`42%`).
+    Raises LoraError when the program cannot be started.
     """
     progress, lines = Progress(), []
     try:
@@ -152,7 +189,9 @@ def run_command(command: Sequence[str], label: str, env: Mapping[str, str] | Non
             env={**os.environ, **(env or {})},
         )
     except OSError as error:
-        raise LoraError(f"{command[0]} cannot be run: {error.strerror}", f"try it: {shlex.join(command)}") from error
+        raise LoraError(
+            f"{command[0]} cannot be run: {error.strerror}", f"try it: {shlex.join(command)}"
+        ) from error
     with process:
         assert process.stdout is not None
         try:
@@ -168,11 +207,20 @@ def run_command(command: Sequence[str], label: str, env: Mapping[str, str] | Non
 
 
 def find_last_line(lines: Sequence[str]) -> str:
-    """What a failed program said: its last exception or `ERROR:`, else its last line that is no logger's chatter."""
-    telling = [line for line in lines if line.strip() and not re.match(r"INFO:|WARNING:|\s*\w+:\s+\d+%", line)]
+    """What a failed program said: its last exception or `ERROR:`, else its last line that is no
+    logger's chatter."""
+    telling = [
+        line
+        for line in lines
+        if line.strip() and not re.match(r"INFO:|WARNING:|\s*\w+:\s+\d+%", line)
+    ]
     final = r"ERROR:|[\w.]+(Error|Exception):"
     errors = [line for line in telling if re.match(final, line)]
-    return re.sub(r"^ERROR:([\w.-]+:)?", "", (errors or telling)[-1]).strip() if telling else "it printed nothing"
+    return (
+        re.sub(r"^ERROR:([\w.-]+:)?", "", (errors or telling)[-1]).strip()
+        if telling
+        else "it printed nothing"
+    )
 
 
 def _search_converter(directory: Path | None) -> Found | None:
@@ -199,7 +247,9 @@ def find_missing_part(script: Path) -> str | None:
     """What keeps this converter from running, or None."""
     if not script.is_file():
         return CONVERTER
-    split_up = re.search(r"^from conversion import", script.read_text(encoding="utf-8"), re.MULTILINE)
+    split_up = re.search(
+        r"^from conversion import", script.read_text(encoding="utf-8"), re.MULTILINE
+    )
     if split_up and not (script.parent / "conversion").is_dir():
         return f"conversion/, which {CONVERTER} imports"
     if not (script.parent / "gguf-py").is_dir() and importlib.util.find_spec("gguf") is None:
@@ -224,7 +274,13 @@ def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> L
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):
             return LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
-    why = f"failed (exit {code})" if code > 0 else f"was killed by signal {-code}" if code else "left no GGUF behind"
+    why = (
+        f"failed (exit {code})"
+        if code > 0
+        else f"was killed by signal {-code}"
+        if code
+        else "left no GGUF behind"
+    )
     return LoraError(f"{tool} {why}: {said}", f"see all it says: {shlex.join(command)}")
 
 

@@ -18,7 +18,9 @@ from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import Adapter, Base, adapter_contents, attach, read_adapter
 
-COMBINATIONS: tuple[str, ...] = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
+COMBINATIONS: tuple[str, ...] = get_args(
+    get_type_hints(LoraModel.add_weighted_adapter)["combination_type"]
+)
 SEED = 0
 """For the combinations that drop weights at random (dare)."""
 
@@ -35,7 +37,9 @@ def join_adapters(
     """A single adapter's folder as it is; several combined into one, in a temporary folder."""
     if len(folders) == 1:
         if weights is not None:
-            raise UsageError("--weights is for several adapters, and there is one", "leave --weights out")
+            raise UsageError(
+                "--weights is for several adapters, and there is one", "leave --weights out"
+            )
         yield folders[0]
         return
     files.refuse_occupied(out)
@@ -53,11 +57,13 @@ def combine(
     r: int | None,
     base: str | None,
 ) -> None:
-    """Combine adapters of one base by PEFT's `add_weighted_adapter` and write the new adapter to `out`.
+    """Combine adapters of one base by PEFT's `add_weighted_adapter` and write the new adapter to
+    `out`.
 
-    `weights` is one number per adapter, `0.7,0.3` (None: 1 each); `density` the share of weights that ties, dare and
-    magnitude_prune keep; `r` the rank of the svd kinds. No weights of the base are loaded.
-    Raises UsageError for a wrong option, LoraError for adapters that cannot be combined.
+    `weights` is one number per adapter, `0.7,0.3` (None: 1 each); `density` the share of weights
+    that ties, dare and magnitude_prune keep; `r` the rank of the svd kinds. No weights of the base
+    are loaded. Raises UsageError for a wrong option, LoraError for adapters that cannot be
+    combined.
     """
     numbers = _parse_weights(weights, len(folders))
     _check_combination(combination, density, r)
@@ -75,11 +81,22 @@ def combine(
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
         rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
         attach.load_adapter(first.base.build_zero(), staging)
-        settings = {"weights": numbers, "combination": combination, "density": density, "seed": SEED}
-        derived.finish_folder(staging, tokenizer, "combine", adapters, distance=distance, **settings)
-    ui.say(f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank {rank}")
+        settings = {
+            "weights": numbers,
+            "combination": combination,
+            "density": density,
+            "seed": SEED,
+        }
+        derived.finish_folder(
+            staging, tokenizer, "combine", adapters, distance=distance, **settings
+        )
     ui.say(
-        f"  relative distance from the weighted sum of their updates: {distance:.1e}{_explain_distance(combination)}"
+        f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank "
+        f"{rank}"
+    )
+    ui.say(
+        "  relative distance from the weighted sum of their updates: "
+        f"{distance:.1e}{_explain_distance(combination)}"
     )
 
 
@@ -95,7 +112,9 @@ def _parse_weights(text: str | None, count: int) -> list[float]:
         raise UsageError(f"--weights {text}: not numbers", "--weights 0.7,0.3") from None
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         example = ",".join([f"{1 / count:.2g}"] * count)
-        raise UsageError(f"--weights {text}: {len(numbers)} numbers for {count} adapters", f"--weights {example}")
+        raise UsageError(
+            f"--weights {text}: {len(numbers)} numbers for {count} adapters", f"--weights {example}"
+        )
     return numbers
 
 
@@ -109,35 +128,51 @@ def _check_combination(name: str, density: float | None, r: int | None) -> None:
     if drops and density is None:
         raise UsageError(f"{name} keeps a share of the weights, and none is given", "--density 0.5")
     if density is not None and not drops:
-        raise UsageError(f"{name} keeps all weights: --density is for ties, dare and magnitude_prune", "leave it out")
+        raise UsageError(
+            f"{name} keeps all weights: --density is for ties, dare and magnitude_prune",
+            "leave it out",
+        )
     if r is not None and not name.endswith("svd"):
-        raise UsageError(f"--r is the rank of the svd combinations, not of {name}", "--combination svd")
+        raise UsageError(
+            f"--r is the rank of the svd combinations, not of {name}", "--combination svd"
+        )
 
 
 def _check_rank(adapted: PeftModel, r: int | None) -> None:
     """UsageError where a module has no update of rank `r`."""
     layers = attach.find_lora_layers(adapted)
-    most, path = min((min(layer.in_features, layer.out_features), path) for path, layer in layers.items())
+    most, path = min(
+        (min(layer.in_features, layer.out_features), path) for path, layer in layers.items()
+    )
     if r is not None and r > most:
-        raise UsageError(f"--r {r}: {path.removeprefix(PREFIX)} has no update of a rank over {most}", f"--r {most}")
+        raise UsageError(
+            f"--r {r}: {path.removeprefix(PREFIX)} has no update of a rank over {most}",
+            f"--r {most}",
+        )
 
 
 def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
-    """LoraError, naming both, unless all adapters are of one base; a warning where only some are of a 4-bit one."""
+    """LoraError, naming both, unless all adapters are of one base; a warning where only some are of
+    a 4-bit one."""
     first = adapters[0]
     for other in adapters[1:]:
         if _locate_base(first.base) != _locate_base(other.base):
             raise LoraError(
-                f"the adapters are of different bases: {first.folder} of {_name_adapter(first)}, {other.folder} of "
+                f"the adapters are of different bases: {first.folder} of {_name_adapter(first)}, "
+                f"{other.folder} of "
                 f"{_name_adapter(other)}",
                 "if they are one and the same: --base MODEL",
             )
         if first.quantization != other.quantization:
-            ui.warn(f"{first.folder} and {other.folder} were trained on the base in different precisions")
+            ui.warn(
+                f"{first.folder} and {other.folder} were trained on the base in different "
+                "precisions"
+            )
 
 
 def _locate_base(base: Base) -> tuple[str, str | None]:
-    """What two bases must agree in to be one: the folder however it is written, or name and revision."""
+    """What two bases must agree in to be one: the folder however it is written, or name and
+    revision."""
     return (str(Path(base.name).resolve()) if base.is_folder else base.name), base.revision
 
 
@@ -150,34 +185,47 @@ def _load_tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
     tokenizers = [adapter.load_tokenizer() for adapter in adapters]
     for adapter, tokenizer in zip(adapters[1:], tokenizers[1:]):
         if tokenizer.chat_template != tokenizers[0].chat_template:
-            ui.warn(f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken")
+            ui.warn(
+                f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken"
+            )
     return tokenizers[0]
 
 
 def _attach_side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
-    """All adapters, named 0, 1, …, on one base without weights, each with exactly the modules it adapts as targets.
+    """All adapters, named 0, 1, …, on one base without weights, each with exactly the modules it
+    adapts as targets.
 
-    PEFT hands the first one's choice of layers and its start on to what it combines: neither must be left.
+    PEFT hands the first one's choice of layers and its start on to what it combines: neither must
+    be left.
     """
     adapted = adapters[0].base.build_zero()
     for number, adapter in enumerate(adapters):
         adapted = attach.load_adapter(adapted, adapter.folder, str(number))
     layers = attach.find_lora_layers(adapted)
     for name, config in adapted.peft_config.items():
-        config.target_modules = {path.removeprefix(PREFIX) for path, layer in layers.items() if name in layer.lora_A}
+        config.target_modules = {
+            path.removeprefix(PREFIX) for path, layer in layers.items() if name in layer.lora_A
+        }
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
         config.init_lora_weights = True
     return adapted
 
 
 def _combine_tensors(
-    adapted: PeftModel, weights: Sequence[float], combination: str, density: float | None, r: int | None
+    adapted: PeftModel,
+    weights: Sequence[float],
+    combination: str,
+    density: float | None,
+    r: int | None,
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
-    """`(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all updates."""
+    """`(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all
+    updates."""
     names = [str(number) for number in range(len(weights))]
     torch.manual_seed(SEED)
     try:
-        adapted.add_weighted_adapter(names, list(weights), "combined", combination, svd_rank=r, density=density)
+        adapted.add_weighted_adapter(
+            names, list(weights), "combined", combination, svd_rank=r, density=density
+        )
     except (ValueError, RuntimeError, IndexError) as error:
         said = " ".join(str(error).split())[:300]
         raise LoraError(f"PEFT cannot combine them: {said}", "--combination cat, or svd") from error
@@ -188,7 +236,10 @@ def _combine_tensors(
         updates = [(w, n) for w, n in zip(weights, names) if n in layer.lora_A]
         wanted = sum(w * layer.get_delta_weight(n).double() for w, n in updates)
         wanted = wanted.T if layer.fan_in_fan_out else wanted
-        off, whole = off + (given - wanted).square().sum().item(), whole + wanted.square().sum().item()
+        off, whole = (
+            off + (given - wanted).square().sum().item(),
+            whole + wanted.square().sum().item(),
+        )
         made[path.removeprefix(PREFIX)] = (lora_A, lora_B)
     return made, (off / whole) ** 0.5 if whole else 0.0
 

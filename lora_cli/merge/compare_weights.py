@@ -1,7 +1,9 @@
-"""Are a merged model's files the base with the adapter folded in? Weight by weight, in constant memory.
+"""Are a merged model's files the base with the adapter folded in? Weight by weight, in constant
+memory.
 
-Logits cannot tell in 16 bits: rounding every weight moves them about as far as one module of many left unmerged. Here
-each tensor is merged again and set beside the one in the file, at any size of model.
+Logits cannot tell in 16 bits: rounding every weight moves them about as far as one module of many
+left unmerged. Here each tensor is merged again and set beside the one in the file, at any size of
+model.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Plan, one_thread_each, together
 from lora_cli.models import Adapter, Base, Tensors
 
-# How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's safe_merge in 16 bits,
-# which rounds the change before adding it, comes to 0.11 where the change itself is mostly rounded away, and far less
-# elsewhere; a module that was left unmerged, or merged twice, to 1, and one at half its strength to 0.5
+# How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's
+# safe_merge in 16 bits, which rounds the change before adding it, comes to 0.11 where the change
+# itself is mostly rounded away, and far less elsewhere; a module that was left unmerged, or merged
+# twice, to 1, and one at half its strength to 0.5
 OFF = 0.3
 
 
@@ -29,13 +32,15 @@ class Distance(NamedTuple):
     unequal: int
     size: int
     off: float
-    """Euclidean, over that of the adapter's change to the tensor; 0 where both are, and infinite where only that is."""
+    """Euclidean, over that of the adapter's change to the tensor; 0 where both are, and infinite
+    where only that is."""
 
 
 def compare_weights(adapter: Adapter, merged: Base) -> str | None:
     """How the files of a merged model, a folder or on the hub, differ from `adapter` merged anew.
 
-    None where the adapter cannot be merged tensor by tensor. RejectedError naming a tensor that is not the merged one.
+    None where the adapter cannot be merged tensor by tensor. RejectedError naming a tensor that is
+    not the merged one.
     """
     try:
         plan, _ = streaming_plan.make_plan(adapter, adapter.trained_dtype, adapter.quantization)
@@ -57,12 +62,23 @@ def compare_weights(adapter: Adapter, merged: Base) -> str | None:
             distances |= some
     for name, distance in distances.items():
         if not distance.off <= OFF:
-            how = "is not the base's" if math.isinf(distance.off) else f"lies {distance.off:.0%} of the change off"
-            kept = ", or was it merged with --base-weights original?" if adapter.quantization else ""
-            raise RejectedError(f"{name} in {merged} {how} where {adapter.folder} merges to", f"merge again{kept}")
+            how = (
+                "is not the base's"
+                if math.isinf(distance.off)
+                else f"lies {distance.off:.0%} of the change off"
+            )
+            kept = (
+                ", or was it merged with --base-weights original?" if adapter.quantization else ""
+            )
+            raise RejectedError(
+                f"{name} in {merged} {how} where {adapter.folder} merges to", f"merge again{kept}"
+            )
     unequal = [distance for distance in distances.values() if distance.unequal]
-    share = sum(distance.unequal for distance in unequal) / sum(distance.size for distance in distances.values())
-    return f"{len(distances) - len(unequal)} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
+    share = sum(distance.unequal for distance in unequal) / sum(
+        distance.size for distance in distances.values()
+    )
+    equal = len(distances) - len(unequal)
+    return f"{equal} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
 
 
 def _measure_distance(plan: Plan, written: Tensors, name: str, dtype: torch.dtype) -> Distance:

@@ -1,4 +1,5 @@
-"""Adapters made from others: what they can be made from, and what such an adapter's folder says of itself."""
+"""Adapters made from others: what they can be made from, and what such an adapter's folder says of
+itself."""
 
 from __future__ import annotations
 
@@ -13,12 +14,19 @@ from lora_cli.models import Adapter, save_tokenizer
 
 
 def finish_folder(
-    staging: Path, tokenizer: PreTrainedTokenizerBase, command: str, sources: Sequence[Adapter], **contents: Any
+    staging: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    command: str,
+    sources: Sequence[Adapter],
+    **contents: Any,
 ) -> None:
-    """Tokenizer and record beside the adapter; the record names the parents, and says what merging needs to know."""
+    """Tokenizer and record beside the adapter; the record names the parents, and says what merging
+    needs to know."""
     first = sources[0]
     save_tokenizer(tokenizer, staging, first.base.name, first.base.revision)
-    base = first.base if first.base.revision else first.base.resolve()  # made elsewhere, it may say only the name
+    base = (
+        first.base if first.base.revision else first.base.resolve()
+    )  # made elsewhere, it may say only the name
     stops = sorted({token for source in sources for token in source.stop_token_ids})
     made = provenance.new_record(
         command,
@@ -27,7 +35,11 @@ def finish_folder(
         recipe={key: first.recipe[key] for key in ("model", "quantization") if key in first.recipe},
         data={"stop_token_ids": stops},
         **contents,
-        parents=[{"folder": str(source.folder), "record": source.record} for source in sources if source.record],
+        parents=[
+            {"folder": str(source.folder), "record": source.record}
+            for source in sources
+            if source.record
+        ],
     )
     files.write_json(staging / provenance.ARTEFACT_RECORD, made)
     files.leave_out_home(staging)

@@ -1,4 +1,5 @@
-"""`lora extract`, `lora convert`: the plain LoRA closest to a fine-tuned model, or to a DoRA or larger adapter."""
+"""`lora extract`, `lora convert`: the plain LoRA closest to a fine-tuned model, or to a DoRA or
+larger adapter."""
 
 from __future__ import annotations
 
@@ -31,18 +32,25 @@ START = "give the model that the fine-tuning started from"
 
 
 def extract(base: str, finetuned: str, out: Path, r: int) -> None:
-    """Write to `out` the LoRA adapter of rank `r` that comes closest to what fine-tuning changed in `base`.
+    """Write to `out` the LoRA adapter of rank `r` that comes closest to what fine-tuning changed in
+    `base`.
 
-    What changed and is no linear weight (norms, embeddings, biases, a tied head) is named: the adapter lacks it.
-    Raises LoraError when the two are not of one architecture, or no linear weight differs.
+    What changed and is no linear weight (norms, embeddings, biases, a tied head) is named: the
+    adapter lacks it. Raises LoraError when the two are not of one architecture, or no linear weight
+    differs.
     """
     with files.staged_folder(out) as staging:
         first, second = Base(base).resolve(), Base(finetuned).resolve()
         before, after = convert_to_float32(first.load()), convert_to_float32(second.load())
         linear, others = _find_changed(before, after, base, finetuned)
-        cut = {name: low_rank.truncate(_measure_delta(before, after, name), r) for name in _show_progress(linear)}
+        cut = {
+            name: low_rank.truncate(_measure_delta(before, after, name), r)
+            for name in _show_progress(linear)
+        }
         fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
-        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, first, fan_in_fan_out)
+        low_rank.save(
+            {name: each[:2] for name, each in cut.items()}, staging, first, fan_in_fan_out
+        )
         if others:
             ui.warn(f"not in the adapter, since they are no linear weights: {_name_some(others)}")
         tokenizer = second.load_tokenizer()
@@ -51,18 +59,29 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         meant = ((name, _measure_delta(before, after, name), each) for name, each in cut.items())
         given = compute_logits(low_rank.check_saved(before, staging, meant), probes)
         comparable = given[0].shape == wanted[0].shape
-        difference = str(compare_logits(wanted, given)) if comparable else "not compared, since the vocabularies differ"
-        contents: dict[str, Any] = {"finetuned": {"name": finetuned, "commit": second.revision}, "left_out": others}
+        difference = (
+            str(compare_logits(wanted, given))
+            if comparable
+            else "not compared, since the vocabularies differ"
+        )
+        contents: dict[str, Any] = {
+            "finetuned": {"name": finetuned, "commit": second.revision},
+            "left_out": others,
+        }
         contents |= {"r": r, "modules": low_rank.read_tensors(cut), "difference": difference}
-        derived.finish_folder(staging, tokenizer, "extract", [Adapter(staging, first, None, True)], **contents)
+        derived.finish_folder(
+            staging, tokenizer, "extract", [Adapter(staging, first, None, True)], **contents
+        )
     ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
 
 
 def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
-    """Write to `out` the plain LoRA of rank `r` closest to the LoRA or DoRA adapter in `folder`, and say what it costs.
+    """Write to `out` the plain LoRA of rank `r` closest to the LoRA or DoRA adapter in `folder`,
+    and say what it costs.
 
-    `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than linear updates.
+    `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than
+    linear updates.
     """
     adapter = read_adapter(folder, base)
     adapter_contents.refuse_beyond(folder, [adapter_contents.DORA])
@@ -75,19 +94,31 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         adapted = attach.load_adapter(convert_to_float32(network), folder)
         probes = make_probes(tokenizer)
         wanted = compute_logits(adapted, probes)
-        layers = {name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()}
+        layers = {
+            name.removeprefix(PREFIX): layer
+            for name, layer in attach.find_lora_layers(adapted).items()
+        }
         rank = r or max(layer.r["default"] for layer in layers.values())
         cut = {
-            name: low_rank.truncate(_measure_merged_delta(layers[name]), rank) for name in _show_progress(list(layers))
+            name: low_rank.truncate(_measure_merged_delta(layers[name]), rank)
+            for name in _show_progress(list(layers))
         }
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
-        low_rank.save({name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out)
+        low_rank.save(
+            {name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out
+        )
         # one at a time, as they are asked for: all of them in float64 are larger than the model
         meant = ((name, _measure_merged_delta(layer), cut[name]) for name, layer in layers.items())
         given = compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)
         difference = str(compare_logits(wanted, given))
         derived.finish_folder(
-            staging, tokenizer, "convert", [adapter], r=rank, modules=low_rank.read_tensors(cut), difference=difference
+            staging,
+            tokenizer,
+            "convert",
+            [adapter],
+            r=rank,
+            modules=low_rank.read_tensors(cut),
+            difference=difference,
         )
     ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
@@ -96,10 +127,16 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
 def _find_changed(
     before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str
 ) -> tuple[list[str], list[str]]:
-    """Names of the linear modules whose weights differ, and of the other tensors that do; LoraError."""
-    old, new = dict(before.named_parameters()), dict(after.named_parameters())  # a tied head is there once
+    """Names of the linear modules whose weights differ, and of the other tensors that do;
+    LoraError."""
+    old, new = (
+        dict(before.named_parameters()),
+        dict(after.named_parameters()),
+    )  # a tied head is there once
     _refuse_other_architecture(before, after, base, finetuned)
-    modules = {name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    modules = {
+        name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
     linear: list[str] = []
     others: list[str] = []
     for name, weight in new.items():
@@ -110,14 +147,19 @@ def _find_changed(
             (linear if module in modules else others).append(module if module in modules else name)
     if not linear:
         found = (
-            f"they differ in {len(others)} other tensors only, such as {others[0]}" if others else "they are the same"
+            f"they differ in {len(others)} other tensors only, such as {others[0]}"
+            if others
+            else "they are the same"
         )
         raise LoraError(f"no linear weight of {finetuned} differs from {base}", found)
     return linear, others
 
 
-def _refuse_other_architecture(before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str) -> None:
-    """LoraError unless both have the same tensors, of the same sizes but for those of the vocabulary."""
+def _refuse_other_architecture(
+    before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str
+) -> None:
+    """LoraError unless both have the same tensors, of the same sizes but for those of the
+    vocabulary."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     if type(before) is not type(after) or old.keys() != new.keys():
         kinds = f"{type(before).__name__} and {type(after).__name__}"
@@ -127,11 +169,17 @@ def _refuse_other_architecture(before: PreTrainedModel, after: PreTrainedModel, 
             + (f", {odd} is in one of them only" if odd else ""),
             START,
         )
-    ends = [end.weight for end in (before.get_input_embeddings(), before.get_output_embeddings()) if end is not None]
+    ends = [
+        end.weight
+        for end in (before.get_input_embeddings(), before.get_output_embeddings())
+        if end is not None
+    ]
     for name, weight in new.items():
         if old[name].shape != weight.shape and not any(old[name] is end for end in ends):
             raise LoraError(
-                f"{base} and {finetuned} are not of one size: {name} ({_format_sizes(old[name], weight)})", START
+                f"{base} and {finetuned} are not of one size: {name} "
+                f"({_format_sizes(old[name], weight)})",
+                START,
             )
 
 
@@ -147,9 +195,12 @@ def _measure_delta(before: PreTrainedModel, after: PreTrainedModel, name: str) -
 
 
 def _measure_merged_delta(layer: Linear) -> torch.Tensor:
-    """What merging by PEFT changes in the layer's weight (out, in), in float64; the layer stays as it was."""
+    """What merging by PEFT changes in the layer's weight (out, in), in float64; the layer stays as
+    it was."""
     if not isinstance(layer, Linear):
-        raise LoraError(f"{type(layer).__name__} is no linear layer", "merge the adapter instead: lora merge")
+        raise LoraError(
+            f"{type(layer).__name__} is no linear layer", "merge the adapter instead: lora merge"
+        )
     layer.double()
     weight = layer.get_base_layer().weight
     before = weight.data.clone()
@@ -171,5 +222,9 @@ def _show_progress(names: Sequence[str]) -> Iterator[str]:
 
 
 def _name_some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more (all in {provenance.ARTEFACT_RECORD})" if len(names) > 4 else ""
+    more = (
+        f" and {len(names) - 4} more (all in {provenance.ARTEFACT_RECORD})"
+        if len(names) > 4
+        else ""
+    )
     return ", ".join(names[:4]) + more

@@ -1,4 +1,5 @@
-"""Merging with the whole model in memory, by PEFT's `merge_and_unload`: for what cannot be merged tensor by tensor."""
+"""Merging with the whole model in memory, by PEFT's `merge_and_unload`: for what cannot be merged
+tensor by tensor."""
 
 from __future__ import annotations
 
@@ -33,11 +34,14 @@ class Whole:
     def __init__(self, adapter: Adapter, original: bool) -> None:
         self.adapter, self.original = adapter, original
         # 4-bit weights answer in the type of training
-        self.arithmetic = adapter.trained_dtype if adapter.quantization and not original else torch.float32
+        self.arithmetic = (
+            adapter.trained_dtype if adapter.quantization and not original else torch.float32
+        )
         self.adapted: PeftModel | None = None
 
     def expected(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
-        """Logits of base with adapter, on the weights that are merged into; they stay in memory for `write`."""
+        """Logits of base with adapter, on the weights that are merged into; they stay in memory for
+        `write`."""
         self.adapted = self._load(original=self.original)
         return compute_logits(self.adapted, probes)
 
@@ -48,14 +52,18 @@ class Whole:
     def _load(self, original: bool) -> PeftModel:
         base = self.adapter.load_base(original)
         quantised = self.adapter.quantization and not original
-        return attach.load_adapter(base if quantised else convert_to_float32(base), self.adapter.folder)
+        return attach.load_adapter(
+            base if quantised else convert_to_float32(base), self.adapter.folder
+        )
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
         adapted = self.adapted or self._load(original=self.original)
         self.adapted = None
         if self.adapter.quantization and not self.original:
-            adapted = attach.load_adapter(convert_to_float32(adapted.unload().dequantize()), self.adapter.folder)
+            adapted = attach.load_adapter(
+                convert_to_float32(adapted.unload().dequantize()), self.adapter.folder
+            )
         output.refuse_tied(adapted, self.adapter.base)
         plain, modules = fold_adapter(adapted)
         round_once(plain, dtype)
@@ -70,9 +78,13 @@ class Whole:
         assert tensors is not None, "save_pretrained writes safetensors"
         for name, entry in tensors.entries.items():
             if not all(is_finite(tensors.rows(name, *block)) for block in split_rows(entry.shape)):
-                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
+                raise RejectedError(
+                    f"{name} of the merged model holds values that are not finite", "train again"
+                )
 
-    def merged(self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    def merged(
+        self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]
+    ) -> list[torch.Tensor]:
         """Logits of the model that was written, loaded as anybody would."""
         return compute_logits(convert_to_float32(Base(str(folder)).load(dtype)), probes)
 
@@ -93,11 +105,14 @@ def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
         plain = adapted.merge_and_unload()
     except streaming.REFUSALS as error:
         raise streaming.refused(error) from error
-    left = [name for name, layer in layers.items() if not layer.merged] + list(attach.find_lora_layers(plain))
+    left = [name for name, layer in layers.items() if not layer.merged] + list(
+        attach.find_lora_layers(plain)
+    )
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
         raise LoraError(
-            f"{done}; left out: {', '.join(left[:3]) or 'there are none'}", "train with other target_modules"
+            f"{done}; left out: {', '.join(left[:3]) or 'there are none'}",
+            "train with other target_modules",
         )
     return plain, len(layers)
 

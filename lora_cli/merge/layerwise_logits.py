@@ -1,7 +1,9 @@
-"""Logits of a model of any size: its weights are read from the files as the forward pass comes to them.
+"""Logits of a model of any size: its weights are read from the files as the forward pass comes to
+them.
 
-The modules of a model without weights keep their own forward, which gets real tensors for as long as it runs: linear
-modules some rows of output at a time, embeddings the rows of the tokens given, PEFT's layers their adapter's.
+The modules of a model without weights keep their own forward, which gets real tensors for as long
+as it runs: linear modules some rows of output at a time, embeddings the rows of the tokens given,
+PEFT's layers their adapter's.
 """
 
 from __future__ import annotations
@@ -22,17 +24,22 @@ from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
 from lora_cli.models import Base, Probe, Tensors, compute_logits, convert_to_float32, split_rows
 
-# Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is itself large
+# Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is
+# itself large
 KEPT = 8
 Read = Callable[[str, int, int | None], torch.Tensor]
 Forward = Callable[..., Any]
 
 
-def walk_logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]) -> list[torch.Tensor]:
-    """Float32 logits at the last positions of each probe: one (positions, vocabulary) tensor per probe.
+def walk_logits(
+    model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]
+) -> list[torch.Tensor]:
+    """Float32 logits at the last positions of each probe: one (positions, vocabulary) tensor per
+    probe.
 
-    `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32. `plan` says which of its
-    modules are PEFT's layers. RuntimeError or NotImplementedError where a module reads weights that are not its own.
+    `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32.
+    `plan` says which of its modules are PEFT's layers. RuntimeError or NotImplementedError where a
+    module reads weights that are not its own.
     """
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing
@@ -45,7 +52,9 @@ def walk_logits(model: nn.Module, read: Read, plan: Plan | None, probes: Sequenc
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
 
-def walk_logits_of(model: Base, dtype: torch.dtype, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
+def walk_logits_of(
+    model: Base, dtype: torch.dtype, probes: Sequence[Probe]
+) -> list[torch.Tensor] | None:
     """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
 
     def load() -> list[torch.Tensor]:
@@ -57,16 +66,23 @@ def walk_logits_of(model: Base, dtype: torch.dtype, probes: Sequence[Probe]) -> 
 
 
 def walk_or_load(
-    walked: Callable[[], list[torch.Tensor]], loaded: Callable[[], list[torch.Tensor]], tensors: Tensors
+    walked: Callable[[], list[torch.Tensor]],
+    loaded: Callable[[], list[torch.Tensor]],
+    tensors: Tensors,
 ) -> list[torch.Tensor] | None:
-    """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of memory suffices."""
+    """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of
+    memory suffices."""
     try:
         return walked()
-    except (RuntimeError, NotImplementedError) as error:  # a tensor without data has no values to give
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # a tensor without data has no values to give
         needed = 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
         if needed > psutil.virtual_memory().available / 4:
             ui.warn(
-                f"logits were not compared: this model has to be loaded for that ({needed / 2**30:.0f} GiB), since "
+                "logits were not compared: this model has to be loaded for that "
+                f"({needed / 2**30:.0f} GiB), since "
                 f"{' '.join(str(error).split())[:100]}"
             )
             return None
@@ -100,7 +116,9 @@ def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[N
     """`model` with each module's forward reading what it needs."""
     changed = {layer.path: layer for layer in plan.layers.values()} if plan is not None else {}
     # tied weights have one name, that of the first module which has them
-    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    names = {
+        id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
     done: list[nn.Module] = []
     inside: tuple[str, ...] = ()
     for path, module in list(model.named_modules()):
@@ -122,14 +140,19 @@ def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[N
 def _forward(
     module: nn.Module, names: dict[int, str], read: Read, plan: Plan | None, changed: Changed | None
 ) -> Forward | None:
-    """The module's forward, reading its tensors as it runs; None for a module that has none on `meta`."""
+    """The module's forward, reading its tensors as it runs; None for a module that has none on
+    `meta`."""
     forward = module.forward
     if changed is not None and plan is not None and changed.by_rows and type(module) is Linear:
         return _adapted_linear(module, forward, plan, changed)
     whole = isinstance(module, (LoraLayer, TrainableTokensLayer))
     tensors = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
     # PEFT keeps the rows it has replaced, which no forward reads
-    own = {path: names[id(t)] for path, t in tensors if t.is_meta and not path.startswith("trainable_tokens_original")}
+    own = {
+        path: names[id(t)]
+        for path, t in tensors
+        if t.is_meta and not path.startswith("trainable_tokens_original")
+    }
     if not own:
         return None
     if type(module) is nn.Linear:
@@ -149,7 +172,9 @@ def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read
     shape = tuple(module.weight.shape)
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(*x.shape[:-1], shape[0])  # pieces kept between the blocks would leave holes in memory
+        out = x.new_empty(
+            *x.shape[:-1], shape[0]
+        )  # pieces kept between the blocks would leave holes in memory
         for start, stop in split_rows(shape):
             with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
                 out[..., start:stop] = forward(x)
@@ -174,10 +199,15 @@ def _embedding(module: nn.Embedding, forward: Forward, name: str, read: Read) ->
 def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Changed) -> Forward:
     """LoRA or DoRA on a linear module, some rows of its output at a time."""
     if layer.get_base_layer().bias is not None:
-        changed = changed._replace(base={**changed.base, "base_layer.bias": plain(f"{changed.path}.bias")})
+        changed = changed._replace(
+            base={**changed.base, "base_layer.bias": plain(f"{changed.path}.bias")}
+        )
     for magnitude in layer.lora_magnitude_vector.values():
-        # PEFT multiplies an identity of the input's width through both, for FSDP's sake; the product is the same
-        magnitude.get_lora_weight = lambda lora_A, lora_B, adapter_name=None: lora_B.weight @ lora_A.weight
+        # PEFT multiplies an identity of the input's width through both, for FSDP's sake; the
+        # product is the same
+        magnitude.get_lora_weight = lambda lora_A, lora_B, adapter_name=None: (
+            lora_B.weight @ lora_A.weight
+        )
     shape = tuple(layer.get_base_layer().weight.shape)
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""A change of linear weights as the factors of a plain LoRA adapter: cut to a rank, written, read back and compared.
+"""A change of linear weights as the factors of a plain LoRA adapter: cut to a rank, written, read
+back and compared.
 
-The best factors of a rank are those of the singular value decomposition (Eckart and Young 1936), found here from the
-Gram matrix of the shorter side in float64: exact to the last digits of a float32 weight and many times faster.
+The best factors of a rank are those of the singular value decomposition (Eckart and Young 1936),
+found here from the Gram matrix of the shorter side in float64: exact to the last digits of a
+float32 weight and many times faster.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from lora_cli.models import Base, attach
 
 PREFIX = "base_model.model."
 TOLERANCE = 1e-5
-"""How far, relative to the whole change, what is read back may lie from what was meant: float32 rounding."""
+"""How far, relative to the whole change, what is read back may lie from what was meant: float32
+rounding."""
 
 
 class Factors(NamedTuple):
-    """`lora_A` (r, in) and `lora_B` (out, r) in float32, whose product is the update; what they keep of what they stand
-    for: the share of its energy (squared Frobenius norm), and the norms of the whole and of the rest."""
+    """`lora_A` (r, in) and `lora_B` (out, r) in float32, whose product is the update; what they
+    keep of what they stand for: the share of its energy (squared Frobenius norm), and the norms of
+    the whole and of the rest."""
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -38,7 +42,8 @@ class Factors(NamedTuple):
 
 
 def truncate(delta: torch.Tensor, r: int) -> Factors:
-    """The best factors of rank `r` (or of the shorter side, where that is less) of `delta` (out, in)."""
+    """The best factors of rank `r` (or of the shorter side, where that is less) of `delta` (out,
+    in)."""
     delta = delta.double()
     tall = delta.shape[0] > delta.shape[1]
     wide = delta.T if tall else delta
@@ -49,13 +54,19 @@ def truncate(delta: torch.Tensor, r: int) -> Factors:
     rest = (wide - left @ right).norm().item()
     lora_A, lora_B = (left.T, right.T) if tall else (right, left)
     share = min(kept / total, 1.0) if total else 1.0
-    return Factors(lora_A.float().contiguous(), lora_B.float().contiguous(), share, total**0.5, rest)
+    return Factors(
+        lora_A.float().contiguous(), lora_B.float().contiguous(), share, total**0.5, rest
+    )
 
 
 def save(
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], folder: Path, base: Base, fan_in_fan_out: bool
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    folder: Path,
+    base: Base,
+    fan_in_fan_out: bool,
 ) -> int:
-    """Write `(lora_A, lora_B)` by module name as a PEFT adapter of scale 1 for `base`; returns its usual rank."""
+    """Write `(lora_A, lora_B)` by module name as a PEFT adapter of scale 1 for `base`; returns its
+    usual rank."""
     ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != r}
@@ -79,26 +90,36 @@ def save(
     return r
 
 
-def check_saved(base: PreTrainedModel, folder: Path, meant: Iterable[tuple[str, torch.Tensor, Factors]]) -> Any:
-    """PEFT loads the adapter in `folder` on `base`; each update must miss its change (out, in) by what was cut off.
+def check_saved(
+    base: PreTrainedModel, folder: Path, meant: Iterable[tuple[str, torch.Tensor, Factors]]
+) -> Any:
+    """PEFT loads the adapter in `folder` on `base`; each update must miss its change (out, in) by
+    what was cut off.
 
     Returns the adapted model. LoraError, naming the module, where it is another update.
     """
     adapted = attach.load_adapter(base, folder)
-    layers = {name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()}
+    layers = {
+        name.removeprefix(PREFIX): layer for name, layer in attach.find_lora_layers(adapted).items()
+    }
     for name, delta, factors in meant:
         given = layers[name].get_delta_weight("default")
         given = given.T if layers[name].fan_in_fan_out else given
         rest = (delta - given).norm().item()
         if not abs(rest - factors.rest) <= TOLERANCE * factors.norm:
-            raise LoraError(f"{name} was not written as it should be: off by {rest:.2e}, not {factors.rest:.2e}")
+            raise LoraError(
+                f"{name} was not written as it should be: off by {rest:.2e}, not {factors.rest:.2e}"
+            )
     return adapted
 
 
 def format_table(factors: Mapping[str, Factors]) -> str:
     """Energy kept and relative error of the modules: lowest, median, mean."""
     by_energy = sorted(factors.values(), key=lambda each: each.kept)
-    energies, errors = [each.kept for each in by_energy], [each.rest / (each.norm or 1.0) for each in by_energy]
+    energies, errors = (
+        [each.kept for each in by_energy],
+        [each.rest / (each.norm or 1.0) for each in by_energy],
+    )
 
     def row(name: str, energy: float, error: float) -> list[str]:
         return [name, f"{energy:.4%}", f"{error:.2e}"]
@@ -115,6 +136,12 @@ def format_table(factors: Mapping[str, Factors]) -> str:
 def read_tensors(factors: Mapping[str, Factors]) -> list[dict[str, Any]]:
     """The same of every module, for the record."""
     return [
-        {"module": name, "r": len(each.lora_A), "energy_kept": each.kept, "norm": each.norm, "rest": each.rest}
+        {
+            "module": name,
+            "r": len(each.lora_A),
+            "energy_kept": each.kept,
+            "norm": each.norm,
+            "rest": each.rest,
+        }
         for name, each in factors.items()
     ]

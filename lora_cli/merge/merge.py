@@ -1,9 +1,10 @@
-"""The merge engine: a base with its adapter becomes one plain model, written and compared with what it came from.
+"""The merge engine: a base with its adapter becomes one plain model, written and compared with what
+it came from.
 
-The adapter is folded by PEFT in float32 and each weight rounded once to the base's type: tensor by tensor in constant
-memory (`stream`), or, where that is not possible, by `merge_and_unload` on the whole model. A base that was trained in
-4 bits is dequantised first: those values, not the original 16-bit ones, are what the adapter was fitted to (measured
-mean |Δlogit|: 1.5e-7 against 5.9e-2).
+The adapter is folded by PEFT in float32 and each weight rounded once to the base's type: tensor by
+tensor in constant memory (`stream`), or, where that is not possible, by `merge_and_unload` on the
+whole model. A base that was trained in 4 bits is dequantised first: those values, not the original
+16-bit ones, are what the adapter was fitted to (measured mean |Δlogit|: 1.5e-7 against 5.9e-2).
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from lora_cli.models import (
 )
 
 ROUTED_KL = 1e-4
-"""Mean KL within which a merged model of experts is the right one although single tokens went to another expert."""
+"""Mean KL within which a merged model of experts is the right one although single tokens went to
+another expert."""
 # Tokens of each probe prompt that are enough to compare a merged model with what it was made from
 SHORT = 32
 
 
 class Merged(NamedTuple):
-    """What a merge did: modules folded, and the merged model's distance from base with adapter, if it was measured."""
+    """What a merge did: modules folded, and the merged model's distance from base with adapter, if
+    it was measured."""
 
     modules: int
     dtype: torch.dtype
@@ -56,12 +59,12 @@ def merge_adapter(
 ) -> Merged:
     """Merge `adapter` into its base and write the plain model to `out`.
 
-    `stream`: in constant memory (None: where that is possible), or with the whole model in memory. `original`: an
-    adapter trained on 4-bit weights goes into the base's own weights, not the dequantised. `check`: read what was
-    written again, and compare logits.
-    Raises LoraError when `out` is occupied or PEFT cannot merge, and RejectedError when the merged model's logits on
-    the probe prompts lie further from base with adapter than rounding explains; what was made is left in `rejected`
-    then, if that is given.
+    `stream`: in constant memory (None: where that is possible), or with the whole model in memory.
+    `original`: an adapter trained on 4-bit weights goes into the base's own weights, not the
+    dequantised. `check`: read what was written again, and compare logits. Raises LoraError when
+    `out` is occupied or PEFT cannot merge, and RejectedError when the merged model's logits on the
+    probe prompts lie further from base with adapter than rounding explains; what was made is left
+    in `rejected` then, if that is given.
     """
     adapter = replace(adapter, base=adapter.base.resolve())  # what the record is to name
     refuse_unmergeable(adapter)
@@ -82,28 +85,42 @@ def merge_adapter(
         if check:
             way.check_files(staging)
         given = way.merged(staging, dtype, probes) if expected is not None else None
-        difference = refuse_different(adapter, given, expected, dtype, way.arithmetic) if expected and given else None
+        difference = (
+            refuse_different(adapter, given, expected, dtype, way.arithmetic)
+            if expected and given
+            else None
+        )
     return Merged(modules, dtype, difference)
 
 
-def add_tokenizer_and_record(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """What belongs to a merged model beside weights and configurations: tokenizer, template, and its record."""
+def add_tokenizer_and_record(
+    adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """What belongs to a merged model beside weights and configurations: tokenizer, template, and
+    its record."""
     save_tokenizer(tokenizer, folder, adapter.base.name, adapter.base.revision)
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
-        provenance.new_record("merge", base=adapter.base.name, revision=adapter.base.revision, parent=adapter.record),
+        provenance.new_record(
+            "merge", base=adapter.base.name, revision=adapter.base.revision, parent=adapter.record
+        ),
     )
     files.leave_out_home(folder)
 
 
-def choose_way(adapter: Adapter, stream: bool | None, original: bool) -> streamed.Streamed | in_memory.Whole:
-    """The way to merge. Constant memory is the default: it merged faster at each size measured, the same result."""
+def choose_way(
+    adapter: Adapter, stream: bool | None, original: bool
+) -> streamed.Streamed | in_memory.Whole:
+    """The way to merge. Constant memory is the default: it merged faster at each size measured, the
+    same result."""
     if stream is not False:
         try:
             return streamed.Streamed(adapter, adapter.trained_dtype, original)
         except streaming_plan.Unstreamable as reason:
             if stream:
-                raise LoraError(f"not in constant memory: {reason}", "leave --stream out") from reason
+                raise LoraError(
+                    f"not in constant memory: {reason}", "leave --stream out"
+                ) from reason
             ui.say(f"  the whole model is loaded: {reason}")
     in_memory.say_needed(adapter)
     return in_memory.Whole(adapter, original)
@@ -116,7 +133,8 @@ def check_against_training(
     expected: Sequence[torch.Tensor],
     original: bool,
 ) -> None:
-    """Is base with adapter the function that training left? After 4-bit weights: how far are the original ones off?"""
+    """Is base with adapter the function that training left? After 4-bit weights: how far are the
+    original ones off?"""
     other = way.other(probes) if adapter.quantization else expected
     if other is None:
         return
@@ -125,8 +143,14 @@ def check_against_training(
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:
-        into = "original ones, as asked, which is" if original else "dequantised weights; the original ones would be"
-        ui.say(f"  merged into the {into} off from what was trained: {compare_logits(expected, other)}")
+        into = (
+            "original ones, as asked, which is"
+            if original
+            else "dequantised weights; the original ones would be"
+        )
+        ui.say(
+            f"  merged into the {into} off from what was trained: {compare_logits(expected, other)}"
+        )
 
 
 def refuse_different(
@@ -138,7 +162,8 @@ def refuse_different(
 ) -> Difference:
     """The merged model's distance from base with adapter.
 
-    RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of `expected`, explains it.
+    RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of
+    `expected`, explains it.
     """
     difference = compare_logits(expected, given)
     limit = max(rounding_limit(difference, each) for each in (dtype, arithmetic))
@@ -146,7 +171,10 @@ def refuse_different(
     ui.say(f"  merged against base with adapter: {distance}")
     over = not difference.max_abs <= limit
     if over and _has_experts(adapter) and difference.mean_kl <= ROUTED_KL:
-        ui.say("  over the limit at a few tokens only, as the mean tells: rounding sends those to another expert")
+        ui.say(
+            "  over the limit at a few tokens only, as the mean tells: rounding sends those to "
+            "another expert"
+        )
     elif over:
         raise RejectedError(
             f"the merged model differs from base with adapter: {distance}",
@@ -156,9 +184,13 @@ def refuse_different(
 
 
 def _has_experts(adapter: Adapter) -> bool:
-    """Whether the base chooses among experts: a rounded weight may turn a close choice, and that token's logits."""
+    """Whether the base chooses among experts: a rounded weight may turn a close choice, and that
+    token's logits."""
     config = adapter.base.config.get_text_config()
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(
+        getattr(config, name, None)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
@@ -167,25 +199,38 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise LoraError(
-            f"{adapter.base} keeps its weights quantised ({method}): an adapter cannot be merged into them",
+            f"{adapter.base} keeps its weights quantised ({method}): an adapter cannot be merged "
+            "into them",
             "--base with the 16-bit model that it was made from",
         )
 
 
 def merge(
-    adapter_folder: Path, out: Path, base: str | None = None, stream: bool | None = None, original: bool = False
+    adapter_folder: Path,
+    out: Path,
+    base: str | None = None,
+    stream: bool | None = None,
+    original: bool = False,
 ) -> None:
-    """Fold the adapter into its base (`base` overrides the one it names), write `out`, and verify it.
+    """Fold the adapter into its base (`base` overrides the one it names), write `out`, and verify
+    it.
 
-    `stream` and `original` as `merge_adapter` takes them; a model that fails is left in OUT.rejected.
+    `stream` and `original` as `merge_adapter` takes them; a model that fails is left in
+    OUT.rejected.
     """
     started = time.monotonic()
     files.refuse_occupied(out)
     adapter = read_adapter(adapter_folder, base)
-    made = "" if adapter.record else " (no record: made elsewhere, so its base is taken as the adapter names it)"
+    made = (
+        ""
+        if adapter.record
+        else " (no record: made elsewhere, so its base is taken as the adapter names it)"
+    )
     ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
     if original and not adapter.quantization:
-        raise UsageError(f"{adapter.folder} was not trained on 4-bit weights", "leave --base-weights out")
+        raise UsageError(
+            f"{adapter.folder} was not trained on 4-bit weights", "leave --base-weights out"
+        )
     if adapter.quantization:
         into = "original weights" if original else "dequantised base, the function that was trained"
         ui.say(f"  trained on 4-bit weights: merging into the {into}")
@@ -194,4 +239,7 @@ def merge(
         merged = merge_adapter(adapter, out, stream, original, rejected)
     except RejectedError as error:
         raise RejectedError(f"{error.message}; left in {rejected}", error.hint) from error
-    ui.say(f"{out}: {str(merged.dtype).removeprefix('torch.')} model, {ui.format_duration(time.monotonic() - started)}")
+    ui.say(
+        f"{out}: {str(merged.dtype).removeprefix('torch.')} model, "
+        f"{ui.format_duration(time.monotonic() - started)}"
+    )

@@ -15,10 +15,15 @@ from lora_cli.common import LoraError
 from lora_cli.models import Adapter, Base
 
 
-def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> None:
-    """The configurations of a merged model of type `dtype` whose answers end in `ends`, as save_pretrained has them."""
+def write_config(
+    adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]
+) -> None:
+    """The configurations of a merged model of type `dtype` whose answers end in `ends`, as
+    save_pretrained has them."""
     plain_model = adapter.base.build_unweighted()
-    with suppress(OSError):  # a base may have none, and transformers makes one from its configuration
+    with suppress(
+        OSError
+    ):  # a base may have none, and transformers makes one from its configuration
         plain_model.generation_config = GenerationConfig.from_pretrained(
             adapter.base.name, revision=adapter.base.revision
         )
@@ -31,18 +36,22 @@ def write_config(adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Seque
 
 
 def refuse_tied(adapted: PeftModel, base: Base) -> None:
-    """LoraError where one weight serves as embedding and head and an adapter changes it in only one of the two."""
+    """LoraError where one weight serves as embedding and head and an adapter changes it in only one
+    of the two."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
         raise LoraError(
-            f"{base} uses one weight for its embeddings and its head, and the adapter changes one of the two: "
+            f"{base} uses one weight for its embeddings and its head, and the adapter changes one "
+            "of the two: "
             "no plain model can hold both",
-            "train with modules_to_save, trainable_token_indices, or without embed_tokens and lm_head",
+            "train with modules_to_save, trainable_token_indices, or without embed_tokens and "
+            "lm_head",
         )
 
 
 def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
-    """Make the model's configurations name the tokens that ended the trained answers, beside those they had."""
+    """Make the model's configurations name the tokens that ended the trained answers, beside those
+    they had."""
     configured = plain.generation_config.eos_token_id
     before = configured if isinstance(configured, list) else [configured]
     wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))

@@ -1,11 +1,13 @@
-"""Merging in constant memory: the base's tensors pass through PEFT's own layers a few rows at a time.
+"""Merging in constant memory: the base's tensors pass through PEFT's own layers a few rows at a
+time.
 
-PEFT attaches the adapter to a base without weights (on the `meta` device), and so decides which modules are adapted,
-with which rank, scale and variant. For each tensor of the base's files, in their order, the layer that changes it gets
-the real rows and its real adapter weights, merges them in float32, and is empty again.
+PEFT attaches the adapter to a base without weights (on the `meta` device), and so decides which
+modules are adapted, with which rank, scale and variant. For each tensor of the base's files, in
+their order, the layer that changes it gets the real rows and its real adapter weights, merges them
+in float32, and is empty again.
 
-Rows of a LoRA or DoRA on a linear module are merged apart, and so are those of embeddings: each has its own row of B,
-magnitude and norm. Other layers take their whole tensor at once.
+Rows of a LoRA or DoRA on a linear module are merged apart, and so are those of embeddings: each has
+its own row of B, magnitude and norm. Other layers take their whole tensor at once.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from lora_cli.models import (
 NAME = "default"
 # PEFT's own steps in the path of a base's tensor
 STEPS = {"base_layer", "token_adapter", "original_module", "modules_to_save", NAME}
-# Tensors worked on at a time, at most: some ten megabytes each, and more threads than this wait for the disk
+# Tensors worked on at a time, at most: some ten megabytes each, and more threads than this wait for
+# the disk
 WORKERS = 4
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
@@ -48,8 +51,8 @@ def plain(path: str) -> str:
 class Weights:
     """The base's tensors as the adapter was trained on them, each read when it is needed.
 
-    Rounded to the type of training, quantised to 4 bits and back where training was, and replaced where the adapter
-    carries a whole tensor (`modules_to_save`, trained biases, embeddings).
+    Rounded to the type of training, quantised to 4 bits and back where training was, and replaced
+    where the adapter carries a whole tensor (`modules_to_save`, trained biases, embeddings).
     """
 
     def __init__(
@@ -60,7 +63,13 @@ class Weights:
         trained: torch.dtype,
         packed: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self.base, self.carried, self.replaced, self.trained, self.packed = base, carried, replaced, trained, packed
+        self.base, self.carried, self.replaced, self.trained, self.packed = (
+            base,
+            carried,
+            replaced,
+            trained,
+            packed,
+        )
         self._dequantised = threading.local()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -73,7 +82,8 @@ class Weights:
         return rows.to(self.trained).float() if rows.is_floating_point() else rows
 
     def _from_4bit(self, name: str) -> torch.Tensor:
-        """The whole tensor, quantised as bitsandbytes does it and back; kept until the thread asks for another."""
+        """The whole tensor, quantised as bitsandbytes does it and back; kept until the thread asks
+        for another."""
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Params4bit
 
@@ -104,13 +114,22 @@ class Changed(NamedTuple):
         if isinstance(self.layer, TrainableTokensLayer):
             return True
         variants = [type(variant) for variant in getattr(self.layer, "lora_variant", {}).values()]
-        return type(self.layer) is Linear and not self.layer.fan_in_fan_out and variants in ([], [DoraLinearVariant])
+        return (
+            type(self.layer) is Linear
+            and not self.layer.fan_in_fan_out
+            and variants in ([], [DoraLinearVariant])
+        )
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """The rows to take together. A variant such as DoRA makes several more tensors of their size."""
+        """The rows to take together. A variant such as DoRA makes several more tensors of their
+        size."""
         shape = tuple(self.layer.get_base_layer().weight.shape)
-        return list(split_rows(shape, tensors.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None))
+        return list(
+            split_rows(
+                shape, tensors.BLOCK * 2 // 3 if getattr(self.layer, "lora_variant", None) else None
+            )
+        )
 
     def adapter(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Its adapter tensors, in float32 as PEFT loads them."""
@@ -119,7 +138,8 @@ class Changed(NamedTuple):
     def take(
         self, weights: Weights, adapter: Mapping[str, torch.Tensor], start: int, stop: int
     ) -> dict[str, torch.Tensor]:
-        """What fills the layer for rows `start` to `stop`, or for all where its rows are not apart."""
+        """What fills the layer for rows `start` to `stop`, or for all where its rows are not
+        apart."""
         if not self.by_rows:
             return {**{inside: weights.rows(name) for inside, name in self.base.items()}, **adapter}
         given = {inside: weights.rows(name, start, stop) for inside, name in self.base.items()}
@@ -134,7 +154,8 @@ class Changed(NamedTuple):
 
 @contextmanager
 def filled(module: nn.Module, given: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """`module` with these tensors as its parameters or buffers, by path inside it, and as it was afterwards."""
+    """`module` with these tensors as its parameters or buffers, by path inside it, and as it was
+    afterwards."""
     before = {}
     for path, tensor in given.items():
         owner, leaf = _place(module, path)
@@ -161,7 +182,8 @@ class Plan(NamedTuple):
     layers: Mapping[str, Changed]
     """The layer that changes a tensor, by the tensor's name."""
     parameters: Mapping[str, bool]
-    """Tensors of the merged model in the order of the files; False for a buffer, which keeps its type."""
+    """Tensors of the merged model in the order of the files; False for a buffer, which keeps its
+    type."""
     keys: Mapping[str, str]
     """Path in PEFT's model -> key in the adapter's file."""
 
@@ -178,15 +200,24 @@ class Plan(NamedTuple):
             return (rows.to(self.dtype(name, dtype)) for rows in self._with_tokens(name, changed))
         stored = weights.base.entries[name]
         untouched = changed is None and name not in weights.replaced and name not in weights.packed
-        if untouched and stored.dtype == self.dtype(name, dtype) and weights.trained in (stored.dtype, torch.float32):
-            return (weights.base.rows(name, start, stop) for start, stop in split_rows(stored.shape))
+        if (
+            untouched
+            and stored.dtype == self.dtype(name, dtype)
+            and weights.trained in (stored.dtype, torch.float32)
+        ):
+            return (
+                weights.base.rows(name, start, stop) for start, stop in split_rows(stored.shape)
+            )
         pieces = self._plain(name) if changed is None else self._through(name, changed)
         return (rows.to(self.dtype(name, dtype)) for rows in pieces)
 
     def largest_whole(self) -> int:
-        """The most bytes that merging a tensor which has to be taken whole needs: it, its change, and both again."""
+        """The most bytes that merging a tensor which has to be taken whole needs: it, its change,
+        and both again."""
         whole = [name for name, changed in self.layers.items() if not changed.by_rows]
-        return max((4 * 4 * math.prod(self.weights.base.entries[name].shape) for name in whole), default=0)
+        return max(
+            (4 * 4 * math.prod(self.weights.base.entries[name].shape) for name in whole), default=0
+        )
 
     def dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The type of a tensor in a merged model of type `dtype`."""
@@ -207,7 +238,10 @@ class Plan(NamedTuple):
             here = [number for number, token in enumerate(ids) if start <= token < stop]
             if here:
                 layer.token_indices[NAME] = [ids[number] - start for number in here]
-                with filled(layer, {inside: rows, **{path: tensor[here] for path, tensor in trained.items()}}):
+                with filled(
+                    layer,
+                    {inside: rows, **{path: tensor[here] for path, tensor in trained.items()}},
+                ):
                     layer.merge()
                     layer.merged_adapters.clear()
                     rows = layer.get_base_layer().weight.data
@@ -232,7 +266,9 @@ class Plan(NamedTuple):
 
 def refused(error: Exception) -> LoraError:
     """What to say where PEFT refuses to merge."""
-    return LoraError(f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}", "serve it as it is")
+    return LoraError(
+        f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}", "serve it as it is"
+    )
 
 
 def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
@@ -251,7 +287,10 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
 
     def fill(names: Sequence[str]) -> dict[str, int]:
         with torch.inference_mode():
-            return {name: tensors.fill_tensor(places[name], name, plan.merged(name, dtype)) for name in names}
+            return {
+                name: tensors.fill_tensor(places[name], name, plan.merged(name, dtype))
+                for name in names
+            }
 
     sums: dict[str, int] = {}
     with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
@@ -276,10 +315,11 @@ def together(plan: Plan, names: Iterable[str]) -> list[list[str]]:
 
 @contextmanager
 def one_thread_each() -> Iterator[int]:
-    """How many tensors to work on at a time: blocks are small, so each thread of torch's does better with its own.
+    """How many tensors to work on at a time: blocks are small, so each thread of torch's does
+    better with its own.
 
-    Sharing such small work, they wait for each other, on a busy machine for most of the time (measured: 1.6 s for the
-    logits of a 0.6 GB model with one thread, 5 to 25 s with two).
+    Sharing such small work, they wait for each other, on a busy machine for most of the time
+    (measured: 1.6 s for the logits of a 0.6 GB model with one thread, 5 to 25 s with two).
     """
     threads = torch.get_num_threads()
     tensors.keep_memory()
@@ -292,11 +332,15 @@ def one_thread_each() -> Iterator[int]:
 
 
 def _count(plan: Plan, written: Mapping[str, tensors.Entry]) -> int:
-    """How many modules were merged, all of them: every tensor that one changes was written, and every one used."""
+    """How many modules were merged, all of them: every tensor that one changes was written, and
+    every one used."""
     modules = {changed.path: changed for name, changed in plan.layers.items() if name in written}
     used = {key for changed in modules.values() for key in changed.own.values()}
     used |= {key for name, key in plan.weights.replaced.items() if name in written}
     unused = plan.weights.carried.entries.keys() - used
     if unused:
-        raise LoraError(f"{len(unused)} tensors of the adapter were not merged, such as {min(unused)}", "report it")
+        raise LoraError(
+            f"{len(unused)} tensors of the adapter were not merged, such as {min(unused)}",
+            "report it",
+        )
     return sum(isinstance(changed.layer, LoraLayer) for changed in modules.values())

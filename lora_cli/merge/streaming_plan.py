@@ -1,4 +1,5 @@
-"""Can this adapter be merged in constant memory, and how? PEFT's answer, on a base without weights."""
+"""Can this adapter be merged in constant memory, and how? PEFT's answer, on a base without
+weights."""
 
 from __future__ import annotations
 
@@ -33,11 +34,13 @@ class Unstreamable(Exception):
     """Why an adapter must be merged with the whole model in memory, in words."""
 
 
-def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None) -> tuple[Plan, PeftModel]:
+def make_plan(
+    adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None
+) -> tuple[Plan, PeftModel]:
     """How each tensor is merged, and the adapter on its base without weights.
 
-    `trained` is the type the base's weights had in training, `quantization` how they were stored in 4 bits (None: they
-    were not, or the original weights are wanted). Raises Unstreamable.
+    `trained` is the type the base's weights had in training, `quantization` how they were stored in
+    4 bits (None: they were not, or the original weights are wanted). Raises Unstreamable.
     """
     base = adapter.base.tensors
     if base is None:
@@ -49,7 +52,9 @@ def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str,
     packed = find_packed(empty, adapter, quantization) if quantization else {}
     carried = Tensors([adapter.folder / "adapter_model.safetensors"])
     shapes = {key: entry.shape for key, entry in carried.entries.items()}
-    if empty.get_input_embeddings().num_embeddings < token_rows.count_rows_trained(empty, adapter.folder, shapes):
+    if empty.get_input_embeddings().num_embeddings < token_rows.count_rows_trained(
+        empty, adapter.folder, shapes
+    ):
         raise Unstreamable("the adapter makes its embeddings larger")
     attach.refuse_slow_patterns(empty, adapter.folder)
     adapted = _attach(empty, config, adapter.folder)
@@ -63,18 +68,25 @@ def make_plan(adapter: Adapter, trained: torch.dtype, quantization: Mapping[str,
         if name not in parameters or carried.entries[key].shape != base.entries[name].shape:
             raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
     _check_tied(adapted)
-    return Plan(Weights(base, carried, replaced, trained, packed), layers, parameters, by_name), adapted
+    return Plan(
+        Weights(base, carried, replaced, trained, packed), layers, parameters, by_name
+    ), adapted
 
 
-def find_packed(empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tensors that transformers would quantise with these settings, and bitsandbytes' options for each."""
+def find_packed(
+    empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The tensors that transformers would quantise with these settings, and bitsandbytes' options
+    for each."""
     from bitsandbytes.nn import Linear4bit
 
     settings = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     other = adapter.base.build_unweighted()
     quantizer.preprocess_model(model=other, device_map=None)
-    found = {name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)}
+    found = {
+        name: module for name, module in other.named_modules() if isinstance(module, Linear4bit)
+    }
     for length in sorted({module.in_features for module in found.values()}):
         if four_bit.misreads_rows(length):
             raise Unstreamable(f"bitsandbytes misreads rows of {length} weights here")
@@ -85,13 +97,16 @@ def _check_config(config: PeftConfig) -> None:
     assert isinstance(config, LoraConfig), "read_adapter has refused others"
     start = find_initialisation(config.init_lora_weights)
     if start and start.repeated_at_load:
-        raise Unstreamable(f"its start, {config.init_lora_weights}, is computed from the base's weights again")
+        raise Unstreamable(
+            f"its start, {config.init_lora_weights}, is computed from the base's weights again"
+        )
     if config.layer_replication:
         raise Unstreamable("it repeats layers of the base")
 
 
 def has_own_names(model: Base) -> bool:
-    """Whether a model's files name its tensors as the model does, so that they can be read one by one."""
+    """Whether a model's files name its tensors as the model does, so that they can be read one by
+    one."""
     try:
         return bool(model.tensors and _match_tensors(model.build_unweighted(), model.tensors))
     except Unstreamable:
@@ -99,20 +114,25 @@ def has_own_names(model: Base) -> bool:
 
 
 def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
-    """The tensors to write: name -> whether it is a parameter. Names and shapes must be the model's own."""
+    """The tensors to write: name -> whether it is a parameter. Names and shapes must be the model's
+    own."""
     parameters = dict(empty.named_parameters())
     whole = empty.state_dict()
     missing = sorted(name for name in parameters if name not in base.entries)
     foreign = sorted(base.entries.keys() - whole.keys())
     if missing or foreign:
         name = (missing or foreign)[0]
-        raise Unstreamable(f"its files name the tensors otherwise than the model, or lack some ({name})")
+        raise Unstreamable(
+            f"its files name the tensors otherwise than the model, or lack some ({name})"
+        )
     for name, entry in base.entries.items():
         if entry.shape != tuple(whole[name].shape):
             raise Unstreamable(f"{name} has another shape in its files")
         if name not in parameters and name not in dict(empty.named_buffers()):
             # transformers ties such weights only if they are equal
-            raise Unstreamable(f"{name} is in its files, and tied to another tensor by its configuration")
+            raise Unstreamable(
+                f"{name} is in its files, and tied to another tensor by its configuration"
+            )
     return {name: name in parameters for name in base.entries}
 
 
@@ -138,13 +158,17 @@ def _find_places(adapted: PeftModel) -> dict[str, str]:
     return {key: names[id(tensor)] for key, tensor in saved.items()}
 
 
-def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors, adapter: Adapter) -> None:
+def _check_names(
+    adapted: PeftModel, places: Mapping[str, str], carried: Tensors, adapter: Adapter
+) -> None:
     state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
     attach.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
     for key in carried.entries:
         if not is_finite(carried.rows(key)):
-            raise LoraError(f"{adapter.folder}: {key} holds values that are not finite", "train again")
+            raise LoraError(
+                f"{adapter.folder}: {key} holds values that are not finite", "train again"
+            )
     for key, name in places.items():
         if carried.entries[key].shape != tuple(state[name].shape):
             shapes = f"{list(carried.entries[key].shape)}, the model has {list(state[name].shape)}"
@@ -154,7 +178,9 @@ def _check_names(adapted: PeftModel, places: Mapping[str, str], carried: Tensors
             )
 
 
-def _find_layers(adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[str, bool]) -> dict[str, Changed]:
+def _find_layers(
+    adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[str, bool]
+) -> dict[str, Changed]:
     """Which layer changes each tensor."""
     found: dict[str, Changed] = {}
     for path, layer in adapted.named_modules():
@@ -173,7 +199,9 @@ def _find_layers(adapted: PeftModel, by_name: Mapping[str, str], parameters: Map
     return found
 
 
-def _describe_layer(path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mapping[str, str]) -> Changed:
+def _describe_layer(
+    path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mapping[str, str]
+) -> Changed:
     own = {
         name.removeprefix(f"{path}."): key
         for name, key in by_name.items()
@@ -192,6 +220,10 @@ def _check_tied(adapted: PeftModel) -> None:
         return
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     saved = {plain(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
-    weights = {plain(name) for name, module in adapted.named_modules() if any(module is end for end in ends)}
+    weights = {
+        plain(name)
+        for name, module in adapted.named_modules()
+        if any(module is end for end in ends)
+    }
     if any(name.rpartition(".")[0] in weights for name in saved):
         raise Unstreamable("it gives tied embeddings and head weights of their own")

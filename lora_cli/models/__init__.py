@@ -1,4 +1,5 @@
-"""Base models, adapters, tokenizers, chat templates, targets, initial weights, fingerprints and probes."""
+"""Base models, adapters, tokenizers, chat templates, targets, initial weights, fingerprints and
+probes."""
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
@@ -16,7 +17,13 @@ from lora_cli.models.probes import (
     save_trained,
 )
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
-from lora_cli.models.tokenizer import IGNORED, adds_bos, load_recipe_tokenizer, load_tokenizer, save_tokenizer
+from lora_cli.models.tokenizer import (
+    IGNORED,
+    adds_bos,
+    load_recipe_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 __all__ = [
     "Adapter",

@@ -1,4 +1,5 @@
-"""What an adapter says of itself in adapter_config.json, checked before anything of it is believed."""
+"""What an adapter says of itself in adapter_config.json, checked before anything of it is
+believed."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ KINDS = {
 
 
 def check_fields(file: Path, config: Mapping[str, Any]) -> None:
-    """LoraError for the first field of the adapter configuration in `file` that has not its type, or no possible value.
+    """LoraError for the first field of the adapter configuration in `file` that has not its type,
+    or no possible value.
 
     Fields that are not known here are PEFT's to judge.
     """
@@ -68,10 +70,13 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def refuse_other_task(folder: Path, task: Any) -> None:
-    """LoraError for an adapter of a model that classifies, or embeds: its head is not among its tensors."""
+    """LoraError for an adapter of a model that classifies, or embeds: its head is not among its
+    tensors."""
     if find_task(task) is None:
         known = " or ".join(each.does for each in TASKS)
-        raise LoraError(f"{folder} is an adapter for {task}, not for models that {known}", "use PEFT itself")
+        raise LoraError(
+            f"{folder} is an adapter for {task}, not for models that {known}", "use PEFT itself"
+        )
 
 
 def _walk_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -80,7 +85,9 @@ def _walk_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {_show(config[name])}, but must be {_name_kinds(kinds)}"
     for name, kinds in INSIDE.items():
         given = config.get(name)
-        for item in given.values() if isinstance(given, dict) else given if isinstance(given, list) else ():
+        for item in (
+            given.values() if isinstance(given, dict) else given if isinstance(given, list) else ()
+        ):
             if not _is(item, kinds):
                 yield f"{name} holds {_show(item)}, where each must be {_name_kinds(kinds)}"
     for name in ("rank_pattern", "alpha_pattern"):
@@ -97,18 +104,22 @@ def _walk_problems(config: Mapping[str, Any]) -> Iterator[str]:
         else ids
     ):
         if not _is(item, (int,)) or item < 0:
-            yield f"trainable_token_indices holds {_show(item)}, where each must be a row, counted from 0"
+            what = f"trainable_token_indices holds {_show(item)}"
+            yield f"{what}, where each must be a row, counted from 0"
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether it is of one of these kinds: true and false are no numbers, and neither are NaN and infinity."""
+    """Whether it is of one of these kinds: true and false are no numbers, and neither are NaN and
+    infinity."""
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, kinds) and (not isinstance(value, float) or abs(value) < float("inf"))
 
 
 def _name_kinds(kinds: tuple[type, ...]) -> str:
-    return " or ".join(KINDS.get(kind, "null") for kind in kinds if kind is not int or float not in kinds)
+    return " or ".join(
+        KINDS.get(kind, "null") for kind in kinds if kind is not int or float not in kinds
+    )
 
 
 def _show(value: Any) -> str:
@@ -116,28 +127,35 @@ def _show(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-def refuse_other_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """LoraError for a rank that no tensor has: PEFT would make matrices of it before it sees that none fits."""
+def refuse_other_ranks(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """LoraError for a rank that no tensor has: PEFT would make matrices of it before it sees that
+    none fits."""
     largest = max((max(shape) for shape in shapes.values() if shape), default=1)
     for rank in [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]:
         if rank > largest:
             raise LoraError(
-                f"{folder / 'adapter_config.json'}: a rank of {_show(rank)}, and no tensor of the adapter is as large",
+                f"{folder / 'adapter_config.json'}: a rank of {_show(rank)}, and no tensor of the "
+                "adapter is as large",
                 "copy the adapter again: its configuration and its weights are of two adapters",
             )
 
 
 def refuse_other_base(folder: Path, named: Any, recorded: Any) -> None:
-    """LoraError where the adapter's configuration names another base than our record of its training."""
+    """LoraError where the adapter's configuration names another base than our record of its
+    training."""
     if named and recorded and named != recorded:
         raise LoraError(
-            f"{folder}: adapter_config.json names the base {named}, and our record of its training {recorded}",
+            f"{folder}: adapter_config.json names the base {named}, and our record of its "
+            f"training {recorded}",
             f"--base {recorded} if the record is right: somebody has changed one of the two files",
         )
 
 
 @cache
 def announce_base(folder: Path, base: str, revision: str | None) -> None:
-    """Say, once, which base an adapter made elsewhere names, before anything of that base is opened."""
+    """Say, once, which base an adapter made elsewhere names, before anything of that base is
+    opened."""
     at = f" at {revision}" if revision else ""
     ui.say(f"{folder} was made elsewhere: by its own word, its base is {base}{at}")

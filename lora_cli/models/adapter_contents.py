@@ -15,7 +15,8 @@ DORA = "DoRA magnitudes"
 
 
 def list_beyond(folder: Path) -> list[str]:
-    """What the adapter in `folder` holds that is no update B·A of a linear weight, in words; empty for plain LoRA."""
+    """What the adapter in `folder` holds that is no update B·A of a linear weight, in words; empty
+    for plain LoRA."""
     config = files.read_json(folder / "adapter_config.json")
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
         keys = list(stored.keys())
@@ -29,15 +30,21 @@ def list_beyond(folder: Path) -> list[str]:
         "adapted parameters (target_parameters)": config.get("target_parameters"),
         "biases in the adapter (lora_bias)": config.get("lora_bias"),
         "trained biases of the base": config.get("bias", "none") != "none",
-        "a start that PEFT takes out of the base again (init_lora_weights)": start and start.changes_base_at_load,
+        "a start that PEFT takes out of the base again (init_lora_weights)": start
+        and start.changes_base_at_load,
     }
     words = [name for name, there in found.items() if there]
     return words or ([f"whole tensors, such as {whole[0]}"] if whole else [])
 
 
 def refuse_beyond(folder: Path, accepted: Sequence[str] = ()) -> None:
-    """LoraError where the adapter holds anything but updates of linear weights, and what is `accepted`."""
+    """LoraError where the adapter holds anything but updates of linear weights, and what is
+    `accepted`."""
     more = [what for what in list_beyond(folder) if what not in accepted]
     if more:
-        hint = f"lora convert {folder} OUT" if more == [DORA] else f"merge it instead: lora merge {folder} OUT"
+        hint = (
+            f"lora convert {folder} OUT"
+            if more == [DORA]
+            else f"merge it instead: lora merge {folder} OUT"
+        )
         raise LoraError(f"{folder} holds more than LoRA on linear weights: {', '.join(more)}", hint)

@@ -1,4 +1,5 @@
-"""A saved adapter: its folder is read, checked and resolved once, with the base that it was trained on."""
+"""A saved adapter: its folder is read, checked and resolved once, with the base that it was trained
+on."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ from lora_cli.models.base import Base
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter folder, the base it names, and our record of its training (None for one made elsewhere)."""
+    """A saved adapter folder, the base it names, and our record of its training (None for one made
+    elsewhere)."""
 
     folder: Path
     base: Base
     record: dict[str, Any] | None
     shares_base: bool
-    """Whether other adapters may lie on the same loaded base: this one leaves the base's own weights as they are."""
+    """Whether other adapters may lie on the same loaded base: this one leaves the base's own
+    weights as they are."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -43,12 +46,14 @@ class Adapter:
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """The type the base's weights had in training; that of its files for an adapter made elsewhere."""
+        """The type the base's weights had in training; that of its files for an adapter made
+        elsewhere."""
         dtype = self.recipe.get("model", {}).get("dtype")
         return getattr(torch, dtype) if dtype else self.base.dtype
 
     def refuse_other_base(self) -> None:
-        """Raise LoraError naming what differs where the base is not the one that the adapter was trained on.
+        """Raise LoraError naming what differs where the base is not the one that the adapter was
+        trained on.
 
         An adapter made elsewhere, or before fingerprints were kept, says nothing of its base.
         """
@@ -57,14 +62,16 @@ class Adapter:
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise LoraError(
-                f"{self.base} is not the base that {self.folder} was trained on: {', '.join(different[:3])}{more} "
+                f"{self.base} is not the base that {self.folder} was trained on: "
+                f"{', '.join(different[:3])}{more} "
                 "differ",
                 "the base has changed since: --base gives the one it was trained on",
             )
 
     def load_base(self, original: bool = False) -> PreTrainedModel:
-        """Load the base as the adapter was trained on it: same revision, type, quantisation; a foreign one as its files
-        are. `original` leaves the quantisation out. Raises LoraError where it is not the base that was trained on."""
+        """Load the base as the adapter was trained on it: same revision, type, quantisation; a
+        foreign one as its files are. `original` leaves the quantisation out. Raises LoraError where
+        it is not the base that was trained on."""
         self.refuse_other_base()
         settings = None
         if self.quantization and not original:
@@ -72,14 +79,16 @@ class Adapter:
         return self.base.load(self.trained_dtype, settings)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer saved with the adapter, with the template that was trained; else the base's."""
+        """Load the tokenizer saved with the adapter, with the template that was trained; else the
+        base's."""
         if (self.folder / "tokenizer_config.json").is_file():
             return tokenizer.load_tokenizer(str(self.folder))
         return self.base.load_tokenizer()
 
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:
-    """Read and check the adapter in `folder`; `base` overrides the base it names. Raises LoraError if it is none."""
+    """Read and check the adapter in `folder`; `base` overrides the base it names. Raises LoraError
+    if it is none."""
     _locate(folder, base)
     shapes = _check_weights(folder)
     config = _read_config(folder, shapes)
@@ -98,18 +107,26 @@ def _locate(folder: Path, base: str | None) -> None:
         raise LoraError(f"{folder} does not exist", f"ls {folder.parent}")
     if not (folder / "adapter_config.json").is_file():
         inside = folder / "adapter"
-        hint = f"did you mean {inside}?" if (inside / "adapter_config.json").is_file() else "give the adapter's folder"
+        hint = (
+            f"did you mean {inside}?"
+            if (inside / "adapter_config.json").is_file()
+            else "give the adapter's folder"
+        )
         raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
 
 
 def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Read adapter_config.json and refuse what cannot be a LoRA or DoRA adapter with tensors of these shapes."""
+    """Read adapter_config.json and refuse what cannot be a LoRA or DoRA adapter with tensors of
+    these shapes."""
     file = folder / "adapter_config.json"
     config = read_json(file)
     if not isinstance(config, dict):
         raise LoraError(f"{file} is no adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
-        raise LoraError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA", "use PEFT itself")
+        raise LoraError(
+            f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA",
+            "use PEFT itself",
+        )
     adapter_config.check_fields(file, config)
     adapter_config.refuse_other_task(folder, config.get("task_type"))
     adapter_config.refuse_other_ranks(folder, config, shapes)
@@ -124,8 +141,11 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return next((provenance.read_record(place) for place in places if place.is_file()), None)
 
 
-def _choose_base(folder: Path, base: str | None, config: dict[str, Any], record: dict[str, Any] | None) -> Base:
-    """The base: as given, else as the adapter and our record name it. Raises LoraError where that can be no model."""
+def _choose_base(
+    folder: Path, base: str | None, config: dict[str, Any], record: dict[str, Any] | None
+) -> Base:
+    """The base: as given, else as the adapter and our record name it. Raises LoraError where that
+    can be no model."""
     named = config.get("base_model_name_or_path")
     if record and base is None:
         recorded = privacy.make_portable(record["base"].get("name"))
@@ -138,7 +158,8 @@ def _choose_base(folder: Path, base: str | None, config: dict[str, Any], record:
         revision = (record["base"]["commit"] if record else None) or config.get("revision")
     if record and base is None and record["base"]["commit"] is None and not Path(name).is_dir():
         raise LoraError(
-            f"the base of {folder}, the folder {name}, is not here", "--base MODEL, or run this where it is"
+            f"the base of {folder}, the folder {name}, is not here",
+            "--base MODEL, or run this where it is",
         )
     if not names.may_be_model(name):
         raise LoraError(f"the base of {folder}, {name}, is no model", "--base MODEL")
@@ -150,17 +171,25 @@ def _choose_base(folder: Path, base: str | None, config: dict[str, Any], record:
 def _changes_base(config: dict[str, Any]) -> bool:
     """Whether the adapter changes the base's own weights or size while it is on it."""
     starts_otherwise = isinstance(config.get("init_lora_weights"), str)
-    return config.get("bias", "none") != "none" or starts_otherwise or bool(config.get("trainable_token_indices"))
+    return (
+        config.get("bias", "none") != "none"
+        or starts_otherwise
+        or bool(config.get("trainable_token_indices"))
+    )
 
 
 def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the adapter's tensors; LoraError unless its weights are there, whole, and not pickled."""
+    """The shapes of the adapter's tensors; LoraError unless its weights are there, whole, and not
+    pickled."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        pickled = next((file for kind in names.PICKLED for file in sorted(folder.glob(f"*{kind}"))), None)
+        pickled = next(
+            (file for kind in names.PICKLED for file in sorted(folder.glob(f"*{kind}"))), None
+        )
         hint = "copy it again"
         if pickled:
-            hint = f"{pickled.name} is a pickle, which may run code when it is loaded: have it converted to safetensors"
+            hint = f"{pickled.name} is a pickle, which may run code when it is loaded: "
+            hint += "have it converted to safetensors"
         raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
     try:
         with safe_open(weights, framework="pt") as stored:
@@ -172,5 +201,7 @@ def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     if not shapes:
         raise LoraError(f"{weights} holds no tensors", "copy it again, or train again")
     if whole:
-        raise LoraError(f"{weights}: {whole[0]} holds whole numbers, as no adapter does", "copy it again")
+        raise LoraError(
+            f"{weights}: {whole[0]} holds whole numbers, as no adapter does", "copy it again"
+        )
     return shapes

@@ -30,7 +30,8 @@ def quiet_peft() -> Iterator[None]:
             "The following (rank|alpha)_pattern keys",  # also where they did match, for experts
             "fan_in_fan_out is set to",
             ".*ensure_weight_tying",
-            "Adapter '.*LoRA tensor\\(s\\) have invalid shape",  # lora_bias: its tensors have one dimension
+            # lora_bias: its tensors have one dimension
+            "Adapter '.*LoRA tensor\\(s\\) have invalid shape",
             "lora with eva initialization used with low_cpu_mem_usage",
             "Full backward hook is firing",
         ):
@@ -38,7 +39,9 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True
+) -> PeftModel:
     """A new adapter on `model`, changed in place. LoraError with PEFT's words where it refuses."""
     try:
         with quiet_peft():
@@ -49,13 +52,20 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, autocast_adapter_
         ) from error
 
 
-def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
-    """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one of its tensors
-    found its place."""
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: Path, name: str = "default"
+) -> PeftModel:
+    """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one
+    of its tensors found its place."""
     refuse_slow_patterns(model, folder)
     token_rows.fit_embeddings(model, folder)
     hint = "give the base it was trained on with --base"
-    with quiet_peft(), library_errors.translate_file_errors(f"PEFT cannot put the adapter {folder} on its base", hint):
+    with (
+        quiet_peft(),
+        library_errors.translate_file_errors(
+            f"PEFT cannot put the adapter {folder} on its base", hint
+        ),
+    ):
         try:
             if isinstance(model, PeftModel):
                 peft_model = model
@@ -71,15 +81,19 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
 
 
 def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
-    """UsageError for an adapter whose regular expressions would keep PEFT busy for ever on the model's names."""
+    """UsageError for an adapter whose regular expressions would keep PEFT busy for ever on the
+    model's names."""
     names = [name for name, _ in model.named_modules() if name]
     patterns.refuse_slow_patterns(
-        read_adapter_config(folder), names, lambda field: f"{folder / 'adapter_config.json'}: {field}"
+        read_adapter_config(folder),
+        names,
+        lambda field: f"{folder / 'adapter_config.json'}: {field}",
     )
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """What the adapter in `folder` says of itself, as PEFT reads it; LoraError with PEFT's words where it does not."""
+    """What the adapter in `folder` says of itself, as PEFT reads it; LoraError with PEFT's words
+    where it does not."""
     with library_errors.translate_file_errors(
         f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"
     ):
@@ -89,32 +103,45 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 def _explain_misfit(error: Exception) -> str:
     """PEFT's words; of tensors that have another size, how many and the first."""
     said = " ".join(str(error).split())
-    sizes = re.findall(r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said)
+    sizes = re.findall(
+        r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said
+    )
     if not sizes:
         return said[:300]
     name, given, wanted = sizes[0]
-    return f"{len(sizes)} tensors are of another size, the first {name}: ({given}), where ({wanted}) is wanted"
+    first = f"{name}: ({given}), where ({wanted}) is wanted"
+    return f"{len(sizes)} tensors are of another size, the first {first}"
 
 
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
-    """PEFT warns of tensors that match nothing and leaves B zero; here it is an error, as is a tensor not finite."""
+    """PEFT warns of tensors that match nothing and leaves B zero; here it is an error, as is a
+    tensor not finite."""
     stored = load_peft_weights(str(folder), device="cpu")
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    # An adapter may carry whole embeddings and heads as well, under the names the model has for them.
+    # An adapter may carry whole embeddings and heads as well, under the names the model has for
+    # them.
     whole = {key.replace(f".{name}.", ".") for key in model.state_dict()}
     refuse_incomplete(folder, set(stored), set(loaded), whole)
     bad = [key for key, tensor in stored.items() if not is_finite(tensor)]
     if bad:
-        raise LoraError(f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)", "train again")
+        raise LoraError(
+            f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)",
+            "train again",
+        )
 
 
 def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: set[str]) -> None:
-    """LoraError unless the adapter's tensors are those the model has places for: `loaded`, and any of its `whole`."""
+    """LoraError unless the adapter's tensors are those the model has places for: `loaded`, and any
+    of its `whole`."""
     unplaced = stored - loaded - whole
-    for keys, what in ((unplaced, "the model has no place for"), (loaded - stored, "the adapter lacks")):
+    for keys, what in (
+        (unplaced, "the model has no place for"),
+        (loaded - stored, "the adapter lacks"),
+    ):
         if keys:
             raise LoraError(
-                f"{folder} does not fit its base model: {what} {len(keys)} tensors, such as {min(keys)}",
+                f"{folder} does not fit its base model: {what} {len(keys)} tensors, such as "
+                f"{min(keys)}",
                 "give the base it was trained on with --base",
             )
 
@@ -126,4 +153,6 @@ def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
 
 def walk_trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """Names and tensors of what training changes."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return (
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    )

@@ -31,7 +31,8 @@ from lora_cli.recipe import DEFAULT_TASK, Recipe, Task
 
 @dataclass(frozen=True)
 class Base:
-    """A base model by its name (a folder, or a name on the hub) and, on the hub, a revision of it."""
+    """A base model by its name (a folder, or a name on the hub) and, on the hub, a revision of
+    it."""
 
     name: str
     revision: str | None = None
@@ -42,7 +43,8 @@ class Base:
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Base:
-        """Return the base of a recipe, its revision resolved and its configuration read; LoraError names the key."""
+        """Return the base of a recipe, its revision resolved and its configuration read; LoraError
+        names the key."""
         try:
             base = cls(recipe.model.name_or_path, recipe.model.revision, recipe.task).resolve()
             base.config  # noqa: B018 – read here, so that what is wrong with it is said of the recipe's key
@@ -55,17 +57,22 @@ class Base:
     def resolve(self) -> Base:
         """Return the base with the commit that its revision stands for now; a folder has none.
 
-        Raises LoraError when the name is neither a model's folder nor a name on the hub; the hub's own errors when it
-        does not know the name or revision.
+        Raises LoraError when the name is neither a model's folder nor a name on the hub; the hub's
+        own errors when it does not know the name or revision.
         """
         kind = names.classify(self.name)
         if kind == "model":
             return replace(self, revision=None)
         if kind != "hub":
-            raise LoraError(f"{self.name} is not a base model", "give a folder with config.json or a name on the hub")
+            raise LoraError(
+                f"{self.name} is not a base model",
+                "give a folder with config.json or a name on the hub",
+            )
         if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
             return self
-        return replace(self, revision=str(resolve_revision(self.name, revision=self.revision).resolved))
+        return replace(
+            self, revision=str(resolve_revision(self.name, revision=self.revision).resolved)
+        )
 
     @property
     def is_folder(self) -> bool:
@@ -74,7 +81,8 @@ class Base:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its configuration, with the type of its weights where the file names none. Copy it before changing it."""
+        """Its configuration, with the type of its weights where the file names none. Copy it before
+        changing it."""
         return load_config(self.name, self.revision)
 
     @property
@@ -94,18 +102,23 @@ class Base:
 
     def download(self) -> Path:
         """Return the folder with its files: its own, or that of the hub's cache."""
-        return Path(self.name if self.is_folder else snapshot_download(self.name, revision=self.revision))
+        return Path(
+            self.name if self.is_folder else snapshot_download(self.name, revision=self.revision)
+        )
 
     def build_empty(self) -> PreTrainedModel:
-        """Build it without weights (on the `meta` device): its modules' names and shapes, in an instant."""
+        """Build it without weights (on the `meta` device): its modules' names and shapes, in an
+        instant."""
         return empty.build_empty(self.config, self.task)
 
     def build_zero(self) -> PreTrainedModel:
-        """Build it with zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
+        """Build it with zeros for weights, each tensor one number in memory: a place for adapters
+        to be read on."""
         return empty.build_zero(self.config, self.task)
 
     def build_unweighted(self) -> PreTrainedModel:
-        """Build it in float32 without parameters, and with the buffers that are computed, for rows to be read in."""
+        """Build it in float32 without parameters, and with the buffers that are computed, for rows
+        to be read in."""
         return empty.build_unweighted(self.config, self.task)
 
     def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
@@ -113,9 +126,13 @@ class Base:
         return tokenizer.load_tokenizer(self.name, self.revision, **roles)
 
     def load(
-        self, dtype: torch.dtype | None = None, quantization: BitsAndBytesConfig | None = None, **kwargs: Any
+        self,
+        dtype: torch.dtype | None = None,
+        quantization: BitsAndBytesConfig | None = None,
+        **kwargs: Any,
     ) -> PreTrainedModel:
-        """Load it in `dtype` (default: its own), or in 4 bits with `dtype` for what is not quantised.
+        """Load it in `dtype` (default: its own), or in 4 bits with `dtype` for what is not
+        quantised.
 
         `kwargs` go to from_pretrained. Raises LoraError where its files lack or misshape a weight.
         """
@@ -132,7 +149,7 @@ class Base:
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=remote_code.is_allowed(),
-            ignore_mismatched_sizes=True,  # so that they are in the report, which is looked at below
+            ignore_mismatched_sizes=True,  # so that the report, which is looked at below, has them
             **kwargs,
         )
         self._refuse_misfits(report)
@@ -142,16 +159,24 @@ class Base:
         return network
 
     def refuse_without_safetensors(self) -> None:
-        """Raise LoraError where its weights are absent or pickled, or where it is a base and an adapter at once."""
+        """Raise LoraError where its weights are absent or pickled, or where it is a base and an
+        adapter at once."""
         folder = Path(self.name)
-        if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names instead
+        if (
+            folder / "adapter_config.json"
+        ).is_file():  # transformers would load the base that it names instead
             raise LoraError(
-                f"{self.name} is an adapter as well as a base", f"move {self.name}/adapter_*.* to another folder"
+                f"{self.name} is an adapter as well as a base",
+                f"move {self.name}/adapter_*.* to another folder",
             )
         if self.tensors is not None:
             return
         pickled = sorted(file.name for kind in names.PICKLED for file in folder.glob(f"*{kind}"))
-        only = f": it has pickled ones ({pickled[0]}), which may run code when they are loaded" if pickled else ""
+        only = (
+            f": it has pickled ones ({pickled[0]}), which may run code when they are loaded"
+            if pickled
+            else ""
+        )
         raise LoraError(
             f"{self.name} has no weights in safetensors files{only}",
             "take a revision or copy that has model.safetensors",
@@ -160,40 +185,51 @@ class Base:
     def _refuse_conv1d(self) -> None:
         if any(isinstance(module, Conv1D) for module in self.build_empty().modules()):
             raise LoraError(
-                f"{self.name} keeps its weights the other way round (Conv1D), and comes back from 4 bits wrongly",
+                f"{self.name} keeps its weights the other way round (Conv1D), and comes back from "
+                "4 bits wrongly",
                 "--set method=lora, or method=dora",
             )
 
     def _refuse_misfits(self, report: dict[str, Any]) -> None:
-        """Refuse what transformers says in a log only: it fills weights that the files lack with random numbers."""
+        """Refuse what transformers says in a log only: it fills weights that the files lack with
+        random numbers."""
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
             if keys:
                 raise LoraError(
-                    f"the weights of {self.name} do not fit its configuration: {len(keys)} {what.replace('_', ' ')}, "
+                    f"the weights of {self.name} do not fit its configuration: {len(keys)} "
+                    f"{what.replace('_', ' ')}, "
                     f"such as {keys[0]}",
                     "config.json and the weights must be of one model",
                 )
 
 
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on the GPU where there is one. Not for 4-bit weights: `Base.load` has put those where they run."""
+    """The model on the GPU where there is one. Not for 4-bit weights: `Base.load` has put those
+    where they run."""
     accelerator = torch.accelerator.current_accelerator()
     return model if accelerator is None else model.to(accelerator)
 
 
 def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
     """LoraError naming the first tensor of the base `name` that holds NaN or an infinity."""
-    bad = list(dict.fromkeys(key for key, tensor in _walk_numbers(network) if not tensors.is_finite(tensor)))
+    bad = list(
+        dict.fromkeys(
+            key for key, tensor in _walk_numbers(network) if not tensors.is_finite(tensor)
+        )
+    )
     if bad:
         raise LoraError(
-            f"the base {name} holds values that are not finite, in {len(bad)} tensors, the first {bad[0]}",
-            "copy or download its weights again; float16 cannot hold what bfloat16 does: --set model.dtype=bfloat16",
+            f"the base {name} holds values that are not finite, in {len(bad)} tensors, the first "
+            f"{bad[0]}",
+            "copy or download its weights again; float16 cannot hold what bfloat16 does: --set "
+            "model.dtype=bfloat16",
         )
 
 
 def _walk_numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight with its name; of one in 4 bits the scales, which are not finite where a weight was not."""
+    """Each weight with its name; of one in 4 bits the scales, which are not finite where a weight
+    was not."""
     for key, parameter in network.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None:

@@ -1,6 +1,8 @@
-"""Chat templates: programs of other people's, compiled once and rendered within limits of time, output and memory.
+"""Chat templates: programs of other people's, compiled once and rendered within limits of time,
+output and memory.
 
-jinja's sandbox keeps them from running code of their own; it does not keep them from running for ever.
+jinja's sandbox keeps them from running code of their own; it does not keep them from running for
+ever.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from lora_cli.common import LoraError
 SECONDS = 2.0
 """Processor time that the conversations of one row may take to render."""
 CHARACTERS = 2**25
-"""Longest text that a template may make of one conversation, and longest that it may multiply a text or list to."""
+"""Longest text that a template may make of one conversation, and longest that it may multiply a
+text or list to."""
 MEMORY = 2**30
 """Bytes that the process may grow by while one row is rendered."""
 LOOK = 0.1
@@ -34,13 +37,15 @@ class TemplateLimit(LoraError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"the chat template {what}: it was stopped", "mend it, or --set model.chat_template=chatml for another"
+            f"the chat template {what}: it was stopped",
+            "mend it, or --set model.chat_template=chatml for another",
         )
 
 
 @lru_cache(16)
 def compile_template(source: str) -> Template:
-    """The template in transformers' own environment, in which products are looked at before they are made."""
+    """The template in transformers' own environment, in which products are looked at before they
+    are made."""
     environment = _compile_jinja_template("").environment.overlay()
     environment.intercepted_binops = frozenset(["*", "**"])
     environment.call_binop = _limit_product
@@ -49,11 +54,19 @@ def compile_template(source: str) -> Template:
 
 def _limit_product(context: Any, operator: str, left: Any, right: Any) -> Any:
     if operator == "**":
-        if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > CHARACTERS:
+        if (
+            isinstance(left, int)
+            and isinstance(right, int)
+            and left.bit_length() * right > CHARACTERS
+        ):
             raise TemplateLimit("takes a power of thousands of digits")
         return left**right
     for many, times in ((left, right), (right, left)):
-        if isinstance(many, (str, list, tuple)) and isinstance(times, int) and len(many) * times > CHARACTERS:
+        if (
+            isinstance(many, (str, list, tuple))
+            and isinstance(times, int)
+            and len(many) * times > CHARACTERS
+        ):
             raise TemplateLimit(f"multiplies a text to over {CHARACTERS:,} characters")
     return left * right
 
@@ -65,9 +78,15 @@ def render(
     add_generation_prompt: bool = False,
     source: str | None = None,
 ) -> str:
-    """As `apply_chat_template(tokenize=False)`, within the limits; `source` stands for the tokenizer's own template."""
+    """As `apply_chat_template(tokenize=False)`, within the limits; `source` stands for the
+    tokenizer's own template."""
     template = compile_template(source or tokenizer.get_chat_template(tools=tools))
-    given = {**template.globals, **tokenizer.special_tokens_map, "messages": messages, "tools": tools}
+    given = {
+        **template.globals,
+        **tokenizer.special_tokens_map,
+        "messages": messages,
+        "tools": tools,
+    }
     given |= {"documents": None, "add_generation_prompt": add_generation_prompt}
     with Limits() as limits:
         limits.begin()
@@ -86,13 +105,17 @@ def join_output(pieces: Iterator[str]) -> str:
 
 
 class Limits:
-    """While open, what happens after each `begin` is stopped with TemplateLimit once it takes too much time or memory.
+    """While open, what happens after each `begin` is stopped with TemplateLimit once it takes too
+    much time or memory.
 
-    Python looks at signals in its main thread alone: in others, and on systems without timers, nothing is stopped.
+    Python looks at signals in its main thread alone: in others, and on systems without timers,
+    nothing is stopped.
     """
 
     def __enter__(self) -> Limits:
-        self.works = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        self.works = (
+            hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        )
         if self.works:
             self.before = signal.signal(signal.SIGALRM, self._look)
         return self
@@ -111,7 +134,8 @@ class Limits:
                 signal.signal(signal.SIGALRM, self.before)
 
     def _look(self, *_: object) -> None:
-        """Processor time of this thread: a machine that was asleep, or busy with others, is no reason to stop."""
+        """Processor time of this thread: a machine that was asleep, or busy with others, is no
+        reason to stop."""
         now = psutil.Process().memory_info().rss
         self.memory = self.memory or now
         if time.thread_time() - self.began > SECONDS:

@@ -18,10 +18,17 @@ BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it agai
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a model on the hub or in a folder; where it names no type, with that of the weights."""
-    with library_errors.translate_file_errors(f"transformers cannot read the configuration of {name}", BROKEN_CONFIG):
-        remote_code.refuse_disallowed_code(name, PretrainedConfig.get_config_dict(name, revision=revision)[0])
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=remote_code.is_allowed())
+    """The configuration of a model on the hub or in a folder; where it names no type, with that of
+    the weights."""
+    with library_errors.translate_file_errors(
+        f"transformers cannot read the configuration of {name}", BROKEN_CONFIG
+    ):
+        remote_code.refuse_disallowed_code(
+            name, PretrainedConfig.get_config_dict(name, revision=revision)[0]
+        )
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=remote_code.is_allowed()
+        )
     if config.dtype is None and (found := tensors.open_model(name, revision)):
         sizes = Counter[torch.dtype]()
         for entry in found.entries.values():

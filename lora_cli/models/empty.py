@@ -21,21 +21,32 @@ UNBUILDABLE = "transformers cannot build the model that its config.json describe
 def build_empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build the model of a configuration without weights (on the `meta` device)."""
     with torch.device("meta"), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
-        return task.find_auto_class().from_config(copy.deepcopy(config), trust_remote_code=remote_code.is_allowed())
+        return task.find_auto_class().from_config(
+            copy.deepcopy(config), trust_remote_code=remote_code.is_allowed()
+        )
 
 
 def build_zero(config: PretrainedConfig, task: Task) -> PreTrainedModel:
-    """Build it with float32 zeros for weights, each tensor one number in memory: a place for adapters to be read on."""
+    """Build it with float32 zeros for weights, each tensor one number in memory: a place for
+    adapters to be read on."""
     network = build_empty(config, task)
     for module in network.modules():
         for key, weight in module.named_parameters(recurse=False):
-            setattr(module, key, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+            setattr(
+                module,
+                key,
+                torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False),
+            )
     return network
 
 
 def build_unweighted(config: PretrainedConfig, task: Task) -> PreTrainedModel:
-    """Build it in float32 without its parameters; buffers that are computed, such as rotary frequencies, are real."""
-    with init_empty_weights(include_buffers=False), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
+    """Build it in float32 without its parameters; buffers that are computed, such as rotary
+    frequencies, are real."""
+    with (
+        init_empty_weights(include_buffers=False),
+        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
+    ):
         network = task.find_auto_class().from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
         )

@@ -1,7 +1,9 @@
-"""Which base is this? A fingerprint of its configuration and tensors, quickly taken, and what differs from it.
+"""Which base is this? A fingerprint of its configuration and tensors, quickly taken, and what
+differs from it.
 
-Of each tensor: type, shape, and a hash of some bytes at its start, middle and end. Weights that were trained further,
-or scaled, or cast, differ everywhere; a single changed value between the samples is not seen.
+Of each tensor: type, shape, and a hash of some bytes at its start, middle and end. Weights that
+were trained further, or scaled, or cast, differ everywhere; a single changed value between the
+samples is not seen.
 """
 
 from __future__ import annotations
@@ -22,14 +24,19 @@ VOLATILE = ("transformers_version", "_name_or_path", "dtype", "use_cache", "arch
 
 
 def fingerprint_model(name: str, revision: str | None, found: Tensors | None) -> dict[str, Any]:
-    """`config` (as its file has it) and `tensors` (name -> type, shape and hash) of a model on the hub or in a folder.
+    """`config` (as its file has it) and `tensors` (name -> type, shape and hash) of a model on the
+    hub or in a folder.
 
     `found` are its tensors; None where it has no safetensors files.
     """
     path = cached_file(name, "config.json", revision=revision)
     settings = files.read_json(Path(str(path)))
     config = {key: value for key, value in settings.items() if key not in VOLATILE}
-    tensors = {} if found is None else {name: _fingerprint_tensor(found, name) for name in sorted(found.entries)}
+    tensors = (
+        {}
+        if found is None
+        else {name: _fingerprint_tensor(found, name) for name in sorted(found.entries)}
+    )
     return {"config": config, "tensors": tensors}
 
 
@@ -48,7 +55,8 @@ def _fingerprint_tensor(tensors: Tensors, name: str) -> str:
 def list_differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words; empty where they are of one model."""
     return [
-        f"{kind} {name}" + (f" ({kept[part].get(name)}, now {now[part].get(name)})" if part == "config" else "")
+        f"{kind} {name}"
+        + (f" ({kept[part].get(name)}, now {now[part].get(name)})" if part == "config" else "")
         for part, kind in (("config", "the configuration's"), ("tensors", "the tensor"))
         if kept[part] and now[part]  # weights that are not in safetensors files have none
         for name in sorted(kept[part].keys() | now[part].keys())

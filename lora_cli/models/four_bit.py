@@ -10,8 +10,9 @@ from lora_cli.common import LoraError
 def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
     """Turn off bitsandbytes' repacking of 4-bit weights on CPUs with AVX512_BF16.
 
-    Its first forward in eval mode repacks each `Linear4bit` in place for a kernel without autograd; the gradients of
-    every training step after an evaluation are then wrong (measured: by 89 %), without an error.
+    Its first forward in eval mode repacks each `Linear4bit` in place for a kernel without autograd;
+    the gradients of every training step after an evaluation are then wrong (measured: by 89 %),
+    without an error.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -21,25 +22,33 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
 
 
 def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
-    """LoraError where bitsandbytes would read 4-bit weights wrongly: on some processors it gives values the scale of
-    another block when the length of a row is a multiple of 16, but not of 64 (measured with 0.50.2 and AVX512)."""
+    """LoraError where bitsandbytes would read 4-bit weights wrongly: on some processors it gives
+    values the scale of another block when the length of a row is a multiple of 16, but not of 64
+    (measured with 0.50.2 and AVX512)."""
     from bitsandbytes.nn import Linear4bit
 
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
-    lengths = {module.in_features for module in layers.values() if module.weight.device.type == "cpu"}
+    layers = {
+        path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
+    lengths = {
+        module.in_features for module in layers.values() if module.weight.device.type == "cpu"
+    }
     misread = {length for length in lengths if misreads_rows(length)}
     paths = [path for path, module in layers.items() if module.in_features in misread]
     if paths:
         endings = sorted({path.rpartition(".")[2] for path in paths})
         raise LoraError(
-            f"bitsandbytes reads 4-bit rows of {sorted(misread)[0]} weights wrongly on this processor; {name} has such "
+            f"bitsandbytes reads 4-bit rows of {sorted(misread)[0]} weights wrongly on this "
+            f"processor; {name} has such "
             f"in {len(paths)} modules, the first {paths[0]}",
-            f"--set method=lora, or --set 'quantization.llm_int8_skip_modules=[lm_head, {', '.join(endings)}]'",
+            "--set method=lora, or --set 'quantization.llm_int8_skip_modules=[lm_head, "
+            f"{', '.join(endings)}]'",
         )
 
 
 def misreads_rows(length: int) -> bool:
-    """Whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the same numbers in one row."""
+    """Whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the same
+    numbers in one row."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.linspace(0.01, 1, 8 * length).reshape(8, length)  # every block has another scale

@@ -1,8 +1,9 @@
 """What an adapter starts from, where that takes the data or the base's own weights.
 
-eva and corda look at activations of the first rows, lora_ga at their gradients, loftq at the error of 4-bit storage.
-pissa, olora, corda and lora_ga start from s·B₀A₀ ≠ 0 and take it off the base: W₀ − s·B₀A₀. What is saved is the same
-function on the base as it is: W₀ + s·(BA − B₀A₀), a plain adapter of twice the rank.
+eva and corda look at activations of the first rows, lora_ga at their gradients, loftq at the error
+of 4-bit storage. pissa, olora, corda and lora_ga start from s·B₀A₀ ≠ 0 and take it off the base: W₀
+− s·B₀A₀. What is saved is the same function on the base as it is: W₀ + s·(BA − B₀A₀), a plain
+adapter of twice the rank.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
 
 
-def prepare_base(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows: Rows, collate: Collate) -> None:
+def prepare_base(
+    recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows: Rows, collate: Collate
+) -> None:
     """corda and lora_ga: leave in the base, for PEFT to find, what it computes A and B from."""
     if recipe.lora.init_lora_weights not in ("corda", "lora_ga"):
         return
@@ -58,7 +61,9 @@ def prepare_base(recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows
     set_seed(recipe.training.seed)
 
 
-def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, base: Base) -> None:
+def prepare_adapter(
+    recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Collate, base: Base
+) -> None:
     """eva and loftq: replace A and B of the attached adapter."""
     if recipe.lora.init_lora_weights == "eva":
         config = adapted.peft_config["default"]
@@ -69,13 +74,17 @@ def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
             where = recipe.where("lora", "init_lora_weights")
             if len(rows) < EVA_ROWS:
                 raise UsageError(
-                    f"{where}: eva needs at least {EVA_ROWS} rows, there are {len(rows)}", "give more rows"
+                    f"{where}: eva needs at least {EVA_ROWS} rows, there are {len(rows)}",
+                    "give more rows",
                 )
             raise UsageError(
-                f"{where}: eva needs {needed} trained tokens, more than the first {ROWS} rows have", "lower r"
+                f"{where}: eva needs {needed} trained tokens, more than the first {ROWS} rows have",
+                "lower r",
             )
         initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
-        if recipe.lora.autocast_adapter_dtype:  # the modules whose rank it changed have the base's type now
+        if (
+            recipe.lora.autocast_adapter_dtype
+        ):  # the modules whose rank it changed have the base's type now
             for name, parameter in adapted.named_parameters():
                 if parameter.requires_grad and "lora_" in name:
                     parameter.data = parameter.data.float()
@@ -85,11 +94,15 @@ def prepare_adapter(recipe: Recipe, adapted: PeftModel, rows: Rows, collate: Col
 
 
 def _batches(rows: Rows, collate: Collate, needed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of at least EVA_ROWS rows and `needed` tokens with loss each: with fewer, PEFT's eva waits for ever."""
+    """Batches of at least EVA_ROWS rows and `needed` tokens with loss each: with fewer, PEFT's eva
+    waits for ever."""
     batch: Rows = []
     for row in rows:
         batch.append(row)
-        if len(batch) >= EVA_ROWS and sum(label != -100 for kept in batch for label in kept["labels"]) >= needed:
+        if (
+            len(batch) >= EVA_ROWS
+            and sum(label != -100 for kept in batch for label in kept["labels"]) >= needed
+        ):
             yield collate(batch)
             batch = []
 
@@ -101,8 +114,8 @@ def _on(network: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def _loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
-    """A and B such that s·BA is the best rank-r approximation of W − dequantize(NF4(W)) (LoftQ, arXiv:2310.08659, with
-    one iteration, which leaves the quantised base as it is).
+    """A and B such that s·BA is the best rank-r approximation of W − dequantize(NF4(W)) (LoftQ,
+    arXiv:2310.08659, with one iteration, which leaves the quantised base as it is).
 
     PEFT's own needs CUDA and leaves out the scaling s: at alpha = 2r it adds the correction twice.
     """
@@ -124,17 +137,26 @@ def keep_start(recipe: Recipe, adapted: PeftModel, folder: Path) -> None:
     found = find_initialisation(recipe.lora.init_lora_weights)
     if found and found.moves_base:
         start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        save_file({name: tensor.contiguous() for name, tensor in start.items() if _half(name)}, folder / START)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in start.items() if _half(name)},
+            folder / START,
+        )
 
 
 def save_as_plain(adapter: Path, config: LoraConfig, start: Path) -> None:
     """Make the saved adapter one that any program puts on the base as it is, in place.
 
-    s·[B, −B₀]·[A; A₀] = s·(BA − B₀A₀): with twice the rank, alpha grows so that s stays. DoRA's magnitudes and all else
-    stay too. The configuration then names no initialisation: PEFT would repeat it at loading.
+    s·[B, −B₀]·[A; A₀] = s·(BA − B₀A₀): with twice the rank, alpha grows so that s stays. DoRA's
+    magnitudes and all else stay too. The configuration then names no initialisation: PEFT would
+    repeat it at loading.
     """
     config = copy.copy(config)
-    config.init_lora_weights, config.eva_config, config.corda_config, config.lora_ga_config = True, None, None, None
+    config.init_lora_weights, config.eva_config, config.corda_config, config.lora_ga_config = (
+        True,
+        None,
+        None,
+        None,
+    )
     if start.is_file():
         tensors, first = load_file(adapter / "adapter_model.safetensors"), load_file(start)
         for name in first:
@@ -146,7 +168,9 @@ def save_as_plain(adapter: Path, config: LoraConfig, start: Path) -> None:
         growth = 2**0.5 if config.use_rslora else 2
         config.r, config.lora_alpha = 2 * config.r, growth * config.lora_alpha
         config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
-        config.alpha_pattern = {name: growth * alpha for name, alpha in config.alpha_pattern.items()}
+        config.alpha_pattern = {
+            name: growth * alpha for name, alpha in config.alpha_pattern.items()
+        }
     config.inference_mode = True
     config.save_pretrained(str(adapter))
 

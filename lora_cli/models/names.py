@@ -1,4 +1,5 @@
-"""What a name stands for, on the command line or in a file: a GGUF, an adapter, a model's folder, a name on the hub."""
+"""What a name stands for, on the command line or in a file: a GGUF, an adapter, a model's folder, a
+name on the hub."""
 
 from __future__ import annotations
 
@@ -14,10 +15,13 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def classify(path: str) -> str:
-    """Return `gguf`, `adapter`, `model` (a folder) or `hub`. Raises LoraError where the path is none of these."""
+    """Return `gguf`, `adapter`, `model` (a folder) or `hub`. Raises LoraError where the path is
+    none of these."""
     local = Path(path)
     if not path.strip():
-        raise UsageError("an empty name is no model", "give a folder, a .gguf file or a model on the hub")
+        raise UsageError(
+            "an empty name is no model", "give a folder, a .gguf file or a model on the hub"
+        )
     if local.suffix == ".gguf":
         if not local.is_file():
             raise LoraError(f"{path} does not exist", f"ls {local.parent}")
@@ -28,10 +32,17 @@ def classify(path: str) -> str:
         if (local / "config.json").is_file():
             return "model"
         inside = local / "adapter"
-        hint = f"did you mean {inside}?" if inside.is_dir() else "give a folder with config.json or adapter_config.json"
+        hint = (
+            f"did you mean {inside}?"
+            if inside.is_dir()
+            else "give a folder with config.json or adapter_config.json"
+        )
         raise LoraError(f"{path} is neither a model nor an adapter", hint)
     if local.exists() or not is_hub_name(path):
-        raise LoraError(f"{path} does not exist or is no model", "give a folder, a .gguf file or a model on the hub")
+        raise LoraError(
+            f"{path} does not exist or is no model",
+            "give a folder, a .gguf file or a model on the hub",
+        )
     return "hub"
 
 

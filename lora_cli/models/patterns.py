@@ -1,4 +1,5 @@
-"""Regular expressions of a recipe, or of an adapter made elsewhere: tried on a model's names before PEFT uses them."""
+"""Regular expressions of a recipe, or of an adapter made elsewhere: tried on a model's names before
+PEFT uses them."""
 
 from __future__ import annotations
 
@@ -26,11 +27,14 @@ for pattern in patterns:
 """
 
 
-def refuse_slow_patterns(config: LoraConfig, names: Sequence[str], where: Callable[[str], str]) -> None:
-    """UsageError for a regular expression of `config` that is none, or takes longer than SECONDS on these names.
+def refuse_slow_patterns(
+    config: LoraConfig, names: Sequence[str], where: Callable[[str], str]
+) -> None:
+    """UsageError for a regular expression of `config` that is none, or takes longer than SECONDS on
+    these names.
 
-    `re` cannot be interrupted: they are tried in a process of their own. The expressions are those PEFT forms; `where`
-    says in which place a field was written.
+    `re` cannot be interrupted: they are tried in a process of their own. The expressions are those
+    PEFT forms; `where` says in which place a field was written.
     """
     asked = list(_walk_patterns(config))
     for field, written, pattern in asked:
@@ -38,21 +42,31 @@ def refuse_slow_patterns(config: LoraConfig, names: Sequence[str], where: Callab
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
-                f"{where(field)}: {_shorten(written)} is no regular expression: {error}", "lists take names"
+                f"{where(field)}: {_shorten(written)} is no regular expression: {error}",
+                "lists take names",
             ) from None
-    asked = [(field, written, pattern) for field, written, pattern in asked if re.search(r"[*+{(]", written)]
+    asked = [
+        (field, written, pattern)
+        for field, written, pattern in asked
+        if re.search(r"[*+{(]", written)
+    ]
     if not asked:
         return
     given = json.dumps([[pattern for _, _, pattern in asked], list(names)])
     try:
         subprocess.run(
-            [sys.executable, "-I", "-c", _MATCH_ALL], input=given, text=True, capture_output=True, check=True,
+            [sys.executable, "-I", "-c", _MATCH_ALL],
+            input=given,
+            text=True,
+            capture_output=True,
+            check=True,
             timeout=SECONDS,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as error:
         field, written, _ = asked[len((error.stdout or b"").splitlines())]
         raise UsageError(
-            f"{where(field)}: {_shorten(written)} takes over {SECONDS:g} s to match {len(names)} names",
+            f"{where(field)}: {_shorten(written)} takes over {SECONDS:g} s to match {len(names)} "
+            "names",
             "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
         ) from None
 
@@ -64,7 +78,9 @@ def pattern_of_key(written: str) -> str:
 
 def as_list(value: Any) -> list[Any]:
     """PEFT's fields that are one value or several, as several."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+    return (
+        [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+    )
 
 
 def _shorten(written: str) -> str:

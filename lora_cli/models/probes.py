@@ -23,12 +23,14 @@ PROBES = (
     "What is 17 times 23? Explain each step.",
     "Translate to French: the cat sleeps on the warm windowsill.\n\nAnswer in one line.",
 )
-# Largest |Δlogit| allowed per unit of logit spread, from rounding the merged weights once to a type. Measured on tiny
-# Llamas: float32 1e-6, bfloat16 and float16 a tenth of these bounds; an adapter that was not merged exceeds them all.
+# Largest |Δlogit| allowed per unit of logit spread, from rounding the merged weights once to a
+# type. Measured on tiny Llamas: float32 1e-6, bfloat16 and float16 a tenth of these bounds; an
+# adapter that was not merged exceeds them all.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 
 
-# Mean KL of the next token that a GGUF type may cost against the Hugging Face model; others are reported, not judged
+# Mean KL of the next token that a GGUF type may cost against the Hugging Face model; others are
+# reported, not judged
 KL_LIMIT = {"f32": 1e-3, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
 
 
@@ -42,11 +44,13 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         top1 = f"{100 * self.top1:.1f}%"
-        return f"largest |Δlogit| {self.max_abs:.2e}, mean KL {self.mean_kl:.2e}, top-1 agreement {top1}"
+        largest, kl = f"{self.max_abs:.2e}", f"{self.mean_kl:.2e}"
+        return f"largest |Δlogit| {largest}, mean KL {kl}, top-1 agreement {top1}"
 
 
 class Probe(NamedTuple):
-    """A prompt as it is fed: rendered by the chat template, else plain text that still gets its BOS."""
+    """A prompt as it is fed: rendered by the chat template, else plain text that still gets its
+    BOS."""
 
     text: str
     ids: list[int]
@@ -58,29 +62,39 @@ def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     if tokenizer.chat_template is None:
         return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
     texts = [
-        chat_template.render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+        chat_template.render(
+            tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True
+        )
         for text in PROBES
     ]
-    return [Probe(text, tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in texts]
+    return [
+        Probe(text, tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in texts
+    ]
 
 
 def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Keep what the model says after each probe when training ends (float32, probes × vocabulary) with the adapter."""
+    """Keep what the model says after each probe when training ends (float32, probes × vocabulary)
+    with the adapter."""
     last = torch.stack([rows[-1] for rows in compute_logits(model, make_probes(tokenizer))])
     save_file({"logits": last}, folder / TRAINED)
 
 
 def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
-    """Whether base with adapter, whose probe logits are `given`, is still the function that training left behind.
+    """Whether base with adapter, whose probe logits are `given`, is still the function that
+    training left behind.
 
-    Returns the distance in words, None for an adapter that was saved without logits. LoraError when it is another
-    function: the base has changed, or was loaded otherwise than for training.
+    Returns the distance in words, None for an adapter that was saved without logits. LoraError when
+    it is another function: the base has changed, or was loaded otherwise than for training.
     """
     if not (folder / TRAINED).is_file():
         return None
-    difference = compare_logits(list(load_file(folder / TRAINED)["logits"][:, None]), [rows[-1:] for rows in given])
+    difference = compare_logits(
+        list(load_file(folder / TRAINED)["logits"][:, None]), [rows[-1:] for rows in given]
+    )
     # one wrong row of a vocabulary hides in the mean; in float32 no logit may be far off
-    far = dtype == torch.float32 and not difference.max_abs <= 10 * rounding_limit(difference, dtype)
+    far = dtype == torch.float32 and not difference.max_abs <= 10 * rounding_limit(
+        difference, dtype
+    )
     if far or not difference.mean_kl <= TRAINED_KL[dtype]:
         raise LoraError(
             f"{folder} on its base is not the model that was trained: {difference}",
@@ -90,20 +104,31 @@ def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtyp
 
 
 def compute_logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:
-    """Float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval mode, on its own device."""
+    """Float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval mode,
+    on its own device."""
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode():
-        return [model(input_ids=torch.tensor([p.ids], device=device)).logits[0].float().cpu() for p in probes]
+        return [
+            model(input_ids=torch.tensor([p.ids], device=device)).logits[0].float().cpu()
+            for p in probes
+        ]
 
 
 def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:
-    """Differences of `after` from `before`, as `logits` gives them. LoraError if the vocabularies differ."""
+    """Differences of `after` from `before`, as `logits` gives them. LoraError if the vocabularies
+    differ."""
     sizes = [logits[0].shape[-1] for logits in (before, after)]
     if sizes[0] != sizes[1]:
-        raise LoraError(f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens", "use the base it was trained on")
+        raise LoraError(
+            f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens",
+            "use the base it was trained on",
+        )
     # one probe at a time: in double precision, a large vocabulary at every position is itself large
-    each = [_differ_by_position(first.double(), second.double()) for first, second in zip(before, after, strict=True)]
+    each = [
+        _differ_by_position(first.double(), second.double())
+        for first, second in zip(before, after, strict=True)
+    ]
     max_abs, kl, same = torch.cat(each, dim=1)
     return Difference(
         max_abs=max_abs.max().item(),
@@ -114,10 +139,13 @@ def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
 
 
 def _differ_by_position(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Of each position: largest difference, KL, and whether the same token is the likeliest, as (3, positions)."""
+    """Of each position: largest difference, KL, and whether the same token is the likeliest, as (3,
+    positions)."""
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     same = first.argmax(-1) == second.argmax(-1)
-    return torch.stack([(first - second).abs().amax(-1), (p.exp() * (p - q)).sum(-1), same.double()])
+    return torch.stack(
+        [(first - second).abs().amax(-1), (p.exp() * (p - q)).sum(-1), same.double()]
+    )
 
 
 def rounding_limit(difference: Difference, dtype: torch.dtype) -> float:

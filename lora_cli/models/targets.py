@@ -1,7 +1,8 @@
-"""What a recipe's module names, patterns, layers and rows mean on a model: each must match something.
+"""What a recipe's module names, patterns, layers and rows mean on a model: each must match
+something.
 
-PEFT ignores most of what matches nothing. Here every name, pattern and layer is asked for alone, by PEFT's own
-matching, before an adapter is attached; `limits.py` says what PEFT then could not do.
+PEFT ignores most of what matches nothing. Here every name, pattern and layer is asked for alone, by
+PEFT's own matching, before an adapter is attached; `limits.py` says what PEFT then could not do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +30,8 @@ from lora_cli.recipe import Recipe
 
 
 def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
-    """UsageError with every part of the adapter's `config` that matches nothing in `model` or that cannot be merged."""
+    """UsageError with every part of the adapter's `config` that matches nothing in `model` or that
+    cannot be merged."""
     modules = {name: module for name, module in model.named_modules() if name}
     patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
     resolved = resolve_targets(model, config)
@@ -39,20 +44,28 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
         *_find_unmatched_parameters(recipe, config, model),
         *_find_unmatched_patterns(recipe, config, [*targeted, *parameters]),
         *_find_wrong_token_ids(recipe, config, model, targeted),
-        *unsupported.find_problems(recipe, model, config, {name: modules[name] for name in targeted}, parameters),
+        *unsupported.find_problems(
+            recipe, model, config, {name: modules[name] for name in targeted}, parameters
+        ),
     ]
     if not problems and not targeted and not parameters:
         problems = [
-            (f"{recipe.where('lora', 'target_modules')}: nothing is left to adapt", "lora.target_modules: all-linear")
+            (
+                f"{recipe.where('lora', 'target_modules')}: nothing is left to adapt",
+                "lora.target_modules: all-linear",
+            )
         ]
     if problems:
         raise join_errors(f"with lora on {recipe.model.name_or_path}", problems)
 
 
 def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
-    """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model definitions converted."""
+    """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model
+    definitions converted."""
     resolved = copy.deepcopy(config)
-    convert_peft_config_for_transformers(resolved, model=model, conversions=get_model_conversion_mapping(model))
+    convert_peft_config_for_transformers(
+        resolved, model=model, conversions=get_model_conversion_mapping(model)
+    )
     return _maybe_include_all_linear_layers(resolved, model)
 
 
@@ -64,7 +77,11 @@ def find_targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]
 def find_targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
     """The parameters that PEFT will adapt through `target_parameters`."""
     wanted = config.target_parameters or []
-    return [name for name in list_parameter_names(model) if any(matches_name(name, target) for target in wanted)]
+    return [
+        name
+        for name in list_parameter_names(model)
+        if any(matches_name(name, target) for target in wanted)
+    ]
 
 
 def list_parameter_names(model: nn.Module) -> list[str]:
@@ -73,26 +90,32 @@ def list_parameter_names(model: nn.Module) -> list[str]:
 
 
 def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
-    """A hint that names the real module, or ending of a module's name, that `target` most likely meant."""
+    """A hint that names the real module, or ending of a module's name, that `target` most likely
+    meant."""
     parts = target.count(".") + 1
     guess = find_nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
     return f"did you mean {guess}?" if guess else otherwise
 
 
-# What matches nothing -----------------------------------------------------------------------------------------------
+# What matches nothing -----------------------------------------------------------------------------
 
 
 def _find_unmatched_names(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
     kind = recipe.model.name_or_path
-    converted = isinstance(config.target_modules, (set, list)) and config.target_modules != resolved.target_modules
+    converted = (
+        isinstance(config.target_modules, (set, list))
+        and config.target_modules != resolved.target_modules
+    )
     for field in ("target_modules", "exclude_modules"):
         wanted, where = getattr(config, field), recipe.where("lora", field)
         if isinstance(wanted, str):
             if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
                 hint = "an expression must match the whole name"
-                if re.fullmatch(r"[\w.-]+", wanted):  # a name where a list, or the shorthand, was meant
+                if re.fullmatch(
+                    r"[\w.-]+", wanted
+                ):  # a name where a list, or the shorthand, was meant
                     guess = find_nearest(wanted.lower(), ["all-linear"])
                     hint = f"did you mean {guess}?" if guess else f"{field}: [{wanted}]"
                 yield f"{where}: no module of {kind} matches {wanted!r}", hint
@@ -104,8 +127,13 @@ def _find_unmatched_names(
     where = recipe.where("lora", "modules_to_save")
     for name in config.modules_to_save or []:
         if not any(matches_name(module, name) for module in names):
-            yield f"{where}: no module of {kind} is called {name}", _guess_target(name, names, "leave it out")
-        elif more := [module for module in names if module.endswith(name) and not matches_name(module, name)]:
+            yield (
+                f"{where}: no module of {kind} is called {name}",
+                _guess_target(name, names, "leave it out"),
+            )
+        elif more := [
+            module for module in names if module.endswith(name) and not matches_name(module, name)
+        ]:
             full = next(module for module in names if matches_name(module, name))
             yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
 
@@ -114,29 +142,42 @@ def _find_left_out_targets(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
     """Names in the list of targets that exist, and that another field takes away again."""
-    if not isinstance(config.target_modules, (set, list)) or config.target_modules != resolved.target_modules:
+    if (
+        not isinstance(config.target_modules, (set, list))
+        or config.target_modules != resolved.target_modules
+    ):
         return
     alone, where = copy.copy(config), recipe.where("lora", "target_modules")
     for target in sorted(config.target_modules):
         alone.target_modules = [target]
-        if any(matches_name(name, target) for name in names) and not find_targeted_modules(alone, names):
+        if any(matches_name(name, target) for name in names) and not find_targeted_modules(
+            alone, names
+        ):
             others = ("exclude_modules", "modules_to_save", "layers_to_transform")
             taking = " or ".join(field for field in others if getattr(config, field) is not None)
             yield f"{where}: {target} is left out again by {taking}", "remove it from one of them"
 
 
-def _find_unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[str]) -> Iterator[Problem]:
-    """Layers and layer patterns that choose no module, and full names, for which PEFT forgets them."""
+def _find_unmatched_layers(
+    recipe: Recipe, config: LoraConfig, names: Sequence[str]
+) -> Iterator[Problem]:
+    """Layers and layer patterns that choose no module, and full names, for which PEFT forgets
+    them."""
     if config.layers_to_transform is None:
         return
     for target in sorted(set(config.target_modules or ()) & set(names)):
         where = recipe.where("lora", "target_modules")
-        yield f"{where}: {target} is a full name: layers_to_transform does not apply to it", "give the end of the name"
+        yield (
+            f"{where}: {target} is a full name: layers_to_transform does not apply to it",
+            "give the end of the name",
+        )
     alone = copy.copy(config)
     for layer in as_list(config.layers_to_transform):
         alone.layers_to_transform = layer
         if not find_targeted_modules(alone, names):
-            numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
+            numbers = sorted(
+                {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)}
+            )
             there = f"{numbers[0]} to {numbers[-1]}" if numbers else "not numbered"
             where = recipe.where("lora", "layers_to_transform")
             yield f"{where}: no target_modules in layer {layer}", f"the layers are {there}"
@@ -146,47 +187,86 @@ def _find_unmatched_layers(recipe: Recipe, config: LoraConfig, names: Sequence[s
         if not find_targeted_modules(alone, names):
             lists = {match[1] for name in names if (match := re.match(r".*?([^.]+)\.\d+\.", name))}
             where = recipe.where("lora", "layers_pattern")
-            yield f"{where}: no target_modules under {pattern}", f"one of {', '.join(sorted(lists))}"
+            yield (
+                f"{where}: no target_modules under {pattern}",
+                f"one of {', '.join(sorted(lists))}",
+            )
 
 
-def _find_unmatched_parameters(recipe: Recipe, config: LoraConfig, model: nn.Module) -> Iterator[Problem]:
+def _find_unmatched_parameters(
+    recipe: Recipe, config: LoraConfig, model: nn.Module
+) -> Iterator[Problem]:
     names, where = list_parameter_names(model), recipe.where("lora", "target_parameters")
     for target in config.target_parameters or []:
         if not any(matches_name(name, target) for name in names):
-            yield f"{where}: no parameter is called {target}", _guess_target(target, names, "leave it out")
+            yield (
+                f"{where}: no parameter is called {target}",
+                _guess_target(target, names, "leave it out"),
+            )
     for field in ("layers_to_transform", "exclude_modules"):
         if config.target_parameters and getattr(config, field) is not None:
             place = recipe.where("lora", field)
-            yield f"{place} does not apply to target_parameters", "name each parameter in full, and leave it out"
+            yield (
+                f"{place} does not apply to target_parameters",
+                "name each parameter in full, and leave it out",
+            )
 
 
-def _find_unmatched_patterns(recipe: Recipe, config: LoraConfig, targeted: Sequence[str]) -> Iterator[Problem]:
-    """Keys that match no adapted module, and modules that two keys match: their order is lost in the adapter's file."""
+def _find_unmatched_patterns(
+    recipe: Recipe, config: LoraConfig, targeted: Sequence[str]
+) -> Iterator[Problem]:
+    """Keys that match no adapted module, and modules that two keys match: their order is lost in
+    the adapter's file."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        matched = {key: [name for name in targeted if re.match(patterns.pattern_of_key(key), name)] for key in keys}
+        matched = {
+            key: [name for name in targeted if re.match(patterns.pattern_of_key(key), name)]
+            for key in keys
+        }
         for key in keys:
             if not matched[key]:
                 where = recipe.where("lora", field, key)
-                yield f"{where}: no adapted module matches", _guess_target(key, targeted, "leave it out")
+                yield (
+                    f"{where}: no adapted module matches",
+                    _guess_target(key, targeted, "leave it out"),
+                )
         twice = Counter(name for found in matched.values() for name in found)
         for name in [name for name, times in twice.items() if times > 1][:1]:
             both = " and ".join(key for key in keys if name in matched[key])
-            yield f"{recipe.where('lora', field)}: {both} both match {name}", "give each module one key"
+            yield (
+                f"{recipe.where('lora', field)}: {both} both match {name}",
+                "give each module one key",
+            )
 
 
 def _find_wrong_token_ids(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
 ) -> Iterator[Problem]:
-    given, where = config.trainable_token_indices or {}, recipe.where("lora", "trainable_token_indices")
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    weights = {name: module.weight for name, module in model.named_modules() if any(module is end for end in ends)}
+    given, where = (
+        config.trainable_token_indices or {},
+        recipe.where("lora", "trainable_token_indices"),
+    )
+    ends = [
+        end
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+        if end is not None
+    ]
+    weights = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+    }
     seen: set[str] = set()
-    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    embeddings = next(
+        name for name, module in model.named_modules() if module is model.get_input_embeddings()
+    )
     for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
         found = [full for full in weights if matches_name(full, name)]
         if not found:
-            yield f"{where}: no embedding or head is called {name}", _guess_target(name, weights, "leave it out")
+            yield (
+                f"{where}: no embedding or head is called {name}",
+                _guess_target(name, weights, "leave it out"),
+            )
             continue
         if found[0] in seen:
             yield f"{where}: {found[0]} is named twice", "give all its rows under one name"

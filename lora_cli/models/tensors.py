@@ -1,7 +1,9 @@
-"""safetensors files read a few rows at a time and written in order, without holding or mapping a whole one.
+"""safetensors files read a few rows at a time and written in order, without holding or mapping a
+whole one.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header with type, shape and
-offsets of each tensor, then the tensors' bytes. Mapped memory counts as the process's own, so files are read plainly.
+The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header
+with type, shape and offsets of each tensor, then the tensors' bytes. Mapped memory counts as the
+process's own, so files are read plainly.
 """
 
 from __future__ import annotations
@@ -42,10 +44,20 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 LONGEST_HEADER = 100_000_000
 """Bytes, the limit of safetensors itself."""
 # Bits of the exponent, which are all set in a NaN or an infinity alone
-EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10}
-UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
-# Bytes of float32 worked on at a time, some rows of a tensor. Smaller blocks wait for Python, larger ones for memory
-# (merging a GB with LoRA: 1.06 s at 2^20, 0.87 s here, 0.80 s at 2^21)
+EXPONENT = {
+    torch.float64: 0x7FF << 52,
+    torch.float32: 0xFF << 23,
+    torch.bfloat16: 0xFF << 7,
+    torch.float16: 0x1F << 10,
+}
+UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {
+    8: np.uint64,
+    4: np.uint32,
+    2: np.uint16,
+    1: np.uint8,
+}
+# Bytes of float32 worked on at a time, some rows of a tensor. Smaller blocks wait for Python,
+# larger ones for memory (merging a GB with LoRA: 1.06 s at 2^20, 0.87 s here, 0.80 s at 2^21)
 BLOCK = 3 * 2**19
 
 
@@ -62,7 +74,8 @@ class Tensors:
     """The tensors of some safetensors files, by name, in the order of their bytes."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Read the headers. SafetensorError (as the library's own) for a file that is damaged or cut off."""
+        """Read the headers. SafetensorError (as the library's own) for a file that is damaged or
+        cut off."""
         self.entries: dict[str, Entry] = {}
         self.paths = list(paths)
         for path in self.paths:
@@ -74,7 +87,8 @@ class Tensors:
         return [name for name, entry in self.entries.items() if entry.file == path]
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor along its first dimension, a new tensor of the file's type."""
+        """Rows `start` to `stop` of a tensor along its first dimension, a new tensor of the file's
+        type."""
         entry = self.entries[name]
         if not entry.shape:
             return self._read(entry, entry.start, ())
@@ -87,7 +101,9 @@ class Tensors:
         data = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
         view = memoryview(data.numpy())
         done = 0
-        with entry.file.open("rb", buffering=0) as file:  # one of its own, for threads read at the same time
+        with entry.file.open(
+            "rb", buffering=0
+        ) as file:  # one of its own, for threads read at the same time
             file.seek(offset)
             while done < len(view):  # the system reads at most 2 GiB at once
                 read = file.readinto(view[done:])
@@ -113,18 +129,27 @@ def _read_header(path: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     unknown = {tensor["dtype"] for tensor in header.values()} - TYPES.keys()
     if unknown:
-        raise LoraError(f"{path} holds {sorted(unknown)[0]} weights, which are not merged into", "take a 16-bit base")
+        raise LoraError(
+            f"{path} holds {sorted(unknown)[0]} weights, which are not merged into",
+            "take a 16-bit base",
+        )
     end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != end:
         raise SafetensorError(f"{path} has {size} bytes, its header says {end}")
     return {
-        name: Entry(path, TYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
+        name: Entry(
+            path,
+            TYPES[tensor["dtype"]],
+            tuple(tensor["shape"]),
+            8 + length + tensor["data_offsets"][0],
+        )
         for name, tensor in header.items()
     }
 
 
 def _is_entry(item: tuple[str, Any]) -> bool:
-    """Whether a header says of this tensor what safetensors' format asks for, sizes that agree among it."""
+    """Whether a header says of this tensor what safetensors' format asks for, sizes that agree
+    among it."""
     name, entry = item
     if name == "__metadata__":
         return True
@@ -135,42 +160,65 @@ def _is_entry(item: tuple[str, Any]) -> bool:
         return False
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         return False
-    return isinstance(kind, str) and (kind not in TYPES or end - start == math.prod(shape) * TYPES[kind].itemsize)
+    return isinstance(kind, str) and (
+        kind not in TYPES or end - start == math.prod(shape) * TYPES[kind].itemsize
+    )
 
 
 def open_model(name: str, revision: str | None = None) -> Tensors | None:
-    """The weights of a model on the hub or in a folder; None where they are not in safetensors files."""
-    single = _find_file(name, SINGLE, revision)  # first, as transformers: a model saved anew leaves an old index behind
+    """The weights of a model on the hub or in a folder; None where they are not in safetensors
+    files."""
+    single = _find_file(
+        name, SINGLE, revision
+    )  # first, as transformers: a model saved anew leaves an old index behind
     if single is not None:
         return Tensors([single])
     index = _find_file(name, INDEX, revision)
     if index is None:
         return None
     shards = _list_shards(index)
-    return Tensors([path for shard in shards if (path := _find_file(name, shard, revision, required=True))])
+    return Tensors(
+        [path for shard in shards if (path := _find_file(name, shard, revision, required=True))]
+    )
 
 
 def _list_shards(index: Path) -> list[str]:
     """The files that an index names, all of them beside it; LoraError for an index that is none."""
     found = files.read_json(index)
     named = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
-        raise LoraError(f"{index} is no index of weights: it has no weight_map", "copy or download it again")
+    if (
+        not isinstance(named, dict)
+        or not named
+        or not all(isinstance(file, str) for file in named.values())
+    ):
+        raise LoraError(
+            f"{index} is no index of weights: it has no weight_map", "copy or download it again"
+        )
     if outside := [file for file in named.values() if Path(file).name != file or "\\" in file]:
-        raise LoraError(f"{index} names a file in another folder, {outside[0]}", "take the model from its first source")
+        raise LoraError(
+            f"{index} names a file in another folder, {outside[0]}",
+            "take the model from its first source",
+        )
     return sorted(set(named.values()))
 
 
 def _find_file(name: str, file: str, revision: str | None, required: bool = False) -> Path | None:
     try:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=required)
+        found = cached_file(
+            name, file, revision=revision, _raise_exceptions_for_missing_entries=required
+        )
     except (OSError, EntryNotFoundError) as error:
-        raise LoraError(f"{name} lacks {file}, which its index names", "copy or download it again") from error
+        raise LoraError(
+            f"{name} lacks {file}, which its index names", "copy or download it again"
+        ) from error
     return None if found is None else Path(found)
 
 
-def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
-    """A safetensors file with its header and room for these tensors (name -> type, shape); where each is to go."""
+def create_file(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> dict[str, Entry]:
+    """A safetensors file with its header and room for these tensors (name -> type, shape); where
+    each is to go."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -186,13 +234,16 @@ def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, 
 
 
 def fill_tensor(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
-    """Write a tensor's pieces, in order, to their place; returns their checksum. LoraError for one not finite."""
+    """Write a tensor's pieces, in order, to their place; returns their checksum. LoraError for one
+    not finite."""
     total = 0
     with entry.file.open("r+b", buffering=0) as file:
         file.seek(entry.start)
         for rows in pieces:
             if not is_finite(rows):
-                raise RejectedError(f"{name} of the merged model holds values that are not finite", "train again")
+                raise RejectedError(
+                    f"{name} of the merged model holds values that are not finite", "train again"
+                )
             total += compute_checksum(rows)
             view = _view_bits(rows).view(np.uint8).data
             done = 0
@@ -204,9 +255,11 @@ def fill_tensor(entry: Entry, name: str, pieces: Iterable[torch.Tensor]) -> int:
 
 
 def is_finite(rows: torch.Tensor) -> bool:
-    """Return whether no value is NaN or infinite, on any device and without making anything of the tensor's size.
+    """Return whether no value is NaN or infinite, on any device and without making anything of the
+    tensor's size.
 
-    On a CPU the exponent's bits tell, many times faster than torch.isfinite; elsewhere the least and greatest value.
+    On a CPU the exponent's bits tell, many times faster than torch.isfinite; elsewhere the least
+    and greatest value.
     """
     if not rows.is_floating_point() or not rows.numel() or rows.is_meta:
         return True
@@ -220,21 +273,26 @@ def is_finite(rows: torch.Tensor) -> bool:
 
 
 def compute_checksum(rows: torch.Tensor) -> int:
-    """The sum of all bytes, taken eight at a time: any one value that is changed afterwards changes it."""
+    """The sum of all bytes, taken eight at a time: any one value that is changed afterwards changes
+    it."""
     data = _view_bits(rows).view(np.uint8)
     whole = len(data) // 8 * 8
-    return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int.from_bytes(data[whole:].tobytes(), "little")
+    return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int.from_bytes(
+        data[whole:].tobytes(), "little"
+    )
 
 
 def _view_bits(rows: torch.Tensor) -> np.ndarray[Any, Any]:
-    return rows.contiguous().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[rows.dtype.itemsize])
+    return (
+        rows.contiguous().reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[rows.dtype.itemsize])
+    )
 
 
 def keep_memory() -> None:
     """Let the C library keep freed blocks of some megabytes, by freeing a larger one first.
 
-    Otherwise glibc hands each of them back to the system, and fetching their pages again takes two thirds of the time
-    of merging a block (measured: 0.5 against 1.5 GB/s).
+    Otherwise glibc hands each of them back to the system, and fetching their pages again takes two
+    thirds of the time of merging a block (measured: 0.5 against 1.5 GB/s).
     """
     torch.empty(30 * 2**20, dtype=torch.uint8)
 
@@ -246,7 +304,8 @@ def give_back_memory() -> None:
 
 
 def find_changed(folder: Path, sums: Mapping[str, int]) -> str | None:
-    """The first tensor of a folder's files that is not what was written, by its checksum; None if all are."""
+    """The first tensor of a folder's files that is not what was written, by its checksum; None if
+    all are."""
     tensors = open_model(str(folder))
     assert tensors is not None, "written just now"
     if tensors.entries.keys() != sums.keys():
@@ -254,7 +313,13 @@ def find_changed(folder: Path, sums: Mapping[str, int]) -> str | None:
 
     def total(name: str) -> int:
         shape = tensors.entries[name].shape
-        return sum(compute_checksum(tensors.rows(name, start, stop)) for start, stop in split_rows(shape)) % 2**64
+        return (
+            sum(
+                compute_checksum(tensors.rows(name, start, stop))
+                for start, stop in split_rows(shape)
+            )
+            % 2**64
+        )
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         totals = pool.map(total, sums)
@@ -269,7 +334,8 @@ def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
 
 
 def split_rows(shape: tuple[int, ...], size: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `size` bytes (`BLOCK`) in float32 that cover a tensor of this shape, in order.
+    """Ranges of rows of about `size` bytes (`BLOCK`) in float32 that cover a tensor of this shape,
+    in order.
 
     Each but the last has a multiple of eight values, so that checksums do not depend on the ranges.
     """

@@ -1,7 +1,8 @@
-"""Tokens added to a base: the tokenizer takes them, the embeddings grow up to them, and their rows are trained.
+"""Tokens added to a base: the tokenizer takes them, the embeddings grow up to them, and their rows
+are trained.
 
-Growing never shrinks: many bases have more rows than tokens. A trained row is kept whole in the adapter, so that what
-the new rows started from is of no matter afterwards.
+Growing never shrinks: many bases have more rows than tokens. A trained row is kept whole in the
+adapter, so that what the new rows started from is of no matter afterwards.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ MOST_ADDED = 2**17
 
 
 def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Let the embeddings, and the head, have at least so many rows; new ones are drawn around the mean of the rest."""
+    """Let the embeddings, and the head, have at least so many rows; new ones are drawn around the
+    mean of the rest."""
     if model.get_input_embeddings().num_embeddings < rows:
         model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
 
 
 def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> None:
-    """Make `config` train the rows of `ids`, in the embeddings and in a head of its own, beside those it names.
+    """Make `config` train the rows of `ids`, in the embeddings and in a head of its own, beside
+    those it names.
 
     A module that is trained whole (`modules_to_save`) needs none.
     """
@@ -41,7 +44,10 @@ def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> No
     for name in names:
         if not any(matches_name(name, saved) for saved in config.modules_to_save or ()):
             key = next((key for key in rows if matches_name(name, key)), name.rpartition(".")[2])
-            rows[key] = [*rows.get(key, []), *(number for number in ids if number not in rows.get(key, []))]
+            rows[key] = [
+                *rows.get(key, []),
+                *(number for number in ids if number not in rows.get(key, [])),
+            ]
     config.trainable_token_indices = rows or None
 
 
@@ -53,22 +59,34 @@ def matches_name(name: str, ending: str) -> bool:
 def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
     """Grow the embeddings of a base to those the adapter in `folder` was trained with."""
     stored = load_peft_weights(str(folder), device="cpu")
-    rows = count_rows_trained(model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()})
+    rows = count_rows_trained(
+        model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()}
+    )
     there = model.get_input_embeddings().num_embeddings
     if rows > there + MOST_ADDED:
         raise LoraError(
-            f"{folder} speaks of row {rows - 1} of the embeddings, and its base has {there}", "copy the adapter again"
+            f"{folder} speaks of row {rows - 1} of the embeddings, and its base has {there}",
+            "copy the adapter again",
         )
     if there < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def count_rows_trained(model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many rows of embeddings the adapter in `folder` speaks of; `shapes` are those of its tensors, by key."""
+def count_rows_trained(
+    model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """How many rows of embeddings the adapter in `folder` speaks of; `shapes` are those of its
+    tensors, by key."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    ends = tuple(f"{name}{inner}.weight" for inner in ("", ".base_layer", ".token_adapter.base_layer"))
+    ends = tuple(
+        f"{name}{inner}.weight" for inner in ("", ".base_layer", ".token_adapter.base_layer")
+    )
     carried = [shape[0] for key, shape in shapes.items() if key.endswith(ends)]
     given = files.read_json(folder / "adapter_config.json").get("trainable_token_indices") or []
-    ids = [number for listed in given.values() for number in listed] if isinstance(given, dict) else given
+    ids = (
+        [number for listed in given.values() for number in listed]
+        if isinstance(given, dict)
+        else given
+    )
     return max([*carried, *(number + 1 for number in ids)], default=0)

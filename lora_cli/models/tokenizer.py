@@ -1,4 +1,5 @@
-"""A base model's tokenizer: loaded, changed as a recipe says, given a chat template and a system prompt, written."""
+"""A base model's tokenizer: loaded, changed as a recipe says, given a chat template and a system
+prompt, written."""
 
 from __future__ import annotations
 
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def load_recipe_tokenizer(recipe: Recipe, base: Base) -> tuple[PreTrainedTokenizerBase, list[int], str]:
-    """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat template in words."""
+def load_recipe_tokenizer(
+    recipe: Recipe, base: Base
+) -> tuple[PreTrainedTokenizerBase, list[int], str]:
+    """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat
+    template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
     tokenizer = base.load_tokenizer(**roles)
     new_ids = add_tokens(recipe, tokenizer)
@@ -33,43 +37,62 @@ def load_recipe_tokenizer(recipe: Recipe, base: Base) -> tuple[PreTrainedTokeniz
     return tokenizer, new_ids, template
 
 
-def load_tokenizer(name: str, revision: str | None = None, **roles: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token` replaced where given.
+def load_tokenizer(
+    name: str, revision: str | None = None, **roles: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token` replaced
+    where given.
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
     with library_errors.translate_file_errors(
         f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"
     ):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=remote_code.is_allowed())
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=remote_code.is_allowed()
+        )
     if not tokenizer.is_fast:
-        raise LoraError(f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first")
+        raise LoraError(
+            f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first"
+        )
     vocabulary = tokenizer.get_vocab()
     for kind, token in roles.items():
         if token is not None:
             if token not in vocabulary:
                 guess = find_nearest(token, vocabulary)
                 hint = f"did you mean {guess}?" if guess else f"leave training.{kind} out"
-                raise LoraError(f"training.{kind}: the tokenizer of {name} has no token {token!r}", hint)
+                raise LoraError(
+                    f"training.{kind}: the tokenizer of {name} has no token {token!r}", hint
+                )
             setattr(tokenizer, kind, token)
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None) -> None:
-    """The tokenizer with its template, and the base's `tokenizer.model` where there is one: llama.cpp's converter reads
-    a SentencePiece vocabulary from it, and tokens beyond it from `added_tokens_decoder`; transformers 5 writes neither.
-    """
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None
+) -> None:
+    """The tokenizer with its template, and the base's `tokenizer.model` where there is one:
+    llama.cpp's converter reads a SentencePiece vocabulary from it, and tokens beyond it from
+    `added_tokens_decoder`; transformers 5 writes neither."""
     tokenizer.save_pretrained(str(folder))
-    pieces = cached_file(base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+    pieces = cached_file(
+        base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     if pieces is not None:
         shutil.copyfile(pieces, folder / "tokenizer.model")
         settings = files.read_json(folder / "tokenizer_config.json")
-        added = {str(number): token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
-        files.write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": added})
+        added = {
+            str(number): token.__getstate__()
+            for number, token in tokenizer.added_tokens_decoder.items()
+        }
+        files.write_json(
+            folder / "tokenizer_config.json", settings | {"added_tokens_decoder": added}
+        )
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
-    """Give the tokenizer the chosen chat template (a name, a file, or `auto`) and return what was chosen, in words."""
+    """Give the tokenizer the chosen chat template (a name, a file, or `auto`) and return what was
+    chosen, in words."""
     if choice == "auto" and tokenizer.chat_template:
         return "the tokenizer's own"
     name = "alpaca" if choice == "auto" else choice
@@ -77,11 +100,19 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
     path = known.get(name, Path(name))
     if not path.is_file():
         guess = find_nearest(name, known)
-        hint = f"did you mean {guess}?" if guess else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
-        raise LoraError(f"model.chat_template: there is no template {name!r} and no such file", hint)
+        hint = (
+            f"did you mean {guess}?"
+            if guess
+            else f"one of {', '.join(sorted(known))}, or the path of a .jinja file"
+        )
+        raise LoraError(
+            f"model.chat_template: there is no template {name!r} and no such file", hint
+        )
     template = path.read_text(encoding="utf-8")
     if name in known and adds_bos(tokenizer):
-        template = "{{- bos_token -}}" + template  # the rendered text is tokenised without special tokens
+        template = (
+            "{{- bos_token -}}" + template
+        )  # the rendered text is tokenised without special tokens
     tokenizer.chat_template = template
     return f"{name} (the tokenizer has none)" if choice == "auto" else name
 
@@ -115,15 +146,20 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 
 
 def add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the tokenizer the recipe's tokens and return their ids. UsageError for one that it has already."""
+    """Give the tokenizer the recipe's tokens and return their ids. UsageError for one that it has
+    already."""
     first = len(tokenizer)
     for field, special in (("add_tokens", False), ("add_special_tokens", True)):
         known = tokenizer.get_vocab()
         for token in getattr(recipe.model, field):
             if token in known:
                 where = recipe.where("model", field)
-                raise UsageError(f"{where}: the tokenizer has {token!r} already", "remove it from the list")
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+                raise UsageError(
+                    f"{where}: the tokenizer has {token!r} already", "remove it from the list"
+                )
+            tokenizer.add_tokens(
+                [AddedToken(token, special=special, normalized=False)], special_tokens=special
+            )
     return list(range(first, len(tokenizer)))
 
 
@@ -133,4 +169,6 @@ IGNORED = -100
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it puts its BOS before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]

@@ -1,4 +1,5 @@
-"""What PEFT's LoRA cannot do on a model though a recipe says so: it would fail late, not train, or not merge."""
+"""What PEFT's LoRA cannot do on a model though a recipe says so: it would fail late, not train, or
+not merge."""
 
 from __future__ import annotations
 
@@ -37,14 +38,20 @@ def find_problems(
 
 
 def _find_wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
-    """Modules without a weight that LoRA knows, and those whose own way of using it an adapter would pass by."""
+    """Modules without a weight that LoRA knows, and those whose own way of using it an adapter
+    would pass by."""
     where = recipe.where("lora", "target_modules")
     for why, names in _group_by_reason(targeted, _explain_unlike_peft).items():
         more = f" ({len(names)} such modules)" if len(names) > 1 else ""
-        yield f"{where}: PEFT cannot adapt {names[0]}, {why}{more}", "leave it out of target_modules"
+        yield (
+            f"{where}: PEFT cannot adapt {names[0]}, {why}{more}",
+            "leave it out of target_modules",
+        )
 
 
-def _group_by_reason(targeted: dict[str, nn.Module], reason: Callable[[Any], str | None]) -> dict[str, list[str]]:
+def _group_by_reason(
+    targeted: dict[str, nn.Module], reason: Callable[[Any], str | None]
+) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, module in targeted.items():
         if why := reason(module):
@@ -55,7 +62,9 @@ def _group_by_reason(targeted: dict[str, nn.Module], reason: Callable[[Any], str
 def _explain_unlike_peft(module: Any) -> str | None:
     """Why PEFT's adapter would not be, or not merge into, what the module computes."""
     if isinstance(module, nn.Embedding):
-        own = type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
+        own = type(module).forward is not nn.Embedding.forward and not hasattr(
+            module, "embed_scale"
+        )
         return f"a {type(module).__name__}, which looks its rows up in its own way" if own else None
     if isinstance(module, (nn.Linear, Conv1D)):
         return None
@@ -65,22 +74,33 @@ def _explain_unlike_peft(module: Any) -> str | None:
         return f"a convolution with groups={module.groups}"
     if set(module.dilation) != {1}:
         return f"a convolution with dilation={module.dilation}"
-    return None if module.padding_mode == "zeros" else f"a convolution with padding_mode={module.padding_mode}"
+    return (
+        None
+        if module.padding_mode == "zeros"
+        else f"a convolution with padding_mode={module.padding_mode}"
+    )
 
 
 def _find_wrong_parameters(
     recipe: Recipe, config: LoraConfig, model: nn.Module, parameters: Sequence[str]
 ) -> Iterator[Problem]:
-    """What does not go with adapters on parameters (which `all-linear` means too where experts are fused)."""
+    """What does not go with adapters on parameters (which `all-linear` means too where experts are
+    fused)."""
     if not parameters:
         return
     such = f"parameters such as {parameters[0]}"
     flat = [name for name in parameters if model.get_parameter(name).dim() < 2]
     initial = str(config.init_lora_weights)
     for name in flat[:1]:
-        yield f"{recipe.where('lora', 'target_parameters')}: {name} has one dimension only", "leave it out"
+        yield (
+            f"{recipe.where('lora', 'target_parameters')}: {name} has one dimension only",
+            "leave it out",
+        )
     if config.use_dora:
-        yield f"{recipe.where('method')}: DoRA is not defined for {such}", "method: lora, or name target_modules"
+        yield (
+            f"{recipe.where('method')}: DoRA is not defined for {such}",
+            "method: lora, or name target_modules",
+        )
     if config.lora_dropout:
         where = recipe.where("lora", "lora_dropout")
         yield f"{where}: there is no dropout for {such}", "lora_dropout: 0, or name target_modules"
@@ -96,16 +116,25 @@ def _find_wrong_biases(
     without = [name for name, module in targeted.items() if getattr(module, "bias", None) is None]
     if config.lora_bias and without:
         where = recipe.where("lora", "lora_bias")
-        yield f"{where}: {without[0]} has no bias, so the adapter's could not be merged", "lora_bias: false"
+        yield (
+            f"{where}: {without[0]} has no bias, so the adapter's could not be merged",
+            "lora_bias: false",
+        )
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if config.bias == "lora_only":
         biases = [name for name in biases if name.removesuffix(".bias") in targeted]
     if config.bias != "none" and not biases:
-        yield f"{recipe.where('lora', 'bias')} is {config.bias}, but there is no bias to train", "bias: none"
+        yield (
+            f"{recipe.where('lora', 'bias')} is {config.bias}, but there is no bias to train",
+            "bias: none",
+        )
 
 
-def _find_wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
-    """Initialisations that a module's kind, shape or rank does not allow, and what else eva does not go with."""
+def _find_wrong_starts(
+    recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module]
+) -> Iterator[Problem]:
+    """Initialisations that a module's kind, shape or rank does not allow, and what else eva does
+    not go with."""
     initial = str(config.init_lora_weights).partition("_niter")[0]
     where = recipe.where("lora", "init_lora_weights")
     if initial == "eva" and config.trainable_token_indices:
@@ -115,10 +144,17 @@ def _find_wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, n
         return
     for name, module in targeted.items():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
-            yield f"{where}: {initial} is not defined for {name}, a {type(module).__name__}", "init_lora_weights: true"
+            yield (
+                f"{where}: {initial} is not defined for {name}, a {type(module).__name__}",
+                "init_lora_weights: true",
+            )
             return
         rank, field = next(
-            ((rank, key) for key, rank in config.rank_pattern.items() if re.match(patterns.pattern_of_key(key), name)),
+            (
+                (rank, key)
+                for key, rank in config.rank_pattern.items()
+                if re.match(patterns.pattern_of_key(key), name)
+            ),
             (config.r, None),
         )
         place = recipe.where("lora", "rank_pattern", field) if field else recipe.where("lora", "r")
@@ -127,26 +163,49 @@ def _find_wrong_starts(recipe: Recipe, config: LoraConfig, targeted: dict[str, n
             yield f"{place}: orthogonal needs an even rank, {name} has {rank}", f"{rank + 1}"
             return
         if isinstance(module, nn.Linear) and initial != "orthogonal" and rank > largest:
-            yield f"{place}: {initial} allows a rank of at most {largest} for {name}, not {rank}", "lower it"
+            yield (
+                f"{place}: {initial} allows a rank of at most {largest} for {name}, not {rank}",
+                "lower it",
+            )
             return
 
 
-def _find_wrong_copies(recipe: Recipe, config: LoraConfig, model: PreTrainedModel) -> Iterator[Problem]:
-    """Whole modules that cannot be trained: stored in 4 bits, or with rows that are to be trained by themselves."""
+def _find_wrong_copies(
+    recipe: Recipe, config: LoraConfig, model: PreTrainedModel
+) -> Iterator[Problem]:
+    """Whole modules that cannot be trained: stored in 4 bits, or with rows that are to be trained
+    by themselves."""
     where, given = recipe.where("lora", "modules_to_save"), config.trainable_token_indices or {}
     modules = dict(model.named_modules())
     ends = {name for name, module in modules.items() if module is model.get_input_embeddings()}
     rows = list(given) if isinstance(given, dict) else list(ends)
     for saved in config.modules_to_save or []:
         for name in [name for name in modules if name and matches_name(name, saved)]:
-            inside = [path for path, module in modules[name].named_modules() if hasattr(module, "quant_state")]
+            inside = [
+                path
+                for path, module in modules[name].named_modules()
+                if hasattr(module, "quant_state")
+            ]
             if inside:
-                yield f"{where}: {name} is stored in 4 bits and cannot be trained", "quantization.llm_int8_skip_modules"
+                yield (
+                    f"{where}: {name} is stored in 4 bits and cannot be trained",
+                    "quantization.llm_int8_skip_modules",
+                )
                 return
             weight = getattr(modules[name], "weight", None)
-            shared = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
-            if weight is not None and any(matches_name(other, row) for other in shared for row in rows):
-                both = "model.add_tokens" if recipe.model.add_tokens or recipe.model.add_special_tokens else "its rows"
+            shared = {
+                other
+                for other, module in modules.items()
+                if getattr(module, "weight", None) is weight
+            }
+            if weight is not None and any(
+                matches_name(other, row) for other in shared for row in rows
+            ):
+                both = (
+                    "model.add_tokens"
+                    if recipe.model.add_tokens or recipe.model.add_special_tokens
+                    else "its rows"
+                )
                 yield (
                     f"{where}: {name} is trained whole, and {both} by themselves",
                     "take it out of modules_to_save, or give every module with this weight there: "
@@ -155,9 +214,14 @@ def _find_wrong_copies(recipe: Recipe, config: LoraConfig, model: PreTrainedMode
 
 
 def _find_tied(
-    recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str], parameters: Sequence[str]
+    recipe: Recipe,
+    config: LoraConfig,
+    model: PreTrainedModel,
+    targeted: Sequence[str],
+    parameters: Sequence[str],
 ) -> Iterator[Problem]:
-    """Adapters on a weight that serves as embedding and head: it can be merged into neither without changing the other.
+    """Adapters on a weight that serves as embedding and head: it can be merged into neither without
+    changing the other.
 
     `modules_to_save` and `trainable_token_indices` are sound there, but for rows of the head alone.
     """
@@ -166,20 +230,31 @@ def _find_tied(
         return
     if head.weight is not model.get_input_embeddings().weight:
         return
-    shared = [name for name, module in model.named_modules() if getattr(module, "weight", None) is head.weight]
+    shared = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is head.weight
+    ]
     both = " and ".join(shared)
     instead = "use modules_to_save or trainable_token_indices, or leave them out"
     for name in shared:
         if name in targeted:
-            yield f"{recipe.where('lora', 'target_modules')}: {name} shares its weight ({both})", instead
+            yield (
+                f"{recipe.where('lora', 'target_modules')}: {name} shares its weight ({both})",
+                instead,
+            )
         if f"{name}.weight" in parameters:
-            yield f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})", instead
+            yield (
+                f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})",
+                instead,
+            )
     given = config.trainable_token_indices
     rows = given if isinstance(given, dict) else {}
     of_head = [ids for name, ids in rows.items() if matches_name(shared[-1], name)]
     of_embeddings = [ids for name, ids in rows.items() if matches_name(shared[0], name)]
     if of_head and of_head != of_embeddings:
         yield (
-            f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight ({both})",
+            f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight "
+            f"({both})",
             f"give the rows of {shared[0].rpartition('.')[2]}",
         )

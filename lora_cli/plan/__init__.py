@@ -1,4 +1,5 @@
-"""What a recipe needs and becomes on this machine: hardware, `auto`, memory, sizes; the verbs `check` and `plan`."""
+"""What a recipe needs and becomes on this machine: hardware, `auto`, memory, sizes; the verbs
+`check` and `plan`."""
 
 __all__ = [
     "auto",

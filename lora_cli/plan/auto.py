@@ -35,8 +35,9 @@ def settle(
 ) -> tuple[Recipe, list[Choice]]:
     """The recipe with every `auto` replaced, and the choices made.
 
-    `checkpoint_dtype` is the base's type on disk; `device` what it is to run on, by default this machine's. `levers`
-    decides last what the memory plan has to say to (`memory.levers`): without it, by the kind of device alone.
+    `checkpoint_dtype` is the base's type on disk; `device` what it is to run on, by default this
+    machine's. `levers` decides last what the memory plan has to say to (`memory.levers`): without
+    it, by the kind of device alone.
     """
     device, choices = device or hardware.detect_device(), list[Choice]()
 
@@ -48,13 +49,19 @@ def settle(
 
     model, training = recipe.model, recipe.training
     head = recipe.adapts_head
-    reason = "SFTTrainer cannot adapt the output head" if head else "rows and labels are the same for both"
+    reason = (
+        "SFTTrainer cannot adapt the output head"
+        if head
+        else "rows and labels are the same for both"
+    )
     trainer = choose(recipe, "trainer", "trainer", "trainer" if head else "sft", reason)
     on_disk = str(checkpoint_dtype).removeprefix("torch.")
     dtype = choose(model, "dtype", "model.dtype", *hardware.dtype(device, on_disk))
     name = "attn_implementation"
     found = hardware.attention(device, dtype)
-    open_ = found[0] is None and model.attn_implementation == "auto"  # transformers' choice is told with the model
+    open_ = (
+        found[0] is None and model.attn_implementation == "auto"
+    )  # transformers' choice is told with the model
     attention = None if open_ else choose(model, name, f"model.{name}", *found)
     changes: dict[str, dict[str, Any]] = {
         "model": {"dtype": dtype, name: attention},
@@ -74,7 +81,11 @@ def settle(
         ("torch_compile", *hardware.compiled(device)),
         ("use_liger_kernel", *hardware.liger(device)),
         ("dataloader_num_workers", 0, "the rows are prepared before the run"),
-        ("eval_strategy", "epoch" if has_eval else "no", "evaluation data given" if has_eval else "no evaluation data"),
+        (
+            "eval_strategy",
+            "epoch" if has_eval else "no",
+            "evaluation data given" if has_eval else "no evaluation data",
+        ),
     ):
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
     on, reason = device.kind == "cuda", f"as on any {device.kind}"
@@ -92,7 +103,11 @@ def settle(
 
 def _loss_head(recipe: Recipe) -> tuple[str, str]:
     given = recipe.training.given()
-    for name, usual in (("label_smoothing_factor", 0.0), ("loss_type", "nll"), ("use_liger_kernel", False)):
+    for name, usual in (
+        ("label_smoothing_factor", 0.0),
+        ("loss_type", "nll"),
+        ("use_liger_kernel", False),
+    ):
         if given.get(name) not in (None, "auto", usual):
             return "stock", f"training.{name} needs it"
     return "trained_tokens", "the same loss for less time and memory"
@@ -106,19 +121,24 @@ def _packing(recipe: Recipe) -> tuple[str | bool, str]:
 
 
 def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
-    """Build every configuration once, so that what upstream refuses is refused before anything is loaded; for this
-    machine, or another device."""
+    """Build every configuration once, so that what upstream refuses is refused before anything is
+    loaded; for this machine, or another device."""
     if remote_code.is_repository(recipe.model.attn_implementation):
         where = recipe.where("model", "attn_implementation")
-        remote_code.require_allowed(f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa")
+        remote_code.require_allowed(
+            f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa"
+        )
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if (given := recipe.model.attn_implementation) not in (None, "auto", *known) and not remote_code.is_repository(
-        given
-    ):
+    if (given := recipe.model.attn_implementation) not in (
+        None,
+        "auto",
+        *known,
+    ) and not remote_code.is_repository(given):
         where = recipe.where("model", "attn_implementation")
         guess = find_nearest(str(given), known)
         raise UsageError(
-            f"{where}: there is no {given}", f"did you mean {guess}?" if guess else f"one of {', '.join(known)}"
+            f"{where}: there is no {given}",
+            f"did you mean {guess}?" if guess else f"one of {', '.join(known)}",
         )
     settled, _ = settle(recipe, torch.float32)
     upstream.build_lora_config(settled)
@@ -130,12 +150,15 @@ def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
         raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
     if getattr(arguments, "activation_offloading", False) and without:
         place = recipe.where("training", "activation_offloading")
-        raise UsageError(f"{place} moves what a GPU keeps to the host's memory, and there is no GPU", "remove it")
+        raise UsageError(
+            f"{place} moves what a GPU keeps to the host's memory, and there is no GPU", "remove it"
+        )
     known = get_available_reporting_integrations()
     for name in arguments.report_to:
         if name not in known:
             place = recipe.where("training", "report_to")
             installed = ", ".join(known) or "none"
             raise UsageError(
-                f"{place}: {name} is not installed or not known; there is {installed}", f"pip install {name}"
+                f"{place}: {name} is not installed or not known; there is {installed}",
+                f"pip install {name}",
             )

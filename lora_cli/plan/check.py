@@ -1,7 +1,8 @@
-"""`lora check`: what a recipe would train on and how, seen before anything is trained. No weights are loaded.
+"""`lora check`: what a recipe would train on and how, seen before anything is trained. No weights
+are loaded.
 
-The same steps as training takes before its first: settle, tokenizer and template, targets, rows; whatever they refuse
-is refused here.
+The same steps as training takes before its first: settle, tokenizer and template, targets, rows;
+whatever they refuse is refused here.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     print("\n" + _format_quantiles(train.counts.lengths))
     epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
     print(f"{'' if train.stream is not None else epoch}{steps.steps} steps in all")
-    print(f"{steps.fill:.0%} of the batches is text, the rest padding{' (packed)' if steps.packed else ''}")
+    print(
+        f"{steps.fill:.0%} of the batches is text, the rest "
+        f"padding{' (packed)' if steps.packed else ''}"
+    )
     for row in train.first[:samples]:
         print("\n" + _format_sample(row, tokenizer))
 
@@ -70,18 +74,28 @@ def _format_histogram(lengths: Counter[int], limit: int) -> str:
     """Rows by length in tokens, ten bars up to the longest, and one for those over the limit."""
     inside = max((length for length in lengths if length <= limit), default=1)
     width = max(1, math.ceil(inside / BARS))
-    bars = Counter(min((length - 1) // width, BARS) if length <= limit else BARS + 1 for length in lengths.elements())
+    bars = Counter(
+        min((length - 1) // width, BARS) if length <= limit else BARS + 1
+        for length in lengths.elements()
+    )
     most = max(bars.values())
     lines = []
     for bar in range(min(bars), BARS + 2):
         if bar <= (inside - 1) // width or bars[bar]:
-            name = f"{bar * width + 1}-{min((bar + 1) * width, limit)}" if bar <= BARS else f"over {limit}"
-            lines.append(f"{name:>14}  {bars[bar]:>8,}  {'#' * math.ceil(40 * bars[bar] / most)}".rstrip())
+            name = (
+                f"{bar * width + 1}-{min((bar + 1) * width, limit)}"
+                if bar <= BARS
+                else f"over {limit}"
+            )
+            lines.append(
+                f"{name:>14}  {bars[bar]:>8,}  {'#' * math.ceil(40 * bars[bar] / most)}".rstrip()
+            )
     return "\n".join([f"{'tokens':>14}  {'rows':>8}", *lines])
 
 
 def _format_quantiles(lengths: Counter[int]) -> str:
-    """`half of the rows have up to 83 tokens, 95% up to 210, all up to 512`: what to choose training.max_length by."""
+    """`half of the rows have up to 83 tokens, 95% up to 210, all up to 512`: what to choose
+    training.max_length by."""
     total, below, found = lengths.total(), 0, list[str]()
     shares = [(0.5, "half of the rows have"), (0.95, "95%"), (1.0, "all")]
     for length, number in sorted(lengths.items()):
@@ -106,7 +120,9 @@ def _describe_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     return {
         "place": row.place,
         "tokens": len(row.input_ids),
-        "runs": [{"trained": learned, "text": text} for learned, text in _split_by_loss(row, tokenizer)],
+        "runs": [
+            {"trained": learned, "text": text} for learned, text in _split_by_loss(row, tokenizer)
+        ],
     }
 
 

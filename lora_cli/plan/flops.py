@@ -1,8 +1,9 @@
-"""Floating-point operations of training on one token, and the share of a device's peak that a speed makes of it.
+"""Floating-point operations of training on one token, and the share of a device's peak that a speed
+makes of it.
 
-A frozen weight takes 2 for the forward pass and 2 for the gradient of its input: 4N for the base, not the 6N of full
-training. A trained one takes 2 more for its own gradient. What checkpointing computes again is not counted: it is no
-progress. Attention is counted as causal.
+A frozen weight takes 2 for the forward pass and 2 for the gradient of its input: 4N for the base,
+not the 6N of full training. A trained one takes 2 more for its own gradient. What checkpointing
+computes again is not counted: it is no progress. Attention is counted as causal.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ FROZEN, TRAINED = 4, 6
 
 
 class Work(NamedTuple):
-    """Operations for one token, and the device's peak in operations per second where it is known."""
+    """Operations for one token, and the device's peak in operations per second where it is
+    known."""
 
     each: float
     peak: float | None
 
     def used(self, tokens_per_second: float) -> float | None:
-        """The share of the device's peak (MFU) that training at this speed makes; None where the peak is not known."""
+        """The share of the device's peak (MFU) that training at this speed makes; None where the
+        peak is not known."""
         return self.each * tokens_per_second / self.peak if self.peak else None
 
 
@@ -44,7 +47,11 @@ def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -
             if counted and _count_weights(parameter):
                 seen.add(id(parameter))
                 share = labelled if id(parameter) in inside else _active_share(parameter, config)
-                total += (TRAINED if parameter.requires_grad else FROZEN) * share * _count_weights(parameter)
+                total += (
+                    (TRAINED if parameter.requires_grad else FROZEN)
+                    * share
+                    * _count_weights(parameter)
+                )
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
@@ -52,7 +59,8 @@ def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -
 
 
 def _count_weights(parameter: nn.Parameter) -> int:
-    """Weights of a matrix, or of a layer's experts, also of 4 bits; 0 for vectors, which multiply nothing."""
+    """Weights of a matrix, or of a layer's experts, also of 4 bits; 0 for vectors, which multiply
+    nothing."""
     state = getattr(parameter, "quant_state", None)
     shape = parameter.shape if state is None else state.shape
     return 0 if len(shape) < 2 else shape.numel()
@@ -67,6 +75,7 @@ def _active_share(parameter: nn.Parameter, config: Any) -> float:
 
 
 def find_peak(device: str, dtype: str) -> float | None:
-    """Operations per second that a device can do at most in this type, by TRL's table; None where it has none."""
+    """Operations per second that a device can do at most in this type, by TRL's table; None where
+    it has none."""
     found = get_peak_flops(device, dtype)
     return None if found is None else float(found)

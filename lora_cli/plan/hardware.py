@@ -1,7 +1,8 @@
-"""The device a run is for: this machine's, or one that is named; and what `auto` becomes on it, as far as it decides.
+"""The device a run is for: this machine's, or one that is named; and what `auto` becomes on it, as
+far as it decides.
 
-The decisions are pure functions of `Hardware`, so that those for GPUs can be tested without one. A lever is on where a
-benchmark here showed a gain, or where somebody installed it on purpose.
+The decisions are pure functions of `Hardware`, so that those for GPUs can be tested without one. A
+lever is on where a benchmark here showed a gain, or where somebody installed it on purpose.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 class Hardware(NamedTuple):
-    """A device: `kind` as torch names it, its memory in bytes, and what is there to compute with."""
+    """A device: `kind` as torch names it, its memory in bytes, and what is there to compute
+    with."""
 
     kind: str
     name: str
@@ -49,7 +51,9 @@ class Hardware(NamedTuple):
 def detect_device() -> Hardware:
     """This machine's first CUDA device, or its processor and memory."""
     if not torch.cuda.is_available():
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
         return Hardware("cpu", "this machine's memory", _measure_ram(), bf16=bool(native))
     index = torch.cuda.current_device()
     return Hardware(
@@ -58,7 +62,11 @@ def detect_device() -> Hardware:
         torch.cuda.get_device_properties(index).total_memory,
         torch.cuda.get_device_capability(index),
         torch.cuda.is_bf16_supported(including_emulation=False),
-        tuple(version for version, module in ((2, "flash_attn"), (3, "flash_attn_interface")) if find_spec(module)),
+        tuple(
+            version
+            for version, module in ((2, "flash_attn"), (3, "flash_attn_interface"))
+            if find_spec(module)
+        ),
         find_spec("liger_kernel") is not None,
     )
 
@@ -66,11 +74,14 @@ def detect_device() -> Hardware:
 def _measure_ram() -> int:
     """The machine's memory, or the container's share of it."""
     limits = [Path(path).read_text().strip() for path in CGROUP_LIMITS if Path(path).is_file()]
-    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
+    return min(
+        [psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())]
+    )
 
 
 def parse_gpu(text: str) -> Hardware:
-    """A GPU by its size (`24GB`), its name (`H100`) or both (`A100-40GB`); UsageError for one that is not known."""
+    """A GPU by its size (`24GB`), its name (`H100`) or both (`A100-40GB`); UsageError for one that
+    is not known."""
     size = re.search(r"(\d+(?:\.\d+)?)\s*Gi?B?$", text, re.IGNORECASE)
     if size:
         return Hardware("cuda", text, int(float(size[1]) * GIB), (8, 0), bf16=True)
@@ -81,7 +92,9 @@ def parse_gpu(text: str) -> Hardware:
         hint = f"did you mean {plain[guess]}?" if guess else "give its size: --gpu 24GB"
         raise UsageError(f"--gpu: {text!r} is neither a size nor a GPU known here", hint)
     name = plain[wanted]
-    capability = (7, 0) if name in ("T4", "V100") else (9, 0) if name in ("H100", "H200") else (8, 0)
+    capability = (
+        (7, 0) if name in ("T4", "V100") else (9, 0) if name in ("H100", "H200") else (8, 0)
+    )
     return Hardware("cuda", name, MEMORY_MIB[name] << 20, capability, bf16=capability >= (8, 0))
 
 
@@ -97,7 +110,8 @@ def dtype(hardware: Hardware, on_disk: str) -> tuple[str, str]:
 
 
 def attention(hardware: Hardware, dtype: str) -> tuple[str | None, str]:
-    """model.attn_implementation; None leaves it to transformers, which takes sdpa where the model has it."""
+    """model.attn_implementation; None leaves it to transformers, which takes sdpa where the model
+    has it."""
     if hardware.kind == "cuda" and dtype != "float32":
         if 3 in hardware.flash_attention and hardware.capability[0] == 9:
             return "flash_attention_3", "installed, and this GPU is of its kind"
@@ -123,14 +137,19 @@ def liger(hardware: Hardware) -> tuple[bool, str]:
 
 
 def optimizer(hardware: Hardware, state: int, missing: int) -> tuple[str, str]:
-    """training.optim, where fused AdamW's state has `state` bytes and the plan with it is `missing` bytes too large."""
+    """training.optim, where fused AdamW's state has `state` bytes and the plan with it is `missing`
+    bytes too large."""
     if hardware.kind == "cuda" and 0 < missing <= state * 3 // 4:
-        return "paged_adamw_8bit", f"saves {state * 3 / 4 / GIB:.1f} GiB, without which it does not fit"
+        return (
+            "paged_adamw_8bit",
+            f"saves {state * 3 / 4 / GIB:.1f} GiB, without which it does not fit",
+        )
     return "adamw_torch_fused", "the fastest AdamW"
 
 
 def measure_peak_memory() -> int:
-    """Bytes that this process had at its highest: of CUDA's allocator where there is one, else resident."""
+    """Bytes that this process had at its highest: of CUDA's allocator where there is one, else
+    resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

@@ -1,10 +1,10 @@
-"""What a recipe needs of a device's memory, item by item, before a weight is loaded: what `lora plan` shows, `auto`
-decides by, and the out-of-memory message advises from.
+"""What a recipe needs of a device's memory, item by item, before a weight is loaded: what `lora
+plan` shows, `auto` decides by, and the out-of-memory message advises from.
 
-The figures are those of a rehearsed step (`rehearse.py`) and what surrounds it on the device. On a CPU the C library's
-heap keeps more than is alive, and kernels take memory of their own: two constants, measured by
-`scripts/bench_memory.py` over methods, checkpointing, packing and lengths. On a GPU nothing was measured; a fixed part
-is set aside for the context and the allocator's slack.
+The figures are those of a rehearsed step (`rehearse.py`) and what surrounds it on the device. On a
+CPU the C library's heap keeps more than is alive, and kernels take memory of their own: two
+constants, measured by `scripts/bench_memory.py` over methods, checkpointing, packing and lengths.
+On a GPU nothing was measured; a fixed part is set aside for the context and the allocator's slack.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 
 HEAP_KEEPS = 0.44
 """Measured: what glibc's heap keeps beside each byte that a step has alive and frees again."""
 WORKSPACE_BYTES = 130 << 20
-"""Measured: what a process grows by in training beside its tensors (inside kernels, of the loss head above all)."""
+"""Measured: what a process grows by in training beside its tensors (inside kernels, of the loss
+head above all)."""
 RESERVE_BYTES = GIB
 """Assumed: CUDA's context and the allocator's slack."""
 FREED = (GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
@@ -70,11 +71,14 @@ def format_bytes(size: float) -> str:
 
 
 def largest_batch(recipe: Recipe, rows: Prepared | None = None) -> Batch:
-    """The largest forward pass of a settled recipe; without rows, of rows as long as training.max_length allows."""
+    """The largest forward pass of a settled recipe; without rows, of rows as long as
+    training.max_length allows."""
     training = recipe.training
     longest, size = training.max_length, training.per_device_train_batch_size
     if rows is not None and len(rows.rows):
-        longest = compute.max(compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])).as_py()
+        longest = compute.max(
+            compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
+        ).as_py()
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
         together = longest * size * training.gradient_accumulation_steps
@@ -98,7 +102,9 @@ class Forecast:
     def need(self, batch: Batch) -> Need:
         """Bytes by item for a forward and backward pass of this shape."""
         if batch not in self.known:
-            self.known[batch] = Need(add_surroundings(self.rehearsal, self.rehearsal.step(batch), self.device))
+            self.known[batch] = Need(
+                add_surroundings(self.rehearsal, self.rehearsal.step(batch), self.device)
+            )
         return self.known[batch]
 
     def fits(self, batch: Batch) -> bool:
@@ -119,11 +125,16 @@ class Forecast:
 
 
 def _find_crossing(tried: dict[int, int], limit: int) -> int:
-    """Where the parabola through the three tried points nearest the limit crosses it; with fewer, twice or half."""
+    """Where the parabola through the three tried points nearest the limit crosses it; with fewer,
+    twice or half."""
     nearest = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
     if len(nearest) == 3:
         curve = numpy.polyfit(nearest, [tried[n] - limit for n in nearest], 2)
-        roots = [root.real for root in numpy.roots(curve) if root.real > 0 and abs(root.imag) < 1e-3 * root.real]
+        roots = [
+            root.real
+            for root in numpy.roots(curve)
+            if root.real > 0 and abs(root.imag) < 1e-3 * root.real
+        ]
         if roots:
             return math.floor(min(roots, key=lambda root: abs(root - nearest[0])))
     return max(tried) * 2 if tried[max(tried)] <= limit else min(tried) // 2
@@ -132,11 +143,14 @@ def _find_crossing(tried: dict[int, int], limit: int) -> int:
 def add_surroundings(rehearsal: Rehearsal, peaks: Peaks, device: Hardware) -> dict[str, int]:
     """A rehearsed step's bytes with what surrounds them on the device.
 
-    On a CPU what glibc's heap ever held it keeps, so that the small storages' highest stands beside the large ones';
-    and the files of a checkpoint in the run's own type stay mapped, with the weights that were quantised from them.
+    On a CPU what glibc's heap ever held it keeps, so that the small storages' highest stands beside
+    the large ones'; and the files of a checkpoint in the run's own type stay mapped, with the
+    weights that were quantised from them.
     """
     if device.kind == "cuda":
-        return {name: peaks.all[name] for name in ITEMS if peaks.all[name]} | {RESERVE: RESERVE_BYTES}
+        return {name: peaks.all[name] for name in ITEMS if peaks.all[name]} | {
+            RESERVE: RESERVE_BYTES
+        }
     both = peaks.small + peaks.large
     items = {name: both[name] for name in ITEMS if both[name]}
     if rehearsal.quantised_from:
@@ -150,9 +164,11 @@ def make_forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) ->
     return Forecast(recipe, build_adapted(recipe, config), device)
 
 
-def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dict[str, tuple[Any, str]]]:
-    """What `upstream.settle` asks last: gradient checkpointing and optimiser by the memory plan, for a recipe in which
-    everything else is settled and these two are off and fused AdamW."""
+def levers(
+    config: PretrainedConfig, device: Hardware
+) -> Callable[[Recipe], dict[str, tuple[Any, str]]]:
+    """What `upstream.settle` asks last: gradient checkpointing and optimiser by the memory plan,
+    for a recipe in which everything else is settled and these two are off and fused AdamW."""
 
     def decide(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         usual = {"optim": hardware.optimizer(device, 0, 0)}
@@ -162,7 +178,10 @@ def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dic
             plain = make_forecast(recipe, config, device).need(largest_batch(recipe))
             if plain.total <= device.memory:
                 return usual | {
-                    "gradient_checkpointing": (False, f"{format_bytes(plain.total)} of {device} without it")
+                    "gradient_checkpointing": (
+                        False,
+                        f"{format_bytes(plain.total)} of {device} without it",
+                    )
                 }
             again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
             saving = make_forecast(again, config, device).need(largest_batch(recipe))
@@ -179,21 +198,32 @@ def levers(config: PretrainedConfig, device: Hardware) -> Callable[[Recipe], dic
 
 
 def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bool:
-    """Whether a bound that is several times what any method takes is a small part of the device's memory.
+    """Whether a bound that is several times what any method takes is a small part of the device's
+    memory.
 
     Saves small runs the second that a rehearsal takes.
     """
     text, batch = config.get_text_config(), largest_batch(recipe)
-    tokens, width = batch.rows * batch.length, max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0)
+    tokens, width = (
+        batch.rows * batch.length,
+        max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0),
+    )
     layers = text.num_hidden_layers
     weights = 4 * (2 * text.vocab_size * text.hidden_size + layers * 8 * text.hidden_size * width)
     kept = 4 * layers * (tokens * 64 * width + 2 * batch.rows * batch.length**2)
-    experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    return not experts and 4 * weights + kept + 12 * tokens * text.vocab_size < FAR_BELOW * device.memory
+    experts = any(
+        getattr(text, name, None)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+    return (
+        not experts
+        and 4 * weights + kept + 12 * tokens * text.vocab_size < FAR_BELOW * device.memory
+    )
 
 
 def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
-    """For a settled recipe that ran out of memory: what it was expected to need, and what to `--set` instead."""
+    """For a settled recipe that ran out of memory: what it was expected to need, and what to
+    `--set` instead."""
     device = device or hardware.detect_device()
     config = Base.of_recipe(recipe).config
     batch = largest_batch(recipe)
@@ -223,7 +253,9 @@ def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
         changes.append(("training.per_device_train_batch_size=1", made))
     if not recipe.quantized:
         method = {"lora": "qlora", "dora": "qdora"}[recipe.method]
-        made = recipe.model_copy(update={"method": method, "quantization": settle_quantization(recipe)})
+        made = recipe.model_copy(
+            update={"method": method, "quantization": settle_quantization(recipe)}
+        )
         changes.append((f"method={method}", made))
     return changes
 

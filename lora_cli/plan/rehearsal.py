@@ -1,12 +1,14 @@
-"""One training step rehearsed on tensors without storage: which bytes are alive when, without a weight being loaded.
+"""One training step rehearsed on tensors without storage: which bytes are alive when, without a
+weight being loaded.
 
-The recipe's own network is built: transformers' model from its configuration, bitsandbytes' 4-bit weights, PEFT's
-adapters, DoRA's norms, checkpointing, autocast, the loss head and the optimiser. It then runs forward and backward on
-torch's fake tensors, which have shapes, types and lifetimes and no content, while every storage made is counted until
-it is freed. So nothing here knows how large an activation is: what autograd keeps is what is counted.
+The recipe's own network is built: transformers' model from its configuration, bitsandbytes' 4-bit
+weights, PEFT's adapters, DoRA's norms, checkpointing, autocast, the loss head and the optimiser. It
+then runs forward and backward on torch's fake tensors, which have shapes, types and lifetimes and
+no content, while every storage made is counted until it is freed. So nothing here knows how large
+an activation is: what autograd keeps is what is counted.
 
-What a fake tensor cannot show is memory that kernels take and give back inside one operation. One such is known and
-added: the weight that a product with a 4-bit one dequantises.
+What a fake tensor cannot show is memory that kernels take and give back inside one operation. One
+such is known and added: the weight that a product with a 4-bit one dequantises.
 """
 
 from __future__ import annotations
@@ -47,7 +49,14 @@ LARGE = 32 << 20
 """Bytes from which on glibc gives memory back as soon as it is freed."""
 OFFLOADED = 1024
 """Bytes from which on TRL offloads what is kept for the backward pass."""
-UNFORESEEN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError)
+UNFORESEEN = (
+    RuntimeError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+)
 
 
 class Batch(NamedTuple):
@@ -62,12 +71,14 @@ class Batch(NamedTuple):
 
 
 class Unforeseen(LoraError):
-    """The network does something that depends on the content of its tensors, so that it cannot be rehearsed."""
+    """The network does something that depends on the content of its tensors, so that it cannot be
+    rehearsed."""
 
 
 @contextmanager
 def translate_unforeseen() -> Iterator[None]:
-    """What the libraries raise inside, for tensors without content, as Unforeseen in their words."""
+    """What the libraries raise inside, for tensors without content, as Unforeseen in their
+    words."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # says all again, with a traceback
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -75,7 +86,9 @@ def translate_unforeseen() -> Iterator[None]:
         yield
     except UNFORESEEN as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Unforeseen(f"the memory of this recipe cannot be foreseen: {said}", "train, and watch it") from error
+        raise Unforeseen(
+            f"the memory of this recipe cannot be foreseen: {said}", "train, and watch it"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -88,7 +101,8 @@ _Packed.__name__ = Params4bit.__name__
 
 
 class Peaks(NamedTuple):
-    """Bytes by item at the moments when there are most of all, of the `small` storages, and of the `large` ones."""
+    """Bytes by item at the moments when there are most of all, of the `small` storages, and of the
+    `large` ones."""
 
     all: Counter[str]
     small: Counter[str]
@@ -98,8 +112,8 @@ class Peaks(NamedTuple):
 class Live(TorchDispatchMode):
     """Counts the bytes of every storage that operations inside make, until it is freed.
 
-    `now` has the bytes by item, of all, of small and of large storages; `most` each at its own highest so far. What is
-    made counts as `item`.
+    `now` has the bytes by item, of all, of small and of large storages; `most` each at its own
+    highest so far. What is made counts as `item`.
     """
 
     def __init__(self) -> None:
@@ -110,7 +124,9 @@ class Live(TorchDispatchMode):
         self.owner: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is GROUPED and args[0].dtype == torch.float32:  # torch's fake of it knows bfloat16 only
+        if (
+            func is GROUPED and args[0].dtype == torch.float32
+        ):  # torch's fake of it knows bfloat16 only
             made = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
         else:
             made = func(*args, **(kwargs or {}))
@@ -159,7 +175,8 @@ class Live(TorchDispatchMode):
 def build_adapted(
     recipe: Recipe, config: PretrainedConfig, vocabulary: int = 0, new_ids: list[int] | None = None
 ) -> PeftModel:
-    """The settled recipe's base with its adapter on the `meta` device; embeddings with at least `vocabulary` rows.
+    """The settled recipe's base with its adapter on the `meta` device; embeddings with at least
+    `vocabulary` rows.
 
     UsageError where the recipe's names match nothing in the base.
     """
@@ -181,10 +198,13 @@ def build_adapted(
 
 def _quantize_modules(recipe: Recipe, base: PreTrainedModel) -> None:
     """Replace what transformers would quantise by bitsandbytes' modules, on the `meta` device."""
-    quantizer = AutoHfQuantizer.from_config(upstream.build_quantization_config(recipe), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(
+        upstream.build_quantization_config(recipe), pre_quantized=False
+    )
     quantizer.preprocess_model(model=base, device_map=None)
     base.is_loaded_in_4bit = True  # PEFT asks
-    # bitsandbytes keeps the first table it makes for the whole process: it must not be one without content
+    # bitsandbytes keeps the first table it makes for the whole process: it must not be one without
+    # content
     with torch.device("cpu"):
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     for module in base.modules():
@@ -209,7 +229,9 @@ def _materialise(network: nn.Module) -> None:
 
 def _fake_tensor(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, Params4bit):
-        return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+        return nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad
+        )
     whole = torch.empty(parameter.quant_state.shape, dtype=parameter.quant_state.dtype)
     packed, state = functional.quantize_4bit(
         whole,
@@ -228,8 +250,8 @@ def _fake_tensor(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
 class Rehearsal:
     """A recipe's network on fake tensors, on which steps of any shape can be run.
 
-    `recipe` is settled; `adapted` comes from `skeleton` and belongs to the rehearsal from now on; `kind` is the
-    device's, as torch names it. Raises Unforeseen.
+    `recipe` is settled; `adapted` comes from `skeleton` and belongs to the rehearsal from now on;
+    `kind` is the device's, as torch names it. Raises Unforeseen.
     """
 
     def __init__(self, recipe: Recipe, adapted: PeftModel, kind: str = "cpu") -> None:
@@ -237,7 +259,8 @@ class Rehearsal:
         self.base: Any = adapted.get_base_model()
         self.arguments = upstream.build_training_arguments(recipe)
         self.quantised_from = 0
-        """Bytes of the weights that 4-bit ones are made from, as they are in a checkpoint of the model's type."""
+        """Bytes of the weights that 4-bit ones are made from, as they are in a checkpoint of the
+        model's type."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake():
             self._prepare()
@@ -248,11 +271,14 @@ class Rehearsal:
             yield
 
     def _prepare(self) -> None:
-        """Everything that lives as long as the run: weights, adapters, what DoRA keeps, the optimiser's state."""
+        """Everything that lives as long as the run: weights, adapters, what DoRA keeps, the
+        optimiser's state."""
         _materialise(self.adapted)
         packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
         size = getattr(torch, self.recipe.model.dtype).itemsize
-        self.quantised_from = sum(module.in_features * module.out_features for module in packed) * size
+        self.quantised_from = (
+            sum(module.in_features * module.out_features for module in packed) * size
+        )
         self.trained = [parameter for _, parameter in attach.walk_trainable(self.adapted)]
         for parameter in self.trained:
             self.live.belongs(parameter, ADAPTERS)
@@ -268,8 +294,12 @@ class Rehearsal:
         self.adapted.train()
         if self.arguments.activation_checkpointing:
             options = dict(self.arguments.activation_checkpointing_kwargs or {})
-            chosen = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **chosen)
+            chosen = {
+                name: options.pop(name) for name in ("every_n_layers", "offload") if name in options
+            }
+            self.base.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=options or None, **chosen
+            )
             self.adapted.enable_input_require_grads()
         self.live.item = GRADIENTS
         for parameter in self.trained:
@@ -315,7 +345,8 @@ class Rehearsal:
         return Peaks(*(Counter(most) for most in self.live.most))
 
     def _kept_elsewhere(self) -> AbstractContextManager[Any]:
-        """With activation offloading, what TRL moves to the host's memory until the backward pass wants it."""
+        """With activation offloading, what TRL moves to the host's memory until the backward pass
+        wants it."""
         if not getattr(self.arguments, "activation_offloading", False):
             return nullcontext()
         stays = {parameter.untyped_storage()._cdata for parameter in self.adapted.parameters()}
@@ -326,14 +357,21 @@ class Rehearsal:
             return kept.shape, kept.stride(), kept.dtype
 
         def unpack(kept: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:
-            return kept if isinstance(kept, torch.Tensor) else torch.empty_strided(*kept[:2], dtype=kept[2])
+            return (
+                kept
+                if isinstance(kept, torch.Tensor)
+                else torch.empty_strided(*kept[:2], dtype=kept[2])
+            )
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
         packed = self.recipe.training.packing not in (False, None)
-        inputs = {"input_ids": ids, "position_ids" if packed else "attention_mask": torch.ones_like(ids)}
+        inputs = {
+            "input_ids": ids,
+            "position_ids" if packed else "attention_mask": torch.ones_like(ids),
+        }
         if self.recipe.training.loss_head == "stock":
             self.live.item = HEAD if self.recipe.training.gradient_checkpointing else ACTIVATIONS
             fused = {"fused_lm_head": True} if self.recipe.trainer == "sft" else {}

@@ -1,6 +1,6 @@
-"""`lora plan`: what a recipe will need, before anything is downloaded but a configuration and a tokenizer: parameters,
-memory item by item, whether that fits a device, the largest batch and length that do, steps, and hours at a speed.
-"""
+"""`lora plan`: what a recipe will need, before anything is downloaded but a configuration and a
+tokenizer: parameters, memory item by item, whether that fits a device, the largest batch and length
+that do, steps, and hours at a speed."""
 
 from __future__ import annotations
 
@@ -38,14 +38,21 @@ class Time(NamedTuple):
     source: str
 
 
-def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool) -> None:
-    """Print the plan of a recipe; LoraError for what would be refused by training before its first step."""
+def show_plan(
+    recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool
+) -> None:
+    """Print the plan of a recipe; LoraError for what would be refused by training before its first
+    step."""
     device = hardware.parse_gpu(gpu) if gpu else hardware.detect_device()
     auto.try_configurations(recipe, device)
     base = Base.of_recipe(recipe)
     recipe, choices = auto.settle(recipe, base.dtype, device, memory.levers(base.config, device))
     tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base)
-    rows = load.load_rows(recipe, tokenizer)[0] if read_data or _are_rows_at_hand(recipe, tokenizer) else None
+    rows = (
+        load.load_rows(recipe, tokenizer)[0]
+        if read_data or _are_rows_at_hand(recipe, tokenizer)
+        else None
+    )
     adapted = rehearsal.build_adapted(recipe, base.config, len(tokenizer), new_ids)
     parameters, kinds = adapted.get_nb_trainable_parameters(), count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
@@ -57,25 +64,35 @@ def show_plan(recipe: Recipe, gpu: str | None, tokens_per_second: float | None, 
         "choices": [choice._asdict() for choice in choices],
         "parameters": {"total": parameters[1], "trained": parameters[0], "trained_by_kind": kinds},
         "batch": batch._asdict(),
-        "memory": {"items": need.items, "total": need.total, "device": device._asdict(), "fits": forecast.fits(batch)},
+        "memory": {
+            "items": need.items,
+            "total": need.total,
+            "device": device._asdict(),
+            "fits": forecast.fits(batch),
+        },
         "largest": largest,
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
     }
     print(
-        json.dumps(report) if as_json else "\n".join(_format_lines(recipe, device, report, [str(c) for c in choices]))
+        json.dumps(report)
+        if as_json
+        else "\n".join(_format_lines(recipe, device, report, [str(c) for c in choices]))
     )
 
 
 def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether counting the rows takes no time: small local files, or any that are prepared already."""
+    """Whether counting the rows takes no time: small local files, or any that are prepared
+    already."""
     found = list[Path]()
     for given in [part.path for part in recipe.data.mix] if recipe.data.mix else [recipe.data.path]:
         for path in [given] if isinstance(given, str) else given or []:
             local = [Path(name) for name in glob(path)]  # noqa: PTH207 - also absolute ones
             if not local:
                 return False
-            found += [file for each in local for file in ([each] if each.is_file() else each.rglob("*"))]
+            found += [
+                file for each in local for file in ([each] if each.is_file() else each.rglob("*"))
+            ]
     if sum(file.stat().st_size for file in found) <= SMALL:
         return True
     if recipe.data.mix or recipe.data.path is None:
@@ -93,25 +110,36 @@ def count_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
         modules[name.rpartition(".")[2]] += 1
     for name, parameter in attach.walk_trainable(adapted):
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        kind = owner.rpartition(".")[2] if owner else name.removesuffix(".weight").rpartition(".")[2]
+        kind = (
+            owner.rpartition(".")[2] if owner else name.removesuffix(".weight").rpartition(".")[2]
+        )
         trained[kind] += parameter.numel()
     return {kind: (modules[kind], trained[kind]) for kind in trained}
 
 
 def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, int | None]:
-    """The largest batch size and length that fit, the other as it is; None for a batch size that is of no matter."""
+    """The largest batch size and length that fit, the other as it is; None for a batch size that is
+    of no matter."""
     training = forecast.recipe.training
-    longest = min(getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST, LONGEST)
+    longest = min(
+        getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST, LONGEST
+    )
     found: dict[str, int | None] = {"per_device_train_batch_size": None}
     if training.packing == "step":
-        found["max_length"] = forecast.largest(lambda n: Batch(1, n, waiting=True), batch.length, longest)
+        found["max_length"] = forecast.largest(
+            lambda n: Batch(1, n, waiting=True), batch.length, longest
+        )
         return found
     size = training.per_device_train_batch_size
     one_sequence = batch.rows == 1 and batch.length >= size > 1
     each = batch.length // size if one_sequence else batch.length
 
     def shape(rows: int, length: int) -> Batch:
-        return Batch(1, rows * length, batch.waiting) if one_sequence else Batch(rows, length, batch.waiting)
+        return (
+            Batch(1, rows * length, batch.waiting)
+            if one_sequence
+            else Batch(rows, length, batch.waiting)
+        )
 
     found["per_device_train_batch_size"] = forecast.largest(lambda n: shape(n, each), size, 4096)
     found["max_length"] = forecast.largest(lambda n: shape(size, n), each, longest)
@@ -126,7 +154,8 @@ def _estimate_time(
     steps: sizes.Steps | None,
     tokens_per_second: float | None,
 ) -> Time | None:
-    """How long the run takes at the given speed, or at an assumed share of the device's peak; None where neither is."""
+    """How long the run takes at the given speed, or at an assumed share of the device's peak; None
+    where neither is."""
     if rows is None or steps is None or rows.stream is not None:
         return None
     tokens = rows.counts.tokens * steps.steps / steps.steps_per_epoch
@@ -136,23 +165,37 @@ def _estimate_time(
     if peak is None:
         return None
     mean = rows.counts.tokens / max(len(rows.rows), 1)
-    each = flops.count_per_token(adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1))
+    each = flops.count_per_token(
+        adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1)
+    )
     speed = ASSUMED_USE * peak / each
-    return Time(tokens / speed, speed, f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s")
+    return Time(
+        tokens / speed,
+        speed,
+        f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s",
+    )
 
 
-def _format_lines(recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]) -> Iterator[str]:
+def _format_lines(
+    recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]
+) -> Iterator[str]:
     parameters, found, batch = report["parameters"], report["memory"], Batch(**report["batch"])
     yield f"{recipe.method} on {recipe.model.name_or_path}"
     yield from (f"  {choice}" for choice in choices)
     share = parameters["trained"] / parameters["total"]
     yield f"\n{parameters['total']:,} parameters, {parameters['trained']:,} of them trained ({share:.2%})"
-    kinds = [[kind, str(count), f"{number:,}"] for kind, (count, number) in parameters["trained_by_kind"].items()]
+    kinds = [
+        [kind, str(count), f"{number:,}"]
+        for kind, (count, number) in parameters["trained_by_kind"].items()
+    ]
     yield ui.format_table(["kind of module", "modules", "trained"], kinds)
     yield f"\nmemory at the peak of a step: {batch.rows} x {batch.length} tokens in one forward pass"
     yield ui.format_table(
         ["", "GiB"],
-        [[name, f"{size / hardware.GIB:.2f}"] for name, size in [*found["items"].items(), ("total", found["total"])]],
+        [
+            [name, f"{size / hardware.GIB:.2f}"]
+            for name, size in [*found["items"].items(), ("total", found["total"])]
+        ],
     )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"

@@ -1,4 +1,5 @@
-"""Recipes: keys, strict YAML, messages, schema, and the objects that PEFT, TRL and transformers take."""
+"""Recipes: keys, strict YAML, messages, schema, and the objects that PEFT, TRL and transformers
+take."""
 
 from lora_cli.recipe.initialisations import find_initialisation
 from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Section, Training

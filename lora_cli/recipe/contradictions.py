@@ -17,15 +17,23 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     dora = recipe.method in ("dora", "qdora")
     if recipe.lora.use_dora is not None and recipe.lora.use_dora != dora:
         says = str(recipe.lora.use_dora).lower()
-        yield f"{recipe.where('lora', 'use_dora')} is {says}, but method is {recipe.method}", "change one of them"
+        yield (
+            f"{recipe.where('lora', 'use_dora')} is {says}, but method is {recipe.method}",
+            "change one of them",
+        )
     if recipe.source("quantization") and not recipe.quantized:
         place = recipe.where("quantization")
-        yield f"{place} has no effect with method: {recipe.method}", "use method: qlora, or remove the section"
+        yield (
+            f"{place} has no effect with method: {recipe.method}",
+            "use method: qlora, or remove the section",
+        )
     if recipe.trainer == "sft" and recipe.adapts_head:
         yield f"{recipe.where('trainer')}: SFTTrainer cannot adapt the output head", "trainer: auto"
     if recipe.trainer == "trainer" or (recipe.trainer == "auto" and recipe.adapts_head):
         own = recipe.objective.list_own_fields()
-        for key in sorted((recipe.training.model_fields_set & own) - TrainingFields.model_fields.keys()):
+        for key in sorted(
+            (recipe.training.model_fields_set & own) - TrainingFields.model_fields.keys()
+        ):
             yield (
                 f"{recipe.where('training', key)} works only with trainer: sft",
                 (
@@ -36,13 +44,19 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
             )
         if recipe.training.packing in (True, "dataset"):
             place = recipe.where("training", "packing")
-            yield f"{place}: packing the whole data set works only with trainer: sft", "packing: step"
+            yield (
+                f"{place}: packing the whole data set works only with trainer: sft",
+                "packing: step",
+            )
     if recipe.training.packing == "step" and getattr(recipe.training, "padding_free", None):
         place = recipe.where("training", "padding_free")
         yield f"{place} has no effect with training.packing: step", "remove one of them"
     if recipe.training.on_oom == "reduce" and recipe.training.save_only_model:
         place = recipe.where("training", "on_oom")
-        yield f"{place}: reduce goes on from a checkpoint, and save_only_model leaves out half of it", "remove one"
+        yield (
+            f"{place}: reduce goes on from a checkpoint, and save_only_model leaves out half of it",
+            "remove one",
+        )
     yield from _list_data_contradictions(recipe)
     training, given = recipe.training, recipe.training.model_fields_set
     if {"gradient_checkpointing", "activation_checkpointing"} <= given:
@@ -51,7 +65,9 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     yield from _list_init_contradictions(recipe)
     if Path(recipe.output_dir).resolve() in (Path.cwd(), *Path.cwd().parents):
         yield f"{recipe.where('output_dir')} must be a folder of its own", "output_dir: runs/NAME"
-    if training.eval_strategy in ("steps", "epoch") and not (recipe.data.eval_path or recipe.data.eval_split):
+    if training.eval_strategy in ("steps", "epoch") and not (
+        recipe.data.eval_path or recipe.data.eval_split
+    ):
         place = recipe.where("training", "eval_strategy")
         yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
 
@@ -63,10 +79,18 @@ def _list_data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]
         yield f"{recipe.where('data')} names nothing to train on", "add data.path, or data.mix"
     if data.mix is not None:
         for key in ("path", "name", "revision", "split", "format", "columns", "max_rows"):
-            if getattr(data, key) != type(data).model_fields[key].get_default(call_default_factory=True):
-                yield f"{recipe.where('data', key)} and data.mix exclude each other", f"give {key} within data.mix"
+            if getattr(data, key) != type(data).model_fields[key].get_default(
+                call_default_factory=True
+            ):
+                yield (
+                    f"{recipe.where('data', key)} and data.mix exclude each other",
+                    f"give {key} within data.mix",
+                )
         if data.eval_split and not data.eval_path:
-            yield f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix", "add data.eval_path"
+            yield (
+                f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix",
+                "add data.eval_path",
+            )
     if data.streaming:
         place = recipe.where("data", "streaming")
         if recipe.training.max_steps < 0:
@@ -87,9 +111,15 @@ def _list_init_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]
     initial = found.name if found else None
     place = recipe.where("lora", "init_lora_weights")
     if recipe.quantized and found and found.needs_linear:
-        yield f"{place} needs the base's weights, which {recipe.method} stores in 4 bits", "use method: lora or dora"
+        yield (
+            f"{place} needs the base's weights, which {recipe.method} stores in 4 bits",
+            "use method: lora or dora",
+        )
     if not recipe.quantized and initial == "loftq":
-        yield f"{place} makes up for 4-bit storage, which {recipe.method} does not have", "use method: qlora or qdora"
+        yield (
+            f"{place} makes up for 4-bit storage, which {recipe.method} does not have",
+            "use method: qlora or qdora",
+        )
     if recipe.method == "dora" and initial == "mica":
         yield f"{place} is not defined for DoRA", "use method: lora"
     if recipe.lora.lora_bias and isinstance(recipe.lora.init_lora_weights, str):

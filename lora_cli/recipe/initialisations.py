@@ -1,4 +1,5 @@
-"""What an adapter's A and B may start from: PEFT's names, and what each asks for and does. The one table of them."""
+"""What an adapter's A and B may start from: PEFT's names, and what each asks for and does. The one
+table of them."""
 
 from __future__ import annotations
 
@@ -10,13 +11,17 @@ class Initialisation(NamedTuple):
 
     name: str
     needs_linear: bool = False
-    """PEFT computes it from the weight of a Linear: not of embeddings or convolutions, and not of 4-bit storage."""
+    """PEFT computes it from the weight of a Linear: not of embeddings or convolutions, and not of
+    4-bit storage."""
     moves_base: bool = False
-    """Training starts from s·B₀A₀ ≠ 0, which is taken off the base: what is saved has to make up for that."""
+    """Training starts from s·B₀A₀ ≠ 0, which is taken off the base: what is saved has to make up
+    for that."""
     changes_base_at_load: bool = False
-    """PEFT computes it again when it loads an adapter that names it, and changes the base's weights."""
+    """PEFT computes it again when it loads an adapter that names it, and changes the base's
+    weights."""
     repeated_at_load: bool = False
-    """PEFT computes it again when it loads an adapter that names it, whether or not that changes the base."""
+    """PEFT computes it again when it loads an adapter that names it, whether or not that changes
+    the base."""
     config: str | None = None
     """The field of LoraConfig that holds its settings."""
 
@@ -38,6 +43,11 @@ CONFIGS = {each.name: each.config for each in TABLE if each.config}
 
 
 def find_initialisation(written: object) -> Initialisation | None:
-    """Return the row of a value of init_lora_weights (`pissa_niter_4` is pissa); None for true, false and null."""
+    """Return the row of a value of init_lora_weights (`pissa_niter_4` is pissa); None for true,
+    false and null."""
     name = str(written).partition("_niter")[0]
-    return next((each for each in TABLE if each.name == name), None) if isinstance(written, str) else None
+    return (
+        next((each for each in TABLE if each.name == name), None)
+        if isinstance(written, str)
+        else None
+    )

@@ -1,8 +1,9 @@
 """What a recipe is: every key with its type, range, default and help.
 
-Ours are declared below; each other field of PEFT's `LoraConfig` and TRL's `SFTConfig` (hence transformers'
-`TrainingArguments`) is taken over under its own name from the installed versions. A recipe is frozen once loaded
-(`recipe_file.py`). Neither torch nor anything that imports it is imported here.
+Ours are declared below; each other field of PEFT's `LoraConfig` and TRL's `SFTConfig` (hence
+transformers' `TrainingArguments`) is taken over under its own name from the installed versions. A
+recipe is frozen once loaded (`recipe_file.py`). Neither torch nor anything that imports it is
+imported here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from lora_cli.recipe.strict_yaml import Keys, Place
 from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, DEFAULT_TASK, Objective, Task
 
 Auto = Literal["auto"]
-TAKEN_OVER: dict[str, Any] = {"x-upstream": True}  # marks the fields that are declared upstream, not here
+TAKEN_OVER: dict[str, Any] = {
+    "x-upstream": True
+}  # marks the fields that are declared upstream, not here
 DType = Literal["float32", "bfloat16", "float16"]
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -26,48 +29,68 @@ TokenIds = Annotated[list[Index], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys and lossy conversions are errors, nothing changes after loading."""
+    """What all sections share: unknown keys and lossy conversions are errors, nothing changes after
+    loading."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
     def given(self) -> dict[str, Any]:
-        """The values to hand upstream: all declared here, and of the taken-over fields those the recipe sets."""
-        taken_over = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == TAKEN_OVER}
+        """The values to hand upstream: all declared here, and of the taken-over fields those the
+        recipe sets."""
+        taken_over = {
+            name
+            for name, field in type(self).model_fields.items()
+            if field.json_schema_extra == TAKEN_OVER
+        }
         return {
-            name: _as_data(value) for name, value in self if name not in taken_over or name in self.model_fields_set
+            name: _as_data(value)
+            for name, value in self
+            if name not in taken_over or name in self.model_fields_set
         }
 
 
 def _as_data(value: Any) -> Any:
     """Sections within a list as data."""
-    return [item.given() if isinstance(item, Section) else item for item in value] if isinstance(value, list) else value
+    return (
+        [item.given() if isinstance(item, Section) else item for item in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 class Model(Section):
     """The base model."""
 
     name_or_path: Name
-    """A model on the hub (`HuggingFaceTB/SmolLM2-135M`) or a local folder, relative to the current folder."""
+    """A model on the hub (`HuggingFaceTB/SmolLM2-135M`) or a local folder, relative to the current
+    folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; the commit it resolves to is recorded."""
     dtype: Auto | DType = "auto"
-    """Type of the base weights and of the computation; `auto`: bfloat16 where the hardware computes it natively."""
+    """Type of the base weights and of the computation; `auto`: bfloat16 where the hardware computes
+    it natively."""
     attn_implementation: Auto | str | None = "auto"
-    """Attention kernel (`sdpa`, `eager`, `flash_attention_2`, …); null leaves the choice to transformers; `auto`: flash
-    attention on a GPU where it is installed."""
+    """Attention kernel (`sdpa`, `eager`, `flash_attention_2`, …); null leaves the choice to
+    transformers; `auto`: flash attention on a GPU where it is installed."""
     chat_template: str = "auto"
-    """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the tokenizer's own template,
-    else `alpaca`. It is saved with the adapter, the merged model and the GGUF."""
+    """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the
+    tokenizer's own template, else `alpaca`. It is saved with the adapter, the merged model and the
+    GGUF."""
     system_prompt: Name | None = None
-    """What a conversation without a system message begins with. It becomes part of the chat template, and so holds
-    wherever the adapter, the merged model or the GGUF is used."""
+    """What a conversation without a system message begins with. It becomes part of the chat
+    template, and so holds wherever the adapter, the merged model or the GGUF is used."""
     add_tokens: list[Name] = Field(default_factory=list)
-    """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of embeddings and head are
-    trained, and nothing else of them."""
+    """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of
+    embeddings and head are trained, and nothing else of them."""
     add_special_tokens: list[Name] = Field(default_factory=list)
-    """The same for tokens that are marks rather than text (`<|im_start|>`): left out when an answer is printed."""
+    """The same for tokens that are marks rather than text (`<|im_start|>`): left out when an answer
+    is printed."""
 
 
 class LoraFields(Section):
@@ -80,39 +103,48 @@ class LoraFields(Section):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training."""
     target_modules: Name | list[Name] = "all-linear"
-    """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but the output head)."""
+    """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but
+    the output head)."""
     exclude_modules: Name | Names | None = None
-    """Modules that get none although target_modules names them: endings or one regular expression."""
+    """Modules that get none although target_modules names them: endings or one regular
+    expression."""
     modules_to_save: Names | None = None
     """Modules that are trained whole, and saved with the adapter."""
     target_parameters: Names | None = None
-    """Parameters that get an adapter where there is no module to name, such as fused experts: name endings."""
+    """Parameters that get an adapter where there is no module to name, such as fused experts: name
+    endings."""
     use_dora: bool | None = None
     """Weight-decomposed LoRA; follows from `method` and need not be set."""
     init_lora_weights: bool | Annotated[str, Field(pattern=initialisations.PATTERN)] = True
-    """Initial A and B. true: Kaiming-uniform A and zero B; false: both random, for tests. gaussian, orthogonal, mica
-    (trains A only): drawn or from the base's weights. eva, corda, lora_ga: from the first rows of the data, see
-    eva_config, corda_config, lora_ga_config. loftq (qlora, qdora): makes up for the error of the 4-bit storage. pissa,
-    pissa_niter_N, olora, corda and lora_ga move part of the base's weights into the adapter; it is saved as a plain one
-    of twice the rank on the base as it is."""
+    """Initial A and B. true: Kaiming-uniform A and zero B; false: both random, for tests. gaussian,
+    orthogonal, mica (trains A only): drawn or from the base's weights. eva, corda, lora_ga: from
+    the first rows of the data, see eva_config, corda_config, lora_ga_config. loftq (qlora, qdora):
+    makes up for the error of the 4-bit storage. pissa, pissa_niter_N, olora, corda and lora_ga move
+    part of the base's weights into the adapter; it is saved as a plain one of twice the rank on the
+    base as it is."""
     layers_to_transform: Index | Annotated[list[Index], Field(min_length=1)] | None = None
     """Only the modules in these layers, counted from 0; needs target_modules to be a list."""
     layers_pattern: Name | Names | None = None
-    """What stands before the layer's number in a module's name, where it is not what PEFT finds by itself."""
+    """What stands before the layer's number in a module's name, where it is not what PEFT finds by
+    itself."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Other ranks for some modules: name endings or regular expressions, each for other modules than the rest."""
+    """Other ranks for some modules: name endings or regular expressions, each for other modules
+    than the rest."""
     alpha_pattern: dict[str, Annotated[int | float, Field(gt=0)]] = Field(default_factory=dict)
     """Other lora_alpha for some modules, named as in rank_pattern."""
     trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
     """Rows of the embeddings to train whole; or the rows by module (`embed_tokens: [5, 6]`)."""
     lora_bias: bool = False
-    """Also train a bias in B; every adapted module must have one itself, or merging would have no place for it."""
+    """Also train a bias in B; every adapted module must have one itself, or merging would have no
+    place for it."""
     autocast_adapter_dtype: bool = True
-    """Keep the adapter's weights in float32 whatever the base's type (PEFT's argument of that name)."""
+    """Keep the adapter's weights in float32 whatever the base's type (PEFT's argument of that
+    name)."""
 
 
 class Quantization(Section):
-    """4-bit storage of the base, for `qlora` and `qdora`: fields of transformers' `BitsAndBytesConfig`."""
+    """4-bit storage of the base, for `qlora` and `qdora`: fields of transformers'
+    `BitsAndBytesConfig`."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit code: NF4 is optimal for normally distributed weights."""
@@ -140,7 +172,8 @@ class Rows(Section):
     path: Paths
     """As data.path."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often each row is seen in an epoch: 2 twice, 0.5 one half of the rows, drawn by training.seed."""
+    """How often each row is seen in an epoch: 2 twice, 0.5 one half of the rows, drawn by
+    training.seed."""
     name: str | None = None
     """As data.name."""
     revision: str | None = None
@@ -159,8 +192,8 @@ class Data(Section):
     """What is trained on."""
 
     path: Paths | None = None
-    """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv .tsv .txt, also
-    under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list."""
+    """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv
+    .tsv .txt, also under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list."""
     mix: Annotated[list[Rows], Field(min_length=1)] | None = None
     """Several data sets in place of path, each with a weight, and its own format and columns."""
     name: str | None = None
@@ -174,29 +207,32 @@ class Data(Section):
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
     format: Auto | Format = "auto"
-    """Shape of a row; `auto` tells by the columns: instruction/input/output, prompt/completion, OpenAI's messages,
-    ShareGPT's conversations, text, or input_ids with labels."""
+    """Shape of a row; `auto` tells by the columns: instruction/input/output, prompt/completion,
+    OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens with loss: the last answer, every answer, or everything. A turn with `train: false` or `weight: 0` has
-    none."""
+    """Tokens with loss: the last answer, every answer, or everything. A turn with `train: false` or
+    `weight: 0` has none."""
     on_long_row: Literal["drop", "truncate", "split", "error"] = "drop"
-    """A row over training.max_length tokens is left out, cut at the end, cut into several, or an error; counted."""
+    """A row over training.max_length tokens is left out, cut at the end, cut into several, or an
+    error; counted."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used (no JSON, a column missing or no text, an unknown role, …) is an error, or left out;
-    counted by kind, the first named with file and line."""
+    """A row that cannot be used (no JSON, a column missing or no text, an unknown role, …) is an
+    error, or left out; counted by kind, the first named with file and line."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use at most this many rows."""
     streaming: bool = False
-    """Prepare rows while training instead of before it, for sets that do not fit on the disk; needs training.max_steps.
-    The data are read again when they end. In a mix, weights then say how often a row of each is drawn."""
+    """Prepare rows while training instead of before it, for sets that do not fit on the disk; needs
+    training.max_steps. The data are read again when they end. In a mix, weights then say how often
+    a row of each is drawn."""
     shuffle_buffer: Annotated[int, Field(ge=1)] = 10_000
     """With streaming: rows are drawn at random from so many that were read; 1 keeps their order."""
 
 
 class TrainingFields(Section):
-    """The run: every field of TRL's `SFTConfig`, which extends transformers' `TrainingArguments`."""
+    """The run: every field of TRL's `SFTConfig`, which extends transformers'
+    `TrainingArguments`."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     """Peak learning rate; adapters want about ten times that of full fine-tuning."""
@@ -215,9 +251,11 @@ class TrainingFields(Section):
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Longest row in tokens; see data.on_long_row."""
     gradient_checkpointing: Auto | bool = "auto"
-    """Recompute activations instead of keeping them; `auto`: where the run does not fit without, see `lora plan`."""
+    """Recompute activations instead of keeping them; `auto`: where the run does not fit without,
+    see `lora plan`."""
     optim: str = "auto"
-    """Optimiser; `auto`: fused AdamW, or on a GPU a paged one of 8 bits where the run does not fit otherwise."""
+    """Optimiser; `auto`: fused AdamW, or on a GPU a paged one of 8 bits where the run does not fit
+    otherwise."""
     torch_compile: Auto | bool = "auto"
     """Compile the decoder's layers, each by itself; `auto`: no."""
     use_liger_kernel: Auto | bool = "auto"
@@ -225,14 +263,17 @@ class TrainingFields(Section):
     dataloader_num_workers: Auto | Annotated[int, Field(ge=0)] = "auto"
     """Processes that put batches together; `auto`: 0, in the run's own."""
     packing: Auto | Literal["step", "dataset"] | bool = "auto"
-    """Rows share sequences, kept apart. step: those of one optimiser step, so that the run stays the same without its
-    padding; dataset (or true): TRL's packing over the whole set, whose steps see other rows than the batch size says;
-    false: padded batches; `auto`: step, for models in which it keeps rows apart."""
+    """Rows share sequences, kept apart. step: those of one optimiser step, so that the run stays
+    the same without its padding; dataset (or true): TRL's packing over the whole set, whose steps
+    see other rows than the batch size says; false: padded batches; `auto`: step, for models in
+    which it keeps rows apart."""
     loss_head: Auto | Literal["trained_tokens", "stock"] = "auto"
-    """Where logits are made: at tokens with a label only, some at a time, or as transformers and TRL do; `auto`: the
-    first, unless label smoothing, loss_type or Liger's kernels ask for the other."""
+    """Where logits are made: at tokens with a label only, some at a time, or as transformers and
+    TRL do; `auto`: the first, unless label smoothing, loss_type or Liger's kernels ask for the
+    other."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
-    """LoRA+: B learns this many times faster than A, which has learning_rate (the paper takes 16)."""
+    """LoRA+: B learns this many times faster than A, which has learning_rate (the paper takes
+    16)."""
     loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None
     """LoRA+: the learning rate of adapters on embeddings; unset: PEFT's 1e-6."""
     bf16: Auto | bool = "auto"
@@ -248,17 +289,19 @@ class TrainingFields(Section):
     report_to: str | list[str] = "none"
     """Also log to wandb, tensorboard, trackio, …"""
     eos_token: str | None = None
-    """Token that ends an answer, where it is not the tokenizer's own; saved with the adapter's tokenizer."""
+    """Token that ends an answer, where it is not the tokenizer's own; saved with the adapter's
+    tokenizer."""
     pad_token: str | None = None
     """Token that fills short rows, where it is not the tokenizer's own."""
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
     stop_on_loss_above: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Stop the run at the first step whose loss is higher: it diverges. A loss that is no number stops it in any
-    case."""
+    """Stop the run at the first step whose loss is higher: it diverges. A loss that is no number
+    stops it in any case."""
     on_oom: Literal["stop", "reduce"] = "stop"
-    """When memory runs out: stop and say what would need less, or halve the batch and double the accumulation (with
-    packing: step, halve the sequences), so that each step's rows stay what they are, and go on from the last step."""
+    """When memory runs out: stop and say what would need less, or halve the batch and double the
+    accumulation (with packing: step, halve the sequences), so that each step's rows stay what they
+    are, and go on from the last step."""
     save_only_model: bool = False
     """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
 
@@ -275,8 +318,10 @@ NOT_IN_LORA = {
     "megatron_core": "Megatron's layers are not what lora loads",
     "arrow_config": "Arrow routes between adapters that are trained already",
     "alora_invocation_tokens": "an aLoRA can be trained but not merged",
-    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would be another one",
-    "layer_replication": "replicated layers share weights, so PEFT merges their adapters into one another",
+    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would be another "
+    "one",
+    "layer_replication": "replicated layers share weights, so PEFT merges their adapters into one "
+    "another",
     "loftq_config": "use init_lora_weights: loftq; the bits are those of method: qlora",
 }
 NOT_IN_TRAINING = {
@@ -289,12 +334,15 @@ NOT_IN_TRAINING = {
     "truncation_mode": "use data.on_long_row",
     "shuffle_dataset": "rows are drawn in random order already; see train_sampling_strategy",
     "resume_from_checkpoint": "use lora train --resume",
-    "model_init_kwargs": "use model.revision, model.dtype and model.attn_implementation: merging loads the same base",
+    "model_init_kwargs": "use model.revision, model.dtype and model.attn_implementation: merging "
+    "loads the same base",
     "ignore_data_skip": "a resumed run is the same run: it goes on with the next rows",
     "auto_find_batch_size": "use training.on_oom: reduce, which keeps the rows of each step",
-    "dataloader_in_order": "rows in the order they happen to be ready make a run that nothing can repeat",
+    "dataloader_in_order": "rows in the order they happen to be ready make a run that nothing can "
+    "repeat",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "trust_remote_code": "only the command line allows code of a model's repository: --trust-remote-code",
+    "trust_remote_code": "only the command line allows code of a model's repository: "
+    "--trust-remote-code",
     "hub_token": "a recipe is no place for a secret: set HF_TOKEN in the environment",
     "disable_tqdm": "lora draws its own progress line",
     "do_train": "lora train always trains",
@@ -318,10 +366,16 @@ RENAMED = {
 }
 
 
-def _take_over(base: type[Section], name: str, upstream: Sequence[tuple[str, str, str]], without: set[str]) -> Any:
-    """`base` with every other field of the `upstream` classes added under its own name, type, default and help."""
+def _take_over(
+    base: type[Section], name: str, upstream: Sequence[tuple[str, str, str]], without: set[str]
+) -> Any:
+    """`base` with every other field of the `upstream` classes added under its own name, type,
+    default and help."""
     added: dict[str, Any] = {
-        field.name: (field.annotation, Field(field.default, description=field.help, json_schema_extra=TAKEN_OVER))
+        field.name: (
+            field.annotation,
+            Field(field.default, description=field.help, json_schema_extra=TAKEN_OVER),
+        )
         for field in upstream_fields.read_fields(tuple(upstream)).values()
         if field.name not in base.model_fields and field.name not in without
     }
@@ -336,7 +390,9 @@ if TYPE_CHECKING:
 
 else:
     Lora = _take_over(LoraFields, "Lora", upstream_fields.LORA_CONFIG, set(NOT_IN_LORA))
-    Training = _take_over(TrainingFields, "Training", DEFAULT_OBJECTIVE.fields, set(NOT_IN_TRAINING))
+    Training = _take_over(
+        TrainingFields, "Training", DEFAULT_OBJECTIVE.fields, set(NOT_IN_TRAINING)
+    )
 
 
 class Recipe(Section):
@@ -347,8 +403,8 @@ class Recipe(Section):
     method: Literal["lora", "qlora", "dora", "qdora"] = "lora"
     """What is trained: LoRA, DoRA, or either on a base stored in 4 bits (NF4, doubly quantised)."""
     trainer: Auto | Literal["sft", "trainer"] = "auto"
-    """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both. `auto`: sft, unless the
-    output head is adapted: SFTTrainer's loss passes by what is put on it."""
+    """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both. `auto`:
+    sft, unless the output head is adapted: SFTTrainer's loss passes by what is put on it."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)
@@ -376,8 +432,13 @@ class Recipe(Section):
 
     @property
     def adapts_head(self) -> bool:
-        """Whether something but a plain copy is put on the output head, as far as the recipe's names tell."""
-        tokens = self.model.add_tokens or self.model.add_special_tokens or self.lora.trainable_token_indices
+        """Whether something but a plain copy is put on the output head, as far as the recipe's
+        names tell."""
+        tokens = (
+            self.model.add_tokens
+            or self.model.add_special_tokens
+            or self.lora.trainable_token_indices
+        )
         named = [self.lora.target_modules, *(self.lora.target_parameters or [])]
         return bool(tokens) or any("lm_head" in str(name) for name in named)
 
@@ -391,13 +452,17 @@ class Recipe(Section):
         return self._places.get(keys)
 
     def placed(self, message: str) -> str:
-        """A message that begins with a key of this recipe, with the key's file and line before it."""
+        """A message that begins with a key of this recipe, with the key's file and line before
+        it."""
         key = message.partition(":")[0].partition(" ")[0]
-        place = self._places.get(tuple(int(part) if part.isdigit() else part for part in key.split(".")))
+        place = self._places.get(
+            tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        )
         return f"{place}: {message}" if place and "." in key else message
 
     def list_passed_on(self) -> list[str]:
-        """Where it sets fields of the libraries that lora itself has no use for, as `file:line: section.key`."""
+        """Where it sets fields of the libraries that lora itself has no use for, as `file:line:
+        section.key`."""
         sections = (("lora", self.lora, LoraFields), ("training", self.training, TrainingFields))
         return [
             self.where(name, key)
@@ -408,12 +473,19 @@ class Recipe(Section):
 
     def settled(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
         """A copy with the trainer and values of sections replaced: what `auto` resolved to."""
-        sections = {name: getattr(self, name).model_copy(update=values) for name, values in changes.items()}
+        sections = {
+            name: getattr(self, name).model_copy(update=values) for name, values in changes.items()
+        }
         return self.model_copy(update={"trainer": trainer, **sections})
 
     def plain(self) -> dict[str, Any]:
-        """The recipe as data that loads to the same recipe: everything declared, and all that was set."""
+        """The recipe as data that loads to the same recipe: everything declared, and all that was
+        set."""
         sections = ("model", "lora", "quantization", "data", "training")
         result: dict[str, Any] = {"method": self.method, "trainer": self.trainer}
-        result |= {name: getattr(self, name).given() for name in sections if name != "quantization" or self.quantized}
+        result |= {
+            name: getattr(self, name).given()
+            for name in sections
+            if name != "quantization" or self.quantized
+        }
         return result | {"output_dir": self.output_dir}

@@ -1,4 +1,5 @@
-"""A recipe's file: YAML, what it extends and `--set` become one `Recipe`, or all problems at once with line and fix."""
+"""A recipe's file: YAML, what it extends and `--set` become one `Recipe`, or all problems at once
+with line and fix."""
 
 from __future__ import annotations
 
@@ -18,20 +19,24 @@ from lora_cli.recipe.strict_yaml import Document, Keys, Place
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every problem at once."""
+    """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every
+    problem at once."""
     document = _read_chain(path, ())
     if not isinstance(document.data, dict):
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     for text in overrides:
         override = _parse_override(text)
         if "extends" in override.data:
-            raise UsageError(f"--set {text}: extends belongs in the file", "--set overrides other values")
+            raise UsageError(
+                f"--set {text}: extends belongs in the file", "--set overrides other values"
+            )
         document = _merge(document, override)
     if not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     if secret := privacy.find_held_secret(document.data):
         raise UsageError(
-            f"{path}: the recipe holds the value of {secret}, and it is written to the run's folder",
+            f"{path}: the recipe holds the value of {secret}, "
+            "and it is written to the run's folder",
             "take it out: what needs it reads the environment",
         )
     document.data.pop("extends", None)
@@ -47,8 +52,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-HOME_PATHS = {"model": ("name_or_path", "chat_template"), "data": ("path", "eval_path"), "": ("output_dir",)}
-"""Keys whose value may be a path, by section: there `~/` is the user's home folder, which only a shell knows else."""
+HOME_PATHS = {
+    "model": ("name_or_path", "chat_template"),
+    "data": ("path", "eval_path"),
+    "": ("output_dir",),
+}
+"""Keys whose value may be a path, by section: there `~/` is the user's home folder, which only a
+shell knows else."""
 
 
 def _expand_home(data: dict[str, Any]) -> None:
@@ -82,7 +92,9 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
         raise UsageError(f"{place}: extends goes in a circle: {circle}", "remove one")
     if not base.is_file():
         why = "is no file" if base.exists() else "does not exist"
-        raise UsageError(f"{place}: {base}, which it extends, {why}", "the path is relative to this file")
+        raise UsageError(
+            f"{place}: {base}, which it extends, {why}", "the path is relative to this file"
+        )
     return _merge(_read_chain(base, (*above, path)), document)
 
 
@@ -104,7 +116,9 @@ def _parse_override(text: str) -> Document:
     """`section.key=value` as a document whose places are the option itself."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise UsageError(f"--set {text}: expected section.key=value", "--set training.learning_rate=1e-4")
+        raise UsageError(
+            f"--set {text}: expected section.key=value", "--set training.learning_rate=1e-4"
+        )
     document = strict_yaml.parse(value, f"--set {text}", first_line=0)
     data, keys = document.data if document.places else value, tuple(key.split("."))
     places: dict[Keys, Place] = {(*keys, *inner): place for inner, place in document.places.items()}

@@ -30,7 +30,9 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
                 break
             keys = (*keys, part)
         by_key.setdefault(keys, []).append(detail)
-    for keys, details in sorted(by_key.items(), key=lambda item: _find_place(item[0], document).line):
+    for keys, details in sorted(
+        by_key.items(), key=lambda item: _find_place(item[0], document).line
+    ):
         name, place = ".".join(map(_spell_key, keys)), _find_place(keys, document)
         if details[0]["type"] == "extra_forbidden":
             message, hint = _explain_unknown_key(keys)
@@ -40,11 +42,15 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
         else:
             allowed = " or ".join(dict.fromkeys(_describe_allowed(detail) for detail in details))
             wrong = details[0]["input"]
-            yield f"{place}: {name} is {_show(wrong)}, but must be {allowed}", _suggest_value(keys, wrong, details)
+            yield (
+                f"{place}: {name} is {_show(wrong)}, but must be {allowed}",
+                _suggest_value(keys, wrong, details),
+            )
 
 
 def _spell_key(key: str | int) -> str:
-    """A key as it may stand in a line: one that is long, or not of printable characters, is quoted and cut."""
+    """A key as it may stand in a line: one that is long, or not of printable characters, is quoted
+    and cut."""
     text = str(key)
     return text if text.isprintable() and 0 < len(text) <= 40 else _show(text)
 
@@ -59,36 +65,62 @@ def _explain_unknown_key(keys: Keys) -> tuple[str, str]:
     """What to say of a key that no section has."""
     *section, key = map(_spell_key, keys)
     name = ".".join([*section, key])
-    elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(section[0] if section else "", {})
+    elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(
+        section[0] if section else "", {}
+    )
     if key in elsewhere:
         return f"{name} cannot be set", elsewhere[key]
     if key in RENAMED:
         return f"{name} is not a known key", f"it is called {RENAMED[key]}"
     kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    sections = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+    sections = {
+        name: kind
+        for name, kind in kinds.items()
+        if isinstance(kind, type) and issubclass(kind, Section)
+    }
     homes = [parent for parent, model in sections.items() if key in model.model_fields]
     if homes:
         return f"{name} is not a known key", f"{key} belongs in the section {homes[0]}"
-    known = sections[section[0]].model_fields if section and section[0] in sections else Recipe.model_fields
+    known = (
+        sections[section[0]].model_fields
+        if section and section[0] in sections
+        else Recipe.model_fields
+    )
     if section[:2] == ["data", "mix"]:
         known = Rows.model_fields
     guess = find_nearest(key, known)
     return f"{name} is not a known key", (
-        f"did you mean {'.'.join([*section, guess])}?" if guess else "lora schema --markdown lists every key"
+        f"did you mean {'.'.join([*section, guess])}?"
+        if guess
+        else "lora schema --markdown lists every key"
     )
 
 
 def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
     """What to write in place of a wrong value: the word that was meant, or the default."""
     expected = " ".join(str(detail.get("ctx", {}).get("expected", "")) for detail in details)
-    if isinstance(wrong, str) and (guess := find_nearest(wrong, re.findall(r"'([^']+)'", expected))):
+    if isinstance(wrong, str) and (
+        guess := find_nearest(wrong, re.findall(r"'([^']+)'", expected))
+    ):
         return f"did you mean {guess}?"
     kind: Any = Recipe
     for key in keys[:-1]:
-        field = kind.model_fields.get(str(key)) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        field = (
+            kind.model_fields.get(str(key))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+            else None
+        )
         kind = field.annotation if field else None
-    field = kind.model_fields.get(str(keys[-1])) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    if field is None or field.is_required() or isinstance(field.get_default(call_default_factory=True), BaseModel):
+    field = (
+        kind.model_fields.get(str(keys[-1]))
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        else None
+    )
+    if (
+        field is None
+        or field.is_required()
+        or isinstance(field.get_default(call_default_factory=True), BaseModel)
+    ):
         return "lora schema --markdown describes every key"
     default = field.get_default(call_default_factory=True)
     if default is None:

@@ -1,7 +1,8 @@
 """Strict YAML: plain data, and the file and line each value came from.
 
-PyYAML reads `1e-4` as a string, `no` as False, and lets a duplicate key win. Here scalars follow YAML 1.2's core
-schema; a duplicate key, an alias or a tag is an error; and each value remembers its line for messages.
+PyYAML reads `1e-4` as a string, `no` as False, and lets a duplicate key win. Here scalars follow
+YAML 1.2's core schema; a duplicate key, an alias or a tag is an error; and each value remembers its
+line for messages.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A parsed file: `data` (dicts, lists, scalars) and the place of every key and list item by its path."""
+    """A parsed file: `data` (dicts, lists, scalars) and the place of every key and list item by its
+    path."""
 
     data: Any
     places: dict[Keys, Place]
@@ -45,9 +47,13 @@ class _CoreLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
-        forbidden = "aliases (*name)" if isinstance(event, yaml.AliasEvent) else f"tags ({event.tag})"
+        forbidden = (
+            "aliases (*name)" if isinstance(event, yaml.AliasEvent) else f"tags ({event.tag})"
+        )
         if isinstance(event, yaml.AliasEvent) or event.tag is not None:
-            raise yaml.composer.ComposerError(None, None, f"{forbidden} are not allowed", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"{forbidden} are not allowed", event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -61,7 +67,9 @@ for _tag, _pattern, _first in (
         list("-+0123456789."),
     ),
 ):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    _CoreLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
 
 
 def read(path: Path) -> Document:
@@ -75,11 +83,14 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, name: str, first_line: int = 1) -> Document:
-    """Parse `text`; `name` stands for the file in messages; `first_line` 0 makes every place the name alone."""
+    """Parse `text`; `name` stands for the file in messages; `first_line` 0 makes every place the
+    name alone."""
     places: dict[Keys, Place] = {(): Place(name, 1 if first_line else 0)}
 
     def fail(problem: str, mark: yaml.Mark) -> UsageError:
-        return UsageError(f"{place(mark)}: {problem}", f"mend line {mark.line + 1}, column {mark.column + 1}")
+        return UsageError(
+            f"{place(mark)}: {problem}", f"mend line {mark.line + 1}, column {mark.column + 1}"
+        )
 
     def place(mark: yaml.Mark) -> Place:
         return Place(name, mark.line + 1 if first_line else 0)
@@ -103,7 +114,10 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
             if UNWRITABLE.search(key):
                 raise fail("a key must be plain text", key_node.start_mark)
             if key in result:
-                raise fail(f"{key} is given twice (first on line {places[(*path, key)].line})", key_node.start_mark)
+                raise fail(
+                    f"{key} is given twice (first on line {places[(*path, key)].line})",
+                    key_node.start_mark,
+                )
             places[(*path, key)] = place(key_node.start_mark)
             result[key] = build(value_node, (*path, key))
         return result
@@ -115,7 +129,9 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
         assert error.problem_mark is not None, "the scanner, parser and composer always give one"
         raise fail(error.problem or "not valid YAML", error.problem_mark) from None
     except RecursionError:
-        raise UsageError(f"{name}: nested too deeply", "a recipe has sections of keys, no deeper") from None
+        raise UsageError(
+            f"{name}: nested too deeply", "a recipe has sections of keys, no deeper"
+        ) from None
     except yaml.YAMLError as error:  # an unprintable character: no mark
         raise UsageError(f"{name}: {str(error).splitlines()[0]}", "remove the character") from None
 
@@ -149,7 +165,9 @@ class _CoreDumper(yaml.SafeDumper):
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     special = any(
-        pattern.match(text) for resolvers in _CoreLoader.yaml_implicit_resolvers.values() for _, pattern in resolvers
+        pattern.match(text)
+        for resolvers in _CoreLoader.yaml_implicit_resolvers.values()
+        for _, pattern in resolvers
     )
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if special else None)
 

@@ -1,7 +1,8 @@
 """What a model is trained to do, and by what: a row per task and per objective.
 
-Everyone asks `recipe.task` and `recipe.objective`; nobody else knows their names. Nothing heavy is imported here:
-classes of other libraries are named, and taken from their modules when they are needed.
+Everyone asks `recipe.task` and `recipe.objective`; nobody else knows their names. Nothing heavy is
+imported here: classes of other libraries are named, and taken from their modules when they are
+needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A recipe as the objects PEFT, TRL and transformers take, and what its `auto` values become on this machine."""
+"""A recipe as the objects PEFT, TRL and transformers take, and what its `auto` values become on
+this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig
-from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, VeloraConfig
+from peft.tuners.lora.config import (
+    BdLoraConfig,
+    CordaConfig,
+    KasaConfig,
+    LoraGAConfig,
+    VeloraConfig,
+)
 from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 
@@ -25,13 +32,17 @@ def build_lora_config(recipe: Recipe) -> LoraConfig:
     values.pop("autocast_adapter_dtype")  # an argument of get_peft_model, not of LoraConfig
     values["use_dora"] = recipe.method in ("dora", "qdora")
     if values["init_lora_weights"] == "loftq":
-        values["init_lora_weights"] = True  # initial.py computes it, at the adapter's own scaling and on any device
+        values["init_lora_weights"] = (
+            True  # initial.py computes it, at the adapter's own scaling and on any device
+        )
     for name, kind in VARIANT_CONFIGS.items():
         if values.get(name) is not None:
             values[name] = _build_variant(recipe, name, kind)
         elif name == initialisations.CONFIGS.get(str(values["init_lora_weights"])):
             values[name] = kind()
-    return _build(recipe, "lora", values, lambda given: LoraConfig(task_type=recipe.task.peft_type, **given))
+    return _build(
+        recipe, "lora", values, lambda given: LoraConfig(task_type=recipe.task.peft_type, **given)
+    )
 
 
 VARIANT_CONFIGS: dict[str, Any] = {
@@ -88,37 +99,61 @@ def read_compile_options(recipe: Recipe) -> dict[str, Any] | None:
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """`SFTConfig` for SFTTrainer, `TrainingArguments` for Trainer."""
     values = recipe.training.given()
-    values.setdefault("include_num_input_tokens_seen", "non_padding")  # what tokens/s is computed from
+    values.setdefault(
+        "include_num_input_tokens_seen", "non_padding"
+    )  # what tokens/s is computed from
     values.setdefault("fp16", recipe.model.dtype == "float16")
     # bitsandbytes' 4-bit weights run on CUDA and CPU, not on Apple's GPU
     apple = torch.backends.mps.is_available() and not recipe.quantized
     values.setdefault("use_cpu", not (torch.cuda.is_available() or apple))
-    for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # transformers' newer names
+    for new in (
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+    ):  # transformers' newer names
         old = new.replace("activation", "gradient")
         if old in values and new in upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS):
             values.setdefault(new, values.pop(old))
-    # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the run instead.
+    # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the
+    # run instead.
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
-    ours = ("pad_token", "loss_head", "loraplus_lr_ratio", "loraplus_lr_embedding", "stop_on_loss_above", "on_oom")
+    ours = (
+        "pad_token",
+        "loss_head",
+        "loraplus_lr_ratio",
+        "loraplus_lr_embedding",
+        "stop_on_loss_above",
+        "on_oom",
+    )
     for name in (*ours, *COMPILING):
-        values.pop(name, None)  # what lora does itself: model.py, loss.py, trainers.py, watch.py, oom.py, quick.py
+        values.pop(
+            name, None
+        )  # what lora does itself: model.py, loss.py, trainers.py, watch.py, oom.py, quick.py
     by_step = values["packing"] == "step"
     if by_step:  # trainers.py takes a step's sequences one at a time
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
     values["packing"] = values["packing"] in (True, "dataset")
     if recipe.trainer == "trainer":
         for name in recipe.objective.list_own_fields():
-            values.pop(name, None)  # max_length and the like, which data.py and model.py act on for both trainers
-        return _build(recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given))
+            values.pop(
+                name, None
+            )  # max_length and the like, which data.py and model.py act on for both trainers
+        return _build(
+            recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given)
+        )
     if not values.get("packing"):
         values["max_length"] = None  # data.py has already cut or dropped long rows
     config_class = recipe.objective.find_config_class()
-    return _build(recipe, "training", values, lambda given: config_class(recipe.output_dir, **given))
+    return _build(
+        recipe, "training", values, lambda given: config_class(recipe.output_dir, **given)
+    )
 
 
-def _build(recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Any:
-    """`build(values)`; what it refuses becomes a UsageError that names the value's file and line."""
+def _build(
+    recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]
+) -> Any:
+    """`build(values)`; what it refuses becomes a UsageError that names the value's file and
+    line."""
     refusal = _find_refusal(build, values)
     if refusal is None:
         return build(values)
@@ -127,9 +162,18 @@ def _build(recipe: Recipe, section: str, values: dict[str, Any], build: Callable
     for name, value in values.items():
         if recipe.source(section, name) and _find_refusal(build, {name: value}) == refusal:
             guess = find_nearest(str(value), re.findall(r"'([^']+)'", allowed))
-            hint = f"did you mean {guess}?" if guess else f"one of {allowed}" if allowed else "lora schema --markdown"
+            hint = (
+                f"did you mean {guess}?"
+                if guess
+                else f"one of {allowed}"
+                if allowed
+                else "lora schema --markdown"
+            )
             raise UsageError(f"{recipe.where(section, name)}: {what}", hint)
-    raise UsageError(f"{recipe.where(section)}: {what}", f"change the values of {section} that contradict each other")
+    raise UsageError(
+        f"{recipe.where(section)}: {what}",
+        f"change the values of {section} that contradict each other",
+    )
 
 
 def _find_refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> str | None:
@@ -138,6 +182,9 @@ def _find_refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]
         build(values)
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
-    except (LookupError, AttributeError) as error:  # a value that is looked up, or taken for another type
+    except (
+        LookupError,
+        AttributeError,
+    ) as error:  # a value that is looked up, or taken for another type
         return f"{type(error).__name__}: {error}"
     return None

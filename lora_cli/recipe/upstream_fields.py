@@ -1,8 +1,10 @@
-"""The fields of PEFT's and TRL's configuration classes, read from their installed source without importing them.
+"""The fields of PEFT's and TRL's configuration classes, read from their installed source without
+importing them.
 
-A recipe reaches every field of `LoraConfig` and of `SFTConfig`/`TrainingArguments` under its own name. Importing those
-classes costs seconds and pulls in torch; parsing the files that define them costs milliseconds, gives the same names,
-types, defaults and help texts, and follows whichever versions are installed.
+A recipe reaches every field of `LoraConfig` and of `SFTConfig`/`TrainingArguments` under its own
+name. Importing those classes costs seconds and pulls in torch; parsing the files that define them
+costs milliseconds, gives the same names, types, defaults and help texts, and follows whichever
+versions are installed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SFT_CONFIG = (
 
 
 class UpstreamField(NamedTuple):
-    """One dataclass field: its annotation as a type (`Any` for parts only that library knows), default and help."""
+    """One dataclass field: its annotation as a type (`Any` for parts only that library knows),
+    default and help."""
 
     name: str
     annotation: Any
@@ -44,7 +47,10 @@ def read_fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Upstream
     """
     fields: dict[str, UpstreamField] = {}
     for package, file, class_name in classes:
-        fields.update((field.name, field) for field in _read_fields_of(_find_source(package, file), class_name))
+        fields.update(
+            (field.name, field)
+            for field in _read_fields_of(_find_source(package, file), class_name)
+        )
     return fields
 
 
@@ -57,9 +63,14 @@ def _find_source(package: str, file: str) -> Path:
 
 def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name
+    ]
     if not classes:
-        raise LoraError(f"{source} does not define {class_name}: this version is not supported", "pip install lora-cli")
+        raise LoraError(
+            f"{source} does not define {class_name}: this version is not supported",
+            "pip install lora-cli",
+        )
     for node in classes[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             default, metadata = _read_default_and_metadata(node.value)
@@ -72,15 +83,20 @@ def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
 
 
 def _read_default_and_metadata(value: ast.expr | None) -> tuple[Any, dict[str, Any]]:
-    """The literal default (None when computed) and the literal parts of a `field(…, metadata={…})` call."""
+    """The literal default (None when computed) and the literal parts of a `field(…, metadata={…})`
+    call."""
     if not isinstance(value, ast.Call):
         return _read_literal(value), {}
     arguments = {keyword.arg: keyword.value for keyword in value.keywords}
     given = arguments.get("metadata")
     metadata = {}
     if isinstance(given, ast.Dict):
-        metadata = {_read_literal(key): _read_literal(item) for key, item in zip(given.keys, given.values)}
-    return _read_literal(arguments.get("default")), {key: item for key, item in metadata.items() if item is not None}
+        metadata = {
+            _read_literal(key): _read_literal(item) for key, item in zip(given.keys, given.values)
+        }
+    return _read_literal(arguments.get("default")), {
+        key: item for key, item in metadata.items() if item is not None
+    }
 
 
 def _read_literal(node: ast.expr | None) -> Any:
@@ -94,7 +110,8 @@ def _read_literal(node: ast.expr | None) -> Any:
 
 
 class _TypingNames(dict[str, Any]):
-    """Names an annotation may use; a class that only the library defines (an enum, a config) stands for Any."""
+    """Names an annotation may use; a class that only the library defines (an enum, a config) stands
+    for Any."""
 
     def __missing__(self, name: str) -> Any:
         return Any

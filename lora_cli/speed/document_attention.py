@@ -1,8 +1,9 @@
 """Attention within documents: each document of a packed sequence attends by itself.
 
-On a CPU, torch's attention knows no documents: a mask keeps them apart, and the work is that of one long text,
-quadratic in the sequence's length. Here each document goes through it alone, causal and without a mask, which is the
-same function for the work of the documents. On CUDA, flash attention does so itself, given `position_ids`.
+On a CPU, torch's attention knows no documents: a mask keeps them apart, and the work is that of one
+long text, quadratic in the sequence's length. Here each document goes through it alone, causal and
+without a mask, which is the same function for the work of the documents. On CUDA, flash attention
+does so itself, given `position_ids`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,25 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_by_document"
-# Tokens up to which the backward pass is faster in float32 than in bfloat16, which torch's kernel keeps converting
-# (5 heads of 64, one thread: 0.17 against 0.54 ms at 32 tokens, 0.87 against 2.2 at 126, 2.4 against 3.1 at 256)
+# Tokens up to which the backward pass is faster in float32 than in bfloat16, which torch's kernel
+# keeps converting (5 heads of 64, one thread: 0.17 against 0.54 ms at 32 tokens, 0.87 against 2.2
+# at 126, 2.4 against 3.1 at 256)
 SHORT = 256
 
 
 def attend_by_document(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' sdpa gives for (batch, heads, tokens, width), document by document where there are several.
+    """What transformers' sdpa gives for (batch, heads, tokens, width), document by document where
+    there are several.
 
-    They begin where `position_ids` (1, tokens) do not go up by one, as transformers takes it when it makes its masks.
+    They begin where `position_ids` (1, tokens) do not go up by one, as transformers takes it when
+    it makes its masks.
     """
     lengths = _find_documents(module, query, key, kwargs)
     if lengths is None:
@@ -39,11 +48,18 @@ def _attend_one(module: nn.Module, one: tuple[Tensor, ...], kwargs: dict[str, An
     """One document's attention, (1, tokens, heads, width)."""
     query, key, value = one
     half = all(tensor.dtype == torch.bfloat16 for tensor in one)
-    if not half or query.shape[2] > SHORT or kwargs.get("dropout") or query.shape[-1] != value.shape[-1]:
+    if (
+        not half
+        or query.shape[2] > SHORT
+        or kwargs.get("dropout")
+        or query.shape[-1] != value.shape[-1]
+    ):
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
     groups = query.shape[1] // key.shape[1]
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return _Short.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scale).transpose(1, 2)
+    return _Short.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scale).transpose(
+        1, 2
+    )
 
 
 class _Short(torch.autograd.Function):
@@ -68,21 +84,35 @@ class _Short(torch.autograd.Function):
         return *(gradient.to(above[0].dtype) for gradient in gradients), None
 
 
-def _find_documents(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:
-    """The documents' lengths; None for a single one, and where they are not all that the mask may hold."""
+def _find_documents(
+    module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> list[int] | None:
+    """The documents' lengths; None for a single one, and where they are not all that the mask may
+    hold."""
     positions = kwargs.get("position_ids")
-    if positions is None or positions.shape != (1, query.shape[2]) or key.shape[2] != query.shape[2]:
+    if (
+        positions is None
+        or positions.shape != (1, query.shape[2])
+        or key.shape[2] != query.shape[2]
+    ):
         return None
-    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False or kwargs.get("position_bias") is not None:
+    if (
+        kwargs.get("is_causal", getattr(module, "is_causal", True)) is False
+        or kwargs.get("position_bias") is not None
+    ):
         return None
     begins = (positions[0].diff() != 1).nonzero()[:, 0] + 1
     cuts = [0, *begins.tolist(), positions.shape[1]]
     lengths = [end - start for start, end in zip(cuts, cuts[1:])]
-    seen = min((reach for name in REACHES if (reach := getattr(module.config, name, None))), default=max(lengths))
+    seen = min(
+        (reach for name in REACHES if (reach := getattr(module.config, name, None))),
+        default=max(lengths),
+    )
     return lengths if len(lengths) > 1 and max(lengths) <= seen else None
 
 
-# Fields of a model's configuration that say how far its attention reaches: a document within it is seen as a whole
+# Fields of a model's configuration that say how far its attention reaches: a document within it is
+# seen as a whole
 REACHES = ("sliding_window", "attention_chunk_size", "local_attention")
 
 

@@ -1,12 +1,15 @@
-"""DoRA without the full product: the norm of W + sBA from products of the adapter's rank, once per optimiser step.
+"""DoRA without the full product: the norm of W + sBA from products of the adapter's rank, once per
+optimiser step.
 
-DoRA divides by the norm of each row of W + sBA in every forward pass. PEFT makes BA for that, as large as W. But
+DoRA divides by the norm of each row of W + sBA in every forward pass. PEFT makes BA for that, as
+large as W. But
 
-    ‖w + s b A‖² = ‖w‖² + 2s ⟨b, A w⟩ + s² b (A Aᵀ) bᵀ        for a row w of W and the same row b of B
+    ‖w + s b A‖² = ‖w‖² + 2s ⟨b, A w⟩ + s² b (A Aᵀ) bᵀ    for a row w of W and the same row b of B
 
-needs A Wᵀ (rank × out) and A Aᵀ (rank × rank) only, and ‖w‖² once, as W is not trained. As in the paper (section 4.3)
-and in PEFT, the norm is a constant to the gradient. Sums are in float32; what PEFT rounds to 16 bits is not here.
-Within `norms_kept` the norms are computed once, for A and B stay as they are until the optimiser's step.
+needs A Wᵀ (rank × out) and A Aᵀ (rank × rank) only, and ‖w‖² once, as W is not trained. As in the
+paper (section 4.3) and in PEFT, the norm is a constant to the gradient. Sums are in float32; what
+PEFT rounds to 16 bits is not here. Within `norms_kept` the norms are computed once, for A and B
+stay as they are until the optimiser's step.
 """
 
 from __future__ import annotations
@@ -27,14 +30,16 @@ from lora_cli.models import attach
 
 
 class FactoredDora(DoraLinearLayer):
-    """PEFT's DoRA of a linear layer, with its magnitude; `squares` (out) holds ‖w‖² of the base's rows in float32."""
+    """PEFT's DoRA of a linear layer, with its magnitude; `squares` (out) holds ‖w‖² of the base's
+    rows in float32."""
 
     squares: Tensor | None = None
     keeps = False
     norms: Tensor | None = None
 
     def row_norms(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """‖w + s b A‖ of every row (out, float32): `weight` is out × in, A rank × in, B out × rank."""
+        """‖w + s b A‖ of every row (out, float32): `weight` is out × in, A rank × in, B out ×
+        rank."""
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if self.squares is None:
                 self.squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
@@ -43,7 +48,9 @@ class FactoredDora(DoraLinearLayer):
             both = torch.addmm(crossed, second, first @ first.T, beta=2 * scaling, alpha=scaling**2)
             return (self.squares + torch.linalg.vecdot(both, second)).clamp_(min=0).sqrt_()
 
-    def norms_now(self, weight: Callable[[], Tensor], lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    def norms_now(
+        self, weight: Callable[[], Tensor], lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
         """The same, of a weight that is asked for only where the norms are not kept."""
         if self.norms is not None:
             return self.norms
@@ -78,11 +85,15 @@ class FactoredDora(DoraLinearLayer):
 
 
 def install(adapted: PeftModel) -> int:
-    """Let every DoRA of a linear layer with frozen weights compute its norms here; returns how many do."""
+    """Let every DoRA of a linear layer with frozen weights compute its norms here; returns how many
+    do."""
     installed = 0
     for layer in attach.find_lora_layers(adapted).values():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
-        frozen = not any(name == "weight" and p.requires_grad for name, p in layer.get_base_layer().named_parameters())
+        frozen = not any(
+            name == "weight" and p.requires_grad
+            for name, p in layer.get_base_layer().named_parameters()
+        )
         for magnitude in magnitudes.values():
             if type(magnitude) is DoraLinearLayer and frozen:
                 magnitude.__class__ = FactoredDora

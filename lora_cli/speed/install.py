@@ -1,4 +1,5 @@
-"""All that makes a training step of a model quicker and leaves its numbers what they are, within rounding."""
+"""All that makes a training step of a model quicker and leaves its numbers what they are, within
+rounding."""
 
 from __future__ import annotations
 
@@ -23,12 +24,16 @@ def install(adapted: PeftModel, device: str) -> None:
 
 
 def compile_layers(network: nn.Module, options: dict[str, Any]) -> int:
-    """Have torch compile the decoder's layers when they are first called, each by itself and in place, so that tensors
-    keep their names and what was compiled for one layer serves the others; returns how many there are.
+    """Have torch compile the decoder's layers when they are first called, each by itself and in
+    place, so that tensors keep their names and what was compiled for one layer serves the others;
+    returns how many there are.
 
-    `options` are torch.compile's. LoraError for a model that does not mark its layers, UsageError for such options.
+    `options` are torch.compile's. LoraError for a model that does not mark its layers, UsageError
+    for such options.
     """
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not layers:
         off = "--set training.torch_compile=false"
         raise LoraError("training.torch_compile: this model does not say what its layers are", off)

@@ -1,8 +1,9 @@
 """Checkpoints that are there whole or not at all, and know what run and step they belong to.
 
-A checkpoint is written in a folder of its own, each file is flushed to the disk, `manifest.json` with the size and
-sha256 of every other file comes last, and one rename gives the folder its name, `checkpoint-N`. A folder of that name
-without a manifest that holds is not a checkpoint: nothing is resumed from it, and nothing of it is deleted.
+A checkpoint is written in a folder of its own, each file is flushed to the disk, `manifest.json`
+with the size and sha256 of every other file comes last, and one rename gives the folder its name,
+`checkpoint-N`. A folder of that name without a manifest that holds is not a checkpoint: nothing is
+resumed from it, and nothing of it is deleted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ BLOCK = 1 << 20
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose files are what its manifest says; `resumable` unless it was saved without optimiser state."""
+    """A checkpoint whose files are what its manifest says; `resumable` unless it was saved without
+    optimiser state."""
 
     folder: Path
     step: int
@@ -50,9 +52,11 @@ class Unusable(NamedTuple):
 
 @contextmanager
 def stage_checkpoint(folder: Path, run: str, step: int) -> Iterator[Path]:
-    """An empty folder to write the run's checkpoint of this step into; it is sealed and named when the block ends.
+    """An empty folder to write the run's checkpoint of this step into; it is sealed and named when
+    the block ends.
 
-    What already has the name, and cannot be a checkpoint of this run, is set aside. After a failure nothing is left.
+    What already has the name, and cannot be a checkpoint of this run, is set aside. After a failure
+    nothing is left.
     """
     final, parent = folder / f"checkpoint-{step}", folder / STAGING
     _remove(parent)
@@ -84,7 +88,14 @@ def _seal_folder(folder: Path, run: str, step: int) -> None:
 
 
 def _make_manifest(run: str, step: int, described: dict[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, "run": run, "step": step, "files": described}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps(
+            {"format": FORMAT, "run": run, "step": step, "files": described},
+            indent=1,
+            sort_keys=True,
+        )
+        + "\n"
+    )
 
 
 def read_checkpoint(folder: Path, run: str) -> Checkpoint | Unusable:
@@ -101,23 +112,31 @@ def read_checkpoint(folder: Path, run: str) -> Checkpoint | Unusable:
         if _make_manifest(owner, said, described) != text:  # as we write it, to the byte
             raise ValueError
     except FileNotFoundError:
-        return Unusable(folder, step, "it has no manifest: saving it was interrupted, or it is not ours", False)
+        return Unusable(
+            folder, step, "it has no manifest: saving it was interrupted, or it is not ours", False
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Unusable(folder, step, f"its {MANIFEST} is damaged", False)
     if owner != run:
         return Unusable(folder, step, "it belongs to another run", False)
     if said != step:
-        return Unusable(folder, step, f"it is the checkpoint of step {said} under another name", False)
+        return Unusable(
+            folder, step, f"it is the checkpoint of step {said} under another name", False
+        )
     reason = _find_difference(folder, described)
     if reason:
         return Unusable(folder, step, reason, True)
-    resumable = all(name in described for name in NEEDED) and any(name.startswith("rng_state") for name in described)
+    resumable = all(name in described for name in NEEDED) and any(
+        name.startswith("rng_state") for name in described
+    )
     return Checkpoint(folder, step, resumable, size)
 
 
 def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
     """In what the folder's files are not those described; None if they are."""
-    present = {name for name in _list_names(folder) if not Path(name).name.startswith(".")} - {MANIFEST}
+    present = {name for name in _list_names(folder) if not Path(name).name.startswith(".")} - {
+        MANIFEST
+    }
     if missing := sorted(described.keys() - present):
         return f"{missing[0]} is missing"
     if added := sorted(present - described.keys()):
@@ -141,7 +160,8 @@ def walk_checkpoints(folder: Path, run: str) -> Iterator[Checkpoint | Unusable]:
 
 
 def find_newest(folder: Path, run: str) -> Checkpoint | None:
-    """The newest checkpoint to resume from, saying which were skipped and why; None where there is none."""
+    """The newest checkpoint to resume from, saying which were skipped and why; None where there is
+    none."""
     for each in walk_checkpoints(folder, run):
         reason = each.reason if isinstance(each, Unusable) else _explain_incomplete(each, run)
         if reason is None and isinstance(each, Checkpoint):
@@ -166,8 +186,8 @@ def _explain_incomplete(checkpoint: Checkpoint, run: str) -> str | None:
 
 
 def delete_old(folder: Path, run: str, keep: int | None, newest: int, best: int | None) -> None:
-    """Delete this run's checkpoints beyond `keep`: those of steps after `newest`, which a damaged one left behind, then
-    the oldest; never those of the steps `newest` and `best`.
+    """Delete this run's checkpoints beyond `keep`: those of steps after `newest`, which a damaged
+    one left behind, then the oldest; never those of the steps `newest` and `best`.
 
     Only folders with our manifest and this run's id are counted or deleted.
     """
@@ -180,7 +200,9 @@ def delete_old(folder: Path, run: str, keep: int | None, newest: int, best: int 
         return
     removable = [step for _, step in sorted(ours) if step not in (newest, best)]
     for step in removable[: max(0, len(ours) - keep)]:
-        doomed = folder / STAGING / f"checkpoint-{step}"  # so that a kill leaves no half of it under its name
+        doomed = (
+            folder / STAGING / f"checkpoint-{step}"
+        )  # so that a kill leaves no half of it under its name
         doomed.parent.mkdir(exist_ok=True)
         (folder / doomed.name).rename(doomed)
         _remove(doomed.parent)
@@ -190,25 +212,33 @@ def _is_owned(folder: Path, run: str) -> bool:
     """Whether the folder has a manifest of this run for the step in its name."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return not folder.is_symlink() and manifest["run"] == run and manifest["step"] == _parse_step(folder)
+        return (
+            not folder.is_symlink()
+            and manifest["run"] == run
+            and manifest["step"] == _parse_step(folder)
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _set_aside(final: Path, run: str) -> None:
-    """Make room for a checkpoint: what is damaged and ours goes, anything else gets another name."""
+    """Make room for a checkpoint: what is damaged and ours goes, anything else gets another
+    name."""
     if _is_owned(final, run):
         _remove(final)
         return
     aside = next(
-        path for number in range(1, 1_000_000) if not (path := final.with_name(f"{final.name}.aside{number}")).exists()
+        path
+        for number in range(1, 1_000_000)
+        if not (path := final.with_name(f"{final.name}.aside{number}")).exists()
     )
     final.rename(aside)
     ui.warn(f"{final} was no checkpoint of this run, and is now {aside.name}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process of ours left half-made in a run's folder; nobody else may be at work there."""
+    """Remove what a killed process of ours left half-made in a run's folder; nobody else may be at
+    work there."""
     for path in folder.iterdir():
         if path.name == STAGING or re.fullmatch(r"\.[\w.-]+\.\d+\.tmp", path.name):
             _remove(path)
@@ -222,7 +252,11 @@ def _parse_step(path: Path) -> int | None:
 
 def _list_names(folder: Path) -> list[str]:
     """The files below the folder, as paths within it."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if not path.is_dir() or path.is_symlink()
+    )
 
 
 def _hash_file(path: Path) -> tuple[int, str]:

@@ -1,4 +1,5 @@
-"""Room on the disk: how much a run needs, told before it starts, and how much was missing where it ran out."""
+"""Room on the disk: how much a run needs, told before it starts, and how much was missing where it
+ran out."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ WORDS = ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos"
 
 
 class Need(NamedTuple):
-    """Bytes, about: of the adapter, of a checkpoint, and how many checkpoints are there at once at most."""
+    """Bytes, about: of the adapter, of a checkpoint, and how many checkpoints are there at once at
+    most."""
 
     adapter: int
     checkpoint: int
@@ -34,28 +36,44 @@ class Need(NamedTuple):
 
 
 def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
-    """What a run of `steps` steps will write that trains `trained` parameters, with a vocabulary of `tokens`."""
+    """What a run of `steps` steps will write that trains `trained` parameters, with a vocabulary of
+    `tokens`."""
     training = recipe.training
-    per_parameter = 2 if "8bit" in training.optim else 4 if training.optim in ("sgd", "lion_32bit") else 8
+    per_parameter = (
+        2 if "8bit" in training.optim else 4 if training.optim in ("sgd", "lion_32bit") else 8
+    )
     adapter = 4 * trained + TOKEN * tokens + 2**20
     checkpoint = adapter + (0 if training.save_only_model else per_parameter * trained)
     given = training.given()
     every = float(given.get("save_steps") or 500)
     every = every if every >= 1 else max(1.0, every * steps)
-    saves = {"no": 0, "steps": int(steps // every) + 1}.get(str(given.get("save_strategy") or "steps"), steps)
+    saves = {"no": 0, "steps": int(steps // every) + 1}.get(
+        str(given.get("save_strategy") or "steps"), steps
+    )
     limit = training.save_total_limit
-    return Need(adapter, checkpoint, saves if limit is None else min(saves, limit + 1))  # the newest is not one less
+    return Need(
+        adapter, checkpoint, saves if limit is None else min(saves, limit + 1)
+    )  # the newest is not one less
 
 
 def refuse_too_little(folder: Path, needed: Need) -> None:
-    """LoraError where the run's folder, of which a part may be written already, has no room for the rest."""
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    free, missing = shutil.disk_usage(folder).free, needed.total - written - shutil.disk_usage(folder).free
+    """LoraError where the run's folder, of which a part may be written already, has no room for the
+    rest."""
+    written = sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
+    free, missing = (
+        shutil.disk_usage(folder).free,
+        needed.total - written - shutil.disk_usage(folder).free,
+    )
     if missing > 0:
         raise LoraError(
             f"the disk is too small: the run needs about {_format_mb(needed.total)} MB in {folder} "
             f"({needed.kept} checkpoints "
-            f"of {_format_mb(needed.checkpoint)} MB and the adapter), {_format_mb(free)} MB are free, "
+            f"of {_format_mb(needed.checkpoint)} MB and the adapter), {_format_mb(free)} MB are "
+            "free, "
             f"{_format_mb(missing)} MB are missing",
             "make room, --set training.save_total_limit=1, or --set output_dir=… on another disk",
         )
@@ -69,12 +87,20 @@ def translate_full_disk(folder: Path, needed: Need) -> Iterator[None]:
     except Exception as error:
         if not is_full_disk(error):
             raise
-        sizes = [path for path in folder.glob("checkpoint-*") if (path / checkpoints.MANIFEST).is_file()]
-        size = max([needed.checkpoint, *(sum(file.stat().st_size for file in path.rglob("*")) for path in sizes)])
+        sizes = [
+            path for path in folder.glob("checkpoint-*") if (path / checkpoints.MANIFEST).is_file()
+        ]
+        size = max(
+            [
+                needed.checkpoint,
+                *(sum(file.stat().st_size for file in path.rglob("*")) for path in sizes),
+            ]
+        )
         free = shutil.disk_usage(folder).free
         again = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
         raise LoraError(
-            f"the disk is full: the next {_format_mb(size)} MB do not fit in {folder}, {_format_mb(free)} MB are free, "
+            f"the disk is full: the next {_format_mb(size)} MB do not fit in {folder}, "
+            f"{_format_mb(free)} MB are free, "
             f"{_format_mb(max(1, size - free))} MB are missing; what was saved before is whole",
             f"make room, then: {again}",
         ) from error

@@ -1,7 +1,8 @@
-"""What a launcher of several processes has put into the environment: refused where it contradicts itself.
+"""What a launcher of several processes has put into the environment: refused where it contradicts
+itself.
 
-`lora` trains in one process. Without this, a process whose siblings never come waits for them for minutes, and several
-that do come take turns at refusing each other's folder. Standard library only.
+`lora` trains in one process. Without this, a process whose siblings never come waits for them for
+minutes, and several that do come take turns at refusing each other's folder. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ TURNED_ON = {
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """UsageError for variables that are no numbers, that contradict each other, or that ask for several processes."""
-    numbers = {name: _number(name, environment[name]) for name in (*VARIABLES, *SIZES) if _is_number(name, environment)}
+    """UsageError for variables that are no numbers, that contradict each other, or that ask for
+    several processes."""
+    numbers = {
+        name: _number(name, environment[name])
+        for name in (*VARIABLES, *SIZES)
+        if _is_number(name, environment)
+    }
     for name, size in numbers.items():
         if name in SIZES and size > 1:
             raise UsageError(
@@ -36,27 +42,36 @@ def check_launcher(environment: Mapping[str, str]) -> None:
     for rank, size_name in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if size_name in numbers and numbers.get(rank, 0) >= numbers[size_name]:
             raise UsageError(
-                f"{rank} is {numbers[rank]}, but {size_name} is {numbers[size_name]}", _explain_unset(environment)
+                f"{rank} is {numbers[rank]}, but {size_name} is {numbers[size_name]}",
+                _explain_unset(environment),
             )
     if not 0 <= numbers.get("MASTER_PORT", 0) < 2**16:
-        raise UsageError(f"MASTER_PORT is {numbers['MASTER_PORT']}, which is no port", _explain_unset(environment))
+        raise UsageError(
+            f"MASTER_PORT is {numbers['MASTER_PORT']}, which is no port",
+            _explain_unset(environment),
+        )
     # -1 is how some launchers spell a rank that there is not
     if numbers.get("LOCAL_RANK", -1) >= 0 or {"RANK", "WORLD_SIZE"} & numbers.keys():
         missing = [name for name in NEEDED if not environment.get(name)]
         if missing:
             there = " and ".join(name for name in VARIABLES if name in environment)
-            raise UsageError(f"{there} is set, but {' and '.join(missing)} is not", _explain_unset(environment))
+            raise UsageError(
+                f"{there} is set, but {' and '.join(missing)} is not", _explain_unset(environment)
+            )
     _check_accelerate(environment)
 
 
 def _check_accelerate(environment: Mapping[str, str]) -> None:
     for name, what in TURNED_ON.items():
         if environment.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
-            raise UsageError(f"{name} turns {what} on, which lora does not train with", f"unset {name}")
+            raise UsageError(
+                f"{name} turns {what} on, which lora does not train with", f"unset {name}"
+            )
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise UsageError(
-            f"ACCELERATE_MIXED_PRECISION is {precision}, and a recipe says itself what it computes in",
+            f"ACCELERATE_MIXED_PRECISION is {precision}, and a recipe says itself what it "
+            "computes in",
             "unset ACCELERATE_MIXED_PRECISION; the recipe's keys are model.dtype and training.bf16",
         )
 

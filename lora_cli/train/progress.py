@@ -1,4 +1,5 @@
-"""Watching a run: the progress line, metrics.jsonl, and the stop when loss or gradients are no longer finite."""
+"""Watching a run: the progress line, metrics.jsonl, and the stop when loss or gradients are no
+longer finite."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class NonFiniteError(LoraError):
 class Watch(TrainerCallback):
     """Stops a run that stops being finite, draws the progress line and writes metrics.jsonl.
 
-    The step's loss is summed on the device and read once per optimiser step, before the optimiser can spread a value
-    that is not finite into the weights.
+    The step's loss is summed on the device and read once per optimiser step, before the optimiser
+    can spread a value that is not finite into the weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +44,8 @@ class Watch(TrainerCallback):
         self.limit: float | None = None
         """A loss above it stops the run."""
         self.where: Callable[[], str] = str
-        """The rows of the step, in words, and the last checkpoint; asked for when a step is refused."""
+        """The rows of the step, in words, and the last checkpoint; asked for when a step is
+        refused."""
         self.loss_sum, self.lines = 0.0, 0
         """Over all steps of the run, and the lines of metrics.jsonl."""
 
@@ -59,7 +61,11 @@ class Watch(TrainerCallback):
         """Go on from `state`; what was logged after it is forgotten."""
         self.untouched = None if state["untouched"] is None else set(state["untouched"])
         self.loss_sum, self.lines = state["loss_sum"], state["lines"]
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.is_file() else []
+        lines = (
+            self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            if self.metrics.is_file()
+            else []
+        )
         files.write_text(self.metrics, "".join(lines[: self.lines]))
 
     def on_train_begin(
@@ -75,10 +81,14 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """One read from the device: is the step's loss finite, and every gradient?"""
-        gradients = {name: parameter.grad for name, parameter in attach.walk_trainable(kwargs["model"])}
+        gradients = {
+            name: parameter.grad for name, parameter in attach.walk_trainable(kwargs["model"])
+        }
         without = {name for name, gradient in gradients.items() if gradient is None}
         self.untouched = without if self.untouched is None else self.untouched & without
-        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients.values() if gradient is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [gradient for gradient in gradients.values() if gradient is not None]
+        )
         self.loss, self.step_loss = float(self.step_loss), 0.0
         self.loss_sum += self.loss
         what = None
@@ -90,11 +100,15 @@ class Watch(TrainerCallback):
             what = f"the loss is {self.loss:.4g}, above training.stop_on_loss_above: {self.limit:g}"
         if what:
             raise NonFiniteError(
-                f"stopped at step {state.global_step + 1}: {what}{self.where()}; nothing was saved from this step",
-                f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data and the base's weights",
+                f"stopped at step {state.global_step + 1}: {what}{self.where()}; nothing was "
+                "saved from this step",
+                f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data "
+                "and the base's weights",
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Redraw the progress line."""
         self.stepped = True
         elapsed = time.monotonic() - self.began
@@ -118,20 +132,26 @@ class Watch(TrainerCallback):
         return tokens / max(time.monotonic() - self.began, 1e-9)
 
     def effort(self, state: TrainerState) -> dict[str, float]:
-        """What metrics.jsonl and the record say of speed and memory; `mfu` only where the device's peak is known."""
+        """What metrics.jsonl and the record say of speed and memory; `mfu` only where the device's
+        peak is known."""
         speed = self.speed(state)
         used = self.work.used(speed)
-        found = {"tokens_per_second": round(speed, 1), "peak_memory_gb": round(hardware.measure_peak_memory() / 1e9, 3)}
+        found = {
+            "tokens_per_second": round(speed, 1),
+            "peak_memory_gb": round(hardware.measure_peak_memory() / 1e9, 3),
+        }
         return found if used is None else found | {"mfu": round(used, 4)}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what was to be trained and could not be: some models read a module's weight without calling it."""
+        """Say what was to be trained and could not be: some models read a module's weight without
+        calling it."""
         if self.untouched:
             self.progress.clear()
             ui.warn(
-                f"{len(self.untouched)} trained tensors never had a gradient and are as they started, such as "
+                f"{len(self.untouched)} trained tensors never had a gradient and are as they "
+                "started, such as "
                 f"{min(self.untouched)}; leave their modules out of lora.target_modules"
             )
 
@@ -156,5 +176,6 @@ class Watch(TrainerCallback):
         if "eval_loss" in logs:
             self.progress.clear()
             ui.say(
-                f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}"
+                f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}, perplexity "
+                f"{logs['eval_perplexity']:.2f}"
             )

@@ -1,5 +1,5 @@
-"""The state of every random number generator that training draws from, as plain data: Python's, numpy's, torch's on the
-CPU and on the accelerator."""
+"""The state of every random number generator that training draws from, as plain data: Python's,
+numpy's, torch's on the CPU and on the accelerator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ State = dict[str, Any]
 
 
 def capture_state() -> State:
-    """The generators' states now: lists, numbers and hexadecimal digits, so that JSON holds them exactly."""
+    """The generators' states now: lists, numbers and hexadecimal digits, so that JSON holds them
+    exactly."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: State = {
@@ -27,7 +28,8 @@ def capture_state() -> State:
 
 
 def restore_state(state: State) -> None:
-    """Set every generator as it was. KeyError where the state was captured on another kind of device."""
+    """Set every generator as it was. KeyError where the state was captured on another kind of
+    device."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

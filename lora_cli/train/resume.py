@@ -1,9 +1,11 @@
-"""What makes a Trainer's run one that can be stopped anywhere and goes on as the same run, bit for bit.
+"""What makes a Trainer's run one that can be stopped anywhere and goes on as the same run, bit for
+bit.
 
-Trainer's checkpoint lacks some of what decides how a run goes on: the generators' state at the epoch's beginning (its
-order of rows may be drawn from it), whether the evaluation that was due has been made, what was summed up for the next
-record in metrics.jsonl. Here that is saved as well (`run_state.json`), and put back. An evaluation draws no random
-numbers of the training's, and no pickle but those of plain tensors is written or read.
+Trainer's checkpoint lacks some of what decides how a run goes on: the generators' state at the
+epoch's beginning (its order of rows may be drawn from it), whether the evaluation that was due has
+been made, what was summed up for the next record in metrics.jsonl. Here that is saved as well
+(`run_state.json`), and put back. An evaluation draws no random numbers of the training's, and no
+pickle but those of plain tensors is written or read.
 """
 
 from __future__ import annotations
@@ -40,28 +42,34 @@ class StoppedError(Exception):
 
 
 class Resumable:
-    """Overrides of Trainer: sealed checkpoints, and everything of the run in them. Comes before Trainer's classes."""
+    """Overrides of Trainer: sealed checkpoints, and everything of the run in them. Comes before
+    Trainer's classes."""
 
     watch: Watch
     run_id: str
     keep: int | None
-    """Checkpoints kept; Trainer's own `save_total_limit` must be None: it deletes folders of others."""
+    """Checkpoints kept; Trainer's own `save_total_limit` must be None: it deletes folders of
+    others."""
     signals: Signals
     epoch_rng: random_state.State
     resumed: dict[str, Any] | None = None
     """What was read from the checkpoint's run_state.json, until the first epoch has begun."""
     evaluation_due, epoch_ended = False, False
-    """At the end of this step or epoch: is an evaluation still to be made; has what is done between epochs begun?"""
+    """At the end of this step or epoch: is an evaluation still to be made; has what is done between
+    epochs begun?"""
     _between_steps = False
     in_step = False
     """Between a step's beginning and its optimiser's: the weights are those of the step before."""
     boundary: dict[str, Any] | None = None
-    """What is no longer what it was at the end of the last step, for `save_last_step`; None where nobody asks."""
+    """What is no longer what it was at the end of the last step, for `save_last_step`; None where
+    nobody asks."""
 
     def _save(self, output_dir: str, state_dict: Any = None) -> None:
         # Trainer adds training_args.bin, a pickle with the hub's token in clear
         with attach.quiet_peft():
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)  # type: ignore[attr-defined]
+            self.model.save_pretrained(
+                output_dir, state_dict=state_dict, save_embedding_layers=False
+            )  # type: ignore[attr-defined]
         self.processing_class.save_pretrained(output_dir)  # type: ignore[attr-defined]
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -84,17 +92,22 @@ class Resumable:
     """The folder that Trainer writes `checkpoint-N` into, while it does."""
 
     def _save_checkpoint(self, network: Any, trial: Any) -> None:
-        """Trainer's checkpoint with the run's state, sealed; one that is there already stays as it is."""
+        """Trainer's checkpoint with the run's state, sealed; one that is there already stays as it
+        is."""
         folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
         state: TrainerState = self.state  # type: ignore[attr-defined]
         self._name_best(folder)
         final = folder / f"checkpoint-{step}"
-        if final.is_dir() and isinstance(checkpoints.read_checkpoint(final, self.run_id), checkpoints.Checkpoint):
+        if final.is_dir() and isinstance(
+            checkpoints.read_checkpoint(final, self.run_id), checkpoints.Checkpoint
+        ):
             return
         with checkpoints.stage_checkpoint(folder, self.run_id, step) as staging:
             self._saving = str(staging.parent)
             try:
-                Trainer._save_checkpoint(self, network, trial)  # TRL's writes a model card into the run's folder too
+                Trainer._save_checkpoint(
+                    self, network, trial
+                )  # TRL's writes a model card into the run's folder too
             finally:
                 self._saving = None
             self._name_best(folder)
@@ -129,7 +142,8 @@ class Resumable:
         if isinstance(found, checkpoints.Unusable):
             raise LoraError(
                 f"the best model, {best}, cannot be loaded: {found.reason}",
-                "--resume --allow-changes training.load_best_model_at_end takes the last one instead",
+                "--resume --allow-changes training.load_best_model_at_end takes the last one "
+                "instead",
             )
         with keep_types(self.model), attach.quiet_peft():  # type: ignore[attr-defined]
             super()._load_best_model()  # type: ignore[misc]
@@ -159,7 +173,8 @@ class Resumable:
         return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, between two steps; and here a signal is obeyed: the checkpoint notes what was still due."""
+        """As Trainer's, between two steps; and here a signal is obeyed: the checkpoint notes what
+        was still due."""
         control: TrainerControl = self.control  # type: ignore[attr-defined]
         asked, self.signals.save = self.signals.save, False
         control.should_save = control.should_save or asked
@@ -192,7 +207,8 @@ class Resumable:
             }
 
     def save_last_step(self) -> Path:
-        """The checkpoint of the last step that was completed, after one that broke off `in_step`."""
+        """The checkpoint of the last step that was completed, after one that broke off
+        `in_step`."""
         assert self.boundary and self.in_step
         self.model.zero_grad()  # type: ignore[attr-defined]
         random_state.restore_state(self.boundary["rng"])
@@ -211,7 +227,8 @@ class Boundaries(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put back what Trainer does not, and make up for what was due when the checkpoint was saved."""
+        """Put back what Trainer does not, and make up for what was due when the checkpoint was
+        saved."""
         trainer = self.trainer
         resumed = trainer.resumed
         if resumed is None:
@@ -245,7 +262,8 @@ class Boundaries(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The order of the epoch's rows may be drawn from now on: from the numbers it was drawn from."""
+        """The order of the epoch's rows may be drawn from now on: from the numbers it was drawn
+        from."""
         trainer = self.trainer
         if trainer.resumed is not None and not trainer._at_edge():
             random_state.restore_state(trainer.epoch_rng)

@@ -1,6 +1,7 @@
 """`lora train`: a recipe becomes an adapter.
 
-Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter -> Trainer or SFTTrainer -> adapter/.
+Recipe -> settled values -> claimed folder -> rows -> base with a fresh adapter -> Trainer or
+SFTTrainer -> adapter/.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from transformers import (
 
 from lora_cli.common import LoraError, files, privacy, provenance, translate_refusals, ui
 from lora_cli.data import load, prepare, selection
-from lora_cli.models import Base, attach, init_weights, load_recipe_tokenizer, save_tokenizer, save_trained
+from lora_cli.models import (
+    Base,
+    attach,
+    init_weights,
+    load_recipe_tokenizer,
+    save_tokenizer,
+    save_trained,
+)
 from lora_cli.plan import auto, hardware, memory, sizes
 from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup
@@ -31,10 +39,11 @@ from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
 
 def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> Path:
-    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever happens.
+    """Run the recipe and return the adapter's folder. The run's record says how it ended, whatever
+    happens.
 
-    With `resume` the run in the recipe's folder goes on from its newest checkpoint; of the recipe, the keys `allowed`
-    may have changed.
+    With `resume` the run in the recipe's folder goes on from its newest checkpoint; of the recipe,
+    the keys `allowed` may have changed.
     """
     auto.try_configurations(recipe)
     base = Base.of_recipe(recipe)
@@ -67,10 +76,14 @@ def _record_ending(folder: Path, run: dict[str, Any]) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
         run_folder.update_record(folder, run, status="interrupted")
         found = (
-            each for each in checkpoints.walk_checkpoints(folder, run["id"]) if isinstance(each, checkpoints.Checkpoint)
+            each
+            for each in checkpoints.walk_checkpoints(folder, run["id"])
+            if isinstance(each, checkpoints.Checkpoint)
         )
         step = next((each.step for each in found if each.resumable), 0)
-        command = shlex.join(["lora", "train", str(folder / provenance.RESOLVED_RECIPE), "--resume"])
+        command = shlex.join(
+            ["lora", "train", str(folder / provenance.RESOLVED_RECIPE), "--resume"]
+        )
         ui.say(f"stopped; from step {step} it goes on with: {command}")
         raise
     except BaseException:
@@ -84,7 +97,9 @@ def _run(recipe: Recipe, base: Base, folder: Path, run: dict[str, Any], resume: 
     tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
     ui.say(f"  chat template: {template}")
     size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
-    train_rows, eval_rows = load.load_rows(recipe, tokenizer, date.fromisoformat(run["started"][:10]))
+    train_rows, eval_rows = load.load_rows(
+        recipe, tokenizer, date.fromisoformat(run["started"][:10])
+    )
     ui.say(f"  data: {train_rows.summary()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summary()}")
@@ -98,7 +113,9 @@ def _run(recipe: Recipe, base: Base, folder: Path, run: dict[str, Any], resume: 
         network = setup.load_recipe_base(recipe, base)
         setup.set_attention(recipe, network, run)
         recipe = setup.settle_packing(recipe, network)
-        adapted = setup.attach_adapter(recipe, base, network, folder, tokenizer, new_ids, train_rows)
+        adapted = setup.attach_adapter(
+            recipe, base, network, folder, tokenizer, new_ids, train_rows
+        )
 
     def make() -> WatchedSFTTrainer | WatchedTrainer:
         return setup.make_trainer(recipe, folder, adapted, tokenizer, train_rows, eval_rows, run)
@@ -115,7 +132,9 @@ def _run(recipe: Recipe, base: Base, folder: Path, run: dict[str, Any], resume: 
         disk_space.translate_full_disk(folder, needed),
         translate_refusals(passed_on, lambda: trainer.watch.stepped),
     ):
-        steps, mean_loss, effort = out_of_memory.train_through(trainer, make, checkpoint, recipe, train_rows, run)
+        steps, mean_loss, effort = out_of_memory.train_through(
+            trainer, make, checkpoint, recipe, train_rows, run
+        )
     adapter = folder / "adapter"
     run |= {
         "status": "finished",
@@ -126,19 +145,23 @@ def _run(recipe: Recipe, base: Base, folder: Path, run: dict[str, Any], resume: 
         _save(adapted, tokenizer, adapter, run, folder / init_weights.START)
         run_folder.update_record(folder, run)
     ui.say(
-        f"trained {steps} steps in {ui.format_duration(time.monotonic() - started)}, mean loss {mean_loss:.4f}; "
+        f"trained {steps} steps in {ui.format_duration(time.monotonic() - started)}, mean loss "
+        f"{mean_loss:.4f}; "
         f"adapter in {adapter}"
     )
     return adapter
 
 
-def _say_packed(recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: prepare.Prepared) -> None:
+def _say_packed(
+    recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: prepare.Prepared
+) -> None:
     """How full TRL's packing made the sequences."""
     if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
         packed = len(trainer.train_dataset)
         fill = train_rows.counts.tokens / (packed * trainer.args.max_length)
         ui.say(
-            f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} tokens, {fill:.0%} full"
+            f"  packed: {len(train_rows.rows)} rows in {packed} of {trainer.args.max_length} "
+            f"tokens, {fill:.0%} full"
         )
 
 
@@ -158,32 +181,49 @@ def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _refuse_other_rows(
-    folder: Path, run: dict[str, Any], train_rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    run: dict[str, Any],
+    train_rows: prepare.Prepared,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Record what is trained on, before it is; LoraError when a resumed run began with other rows."""
+    """Record what is trained on, before it is; LoraError when a resumed run began with other
+    rows."""
     before, now = run.get("data"), _describe_rows(train_rows, tokenizer)
     if before and before["fingerprint"] != now["fingerprint"]:
         raise LoraError(
-            f"the run in {folder} began with other rows: the data, tokenizer or chat template have changed since",
+            f"the run in {folder} began with other rows: the data, tokenizer or chat template "
+            "have changed since",
             "undo the change; record.json says what they were",
         )
     run_folder.update_record(folder, run, data=now)
 
 
 def _find_checkpoint(folder: Path, run: str) -> Path | None:
-    """The newest checkpoint that holds all that makes the continued run the same run; None for its beginning."""
+    """The newest checkpoint that holds all that makes the continued run the same run; None for its
+    beginning."""
     checkpoint = checkpoints.find_newest(folder, run)
-    ui.say(f"  resuming from {checkpoint.folder}" if checkpoint else "  no checkpoint yet: from the first step")
+    ui.say(
+        f"  resuming from {checkpoint.folder}"
+        if checkpoint
+        else "  no checkpoint yet: from the first step"
+    )
     return checkpoint.folder if checkpoint else None
 
 
 def _save(
-    trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: dict[str, Any], start: Path
+    trained: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path,
+    run: dict[str, Any],
+    start: Path,
 ) -> None:
-    """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is not finite."""
+    """Write adapter, tokenizer, template, probes and record, whole or not at all; refuses what is
+    not finite."""
     for name, parameter in attach.walk_trainable(trained):
         if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"{name} is not finite: the adapter was not saved", "lower training.learning_rate")
+            raise NonFiniteError(
+                f"{name} is not finite: the adapter was not saved", "lower training.learning_rate"
+            )
     _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
         save_trained(trained, tokenizer, staging)
@@ -191,14 +231,16 @@ def _save(
         with attach.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
         init_weights.save_as_plain(staging, trained.peft_config["default"], start)
-        save_tokenizer(tokenizer, staging, privacy.expand_home(run["base"]["name"]), run["base"]["commit"])
+        save_tokenizer(
+            tokenizer, staging, privacy.expand_home(run["base"]["name"]), run["base"]["commit"]
+        )
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run)
 
 
 def _make_room(adapter: Path, run: dict[str, Any]) -> None:
-    """An adapter that this run saved already goes if it is of the same step (a kill came before the record said so);
-    that of a run that was extended keeps its steps as part of its name."""
+    """An adapter that this run saved already goes if it is of the same step (a kill came before the
+    record said so); that of a run that was extended keeps its steps as part of its name."""
     if not (adapter / provenance.ARTEFACT_RECORD).is_file():
         return
     before = files.read_json(adapter / provenance.ARTEFACT_RECORD)

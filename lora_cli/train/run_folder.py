@@ -1,4 +1,5 @@
-"""The folder of a run: claim it, write its record, refuse a resumed run whose recipe has changed."""
+"""The folder of a run: claim it, write its record, refuse a resumed run whose recipe has
+changed."""
 
 from __future__ import annotations
 
@@ -8,10 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, privacy, provenance, refuse_link, refuse_occupied, ui, write_json, write_text
+from lora_cli.common import (
+    LoraError,
+    privacy,
+    provenance,
+    refuse_link,
+    refuse_occupied,
+    ui,
+    write_json,
+    write_text,
+)
 from lora_cli.recipe import strict_yaml
 
-# Keys of a recipe that leave the steps before a checkpoint as they were: they may change when a run is resumed
+# Keys of a recipe that leave the steps before a checkpoint as they were: they may change when a run
+# is resumed
 LOGGING = (
     "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "save_steps", "save_strategy",
     "save_total_limit", "on_oom", "stop_on_loss_above",
@@ -27,22 +38,30 @@ EXTENDING = (
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """LoraError where `folder` holds something that is not a run of ours; what a kill left of one's start may stay."""
+    """LoraError where `folder` holds something that is not a run of ours; what a kill left of one's
+    start may stay."""
     refuse_link(folder)
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
-        if provenance.RUN_RECORD in names or (names and all(re.fullmatch(r"\.lock|\..+\.tmp", name) for name in names)):
+        if provenance.RUN_RECORD in names or (
+            names and all(re.fullmatch(r"\.lock|\..+\.tmp", name) for name in names)
+        ):
             return
     refuse_occupied(folder)
 
 
 def begin_run(
-    folder: Path, recipe: dict[str, Any], contents: dict[str, Any], resume: bool, allowed: Sequence[str] = ()
+    folder: Path,
+    recipe: dict[str, Any],
+    contents: dict[str, Any],
+    resume: bool,
+    allowed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Claim `folder`, which is locked, for a run of the resolved `recipe` and write its record with status `running`.
+    """Claim `folder`, which is locked, for a run of the resolved `recipe` and write its record with
+    status `running`.
 
-    LoraError when the folder holds another run, or, with `resume`, a run of a recipe that differs in more than the
-    `allowed` keys.
+    LoraError when the folder holds another run, or, with `resume`, a run of a recipe that differs
+    in more than the `allowed` keys.
     """
     refuse_link(folder)
     recipe, contents = privacy.make_portable(recipe), privacy.make_portable(contents)
@@ -57,26 +76,47 @@ def begin_run(
         changes = _list_differences(before["recipe"], recipe)
         extended = changes and all(change.key in EXTENDING for change in changes)
         if before["status"] == "finished" and not (extended or allowed):
-            raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
-        _check_changes(folder, changes, allowed)
-        if "fingerprint" in before["base"] and (others := _list_differences(before["base"], contents["base"], "base.")):
             raise LoraError(
-                f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
+                f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT"
+            )
+        _check_changes(folder, changes, allowed)
+        if "fingerprint" in before["base"] and (
+            others := _list_differences(before["base"], contents["base"], "base.")
+        ):
+            raise LoraError(
+                f"the base differs from that of the run in {folder}: "
+                f"{'; '.join(map(str, others[:3]))}",
                 f"give the same base, or rm -r {folder} to start again",
             )
-        if others := _list_differences(before["versions"], provenance.new_record("train")["versions"]):
-            ui.warn(f"the run began with other versions and may end otherwise: {'; '.join(map(str, others))}")
-        kept = {key: before[key] for key in ("id", "started", "data", "choices", "reduced") if key in before}
+        if others := _list_differences(
+            before["versions"], provenance.new_record("train")["versions"]
+        ):
+            ui.warn(
+                "the run began with other versions and may end otherwise: "
+                f"{'; '.join(map(str, others))}"
+            )
+        kept = {
+            key: before[key]
+            for key in ("id", "started", "data", "choices", "reduced")
+            if key in before
+        }
         kept["resumed"] = [*before.get("resumed", []), provenance.now()]
         if changes:
             kept["changed"] = [*before.get("changed", []), *map(str, changes)]
     elif path.is_file():
         status = provenance.read_record(path)["status"]
-        hint = f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"
+        hint = (
+            f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"
+        )
         if status == "finished":
             hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
         raise LoraError(f"{folder} already holds a run ({status})", hint)
-    record = provenance.new_record("train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents) | kept
+    record = (
+        provenance.new_record(
+            "train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents
+        )
+        | kept
+    )
     write_json(path, record)
     write_text(folder / provenance.RESOLVED_RECIPE, strict_yaml.dump(recipe))
     return record
@@ -86,21 +126,25 @@ def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) 
     """LoraError unless every change is allowed, and may be."""
     if fixed := sorted(set(allowed) - set(EXTENDING)):
         raise LoraError(
-            f"--allow-changes {fixed[0]}: a resumed run cannot change it", f"it may change {', '.join(EXTENDING)}"
+            f"--allow-changes {fixed[0]}: a resumed run cannot change it",
+            f"it may change {', '.join(EXTENDING)}",
         )
     refused = [change for change in changes if change.key not in allowed]
     if not refused:
         return
     hint = "undo the change, or --set output_dir=… starts another run"
     if all(change.key in EXTENDING for change in refused):
-        hint = "undo the change, or allow it: " + " ".join(f"--allow-changes {change.key}" for change in refused)
+        hint = "undo the change, or allow it: " + " ".join(
+            f"--allow-changes {change.key}" for change in refused
+        )
     more = [f"and {len(refused) - 4} more"] if len(refused) > 4 else []
     said = "; ".join([*map(str, refused[:4]), *more])
     raise LoraError(f"the recipe differs from the run in {folder}: {said}", hint)
 
 
 def _came_to_nothing(folder: Path) -> bool:
-    """Whether the run in `folder` failed before it saved anything: its recipe may be mended and run again."""
+    """Whether the run in `folder` failed before it saved anything: its recipe may be mended and run
+    again."""
     kept = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
     return (
         provenance.read_record(folder / provenance.RUN_RECORD)["status"] == "failed"

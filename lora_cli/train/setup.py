@@ -1,4 +1,5 @@
-"""What a run needs before its first step: the base, the adapter on it, and the trainer around both."""
+"""What a run needs before its first step: the base, the adapter on it, and the trainer around
+both."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     network = base.load(
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),
-        **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
+        **(
+            {"attn_implementation": recipe.model.attn_implementation}
+            if recipe.model.attn_implementation
+            else {}
+        ),
     )
     refuse_not_finite(network, base.name)
     network.config.use_cache = False
@@ -42,18 +47,27 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
 
 
 def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
-    """Attention by document where the recipe leaves it open and the base's own does not know documents."""
+    """Attention by document where the recipe leaves it open and the base's own does not know
+    documents."""
     if recipe.model.attn_implementation:
         return
     apart = document_attention.install(base)
-    reason = "each document of a sequence by itself, the same for less time" if apart else "what the model has"
+    reason = (
+        "each document of a sequence by itself, the same for less time"
+        if apart
+        else "what the model has"
+    )
     choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
-    run["choices"] = [*(made for made in run["choices"] if made["name"] != choice.name), choice._asdict()]
+    run["choices"] = [
+        *(made for made in run["choices"] if made["name"] != choice.name),
+        choice._asdict(),
+    ]
     ui.say(f"  {choice}")
 
 
 def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
-    """The recipe, with padded batches where rows in one sequence would see each other in this base."""
+    """The recipe, with padded batches where rows in one sequence would see each other in this
+    base."""
     why = step_packing.find_unsuitable(base) if recipe.training.packing == "step" else None
     if why is None:
         return recipe
@@ -78,7 +92,10 @@ def attach_adapter(
         token_rows.grow_embeddings(network, len(tokenizer))
         token_rows.train_rows(network, config, new_ids)
     targets.check_targets(recipe, network, config)
-    rows = [dict(row) for row in train_rows.rows.select(range(min(init_weights.ROWS, len(train_rows.rows))))]
+    rows = [
+        dict(row)
+        for row in train_rows.rows.select(range(min(init_weights.ROWS, len(train_rows.rows))))
+    ]
     collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
     with attach.quiet_peft():
         init_weights.prepare_base(recipe, network, config, rows, collate)
@@ -87,7 +104,9 @@ def attach_adapter(
     init_weights.keep_start(recipe, adapted, folder)
     install.install(adapted, adapted.device.type)
     if (options := upstream.read_compile_options(recipe)) is not None:
-        ui.say(f"  {install.compile_layers(adapted, options)} layers are compiled at the first step")
+        ui.say(
+            f"  {install.compile_layers(adapted, options)} layers are compiled at the first step"
+        )
     return adapted
 
 
@@ -119,12 +138,19 @@ def make_trainer(
     if recipe.training.packing == "step":
         common["data_collator"] = step_packing.StepCollator(pieces.sequence)
     elif recipe.trainer == "trainer":
-        common["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
+        common["data_collator"] = DataCollatorForLanguageModeling(
+            pad_token_id=_find_pad_id(tokenizer)
+        )
     trainer: WatchedSFTTrainer | WatchedTrainer
     with keep_types(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
-        trainer = WatchedSFTTrainer(**common) if recipe.trainer == "sft" else WatchedTrainer(**common)
+        trainer = (
+            WatchedSFTTrainer(**common) if recipe.trainer == "sft" else WatchedTrainer(**common)
+        )
     if recipe.training.loraplus_lr_ratio is not None:
-        given = {name: getattr(recipe.training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
+        given = {
+            name: getattr(recipe.training, name)
+            for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")
+        }
         trainer.loraplus = {name: value for name, value in given.items() if value is not None}
     if recipe.training.loss_head == "trained_tokens":
         base = adapted.get_base_model()
@@ -134,7 +160,10 @@ def make_trainer(
         else:
             trainer.own_loss = trainer.model_accepts_loss_kwargs = True
     trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run["id"]
-    trainer.watch.limit, trainer.watch.where = recipe.training.stop_on_loss_above, trainer.step_in_words
+    trainer.watch.limit, trainer.watch.where = (
+        recipe.training.stop_on_loss_above,
+        trainer.step_in_words,
+    )
     trainer.boundary = {} if recipe.training.on_oom == "reduce" else None
     trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
     trainer.dora_layers = dora_norms.find_layers(adapted)
@@ -150,4 +179,6 @@ def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared)
     counts, device = train_rows.counts, hardware.detect_device()
     context = counts.tokens / max(len(train_rows.rows), 1)
     each = flops.count_per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
-    return flops.Work(each, flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None)
+    return flops.Work(
+        each, flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
+    )

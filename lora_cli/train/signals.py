@@ -1,4 +1,5 @@
-"""Signals while training: SIGINT and SIGTERM end the run after its step and a checkpoint, SIGUSR1 saves and goes on."""
+"""Signals while training: SIGINT and SIGTERM end the run after its step and a checkpoint, SIGUSR1
+saves and goes on."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
         if os.getpid() != self.process:  # a data loader's worker, which has inherited this
-            if kind is signal.SIGTERM:  # sent to the whole group it must not end the step; sent again, it is meant
+            if (
+                kind is signal.SIGTERM
+            ):  # sent to the whole group it must not end the step; sent again, it is meant
                 signal.signal(kind, signal.SIG_DFL)
             return
         if kind is signal.SIGUSR1:
@@ -55,7 +58,8 @@ class Signals:
             signal.signal(number, self.before[number])  # type: ignore[arg-type]
 
     def end(self) -> NoReturn:
-        """Leave as the signal that asked for it would have: KeyboardInterrupt (130) or exit status 143."""
+        """Leave as the signal that asked for it would have: KeyboardInterrupt (130) or exit status
+        143."""
         assert self.stopping is not None
         if self.stopping is signal.SIGINT:
             raise KeyboardInterrupt

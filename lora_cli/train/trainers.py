@@ -1,4 +1,5 @@
-"""TRL's and transformers' trainers with what lora adds: watching, resuming, LoRA+, evaluation by tokens."""
+"""TRL's and transformers' trainers with what lora adds: watching, resuming, LoRA+, evaluation by
+tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ ROWS_SHOWN = 16
 class _Watched:
     """Lets a Trainer hand each micro-batch's loss to its `Watch`, and weighs evaluation by tokens.
 
-    Trainer's own eval_loss is a mean of the batches' means: it changes with the batch size, and a row of three tokens
-    counts as much as one of a thousand.
+    Trainer's own eval_loss is a mean of the batches' means: it changes with the batch size, and a
+    row of three tokens counts as much as one of a thousand.
     """
 
     watch: Watch
@@ -40,22 +41,26 @@ class _Watched:
     dora_layers: Sequence[dora_norms.FactoredDora] = ()
     """Layers whose norms are the same in all sequences of a step."""
     trained: Sequence[torch.Tensor] = ()
-    """What has gradients, from the first pass on: resuming may put other tensors into the model before it."""
+    """What has gradients, from the first pass on: resuming may put other tensors into the model
+    before it."""
     loraplus: dict[str, float] | None = None
     """LoRA+'s arguments of PEFT's optimiser helper; None for one learning rate."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         half = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
-        # PEFT casts inputs to the adapter's float32, and autocast casts them back: the same values, for time and memory
+        # PEFT casts inputs to the adapter's float32, and autocast casts them back: the same values,
+        # for time and memory
         with disable_input_dtype_casting(self.model, active=half), self._walked_once():  # type: ignore[attr-defined]
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
     def _walked_once(self) -> Iterator[None]:
-        """Inside, what Trainer asks of the model in every pass and step does not walk through all of its modules.
+        """Inside, what Trainer asks of the model in every pass and step does not walk through all
+        of its modules.
 
-        A model that is training already stays as it is, and only `trained` has gradients to forget. Of a small model's
-        step these walks were 4 %, of a pass of an 8-billion-parameter model about 10 ms.
+        A model that is training already stays as it is, and only `trained` has gradients to forget.
+        Of a small model's step these walks were 4 %, of a pass of an 8-billion-parameter model
+        about 10 ms.
         """
         adapted: Any = self.model  # type: ignore[attr-defined]
 
@@ -106,7 +111,8 @@ class _Watched:
     def step_rows(self) -> list[int] | None:
         """Places in `train_dataset` of the rows of the step that is being made; None of a stream.
 
-        The epoch's order is drawn again, from the numbers it was drawn from: for a run that goes no further.
+        The epoch's order is drawn again, from the numbers it was drawn from: for a run that goes no
+        further.
         """
         loader = self.callback_handler.train_dataloader  # type: ignore[attr-defined]
         if isinstance(loader.dataset, IterableDataset):
@@ -114,8 +120,14 @@ class _Watched:
         passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         done = self.state.global_step % math.ceil(len(loader) / passes) * passes  # type: ignore[attr-defined]
         random_state.restore_state(self.epoch_rng)  # type: ignore[attr-defined]
-        torch.empty((), dtype=torch.int64).random_()  # the loader's own seed, which is drawn before the order
-        return [int(place) for batch in islice(loader.batch_sampler, done, done + passes) for place in batch]
+        torch.empty(
+            (), dtype=torch.int64
+        ).random_()  # the loader's own seed, which is drawn before the order
+        return [
+            int(place)
+            for batch in islice(loader.batch_sampler, done, done + passes)
+            for place in batch
+        ]
 
     def step_in_words(self) -> str:
         """`, on rows 3, 17 and 20 of …; checkpoint-6 is the last good one`."""
@@ -125,12 +137,18 @@ class _Watched:
             more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
             said = f", on {kind} {', '.join(map(str, rows[:ROWS_SHOWN]))}{more} of the prepared data (counted from 0)"
         found = checkpoints.walk_checkpoints(folder, self.run_id)  # type: ignore[attr-defined]
-        last = next((each.folder.name for each in found if isinstance(each, checkpoints.Checkpoint)), None)
+        last = next(
+            (each.folder.name for each in found if isinstance(each, checkpoints.Checkpoint)), None
+        )
         return f"{said}; {last} is the last good one" if last else said
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
-        self.trained = self.trained or [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = self.trained or [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         parts = step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]
         with dora_norms.keep_norms(self.dora_layers):
             for number, part in enumerate(parts, 1):
@@ -150,14 +168,21 @@ class _Watched:
             super()._track_num_input_tokens(inputs)  # type: ignore[misc]
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        for part in step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]:
+        for part in (
+            step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]
+        ):
             tokens = int((part["labels"][..., 1:] != IGNORED).sum())
             loss, *others = super().prediction_step(model, part, *args, **kwargs)  # type: ignore[misc]
             if tokens:
-                self.eval_loss, self.eval_tokens = self.eval_loss + float(loss) * tokens, self.eval_tokens + tokens
+                self.eval_loss, self.eval_tokens = (
+                    self.eval_loss + float(loss) * tokens,
+                    self.eval_tokens + tokens,
+                )
         return loss, *others
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         self.eval_loss, self.eval_tokens = 0.0, 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
         sums = torch.tensor([self.eval_loss, self.eval_tokens], device=self.args.device)  # type: ignore[attr-defined]
@@ -169,7 +194,8 @@ class _Watched:
 
 
 class WatchedSFTTrainer(_Watched, Resumable, SFTTrainer):
-    """TRL's SFTTrainer, watched; with `own_loss` the model computes its loss itself (`loss.py`), and not TRL's head."""
+    """TRL's SFTTrainer, watched; with `own_loss` the model computes its loss itself (`loss.py`),
+    and not TRL's head."""
 
     own_loss = False
 

@@ -1,8 +1,9 @@
-"""Bad adapters, models and options, and the one message each gets from merge, export, combine, extract and convert.
+"""Bad adapters, models and options, and the one message each gets from merge, export, combine,
+extract and convert.
 
-Nothing may be left behind, whatever went wrong. Compared with bad_artefacts.txt. Hermetic: small random models with
-the tiny model's tokenizer. Alone: pytest tests/cli/test_bad_artefacts.py. After a change of a message:
-python tests/cli/test_bad_artefacts.py > tests/cli/bad_artefacts.txt
+Nothing may be left behind, whatever went wrong. Compared with bad_artefacts.txt. Hermetic: small
+random models with the tiny model's tokenizer. Alone: pytest tests/cli/test_bad_artefacts.py. After
+a change of a message: python tests/cli/test_bad_artefacts.py > tests/cli/bad_artefacts.txt
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from lora_cli import cli
 from lora_cli.common import files, library_errors, provenance, ui
@@ -65,7 +72,9 @@ def adapter(on: Path, name: str = "adapter", config: type = LoraConfig, **option
     if config is LoraConfig:
         options = {"r": 2, "target_modules": ["q_proj", "v_proj"], **options}
     with attach.quiet_peft():
-        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(on), config(task_type="CAUSAL_LM", **options))
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(on), config(task_type="CAUSAL_LM", **options)
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -83,7 +92,9 @@ def changed(path: Path, **values) -> Path:
     return path
 
 
-def tensors(folder: Path, change: Callable[[dict], dict], name: str = "adapter_model.safetensors") -> Path:
+def tensors(
+    folder: Path, change: Callable[[dict], dict], name: str = "adapter_model.safetensors"
+) -> Path:
     """The folder with its tensors changed."""
     save_file(change(load_file(folder / name)), folder / name, metadata={"format": "pt"})
     return folder
@@ -107,7 +118,9 @@ def pickled(folder: Path) -> Path:
 
 def gpt2(folder: Path) -> Path:
     """A random GPT-2 with the tiny model's tokenizer."""
-    return _saved(GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2)), folder / "gpt2")
+    return _saved(
+        GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2)), folder / "gpt2"
+    )
 
 
 def gguf(folder: Path) -> Path:
@@ -144,7 +157,9 @@ def _merge(d: Path, given: Path, base_name: str | None = None) -> None:
     merge(given, d / "out", base_name)
 
 
-def _twice(d: Path, *given: Path, weights: str | None = None, how: str = "cat", density=None, r=None) -> None:
+def _twice(
+    d: Path, *given: Path, weights: str | None = None, how: str = "cat", density=None, r=None
+) -> None:
     combine(list(given), d / "out", weights, how, density, r, None)
 
 
@@ -214,7 +229,8 @@ BAD: dict[str, Callable[[Path], object]] = {
     "merge: output is the current folder": lambda d: merge(adapter(base(d)), Path()),
     "merge: the disk fills up": lambda d: on_full_disk(
         lambda: _merge(d, adapter(base(d))), PreTrainedModel, "save_pretrained"),
-    "merge: the output is missing": lambda d: cli._two_or_more([d / "adapter"], "lora merge ADAPTER OUT"),
+    "merge: the output is missing": lambda d: cli._two_or_more([d / "adapter"], "lora merge "
+                                                                                "ADAPTER OUT"),
     "merge: weights for one adapter": _several,
     # lora export-gguf
     "export: unknown type": lambda d: _export(d, "Q4_KM"),
@@ -303,7 +319,12 @@ def said(name: str, folder: Path) -> str:
         ui.say = say
         os.chdir(here)
     home = str(tools.find_managed_home())
-    return text.replace("\n\n", "\n").replace(f"{folder}/", "").replace(str(folder), ".").replace(home, "LLAMA_CPP")
+    return (
+        text.replace("\n\n", "\n")
+        .replace(f"{folder}/", "")
+        .replace(str(folder), ".")
+        .replace(home, "LLAMA_CPP")
+    )
 
 
 def snapshot() -> Iterator[str]:
@@ -315,11 +336,15 @@ def snapshot() -> Iterator[str]:
 
 def test_the_snapshot_covers_every_case() -> None:
     assert len(BAD) >= 70
-    assert [line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")] == list(BAD)
+    assert [
+        line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")
+    ] == list(BAD)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_said_of_bad_input_and_that_nothing_is_left(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_what_is_said_of_bad_input_and_that_nothing_is_left(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
     assert tiny / "model" == TINY
     expected = SNAPSHOT.read_text().partition(f"## {name}\n")[2].partition("\n\n## ")[0].rstrip()
     found = said(name, tmp_path)

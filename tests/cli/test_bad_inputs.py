@@ -1,10 +1,11 @@
-"""What a person can get wrong on the command line, and the one message each gets. Compared with bad_inputs.txt.
+"""What a person can get wrong on the command line, and the one message each gets. Compared with
+bad_inputs.txt.
 
-Recipes, models, chat templates, adapters, outputs, launchers, and every command's own arguments; bad data sets are in
-tests/data/test_bad_data.py, more of merging and exporting in test_bad_artefacts.py. Each case is a whole call of `lora`
-in this process. Hermetic: small random models with the tiny model's tokenizer, no network. Alone:
-pytest tests/cli/test_bad_inputs.py. After a change of a message:
-python tests/cli/test_bad_inputs.py > tests/cli/bad_inputs.txt
+Recipes, models, chat templates, adapters, outputs, launchers, and every command's own arguments;
+bad data sets are in tests/data/test_bad_data.py, more of merging and exporting in
+test_bad_artefacts.py. Each case is a whole call of `lora` in this process. Hermetic: small random
+models with the tiny model's tokenizer, no network. Alone: pytest tests/cli/test_bad_inputs.py.
+After a change of a message: python tests/cli/test_bad_inputs.py > tests/cli/bad_inputs.txt
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_bad_artefacts import TINY, adapter, base, changed, cut, gguf, gpt2, named, tensors, without
+from test_bad_artefacts import (
+    TINY,
+    adapter,
+    base,
+    changed,
+    cut,
+    gguf,
+    gpt2,
+    named,
+    tensors,
+    without,
+)
 from transformers import BertConfig
 
 from lora_cli import cli
@@ -42,12 +54,19 @@ Case = Callable[[Path], Arguments | Given]
 
 
 def recipe(d: Path, text: str = "", **sections: str) -> Path:
-    """A recipe on the model in `base` and four rows; `sections` add to each section, `text` to the end."""
+    """A recipe on the model in `base` and four rows; `sections` add to each section, `text` to the
+    end."""
     (d / "rows.jsonl").write_text(ROWS)
-    given = {"model": "name_or_path: base", "data": "path: rows.jsonl", "training": "max_steps: 1, max_length: 64"}
+    given = {
+        "model": "name_or_path: base",
+        "data": "path: rows.jsonl",
+        "training": "max_steps: 1, max_length: 64",
+    }
     parts = []
     for name in [*given, *(name for name in sections if name not in given)]:
-        parts.append(f"{name}: {{{', '.join(filter(None, [given.get(name), sections.get(name)]))}}}\n")
+        parts.append(
+            f"{name}: {{{', '.join(filter(None, [given.get(name), sections.get(name)]))}}}\n"
+        )
     (d / "r.yaml").write_text("".join(parts) + "output_dir: run\n" + text)
     return d / "r.yaml"
 
@@ -154,7 +173,9 @@ def pickled(folder: Path) -> None:
 def sharded(folder: Path, index: object) -> None:
     """Weights said to be in several files."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(
+        index if isinstance(index, str) else json.dumps(index)
+    )
 
 
 def edited(folder: Path, change: Callable[[dict], dict]) -> None:
@@ -224,7 +245,8 @@ BAD: dict[str, Case] = {
     "recipe: a control character": raw("model: {name_or_path: ba\x07se}\n"),
     "recipe: a null character": raw('model: {name_or_path: "ba\\0se"}\ndata: {path: rows.jsonl}\n'),
     "recipe: a list with --set": lambda d: [*raw("- model\n")(d), "--set", "method=lora"],
-    "recipe: JSON with comments": raw('{"model": {"name_or_path": "base"}, // the base\n "data": {}}'),
+    "recipe: JSON with comments": raw('{"model": {"name_or_path": "base"}, // the base\n "data": '
+                                      '{}}'),
     "recipe: extends nothing": raw("extends: gone.yaml\n"),
     "recipe: extends itself": raw("extends: r.yaml\n"),
     "recipe: extends a folder": lambda d: [(d / "more").mkdir(), raw("extends: more\n")(d)][1],
@@ -244,11 +266,13 @@ BAD: dict[str, Case] = {
     "recipe: a number of thousands of digits": raw(START + f"lora: {{r: {'9' * 5000}}}\n"),
     "recipe: no such method": raw(START + "method: loro\n"),
     "recipe: six mistakes": raw(
-        START + "method: x\nlora: {r: 0, lora_dropout: 7, biass: none}\ntraining: {seed: -1, fo: 1}\n"),
+        START + "method: x\nlora: {r: 0, lora_dropout: 7, biass: none}\ntraining: {seed: -1, fo: "
+                "1}\n"),
     "recipe: an empty name": raw("model: {name_or_path: ''}\ndata: {path: rows.jsonl}\n"),
     "recipe: a secret key": raw(START + "training: {hub_token: hf_0123456789abcdefghij}\n"),
     "recipe: code allowed by itself": raw(START + "training: {trust_remote_code: true}\n"),
-    "recipe: model_init_kwargs": raw(START + "training: {model_init_kwargs: {trust_remote_code: true}}\n"),
+    "recipe: model_init_kwargs": raw(START + "training: {model_init_kwargs: {trust_remote_code: "
+                                             "true}}\n"),
     "recipe: kernels of a repository": with_(model="attn_implementation: someone/fast-kernel"),
     "recipe: no such attention": with_(model="attn_implementation: flush_attention_2"),
     "recipe: no such optimizer": with_(training="optim: adamm"),
@@ -265,14 +289,16 @@ BAD: dict[str, Case] = {
     "recipe: a token that is there": with_(model="add_tokens: ['<|end|>']"),
     "recipe: a system prompt without place": lambda d: [
         with_(model="system_prompt: be brief")(d),
-        written(d / "base/chat_template.jinja", "{% for m in messages[-1:] %}{{ m['content'] }}</s>{% endfor %}"),
+        written(d / "base/chat_template.jinja", "{% for m in messages[-1:] %}{{ m['content'] "
+                                                "}}</s>{% endfor %}"),
     ][0],
     "recipe: no such argument of the schedule": with_(training="lr_scheduler_kwargs: {cycles: 2}"),
     "recipe: arguments of the schedule that are none": with_(training="lr_scheduler_kwargs: cosine"),
     "recipe: no such log level": with_(training="log_level: loud"),
     "recipe: noise below zero": with_(training="neftune_noise_alpha: -1"),
     "recipe: an evaluation at the start without data": with_(training="eval_on_start: true"),
-    "recipe: workers that stay without workers": with_(training="dataloader_persistent_workers: true"),
+    "recipe: workers that stay without workers": with_(training="dataloader_persistent_workers: "
+                                                                "true"),
     "recipe: workers' beginnings without workers": with_(training="dataloader_multiprocessing_context: spawn"),
     "recipe: options of checkpointing that are none": with_(training="gradient_checkpointing_kwargs: reentrant"),
     "recipe: activations to the host without a GPU": with_(training="activation_offloading: true"),
@@ -565,7 +591,9 @@ def said(name: str, folder: Path) -> str:
     text = screen.getvalue()
     text = text[max(0, text.rfind("\nerror: ") + 1) :] if "Traceback" not in text else text
     shown = [word if len(word) < 80 else f"{word[:40]}…" for word in words]
-    assigned = "".join(f"{name}={value} " for name, value in environment.items() if not Path(value).is_absolute())
+    assigned = "".join(
+        f"{name}={value} " for name, value in environment.items() if not Path(value).is_absolute()
+    )
     text = f"$ {assigned}{shlex.join(shown)}\n{text.rstrip()}\n(exit {code})".replace("\n\n", "\n")
     return text.replace(f"{folder}/", "").replace(str(folder), ".").replace(str(TINY), "TINY")
 
@@ -579,11 +607,15 @@ def snapshot() -> Iterator[str]:
 
 def test_the_snapshot_covers_every_case() -> None:
     assert len(BAD) >= 265
-    assert [line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")] == list(BAD)
+    assert [
+        line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")
+    ] == list(BAD)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_said_of_bad_input_and_that_nothing_is_silent(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_what_is_said_of_bad_input_and_that_nothing_is_silent(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
     assert tiny / "model" == TINY
     expected = SNAPSHOT.read_text().partition(f"## {name}\n")[2].partition("\n\n## ")[0].rstrip()
     found = said(name, tmp_path)

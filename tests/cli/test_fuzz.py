@@ -1,4 +1,5 @@
-"""The short form of tests/torture/fuzz.py: some cases of each kind, and every case that was ever a find.
+"""The short form of tests/torture/fuzz.py: some cases of each kind, and every case that was ever a
+find.
 
 Hermetic, in a process of its own, whose memory is limited. Alone: pytest tests/cli/test_fuzz.py
 """
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).parent.parent / "torture" / "fuzz.py"
-# What found something once: a recipe that is a text, with --set (it never ended); keys with line breaks; adapters whose
-# sections are no mappings, which nest too deep, or want Megatron
+# What found something once: a recipe that is a text, with --set (it never ended); keys with line
+# breaks; adapters whose sections are no mappings, which nest too deep, or want Megatron
 FINDS = {"recipes": [262, 2730, 4536, 5019, 6342], "data": [], "adapters": [11, 31, 47, 151]}
 SHORT = {"recipes": 60, "data": 80, "adapters": 40}
 

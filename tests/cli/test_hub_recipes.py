@@ -1,7 +1,8 @@
-"""The shipped hub recipes as they stand, against a hub on 127.0.0.1 that serves the tiny model and a small data set
-under the very names the recipes use, at several revisions.
+"""The shipped hub recipes as they stand, against a hub on 127.0.0.1 that serves the tiny model and
+a small data set under the very names the recipes use, at several revisions.
 
-Hermetic: loopback only; any other host is refused and listed. Alone: pytest tests/cli/test_hub_recipes.py
+Hermetic: loopback only; any other host is refused and listed. Alone: pytest
+tests/cli/test_hub_recipes.py
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SHORT = ["--set", "training.max_steps=2", "--set", "training.gradient_accumulati
 
 @pytest.fixture(scope="module")
 def hub(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
-    """The model without a chat template (a base has none), its `v2` with other weights; both data sets."""
+    """The model without a chat template (a base has none), its `v2` with other weights; both data
+    sets."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(tiny / "model", folder / "model")
     (folder / "model" / "chat_template.jinja").unlink()
@@ -35,14 +37,23 @@ def hub(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopba
     save_file(weights, folder / "v2" / "model.safetensors", metadata={"format": "pt"})
     for revision, count in (("alpaca", 200), ("alpaca-v2", 120)):
         rows = [
-            {"instruction": f"Say {i}.", "input": "twice" if i % 3 else "", "output": f"{i} {i}", "text": "unused"}
+            {
+                "instruction": f"Say {i}.",
+                "input": "twice" if i % 3 else "",
+                "output": f"{i} {i}",
+                "text": "unused",
+            }
             for i in range(count)
         ]
         (folder / revision / "data").mkdir(parents=True)
         table = pyarrow.Table.from_pylist(rows)
-        pyarrow.parquet.write_table(table, folder / revision / "data" / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
+        pyarrow.parquet.write_table(
+            table, folder / revision / "data" / "train-00000-of-00001-a09b74b3ef9c3b56.parquet"
+        )
     (folder / "gsm8k" / "main").mkdir(parents=True)
-    table = pyarrow.Table.from_pylist([{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(50)])
+    table = pyarrow.Table.from_pylist(
+        [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(50)]
+    )
     pyarrow.parquet.write_table(table, folder / "gsm8k" / "main" / "train-00000-of-00001.parquet")
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
     (folder / "gsm8k" / "README.md").write_text(card)
@@ -81,7 +92,8 @@ def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
     merged = lora("merge", run / "adapter", tmp_path / "out", env=environ)
     assert merged.returncode == 0, merged.stderr
     assert "14 of 14 modules merged" in merged.stderr
-    # the same adapter as if made elsewhere, naming its base only: what is made of it names the commit as well
+    # the same adapter as if made elsewhere, naming its base only: what is made of it names the
+    # commit as well
     foreign = tmp_path / "foreign"
     shutil.copytree(run / "adapter", foreign)
     (foreign / "lora_record.json").unlink()
@@ -89,18 +101,34 @@ def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
     (foreign / "adapter_config.json").write_text(json.dumps({**config, "revision": None}))
     converted = lora("convert", foreign, tmp_path / "small", "--r", "4", env=environ)
     assert converted.returncode == 0, converted.stderr
-    assert json.loads((tmp_path / "small" / "lora_record.json").read_text())["base"]["commit"] == main
+    assert (
+        json.loads((tmp_path / "small" / "lora_record.json").read_text())["base"]["commit"] == main
+    )
     alone = lora("export-gguf", tmp_path / "small", "--adapter-only", env=environ)
     assert alone.returncode == 0, alone.stderr
     assert "base with adapter in llama.cpp: mean KL" in alone.stderr
 
 
 def test_revisions_are_honoured_and_recorded(hub, environ, lora, tmp_path: Path) -> None:
-    v2 = ["--set", "model.revision=v2", "--set", "data.revision=v2", "--set", "data.eval_split=null"]
+    v2 = [
+        "--set",
+        "model.revision=v2",
+        "--set",
+        "data.revision=v2",
+        "--set",
+        "data.eval_split=null",
+    ]
     records, losses = {}, {}
     for name, options in (("main", ["--set", "data.eval_split=null"]), ("v2", v2)):
         done = lora(
-            *("train", ROOT / "configs" / "alpaca.yaml", *SHORT, *options, "--set", "data.split=train"),
+            *(
+                "train",
+                ROOT / "configs" / "alpaca.yaml",
+                *SHORT,
+                *options,
+                "--set",
+                "data.split=train",
+            ),
             *("--set", f"output_dir={tmp_path / name}"),
             env=environ,
         )
@@ -135,11 +163,24 @@ def test_the_other_hub_recipes_work_too(environ, lora, tmp_path: Path, config: s
         ("data.path=org/nothing", "Repository Not Found"),
         ("data.revision=v9", "Revision Not Found"),
         ("data.split=foo", 'Unknown split "foo"'),
-        ("model.name_or_path=build/nothing/here", "build/nothing/here does not exist or is no model"),
+        (
+            "model.name_or_path=build/nothing/here",
+            "build/nothing/here does not exist or is no model",
+        ),
     ],
 )
-def test_what_the_hub_refuses_is_one_clear_error(environ, lora, tmp_path: Path, override: str, said: str) -> None:
-    done = lora("train", ROOT / "configs" / "alpaca.yaml", *SHORT, "--set", override, env=environ, cwd=tmp_path)
+def test_what_the_hub_refuses_is_one_clear_error(
+    environ, lora, tmp_path: Path, override: str, said: str
+) -> None:
+    done = lora(
+        "train",
+        ROOT / "configs" / "alpaca.yaml",
+        *SHORT,
+        "--set",
+        override,
+        env=environ,
+        cwd=tmp_path,
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     message, _, hint = done.stderr[done.stderr.index("error: ") :].partition("\n\nhint: ")

@@ -1,8 +1,9 @@
-"""The whole pipeline on the tiny model, as a user types it: train, merge, export, generate, chat, for each method.
+"""The whole pipeline on the tiny model, as a user types it: train, merge, export, generate, chat,
+for each method.
 
-The merged model is opened by transformers, the adapter by PEFT, the GGUF files by llama.cpp, K-quants among them.
-Hermetic: the tiny model; llama.cpp's converter and quantiser are the managed copy that `make test` has set up.
-Alone: pytest tests/cli/test_pipeline.py
+The merged model is opened by transformers, the adapter by PEFT, the GGUF files by llama.cpp,
+K-quants among them. Hermetic: the tiny model; llama.cpp's converter and quantiser are the managed
+copy that `make test` has set up. Alone: pytest tests/cli/test_pipeline.py
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def runs(lora, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def ids_of(tokenizer) -> list[int]:
-    return tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)["input_ids"]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True
+    )["input_ids"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -50,7 +53,9 @@ def test_peft_and_transformers_open_what_was_made(runs, method: str, monkeypatch
     run = runs[method]
     ids = torch.tensor([ids_of(AutoTokenizer.from_pretrained(run / "merged"))])
     with torch.no_grad():
-        adapted = AutoPeftModelForCausalLM.from_pretrained(run / "adapter").eval()(input_ids=ids).logits
+        adapted = (
+            AutoPeftModelForCausalLM.from_pretrained(run / "adapter").eval()(input_ids=ids).logits
+        )
         merged = AutoModelForCausalLM.from_pretrained(run / "merged").eval()(input_ids=ids).logits
         base = AutoModelForCausalLM.from_pretrained("build/tiny/model").eval()(input_ids=ids).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
@@ -68,7 +73,9 @@ def test_the_gguf_files_answer_in_llama_cpp(runs, lora, method: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     ids = ids_of(tokenizer)
     weights = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
-    greedy = weights.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+    greedy = weights.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[
+        0, len(ids) :
+    ]
     wanted = tokenizer.decode(greedy, skip_special_tokens=True)
     for file in files:
         with GGUFModel(file) as model:
@@ -92,7 +99,9 @@ def test_an_adapter_is_exported_by_merging_it_on_the_way(runs, lora, tmp_path: P
 
 
 def test_the_newest_result_is_exported_and_named_first(runs, lora) -> None:
-    done = lora("export-gguf", "-q", "q8_0", cwd=runs["dora"], env={"LLAMA_CPP_DIR": "/nonexistent"})
+    done = lora(
+        "export-gguf", "-q", "q8_0", cwd=runs["dora"], env={"LLAMA_CPP_DIR": "/nonexistent"}
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("the newest result here is merged\n")
     assert "LLAMA_CPP_DIR /nonexistent has no convert_hf_to_gguf.py" in done.stderr
@@ -103,11 +112,22 @@ def test_generate_puts_all_forms_side_by_side(runs, lora, tiny: Path) -> None:
     forms = ["build/tiny/model", run / "adapter", run / "merged"]
     rows = (tiny / "eval.jsonl").read_text().splitlines()[:6]
     (run / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    done = lora("generate", *forms, "--file", run / "rows.jsonl", "--json", "--max-new-tokens", "32", cwd=ROOT)
+    done = lora(
+        "generate",
+        *forms,
+        "--file",
+        run / "rows.jsonl",
+        "--json",
+        "--max-new-tokens",
+        "32",
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["model"] for answer in answers[:3]] == [str(form) for form in forms]
-    by_form = {str(form): [a["answer"] for a in answers if a["model"] == str(form)] for form in forms}
+    by_form = {
+        str(form): [a["answer"] for a in answers if a["model"] == str(form)] for form in forms
+    }
     assert by_form[str(run / "adapter")] == by_form[str(run / "merged")]
     assert len(by_form["build/tiny/model"]) == 6
     assert "exact match" in done.stderr
@@ -115,7 +135,16 @@ def test_generate_puts_all_forms_side_by_side(runs, lora, tiny: Path) -> None:
 
 def test_chat_keeps_the_conversation(runs, lora) -> None:
     talk = "Reverse: red dog\n/reset\nReverse: red dog\n/quit\n"
-    done = lora("chat", runs["lora"] / "adapter", "--temperature", "0", "--max-new-tokens", "16", cwd=ROOT, input=talk)
+    done = lora(
+        "chat",
+        runs["lora"] / "adapter",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "16",
+        cwd=ROOT,
+        input=talk,
+    )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == second != ""
@@ -139,7 +168,9 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
         (["chat", "./nothing"], 1, "error: ./nothing does not exist or is no model"),
     ],
 )
-def test_mistakes_get_a_message_and_a_status(lora, arguments: list[str], status: int, said: str) -> None:
+def test_mistakes_get_a_message_and_a_status(
+    lora, arguments: list[str], status: int, said: str
+) -> None:
     done = lora(*arguments, cwd=ROOT)
     assert done.returncode == status
     assert said in done.stderr

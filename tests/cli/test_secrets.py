@@ -1,8 +1,10 @@
-"""A canary for a token: whatever lora does, it is in no file and no log; nor is the user's home folder.
+"""A canary for a token: whatever lora does, it is in no file and no log; nor is the user's home
+folder.
 
-A run with checkpoints, check, merge, combine, convert, export, generate, verify and several errors, with the canary in
-the environment and among the arguments. All that is in the folder, home and cache is searched, and what was printed.
-Hermetic: the tiny model. Alone: pytest tests/cli/test_secrets.py
+A run with checkpoints, check, merge, combine, convert, export, generate, verify and several errors,
+with the canary in the environment and among the arguments. All that is in the folder, home and
+cache is searched, and what was printed. Hermetic: the tiny model. Alone: pytest
+tests/cli/test_secrets.py
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from lora_cli.gguf.tools import find_managed_home
 ROOT = Path(__file__).parent.parent.parent
 
 CANARY = "hf_canaryInTheCoalMine0123456789"
-# One process for all commands, since importing takes longer than they do; it prints the exit statuses last
+# One process for all commands, since importing takes longer than they do; it prints the exit
+# statuses last
 ALL = """
 import json, sys
 from lora_cli.cli import main
@@ -32,14 +35,25 @@ for words in json.loads(sys.argv[1]):
         statuses.append(end.code or 0)
 print(json.dumps(statuses))
 """
-NAMES = ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "MY_PASSWORD")
+NAMES = (
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "OPENAI_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "GITHUB_TOKEN",
+    "MY_PASSWORD",
+)
 
 
 def found(text: bytes, folder: Path) -> list[str]:
     """The files below `folder` that hold the text, in their names or their content."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) > 10
-    return [str(path.relative_to(folder)) for path in files if text in path.read_bytes() or text.decode() in path.name]
+    return [
+        str(path.relative_to(folder))
+        for path in files
+        if text in path.read_bytes() or text.decode() in path.name
+    ]
 
 
 def test_no_secret_and_no_home_folder_is_in_any_file_or_log(tiny: Path, tmp_path: Path) -> None:
@@ -90,10 +104,12 @@ def test_no_secret_and_no_home_folder_is_in_any_file_or_log(tiny: Path, tmp_path
     assert "error: " in done.stderr
     assert CANARY not in done.stdout + done.stderr
     (home / "leak.yaml").unlink()
-    # Trainer's own pickle in a checkpoint holds the token where a recipe gives one, which none can: it is searched too
+    # Trainer's own pickle in a checkpoint holds the token where a recipe gives one, which none can:
+    # it is searched too
     assert not found(CANARY.encode(), tmp_path)
 
-    # what stays on this machine: the cache, and checkpoints, which only resuming reads; the recipe is the user's
+    # what stays on this machine: the cache, and checkpoints, which only resuming reads; the recipe
+    # is the user's
     for folder in (tmp_path / "cache", home / "model", *(home / "run").glob("checkpoint-*")):
         shutil.rmtree(folder)
     (home / "r.yaml").unlink()
@@ -101,18 +117,25 @@ def test_no_secret_and_no_home_folder_is_in_any_file_or_log(tiny: Path, tmp_path
 
 
 def test_a_bug_is_reported_without_secrets(lora, tmp_path: Path) -> None:
-    """A bug is made by a module that breaks at import: its traceback holds the home folder, its message the canary."""
+    """A bug is made by a module that breaks at import: its traceback holds the home folder, its
+    message the canary."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "sitecustomize.py").write_text(
         "import lora_cli.train.launch\n"
         "def check(environment):\n    raise AssertionError(environment['HF_TOKEN'])\n"
         "lora_cli.train.launch.check = check\n"
     )
-    environment = {"HOME": str(tmp_path), "HF_TOKEN": CANARY, "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}"}
+    environment = {
+        "HOME": str(tmp_path),
+        "HF_TOKEN": CANARY,
+        "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}",
+    }
     done = lora("train", "r.yaml", env=environment, cwd=tmp_path)
     assert done.returncode == 70
     assert "AssertionError: ***" in done.stderr
-    assert f'File "~/{(tmp_path / "lib" / "sitecustomize.py").relative_to(tmp_path)}"' in done.stderr
+    assert (
+        f'File "~/{(tmp_path / "lib" / "sitecustomize.py").relative_to(tmp_path)}"' in done.stderr
+    )
     assert str(tmp_path) not in done.stderr
     assert done.stderr.rstrip().endswith("Tokens and your home folder are left out above.")
     assert "This is a bug in lora" in done.stderr

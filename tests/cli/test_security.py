@@ -1,4 +1,5 @@
-"""What SECURITY.md promises, that messages alone do not show: no code runs, no link is followed, no shell is used.
+"""What SECURITY.md promises, that messages alone do not show: no code runs, no link is followed, no
+shell is used.
 
 Hermetic: small random models, repositories as folders. Alone: pytest tests/cli/test_security.py
 """
@@ -118,7 +119,8 @@ def test_a_pickled_base_is_not_loaded(tmp_path: Path) -> None:
 def test_nothing_unpickles() -> None:
     for path in [*(ROOT / "lora_cli").rglob("*.py")]:
         assert not re.search(
-            r"torch\.load\(|pickle\.load|import pickle|allow_pickle=True|joblib|\bmarshal\b", _code(path)
+            r"torch\.load\(|pickle\.load|import pickle|allow_pickle=True|joblib|\bmarshal\b",
+            _code(path),
         ), path
 
 
@@ -137,13 +139,18 @@ def test_subprocesses_get_lists_and_no_shell() -> None:
         code = _code(path)
         assert not re.search(r"shell=True|os\.system|os\.popen|subprocess\.getoutput", code), path
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("subprocess.run", "subprocess.Popen"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "subprocess.run",
+                "subprocess.Popen",
+            ):
                 found.append(node.args[0])
     assert len(found) >= 3
     assert all(isinstance(first, (ast.List, ast.Name)) for first in found)
 
 
-def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(tmp_path: Path, monkeypatch) -> None:
+def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(
+    tmp_path: Path, monkeypatch
+) -> None:
     made = adapter(base(tmp_path))
     heard: list[str] = []
     monkeypatch.setattr(ui, "say", heard.append)
@@ -154,23 +161,35 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(tmp_path: Pa
     monkeypatch.setattr("lora_cli.models.base.load_config", opened)
     with pytest.raises(KeyboardInterrupt):
         merge(made, tmp_path / "out")
-    assert heard[0] == f"{made} was made elsewhere: by its own word, its base is {tmp_path / 'base'}"
+    assert (
+        heard[0] == f"{made} was made elsewhere: by its own word, its base is {tmp_path / 'base'}"
+    )
 
 
 def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path) -> None:
     made = adapter(base(tmp_path))
-    claim = {"recipe": {}, "status": "finished", "base": {"name": str(tmp_path / "base"), "commit": None}}
+    claim = {
+        "recipe": {},
+        "status": "finished",
+        "base": {"name": str(tmp_path / "base"), "commit": None},
+    }
     (made / provenance.ARTEFACT_RECORD).write_text(json.dumps(claim))
     assert adapter_folder.read_adapter(made).base.name == str(tmp_path / "base")
     named(made, base(tmp_path, "other"))
     with pytest.raises(LoraError, match="adapter_config.json names the base"):
         adapter_folder.read_adapter(made)
-    assert adapter_folder.read_adapter(made, str(tmp_path / "other")).base.name == str(tmp_path / "other")
+    assert adapter_folder.read_adapter(made, str(tmp_path / "other")).base.name == str(
+        tmp_path / "other"
+    )
 
 
-def test_regular_expressions_of_an_adapter_are_tried_in_another_process(tmp_path: Path, monkeypatch) -> None:
+def test_regular_expressions_of_an_adapter_are_tried_in_another_process(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
-    evil = changed(adapter(base(tmp_path)) / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*x").parent
+    evil = changed(
+        adapter(base(tmp_path)) / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*x"
+    ).parent
     network = Base(str(tmp_path / "base")).load(torch.float32)
     with pytest.raises(UsageError, match="takes over 0.5 s"):
         attach.load_adapter(network, evil)
@@ -189,13 +208,17 @@ def templated(template: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes over 0.3 s"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes over 0.3 s",
+        ),
         ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "makes over"),
         ("{{ 'x' * 10 ** 10 }}", "multiplies"),
         ("{{ 10 ** 10 * [1] }}", "multiplies"),
         ("{{ 9 ** (9 ** (9 ** 9)) }}", "power"),
         (
-            "{% set n = namespace(x='y') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "{% set n = namespace(x='y') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% "
+            "endfor %}",
             "takes over",
         ),
     ],
@@ -210,14 +233,20 @@ def test_templates_are_stopped(template: str, said: str, monkeypatch) -> None:
 
 def test_a_template_renders_as_transformers_renders_it() -> None:
     tokenizer = load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
-    turns = [{"role": "user", "content": "ask 3 * 4 ** 2"}, {"role": "assistant", "content": "answer"}]
+    turns = [
+        {"role": "user", "content": "ask 3 * 4 ** 2"},
+        {"role": "assistant", "content": "answer"},
+    ]
     products = "{{ 3 * 4 }} {{ 2 ** 5 }} {{ 'ab' * 3 }} {{ [1] * 2 }} {{ 1.5 * 2 }}{% generation %}x{% endgeneration %}"
     for source in (tokenizer.chat_template, products):
         for ask in (True, False):
             theirs = tokenizer.apply_chat_template(
                 turns, chat_template=source, tokenize=False, add_generation_prompt=ask
             )
-            assert chat_template.render(tokenizer, turns, add_generation_prompt=ask, source=source) == theirs
+            assert (
+                chat_template.render(tokenizer, turns, add_generation_prompt=ask, source=source)
+                == theirs
+            )
 
 
 def test_a_machine_that_was_asleep_is_no_reason_to_stop(monkeypatch) -> None:
@@ -254,7 +283,10 @@ def test_what_is_taken_for_a_secret() -> None:
         "MY_API_KEY": "b" * 20,
         "SHELL": "c" * 9,
     }
-    assert dict(privacy.find_secrets(environment, [])) == {"$HF_TOKEN": "a" * 20, "$MY_API_KEY": "b" * 20}
+    assert dict(privacy.find_secrets(environment, [])) == {
+        "$HF_TOKEN": "a" * 20,
+        "$MY_API_KEY": "b" * 20,
+    }
     arguments = [
         "train",
         "--set",
@@ -263,9 +295,13 @@ def test_what_is_taken_for_a_secret() -> None:
         "e234567890",
         "training.eos_token=</s></s></s>",
     ]
-    assert [value for _, value in privacy.find_secrets({}, arguments)] == ["d234567890", "e234567890"]
+    assert [value for _, value in privacy.find_secrets({}, arguments)] == [
+        "d234567890",
+        "e234567890",
+    ]
     assert (
-        privacy.mask_secrets("see hf_abcdefghijklmnop1234 at https://me:pw@hf.co/x") == "see *** at https://***@hf.co/x"
+        privacy.mask_secrets("see hf_abcdefghijklmnop1234 at https://me:pw@hf.co/x")
+        == "see *** at https://***@hf.co/x"
     )
     plain = "training.eos_token=</s>, TOKENIZERS_PARALLELISM"
     assert privacy.mask_secrets(plain) == plain

@@ -1,7 +1,8 @@
-"""The table of other libraries' exceptions: every row means a class that exists, is reached, and says something short.
+"""The table of other libraries' exceptions: every row means a class that exists, is reached, and
+says something short.
 
-Hermetic: exceptions are made, not provoked; those that mistakes cause are in tests/cli/test_bad_inputs.py. Alone:
-pytest tests/common/test_library_errors.py
+Hermetic: exceptions are made, not provoked; those that mistakes cause are in
+tests/cli/test_bad_inputs.py. Alone: pytest tests/common/test_library_errors.py
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ TEXTS = {
     r"^Unknown split": "Unknown split \"tset\". Should be one of ['train'].",
     r"^BuilderConfig": "BuilderConfig 'x' not found. Available: ['main']",
     r"^Config name is missing": "Config name is missing.",
-    r"contains custom code|references custom code": "The repository x contains custom code which must be executed",
-    r"requires .*?packages that were not found": "It requires some packages that were not found: einops",
-    r"^Unrecognized model in|Should have a `model_type` key": "Unrecognized model in x. Should have a `model_type` key",
-    r"model type `(.+?)` but": "has model type `lama` but Transformers does not recognize this architecture",
-    r"Unrecognized configuration class": "Unrecognized configuration class <class 'a.b.T5Config'> for this kind",
+    r"contains custom code|references custom code": "The repository x contains custom code which "
+    "must be executed",
+    r"requires .*?packages that were not found": "It requires some packages that were not found: "
+    "einops",
+    r"^Unrecognized model in|Should have a `model_type` key": "Unrecognized model in x. Should "
+    "have a `model_type` key",
+    r"model type `(.+?)` but": "has model type `lama` but Transformers does not recognize this "
+    "architecture",
+    r"Unrecognized configuration class": "Unrecognized configuration class <class 'a.b.T5Config'> "
+    "for this kind",
     r"Couldn't instantiate": "Couldn't instantiate the backend tokenizer from one of:",
     r"^Tokenizer class": "Tokenizer class X does not exist",
     r"out of memory|can't allocate": "DefaultCPUAllocator: can't allocate memory",
@@ -59,16 +65,22 @@ def kinds(name: str) -> list[type[BaseException]]:
             places.append(importlib.import_module(library))
         except ImportError:
             assert library in HTTP
-    return [getattr(place, name) for place in places if isinstance(getattr(place, name, None), type)]
+    return [
+        getattr(place, name) for place in places if isinstance(getattr(place, name, None), type)
+    ]
 
 
 def made(known: library_errors.Known) -> BaseException:
     """An exception that the row is for, without what its class wants at its making."""
-    text = next((text for words, text in TEXTS.items() if words and words in known.words), "what was wrong")
+    text = next(
+        (text for words, text in TEXTS.items() if words and words in known.words), "what was wrong"
+    )
     return type(known.kind, (Exception,), {})(text)
 
 
-@pytest.mark.parametrize("known", library_errors.TABLE, ids=lambda known: f"{known.kind} {known.words[:20]}".strip())
+@pytest.mark.parametrize(
+    "known", library_errors.TABLE, ids=lambda known: f"{known.kind} {known.words[:20]}".strip()
+)
 def test_every_row_is_reached_and_short(known: library_errors.Known) -> None:
     assert kinds(known.kind), f"no library has {known.kind}"
     error = made(known)
@@ -113,7 +125,9 @@ def test_causes_are_looked_at_too() -> None:
     assert said.message == "the weights cannot be read: header too large"
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), ValueError("of ours"), AssertionError(), RuntimeError("x")])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), ValueError("of ours"), AssertionError(), RuntimeError("x")]
+)
 def test_what_is_not_in_the_table_is_a_bug(error: Exception) -> None:
     assert library_errors.translate(error) is None
 
@@ -133,5 +147,8 @@ def test_what_a_library_raises_while_it_reads_is_its_refusal() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(MemoryError), library_errors.translate_file_errors("it cannot be read", "h"):
         raise MemoryError  # in the table: it keeps its own words
-    with pytest.raises(LoraError, match="^ours$"), library_errors.translate_file_errors("it cannot be read", "h"):
+    with (
+        pytest.raises(LoraError, match="^ours$"),
+        library_errors.translate_file_errors("it cannot be read", "h"),
+    ):
         raise LoraError("ours")

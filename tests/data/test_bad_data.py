@@ -1,7 +1,8 @@
-"""Bad data sets and the one message each gets: file, line, what is wrong, what to do. Compared with bad_data.txt.
+"""Bad data sets and the one message each gets: file, line, what is wrong, what to do. Compared with
+bad_data.txt.
 
-Hermetic: files in a temporary folder. Alone: pytest tests/data/test_bad_data.py. After a change of a message:
-python tests/data/test_bad_data.py > tests/data/bad_data.txt
+Hermetic: files in a temporary folder. Alone: pytest tests/data/test_bad_data.py. After a change of
+a message: python tests/data/test_bad_data.py > tests/data/bad_data.txt
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def table(**columns: list) -> bytes:
 
 
 def outside() -> bytes:
-    """An Arrow stream in which the end of a text is put far behind the file's: reading it as it stands crashes."""
+    """An Arrow stream in which the end of a text is put far behind the file's: reading it as it
+    stands crashes."""
     stream, rows = io.BytesIO(), pyarrow.table({"prompt": ["ask"], "completion": ["answer" * 707]})
     with pyarrow.ipc.new_stream(stream, rows.schema) as writer:
         writer.write_table(rows)
@@ -140,12 +142,16 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words; its template knows no system."""
-    words = {word: number for number, word in enumerate(["</s>", "<unk>", "user", "assistant", "ask", "answer", ":"])}
+    words = {
+        word: number
+        for number, word in enumerate(["</s>", "<unk>", "user", "assistant", "ask", "answer", ":"])
+    }
     fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>")
     made.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system "
+        "role') }}{% endif %}"
         "{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
     )
@@ -181,7 +187,9 @@ def snapshot() -> Iterator[str]:
 
 def test_the_snapshot_covers_every_data_set() -> None:
     assert len(BAD) >= 75
-    assert [line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")] == list(BAD)
+    assert [
+        line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")
+    ] == list(BAD)
 
 
 @pytest.mark.parametrize("name", BAD)

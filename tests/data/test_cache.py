@@ -1,6 +1,8 @@
-"""Prepared rows on disk: taken again only where everything that decides them is the same; whole or not there.
+"""Prepared rows on disk: taken again only where everything that decides them is the same; whole or
+not there.
 
-Hermetic: the tiny model's tokenizer, files in a temporary folder. Alone: pytest tests/data/test_cache.py
+Hermetic: the tiny model's tokenizer, files in a temporary folder. Alone: pytest
+tests/data/test_cache.py
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest
     """`load(*overrides)` prepares rows.jsonl, with a cache of its own."""
     monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n"
+    )
 
     def run(*overrides: str, day: date | None = None) -> prepare.Prepared:
         return load_rows(load_recipe(tmp_path / "r.yaml", list(overrides)), tokenizer, day)[0]
@@ -81,7 +85,8 @@ def test_every_option_makes_another_entry(load, override: str) -> None:
 
 def test_every_option_that_decides_is_covered() -> None:
     covered = {
-        mark.partition("=")[0].partition(".")[2] for mark in test_every_option_makes_another_entry.pytestmark[0].args[1]
+        mark.partition("=")[0].partition(".")[2]
+        for mark in test_every_option_makes_another_entry.pytestmark[0].args[1]
     }
     assert covered == {*cache.OPTIONS, "max_length"}
 
@@ -101,7 +106,9 @@ def test_content_counts_and_not_time(load, tmp_path: Path) -> None:
     assert second.fingerprint != first.fingerprint
 
 
-def test_a_changed_template_or_tokenizer_never_gets_old_tokens(load, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_changed_template_or_tokenizer_never_gets_old_tokens(
+    load, tokenizer: PreTrainedTokenizerBase
+) -> None:
     before = load().rows["input_ids"]
     own = tokenizer.chat_template
     tokenizer.chat_template = own.replace("message['content']", "message['content'] + '!'")
@@ -113,7 +120,9 @@ def test_a_changed_template_or_tokenizer_never_gets_old_tokens(load, tokenizer: 
     assert len(entries()) == 3
 
 
-def test_a_date_in_the_template_is_the_run_s(load, tokenizer: PreTrainedTokenizerBase, capfd) -> None:
+def test_a_date_in_the_template_is_the_run_s(
+    load, tokenizer: PreTrainedTokenizerBase, capfd
+) -> None:
     days = [date(2024, 7, 26), date(2026, 1, 2)]
     load(day=days[0])
     load(day=days[1])
@@ -169,7 +178,9 @@ def test_several_may_prepare_at_once(load) -> None:
 
 def test_a_folder_that_cannot_be_is_named(load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_CACHE_DIR", "/dev/null/x")
-    with pytest.raises(LoraError, match="prepared rows cannot be kept in /dev/null/x/lora-cli/rows"):
+    with pytest.raises(
+        LoraError, match="prepared rows cannot be kept in /dev/null/x/lora-cli/rows"
+    ):
         load()
 
 

@@ -1,6 +1,8 @@
-"""Rows as tokens and labels: formats, which tokens carry loss, one BOS, what is dropped or cut, and bad rows.
+"""Rows as tokens and labels: formats, which tokens carry loss, one BOS, what is dropped or cut, and
+bad rows.
 
-Hermetic: a word-level tokenizer made here, files in a temporary folder. Alone: pytest tests/data/test_prepare.py
+Hermetic: a word-level tokenizer made here, files in a temporary folder. Alone: pytest
+tests/data/test_prepare.py
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common.errors import LoraError
@@ -28,20 +39,40 @@ from lora_cli.models.tokenizer import IGNORED, TEMPLATES, load_tokenizer, set_ch
 from lora_cli.recipe.load import load_recipe
 
 TURNS = (
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token "
+    "+ ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 )
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Splits at white space and punctuation, learns words as they come; adds BOS as Llama's tokenizer does."""
-    words = ["<s>", "</s>", "<unk>", ":", ".", "user", "assistant", "system", "ask", "answer", "more", "one", "two"]
+    """Splits at white space and punctuation, learns words as they come; adds BOS as Llama's
+    tokenizer does."""
+    words = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        ":",
+        ".",
+        "user",
+        "assistant",
+        "system",
+        "ask",
+        "answer",
+        "more",
+        "one",
+        "two",
+    ]
     words += ["Below", "is", "an", "instruction", "Instruction", "Response", "Input", "###"]
     fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    made = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     made.chat_template = TURNS
     return made
 
@@ -54,7 +85,8 @@ def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "r.yaml").write_text(
-            f"model: {{name_or_path: x}}\ndata: {{path: {path}, {extra}}}\ntraining: {{{training}}}\n"
+            f"model: {{name_or_path: x}}\ndata: {{path: {path}, {extra}}}\ntraining: "
+            f"{{{training}}}\n"
         )
         return load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)[0]
 
@@ -85,7 +117,15 @@ CONVERSATION = {
     [
         ({"prompt": "ask", "completion": "answer"}, ""),
         ({"instruction": "ask", "input": "", "output": "answer"}, ""),
-        ({"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}, ""),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "ask"},
+                    {"role": "assistant", "content": "answer"},
+                ]
+            },
+            "",
+        ),
         (
             {
                 "prompt": [{"role": "user", "content": "ask"}],
@@ -94,10 +134,15 @@ CONVERSATION = {
             "",
         ),
         ({"question": "ask", "reply": "answer"}, "columns: {prompt: question, completion: reply}"),
-        ({"prompt": "other", "question": "ask", "completion": "answer"}, "columns: {prompt: question}"),
+        (
+            {"prompt": "other", "question": "ask", "completion": "answer"},
+            "columns: {prompt: question}",
+        ),
     ],
 )
-def test_each_format_trains_the_answer_and_its_end(prepare, tokenizer, row: dict, extra: str) -> None:
+def test_each_format_trains_the_answer_and_its_end(
+    prepare, tokenizer, row: dict, extra: str
+) -> None:
     prepared = prepare([row], extra)
     words = tokenizer.convert_ids_to_tokens(prepared.rows[0]["input_ids"])
     assert words == ["<s>", "user", ":", "ask", "</s>", "assistant", ":", "answer", "</s>"]
@@ -122,7 +167,9 @@ def test_train_on_all_is_every_token(prepare, tokenizer) -> None:
 
 def test_what_is_trained_on_is_what_inference_feeds(prepare, tokenizer) -> None:
     ids = prepare([CONVERSATION]).rows[0]["input_ids"]
-    fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)["input_ids"]
+    fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert ids[: len(fed)] == fed
     assert ids.count(tokenizer.bos_token_id) == 1
 
@@ -153,17 +200,35 @@ def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(prepare) -> None:
 
 
 def test_nothing_left_is_an_error_that_counts(prepare) -> None:
-    with pytest.raises(LoraError, match=r"no row is left to train on: 2 read \(2 dropped: over 4 tokens\)"):
+    with pytest.raises(
+        LoraError, match=r"no row is left to train on: 2 read \(2 dropped: over 4 tokens\)"
+    ):
         prepare([{"prompt": "ask", "completion": "one"}] * 2, "", "max_length: 4")
 
 
 @pytest.mark.parametrize(
     ("row", "extra", "said"),
     [
-        ({"prompt": "ask", "completion": 3}, "", "rows.jsonl:1: completion is a number (3), but must be text"),
-        ({"prompt": "ask", "completion": None}, "", "rows.jsonl:1: completion is null, but must be text"),
-        ({"messages": [{"role": "asistant", "content": "x"}]}, "", "rows.jsonl:1: turn 0: the role 'asistant' is not"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "", "rows.jsonl:1: no turn is the assistant's"),
+        (
+            {"prompt": "ask", "completion": 3},
+            "",
+            "rows.jsonl:1: completion is a number (3), but must be text",
+        ),
+        (
+            {"prompt": "ask", "completion": None},
+            "",
+            "rows.jsonl:1: completion is null, but must be text",
+        ),
+        (
+            {"messages": [{"role": "asistant", "content": "x"}]},
+            "",
+            "rows.jsonl:1: turn 0: the role 'asistant' is not",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}]},
+            "",
+            "rows.jsonl:1: no turn is the assistant's",
+        ),
         ({"messages": "x"}, "", "rows.jsonl:1: messages is text, but must be a list"),
         (
             {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]},
@@ -171,8 +236,16 @@ def test_nothing_left_is_an_error_that_counts(prepare) -> None:
             "rows.jsonl:1: the assistant speaks first",
         ),
         ({"foo": "a", "bar": "b"}, "", "data.path: the columns foo, bar are of no known format"),
-        ({"prompt": "a", "completion": "b"}, "columns: {prompt: promt}", "data.columns: there is no column promt"),
-        ({"prompt": "a", "answer": "b"}, "format: prompt_completion", "there is no column completion"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "columns: {prompt: promt}",
+            "data.columns: there is no column promt",
+        ),
+        (
+            {"prompt": "a", "answer": "b"},
+            "format: prompt_completion",
+            "there is no column completion",
+        ),
     ],
 )
 def test_bad_rows_are_named(prepare, row: dict, extra: str, said: str) -> None:
@@ -190,7 +263,9 @@ def test_bad_rows_are_named(prepare, row: dict, extra: str, said: str) -> None:
         ("rows.xlsx", "x", "rows.xlsx is none of .json"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, tokenizer, name: str, content: str | None, said: str) -> None:
+def test_files_that_cannot_be_read(
+    tmp_path: Path, tokenizer, name: str, content: str | None, said: str
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -201,7 +276,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer, name: str, content
 
 
 ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
+    "completes the request.\n\n"
     "### Instruction:\nask\n\n{}### Response:\n"
 )
 
@@ -212,7 +288,9 @@ ALPACA = (
         ("", ALPACA.format("", "")),
         (
             "more",
-            ALPACA.format(", paired with an input that provides further context", "### Input:\nmore\n\n"),
+            ALPACA.format(
+                ", paired with an input that provides further context", "### Input:\nmore\n\n"
+            ),
         ),
     ],
 )
@@ -220,7 +298,9 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
     tokenizer.chat_template = None
     assert set_chat_template(tokenizer, "auto") == "alpaca (the tokenizer has none)"
     row = {"instruction": "ask", "input": more, "output": "answer"}
-    conversation = formats.find_converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(row)
+    conversation = formats.find_converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(
+        row
+    )
     [(text, spans)] = Renderer(tokenizer, "assistant").conversation(conversation)
     assert text == f"<s>{prompt}answer</s>"
     assert [text[start:end] for start, end in spans] == ["answer</s>"]
@@ -238,23 +318,36 @@ def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
         assert text.count("<s>") == 1
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(prepare, tokenizer, capfd) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(
+    prepare, tokenizer, capfd
+) -> None:
     """As Qwen 3's, which takes the thinking out of all answers but the last."""
     last = "{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% else %}{{ '.' }}{% endif %}"
-    tokenizer.chat_template = TURNS.replace("m['content'] + ' ' + eos_token", "'' }}" + last + "{{ ' ' + eos_token")
+    tokenizer.chat_template = TURNS.replace(
+        "m['content'] + ' ' + eos_token", "'' }}" + last + "{{ ' ' + eos_token"
+    )
     prepared = prepare([CONVERSATION])
     rows = [tokenizer.convert_ids_to_tokens(ids) for ids in prepared.rows["input_ids"]]
     assert [row[-2:] for row in rows] == [["one", "</s>"], ["two", "</s>"]]
-    assert rows[1][rows[1].index("assistant") + 2] == "."  # the first answer, as it is once there is another
-    assert [learned(prepared, tokenizer, row) for row in (0, 1)] == [["one", "</s>"], ["two", "</s>"]]
+    assert (
+        rows[1][rows[1].index("assistant") + 2] == "."
+    )  # the first answer, as it is once there is another
+    assert [learned(prepared, tokenizer, row) for row in (0, 1)] == [
+        ["one", "</s>"],
+        ["two", "</s>"],
+    ]
     assert "1 conversations became one row for each answer" in capfd.readouterr().err
-    fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)["input_ids"]
+    fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert prepared.rows[1]["input_ids"][: len(fed)] == fed
 
 
 def test_a_generation_prompt_that_no_answer_begins_with_is_refused(prepare, tokenizer) -> None:
     tokenizer.chat_template = TURNS.replace("{{ 'assistant : ' }}", "{{ 'assistant : think' }}")
-    with pytest.raises(LoraError, match="the chat template's generation prompt is not how it begins an answer"):
+    with pytest.raises(
+        LoraError, match="the chat template's generation prompt is not how it begins an answer"
+    ):
         prepare([CONVERSATION])
 
 
@@ -280,7 +373,9 @@ def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Pa
     asked = tokenizer.apply_chat_template(
         question.asked(tokenizer.chat_template).messages, tokenize=False, add_generation_prompt=True
     )
-    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(formats.find_converter("alpaca", True)(row))
+    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(
+        formats.find_converter("alpaca", True)(row)
+    )
     assert asked == text[: spans[0][0]]
     assert question.expected == "answer"
 
@@ -292,8 +387,12 @@ def byte_level() -> PreTrainedTokenizerFast:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
-    fast.train_from_iterator(["the three theses — höher, größer, 你好世界 😀😀 naïve"] * 20, trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"]
+    )
+    fast.train_from_iterator(
+        ["the three theses — höher, größer, 你好世界 😀😀 naïve"] * 20, trainer
+    )
     return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
 
 
@@ -305,15 +404,22 @@ def pieces(tiny: Path) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("kind", ["byte_level", "pieces", "normalised"])
 @settings(max_examples=150, deadline=None)
 @given(
-    text=st.text(st.sampled_from("aet h\n▁éöß你好😀\u0301ﬁ\u00a0") | st.characters(codec="utf-8"), max_size=40),
+    text=st.text(
+        st.sampled_from("aet h\n▁éöß你好😀\u0301ﬁ\u00a0") | st.characters(codec="utf-8"),
+        max_size=40,
+    ),
     cut=st.integers(0, 40),
 )
-def test_where_tokens_stand_is_what_the_tokenizer_says(request, kind: str, text: str, cut: int) -> None:
+def test_where_tokens_stand_is_what_the_tokenizer_says(
+    request, kind: str, text: str, cut: int
+) -> None:
     made = request.getfixturevalue("byte_level" if kind == "normalised" else kind)
     backend = Tokenizer.from_str(made.backend_tokenizer.to_str())
     if kind == "normalised":
         backend.normalizer = normalizers.NFKC()  # which changes lengths
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=made.bos_token, eos_token=made.eos_token)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=made.bos_token, eos_token=made.eos_token
+    )
     text = f"{text[:cut]}{made.eos_token}{text[cut:]}"
     encoding = backend.encode(text, add_special_tokens=False)
     starts, ends = Renderer(tokenizer, "assistant")._offsets(text, np.array(encoding.ids))
@@ -321,10 +427,14 @@ def test_where_tokens_stand_is_what_the_tokenizer_says(request, kind: str, text:
 
 
 def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None:
-    for name, row, count in (("a", {"prompt": "ask", "completion": "one"}, 10), ("b", {"q": "more", "a": "two"}, 8)):
+    for name, row, count in (
+        ("a", {"prompt": "ask", "completion": "one"}, 10),
+        ("b", {"q": "more", "a": "two"}, 8),
+    ):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * count)
     text = (
-        f"model: {{name_or_path: x}}\ndata:\n  mix:\n    - {{path: {tmp_path / 'a.jsonl'}, weight: 2}}\n"
+        f"model: {{name_or_path: x}}\ndata:\n  mix:\n    - "
+        f"{{path: {tmp_path / 'a.jsonl'}, weight: 2}}\n"
         f"    - {{path: {tmp_path / 'b.jsonl'}, weight: 1.5, columns: {{prompt: q, completion: a}}}}\n"
     )
     (tmp_path / "r.yaml").write_text(text)
@@ -335,24 +445,32 @@ def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None
     assert mixed.counts.read == 18
     assert mixed.counts.tokens == sum(map(len, mixed.rows["input_ids"]))
     assert mixed.counts.trained_tokens == 2 * 32
-    assert [row.place.rpartition("/")[2] for row in mixed.first[:3]] == ["a.jsonl:1", "b.jsonl:1", "a.jsonl:2"]
+    assert [row.place.rpartition("/")[2] for row in mixed.first[:3]] == [
+        "a.jsonl:1",
+        "b.jsonl:1",
+        "a.jsonl:2",
+    ]
     assert "b.jsonl x 1.5: 8 of 8 rows" in capfd.readouterr().err
     again = load.load_rows(recipe, tokenizer)[0]
-    assert (again.fingerprint, again.rows["input_ids"]) == (mixed.fingerprint, mixed.rows["input_ids"])
+    assert (again.fingerprint, again.rows["input_ids"]) == (
+        mixed.fingerprint,
+        mixed.rows["input_ids"],
+    )
 
 
 def test_half_of_the_rows_is_drawn_by_the_seed(tmp_path: Path, tokenizer) -> None:
     rows = [{"input_ids": [number] * 3} for number in range(18)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "r.yaml").write_text(
-        f"model: {{name_or_path: x}}\ndata: {{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.5}}]}}\n"
+        f"model: {{name_or_path: x}}\ndata: "
+        f"{{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.5}}]}}\n"
     )
     drawn = {
         seed: [
             ids[0]
-            for ids in load.load_rows(load_recipe(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer)[0].rows[
-                "input_ids"
-            ]
+            for ids in load.load_rows(
+                load_recipe(tmp_path / "r.yaml", [f"training.seed={seed}"]), tokenizer
+            )[0].rows["input_ids"]
         ]
         for seed in (0, 1)
     }
@@ -362,11 +480,15 @@ def test_half_of_the_rows_is_drawn_by_the_seed(tmp_path: Path, tokenizer) -> Non
 
 def test_a_control_token_that_swallows_the_space_after_it_carries_loss(prepare, tokenizer) -> None:
     """As Phi 3's, whose marks take the line break after them."""
-    tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken("<|end|>", special=True, rstrip=True, normalized=False)], special_tokens=True
+    )
     tokenizer.chat_template = TURNS.replace("' ' + eos_token + ' '", "' <|end|>\\n'")
     prepared = prepare([CONVERSATION])
     assert learned(prepared, tokenizer) == ["one", "<|end|>", "two", "<|end|>"]
-    assert selection.find_stop_ids(tokenizer, prepared.counts) == [tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert selection.find_stop_ids(tokenizer, prepared.counts) == [
+        tokenizer.convert_tokens_to_ids("<|end|>")
+    ]
 
 
 def test_the_token_that_ends_a_turn_may_stand_on_the_next_line(prepare, tokenizer) -> None:
@@ -377,7 +499,9 @@ def test_the_token_that_ends_a_turn_may_stand_on_the_next_line(prepare, tokenize
 def test_answers_that_begin_inside_a_token_are_not_trained_on(tmp_path: Path) -> None:
     """Inference, which does not know the answer, feeds another token there."""
     pieces = [*"askwer:\n\u0120\u010a", "\u010a\u010a", "</s>"]  # two line breaks are one token
-    fast = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [("\u010a", "\u010a")]))
+    fast = Tokenizer(
+        models.BPE({piece: n for n, piece in enumerate(pieces)}, [("\u010a", "\u010a")])
+    )
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     other = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
@@ -387,11 +511,15 @@ def test_answers_that_begin_inside_a_token_are_not_trained_on(tmp_path: Path) ->
     )
     rows = [{"prompt": "ask", "completion": word} for word in ("swer", "\nswer", "raw")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n"
+    )
     made = load.load_rows(load_recipe(tmp_path / "r.yaml"), other)[0]
     assert (len(made.rows), made.counts.left_out[selection.BEGINS_INSIDE]) == (2, 1)
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(LoraError, match="generation prompt ends in the middle of a token in 1 of 1 rows"):
+    with pytest.raises(
+        LoraError, match="generation prompt ends in the middle of a token in 1 of 1 rows"
+    ):
         load.load_rows(load_recipe(tmp_path / "r.yaml"), other)
 
 
@@ -409,7 +537,11 @@ def test_masks_of_tokenised_rows_are_kept_to(prepare) -> None:
         [
             {"input_ids": [1, 5, 6, 2, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0]},
             {"input_ids": [1, 5, 6, 2], "completion_mask": [0, 0, 1, 1]},
-            {"input_ids": [0, 1, 5, 6], "assistant_masks": [0, 0, 0, 1], "attention_mask": [0, 1, 1, 1]},
+            {
+                "input_ids": [0, 1, 5, 6],
+                "assistant_masks": [0, 0, 0, 1],
+                "attention_mask": [0, 1, 1, 1],
+            },
         ]
     ).rows
     assert made["input_ids"] == [[1, 5, 6, 2], [1, 5, 6, 2], [1, 5, 6]]
@@ -418,15 +550,27 @@ def test_masks_of_tokenised_rows_are_kept_to(prepare) -> None:
 
 def test_tables_do_not_invent_arguments(tmp_path: Path) -> None:
     """Arrow gives every mapping of a column the keys of all."""
-    calls = [{"function": {"name": name, "arguments": given}} for name, given in (("f", {"c": "x"}), ("g", {"n": 3}))]
-    rows = [{"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "tool_calls": [c]}]} for c in calls]
+    calls = [
+        {"function": {"name": name, "arguments": given}}
+        for name, given in (("f", {"c": "x"}), ("g", {"n": 3}))
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "tool_calls": [c]}]}
+        for c in calls
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "r.yaml").write_text("model: {name_or_path: x}\ndata: {path: y}\n")
     recipe = load_recipe(tmp_path / "r.yaml").data
     for name in ("rows.parquet", "saved"):
-        read = [row for _, row in sources.find_source(recipe, "path", str(tmp_path / name), "train").rows()]
-        found = [formats.find_converter("messages")(row).messages[1]["tool_calls"][0]["function"] for row in read]
+        read = [
+            row
+            for _, row in sources.find_source(recipe, "path", str(tmp_path / name), "train").rows()
+        ]
+        found = [
+            formats.find_converter("messages")(row).messages[1]["tool_calls"][0]["function"]
+            for row in read
+        ]
         assert [call["arguments"] for call in found] == [{"c": "x"}, {"n": 3}], name
 
 
@@ -438,7 +582,10 @@ def test_splits_of_saved_sets_are_kept_to(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "r.yaml").data
 
     def read(name: str, split: str) -> list[str]:
-        return [row["text"] for _, row in sources.find_source(recipe, "path", str(tmp_path / name), split).rows()]
+        return [
+            row["text"]
+            for _, row in sources.find_source(recipe, "path", str(tmp_path / name), split).rows()
+        ]
 
     assert read("one", "train[2:4]") == ["2", "3"]
     assert read("two", "test+train[90%:]") == ["0", "1", "9"]
@@ -448,7 +595,9 @@ def test_splits_of_saved_sets_are_kept_to(tmp_path: Path) -> None:
 
 def test_a_folder_s_files_are_read_anew_whatever_their_times(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "set").mkdir()
-    (tmp_path / "r.yaml").write_text(f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'set'}}}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name_or_path: x}}\ndata: {{path: {tmp_path / 'set'}}}\n"
+    )
     for word in ("one", "two"):
         file = tmp_path / "set" / "a.jsonl"
         file.write_text(json.dumps({"prompt": "ask", "completion": word}) + "\n")
@@ -459,7 +608,9 @@ def test_a_folder_s_files_are_read_anew_whatever_their_times(tmp_path: Path, tok
 
 def test_what_is_counted_and_said(prepare, tokenizer, capfd) -> None:
     call = {"function": {"name": "f", "arguments": {"a": "</s>"}}}
-    tokenizer.chat_template = TURNS.replace("m['content']", "(m['content'] or m['tool_calls']|string)")
+    tokenizer.chat_template = TURNS.replace(
+        "m['content']", "(m['content'] or m['tool_calls']|string)"
+    )
     turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "tool_calls": [call]}]
     prepare([{"messages": turns}])
     assert "1 rows have control tokens in their text" in capfd.readouterr().err
@@ -479,7 +630,8 @@ def test_evaluation_rows_that_are_trained_on_are_counted(prepare, capfd) -> None
 def test_a_mix_of_no_rows_is_refused(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "ask", "completion": "one"}\n')
     (tmp_path / "r.yaml").write_text(
-        f"model: {{name_or_path: x}}\ndata: {{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.01}}]}}\n"
+        f"model: {{name_or_path: x}}\ndata: "
+        f"{{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.01}}]}}\n"
     )
     with pytest.raises(LoraError, match="the weights of data.mix leave no row"):
         load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)
@@ -491,13 +643,16 @@ def test_unreadable_rows_at_the_start_do_not_hide_the_columns(prepare, tmp_path:
     path.write_text("oops\n" * 150 + path.read_text())
     recipe = load_recipe(tmp_path / "r.yaml", ["data.on_bad_row=skip"])
     made = load.load_rows(
-        recipe, PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS)
+        recipe,
+        PreTrainedTokenizerFast(tokenizer_object=_words(), eos_token="</s>", chat_template=TURNS),
     )
     assert (len(made[0].rows), made[0].counts.bad["invalid JSON"]) == (3, 150)
 
 
 def _words() -> Tokenizer:
-    fast = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["</s>", "<unk>", "one"])}, unk_token="<unk>"))
+    fast = Tokenizer(
+        models.WordLevel({w: n for n, w in enumerate(["</s>", "<unk>", "one"])}, unk_token="<unk>")
+    )
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     return fast
 

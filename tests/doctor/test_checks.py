@@ -1,6 +1,8 @@
-"""`lora doctor`: nothing to say of a sound installation, and each thing broken on purpose is found with its fix.
+"""`lora doctor`: nothing to say of a sound installation, and each thing broken on purpose is found
+with its fix.
 
-Hermetic: breaks copies and stand-ins, not the installation. Alone: pytest tests/doctor/test_checks.py
+Hermetic: breaks copies and stand-ins, not the installation. Alone: pytest
+tests/doctor/test_checks.py
 """
 
 from __future__ import annotations
@@ -29,10 +31,22 @@ def test_a_sound_installation_has_no_problem(lora) -> None:
     assert report["ok"] is True
     names = [check["name"] for check in report["checks"]]
     assert names[:1] == ["lora"]
-    assert {"libraries", "cpu", "LoRA, rsLoRA, DoRA", "NF4", "QLoRA", "4-bit gradients", "4-bit rows"} <= set(names)
-    assert {"llama.cpp converter", "llama.cpp quantiser", "llama.cpp engine", "disk for this folder", "memory"} <= set(
-        names
-    )
+    assert {
+        "libraries",
+        "cpu",
+        "LoRA, rsLoRA, DoRA",
+        "NF4",
+        "QLoRA",
+        "4-bit gradients",
+        "4-bit rows",
+    } <= set(names)
+    assert {
+        "llama.cpp converter",
+        "llama.cpp quantiser",
+        "llama.cpp engine",
+        "disk for this folder",
+        "memory",
+    } <= set(names)
     assert not [check for check in report["checks"] if check["status"] == "problem"]
     assert {each["pair"] for each in report["oracle"]} >= {
         f"{k} {m} (cpu)" for k in oracle.KINDS for m in oracle.METHODS
@@ -79,7 +93,10 @@ def test_an_old_peft_is_found(lora, old_peft: dict[str, str]) -> None:
     assert found["disk for this folder"]["status"] == "ok"  # the rest is checked all the same
     text = lora("doctor", env=old_peft)
     assert text.returncode == 1
-    assert "problem  peft: 0.10.0 is not <0.22,>=0.21\n         -> python -m pip install 'peft==" in text.stdout
+    assert (
+        "problem  peft: 0.10.0 is not <0.22,>=0.21\n         -> python -m pip install 'peft=="
+        in text.stdout
+    )
 
 
 def test_missing_converters_are_a_note_with_the_command(lora, tmp_path: Path) -> None:
@@ -92,11 +109,15 @@ def test_missing_converters_are_a_note_with_the_command(lora, tmp_path: Path) ->
     assert found["llama.cpp quantiser"]["status"] == "ok"  # it comes with the engine
 
 
-def test_wrong_maths_are_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_maths_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from peft.tuners.lora import layer
 
     right = layer.Linear.get_delta_weight
-    monkeypatch.setattr(layer.Linear, "get_delta_weight", lambda self, adapter: right(self, adapter) * (1 + 1e-9))
+    monkeypatch.setattr(
+        layer.Linear, "get_delta_weight", lambda self, adapter: right(self, adapter) * (1 + 1e-9)
+    )
     assert checks.run_doctor(False, True, lambda: None) is False
     found = findings(capsys.readouterr().out)["LoRA, rsLoRA, DoRA"]
     assert found["status"] == "problem"
@@ -105,16 +126,22 @@ def test_wrong_maths_are_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_unlike_gradients_of_4bit_layers_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "compare_qlora", lambda device="cpu", protected=True: {"gradients": 0.01})
+    monkeypatch.setattr(
+        oracle, "compare_qlora", lambda device="cpu", protected=True: {"gradients": 0.01}
+    )
     found = {check.name: check for check in checks.check_oracle([])}
     assert found["QLoRA"].status == "problem"
-    assert {check.name: check.status for check in checks.check_four_bit()}["4-bit gradients"] == "note"
+    assert {check.name: check.status for check in checks.check_four_bit()}[
+        "4-bit gradients"
+    ] == "note"
 
 
 def test_rows_that_are_misread_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     for misread, status in ((True, "note"), (False, "ok")):
         monkeypatch.setattr(four_bit, "misreads_rows", lambda length: misread)  # noqa: B023
-        assert {check.name: check.status for check in checks.check_four_bit()}["4-bit rows"] == status
+        assert {check.name: check.status for check in checks.check_four_bit()}[
+            "4-bit rows"
+        ] == status
 
 
 def test_one_group_that_cannot_be_compared_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,22 +160,30 @@ def test_one_group_that_cannot_be_compared_hides_no_other(monkeypatch: pytest.Mo
     assert len({each.pair for each in deviations}) == 10
 
 
-def test_not_a_number_is_no_agreement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_not_a_number_is_no_agreement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def made(value: float) -> oracle.Deviation:
         return oracle.Deviation("g", "p", "m", value, 1.0)
 
     assert not made(float("nan")).ok
     kept = oracle.find_worst([made(value) for value in (0.5, float("nan"), 0.7)])
     assert [math.isnan(each.value) for each in kept] == [True]
-    monkeypatch.setattr(oracle, "measure_deviations", lambda device: {"NF4": lambda: iter([made(float("nan"))])})
+    monkeypatch.setattr(
+        oracle, "measure_deviations", lambda device: {"NF4": lambda: iter([made(float("nan"))])}
+    )
     assert checks.run_doctor(False, True, lambda: None) is False
-    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    report = json.loads(
+        capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
     assert [(each["value"], each["ok"]) for each in report["oracle"]] == [(None, False)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["product", "gradient"])
-def test_a_type_that_computes_wrongly_is_a_problem(monkeypatch: pytest.MonkeyPatch, dtype, where: str) -> None:
+def test_a_type_that_computes_wrongly_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, dtype, where: str
+) -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(context, x):
@@ -163,12 +198,16 @@ def test_a_type_that_computes_wrongly_is_a_problem(monkeypatch: pytest.MonkeyPat
         torch.Tensor,
         "__matmul__",
         lambda self, other: (
-            Wrong.apply(right(self, other)) if self.dtype == dtype and self.requires_grad else right(self, other)
+            Wrong.apply(right(self, other))
+            if self.dtype == dtype and self.requires_grad
+            else right(self, other)
         ),
     )
     found = [check for check in checks.check_devices() if check.status == "problem"]
     name = str(dtype).removeprefix("torch.")
-    assert [check.said.partition(":")[0] for check in found if check.name == "cpu"] == [f"computes wrongly in {name}"]
+    assert [check.said.partition(":")[0] for check in found if check.name == "cpu"] == [
+        f"computes wrongly in {name}"
+    ]
 
 
 def test_a_type_that_is_not_there_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,14 +224,18 @@ def test_a_type_that_is_not_there_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
     assert "float16" not in found["ok"].replace("bfloat16", "")
 
 
-def test_disks_that_are_full_or_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lora) -> None:
+def test_disks_that_are_full_or_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lora
+) -> None:
     (tmp_path / "file").write_text("x")
     env = {"HF_HOME": str(tmp_path / "file" / "cache"), "PYTHONOPTIMIZE": "1"}
     found = findings(lora("doctor", "--json", env=env).stdout)
     assert found["disk for models"]["status"] == "problem"
     assert found["disk for models"]["fix"] == "export HF_HOME=FOLDER"
     usage = checks.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: usage._replace(free=1_000_000_000))
+    monkeypatch.setattr(
+        checks.shutil, "disk_usage", lambda place: usage._replace(free=1_000_000_000)
+    )
     little = {check.name: check for check in checks.check_disk()}["disk for this folder"]
     assert (little.status, little.fix) == ("note", "make room, or work in another folder")
 
@@ -208,7 +251,9 @@ def test_a_folder_that_was_a_package_is_found(lora, tmp_path: Path) -> None:
 
 
 def test_a_wrong_folder_of_llama_cpp_is_named_with_what_helps(lora, tmp_path: Path) -> None:
-    found = findings(lora("doctor", "--json", env={"LLAMA_CPP_DIR": str(tmp_path)}).stdout)["llama.cpp converter"]
+    found = findings(lora("doctor", "--json", env={"LLAMA_CPP_DIR": str(tmp_path)}).stdout)[
+        "llama.cpp converter"
+    ]
     assert found["status"] == "note"
     assert found["fix"] == "unset LLAMA_CPP_DIR and install it: lora setup-llama-cpp"
 

@@ -1,6 +1,8 @@
-"""PEFT's layers against the reference's, in float64: outputs, gradients, merged and unmerged weights, adapter files.
+"""PEFT's layers against the reference's, in float64: outputs, gradients, merged and unmerged
+weights, adapter files.
 
-Hermetic: a few dozen numbers, CPU. Alone: pytest tests/doctor/test_layers.py. As a table: lora doctor --oracle
+Hermetic: a few dozen numbers, CPU. Alone: pytest tests/doctor/test_layers.py. As a table: lora
+doctor --oracle
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def forgetful(self):
     ("method", "wrong", "measures"),
     [("get_delta_weight", unscaled, {"merged"}), ("unmerge", forgetful, {"unmerged", "merged"})],
 )
-def test_a_wrong_library_is_noticed(monkeypatch: pytest.MonkeyPatch, method: str, wrong, measures: set[str]) -> None:
+def test_a_wrong_library_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, method: str, wrong, measures: set[str]
+) -> None:
     monkeypatch.setattr(f"peft.tuners.lora.layer.Linear.{method}", wrong)
     found = oracle.compare_layers("Linear", "LoRA")
     assert {measure for measure, value in found.items() if not value <= oracle.EXACT} == measures
@@ -61,10 +65,14 @@ def test_a_wrong_scaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", oracle.KINDS)
 def test_the_number_of_parameters_is_the_formulas(kind: str, method: str) -> None:
     base, _ = oracle.make_network(kind, torch.float64, "cpu")
-    adapted = oracle.LoraModel(base, ["target"], r=oracle.R, lora_alpha=oracle.ALPHA, **oracle.METHODS[method])
+    adapted = oracle.LoraModel(
+        base, ["target"], r=oracle.R, lora_alpha=oracle.ALPHA, **oracle.METHODS[method]
+    )
     inputs, outputs = {"Linear": (9, 6), "Embedding": (13, 6), "Conv2d": (3 * 3 * 2, 6)}[kind]
     expected = oracle.R * (inputs + outputs) + (outputs if method == "DoRA" else 0)
-    assert sum(tensor.numel() for tensor in adapted.parameters() if tensor.requires_grad) == expected
+    assert (
+        sum(tensor.numel() for tensor in adapted.parameters() if tensor.requires_grad) == expected
+    )
     assert f"trainable: {expected} of " in adapted.summary()
 
 
@@ -73,8 +81,12 @@ def test_initial_values_are_drawn_as_peft_draws_them(init: str) -> None:
     base = nn.Linear(400, 300)
     torch.manual_seed(0)
     ours = layers.LoRALinear(base, r=8, lora_alpha=8, init=init)
-    config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=True if init == "kaiming_uniform" else init)
-    theirs = get_peft_model(nn.Sequential(nn.Linear(400, 300)), config).get_submodule("base_model.model.0")
+    config = LoraConfig(
+        r=8, target_modules=["0"], init_lora_weights=True if init == "kaiming_uniform" else init
+    )
+    theirs = get_peft_model(nn.Sequential(nn.Linear(400, 300)), config).get_submodule(
+        "base_model.model.0"
+    )
     drawn = theirs.lora_A["default"].weight
     assert not ours.lora_B.any()
     assert not theirs.lora_B["default"].weight.any()
@@ -90,7 +102,11 @@ def test_bias_all_and_lora_only_train_different_biases() -> None:
     for bias in oracle.BIASES:
         base, _ = oracle.make_network("Linear", torch.float64, "cpu")
         adapted = oracle.LoraModel(base, ["target"], r=2, lora_alpha=2, bias=bias)
-        trained[bias] = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad and "bias" in name}
+        trained[bias] = {
+            name
+            for name, tensor in adapted.named_parameters()
+            if tensor.requires_grad and "bias" in name
+        }
     assert trained == {
         "none": set(),
         "all": {"model.target.base.bias", "model.other.bias"},
@@ -106,11 +122,15 @@ def test_peft_s_embedding_starts_from_the_other_side(kind: str) -> None:
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["target"]))
     assert torch.equal(adapted(x), before)
     layer = adapted.get_submodule("base_model.model.target")
-    first = layer.lora_embedding_A["default"] if kind == "Embedding" else layer.lora_A["default"].weight
+    first = (
+        layer.lora_embedding_A["default"] if kind == "Embedding" else layer.lora_A["default"].weight
+    )
     assert first.any().item() == (kind == "Linear")
 
 
-@pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2, "padding": "same"}, {"dilation": 2}])
+@pytest.mark.parametrize(
+    "options", [{"padding_mode": "reflect"}, {"dilation": 2, "padding": "same"}, {"dilation": 2}]
+)
 def test_peft_s_conv2d_forgets_dilation_and_padding_mode(options: dict) -> None:
     """Why `targets.py` refuses such convolutions: PEFT builds A without them."""
     base = nn.Sequential(nn.Conv2d(3, 4, 3, **{"padding": 1, **options}))

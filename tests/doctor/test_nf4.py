@@ -1,4 +1,5 @@
-"""bitsandbytes' NF4 against the reference's: codebooks, codes, scales, values, and QLoRA's gradients.
+"""bitsandbytes' NF4 against the reference's: codebooks, codes, scales, values, and QLoRA's
+gradients.
 
 Hermetic: CPU. Alone: pytest tests/doctor/test_nf4.py
 """
@@ -27,7 +28,12 @@ ROW_LENGTHS = st.sampled_from([2, 6, 50, 62, 64, 70, 128, 130, 192, 320])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(2, 40), columns=ROW_LENGTHS, seed=st.integers(0, 2**20), scale=st.sampled_from([1e-4, 1, 30]))
+@given(
+    rows=st.integers(2, 40),
+    columns=ROW_LENGTHS,
+    seed=st.integers(0, 2**20),
+    scale=st.sampled_from([1e-4, 1, 30]),
+)
 def test_codes_and_scales_are_equal_byte_for_byte(
     dtype: torch.dtype, rows: int, columns: int, seed: int, scale: float
 ) -> None:
@@ -39,7 +45,12 @@ def test_codes_and_scales_are_equal_byte_for_byte(
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.zeros(64, 8), torch.ones(3, 50), torch.tensor([[0.0, 1e-30, 0, 1]]), torch.full((2, 64), -7.5)],
+    [
+        torch.zeros(64, 8),
+        torch.ones(3, 50),
+        torch.tensor([[0.0, 1e-30, 0, 1]]),
+        torch.full((2, 64), -7.5),
+    ],
     ids=str,
 )
 def test_odd_weights_are_equal_too(weight: torch.Tensor) -> None:
@@ -48,10 +59,13 @@ def test_odd_weights_are_equal_too(weight: torch.Tensor) -> None:
 
 
 def test_scale_codes_differ_only_where_bitsandbytes_rounds_to_its_grid() -> None:
-    """At most 0.5 % of them differ, and hardly any once the values are rounded to the steps its CPU kernel looks up."""
+    """At most 0.5 % of them differ, and hardly any once the values are rounded to the steps its CPU
+    kernel looks up."""
     torch.manual_seed(0)
     weight = torch.randn(4096, 4096)
-    _, theirs = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    _, theirs = functional.quantize_4bit(
+        weight, quant_type="nf4", blocksize=64, compress_statistics=True
+    )
     ours = nf4.NF4Tensor(weight)
     assert torch.equal(ours.offset, theirs.offset)
     assert torch.equal(ours.scale_absmax, theirs.state2.absmax)
@@ -81,7 +95,8 @@ def test_qlora_on_bitsandbytes_is_the_reference() -> None:
 
 
 def test_wrong_4bit_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As without `keep_4bit_weights_unpacked` on a processor with AVX512_BF16; simulated, so that it runs anywhere."""
+    """As without `keep_4bit_weights_unpacked` on a processor with AVX512_BF16; simulated, so that
+    it runs anywhere."""
     from bitsandbytes.nn import Linear4bit
 
     def without_gradient(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""What the papers state of their formulas, as properties of the reference, for any shape, input and seed.
+"""What the papers state of their formulas, as properties of the reference, for any shape, input and
+seed.
 
 Hermetic: hypothesis, CPU, float64. Alone: pytest tests/doctor/test_properties.py
 """
@@ -28,11 +29,15 @@ def base_and_input(kind: str, d_in: int, d_out: int, seed: int) -> tuple[nn.Modu
     """A base of random geometry, and an input of random size that fits it."""
     torch.manual_seed(seed)
     if kind == "Linear":
-        return nn.Linear(d_in, d_out, dtype=torch.float64), torch.randn(3, d_in, dtype=torch.float64)
+        return nn.Linear(d_in, d_out, dtype=torch.float64), torch.randn(
+            3, d_in, dtype=torch.float64
+        )
     if kind == "Embedding":
         padding = seed % d_in if seed % 2 else None
         embedding = nn.Embedding(d_in, d_out, padding_idx=padding, dtype=torch.float64)
-        nn.init.normal_(embedding.weight)  # else the padding row is zero: with one row, a column without direction
+        nn.init.normal_(
+            embedding.weight
+        )  # else the padding row is zero: with one row, a column without direction
         return embedding, torch.randint(0, d_in, (2, 5))
     groups, stride, padding, dilation = seed % 3 + 1, seed % 2 + 1, seed % 4, seed // 4 % 2 + 1
     conv = nn.Conv2d(
@@ -50,10 +55,14 @@ def randomised(layer: layers.LoRALayer) -> layers.LoRALayer:
 
 @common
 @given(kinds, sizes, sizes, st.integers(1, 4), seeds, st.booleans(), st.booleans())
-def test_merged_is_unmerged(kind: str, d_in: int, d_out: int, r: int, seed: int, dora: bool, use_rslora: bool) -> None:
+def test_merged_is_unmerged(
+    kind: str, d_in: int, d_out: int, r: int, seed: int, dora: bool, use_rslora: bool
+) -> None:
     base, x = base_and_input(kind, d_in, d_out, seed)
     r *= getattr(base, "groups", 1)
-    layer = randomised((DORA if dora else LORA)[kind](base, r=r, lora_alpha=3, use_rslora=use_rslora))
+    layer = randomised(
+        (DORA if dora else LORA)[kind](base, r=r, lora_alpha=3, use_rslora=use_rslora)
+    )
     original, unmerged = base.weight.clone(), layer(x)
     assert not torch.allclose(unmerged, base(x))
     layer.merge()
@@ -83,7 +92,9 @@ def test_a_convolution_takes_an_unbatched_input() -> None:
 
 @common
 @given(kinds, sizes, sizes, seeds, st.booleans(), st.sampled_from(["kaiming_uniform", "gaussian"]))
-def test_step_0_is_the_base(kind: str, d_in: int, d_out: int, seed: int, dora: bool, init: str) -> None:
+def test_step_0_is_the_base(
+    kind: str, d_in: int, d_out: int, seed: int, dora: bool, init: str
+) -> None:
     base, x = base_and_input(kind, d_in, d_out, seed)
     before, weight = base(x), base.weight.clone()
     layer = (DORA if dora else LORA)[kind](base, r=6, lora_alpha=3, init=init)
@@ -96,7 +107,9 @@ def test_step_0_is_the_base(kind: str, d_in: int, d_out: int, seed: int, dora: b
 
 @common
 @given(st.sampled_from(["Linear", "Embedding"]), sizes, sizes, st.integers(1, 4), seeds)
-def test_the_rank_of_the_update_is_at_most_r(kind: str, d_in: int, d_out: int, r: int, seed: int) -> None:
+def test_the_rank_of_the_update_is_at_most_r(
+    kind: str, d_in: int, d_out: int, r: int, seed: int
+) -> None:
     layer = randomised(LORA[kind](base_and_input(kind, d_in, d_out, seed)[0], r=r, lora_alpha=3))
     assert torch.linalg.matrix_rank(layer.delta_weight(), rtol=1e-10) <= min(r, d_in, d_out)
 
@@ -106,20 +119,27 @@ def test_the_rank_of_the_update_is_at_most_r(kind: str, d_in: int, d_out: int, r
 def test_the_direction_has_unit_norm(kind: str, d_in: int, d_out: int, seed: int) -> None:
     layer = randomised(DORA[kind](base_and_input(kind, d_in, d_out, seed)[0], r=6, lora_alpha=3))
     rows = layer.direction().transpose(0, layer.out_dim).flatten(1)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows), dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rows.norm(dim=1), torch.ones(len(rows), dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
     magnitudes = layer.merged_weight().transpose(0, layer.out_dim).flatten(1).norm(dim=1)
-    torch.testing.assert_close(magnitudes, layer.magnitude.detach().abs().flatten(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        magnitudes, layer.magnitude.detach().abs().flatten(), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_output_s_variance_over_the_rank(use_rslora: bool) -> None:
-    """With independent entries of B, Var(s·BAx) = s²·r·Var(A)·|x|²·Var(B): α²/r times a constant, for rsLoRA α²."""
+    """With independent entries of B, Var(s·BAx) = s²·r·Var(A)·|x|²·Var(B): α²/r times a constant,
+    for rsLoRA α²."""
     variance = {}
     for r in (4, 16, 64):
         torch.manual_seed(r)
         draws = []
         for _ in range(30):
-            layer = layers.LoRALinear(nn.Linear(256, 2048), r=r, lora_alpha=8, use_rslora=use_rslora)
+            layer = layers.LoRALinear(
+                nn.Linear(256, 2048), r=r, lora_alpha=8, use_rslora=use_rslora
+            )
             nn.init.normal_(layer.lora_B)
             draws.append(layer.scaling * layer.apply_adapter(torch.randn(8, 256)))
         variance[r] = torch.cat(draws).var().item()
@@ -129,7 +149,9 @@ def test_the_output_s_variance_over_the_rank(use_rslora: bool) -> None:
 
 @common
 @given(sizes, sizes, seeds)
-def test_dora_s_gradient_is_orthogonal_in_the_magnitude_only(d_in: int, d_out: int, seed: int) -> None:
+def test_dora_s_gradient_is_orthogonal_in_the_magnitude_only(
+    d_in: int, d_out: int, seed: int
+) -> None:
     """∂h/∂m is the direction applied to x; with ‖V‖ held constant, ∂h/∂V is m/‖V‖ times x."""
     base, x = base_and_input("Linear", d_in, d_out, seed)
     layer = randomised(layers.DoRALinear(base, r=2, lora_alpha=3))

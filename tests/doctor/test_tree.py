@@ -1,4 +1,5 @@
-"""The reference's whole-tree operations: what is adapted, swapping adapters on one base, files that others open.
+"""The reference's whole-tree operations: what is adapted, swapping adapters on one base, files that
+others open.
 
 Hermetic: small networks, CPU, float64. Alone: pytest tests/doctor/test_tree.py
 """
@@ -24,7 +25,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2)
+        )
         self.conv = nn.Conv2d(1, 3, 3, padding=1)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(24, 5)
@@ -65,7 +68,9 @@ def adapted_modules(adapted: LoraModel) -> set[str]:
         (["embed", "conv", "head"], r"h.*", {"embed", "conv"}),
     ],
 )
-def test_modules_are_chosen_as_peft_chooses_them(net: Net, include, exclude, expected: set[str]) -> None:
+def test_modules_are_chosen_as_peft_chooses_them(
+    net: Net, include, exclude, expected: set[str]
+) -> None:
     adapted = LoraModel(copy.deepcopy(net), include, exclude, r=2, lora_alpha=4)
     assert adapted_modules(adapted) == expected
     config = LoraConfig(r=2, target_modules=include, exclude_modules=exclude or None)
@@ -113,14 +118,18 @@ def test_files_are_opened_by_others_and_others_files_are_opened(
     net: Net, tmp_path: Path, use_dora: bool, bias: str
 ) -> None:
     base = copy.deepcopy(net)
-    adapted = LoraModel(net, ["up", "embed", "conv"], r=2, lora_alpha=4, use_dora=use_dora, bias=bias)
+    adapted = LoraModel(
+        net, ["up", "embed", "conv"], r=2, lora_alpha=4, use_dora=use_dora, bias=bias
+    )
     randomise(adapted)
     expected = adapted(IDS)
     adapted.save_adapter(tmp_path / "ours")
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
     torch.testing.assert_close(theirs(IDS), expected, rtol=1e-12, atol=1e-12)
 
-    config = LoraConfig(r=3, lora_alpha=2, target_modules=["down", "embed"], use_dora=use_dora, bias=bias)
+    config = LoraConfig(
+        r=3, lora_alpha=2, target_modules=["down", "embed"], use_dora=use_dora, bias=bias
+    )
     theirs = get_peft_model(copy.deepcopy(base), config)
     randomise(theirs, 5)
     theirs.save_pretrained(str(tmp_path / "theirs"))
@@ -130,18 +139,25 @@ def test_files_are_opened_by_others_and_others_files_are_opened(
     torch.testing.assert_close(adapted(IDS), expected, rtol=1e-12, atol=1e-12)
 
     adapted.save_merged(tmp_path / "merged.safetensors")
-    base.load_state_dict(load_file(tmp_path / "merged.safetensors"))  # a plain network, and not one tensor more
+    base.load_state_dict(
+        load_file(tmp_path / "merged.safetensors")
+    )  # a plain network, and not one tensor more
     torch.testing.assert_close(base(IDS), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(adapted(IDS), expected)  # saving merged nothing here
     plain = adapted.merge()
     torch.testing.assert_close(plain(IDS), expected, rtol=1e-12, atol=1e-12)
-    assert {type(module) for module in plain.modules()} == {type(module) for module in base.modules()}
+    assert {type(module) for module in plain.modules()} == {
+        type(module) for module in base.modules()
+    }
 
 
 def test_the_summary_counts(net: Net) -> None:
     adapted = LoraModel(net, ["up"], r=2, lora_alpha=4)
     total = sum(tensor.numel() for tensor in adapted.parameters())
-    assert adapted.summary() == f"trainable: 80 of {total:,} parameters ({80 / total:.2%}) in 2 modules"
+    assert (
+        adapted.summary()
+        == f"trainable: 80 of {total:,} parameters ({80 / total:.2%}) in 2 modules"
+    )
     adapted.use(None)
     assert adapted.summary().startswith("trainable: 0 of ")
 
@@ -207,8 +223,12 @@ def test_what_is_not_there_changes_nothing(net: Net) -> None:
     ],
     ids=str,
 )
-def test_an_adapter_the_reference_does_not_cover_is_refused(net: Net, tmp_path: Path, options: dict) -> None:
-    theirs = get_peft_model(copy.deepcopy(net).float(), LoraConfig(r=2, target_modules=["up", "down"], **options))
+def test_an_adapter_the_reference_does_not_cover_is_refused(
+    net: Net, tmp_path: Path, options: dict
+) -> None:
+    theirs = get_peft_model(
+        copy.deepcopy(net).float(), LoraConfig(r=2, target_modules=["up", "down"], **options)
+    )
     theirs.save_pretrained(str(tmp_path / "theirs"))
     adapted = LoraModel(net, ["up"], r=2, lora_alpha=4)
     expected = adapted(IDS)
@@ -230,7 +250,14 @@ def test_a_file_that_lacks_tensors_is_refused(net: Net, tmp_path: Path) -> None:
 
 
 def test_a_tied_model_is_saved_merged(tmp_path: Path) -> None:
-    network = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False), "mid": nn.Linear(3, 3)})
+    network = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False), "mid": nn.Linear(3, 3)}
+    )
     network["head"].weight = network["embed"].weight
     LoraModel(network, ["mid"], r=2, lora_alpha=4).save_merged(tmp_path / "merged.safetensors")
-    assert set(load_file(tmp_path / "merged.safetensors")) == {"embed.weight", "head.weight", "mid.weight", "mid.bias"}
+    assert set(load_file(tmp_path / "merged.safetensors")) == {
+        "embed.weight",
+        "head.weight",
+        "mid.weight",
+        "mid.bias",
+    }

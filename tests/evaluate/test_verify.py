@@ -1,6 +1,8 @@
-"""`lora verify`: forms of one model are the same function, others are not, by their logits and in llama.cpp.
+"""`lora verify`: forms of one model are the same function, others are not, by their logits and in
+llama.cpp.
 
-Hermetic: the tiny model, an adapter with B ≠ 0, a GGUF converted here. Alone: pytest tests/evaluate/test_verify.py
+Hermetic: the tiny model, an adapter with B ≠ 0, a GGUF converted here. Alone: pytest
+tests/evaluate/test_verify.py
 """
 
 from __future__ import annotations
@@ -43,12 +45,24 @@ def forms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("adapter", "merged"), ("merged", "adapter"), ("merged", "gguf"), ("gguf", "adapter"), ("gguf", "gguf")],
+    [
+        ("adapter", "merged"),
+        ("merged", "adapter"),
+        ("merged", "gguf"),
+        ("gguf", "adapter"),
+        ("gguf", "gguf"),
+    ],
 )
-def test_forms_of_one_model_are_the_same_function(forms: dict[str, str], one: str, other: str) -> None:
+def test_forms_of_one_model_are_the_same_function(
+    forms: dict[str, str], one: str, other: str
+) -> None:
     said = verify.verify(forms[one], forms[other], None)
     assert said.startswith(forms[one])
-    assert "(limit: mean KL 1.00e-03)" in said if "gguf" in (one, other) else "(limit: |Δlogit| " in said
+    assert (
+        "(limit: mean KL 1.00e-03)" in said
+        if "gguf" in (one, other)
+        else "(limit: |Δlogit| " in said
+    )
 
 
 @pytest.mark.parametrize("other", ["adapter", "merged", "gguf"])
@@ -70,12 +84,17 @@ def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path:
     shutil.copytree(forms["merged"], tmp_path / "other")
     template = tmp_path / "other" / "chat_template.jinja"
     template.write_text("{{ 'SECRET ' }}" + template.read_text())
-    for pair in ((forms["merged"], str(tmp_path / "other")), (str(tmp_path / "other"), forms["adapter"])):
+    for pair in (
+        (forms["merged"], str(tmp_path / "other")),
+        (str(tmp_path / "other"), forms["adapter"]),
+    ):
         with pytest.raises(RejectedError, match="has another chat template"):
             verify.verify(*pair, None)
 
 
-def test_the_command_prints_the_difference_and_exits_1_beyond_it(lora, forms: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_prints_the_difference_and_exits_1_beyond_it(
+    lora, forms: dict[str, str], tmp_path: Path
+) -> None:
     done = lora("verify", forms["adapter"], forms["merged"])
     assert (done.returncode, done.stdout.count("largest |Δlogit|")) == (0, 1), done.stderr
     shutil.copytree(forms["merged"], tmp_path / "off")
@@ -87,14 +106,18 @@ def test_the_command_prints_the_difference_and_exits_1_beyond_it(lora, forms: di
     assert done.stderr.startswith("error: not the same function: ")
 
 
-def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(tiny: Path, tmp_path: Path) -> None:
-    """PEFT's own merge in bfloat16, which rounds twice, passes; with one module as it is in the base it does not."""
+def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """PEFT's own merge in bfloat16, which rounds twice, passes; with one module as it is in the
+    base it does not."""
     base = str(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(base)
     torch.manual_seed(0)
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=8, lora_alpha=8, target_modules="all-linear"),
     )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -105,7 +128,10 @@ def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(tiny: Path,
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "merged")
     said = verify.verify(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
     assert " tensors equal, " in said and ", 0.00% of" not in said
-    tensors, before = load_file(tmp_path / "merged" / "model.safetensors"), load_file(f"{base}/model.safetensors")
+    tensors, before = (
+        load_file(tmp_path / "merged" / "model.safetensors"),
+        load_file(f"{base}/model.safetensors"),
+    )
     changed = next(name for name in tensors if "v_proj" in name)
     tensors[changed] = before[changed]
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
@@ -113,7 +139,9 @@ def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(tiny: Path,
         verify.verify(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
 
 
-def test_a_weight_that_no_adapter_changes_must_be_the_bases(forms: dict[str, str], tmp_path: Path) -> None:
+def test_a_weight_that_no_adapter_changes_must_be_the_bases(
+    forms: dict[str, str], tmp_path: Path
+) -> None:
     shutil.copytree(forms["merged"], tmp_path / "other")
     tensors = load_file(tmp_path / "other" / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-6

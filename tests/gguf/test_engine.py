@@ -1,6 +1,8 @@
-"""A GGUF in llama.cpp is the Hugging Face model: token ids, rendered chats, next-token distribution, greedy answers.
+"""A GGUF in llama.cpp is the Hugging Face model: token ids, rendered chats, next-token
+distribution, greedy answers.
 
-Hermetic: the tiny model, converted here in float32 by the managed converter. Alone: pytest tests/gguf/test_engine.py
+Hermetic: the tiny model, converted here in float32 by the managed converter. Alone: pytest
+tests/gguf/test_engine.py
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from lora_cli.gguf import parity, tools
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models.probes import compute_logits, make_probes
 
-TEXTS = ["red dog sun", "Reverse: red dog", "two\nlines", "café ☃ 🙂", "  spaces  ", "<|user|>\nred<|end|>"]
+TEXTS = [
+    "red dog sun",
+    "Reverse: red dog",
+    "two\nlines",
+    "café ☃ 🙂",
+    "  spaces  ",
+    "<|user|>\nred<|end|>",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,10 @@ def tokenizer(tiny: Path):
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_have_the_same_token_ids(engine: GGUFModel, tokenizer, text: str) -> None:
     assert engine.tokenize(text) == tokenizer(text)["input_ids"]
-    assert engine.tokenize(text, add_special=False) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (
+        engine.tokenize(text, add_special=False)
+        == tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_a_rendered_chat_has_the_same_token_ids_and_one_bos(engine: GGUFModel, tokenizer) -> None:
@@ -56,14 +68,18 @@ def test_a_rendered_chat_has_the_same_token_ids_and_one_bos(engine: GGUFModel, t
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_distributions_and_answers_agree_with_transformers(engine: GGUFModel, tiny: Path, tokenizer) -> None:
+def test_distributions_and_answers_agree_with_transformers(
+    engine: GGUFModel, tiny: Path, tokenizer
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
     for task in ("Copy: red dog sun", "Sort: zoo ant cat", "Count: ant bee"):
         messages = [{"role": "user", "content": task}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-            greedy = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :]
+            greedy = model.generate(
+                input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False
+            )[0, len(ids) :]
         given = torch.tensor(engine.logprobs(ids), dtype=torch.float64)
         torch.testing.assert_close(given, logits.log_softmax(-1), rtol=0, atol=2e-3)
         answer = tokenizer.decode(greedy, skip_special_tokens=True)

@@ -1,4 +1,5 @@
-"""Export: an adapter alone runs in llama.cpp at its true strength; what is wrong is found before and after converting.
+"""Export: an adapter alone runs in llama.cpp at its true strength; what is wrong is found before
+and after converting.
 
 Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT, the managed converter. Alone:
 pytest tests/gguf/test_export.py
@@ -48,7 +49,9 @@ def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_adapter(base: Path, folder: Path, **options) -> Path:
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    adapted = get_peft_model(network, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    adapted = get_peft_model(
+        network, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.03 * torch.randn_like(parameter)
@@ -69,14 +72,18 @@ def test_an_adapter_alone_runs_at_its_true_strength(base: Path, tmp_path: Path, 
     assert json.loads((tmp_path / "out" / "scaled-lora-f16.gguf.json").read_text())["type"] == "f16"
 
 
-def test_the_scale_that_the_converter_would_write_is_noticed(base: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_scale_that_the_converter_would_write_is_noticed(
+    base: Path, tmp_path: Path, monkeypatch
+) -> None:
     adapter = make_adapter(base, tmp_path / "scaled", **SCALED)
 
     def as_it_is(given, folder: Path) -> None:
         shutil.copytree(given.folder, folder)
 
     monkeypatch.setattr(export_adapter, "_write_scaled", as_it_is)
-    with pytest.raises(LoraError, match="scaled-lora-f16.gguf differs from the model it was made from"):
+    with pytest.raises(
+        LoraError, match="scaled-lora-f16.gguf differs from the model it was made from"
+    ):
         export_adapter.export_adapter(adapter, ["f16"], tmp_path / "out", None, None)
     assert not list((tmp_path / "out").iterdir())
 
@@ -84,7 +91,9 @@ def test_the_scale_that_the_converter_would_write_is_noticed(base: Path, tmp_pat
 def test_a_plain_adapter_is_converted_as_it_is(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "plain", lora_alpha=16)
     export_adapter._write_scaled(adapter_folder.read_adapter(adapter), tmp_path / "scaled")
-    given, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain"))
+    given, wanted = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain")
+    )
     assert given.keys() == wanted.keys()
     assert all(torch.equal(given[name], wanted[name]) for name in wanted)
 
@@ -118,11 +127,17 @@ def damaged(base: Path, folder: Path, **changes) -> Path:
     return folder
 
 
-def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(base: Path, tmp_path: Path) -> None:
+def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(
+    base: Path, tmp_path: Path
+) -> None:
     def said(folder: Path) -> str:
         with pytest.raises(LoraError) as caught:
             export(folder, ["f16"], None, None, None)
-        assert not [path for path in folder.iterdir() if "gguf" in path.name or path.name.startswith(".lora")]
+        assert not [
+            path
+            for path in folder.iterdir()
+            if "gguf" in path.name or path.name.startswith(".lora")
+        ]
         return caught.value.message
 
     few = damaged(base, tmp_path / "few", vocab_size=500)
@@ -132,7 +147,9 @@ def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(base: Path,
     bpe = damaged(base, tmp_path / "bpe")
     (bpe / "tokenizer.model").unlink()
     bytes_only = Tokenizer(
-        models.BPE(vocab={c: n for n, c in enumerate([*ByteLevel.alphabet(), "<|end|>"])}, merges=[])
+        models.BPE(
+            vocab={c: n for n, c in enumerate([*ByteLevel.alphabet(), "<|end|>"])}, merges=[]
+        )
     )
     bytes_only.pre_tokenizer = ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<|end|>").save_pretrained(bpe)
@@ -141,14 +158,17 @@ def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(base: Path,
     assert "llama.cpp's converter does not know the architecture MadeUpForCausalLM" in said(other)
 
 
-def test_a_disk_that_is_too_small_is_said_in_megabytes(base: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_disk_that_is_too_small_is_said_in_megabytes(
+    base: Path, tmp_path: Path, monkeypatch
+) -> None:
     config = load_config(str(base))
     parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
     free = 3 * 2**20
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     needed = int(1.02 * parameters * (16 + 32 + 32) / 8)
     with pytest.raises(
-        LoraError, match=rf"about {(needed >> 20) + 1} MB in .*, {(needed - free >> 20) + 1} MB more than"
+        LoraError,
+        match=rf"about {(needed >> 20) + 1} MB in .*, {(needed - free >> 20) + 1} MB more than",
     ):
         preflight.check_disk(tmp_path, config, ["f16"], merged=torch.float32, exact="f32")
     preflight.check_disk(tmp_path, config, ["Q2_K"], merged=None, exact=None)
@@ -159,13 +179,20 @@ def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> No
     probes = make_probes(AutoTokenizer.from_pretrained(base))
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = [rows[-1] for rows in compute_logits(network, probes)]
-    source = parity.Source(network.config, AutoTokenizer.from_pretrained(base), network.num_parameters())
+    source = parity.Source(
+        network.config, AutoTokenizer.from_pretrained(base), network.num_parameters()
+    )
     converter = tools.find_converter()
     # NaN, which the converter writes with exit 0
     weights = load_file(base / "model.safetensors")
     nan = Path(shutil.copytree(base, tmp_path / "nan"))
     save_file(
-        {**weights, "lm_head.weight": weights["lm_head.weight"].index_fill(0, torch.tensor([7]), float("nan"))},
+        {
+            **weights,
+            "lm_head.weight": weights["lm_head.weight"].index_fill(
+                0, torch.tensor([7]), float("nan")
+            ),
+        },
         nan / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -187,7 +214,8 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
     assert found.go() == (
         '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>'
         '{{ else if eq .Role "user" }}<|user|>\n{{ .Content }}<|end|>'
-        '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>\n'
+        '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>{{ end }}{{ end '
+        "}}<|assistant|>\n"
     )
     set_chat_template(tokenizer, "alpaca")
     alpaca = find_pieces(tokenizer)
@@ -218,16 +246,24 @@ def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Pat
         say_how([tmp_path / "x-f16.gguf"], None, adapter)
     said = capfd.readouterr().err
     assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
-    assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules plain={tmp_path / 'plain'}" in said
-    assert f"vLLM and llama-server cannot load from {tmp_path / 'dora'}: DoRA magnitudes; merge it" in said
     assert (
-        f"vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert {tmp_path / 'scaled'} OUT"
+        f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules "
+        f"plain={tmp_path / 'plain'}" in said
+    )
+    assert (
+        f"vLLM and llama-server cannot load from {tmp_path / 'dora'}: DoRA magnitudes; merge it"
         in said
+    )
+    assert (
+        "vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert "
+        f"{tmp_path / 'scaled'} OUT" in said
     )
     assert "--lora-modules scaled=OUT" in said
 
 
-def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Path, tmp_path: Path) -> None:
+def test_an_importance_matrix_weighs_what_the_model_is_for(
+    base: Path, tiny: Path, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows = tmp_path / "rows.jsonl"
@@ -236,7 +272,8 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
     assert 20 <= len(batches) <= 40
     sums, num_tokens = imatrix.measure_inputs(network, batches)
     assert num_tokens == sum(map(len, batches))
-    # what goes into the first attention and into the head, taken from transformers' own hidden states
+    # what goes into the first attention and into the head, taken from transformers' own hidden
+    # states
     first, last = torch.zeros(256), torch.zeros(256)
     for ids in batches:
         with torch.no_grad():
@@ -246,9 +283,12 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"):
         torch.testing.assert_close(sums[name], first, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums["lm_head"], last, rtol=1e-4, atol=1e-4)
-    # llama.cpp reads it, writes the types that need it, and answers such rows closer to the model with it than without
+    # llama.cpp reads it, writes the types that need it, and answers such rows closer to the model
+    # with it than without
     export(base, ["Q2_K", "Q2_K_S"], tmp_path / "with", None, None, str(rows))
-    assert b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
+    assert (
+        b"quantize.imatrix.entries_count" in (tmp_path / "with" / "base-Q2_K_S.gguf").read_bytes()
+    )
     exact, without = tmp_path / "exact.gguf", tmp_path / "without.gguf"
     tools.convert(base, exact, "f32", tools.find_converter())
     quantize.quantize(exact, without, "Q2_K")
@@ -258,10 +298,15 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(base: Path, tiny: Pat
 
 
 def distance(network: torch.nn.Module, file: Path, rows: list[list[int]]) -> float:
-    """Mean KL of llama.cpp's next token from `network`'s, three tokens before the end of each row."""
+    """Mean KL of llama.cpp's next token from `network`'s, three tokens before the end of each
+    row."""
     with GGUFModel(file, exact=True) as engine, torch.no_grad():
         total = 0.0
         for ids in rows:
             wanted = network(torch.tensor([ids[:-3]])).logits[0, -1].double().log_softmax(-1)
-            total += (wanted.exp() * (wanted - torch.tensor(engine.logprobs(ids[:-3])).double())).sum().item()
+            total += (
+                (wanted.exp() * (wanted - torch.tensor(engine.logprobs(ids[:-3])).double()))
+                .sum()
+                .item()
+            )
     return total / len(rows)

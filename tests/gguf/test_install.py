@@ -1,6 +1,7 @@
 """Installing llama.cpp's tools: nothing but the expected archive, nothing half done, two at once.
 
-Hermetic: a fake source package in the place of pip's; no network. Alone: pytest tests/gguf/test_install.py
+Hermetic: a fake source package in the place of pip's; no network. Alone: pytest
+tests/gguf/test_install.py
 """
 
 from __future__ import annotations
@@ -65,9 +66,16 @@ def files_below(root: Path) -> set[str]:
     return {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
 
 
-def test_install_keeps_what_is_needed(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_keeps_what_is_needed(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = install.install_converters()
-    wanted = {CONVERTER, "conversion/__init__.py", "conversion/llama.py", "gguf-py/gguf/__init__.py"}
+    wanted = {
+        CONVERTER,
+        "conversion/__init__.py",
+        "conversion/llama.py",
+        "gguf-py/gguf/__init__.py",
+    }
     assert files_below(home) == wanted
     assert list(home.parent.iterdir()) == [home]
     assert tools.find_converter() == Found(home / CONVERTER, "managed copy")
@@ -92,7 +100,9 @@ def test_another_archive_is_refused(index: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "cache") == set()
 
 
-def test_no_member_leaves_the_folder(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_member_leaves_the_folder(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(install, "SHA256", sdist(index, TOP + "conversion/../../../../outside.py"))
     with pytest.raises(tarfile.OutsideDestinationError):
         install.install_converters()
@@ -130,12 +140,26 @@ def test_two_installs_at_once_both_succeed(index: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("said", "message", "hint"),
     [
-        (f"{sys.executable}: No module named pip", "this Python has no pip", f"{sys.executable} -m ensurepip"),
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM", "another llama-cpp-python 0.3.36", "pip config list"),
-        ("ERROR: No matching distribution found", "fetch llama-cpp-python 0.3.36: No matching", "check the network"),
+        (
+            f"{sys.executable}: No module named pip",
+            "this Python has no pip",
+            f"{sys.executable} -m ensurepip",
+        ),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM",
+            "another llama-cpp-python 0.3.36",
+            "pip config list",
+        ),
+        (
+            "ERROR: No matching distribution found",
+            "fetch llama-cpp-python 0.3.36: No matching",
+            "check the network",
+        ),
     ],
 )
-def test_a_failed_download(said: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_download(
+    said: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     commands: list[list[str]] = []
 
     def pip(command: list[str], label: str) -> tuple[int, list[str]]:

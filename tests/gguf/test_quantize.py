@@ -1,8 +1,9 @@
-"""Quantising GGUFs: every kind reads back near what it was made from, in other people's readers; nothing half right.
+"""Quantising GGUFs: every kind reads back near what it was made from, in other people's readers;
+nothing half right.
 
-Hermetic: the GGUFs of tests/ggufs.py; the `gguf` package, whose dequantiser is numpy of its own, reads them back. That
-the bytes are llama-quantize's is compared by tests/gguf/test_quantize_bytes.py. Alone:
-pytest tests/gguf/test_quantize.py
+Hermetic: the GGUFs of tests/ggufs.py; the `gguf` package, whose dequantiser is numpy of its own,
+reads them back. That the bytes are llama-quantize's is compared by
+tests/gguf/test_quantize_bytes.py. Alone: pytest tests/gguf/test_quantize.py
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ UNREAD = {"Q1_0", "Q2_0"}
 
 
 def made(
-    folder: Path, kind: str, name: str = "untied", weighted: bool = False, raw: str = "F32", **options: int
+    folder: Path,
+    kind: str,
+    name: str = "untied",
+    weighted: bool = False,
+    raw: str = "F32",
+    **options: int,
 ) -> Path:
     """A model of tests/ggufs.py in `kind`; the model lies beside it as model.gguf."""
     ggufs.write_model(folder / "model.gguf", name, raw)
@@ -39,7 +45,10 @@ def read(path: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-READ = [(kind, "F32") for kind in mixture.KINDS if kind not in UNREAD] + [("Q6_K", "F16"), ("Q6_K", "BF16")]
+READ = [(kind, "F32") for kind in mixture.KINDS if kind not in UNREAD] + [
+    ("Q6_K", "F16"),
+    ("Q6_K", "BF16"),
+]
 
 
 @pytest.mark.parametrize(("kind", "raw"), READ)
@@ -53,7 +62,9 @@ def test_every_kind_reads_back_near_what_it_was(kind: str, raw: str, tmp_path: P
             assert np.array_equal(tensor.data, before[name].data)
             continue
         num_quantized += 1
-        given, back = (gguf.quants.dequantize(each.data, each.tensor_type) for each in (before[name], tensor))
+        given, back = (
+            gguf.quants.dequantize(each.data, each.tensor_type) for each in (before[name], tensor)
+        )
         error = np.sqrt(np.mean((given - back) ** 2)) / given.std()
         block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
         # no code of that many bits is nearer to normal values (Shannon's rate-distortion function)
@@ -68,7 +79,9 @@ def test_the_metadata_say_what_was_done(tmp_path: Path) -> None:
     said = {key: field.contents() for key, field in after.items()}
     assert said["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_M
     assert said["general.quantization_version"] == gguf.GGML_QUANT_VERSION
-    assert said["quantize.imatrix.file"] == "imatrix.gguf"  # a name: where it lay on this machine is nobody's business
+    assert (
+        said["quantize.imatrix.file"] == "imatrix.gguf"
+    )  # a name: where it lay on this machine is nobody's business
     assert said["quantize.imatrix.dataset"] == "some rows.jsonl"
     assert said["quantize.imatrix.chunks_count"] == 3
     changed = {key for key in said if key not in before or said[key] != before[key].contents()}
@@ -82,7 +95,9 @@ def test_numbers_of_kinds_are_llama_cpp_s() -> None:
     known = {each.name.removeprefix("MOSTLY_"): int(each) for each in gguf.LlamaFileType}
     shared = {kind for kind in mixture.KINDS if kind in known}
     assert len(shared) == 30  # not the three short names, nor Q2_0, which is newer
-    assert {kind: mixture.KINDS[kind].number for kind in shared} == {kind: known[kind] for kind in shared}
+    assert {kind: mixture.KINDS[kind].number for kind in shared} == {
+        kind: known[kind] for kind in shared
+    }
     for short, long in mixture.SAME.items():
         assert mixture.KINDS[short] == mixture.KINDS[long]
 
@@ -109,7 +124,8 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", ggufs.MODELS)
 def test_the_rule_is_the_one_that_was_compared(name: str, tmp_path: Path) -> None:
-    """Digests of all types, recorded where tests/gguf/test_quantize_bytes.py had found every byte equal."""
+    """Digests of all types, recorded where tests/gguf/test_quantize_bytes.py had found every byte
+    equal."""
     ggufs.write_model(tmp_path / "model.gguf", name)
     model = header.read_header(memoryview((tmp_path / "model.gguf").read_bytes()))
     block, types = quantize.Ggml().block, []
@@ -141,29 +157,45 @@ def test_kinds_that_need_an_importance_matrix_are_refused_without(tmp_path: Path
         assert mixture.pick(kind.lower(), weighted=True) == kind
 
 
-def test_threads_and_pieces_do_not_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_pieces_do_not_change_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = made(tmp_path, "Q4_K_M", "eight experts", weighted=True, num_threads=1).read_bytes()
     monkeypatch.setattr(quantize, "CHUNK", 700)  # two rows
-    assert made(tmp_path, "Q4_K_M", "eight experts", weighted=True, num_threads=3).read_bytes() == whole
+    assert (
+        made(tmp_path, "Q4_K_M", "eight experts", weighted=True, num_threads=3).read_bytes()
+        == whole
+    )
 
 
 def test_each_expert_has_its_own_weights(tmp_path: Path) -> None:
-    path, name = made(tmp_path, "Q4_K_M", "eight experts", weighted=True), "blk.3.ffn_up_exps.weight"
+    path, name = (
+        made(tmp_path, "Q4_K_M", "eight experts", weighted=True),
+        "blk.3.ffn_up_exps.weight",
+    )
     given, stacked = (read(file)[name].data for file in (tmp_path / "model.gguf", path))
     columns = quantize.read_weights(tmp_path / "imatrix.gguf").by_tensor[name].reshape(8, 256)
     ggml = quantize.Ggml()
     for expert in range(8):
         alone = ggml.quantize(given[expert], "Q4_K", columns[expert])
         assert np.array_equal(alone, stacked[expert].reshape(-1))
-        assert not np.array_equal(alone, ggml.quantize(given[expert], "Q4_K", columns[(expert + 1) % 8]))
+        assert not np.array_equal(
+            alone, ggml.quantize(given[expert], "Q4_K", columns[(expert + 1) % 8])
+        )
 
 
 def test_rows_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made(tmp_path, "Q4_K_M", "rows of 576")
     types = {tensor.tensor_type.name for tensor in read(path).values()}
     assert types == {"F32", "Q8_0", "Q5_0", "Q4_K", "Q6_K"}
-    assert "48 of 82 tensors take a larger type: their rows do not fit Q4_K_M's blocks" in capsys.readouterr().err
-    with pytest.raises(LoraError, match="Q1_0 is not for this model: rows of .* have 576 elements, no multiple of 128"):
+    assert (
+        "48 of 82 tensors take a larger type: their rows do not fit Q4_K_M's blocks"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(
+        LoraError,
+        match="Q1_0 is not for this model: rows of .* have 576 elements, no multiple of 128",
+    ):
         made(tmp_path, "Q1_0", "rows of 576")
 
 
@@ -191,7 +223,9 @@ def break_type(path: Path) -> None:
 
 
 def break_architecture(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\x08\0\0\0\0\0\0\0nanbeige", 1))
+    path.write_bytes(
+        path.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\x08\0\0\0\0\0\0\0nanbeige", 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +234,10 @@ def break_architecture(path: Path) -> None:
         (break_values, "holds values that are not finite"),
         (break_end, "holds fewer bytes than it should"),
         (break_header, "model.gguf is no GGUF that can be quantised: the header is damaged"),
-        (break_start, "model.gguf is no GGUF that can be quantised: it starts with b'GGML', version 3"),
+        (
+            break_start,
+            "model.gguf is no GGUF that can be quantised: it starts with b'GGML', version 3",
+        ),
         (break_type, r"the model is already quantised \(output.weight is Q8_0\)"),
         (break_architecture, "llama.cpp has a rule of its own for Q4_K_M of nanbeige"),
         (Path.unlink, "model.gguf is missing or empty"),
@@ -217,18 +254,26 @@ def test_what_cannot_be_quantised_leaves_what_was_there(
     with pytest.raises(LoraError, match=said) as caught:
         quantize.quantize(source, target, "Q4_K_M")
     assert caught.value.hint
-    assert {file.name: file.read_bytes() for file in target.parent.iterdir()} == {"made.gguf": b"the old one"}
+    assert {file.name: file.read_bytes() for file in target.parent.iterdir()} == {
+        "made.gguf": b"the old one"
+    }
 
 
 def test_another_model_s_importance_matrix_is_refused(tmp_path: Path) -> None:
     ggufs.write_model(tmp_path / "model.gguf", "untied")
     for other, kind, said in (
         ("rows of 576", "Q4_K_M", "has 576 columns for blk.0.attn_k.weight, which has 256"),
-        ("falcon", "IQ2_XXS", "IQ2_XXS needs an importance matrix that says how much the columns of blk.0"),
+        (
+            "falcon",
+            "IQ2_XXS",
+            "IQ2_XXS needs an importance matrix that says how much the columns of blk.0",
+        ),
     ):
         ggufs.write_imatrix(tmp_path / "other.gguf", other)
         with pytest.raises(LoraError, match=said):
-            quantize.quantize(tmp_path / "model.gguf", tmp_path / "x.gguf", kind, tmp_path / "other.gguf")
+            quantize.quantize(
+                tmp_path / "model.gguf", tmp_path / "x.gguf", kind, tmp_path / "other.gguf"
+            )
 
 
 def test_what_is_no_importance_matrix_is_refused(tmp_path: Path) -> None:
@@ -250,7 +295,12 @@ def test_the_older_importance_matrix_is_a_mean_too(calls: int, tmp_path: Path) -
     ggufs.write_dat(tmp_path / "new.dat", "untied", calls, b"")
     ggufs.write_dat(tmp_path / "once.dat", "untied", 1, b"\x07\0\0\0\x09\0\0\0rows.text")
     found, once = (quantize.read_weights(tmp_path / f"{name}.dat") for name in ("new", "once"))
-    assert (found.num_chunks, found.dataset, once.num_chunks, once.dataset) == (0, None, 7, "rows.text")
+    assert (found.num_chunks, found.dataset, once.num_chunks, once.dataset) == (
+        0,
+        None,
+        7,
+        "rows.text",
+    )
     assert len(found.by_tensor) == 2 + 7 * 17
     for name, columns in found.by_tensor.items():
         assert np.array_equal(columns * np.float32(calls or 1), once.by_tensor[name])

@@ -1,8 +1,9 @@
-"""Our quantiser against llama.cpp's own program: the same bytes for every kind of file, over models of many shapes.
+"""Our quantiser against llama.cpp's own program: the same bytes for every kind of file, over models
+of many shapes.
 
-Slow: `make quantizer` builds llama-quantize (which needs a C++ compiler) and runs this. Hermetic but for that: the
-GGUFs of tests/ggufs.py, and models of transformers as the managed converter writes them. Alone:
-pytest -m slow tests/gguf/test_quantize_bytes.py
+Slow: `make quantizer` builds llama-quantize (which needs a C++ compiler) and runs this. Hermetic
+but for that: the GGUFs of tests/ggufs.py, and models of transformers as the managed converter
+writes them. Alone: pytest -m slow tests/gguf/test_quantize_bytes.py
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ pytestmark = [
 
 
 def compare(folder: Path, kind: str, imatrix: Path | None) -> str:
-    """Whether the files are "equal" or both "refused"; fails where they differ. The matrix is named in the file."""
+    """Whether the files are "equal" or both "refused"; fails where they differ. The matrix is named
+    in the file."""
     theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
     weighted = ["--imatrix", imatrix.name] if imatrix else []
     command = [PROGRAM, *weighted, "model.gguf", theirs.name, kind]
@@ -50,7 +52,9 @@ def compare(folder: Path, kind: str, imatrix: Path | None) -> str:
 
 @pytest.mark.parametrize("kind", mixture.KINDS)
 @pytest.mark.parametrize("name", ggufs.MODELS)
-def test_every_kind_of_every_model_is_llama_quantize_s(name: str, kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_every_model_is_llama_quantize_s(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     ggufs.write_model(tmp_path / "model.gguf", name)
     ggufs.write_imatrix(tmp_path / "imatrix.gguf", name)
     weighted = compare(tmp_path, kind, tmp_path / "imatrix.gguf")
@@ -70,7 +74,9 @@ def test_half_precision_is_read_as_llama_quantize_does(raw: str, kind: str, tmp_
 
 @pytest.mark.parametrize("about", [b"", struct.pack("<ii", 7, 9) + b"rows.text"])
 @pytest.mark.parametrize("calls", [0, 3])
-def test_the_older_importance_matrix_is_read_as_llama_quantize_does(about: bytes, calls: int, tmp_path: Path) -> None:
+def test_the_older_importance_matrix_is_read_as_llama_quantize_does(
+    about: bytes, calls: int, tmp_path: Path
+) -> None:
     ggufs.write_model(tmp_path / "model.gguf", "qwen2")
     ggufs.write_dat(tmp_path / "old.dat", "qwen2", calls, about)
     for kind in ("Q4_K_M", "IQ2_XXS"):
@@ -87,11 +93,19 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_converted_model_is_llama_quantize_s(family: str, tiny: Path, tmp_path: Path) -> None:
-    """Whole models, as `lora export-gguf` has them: the converter's metadata, vocabulary and order of tensors."""
+    """Whole models, as `lora export-gguf` has them: the converter's metadata, vocabulary and order
+    of tensors."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 4,
+    }
     config = AutoConfig.for_model(family, vocab_size=512, **sizes, **FAMILIES[family])
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "model"
+    )
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "model")
     shutil.copy(tiny / "model" / "tokenizer.model", tmp_path / "model")
     tools.convert(tmp_path / "model", tmp_path / "model.gguf", "bf16", tools.find_converter())

@@ -1,7 +1,8 @@
-"""Finding and running llama.cpp's converters: which one is taken, and that a failure never looks like a result.
+"""Finding and running llama.cpp's converters: which one is taken, and that a failure never looks
+like a result.
 
-Hermetic: fake trees, and small Python programs in the place of the converter; the real one is run by tests/e2e. Alone:
-pytest tests/gguf/test_tools.py
+Hermetic: fake trees, and small Python programs in the place of the converter; the real one is run
+by tests/e2e. Alone: pytest tests/gguf/test_tools.py
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
 
 
 def program(path: Path, body: str) -> Path:
-    """An executable Python program at `path`; `json`, `os`, `sys` and `Path` are imported for it."""
+    """An executable Python program at `path`; `json`, `os`, `sys` and `Path` are imported for
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!{sys.executable}\nimport json, os, sys\nfrom pathlib import Path\n{body}\n")
     path.chmod(0o755)
@@ -47,7 +49,9 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return on_path
 
 
-def test_each_place_is_searched_in_order(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_place_is_searched_in_order(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     named, in_env = checkout(tmp_path / "named"), checkout(tmp_path / "env")
     managed, installed = checkout(tools.find_managed_home()), checkout(tmp_path / "installed")
     # as package managers do; what a converter imports lies beside its target
@@ -120,20 +124,36 @@ def test_convert_gives_a_finished_file_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (WRITE + GGUF + "raise ValueError('half way')", f"{CONVERTER} failed (exit 1): ValueError: half way"),
-        ("print('Bye')", f"{CONVERTER} left no GGUF behind: Bye"),
-        (WRITE + "out.write_bytes(b'GGML' + bytes(100))", f"{CONVERTER} left no GGUF behind: it printed nothing"),
-        (WRITE + f"out.write_bytes({HEADER!r}[:20])", f"{CONVERTER} left no GGUF behind: it printed nothing"),
-        (WRITE + GGUF + "os.kill(os.getpid(), 9)", f"{CONVERTER} was killed by signal 9: it printed nothing"),
         (
-            "print('ERROR:hf-to-gguf:Model FooForCausalLM is not supported')\nprint('INFO:x:y')\nsys.exit(1)",
+            WRITE + GGUF + "raise ValueError('half way')",
+            f"{CONVERTER} failed (exit 1): ValueError: half way",
+        ),
+        ("print('Bye')", f"{CONVERTER} left no GGUF behind: Bye"),
+        (
+            WRITE + "out.write_bytes(b'GGML' + bytes(100))",
+            f"{CONVERTER} left no GGUF behind: it printed nothing",
+        ),
+        (
+            WRITE + f"out.write_bytes({HEADER!r}[:20])",
+            f"{CONVERTER} left no GGUF behind: it printed nothing",
+        ),
+        (
+            WRITE + GGUF + "os.kill(os.getpid(), 9)",
+            f"{CONVERTER} was killed by signal 9: it printed nothing",
+        ),
+        (
+            "print('ERROR:hf-to-gguf:Model FooForCausalLM is not "
+            "supported')\nprint('INFO:x:y')\nsys.exit(1)",
             f"llama.cpp's converter does not know the architecture FooForCausalLM\n"
             f"  {CONVERTER}: Model FooForCausalLM is not supported",
         ),
         (
-            "raise NotImplementedError('BPE pre-tokenizer was not recognized - update get_vocab_base_pre()')",
-            "llama.cpp does not know this tokenizer: it recognises BPE tokenizers by a hash of what they produce\n"
-            f"  {CONVERTER}: NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()",
+            "raise NotImplementedError('BPE pre-tokenizer was not recognized - update "
+            "get_vocab_base_pre()')",
+            "llama.cpp does not know this tokenizer: it recognises BPE tokenizers by a hash of "
+            "what they produce\n"
+            f"  {CONVERTER}: NotImplementedError: BPE pre-tokenizer was not recognized - update "
+            "get_vocab_base_pre()",
         ),
         (
             "import mistral_common_not_here",
@@ -150,7 +170,9 @@ def test_a_failed_converter_leaves_what_was_there(body: str, message: str, tmp_p
         convert(model, out, "f16", Found(program(tmp_path / CONVERTER, body), "test"))
     assert caught.value.message == message
     assert caught.value.hint
-    assert {file.name: file.read_bytes() for file in out.parent.iterdir()} == {"out.gguf": b"the old one"}
+    assert {file.name: file.read_bytes() for file in out.parent.iterdir()} == {
+        "out.gguf": b"the old one"
+    }
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Adapters made of others are what they claim: held against explicit sums, PEFT's own merge and conversion, and numpy.
+"""Adapters made of others are what they claim: held against explicit sums, PEFT's own merge and
+conversion, and numpy.
 
-Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT. Alone: pytest tests/merge/test_arithmetic.py
+Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT. Alone: pytest
+tests/merge/test_arithmetic.py
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ SHAPES: dict[str, dict] = {
 
 @pytest.fixture
 def make(tiny: Path, tmp_path: Path):
-    """`make(name, **options)`: a folder with a PEFT adapter on the tiny model that trained noise."""
+    """`make(name, **options)`: a folder with a PEFT adapter on the tiny model that trained
+    noise."""
 
     def made(name: str, **options) -> Path:
         torch.manual_seed(sum(name.encode()))
@@ -53,7 +56,11 @@ def merged(tiny: Path, *adapters: Path) -> dict[str, torch.Tensor]:
     """The tiny model's weights in float64, with adapters merged by PEFT."""
     model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32).double()
     for adapter in adapters:
-        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double().merge_and_unload()
+        model = (
+            PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+            .double()
+            .merge_and_unload()
+        )
     return model.state_dict()
 
 
@@ -77,7 +84,10 @@ def test_a_combination_is_the_weighted_sum_of_the_updates(
     one, two = make(first, **SHAPES[first]), make(second, **SHAPES[second])
     r = 12 if combination == "svd" else None
     combine([one, two], tmp_path / "out", "0.7,-0.3", combination, None, r, None)
-    wanted = {n: 0.7 * a - 0.3 * b for (n, a), b in zip(updates(tiny, one).items(), updates(tiny, two).values())}
+    wanted = {
+        n: 0.7 * a - 0.3 * b
+        for (n, a), b in zip(updates(tiny, one).items(), updates(tiny, two).values())
+    }
     given = updates(tiny, tmp_path / "out")
     assert norm(wanted[n] - given[n] for n in wanted) <= 1e-6 * norm(wanted.values())
     assert norm(wanted.values()) > 0.1
@@ -86,11 +96,19 @@ def test_a_combination_is_the_weighted_sum_of_the_updates(
     assert kept["weights"] == [0.7, -0.3]
 
 
-def test_linear_sums_the_factors_and_says_how_far_that_is_from_the_sum(make, tiny: Path, tmp_path: Path, capfd) -> None:
+def test_linear_sums_the_factors_and_says_how_far_that_is_from_the_sum(
+    make, tiny: Path, tmp_path: Path, capfd
+) -> None:
     one, two = make("plain", **SHAPES["plain"]), make("second", **SHAPES["plain"])
     combine([one, two], tmp_path / "out", "0.7,0.3", "linear", None, None, None)
-    a, b = load_file(one / "adapter_model.safetensors"), load_file(two / "adapter_model.safetensors")
-    given, out = updates(tiny, tmp_path / "out"), load_file(tmp_path / "out" / "adapter_model.safetensors")
+    a, b = (
+        load_file(one / "adapter_model.safetensors"),
+        load_file(two / "adapter_model.safetensors"),
+    )
+    given, out = (
+        updates(tiny, tmp_path / "out"),
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+    )
     assert out.keys() == a.keys()
     for key in [key for key in a if "lora_A" in key]:
         # PEFT gives each factor the root of weight and scale (2 here)
@@ -101,26 +119,40 @@ def test_linear_sums_the_factors_and_says_how_far_that_is_from_the_sum(make, tin
         name = key.removeprefix("base_model.model.").replace("lora_A.", "")
         torch.testing.assert_close(given[name], factor_B @ factor_A, rtol=0, atol=1e-6)
     distance = json.loads((tmp_path / "out" / "lora_record.json").read_text())["distance"]
-    summed = {n: 0.7 * x + 0.3 * y for (n, x), y in zip(updates(tiny, one).items(), updates(tiny, two).values())}
-    assert distance == pytest.approx(norm(summed[n] - given[n] for n in given) / norm(summed.values()), rel=1e-4)
+    summed = {
+        n: 0.7 * x + 0.3 * y
+        for (n, x), y in zip(updates(tiny, one).items(), updates(tiny, two).values())
+    }
+    assert distance == pytest.approx(
+        norm(summed[n] - given[n] for n in given) / norm(summed.values()), rel=1e-4
+    )
     assert f"{distance:.1e} (linear sums the A's" in capfd.readouterr().err
 
 
-def test_every_combination_that_peft_names_is_written_the_same_way_twice(make, tmp_path: Path) -> None:
+def test_every_combination_that_peft_names_is_written_the_same_way_twice(
+    make, tmp_path: Path
+) -> None:
     one, two = make("plain", **SHAPES["plain"]), make("second", **SHAPES["plain"])
     assert len(COMBINATIONS) >= 11
     for combination in COMBINATIONS:
         density = 0.5 if combination.startswith(("ties", "dare", "magnitude")) else None
         for copy in ("one", "two"):
-            combine([one, two], tmp_path / combination / copy, None, combination, density, None, None)
-        first, second = (load_file(tmp_path / combination / c / "adapter_model.safetensors") for c in ("one", "two"))
+            combine(
+                [one, two], tmp_path / combination / copy, None, combination, density, None, None
+            )
+        first, second = (
+            load_file(tmp_path / combination / c / "adapter_model.safetensors")
+            for c in ("one", "two")
+        )
         assert all(torch.equal(first[key], second[key]) for key in first | second)
         assert any(tensor.abs().max() > 0 for key, tensor in first.items() if "lora_B" in key)
 
 
 def test_ranks_that_cannot_be_summed_are_refused(make, tmp_path: Path) -> None:
     one, two = make("plain", **SHAPES["plain"]), make("patterns", **SHAPES["patterns"])
-    with pytest.raises(LoraError, match="PEFT cannot combine them: All adapters must have the same r"):
+    with pytest.raises(
+        LoraError, match="PEFT cannot combine them: All adapters must have the same r"
+    ):
         combine([one, two], tmp_path / "out", None, "linear", None, None, None)
     assert not (tmp_path / "out").exists()
 
@@ -133,7 +165,9 @@ def test_several_adapters_are_merged_by_one_command(make, tiny: Path, tmp_path: 
     given = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     first, second, base = updates(tiny, one), updates(tiny, two), merged(tiny)
     for name, weight in given.items():
-        torch.testing.assert_close(weight.double(), base[name] + first[name] - 0.5 * second[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            weight.double(), base[name] + first[name] - 0.5 * second[name], rtol=0, atol=1e-6
+        )
     parents = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
     assert parents["command"] == "combine"
 
@@ -143,11 +177,17 @@ def tail(delta: torch.Tensor, r: int) -> float:
     return float((numpy.linalg.svd(delta.double().numpy(), compute_uv=False)[r:] ** 2).sum() ** 0.5)
 
 
-def test_what_is_extracted_misses_the_fine_tuned_model_by_the_tail(tiny: Path, tmp_path: Path, capfd) -> None:
+def test_what_is_extracted_misses_the_fine_tuned_model_by_the_tail(
+    tiny: Path, tmp_path: Path, capfd
+) -> None:
     torch.manual_seed(0)
     tuned = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
     for name, weight in tuned.named_parameters():
-        if "layers.1" in name or name in ("model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        if "layers.1" in name or name in (
+            "model.norm.weight",
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+        ):
             weight.data += 0.02 * torch.randn_like(weight)
     tuned.save_pretrained(tmp_path / "tuned")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "tuned")
@@ -167,7 +207,10 @@ def test_what_is_extracted_misses_the_fine_tuned_model_by_the_tail(tiny: Path, t
         "model.layers.1.post_attention_layernorm.weight", "model.norm.weight",
     ]  # fmt: skip
     said = capfd.readouterr().err
-    assert "warning: not in the adapter, since they are no linear weights: model.embed_tokens.weight, " in said
+    assert (
+        "warning: not in the adapter, since they are no linear weights: model.embed_tokens.weight, "
+        in said
+    )
     assert "lowest: " in said
     info = adapter_folder.read_adapter(tmp_path / "out")
     assert info.base.name == str(tiny / "model")
@@ -178,7 +221,9 @@ def test_the_whole_rank_gives_the_whole_model_back_also_where_weights_lie_the_ot
 ) -> None:
     # GPT-2 keeps (in, out)
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=True)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=True
+    )
     torch.manual_seed(0)
     base = GPT2LMHeadModel(config)
     for folder, scale in (("base", 0.0), ("tuned", 0.1)):
@@ -217,7 +262,9 @@ def test_dora_becomes_plain_lora_at_the_cost_of_the_tail(make, tiny: Path, tmp_p
     assert norm([wanted[name] - update.double()]) > 0.3 * norm([wanted[name]])
 
 
-def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(make, tiny: Path, tmp_path: Path) -> None:
+def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(
+    make, tiny: Path, tmp_path: Path
+) -> None:
     adapter = make("patterns", **SHAPES["patterns"])
     convert(adapter, tmp_path / "out", 2, None)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
@@ -234,16 +281,22 @@ def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(make, tiny: Path, tmp
     assert norm(wanted[n] - given[n] for n in wanted) <= 1e-6 * norm(wanted.values())
 
 
-def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(write_recipe, tmp_path: Path) -> None:
+def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(
+    write_recipe, tmp_path: Path
+) -> None:
     from lora_cli.merge.merge import merge
     from lora_cli.recipe import load
     from lora_cli.train import run
 
-    adapter = run.train(load.load_recipe(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n")))
+    adapter = run.train(
+        load.load_recipe(write_recipe("method: qdora\ntraining: {learning_rate: 1e-2}\n"))
+    )
     convert(adapter, tmp_path / "plain", 256, None)  # the tiny model's shorter side: exact
     merge(adapter, tmp_path / "one")
     merge(tmp_path / "plain", tmp_path / "two")
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("one", "two"))
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("one", "two")
+    )
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=0, atol=2e-5)
 
@@ -254,7 +307,9 @@ def test_another_update_than_the_one_meant_is_refused(make, tmp_path: Path, monk
     adapter, save = make("plain", **SHAPES["plain"]), low_rank.save
 
     def careless(made, *rest):  # noqa: ANN001, ANN002, ANN202
-        return save({name: (lora_A, 1.001 * lora_B) for name, (lora_A, lora_B) in made.items()}, *rest)
+        return save(
+            {name: (lora_A, 1.001 * lora_B) for name, (lora_A, lora_B) in made.items()}, *rest
+        )
 
     monkeypatch.setattr(low_rank, "save", careless)
     with pytest.raises(LoraError, match="was not written as it should be"):
@@ -262,7 +317,9 @@ def test_another_update_than_the_one_meant_is_refused(make, tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_a_grown_vocabulary_is_named_and_the_rest_extracted(tiny: Path, tmp_path: Path, capfd) -> None:
+def test_a_grown_vocabulary_is_named_and_the_rest_extracted(
+    tiny: Path, tmp_path: Path, capfd
+) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     tokenizer.add_tokens(["<|think|>"], special_tokens=True)
@@ -274,7 +331,8 @@ def test_a_grown_vocabulary_is_named_and_the_rest_extracted(tiny: Path, tmp_path
     extract(str(tiny / "model"), str(tmp_path / "tuned"), tmp_path / "out", 2)
     said = capfd.readouterr().err
     assert (
-        "no linear weights: model.embed_tokens.weight (512x256 -> 513x256), lm_head.weight (512x256 -> 513x256)" in said
+        "no linear weights: model.embed_tokens.weight (512x256 -> 513x256), lm_head.weight "
+        "(512x256 -> 513x256)" in said
     )
     assert "not compared, since the vocabularies differ" in said
     kept = json.loads((tmp_path / "out" / "lora_record.json").read_text())

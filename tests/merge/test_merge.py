@@ -1,4 +1,5 @@
-"""Merging: the merged model is the function that was trained, for each method and type, and a wrong one is refused.
+"""Merging: the merged model is the function that was trained, for each method and type, and a wrong
+one is refused.
 
 Hermetic: the tiny model, adapters with B ≠ 0 made by PEFT. Alone: pytest tests/merge/test_merge.py
 """
@@ -26,7 +27,8 @@ from lora_cli.train import run
 
 
 def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:
-    """An adapter made by PEFT alone whose B (and magnitude) are not what they start as, or merging would do nothing."""
+    """An adapter made by PEFT alone whose B (and magnitude) are not what they start as, or merging
+    would do nothing."""
     torch.manual_seed(0)
     adapted = get_peft_model(base, config)
     for name, parameter in adapted.named_parameters():
@@ -51,7 +53,9 @@ def test_a_foreign_adapter_merges_with_one_rounding(
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "base")
     # PEFT's own merge of the same adapter in float64: the exact weights
-    adapted = randomised(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options))
+    adapted = randomised(
+        base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options)
+    )
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")
     exact = adapted.double().merge_and_unload().state_dict()
@@ -61,15 +65,22 @@ def test_a_foreign_adapter_merges_with_one_rounding(
     for name, tensor in merged.items():
         assert tensor.dtype == dtype
         once = exact[name].float().to(dtype)
-        # float32 arithmetic may land on the other side of a tie: at most one unit in the last place, and rarely
+        # float32 arithmetic may land on the other side of a tie: at most one unit in the last
+        # place, and rarely
         off = (tensor != once).float().mean().item()
         assert off <= (1.0 if dtype == torch.float32 else 0.002), name
-        torch.testing.assert_close(tensor.double(), exact[name], rtol=torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(
+            tensor.double(), exact[name], rtol=torch.finfo(dtype).eps, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("method", ["qlora", "qdora"])
-def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, tmp_path: Path, method: str) -> None:
-    adapter = run.train(load.load_recipe(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(
+    write_recipe, tmp_path: Path, method: str
+) -> None:
+    adapter = run.train(
+        load.load_recipe(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n"))
+    )
     merge(adapter, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -77,18 +88,32 @@ def test_a_4bit_adapter_merges_into_the_weights_it_was_trained_on(write_recipe, 
     trained = PeftModel.from_pretrained(info.load_base(), adapter)
     effect = (logits(trained) - logits(info.load_base())).abs().max()
     assert (logits(merged) - logits(trained)).abs().max() < 1e-3 * effect
-    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(info.base.name), adapter)
-    assert (logits(original) - logits(trained)).abs().max() > 0.01 * effect  # the 16-bit base is another function
+    original = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(info.base.name), adapter
+    )
+    assert (
+        logits(original) - logits(trained)
+    ).abs().max() > 0.01 * effect  # the 16-bit base is another function
 
 
-def test_a_merged_folder_is_complete_and_says_what_it_came_from(write_recipe, tmp_path: Path) -> None:
+def test_a_merged_folder_is_complete_and_says_what_it_came_from(
+    write_recipe, tmp_path: Path
+) -> None:
     adapter = run.train(load.load_recipe(write_recipe("")))
     merge(adapter, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+    }
     assert names >= {"chat_template.jinja", "lora_record.json"}
     parent = json.loads((tmp_path / "out" / "lora_record.json").read_text())["parent"]
-    assert parent["recipe"]["model"]["name_or_path"] == adapter_folder.read_adapter(adapter).base.name
+    assert (
+        parent["recipe"]["model"]["name_or_path"] == adapter_folder.read_adapter(adapter).base.name
+    )
     with pytest.raises(LoraError, match="out already exists"):
         merge(adapter, tmp_path / "out")
 
@@ -106,12 +131,20 @@ def damage(adapter: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: {f"wrong.{name}": tensor for name, tensor in t.items()}, "the model has no place for"),
+        (
+            lambda t: {f"wrong.{name}": tensor for name, tensor in t.items()},
+            "the model has no place for",
+        ),
         (lambda t: dict(list(t.items())[1:]), "the adapter lacks 1 tensors"),
-        (lambda t: {name: tensor * float("nan") for name, tensor in t.items()}, "holds values that are not finite"),
+        (
+            lambda t: {name: tensor * float("nan") for name, tensor in t.items()},
+            "holds values that are not finite",
+        ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, tmp_path: Path, change, said: str) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(
+    adapter: Path, tmp_path: Path, change, said: str
+) -> None:
     damage(adapter, change)
     with pytest.raises(LoraError, match=said):
         merge(adapter, tmp_path / "out")
@@ -126,7 +159,9 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
     damage(adapter, lambda t: {name: tensor + 0.02 for name, tensor in t.items()})
     (adapter / TRAINED).unlink()  # which would have noticed the damage already
     monkeypatch.setattr(in_memory, "fold_adapter", unmerged)
-    with pytest.raises(LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"):
+    with pytest.raises(
+        LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"
+    ):
         merge(adapter, tmp_path / "out", stream=False)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.rejected" / "model.safetensors").is_file()
@@ -134,7 +169,11 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
 
 def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     for folder, said, hint in (
-        (tiny / "model", "is no adapter: it has no adapter_config.json", "give the adapter's folder"),
+        (
+            tiny / "model",
+            "is no adapter: it has no adapter_config.json",
+            "give the adapter's folder",
+        ),
         (adapter.parent, "is no adapter", f"did you mean {adapter}?"),
         (tmp_path / "nothing", "does not exist", "ls "),
     ):
@@ -150,8 +189,11 @@ def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path
 def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
     write_recipe, tmp_path: Path, capfd, start: str
 ) -> None:
-    # PEFT loads such an adapter by running its (random) decomposition again: every load is another model
-    recipe_path = write_recipe(f"lora: {{init_lora_weights: {start}}}\ntraining: {{learning_rate: 1e-2}}\n")
+    # PEFT loads such an adapter by running its (random) decomposition again: every load is another
+    # model
+    recipe_path = write_recipe(
+        f"lora: {{init_lora_weights: {start}}}\ntraining: {{learning_rate: 1e-2}}\n"
+    )
     adapter = run.train(load.load_recipe(recipe_path))
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["init_lora_weights"] in (True, start)
@@ -165,9 +207,13 @@ def test_an_adapter_that_starts_from_the_base_s_weights_is_saved_as_a_plain_one(
     torch.testing.assert_close(given, trained, rtol=1e-3, atol=1e-3)
 
 
-def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
+def test_a_base_that_has_changed_since_training_is_refused(
+    write_recipe, tiny: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny / "model", tmp_path / "base")
-    adapter = run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
+    adapter = run.train(
+        load.load_recipe(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n"))
+    )
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
@@ -185,12 +231,16 @@ def test_a_base_that_has_changed_since_training_is_refused(write_recipe, tiny: P
         merge(adapter, tmp_path / "out")
 
 
-def test_a_base_whose_weights_do_not_fit_its_config_is_refused(write_recipe, tiny: Path, tmp_path: Path) -> None:
+def test_a_base_whose_weights_do_not_fit_its_config_is_refused(
+    write_recipe, tiny: Path, tmp_path: Path
+) -> None:
     # transformers fills what is missing with random numbers
     shutil.copytree(tiny / "model", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(LoraError, match=r"do not fit its configuration: 9 missing keys, such as model.layers.2"):
+    with pytest.raises(
+        LoraError, match=r"do not fit its configuration: 9 missing keys, such as model.layers.2"
+    ):
         run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {tmp_path / 'base'}}}\n")))
 
 
@@ -225,7 +275,9 @@ def test_an_adapter_with_added_tokens_grows_the_base(tiny: Path, tmp_path: Path)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_path: Path, capfd) -> None:
+def test_a_checkpoint_is_merged_into_the_weights_of_its_run(
+    write_recipe, tmp_path: Path, capfd
+) -> None:
     steps = "training: {save_strategy: steps, save_steps: 2}\n"
     adapter = run.train(load.load_recipe(write_recipe(f"method: qlora\n{steps}")))
     merge(adapter.parent / "checkpoint-2", tmp_path / "out")
@@ -233,7 +285,9 @@ def test_a_checkpoint_is_merged_into_the_weights_of_its_run(write_recipe, tmp_pa
 
 
 def test_an_adapter_of_no_strength_is_refused(tiny: Path, tmp_path: Path) -> None:
-    adapted = randomised(AutoModelForCausalLM.from_pretrained(tiny / "model"), LoraConfig(target_modules=["q_proj"]))
+    adapted = randomised(
+        AutoModelForCausalLM.from_pretrained(tiny / "model"), LoraConfig(target_modules=["q_proj"])
+    )
     adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
     adapted.peft_config["default"].alpha_pattern = {"layers.0.self_attn.q_proj": 0}
     adapted.save_pretrained(tmp_path / "adapter")

@@ -1,8 +1,10 @@
-"""The streaming merge against PEFT's `merge_and_unload`, tensor for tensor and bit for bit, for every shape and type.
+"""The streaming merge against PEFT's `merge_and_unload`, tensor for tensor and bit for bit, for
+every shape and type.
 
-The oracle is PEFT on the base in its own type, saved by transformers. Where PEFT rounds more than once (it rounds an
-embedding's change before adding it), the oracle is its merge in float32, rounded once. Hermetic: tiny random models
-with B ≠ 0, several shards, rows in several blocks. Alone: pytest tests/merge/test_streaming.py
+The oracle is PEFT on the base in its own type, saved by transformers. Where PEFT rounds more than
+once (it rounds an embedding's change before adding it), the oracle is its merge in float32, rounded
+once. Hermetic: tiny random models with B ≠ 0, several shards, rows in several blocks. Alone: pytest
+tests/merge/test_streaming.py
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.evaluate import verify as compare
@@ -39,29 +48,54 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {}),
     "rslora": ("llama", {"use_rslora": True}),
     "dora": ("llama", {"use_dora": True}),
-    "patterns": ("llama", {"rank_pattern": {"q_proj": 2, "0.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 3}}),
+    "patterns": (
+        "llama",
+        {"rank_pattern": {"q_proj": 2, "0.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+    ),
     "an unusual rank": ("llama", {"r": 33, "lora_alpha": 7}),
     "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "lora_bias": ("qwen", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "bias all": ("qwen", {"bias": "all"}),
-    "bias lora_only": ("qwen", {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True}),
+    "bias lora_only": (
+        "qwen",
+        {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True},
+    ),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
     "embeddings dora": ("llama", {"target_modules": ["embed_tokens", "k_proj"], "use_dora": True}),
     "modules_to_save": ("llama", {"modules_to_save": ["lm_head", "input_layernorm"]}),
-    "trained rows": ("llama", {"trainable_token_indices": {"embed_tokens": [3, 100, 7], "lm_head": [5]}}),
+    "trained rows": (
+        "llama",
+        {"trainable_token_indices": {"embed_tokens": [3, 100, 7], "lm_head": [5]}},
+    ),
     "tied": ("tied", {}),
     "tied, trained rows": ("tied", {"trainable_token_indices": [9, 4]}),
-    "target_parameters": ("llama", {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}),
+    "target_parameters": (
+        "llama",
+        {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]},
+    ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
-    "conv1d dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    "conv1d dora": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
+    ),
 }
 WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "experts": ("moe", {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]}, "name the tensors"),
+    "experts": (
+        "moe",
+        {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]},
+        "name the tensors",
+    ),
     "whole tied ends": ("tied", {"modules_to_save": ["embed_tokens"]}, "tied"),
     "a start of the weights": ("llama", {"init_lora_weights": "pissa"}, "pissa"),
 }
 TINY: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-SIZES = {**TINY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    **TINY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +129,9 @@ def save_adapter(base: Path, folder: Path, dtype: torch.dtype, options: dict[str
     """An adapter of PEFT's alone, each of its tensors away from where it starts."""
     torch.manual_seed(1)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    adapted = get_peft_model(network, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **options}))
+    adapted = get_peft_model(
+        network, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **options})
+    )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)
@@ -110,14 +146,22 @@ def peft_merge(base: Path, adapter: Path, dtype: torch.dtype, out: Path) -> dict
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_merge_and_unload_bit_for_bit(made, tmp_path: Path, monkeypatch, shape: str, dtype: str) -> None:
+def test_it_is_merge_and_unload_bit_for_bit(
+    made, tmp_path: Path, monkeypatch, shape: str, dtype: str
+) -> None:
     monkeypatch.setattr(tensors, "BLOCK", 16384)  # several blocks for these small tensors
-    assert len(list(tensors.split_rows((128, 128)))) > 1  # read where they are made, not where that is defined
+    assert (
+        len(list(tensors.split_rows((128, 128)))) > 1
+    )  # read where they are made, not where that is defined
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # several at a time
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     (name, options), wanted = SHAPES[shape], DTYPES[dtype]
@@ -125,26 +169,34 @@ def test_it_is_merge_and_unload_bit_for_bit(made, tmp_path: Path, monkeypatch, s
     save_adapter(base, adapter, wanted, options)
     merged = merge.merge_adapter(adapter_folder.read_adapter(adapter), out, stream=True)
     assert merged.modules == sum(
-        key.endswith(("lora_A.weight", "embedding_A")) for key in load_file(adapter / "adapter_model.safetensors")
+        key.endswith(("lora_A.weight", "embedding_A"))
+        for key in load_file(adapter / "adapter_model.safetensors")
     )
     oracle = peft_merge(base, adapter, wanted, tmp_path / "peft")
     once = peft_merge(base, adapter, torch.float32, tmp_path / "peft32")
     given = tensors_of(out)
     assert given.keys() == oracle.keys()
     before = tensors_of(base)
-    assert any(not torch.equal(tensor, before[key]) for key, tensor in given.items())  # or it would compare nothing
+    assert any(
+        not torch.equal(tensor, before[key]) for key, tensor in given.items()
+    )  # or it would compare nothing
     for key, tensor in given.items():
         assert tensor.dtype == wanted
         rounded = once[key].to(wanted)
         assert torch.equal(tensor, rounded), key
         if torch.equal(oracle[key].to(wanted), rounded):
             continue
-        # PEFT has rounded twice: an embedding's change before it is added, and what it merges in another type
-        assert ("embed_tokens" in key and shape == "embeddings") or shape == "target_parameters", key
+        # PEFT has rounded twice: an embedding's change before it is added, and what it merges in
+        # another type
+        assert ("embed_tokens" in key and shape == "embeddings") or shape == "target_parameters", (
+            key
+        )
 
 
 @pytest.mark.parametrize("shape", WHOLE)
-def test_what_cannot_be_streamed_says_why_and_is_merged_whole(made, tmp_path: Path, capfd, shape: str) -> None:
+def test_what_cannot_be_streamed_says_why_and_is_merged_whole(
+    made, tmp_path: Path, capfd, shape: str
+) -> None:
     name, options, reason = WHOLE[shape]
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
@@ -161,7 +213,9 @@ def test_what_cannot_be_streamed_says_why_and_is_merged_whole(made, tmp_path: Pa
         assert all(torch.equal(tensor, oracle[key]) for key, tensor in given.items())
 
 
-def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_path: Path, capfd) -> None:
+def test_tied_weights_that_differ_in_the_files_are_kept_apart(
+    tiny: Path, tmp_path: Path, capfd
+) -> None:
     # transformers leaves them untied, whatever the configuration says
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(tiny / "model", base)
@@ -169,7 +223,10 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_pa
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     save_adapter(base, adapter, torch.float32, {})
     merge.merge(adapter, tmp_path / "out")
-    assert "the whole model is loaded: lm_head.weight is in its files, and tied" in capfd.readouterr().err
+    assert (
+        "the whole model is loaded: lm_head.weight is in its files, and tied"
+        in capfd.readouterr().err
+    )
     oracle = peft_merge(base, adapter, torch.float32, tmp_path / "peft")
     given = tensors_of(tmp_path / "out")
     assert "lm_head.weight" in oracle
@@ -184,11 +241,18 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(tiny: Path, tmp_pa
         ("qlora", False),
         ("qlora", True),
         ("qdora\nmodel: {dtype: bfloat16}", False),
-        ("qlora\nquantization: {bnb_4bit_use_double_quant: false, bnb_4bit_quant_type: fp4}", False),
+        (
+            "qlora\nquantization: {bnb_4bit_use_double_quant: false, bnb_4bit_quant_type: fp4}",
+            False,
+        ),
     ],
 )
-def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, method: str, original: bool) -> None:
-    adapter = run.train(load.load_recipe(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n")))
+def test_both_ways_write_the_same_folder(
+    write_recipe, tmp_path: Path, capfd, method: str, original: bool
+) -> None:
+    adapter = run.train(
+        load.load_recipe(write_recipe(f"method: {method}\ntraining: {{learning_rate: 1e-2}}\n"))
+    )
     info = adapter_folder.read_adapter(adapter)
     for stream_it, out in ((True, tmp_path / "streamed"), (False, tmp_path / "whole")):
         merge.merge_adapter(info, out, stream=stream_it, original=original)
@@ -203,7 +267,9 @@ def test_both_ways_write_the_same_folder(write_recipe, tmp_path: Path, capfd, me
     assert names == sorted(path.name for path in (tmp_path / "streamed").iterdir())
     for name in names:
         if name not in ("model.safetensors", "lora_record.json"):
-            assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+            assert (tmp_path / "streamed" / name).read_bytes() == (
+                tmp_path / "whole" / name
+            ).read_bytes(), name
 
 
 def test_original_weights_are_for_adapters_trained_in_4_bits(foreign: Path, tmp_path: Path) -> None:
@@ -222,8 +288,12 @@ def test_the_original_weights_are_not_what_was_trained_on(write_recipe, tmp_path
     assert torch.equal(there["lm_head.weight"], here["lm_head.weight"])  # which is not quantised
 
 
-@pytest.mark.parametrize("shape", ["lora", "dora", "lora_bias", "embeddings", "trained rows", "tied", "conv1d dora"])
-def test_logits_read_weight_by_weight_are_those_of_the_loaded_model(made, tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize(
+    "shape", ["lora", "dora", "lora_bias", "embeddings", "trained rows", "tied", "conv1d dora"]
+)
+def test_logits_read_weight_by_weight_are_those_of_the_loaded_model(
+    made, tmp_path: Path, shape: str
+) -> None:
     name, options = SHAPES[shape]
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
@@ -234,11 +304,15 @@ def test_logits_read_weight_by_weight_are_those_of_the_loaded_model(made, tmp_pa
         rows[-layerwise_logits.KEPT :]
         for rows in verify.compute_logits(PeftModel.from_pretrained(network, adapter), probes)
     ]
-    plan, adapted = streaming_plan.make_plan(adapter_folder.read_adapter(adapter), torch.float32, None)
+    plan, adapted = streaming_plan.make_plan(
+        adapter_folder.read_adapter(adapter), torch.float32, None
+    )
     given = layerwise_logits.walk_logits(adapted, plan.read, plan, probes)
     difference = verify.compare_logits(wanted, given)
     assert difference.max_abs < 1e-4 * difference.spread
-    assert verify.compare_logits(plain, given).max_abs > 1e-2 * difference.spread  # the adapter does something
+    assert (
+        verify.compare_logits(plain, given).max_abs > 1e-2 * difference.spread
+    )  # the adapter does something
     there = layerwise_logits.walk_logits_of(Base(str(base)), torch.float32, probes)
     assert there is not None
     assert verify.compare_logits(plain, there).max_abs < 1e-4 * difference.spread
@@ -251,7 +325,9 @@ def foreign(made, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path, tmp_path: Path, monkeypatch) -> None:
+def test_one_weight_changed_between_writing_and_checking_is_caught(
+    foreign: Path, tmp_path: Path, monkeypatch
+) -> None:
     write = streaming.write
 
     def corrupted(plan, folder, dtype):  # noqa: ANN001, ANN202
@@ -278,9 +354,13 @@ def test_one_weight_changed_between_writing_and_checking_is_caught(foreign: Path
         (lambda rows: rows / 0, "holds values that are not finite"),
     ],
 )
-def test_a_wrong_streaming_merge_is_rejected(foreign: Path, tmp_path: Path, monkeypatch, changed, said: str) -> None:
+def test_a_wrong_streaming_merge_is_rejected(
+    foreign: Path, tmp_path: Path, monkeypatch, changed, said: str
+) -> None:
     through = streaming.Plan._through
-    monkeypatch.setattr(streaming.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given)))
+    monkeypatch.setattr(
+        streaming.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given))
+    )
     with pytest.raises(RejectedError, match=said):
         merge.merge(foreign, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -290,7 +370,9 @@ def test_an_adapter_tensor_that_is_not_used_is_an_error(foreign: Path, tmp_path:
     plan, _ = streaming_plan.make_plan(adapter_folder.read_adapter(foreign), torch.bfloat16, None)
     fewer = plan._replace(layers=dict(list(plan.layers.items())[1:]))
     (tmp_path / "out").mkdir()
-    with pytest.raises(LoraError, match="2 tensors of the adapter were not merged, such as base_model.model"):
+    with pytest.raises(
+        LoraError, match="2 tensors of the adapter were not merged, such as base_model.model"
+    ):
         streaming.write(fewer, tmp_path / "out", torch.bfloat16)
 
 
@@ -302,18 +384,28 @@ def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
 
     monkeypatch.setattr(layerwise_logits, "walk_logits", meta)
     assert (
-        merge.merge_adapter(adapter_folder.read_adapter(foreign), tmp_path / "loaded", stream=True).difference
+        merge.merge_adapter(
+            adapter_folder.read_adapter(foreign), tmp_path / "loaded", stream=True
+        ).difference
         is not None
     )
-    monkeypatch.setattr(layerwise_logits.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(
+        layerwise_logits.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000)
+    )
     assert (
-        merge.merge_adapter(adapter_folder.read_adapter(foreign), tmp_path / "unchecked", stream=True).difference
+        merge.merge_adapter(
+            adapter_folder.read_adapter(foreign), tmp_path / "unchecked", stream=True
+        ).difference
         is None
     )
-    assert "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
+    assert (
+        "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
+    )
 
 
-def test_a_base_that_is_quantised_already_is_refused_at_once(foreign: Path, made, tmp_path: Path) -> None:
+def test_a_base_that_is_quantised_already_is_refused_at_once(
+    foreign: Path, made, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(made("llama", torch.bfloat16), base)
     config = json.loads((base / "config.json").read_text())
@@ -329,10 +421,14 @@ def test_the_fingerprint_names_what_differs(write_recipe, tiny: Path, tmp_path: 
     shutil.copytree(tiny / "model", base)
     adapter = run.train(load.load_recipe(write_recipe(f"model: {{name_or_path: {base}}}\n")))
     adapter_folder.read_adapter(adapter).refuse_other_base()
-    adapter_folder.read_adapter(adapter, str(tiny / "model")).refuse_other_base()  # the same base elsewhere
+    adapter_folder.read_adapter(
+        adapter, str(tiny / "model")
+    ).refuse_other_base()  # the same base elsewhere
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
-    with pytest.raises(LoraError, match=r"the configuration's rms_norm_eps \(1e-06, now 1e-05\) differ"):
+    with pytest.raises(
+        LoraError, match=r"the configuration's rms_norm_eps \(1e-06, now 1e-05\) differ"
+    ):
         adapter_folder.read_adapter(adapter).refuse_other_base()
     with pytest.raises(LoraError, match="rms_norm_eps"):
         adapter_folder.read_adapter(adapter).load_base()  # as generating does
@@ -365,7 +461,9 @@ def changed_base(write_recipe, tiny: Path, tmp_path: Path, number: int = 1) -> l
         shutil.copytree(tiny / "model", tmp_path / "base")
     made = []
     for each in range(number):
-        text = f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / f'run{each}'}\n"
+        text = (
+            f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / f'run{each}'}\n"
+        )
         made.append(run.train(load.load_recipe(write_recipe(text))))
     weights = load_file(tmp_path / "base" / "model.safetensors")
     changed = {name: tensor * 1.02 for name, tensor in weights.items()}
@@ -391,9 +489,15 @@ def test_what_is_made_of_adapters_knows_its_base(made, tmp_path: Path) -> None:
     base = made("llama", torch.float32)
     shutil.copytree(base, tmp_path / "base")
     save_adapter(tmp_path / "base", tmp_path / "a", torch.float32, {})
-    combine.combine([tmp_path / "a", tmp_path / "a"], tmp_path / "both", None, "cat", None, None, None)
+    combine.combine(
+        [tmp_path / "a", tmp_path / "a"], tmp_path / "both", None, "cat", None, None, None
+    )
     file = next((tmp_path / "base").glob("*.safetensors"))
-    save_file({name: tensor * 1.02 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor * 1.02 for name, tensor in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(LoraError, match="is not the base that .* was trained on"):
         merge.merge(tmp_path / "both", tmp_path / "out")
 
@@ -426,11 +530,17 @@ def test_a_configuration_without_a_type_has_that_of_the_weights(made, tmp_path: 
     (base / "config.json").write_text(json.dumps(config))
     save_adapter(base, tmp_path / "a", torch.bfloat16, {})
     for stream_it in (True, False):
-        merge.merge_adapter(adapter_folder.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it)
-        assert {tensor.dtype for tensor in tensors_of(tmp_path / str(stream_it)).values()} == {torch.bfloat16}
+        merge.merge_adapter(
+            adapter_folder.read_adapter(tmp_path / "a"), tmp_path / str(stream_it), stream=stream_it
+        )
+        assert {tensor.dtype for tensor in tensors_of(tmp_path / str(stream_it)).values()} == {
+            torch.bfloat16
+        }
 
 
-def test_experts_may_be_chosen_otherwise_at_a_few_tokens(made, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_experts_may_be_chosen_otherwise_at_a_few_tokens(
+    made, tmp_path: Path, monkeypatch, capfd
+) -> None:
     base = made("moe", torch.bfloat16)
     save_adapter(base, tmp_path / "a", torch.bfloat16, {"target_modules": ["q_proj"]})
     off = verify.Difference(max_abs=1.0, mean_kl=1e-6, top1=0.99, spread=0.1)
@@ -457,7 +567,14 @@ def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path
 
 def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:
     save_adapter(made("llama", torch.float32), tmp_path / "a", torch.float32, {})
-    command = [sys.executable, "-m", "lora_cli", "merge", str(tmp_path / "a"), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "lora_cli",
+        "merge",
+        str(tmp_path / "a"),
+        str(tmp_path / "out"),
+    ]
     env = {**os.environ, "PYTHONPATH": str(Path(merge.__file__).parent.parent.parent)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         while process.poll() is None and not list(tmp_path.glob(".out.*")):
@@ -479,7 +596,10 @@ def test_a_tensors_checksum_does_not_depend_on_the_pieces_it_comes_in(
     whole = torch.randint(0, 256, shape, dtype=torch.uint8).to(dtype)
     pieces = [whole[start:stop] for start, stop in tensors.split_rows(shape)]
     assert sum(map(len, pieces)) == shape[0]
-    assert sum(map(tensors.compute_checksum, pieces)) % 2**64 == tensors.compute_checksum(whole) % 2**64
+    assert (
+        sum(map(tensors.compute_checksum, pieces)) % 2**64
+        == tensors.compute_checksum(whole) % 2**64
+    )
     before = tensors.compute_checksum(whole)
     whole.view(-1)[-1] += 1
     assert tensors.compute_checksum(whole) != before

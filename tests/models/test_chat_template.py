@@ -1,10 +1,10 @@
 """One truth: for the chat templates of the model families, what is trained is what inference feeds.
 
-The templates are those that TRL ships, as the families publish them; the tokenizer is a small one with their marks as
-special tokens. For every answer: the ids before it are those of the generation prompt, it ends in the mark that ends
-the turn, which carries loss, and there is one BOS where the template puts one. As a table:
-python tests/models/test_chat_template.py
-Hermetic: TRL's own files. Alone: pytest tests/models/test_chat_template.py
+The templates are those that TRL ships, as the families publish them; the tokenizer is a small one
+with their marks as special tokens. For every answer: the ids before it are those of the generation
+prompt, it ends in the mark that ends the turn, which carries loss, and there is one BOS where the
+template puts one. As a table: python tests/models/test_chat_template.py Hermetic: TRL's own files.
+Alone: pytest tests/models/test_chat_template.py
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ FOLDER = Path(trl.__file__).parent / "chat_templates"
 # TRL's own variants for training are not what is published
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if "training" not in path.stem)
 # Their generation prompt opens a thought, which the answers here do not have
-THINKING = ("deepseek_r1_distill", "deepseekv3", *(name for name in NAMES if name.startswith("nemotron_3")))
+THINKING = (
+    "deepseek_r1_distill",
+    "deepseekv3",
+    *(name for name in NAMES if name.startswith("nemotron_3")),
+)
 PICTURES = ("idefics3", "llava_next", "smolvlm")
 """Templates that take contents in parts."""
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + "
+    "m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 OTHERS = {"mistral": MISTRAL, "chatml": (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")}
@@ -49,22 +54,31 @@ MESSAGES = [
 
 
 def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
-    """Bytes, and the template's marks as special tokens; `bos_token` and `eos_token` as its family has them."""
+    """Bytes, and the template's marks as special tokens; `bos_token` and `eos_token` as its family
+    has them."""
     marks = list(dict.fromkeys([*re.findall(MARKS, template), "<s>", "</s>"]))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
-    ends = [mark for mark in ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<eos>") if mark in marks]
+    ends = [
+        mark
+        for mark in ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<eos>")
+        if mark in marks
+    ]
     bos = next((mark for mark in ("<|begin_of_text|>", "<bos>") if mark in marks), "<s>")
-    made = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=bos, eos_token=ends[0] if ends else "</s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token=bos, eos_token=ends[0] if ends else "</s>"
+    )
     made.chat_template = template
     return made
 
 
 def template(name: str) -> str:
-    return OTHERS[name] if name in OTHERS else (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    return (
+        OTHERS[name] if name in OTHERS else (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    )
 
 
 class Seen(NamedTuple):
@@ -83,7 +97,10 @@ def seen(tokenizer: PreTrainedTokenizerBase) -> Seen:
     [(_, [rows])] = Renderer(tokenizer, "assistant").encode([[("here", conversation)]])
     if isinstance(rows, BadRow):
         raise rows
-    asked = [tokenizer.apply_chat_template(MESSAGES[:turn], add_generation_prompt=True)["input_ids"] for turn in (1, 3)]
+    asked = [
+        tokenizer.apply_chat_template(MESSAGES[:turn], add_generation_prompt=True)["input_ids"]
+        for turn in (1, 3)
+    ]
     answers, stops, same = [], set(), True
     for row in rows:
         ids, learned = row.input_ids.tolist(), (row.labels != IGNORED).tolist()
@@ -115,7 +132,9 @@ def test_what_is_trained_is_what_inference_feeds(name: str) -> None:
 
 @pytest.mark.parametrize("name", THINKING)
 def test_a_thought_that_only_inference_opens_is_refused(name: str) -> None:
-    with pytest.raises(LoraError, match="the chat template's generation prompt is not how it begins an answer"):
+    with pytest.raises(
+        LoraError, match="the chat template's generation prompt is not how it begins an answer"
+    ):
         seen(tokenizer_for(template(name)))
 
 
@@ -130,8 +149,12 @@ REAL = {
 
 
 @pytest.mark.parametrize("vocabulary", REAL)
-def test_real_tokenizers_are_trained_as_inference_feeds_them(vocabulary: str, vocabularies: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(vocabularies, gguf_file=f"ggml-vocab-{vocabulary}.gguf")
+def test_real_tokenizers_are_trained_as_inference_feeds_them(
+    vocabulary: str, vocabularies: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(
+        vocabularies, gguf_file=f"ggml-vocab-{vocabulary}.gguf"
+    )
     own = tokenizer.chat_template
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     for name in REAL[vocabulary]:
@@ -162,11 +185,19 @@ def test_a_system_prompt_is_part_of_every_template_that_has_a_place_for_one() ->
             continue
         given = tokenizer_for(template(name))
         system = [{"role": "system", "content": prompt}]
-        for messages in (MESSAGES[:1], MESSAGES, [{"role": "system", "content": "other"}, *MESSAGES]):
+        for messages in (
+            MESSAGES[:1],
+            MESSAGES,
+            [{"role": "system", "content": "other"}, *MESSAGES],
+        ):
             expected = messages if messages[0]["role"] == "system" else system + messages
             for asks in (False, True):
-                shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-                assert shown == given.apply_chat_template(expected, tokenize=False, add_generation_prompt=asks)
+                shown = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=asks
+                )
+                assert shown == given.apply_chat_template(
+                    expected, tokenize=False, add_generation_prompt=asks
+                )
         found = seen(tokenizer)
         assert (found.answers, found.same_as_inference) == (2, True), name
     assert "gemma" in without
@@ -177,4 +208,7 @@ if __name__ == "__main__":
     print(f"{'template':28} rows  answers  trained = inference  stop token            BOS")
     for each in TRAINED:
         f = seen(tokenizer_for(template(each)))
-        print(f"{each:28} {f.rows:4}  {f.answers:7}  {f.same_as_inference!s:>19}  {f.stop:20}  {f.bos:3}")
+        print(
+            f"{each:28} {f.rows:4}  {f.answers:7}  {f.same_as_inference!s:>19}  {f.stop:20}  "
+            f"{f.bos:3}"
+        )

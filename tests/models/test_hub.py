@@ -1,14 +1,16 @@
-"""The loopback hub is a hub: unmodified transformers, peft, datasets and huggingface_hub read from it, and fail on it
-the way they fail on the real one.
+"""The loopback hub is a hub: unmodified transformers, peft, datasets and huggingface_hub read from
+it, and fail on it the way they fail on the real one.
 
-Checked: a branch and a sha each give their own content, held against what was saved here; absent optional files do
-not stop a load; unknown, gated and unreachable repositories raise what callers have to translate; offline, what was
-read once is read again from the cache.
+Checked: a branch and a sha each give their own content, held against what was saved here; absent
+optional files do not stop a load; unknown, gated and unreachable repositories raise what callers
+have to translate; offline, what was read once is read again from the cache.
 
-Hermetic: two readers (one online, one offline), processes of their own with a fresh cache and the hub as their proxy,
-so that a request for any other host is refused and counted. Nothing is downloaded.
+Hermetic: two readers (one online, one offline), processes of their own with a fresh cache and the
+hub as their proxy, so that a request for any other host is refused and counted. Nothing is
+downloaded.
 
-Alone, from the repository's root: python -m pytest tests/models/test_hub.py (its time is two imports of torch).
+Alone, from the repository's root: python -m pytest tests/models/test_hub.py (its time is two
+imports of torch).
 """
 
 from __future__ import annotations
@@ -32,9 +34,17 @@ from huggingface_hub.utils.sha import git_hash
 from tests.hub import LoopbackHub
 
 ROOT = Path(__file__).parents[2]
-MODEL, ADAPTER, PARQUET, JSONL = "HuggingFaceTB/SmolLM2-135M", "org/adapter", "tatsu-lab/alpaca", "org/rows"
+MODEL, ADAPTER, PARQUET, JSONL = (
+    "HuggingFaceTB/SmolLM2-135M",
+    "org/adapter",
+    "tatsu-lab/alpaca",
+    "org/rows",
+)
 SHARD = "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
-ROWS = {"main": [{"instruction": "old", "output": "1"}], "v2": [{"instruction": "new", "output": "2"}] * 3}
+ROWS = {
+    "main": [{"instruction": "old", "output": "1"}],
+    "v2": [{"instruction": "new", "output": "2"}] * 3,
+}
 WORDS = {"main": ["alpha", "beta"], "v2": ["beta", "alpha"]}
 V2 = dict.fromkeys([MODEL, ADAPTER, PARQUET, JSONL], "v2")
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -45,7 +55,8 @@ Answers = dict[str, Any]
 
 
 def save(into: str, revision: str) -> Answers:
-    """The four repositories at one revision, no two revisions alike in any part; returns what `load` should see."""
+    """The four repositories at one revision, no two revisions alike in any part; returns what
+    `load` should see."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -54,7 +65,12 @@ def save(into: str, revision: str) -> Answers:
 
     folder = Path(into)
     positions = 32 + list(WORDS).index(revision)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(positions)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, max_position_embeddings=positions, **sizes))
     model.save_pretrained(folder / "model")
@@ -62,13 +78,19 @@ def save(into: str, revision: str) -> Answers:
     weights = digest(model.state_dict())
     vocabulary = {word: index for index, word in enumerate(["<unk>", *WORDS[revision]])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder / "model")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(
+        folder / "model"
+    )
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     adapted.save_pretrained(folder / "adapter")
     Dataset.from_list(ROWS[revision]).to_parquet(folder / "parquet" / SHARD)
     (folder / "parquet/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# alpaca\n")
     (folder / "jsonl").mkdir()
-    (folder / "jsonl/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[revision]))
+    (folder / "jsonl/train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS[revision])
+    )
     return {
         "files": file_digests(folder / "model"),
         "config": positions,
@@ -97,7 +119,9 @@ def load(at: dict[str, str]) -> Answers:
         "config": AutoConfig.from_pretrained(MODEL, revision=revision).max_position_embeddings,
         "tokens": AutoTokenizer.from_pretrained(MODEL, revision=revision)("alpha").input_ids,
         "weights": digest(model.state_dict()),
-        "data files": file_digests(Path(snapshot_download(PARQUET, repo_type="dataset", revision=at.get(PARQUET)))),
+        "data files": file_digests(
+            Path(snapshot_download(PARQUET, repo_type="dataset", revision=at.get(PARQUET)))
+        ),
         "parquet": load_dataset(PARQUET, revision=at.get(PARQUET), split="train").to_list(),
         "jsonl": load_dataset(JSONL, revision=at.get(JSONL), split="train").to_list(),
     }
@@ -114,7 +138,10 @@ def look() -> Answers:
         "streamed": list(load_dataset(PARQUET, revision="v2", split="train", streaming=True)),
         "exists": [file_exists(MODEL, name) for name in ["config.json", "chat_template.jinja"]],
         "tensors": sorted(get_safetensors_metadata(MODEL).weight_map),
-        "paths": [entry.path for entry in HfApi().get_paths_info(PARQUET, ["data", SHARD, "no"], repo_type="dataset")],
+        "paths": [
+            entry.path
+            for entry in HfApi().get_paths_info(PARQUET, ["data", SHARD, "no"], repo_type="dataset")
+        ],
         "user": HfApi().whoami(token="hf_x")["name"],
     }
 
@@ -143,19 +170,29 @@ def fail(loader: str, name: str, options: dict[str, str]) -> Answers:
     except Exception as error:
         chain, link = [], error
         while link is not None:
-            chain.append(f"{type(link).__module__}.{type(link).__qualname__}".removeprefix("builtins."))
+            chain.append(
+                f"{type(link).__module__}.{type(link).__qualname__}".removeprefix("builtins.")
+            )
             link = link.__cause__
-        return {"raised": [name for name in chain if not name.startswith("http")], "message": str(error)}
+        return {
+            "raised": [name for name in chain if not name.startswith("http")],
+            "message": str(error),
+        }
     return {"raised": [], "message": "nothing was raised"}
 
 
 def digest(tensors: dict[str, Any]) -> str:
-    return hashlib.sha256(b"".join(k.encode() + v.numpy().tobytes() for k, v in sorted(tensors.items()))).hexdigest()
+    return hashlib.sha256(
+        b"".join(k.encode() + v.numpy().tobytes() for k, v in sorted(tensors.items()))
+    ).hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def impatient() -> None:
@@ -193,7 +230,8 @@ class Reader:
 
 @dataclass
 class World:
-    """What was served, and what the readers saw of it; `gone` is the online reader after the hub was closed."""
+    """What was served, and what the readers saw of it; `gone` is the online reader after the hub
+    was closed."""
 
     saved: dict[str, Answers]
     shas: dict[str, dict[str, str]]
@@ -231,8 +269,12 @@ UNREACHABLE = ["config", "adapter", "dataset", "snapshot"]  # one for each libra
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("hub")
     with LoopbackHub() as hub:
-        online, offline = (Reader(hub.environ(folder / "cache", offline=flag)) for flag in (False, True))
-        saved = {revision: offline.ask("save", str(folder / revision), revision) for revision in WORDS}
+        online, offline = (
+            Reader(hub.environ(folder / "cache", offline=flag)) for flag in (False, True)
+        )
+        saved = {
+            revision: offline.ask("save", str(folder / revision), revision) for revision in WORDS
+        }
         shas = serve(hub, folder)
         seen = {
             # The sha first: nothing of v2 is in the cache yet, so the hub itself must know it.
@@ -240,13 +282,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "main": online.ask("load", {}),
             "v2": online.ask("load", V2),
             "look": online.ask("look"),
-            "failures": {(case, k): online.ask("fail", k, *CASES[case]) for case in CASES for k in WRAPPER},
+            "failures": {
+                (case, k): online.ask("fail", k, *CASES[case]) for case in CASES for k in WRAPPER
+            },
             "absent": {loader: online.ask("fail", loader, *of) for loader, of in ABSENT.items()},
         }
     online.ask("impatient")
     gone = {loader: online.ask("fail", loader, "org/other", {}) for loader in UNREACHABLE}
     cached = {"main": offline.ask("load", {}), "v2": offline.ask("load", V2)}
-    cached["failures"] = {loader: offline.ask("fail", loader, "org/other", {}) for loader in UNREACHABLE}
+    cached["failures"] = {
+        loader: offline.ask("fail", loader, "org/other", {}) for loader in UNREACHABLE
+    }
     yield World(saved, shas, hub.strays, folder, seen, cached, gone)
     online.close()
     offline.close()
@@ -289,11 +335,14 @@ def test_offline_the_cache_keeps_revisions_apart(world: World) -> None:
     for revision in WORDS:
         expected = {**world.saved[revision], "sha": world.shas[MODEL][revision]}
         seen = world.offline[revision]
-        assert {part: seen[part] for part in expected.keys() - rows} == {k: expected[k] for k in expected.keys() - rows}
+        assert {part: seen[part] for part in expected.keys() - rows} == {
+            k: expected[k] for k in expected.keys() - rows
+        }
 
 
 def test_offline_load_dataset_ignores_the_revision(world: World) -> None:
-    """datasets 5.2 takes what was built last, with a warning only; a snapshot keeps to its revision (test above)."""
+    """datasets 5.2 takes what was built last, with a warning only; a snapshot keeps to its revision
+    (test above)."""
     for part in ["parquet", "jsonl"]:
         assert world.offline["v2"][part] == world.offline["main"][part]
         assert world.offline["v2"][part] in ROWS.values()
@@ -312,7 +361,13 @@ def test_the_rest_of_the_reading_api(world: World) -> None:
 
 
 def test_absent_optional_files_are_remembered_as_absent(world: World) -> None:
-    folder = world.folder / "cache/hub" / f"models--{MODEL.replace('/', '--')}" / ".no_exist" / world.shas[MODEL]["v2"]
+    folder = (
+        world.folder
+        / "cache/hub"
+        / f"models--{MODEL.replace('/', '--')}"
+        / ".no_exist"
+        / world.shas[MODEL]["v2"]
+    )
     absent = {"chat_template.jinja", "generation_config.json", "adapter_config.json"}
     assert absent <= {path.name for path in folder.iterdir()}
 
@@ -320,11 +375,16 @@ def test_absent_optional_files_are_remembered_as_absent(world: World) -> None:
 @pytest.mark.parametrize("loader", WRAPPER)
 @pytest.mark.parametrize("case", CASES)
 def test_a_repository_that_cannot_be_read(world: World, case: str, loader: str) -> None:
-    cause = {"unknown": "RepositoryNotFoundError", "revision": "RevisionNotFoundError"}.get(case, "GatedRepoError")
-    # datasets drops the cause with `from None`, save for a revision: the rest is told apart by the message alone.
+    cause = {"unknown": "RepositoryNotFoundError", "revision": "RevisionNotFoundError"}.get(
+        case, "GatedRepoError"
+    )
+    # datasets drops the cause with `from None`, save for a revision: the rest is told apart by the
+    # message alone.
     hidden = loader == "dataset" and case != "revision"
     seen = world.online["failures"][case, loader]
-    assert seen["raised"] == WRAPPER[loader] + ([] if hidden else [f"huggingface_hub.errors.{cause}"])
+    assert seen["raised"] == WRAPPER[loader] + (
+        [] if hidden else [f"huggingface_hub.errors.{cause}"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,14 +419,19 @@ def test_a_hub_that_cannot_be_reached(world: World, loader: str) -> None:
     local = ["huggingface_hub.errors.LocalEntryNotFoundError"]
     outer = ["ConnectionError"] if loader == "dataset" else WRAPPER[loader] + local
     assert world.gone[loader]["raised"] == outer
-    offline = ["huggingface_hub.errors.OfflineModeIsEnabled"] if loader in ("adapter", "snapshot") else []
+    offline = (
+        ["huggingface_hub.errors.OfflineModeIsEnabled"] if loader in ("adapter", "snapshot") else []
+    )
     assert world.offline["failures"][loader]["raised"] == outer + offline
 
 
 def test_nothing_else_was_asked_for(world: World) -> None:
-    """datasets asks a viewer on another host for a parquet export; that is all, and it was refused."""
+    """datasets asks a viewer on another host for a parquet export; that is all, and it was
+    refused."""
     assert world.strays
-    assert all(target.startswith("http://datasets-server.127.0.0.1") for _, target in world.strays), world.strays
+    assert all(
+        target.startswith("http://datasets-server.127.0.0.1") for _, target in world.strays
+    ), world.strays
 
 
 def test_content_goes_by_the_names_git_and_lfs_give_it(tmp_path: Path) -> None:
@@ -376,7 +441,10 @@ def test_content_goes_by_the_names_git_and_lfs_give_it(tmp_path: Path) -> None:
     sha256, oid = hashlib.sha256(b"weights").hexdigest(), git_hash(b"text")
     with LoopbackHub() as hub:
         hub.add_model("org/m", {"main": tmp_path})
-        trees = [json.loads(get(f"{hub.url}/api/models/org/m/tree/main?recursive={r}")[1]) for r in ("true", "false")]
+        trees = [
+            json.loads(get(f"{hub.url}/api/models/org/m/tree/main?recursive={r}")[1])
+            for r in ("true", "false")
+        ]
         for path, name in {"deep/a.safetensors": sha256, "b.txt": oid}.items():
             with OPENER.open(f"{hub.url}/org/m/resolve/main/{path}") as reply:
                 assert reply.headers["ETag"] == reply.headers["X-Linked-Etag"] == f'"{name}"'

@@ -1,4 +1,5 @@
-"""`lora check`: what it shows is what training then does, and what would waste a run exits 1 before weights are loaded.
+"""`lora check`: what it shows is what training then does, and what would waste a run exits 1 before
+weights are loaded.
 
 Hermetic: the tiny model and files made here. Alone: pytest tests/plan/test_check.py
 """
@@ -31,9 +32,13 @@ def report(write_recipe, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_what_is_shown_is_what_training_does(report, write_recipe, tmp_path: Path, packing: bool) -> None:
+def test_what_is_shown_is_what_training_does(
+    report, write_recipe, tmp_path: Path, packing: bool
+) -> None:
     more = "packing: true, " if packing else ""
-    text = f"training: {{{more}max_steps: -1, num_train_epochs: 2, gradient_accumulation_steps: 3}}\n"
+    text = (
+        f"training: {{{more}max_steps: -1, num_train_epochs: 2, gradient_accumulation_steps: 3}}\n"
+    )
     shown = report(text)
     train.train(load.load_recipe(write_recipe(text)))
     run = json.loads((tmp_path / "run" / "record.json").read_text())
@@ -44,7 +49,9 @@ def test_what_is_shown_is_what_training_does(report, write_recipe, tmp_path: Pat
     for key in ("read", "rows", "tokens", "trained_tokens", "left_out", "fingerprint"):
         assert shown["train"][key] == run["data"][key], key
     # how documents attend is known when the weights are there
-    assert shown["choices"] == [choice for choice in run["choices"] if choice["name"] != "model.attn_implementation"]
+    assert shown["choices"] == [
+        choice for choice in run["choices"] if choice["name"] != "model.attn_implementation"
+    ]
 
 
 def test_samples_set_apart_what_is_trained(report, tiny: Path) -> None:
@@ -71,12 +78,18 @@ def test_it_is_read_without_colour(lora, write_recipe, tiny: Path) -> None:
     ("text", "status", "said"),
     [
         ("data: {path: nowhere.jsonl}\n", 1, "nowhere.jsonl does not exist"),
-        ("training: {max_length: 4}\n", 1, "no row is left to train on: 64 read (64 dropped: over 4 tokens)"),
+        (
+            "training: {max_length: 4}\n",
+            1,
+            "no row is left to train on: 64 read (64 dropped: over 4 tokens)",
+        ),
         ("lora: {target_modules: [q_prj]}\n", 2, "did you mean q_proj?"),
         ("data: {columns: {prompt: questoin}}\n", 1, "data.columns: there is no column questoin"),
     ],
 )
-def test_what_would_waste_a_run_is_refused(lora, write_recipe, text: str, status: int, said: str) -> None:
+def test_what_would_waste_a_run_is_refused(
+    lora, write_recipe, text: str, status: int, said: str
+) -> None:
     done = lora("check", write_recipe(text))
     assert done.returncode == status
     assert said in done.stderr
@@ -104,10 +117,15 @@ def test_the_lengths_that_hold_most_rows() -> None:
     assert check._format_quantiles(Counter({3: 50, 40: 45, 101: 5})) == (
         "half of the rows have up to 3 tokens, 95% up to 40, all up to 101"
     )
-    assert check._format_quantiles(Counter({7: 1})) == "half of the rows have up to 7 tokens, 95% up to 7, all up to 7"
+    assert (
+        check._format_quantiles(Counter({7: 1}))
+        == "half of the rows have up to 7 tokens, 95% up to 7, all up to 7"
+    )
 
 
-def test_training_refuses_names_before_weights_are_loaded(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_refuses_names_before_weights_are_loaded(
+    write_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Base, "load", None)
     with pytest.raises(UsageError, match="q_prj"):
         train.train(load.load_recipe(write_recipe("lora: {target_modules: [q_prj]}\n")))

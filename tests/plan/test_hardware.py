@@ -1,4 +1,5 @@
-"""What `auto` becomes on a device, decided by pure functions: GPUs need not be there. Also what --gpu understands.
+"""What `auto` becomes on a device, decided by pure functions: GPUs need not be there. Also what
+--gpu understands.
 
 Hermetic: no device is asked but this machine's memory. Alone: pytest tests/plan/test_hardware.py
 """
@@ -24,7 +25,10 @@ def test_a_gpu_is_named_by_size_or_by_name() -> None:
     assert hardware.parse_gpu("24GB").memory == hardware.parse_gpu("24 GiB").memory == 24 * GIB
     assert hardware.parse_gpu("A100-40GB").memory == 40 * GIB
     for text in ("H100", "h100", "NVIDIA H100"):
-        assert (hardware.parse_gpu(text).name, hardware.parse_gpu(text).memory >> 20) == ("H100", 81559)
+        assert (hardware.parse_gpu(text).name, hardware.parse_gpu(text).memory >> 20) == (
+            "H100",
+            81559,
+        )
     assert hardware.parse_gpu("GeForce RTX 4090").name == "RTX 4090"
     assert not hardware.parse_gpu("T4").bf16
     with pytest.raises(UsageError) as caught:
@@ -33,7 +37,11 @@ def test_a_gpu_is_named_by_size_or_by_name() -> None:
 
 
 def test_this_machine_s_memory_is_at_most_what_it_has() -> None:
-    total = int(Path("/proc/meminfo").read_text().split()[1]) << 10 if Path("/proc/meminfo").exists() else 1 << 60
+    total = (
+        int(Path("/proc/meminfo").read_text().split()[1]) << 10
+        if Path("/proc/meminfo").exists()
+        else 1 << 60
+    )
     assert 0 < hardware.detect_device().memory <= total
     assert hardware.measure_peak_memory() > 10 << 20
 
@@ -77,8 +85,16 @@ def test_every_auto_is_recorded_with_its_reason_and_gives_way(tmp_path: Path) ->
     made = {choice.name: choice for choice in choices}
     assert len(made) == len(choices) >= 12
     assert all(choice.reason for choice in choices)
-    assert made["model.attn_implementation"].value == settled.model.attn_implementation == "flash_attention_3"
-    assert made["training.gradient_checkpointing"].value is settled.training.gradient_checkpointing is True
+    assert (
+        made["model.attn_implementation"].value
+        == settled.model.attn_implementation
+        == "flash_attention_3"
+    )
+    assert (
+        made["training.gradient_checkpointing"].value
+        is settled.training.gradient_checkpointing
+        is True
+    )
     fixed = [
         "model.attn_implementation=sdpa",
         "training.gradient_checkpointing=false",
@@ -104,8 +120,14 @@ def test_the_memory_plan_is_asked_last_and_only_for_what_is_open(tmp_path: Path)
     assert (settled.training.optim, settled.training.gradient_checkpointing) == ("sgd", True)
     assert asked[0].training.gradient_checkpointing is False
     values = {**dict(asked[0].model), **dict(asked[0].training)}
-    assert {name for name, value in values.items() if value == "auto"} == {"chat_template", "pad_to_multiple_of"}
+    assert {name for name, value in values.items() if value == "auto"} == {
+        "chat_template",
+        "pad_to_multiple_of",
+    }
     assert str(choices[-1]) == "training.gradient_checkpointing = true (auto: it must)"
-    path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd, gradient_checkpointing: true}\n")
+    path.write_text(
+        "model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd, "
+        "gradient_checkpointing: true}\n"
+    )
     auto.settle(load.load_recipe(path), upstream.torch.float32, CPU, levers)
     assert len(asked) == 1

@@ -1,4 +1,5 @@
-"""The memory plan: a step rehearsed without storage against the allocator's own record of a real one, and what follows.
+"""The memory plan: a step rehearsed without storage against the allocator's own record of a real
+one, and what follows.
 
 Hermetic: small random Llamas, the tiny model. Alone: pytest tests/plan/test_memory.py
 """
@@ -23,19 +24,37 @@ from lora_cli.models import attach
 from lora_cli.models.base import Base
 from lora_cli.plan import auto, flops, hardware, memory, show
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.plan.rehearsal import ACTIVATIONS, ADAPTERS, OPTIMIZER, WEIGHTS, Batch, Peaks, Rehearsal, build_adapted
+from lora_cli.plan.rehearsal import (
+    ACTIVATIONS,
+    ADAPTERS,
+    OPTIMIZER,
+    WEIGHTS,
+    Batch,
+    Peaks,
+    Rehearsal,
+    build_adapted,
+)
 from lora_cli.recipe import keys, load, upstream
 from lora_cli.speed import install, loss_head
 
-CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 LARGE_CPU = Hardware("cpu", "a processor", 64 * GIB)
 
 
 def config(**values: Any) -> LlamaConfig:
-    return LlamaConfig(vocab_size=1024, dtype="float32", **{**CONFIG, "num_key_value_heads": 2, **values})
+    return LlamaConfig(
+        vocab_size=1024, dtype="float32", **{**CONFIG, "num_key_value_heads": 2, **values}
+    )
 
 
-def settled(method: str = "lora", lora: dict[str, Any] | None = None, **training: Any) -> keys.Recipe:
+def settled(
+    method: str = "lora", lora: dict[str, Any] | None = None, **training: Any
+) -> keys.Recipe:
     made = keys.Recipe(
         method=method,
         model=keys.Model(name_or_path="x", dtype="float32"),
@@ -64,21 +83,28 @@ def real_step(adapted: PeftModel, ids: torch.Tensor) -> None:
     base: Any = adapted.get_base_model()
     mask = torch.ones_like(ids)
     mask[-1, -1] = 0  # as in a padded batch
-    hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = base.get_decoder()(
+        input_ids=ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
     where = torch.zeros(ids.numel() - len(ids), dtype=torch.long)
     rows = hidden.flatten(0, 1)[where]
-    loss_head.sum_loss(rows, base.get_output_embeddings(), where, loss_head.find_shape(base)).backward()
+    loss_head.sum_loss(
+        rows, base.get_output_embeddings(), where, loss_head.find_shape(base)
+    ).backward()
 
 
 def allocated(adapted: PeftModel, ids: torch.Tensor) -> int:
-    """The highest sum of what torch's allocator gave out and took back in a step, by its own record."""
+    """The highest sum of what torch's allocator gave out and took back in a step, by its own
+    record."""
     real_step(adapted, ids)  # the first also makes what DoRA keeps
     for parameter in adapted.parameters():
         parameter.grad = None
     with torch.profiler.profile(profile_memory=True) as profiler:
         real_step(adapted, ids)
     events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     assert len(changes) > 100
     return max(accumulate(size for _, size in changes))
 
@@ -104,21 +130,34 @@ def test_a_rehearsed_step_is_what_the_allocator_records(
     rehearsal = Rehearsal(chosen, build_adapted(chosen, config()))
     peaks = rehearsal.step(Batch(2, 512, waiting=False))
     measured = allocated(real(chosen, tmp_path), torch.zeros(2, 512, dtype=torch.long))
-    assert peaks.all.total() - lasting(peaks) == pytest.approx(measured, rel=0.1)  # kernels take some inside
+    assert peaks.all.total() - lasting(peaks) == pytest.approx(
+        measured, rel=0.1
+    )  # kernels take some inside
 
 
 def storages(tensors: list[torch.Tensor]) -> int:
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }.values()
+    )
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_weights_of_4_bits_take_what_bitsandbytes_takes(tmp_path: Path, double: bool) -> None:
     chosen = settled("qlora")
     chosen = chosen.model_copy(
-        update={"quantization": chosen.quantization.model_copy(update={"bnb_4bit_use_double_quant": double})}
+        update={
+            "quantization": chosen.quantization.model_copy(
+                update={"bnb_4bit_use_double_quant": double}
+            )
+        }
     )
     LlamaForCausalLM(config()).save_pretrained(tmp_path)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double
+    )
     base = Base(str(tmp_path)).load(torch.float32, quantization)
     tensors = [*base.parameters(), *base.buffers()]
     for parameter in base.parameters():
@@ -135,14 +174,23 @@ def test_optimizers_state_is_their_own(tmp_path: Path, name: str) -> None:
     rehearsal = Rehearsal(chosen, build_adapted(chosen, config()))
     adapted = real(chosen, tmp_path)
     learned = [parameter for _, parameter in attach.walk_trainable(adapted)]
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(upstream.build_training_arguments(chosen), adapted)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(
+        upstream.build_training_arguments(chosen), adapted
+    )
     optimizer = kind(learned, **options)
     for parameter in learned:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state = [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, torch.Tensor)]
+    state = [
+        value
+        for kept in optimizer.state.values()
+        for value in kept.values()
+        if isinstance(value, torch.Tensor)
+    ]
     found = rehearsal.live.now.all[OPTIMIZER]
-    assert found == pytest.approx(storages([tensor for tensor in state if tensor.numel() > 1]), rel=0.02, abs=4096)
+    assert found == pytest.approx(
+        storages([tensor for tensor in state if tensor.numel() > 1]), rel=0.02, abs=4096
+    )
 
 
 def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -> None:
@@ -152,10 +200,12 @@ def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -
     for rehearsed in (False, True):
         out = tmp_path / f"run-{rehearsed}"
         before = (
-            "from lora_cli.models import config as configs\nfrom lora_cli.plan import auto, hardware, memory\n"
+            "from lora_cli.models import config as configs\nfrom lora_cli.plan import auto, "
+            "hardware, memory\n"
             "config = configs.load_config(recipe.model.name_or_path)\n"
             "settled, _ = auto.settle(recipe, config.dtype)\n"
-            "memory.make_forecast(settled, config, hardware.detect_device()).need(memory.largest_batch(settled))\n"
+            "memory.make_forecast(settled, config, "
+            "hardware.detect_device()).need(memory.largest_batch(settled))\n"
         )
         code = "from pathlib import Path\nfrom lora_cli.recipe import load\n"
         code += f"recipe = load.load_recipe(Path({str(path)!r}), ['output_dir={out}'])\n"
@@ -170,7 +220,10 @@ def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -
     [
         ({"packing": "step"}, Batch(1, 100, waiting=True)),
         ({"packing": "step", "max_length": 4000}, Batch(1, 4000, waiting=True)),
-        ({"packing": "step", "max_length": 4000, "per_device_train_batch_size": 1}, Batch(1, 4000, waiting=False)),
+        (
+            {"packing": "step", "max_length": 4000, "per_device_train_batch_size": 1},
+            Batch(1, 4000, waiting=False),
+        ),
         ({"packing": False, "gradient_accumulation_steps": 2}, Batch(8, 100, waiting=True)),
         ({"packing": "dataset"}, Batch(1, 800, waiting=False)),
         ({"packing": False, "padding_free": True}, Batch(1, 800, waiting=False)),
@@ -196,9 +249,13 @@ def test_the_largest_that_fits_is_the_last_that_does() -> None:
 
 def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
     chosen = settled(packing="step", optim="adamw_torch_fused")
-    need = memory.make_forecast(chosen, config(), LARGE_CPU).need(memory.largest_batch(chosen)).total
+    need = (
+        memory.make_forecast(chosen, config(), LARGE_CPU).need(memory.largest_batch(chosen)).total
+    )
     for room, expected in ((need, False), (need - 1, True)):
-        decided = memory.levers(config(), LARGE_CPU._replace(memory=room))(chosen)["gradient_checkpointing"]
+        decided = memory.levers(config(), LARGE_CPU._replace(memory=room))(chosen)[
+            "gradient_checkpointing"
+        ]
         assert decided[0] is expected
         assert "MiB" in decided[1]
     far = memory.levers(config(), LARGE_CPU)(chosen)["gradient_checkpointing"]
@@ -250,7 +307,9 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, method: str) -> 
     base.set_attn_implementation("eager")
     adapted.enable_input_require_grads()  # else the first layer's input needs no gradient
     products = {
-        torch.ops.bitsandbytes.gemm_4bit: lambda a, b, shape, *args, **kwargs: 2 * a[:-1].numel() * shape[0] * shape[1],
+        torch.ops.bitsandbytes.gemm_4bit: lambda a, b, shape, *args, **kwargs: (
+            2 * a[:-1].numel() * shape[0] * shape[1]
+        ),
         torch.ops.aten.addmm_: lambda c, a, b, *args, **kwargs: 2 * c[0] * c[1] * a[1],
     }
     ids = torch.zeros(2, length, dtype=torch.long)
@@ -283,18 +342,27 @@ def test_plan_needs_no_weights(tiny: Path, lora, write_recipe, tmp_path: Path) -
 
 
 def test_plan_says_what_does_not_fit(write_recipe, capsys) -> None:
-    loaded = load.load_recipe(write_recipe("training: {packing: false, gradient_checkpointing: true}\n"))
+    loaded = load.load_recipe(
+        write_recipe("training: {packing: false, gradient_checkpointing: true}\n")
+    )
     show.show_plan(loaded, "1GB", None, read_data=False, as_json=False)
     said = capsys.readouterr().out
     assert "DOES NOT FIT: 1.0 of 1GB, 1.0 GiB" in said
-    assert "largest that fits: training.max_length none; or training.per_device_train_batch_size none" in said
+    assert (
+        "largest that fits: training.max_length none; or training.per_device_train_batch_size none"
+        in said
+    )
     assert "time: no speed is known" in said
 
 
-def test_speed_and_memory_are_logged_and_recorded(tiny: Path, lora, write_recipe, tmp_path: Path) -> None:
+def test_speed_and_memory_are_logged_and_recorded(
+    tiny: Path, lora, write_recipe, tmp_path: Path
+) -> None:
     done = lora("train", write_recipe("training: {logging_steps: 1}\n"))
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     for found in [*(line for line in lines if "loss" in line), results]:
         assert found["tokens_per_second"] > 0
@@ -303,8 +371,11 @@ def test_speed_and_memory_are_logged_and_recorded(tiny: Path, lora, write_recipe
 
 
 def test_the_share_of_the_peak_is_known_where_the_device_is() -> None:
-    assert flops.Work(4e9, flops.find_peak("NVIDIA H100 80GB HBM3", "bfloat16")).used(1e5) == pytest.approx(
-        4e14 / 989e12
-    )
+    assert flops.Work(4e9, flops.find_peak("NVIDIA H100 80GB HBM3", "bfloat16")).used(
+        1e5
+    ) == pytest.approx(4e14 / 989e12)
     assert flops.Work(4e9, flops.find_peak("a processor", "bfloat16")).used(1e5) is None
-    assert hardware.detect_device().kind == "cuda" or flops.find_peak(hardware.detect_device().name, "float32") is None
+    assert (
+        hardware.detect_device().kind == "cuda"
+        or flops.find_peak(hardware.detect_device().name, "float32") is None
+    )

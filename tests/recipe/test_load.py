@@ -1,4 +1,5 @@
-"""Recipes: what loads, what is refused and with which words, `extends`, `--set`, and the shipped recipes.
+"""Recipes: what loads, what is refused and with which words, `extends`, `--set`, and the shipped
+recipes.
 
 Hermetic: temporary files. Alone: pytest tests/recipe/test_load.py
 """
@@ -63,7 +64,10 @@ def test_extends_joins_sections_and_keeps_each_value_s_source(tmp_path: Path) ->
 
 def test_the_quick_typo(tmp_path: Path) -> None:
     said = refusal(tmp_path, MINIMAL + "training:\n  learning_rat: 1e-4\n")
-    assert said == "r.yaml:4: training.learning_rat is not a known key | did you mean training.learning_rate?"
+    assert (
+        said
+        == "r.yaml:4: training.learning_rat is not a known key | did you mean training.learning_rate?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,13 +178,19 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:4: training.padding_free works only with trainer: sft | "
             "SFTTrainer cannot adapt the output head: remove it",
         ),
-        (MINIMAL + "output_dir: .\n", "r.yaml:3: output_dir must be a folder of its own | output_dir: runs/NAME"),
+        (
+            MINIMAL + "output_dir: .\n",
+            "r.yaml:3: output_dir must be a folder of its own | output_dir: runs/NAME",
+        ),
         (
             MINIMAL + "training: {model_init_kwargs: {num_hidden_layers: 1}}\n",
             "r.yaml:3: training.model_init_kwargs cannot be set | "
             "use model.revision, model.dtype and model.attn_implementation: merging loads the same base",
         ),
-        ("a: " + "[" * 3000, "r.yaml: nested too deeply | a recipe has sections of keys, no deeper"),
+        (
+            "a: " + "[" * 3000,
+            "r.yaml: nested too deeply | a recipe has sections of keys, no deeper",
+        ),
         ("", "r.yaml: a recipe has sections such as model: and data: | lora schema"),
         (MINIMAL + "methd: lora\n", "r.yaml:3: methd is not a known key | did you mean method?"),
         (
@@ -265,7 +275,9 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line_and_the_fix(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_wrong_is_said_with_its_line_and_the_fix(
+    tmp_path: Path, text: str, said: str
+) -> None:
     assert refusal(tmp_path, text) == said
 
 
@@ -302,13 +314,22 @@ def test_overrides_are_checked_like_the_file(tmp_path: Path, override: str, said
 
 @pytest.mark.parametrize(("value", "parsed"), [("1e-4", 1e-4), ("3", 3.0), ("0.5", 0.5)])
 def test_override_values_are_yaml(tmp_path: Path, value: str, parsed: float) -> None:
-    assert math.isclose(load(tmp_path, MINIMAL, f"training.learning_rate={value}").training.learning_rate, parsed)
+    assert math.isclose(
+        load(tmp_path, MINIMAL, f"training.learning_rate={value}").training.learning_rate, parsed
+    )
 
 
 def test_one_setting_under_its_two_names_is_a_contradiction(tmp_path: Path) -> None:
-    said = refusal(tmp_path, MINIMAL + "training: {gradient_checkpointing: true, activation_checkpointing: false}\n")
-    known = "activation_checkpointing" in keys.Training.model_fields  # older transformers have one name only
-    problem = "and training.gradient_checkpointing are one setting" if known else "is not a known key"
+    said = refusal(
+        tmp_path,
+        MINIMAL + "training: {gradient_checkpointing: true, activation_checkpointing: false}\n",
+    )
+    known = (
+        "activation_checkpointing" in keys.Training.model_fields
+    )  # older transformers have one name only
+    problem = (
+        "and training.gradient_checkpointing are one setting" if known else "is not a known key"
+    )
     assert said.startswith(f"r.yaml:3: training.activation_checkpointing {problem}")
 
 
@@ -319,7 +340,9 @@ def test_an_empty_file_with_an_override_is_answered(tmp_path: Path) -> None:
 def test_extends_in_a_circle_or_into_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: r.yaml\n")
     assert "extends goes in a circle" in refusal(tmp_path, "extends: a.yaml\n")
-    assert refusal(tmp_path, "extends: b.yaml\n").startswith("r.yaml:1: b.yaml, which it extends, does not exist")
+    assert refusal(tmp_path, "extends: b.yaml\n").startswith(
+        "r.yaml:1: b.yaml, which it extends, does not exist"
+    )
 
 
 def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
@@ -330,9 +353,13 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
         auto.try_configurations(load_recipe(path))
 
 
-def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_byte_order_mark_and_a_home_folder_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    loaded = load(tmp_path, "\ufeffmodel: {name_or_path: ~/base}\ndata: {path: [~/a.jsonl, b~/c.jsonl]}\n")
+    loaded = load(
+        tmp_path, "\ufeffmodel: {name_or_path: ~/base}\ndata: {path: [~/a.jsonl, b~/c.jsonl]}\n"
+    )
     assert loaded.model.name_or_path == f"{tmp_path}/base"
     assert loaded.data.path == [f"{tmp_path}/a.jsonl", "b~/c.jsonl"]
     assert loaded.placed("data.path: it is empty") == f"{tmp_path}/r.yaml:2: data.path: it is empty"

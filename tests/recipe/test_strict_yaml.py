@@ -86,6 +86,10 @@ scalars = (
 )
 
 
-@given(st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text("abc", min_size=1), inner)))
+@given(
+    st.recursive(
+        scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text("abc", min_size=1), inner)
+    )
+)
 def test_what_is_dumped_parses_to_the_same(data: object) -> None:
     assert strict_yaml.parse(strict_yaml.dump({"key": data}), "x.yaml").data == {"key": data}

@@ -22,11 +22,19 @@ CLASSES = [
 ]
 
 
-@pytest.mark.parametrize(("real", "classes"), CLASSES, ids=lambda item: getattr(item, "__name__", ""))
+@pytest.mark.parametrize(
+    ("real", "classes"), CLASSES, ids=lambda item: getattr(item, "__name__", "")
+)
 def test_names_and_literal_defaults_are_the_real_ones(real: type, classes: tuple) -> None:
     read = upstream_fields.read_fields(classes)
     own = {field.name: field for field in dataclasses.fields(real) if field.init}
-    inherited_from_peft = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
+    inherited_from_peft = {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+    }
     inherited_from_peft |= {"revision", "inference_mode"}
     assert own.keys() - read.keys() <= inherited_from_peft
     assert read.keys() <= own.keys()

@@ -1,4 +1,5 @@
-"""Attention by document: transformers' own sdpa, with its masks, is the oracle, for logits and gradients.
+"""Attention by document: transformers' own sdpa, with its masks, is the oracle, for logits and
+gradients.
 
 Hermetic: random models of several families. Alone: pytest tests/speed/test_document_attention.py
 """
@@ -13,12 +14,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.speed import document_attention, step_packing
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 64},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 16,
+    },
     "olmo2": {},
     "gpt_neox": {},
     "granite": {"num_key_value_heads": 2},
@@ -26,11 +37,21 @@ FAMILIES = {
 }
 
 
-def pair(family: str, dtype: torch.dtype = torch.float32, **more) -> tuple[PreTrainedModel, PreTrainedModel]:
+def pair(
+    family: str, dtype: torch.dtype = torch.float32, **more
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A random model as transformers runs it, and a copy that attends by document."""
-    options = {**SHAPE, **FAMILIES[family], "vocab_size": 300, "attn_implementation": "sdpa", **more}
+    options = {
+        **SHAPE,
+        **FAMILIES[family],
+        "vocab_size": 300,
+        "attn_implementation": "sdpa",
+        **more,
+    }
     torch.manual_seed(0)
-    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).to(dtype).eval()
+    stock = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).to(dtype).eval()
+    )
     ours = copy.deepcopy(stock)
     assert document_attention.install(ours)
     assert stock.config._attn_implementation == "sdpa"
@@ -49,7 +70,10 @@ def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.T
     logits = model(**inputs, use_cache=False).logits
     torch.manual_seed(1)
     (logits.float() * torch.randn(logits.shape)).sum().backward()
-    return [logits.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+    return [
+        logits.detach(),
+        *(parameter.grad for parameter in model.parameters() if parameter.grad is not None),
+    ]
 
 
 @pytest.fixture
@@ -58,29 +82,39 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     own = document_attention._attend_one
     monkeypatch.setattr(
-        document_attention, "_attend_one", lambda *given: seen.append(given[1][0].shape[2]) or own(*given)
+        document_attention,
+        "_attend_one",
+        lambda *given: seen.append(given[1][0].shape[2]) or own(*given),
     )
     return seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_documents_have_transformers_own_logits_and_gradients(family: str, alone: list[int]) -> None:
+def test_packed_documents_have_transformers_own_logits_and_gradients(
+    family: str, alone: list[int]
+) -> None:
     stock, ours = pair(family)
     inputs = packed(5, 1, 40, 18)
     for expected, given in zip(run(stock, inputs), run(ours, inputs), strict=True):
-        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
     assert alone == [5, 1, 40, 18] * 2
     assert step_packing.find_unsuitable(ours) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_in_bfloat16_the_gradients_are_no_farther_from_float32_than_torch_s(family: str, alone: list[int]) -> None:
+def test_in_bfloat16_the_gradients_are_no_farther_from_float32_than_torch_s(
+    family: str, alone: list[int]
+) -> None:
     inputs = packed(5, 1, 40, 300)
     exact = run(pair(family)[0], inputs)
     far = []
     for model in pair(family, torch.bfloat16):
         found = run(model, inputs)
-        far.append([float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+        far.append(
+            [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+        )
     assert alone == [5, 1, 40, 300] * 2
     assert all(ours < 1.3 * stock + 1e-3 for stock, ours in zip(*far)), far
     assert sum(far[1]) < 1.05 * sum(far[0])
@@ -91,7 +125,9 @@ def test_a_document_longer_than_the_window_keeps_its_mask(family: str, alone: li
     stock, ours = pair(family)
     inputs = packed(100, 20)
     for expected, given in zip(run(stock, inputs), run(ours, inputs), strict=True):
-        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            given, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
     assert not alone
 
 
@@ -102,7 +138,10 @@ def test_padded_rows_single_documents_and_generation_are_as_they_were(alone: lis
     single = {"input_ids": torch.arange(12)[None]}
     for inputs in (padded, single, packed(12)):
         assert torch.equal(stock(**inputs).logits, ours(**inputs).logits)
-    said = [model.generate(**padded, max_new_tokens=6, do_sample=False, pad_token_id=0) for model in (stock, ours)]
+    said = [
+        model.generate(**padded, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        for model in (stock, ours)
+    ]
     assert torch.equal(*said)
     assert not alone
 

@@ -1,4 +1,5 @@
-"""DoRA's factored norms: PEFT's outputs and gradients, for every kind of linear layer, without the full product.
+"""DoRA's factored norms: PEFT's outputs and gradients, for every kind of linear layer, without the
+full product.
 
 Hermetic: random layers and the tiny model. Alone: pytest tests/speed/test_dora_norms.py
 """
@@ -26,13 +27,16 @@ RANK = 4
 
 
 def pair(network: torch.nn.Module, targets: list[str], **options) -> tuple[PeftModel, PeftModel]:
-    """The network with PEFT's DoRA, far from where it starts, and a copy of it with factored norms."""
+    """The network with PEFT's DoRA, far from where it starts, and a copy of it with factored
+    norms."""
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=16, target_modules=targets, use_dora=True, **options)
     stock = get_peft_model(network, config)
     for name, parameter in stock.named_parameters():
         if "lora_" in name:
-            parameter.data += 0.2 * torch.rand_like(parameter) * parameter.abs().mean().clamp(min=0.05)
+            parameter.data += (
+                0.2 * torch.rand_like(parameter) * parameter.abs().mean().clamp(min=0.05)
+            )
     factored = copy.deepcopy(stock)
     assert dora_norms.install(factored) == len(attach.find_lora_layers(stock))
     return stock, factored
@@ -57,7 +61,9 @@ def test_outputs_and_gradients_are_peft_s(options: dict, training: bool) -> None
 
 
 def test_quantised_layers_are_peft_s(tiny: Path) -> None:
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     base = Base(str(tiny / "model")).load(torch.float32, nf4)
     stock, factored = pair(base, ["q_proj", "down_proj"])
     ids = torch.arange(8, 40)[None]
@@ -74,7 +80,9 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         made = func(*args, **(kwargs or {}))
-        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        given = {
+            each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)
+        }
         if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
             self.largest = max(self.largest, made.numel())
         return made
@@ -97,7 +105,11 @@ def test_norms_in_bfloat16_are_nearer_to_float64_than_peft_s() -> None:
     weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
     exact = (weight.double() + scaling * b.double() @ a.double()).norm(dim=1)
     ours = own.lora_magnitude_vector["default"].row_norms(weight, a, b, scaling).double()
-    theirs = layer.lora_magnitude_vector["default"].get_weight_norm(weight, (b @ a).to(weight.dtype), scaling).double()
+    theirs = (
+        layer.lora_magnitude_vector["default"]
+        .get_weight_norm(weight, (b @ a).to(weight.dtype), scaling)
+        .double()
+    )
     assert (ours - exact).abs().max() < 1e-3 * exact.max()
     assert (ours - exact).abs().max() < (theirs - exact).abs().max()
 
@@ -112,7 +124,10 @@ def test_training_is_the_same_with_either(
         if name == "stock":
             monkeypatch.setattr(dora_norms, "install", lambda adapted: 0)
         run.train(load.load_recipe(write_recipe(text)))
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 6

@@ -1,4 +1,5 @@
-"""Dropout's own draws: the right share, the mean, the same elements in the gradient, repeatable, off in evaluation.
+"""Dropout's own draws: the right share, the mean, the same elements in the gradient, repeatable,
+off in evaluation.
 
 Hermetic: random tensors, the tiny model. Alone: pytest tests/speed/test_dropout.py
 """
@@ -34,12 +35,15 @@ def test_a_share_p_is_dropped_and_the_mean_kept(p: float, dtype: torch.dtype) ->
 
 
 def test_draws_are_independent_from_element_to_element() -> None:
-    """Neighbours are dropped together as often as chance has it, and the first and the last as often as any."""
+    """Neighbours are dropped together as often as chance has it, and the first and the last as
+    often as any."""
     torch.manual_seed(0)
     dropped = (dropout.QuickDropout(0.25)(torch.ones(1 << 20)) == 0).double()
     for apart in (1, 2, 3, 4, 5):
         assert (dropped[apart:] * dropped[:-apart]).mean().item() == pytest.approx(0.0625, abs=2e-3)
-    few = torch.stack([dropout.QuickDropout(0.25)(torch.ones(7)) == 0 for _ in range(20_000)]).double()
+    few = torch.stack(
+        [dropout.QuickDropout(0.25)(torch.ones(7)) == 0 for _ in range(20_000)]
+    ).double()
     assert few.mean(0).tolist() == pytest.approx([0.25] * 7, abs=4 * (0.25 * 0.75 / 20_000) ** 0.5)
 
 

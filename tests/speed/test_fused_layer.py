@@ -1,4 +1,5 @@
-"""Adapted layers as one operation: PEFT's outputs and gradients, for linear and 4-bit ones, LoRA and DoRA, dropout.
+"""Adapted layers as one operation: PEFT's outputs and gradients, for linear and 4-bit ones, LoRA
+and DoRA, dropout.
 
 Hermetic: random layers and the tiny model. Alone: pytest tests/speed/test_fused_layer.py
 """
@@ -23,12 +24,15 @@ TARGETS = ["first", "second", "third"]
 
 
 def pair(network: torch.nn.Module, **options) -> tuple[PeftModel, PeftModel]:
-    """The network with PEFT's adapters, far from where they start, and a copy of it with each layer one operation.
+    """The network with PEFT's adapters, far from where they start, and a copy of it with each layer
+    one operation.
 
     Both drop out what `dropout` draws.
     """
     torch.manual_seed(0)
-    stock = get_peft_model(network, LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": TARGETS, **options}))
+    stock = get_peft_model(
+        network, LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": TARGETS, **options})
+    )
     for name, parameter in stock.named_parameters():
         if "lora_" in name:
             size = parameter.abs() if "magnitude" in name else 1
@@ -48,11 +52,17 @@ def run(network: PeftModel, dtype: torch.dtype, half: bool) -> list[torch.Tensor
         out = network.train()(x)
     torch.manual_seed(2)
     (out.float() * torch.randn(out.shape)).sum().backward()
-    return [out.detach(), x.grad, *(p.grad.clone() for p in network.parameters() if p.requires_grad)]
+    return [
+        out.detach(),
+        x.grad,
+        *(p.grad.clone() for p in network.parameters() if p.requires_grad),
+    ]
 
 
 @pytest.mark.parametrize("method", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"bias": "all"}], ids=str
+)
 def test_outputs_and_gradients_are_peft_s(options: dict, method: dict) -> None:
     stock, ours = pair(Layers(), **options, **method)
     wanted, given = (run(network, torch.float32, half=False) for network in (stock, ours))
@@ -65,7 +75,9 @@ def test_outputs_and_gradients_are_peft_s(options: dict, method: dict) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(dtype: torch.dtype, options: dict) -> None:
+def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(
+    dtype: torch.dtype, options: dict
+) -> None:
     network = Layers()
     for parameter in network.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -77,13 +89,17 @@ def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(dtype: torc
             layer.get_base_layer().to(dtype)
         each.zero_grad()
         found.append(run(each, dtype, half=True))
-    far = [[float((a.float() - b).norm() / b.norm()) for a, b in zip(each, exact, strict=True)] for each in found]
+    far = [
+        [float((a.float() - b).norm() / b.norm()) for a, b in zip(each, exact, strict=True)]
+        for each in found
+    ]
     assert 1e-3 < sum(far[1]) < 1.1 * sum(far[0]) < 1, far
     assert all(one.dtype == other.dtype for one, other in zip(*found, strict=True))
 
 
 def test_small_changes_of_a_magnitude_are_not_lost_to_16_bits() -> None:
-    """A change of a thousandth, which is nothing beside 1 in bfloat16, moves the outputs by as much as with PEFT."""
+    """A change of a thousandth, which is nothing beside 1 in bfloat16, moves the outputs by as much
+    as with PEFT."""
     moved = []
     for network in pair(Layers().to(torch.bfloat16), use_dora=True):
         before = run(network, torch.bfloat16, half=True)[0].double()
@@ -99,7 +115,9 @@ def test_what_is_more_than_plain_lora_is_peft_s() -> None:
     stock, ours = pair(Layers(), target_modules=["first", "second"])
     for network in (stock, ours):
         torch.manual_seed(3)
-        network.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+        network.add_adapter(
+            "other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+        )
         network.base_model.set_adapter(["default", "other"])
     x = torch.randn(3, IN)
     torch.testing.assert_close(ours(x), stock(x))
@@ -112,7 +130,9 @@ def test_what_is_more_than_plain_lora_is_peft_s() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
 def test_on_4_bit_layers_too(tiny: Path, options: dict) -> None:
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     base = Base(str(tiny / "model")).load(torch.float32, nf4)
     stock, ours = pair(base, **{"target_modules": "all-linear", **options})
     assert sum(type(layer) is fused_layer.Fused4bit for layer in ours.modules()) == 14
@@ -123,7 +143,9 @@ def test_on_4_bit_layers_too(tiny: Path, options: dict) -> None:
     pairs = list(zip(attach.walk_trainable(ours), attach.walk_trainable(stock), strict=True))
     assert len(pairs) == (42 if "use_dora" in options else 28)
     for (name, one), (_, other) in pairs:
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4 * other.grad.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            one.grad, other.grad, rtol=1e-4, atol=1e-4 * other.grad.abs().max().item(), msg=name
+        )
 
 
 def test_what_it_does_not_know_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +160,12 @@ def test_what_it_does_not_know_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", [{"family": "olmo", "clip_qkv": 0.01}, {"family": "falcon"}], ids=["olmo", "falcon"])
-def test_models_that_change_their_projections_in_place_train_too(family: dict, options: dict) -> None:
+@pytest.mark.parametrize(
+    "family", [{"family": "olmo", "clip_qkv": 0.01}, {"family": "falcon"}], ids=["olmo", "falcon"]
+)
+def test_models_that_change_their_projections_in_place_train_too(
+    family: dict, options: dict
+) -> None:
     base = random_model(**family)
     stock = get_peft_model(base, LoraConfig(target_modules="all-linear", **options))
     ours = copy.deepcopy(stock)
@@ -147,5 +173,7 @@ def test_models_that_change_their_projections_in_place_train_too(family: dict, o
     ids = torch.arange(8, 40)[None]
     for network in (stock, ours):
         network.train()(input_ids=ids, labels=ids).loss.backward()
-    for (name, one), (_, other) in zip(attach.walk_trainable(ours), attach.walk_trainable(stock), strict=True):
+    for (name, one), (_, other) in zip(
+        attach.walk_trainable(ours), attach.walk_trainable(stock), strict=True
+    ):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)

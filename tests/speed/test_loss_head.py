@@ -1,4 +1,5 @@
-"""The loss at labelled tokens: the model's own loss and gradients, for every kind of head, without all the logits.
+"""The loss at labelled tokens: the model's own loss and gradients, for every kind of head, without
+all the logits.
 
 Against transformers' own loss on random models of several families. Hermetic. Alone:
 pytest tests/speed/test_loss_head.py
@@ -45,7 +46,8 @@ def random_model(family: str, dtype: torch.dtype = torch.float32, **more: Any) -
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Three rows, a third of the tokens with a label, the first of a row among them; one row without."""
+    """Three rows, a third of the tokens with a label, the first of a row among them; one row
+    without."""
     torch.manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (3, 40))
     labels = torch.where(torch.rand(ids.shape) < 0.35, ids, -100)
@@ -58,7 +60,9 @@ def gradients(model: torch.nn.Module, **more: Any) -> tuple[float, dict[str, tor
     model.zero_grad()
     found = model(**batch(), use_cache=False, **more).loss
     (found * 3).backward()
-    return found.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -79,11 +83,15 @@ def test_every_kind_of_head_has_the_stock_loss_and_gradients(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_the_stock_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_every_family_has_the_stock_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
     check(monkeypatch, random_model(family), {"target_modules": ["q_proj"]}, None)
 
 
-def check(monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict, items: int | None) -> None:
+def check(
+    monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict, items: int | None
+) -> None:
     monkeypatch.setattr(
         loss_head, "CHUNK", 5 * VOCABULARY
     )  # so that there are several, and a last one that is not full
@@ -100,8 +108,12 @@ def check(monkeypatch: pytest.MonkeyPatch, base: PreTrainedModel, options: dict,
     assert found.keys() == wanted.keys()
     assert len(found) >= 4
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-9)
-    torch.testing.assert_close(adapted(input_ids=batch()["input_ids"]).logits, stock(**batch()).logits)
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-9
+        )
+    torch.testing.assert_close(
+        adapted(input_ids=batch()["input_ids"]).logits, stock(**batch()).logits
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,14 +134,17 @@ def test_in_half_precision_it_is_as_near_to_float64_as_the_stock_one(dtype: torc
 
 
 class _Largest(TorchDispatchMode):
-    """The largest tensor of logits that any operation makes; not the head's own weight, the other way round."""
+    """The largest tensor of logits that any operation makes; not the head's own weight, the other
+    way round."""
 
     largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCABULARY,) != tensor.shape[:1] != (64,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (
+                VOCABULARY,
+            ) != tensor.shape[:1] != (64,):
                 self.largest = max(self.largest, tensor.numel())
         return made
 
@@ -155,12 +170,16 @@ def test_a_batch_without_labels_has_the_loss_zero() -> None:
     found = adapted(**given).loss
     found.backward()
     assert found.item() == 0
-    assert all(p.grad is not None and not p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and not p.grad.any() for p in adapted.parameters() if p.requires_grad
+    )
 
 
 def test_a_model_with_another_loss_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("gemma2")
-    monkeypatch.setattr(loss_head, "_find_cap", lambda config: None)  # as if it were a family that lora does not know
+    monkeypatch.setattr(
+        loss_head, "_find_cap", lambda config: None
+    )  # as if it were a family that lora does not know
     own = model.forward
     assert "its own loss is another" in str(loss_head.install(model))
     assert model.forward == own
@@ -171,17 +190,30 @@ def test_a_model_with_another_loss_keeps_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("trainer", ["sft", "trainer"])
 @pytest.mark.parametrize("more", ["", "packing: true, "])
-def test_training_is_the_same_with_either_head(write_recipe, tmp_path: Path, trainer: str, more: str) -> None:
+def test_training_is_the_same_with_either_head(
+    write_recipe, tmp_path: Path, trainer: str, more: str
+) -> None:
     if trainer == "trainer" and more:
         more = "bf16: true, "
     found = {}
     for head in ("stock", "trained_tokens"):
         text = (
-            f"trainer: {trainer}\noutput_dir: {tmp_path / head}\ndata: {{eval_path: build/tiny/eval.jsonl}}\n"
-            f"training: {{{more}loss_head: {head}, logging_steps: 1, gradient_accumulation_steps: 2}}\n"
+            f"trainer: {trainer}\noutput_dir: {tmp_path / head}\ndata: "
+            f"{{eval_path: build/tiny/eval.jsonl}}\n"
+            f"training: {{{more}loss_head: {head}, logging_steps: 1, gradient_accumulation_steps: "
+            f"2}}\n"
         )
         run.train(load.load_recipe(write_recipe(text)))
-        lines = [json.loads(line) for line in (tmp_path / head / "metrics.jsonl").read_text().splitlines()]
-        found[head] = [line.get("loss", line.get("eval_loss")) for line in lines if {"loss", "eval_loss"} & line.keys()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / head / "metrics.jsonl").read_text().splitlines()
+        ]
+        found[head] = [
+            line.get("loss", line.get("eval_loss"))
+            for line in lines
+            if {"loss", "eval_loss"} & line.keys()
+        ]
     assert len(found["stock"]) >= 4
-    assert found["trained_tokens"] == pytest.approx(found["stock"], rel=2e-2 if "bf16" in more else 1e-5)
+    assert found["trained_tokens"] == pytest.approx(
+        found["stock"], rel=2e-2 if "bf16" in more else 1e-5
+    )

@@ -15,8 +15,21 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_cli.speed.cpu import rms_norm
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-NORMS = {"llama": 5, "qwen3": 9, "mistral": 5, "granite": 5, "phi3": 5, "gemma2": 0, "gemma3_text": 0}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+NORMS = {
+    "llama": 5,
+    "qwen3": 9,
+    "mistral": 5,
+    "granite": 5,
+    "phi3": 5,
+    "gemma2": 0,
+    "gemma3_text": 0,
+}
 """Of two layers. Gemma multiplies by 1 + w, in float32."""
 
 
@@ -31,12 +44,16 @@ def run(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and the gradient of a sum of it with random weights."""
     x = x.detach().requires_grad_()
     made = norm(x)
-    (made.float() * torch.randn(made.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    (
+        made.float() * torch.randn(made.shape, generator=torch.Generator().manual_seed(1))
+    ).sum().backward()
     return made.detach(), x.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_output_is_llama_s_and_the_gradient_no_farther_from_the_exact_one(dtype: torch.dtype) -> None:
+def test_the_output_is_llama_s_and_the_gradient_no_farther_from_the_exact_one(
+    dtype: torch.dtype,
+) -> None:
     stock = llama(dtype)
     ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).float()
     assert rms_norm.install(ours) == 1
@@ -59,7 +76,10 @@ def test_the_gradient_is_that_of_the_formula() -> None:
     step, rows = 1e-2, torch.eye(24).view(24, 3, 8)
     weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double()
     slopes = [
-        float((_reference(norm, x + step * row) - _reference(norm, x - step * row)).mul(weights).sum() / (2 * step))
+        float(
+            (_reference(norm, x + step * row) - _reference(norm, x - step * row)).mul(weights).sum()
+            / (2 * step)
+        )
         for row in rows
     ]
     torch.testing.assert_close(found.flatten().tolist(), slopes, rtol=1e-3, atol=1e-3)
@@ -73,8 +93,15 @@ def _reference(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", NORMS)
 def test_families_whose_norm_is_another_keep_it(family: str) -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE, vocab_size=300, num_key_value_heads=2, pad_token_id=0)
-    stock = AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(requires_grad=False).eval()
+    config = AutoConfig.for_model(
+        family, **SHAPE, vocab_size=300, num_key_value_heads=2, pad_token_id=0
+    )
+    stock = (
+        AutoModelForCausalLM.from_config(config)
+        .bfloat16()
+        .requires_grad_(requires_grad=False)
+        .eval()
+    )
     ours = copy.deepcopy(stock)
     assert rms_norm.install(ours) == NORMS[family]
     ids = torch.arange(20)[None]

@@ -1,6 +1,8 @@
-"""Packing the rows of one optimiser step: the padded run, without its padding; refused where rows would see each other.
+"""Packing the rows of one optimiser step: the padded run, without its padding; refused where rows
+would see each other.
 
-Hermetic: the tiny model, random ones of several families. Alone: pytest tests/speed/test_step_packing.py
+Hermetic: the tiny model, random ones of several families. Alone: pytest
+tests/speed/test_step_packing.py
 """
 
 from __future__ import annotations
@@ -23,18 +25,26 @@ from tests.networks import random_model
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(4, 50))
 def test_every_row_is_in_one_sequence_whole(lengths: list[int], capacity: int) -> None:
-    rows = [{"input_ids": [number] * length, "labels": [number] * length} for number, length in enumerate(lengths)]
+    rows = [
+        {"input_ids": [number] * length, "labels": [number] * length}
+        for number, length in enumerate(lengths)
+    ]
     made = step_packing.StepCollator(capacity)(rows)
     assert made["cuts"][0] == 0
     assert made["cuts"][-1] == sum(lengths) == made["input_ids"].shape[1]
     seen = []
     for part in step_packing.split_sequences(made):
-        starts = [*(part["position_ids"][0] == 0).nonzero().flatten().tolist(), part["input_ids"].shape[1]]
+        starts = [
+            *(part["position_ids"][0] == 0).nonzero().flatten().tolist(),
+            part["input_ids"].shape[1],
+        ]
         assert part["input_ids"].shape[1] <= capacity or len(starts) == 2
         for start, end in zip(starts, starts[1:]):
             [number] = part["input_ids"][0, start:end].unique().tolist()
             assert part["position_ids"][0, start:end].tolist() == list(range(lengths[number]))
-            assert part["labels"][0, start:end].tolist() == [IGNORED] + [number] * (lengths[number] - 1)
+            assert part["labels"][0, start:end].tolist() == [IGNORED] + [number] * (
+                lengths[number] - 1
+            )
             seen.append(number)
     assert sorted(seen) == list(range(len(lengths)))
     assert len(made["cuts"]) - 1 <= len(lengths)
@@ -57,7 +67,9 @@ def run(write_recipe, folder: Path, text: str) -> tuple[list[dict], dict[str, to
         ("data: {train_on: all}", ""),
     ],
 )
-def test_a_packed_step_is_the_padded_step(write_recipe, tiny: Path, tmp_path: Path, head: str, more: str) -> None:
+def test_a_packed_step_is_the_padded_step(
+    write_recipe, tiny: Path, tmp_path: Path, head: str, more: str
+) -> None:
     found = {}
     data = f"data: {{eval_path: {tiny / 'eval.jsonl'}}}\n" if "data" not in head else ""
     for name, value in (("step", "step"), ("padded", "false")):
@@ -69,7 +81,9 @@ def test_a_packed_step_is_the_padded_step(write_recipe, tiny: Path, tmp_path: Pa
     (packed, weights), (padded, expected) = found["step"], found["padded"]
     for key in ("loss", "grad_norm", "learning_rate", "num_input_tokens_seen", "eval_loss"):
         wanted = [line[key] for line in padded if key in line]
-        assert [line[key] for line in packed if key in line] == pytest.approx(wanted, rel=1e-5, abs=1e-9), key
+        assert [line[key] for line in packed if key in line] == pytest.approx(
+            wanted, rel=1e-5, abs=1e-9
+        ), key
         assert wanted or key == "eval_loss"
     for name, tensor in expected.items():
         # Adam divides small gradients by their own size, and with them their rounding
@@ -80,9 +94,16 @@ def test_a_packed_step_is_the_padded_step(write_recipe, tiny: Path, tmp_path: Pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi", "mixtral"])
-def test_models_that_keep_rows_apart_are_packed(family: str, attention: str, dtype: torch.dtype) -> None:
+def test_models_that_keep_rows_apart_are_packed(
+    family: str, attention: str, dtype: torch.dtype
+) -> None:
     more = {"head_dim": 16} if family == "qwen3" else {}
-    assert step_packing.find_unsuitable(random_model(family, attn_implementation=attention, **more).to(dtype)) is None
+    assert (
+        step_packing.find_unsuitable(
+            random_model(family, attn_implementation=attention, **more).to(dtype)
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,10 +116,14 @@ def test_models_that_keep_rows_apart_are_packed(family: str, attention: str, dty
     ],
 )
 def test_models_that_do_not_are_padded(family: str, more: dict, dtype: torch.dtype) -> None:
-    assert "see each other" in str(step_packing.find_unsuitable(random_model(family, **more).to(dtype)))
+    assert "see each other" in str(
+        step_packing.find_unsuitable(random_model(family, **more).to(dtype))
+    )
 
 
-def test_a_run_on_such_a_model_says_so(write_recipe, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_a_run_on_such_a_model_says_so(
+    write_recipe, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
     monkeypatch.setattr(step_packing, "find_unsuitable", lambda base: "because")
     train.train(load.load_recipe(write_recipe("training: {packing: step}\n")))
     assert "training.packing = false: because" in capfd.readouterr().err

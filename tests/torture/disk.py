@@ -1,10 +1,10 @@
-"""A disk that fills at every file boundary of a checkpoint: the checkpoints before stay usable, one message, and with
-room again the run ends as the one that had it all along.
+"""A disk that fills at every file boundary of a checkpoint: the checkpoints before stay usable, one
+message, and with room again the run ends as the one that had it all along.
 
     python tests/torture/disk.py
 
-Needs Linux, and root or user namespaces: a small tmpfs is mounted, and a ballast file leaves exactly as much room as
-the files up to the boundary take. Needs build/tiny (make test makes it).
+Needs Linux, and root or user namespaces: a small tmpfs is mounted, and a ballast file leaves
+exactly as much room as the files up to the boundary take. Needs build/tiny (make test makes it).
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ def pages(path: Path) -> int:
 
 
 def boundaries(checkpoint: Path) -> list[int]:
-    """Room after each file of a checkpoint, in the order they were written, and amid each of more than a page."""
+    """Room after each file of a checkpoint, in the order they were written, and amid each of more
+    than a page."""
     room, found = 0, [0]
-    for path in sorted((path for path in checkpoint.iterdir()), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        (path for path in checkpoint.iterdir()), key=lambda path: path.stat().st_mtime_ns
+    ):
         size = pages(path)
         found += [room + size // 2 // PAGE * PAGE] if size > PAGE else []
         room += size
@@ -40,9 +43,14 @@ def boundaries(checkpoint: Path) -> list[int]:
 
 
 def main() -> None:
-    """Print how many boundaries were tried; AssertionError at the first that is not as it should be."""
+    """Print how many boundaries were tried; AssertionError at the first that is not as it should
+    be."""
     if os.environ.get("TORTURE_MOUNTED") != "1":
-        mount = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+        mount = [
+            "unshare",
+            "--mount",
+            *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]),
+        ]
         again = [*mount, sys.executable, __file__]
         sys.exit(subprocess.run(again, env={**os.environ, "TORTURE_MOUNTED": "1"}).returncode)
     with tempfile.TemporaryDirectory(prefix="disk-") as folder:

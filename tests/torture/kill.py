@@ -1,11 +1,12 @@
-"""kill -9 at random instants, half of them inside a save: every run resumes, and ends with the same bytes as one that
-was left alone.
+"""kill -9 at random instants, half of them inside a save: every run resumes, and ends with the same
+bytes as one that was left alone.
 
     python tests/torture/kill.py [--kills 500] [--seed 0] [--methods lora qlora dora qdora]
 
-Children are forked from a process that holds the imports already. Each run is killed a few times, resumed each time by
-`train(..., resume=True)`, and then left to end; adapter and metrics.jsonl are compared. Exit 1 at the first difference,
-or at the first resumption that fails. Needs build/tiny (make test makes it).
+Children are forked from a process that holds the imports already. Each run is killed a few times,
+resumed each time by `train(..., resume=True)`, and then left to end; adapter and metrics.jsonl are
+compared. Exit 1 at the first difference, or at the first resumption that fails. Needs build/tiny
+(make test makes it).
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def child(path: Path, pipe: int, log: Path) -> None:
 
 
 def run(path: Path, log: Path, save: int | None = None, delay: float | None = None) -> Ending:
-    """A child's life: killed `delay` seconds after its start, or after its save number `save` has begun."""
+    """A child's life: killed `delay` seconds after its start, or after its save number `save` has
+    begun."""
     reading, writing = os.pipe()
     began = time.monotonic()
     process = os.fork()
@@ -122,12 +124,16 @@ def result(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """The adapter's bytes, and metrics.jsonl without what the clock decides."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("runtime", "per_second", "peak_memory")
-    kept = [{key: value for key, value in line.items() if not any(word in key for word in timed)} for line in lines]
+    kept = [
+        {key: value for key, value in line.items() if not any(word in key for word in timed)}
+        for line in lines
+    ]
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), kept
 
 
 def torture(folder: Path, method: str, kills: int, draw: random.Random) -> Counter[str]:
-    """Kill runs of `method` until there were so many kills; SystemExit where one is not what it should be."""
+    """Kill runs of `method` until there were so many kills; SystemExit where one is not what it
+    should be."""
     counts: Counter[str] = Counter()
     whole, log = write_recipe(folder, method, "whole"), folder / "log"
     first = run(whole, log)  # prepares the rows
@@ -167,7 +173,9 @@ def torture(folder: Path, method: str, kills: int, draw: random.Random) -> Count
 
 def main() -> None:
     """Print a line per method, and the sum."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--kills", type=int, default=500)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--methods", nargs="+", default=METHODS)

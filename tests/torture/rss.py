@@ -1,9 +1,11 @@
-"""Memory of a long run: what the process holds after its first steps may grow by no more than a few megabytes.
+"""Memory of a long run: what the process holds after its first steps may grow by no more than a few
+megabytes.
 
     python tests/torture/rss.py [--steps 20000] [--after 1000] [--mib 5]
 
-A run of the tiny model with records, evaluations and checkpoints; resident memory is read every `after` steps. Exit 1
-where it grows beyond `mib` after the first reading. Needs build/tiny (make test makes it).
+A run of the tiny model with records, evaluations and checkpoints; resident memory is read every
+`after` steps. Exit 1 where it grows beyond `mib` after the first reading. Needs build/tiny (make
+test makes it).
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def readings(steps: int, after: int) -> list[float]:
 
 def main() -> None:
     """Print each reading and the growth after the first."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--steps", type=int, default=20_000)
     options.add_argument("--after", type=int, default=1_000)
     options.add_argument("--mib", type=float, default=5.0)

@@ -1,7 +1,9 @@
-"""The whole of PEFT's LoRA from a recipe: each row trains 3 steps on a tiny model and leaves exactly these tensors.
+"""The whole of PEFT's LoRA from a recipe: each row trains 3 steps on a tiny model and leaves
+exactly these tensors.
 
-What was trained is then put on a fresh base by PEFT alone, and merged, and both must be the function training left.
-Hermetic: tiny models made here, CPU. Alone: pytest tests/train/test_adapters.py
+What was trained is then put on a fresh base by PEFT alone, and merged, and both must be the
+function training left. Hermetic: tiny models made here, CPU. Alone: pytest
+tests/train/test_adapters.py
 """
 
 from __future__ import annotations
@@ -39,7 +41,14 @@ from lora_cli.models import (
     token_rows,
 )
 from lora_cli.models.base import Base
-from lora_cli.models.probes import TRAINED, TRAINED_KL, compare_logits, compute_logits, make_probes, rounding_limit
+from lora_cli.models.probes import (
+    TRAINED,
+    TRAINED_KL,
+    compare_logits,
+    compute_logits,
+    make_probes,
+    rounding_limit,
+)
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
 from lora_cli.train import run
@@ -52,14 +61,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def pairs(
-    names: dict[str, tuple[int, int]], r: int = 4, layers: tuple[int, ...] = (0, 1), dora: bool = False
+    names: dict[str, tuple[int, int]],
+    r: int = 4,
+    layers: tuple[int, ...] = (0, 1),
+    dora: bool = False,
 ) -> Shapes:
     """lora_A (r, in) and lora_B (out, r) of each module in each layer of the tiny Llama."""
     shapes: Shapes = {}
     for layer in layers:
         for name, (inputs, outputs) in names.items():
             module = f"model.layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
-            shapes |= {f"{module}.lora_A.weight": (r, inputs), f"{module}.lora_B.weight": (outputs, r)}
+            shapes |= {
+                f"{module}.lora_A.weight": (r, inputs),
+                f"{module}.lora_B.weight": (outputs, r),
+            }
             if dora:
                 shapes[f"{module}.lora_magnitude_vector"] = (outputs,)
     return shapes
@@ -70,7 +85,10 @@ def only(*names: str) -> dict[str, tuple[int, int]]:
 
 
 QV = pairs(only("q_proj", "v_proj"))
-EMBEDDING = {"model.embed_tokens.lora_embedding_A": (4, VOCAB), "model.embed_tokens.lora_embedding_B": (H, 4)}
+EMBEDDING = {
+    "model.embed_tokens.lora_embedding_A": (4, VOCAB),
+    "model.embed_tokens.lora_embedding_B": (H, 4),
+}
 HEAD = {"lm_head.lora_A.weight": (4, H), "lm_head.lora_B.weight": (VOCAB, 4)}
 ROWS = "token_adapter.trainable_tokens_delta"
 
@@ -185,15 +203,29 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     made: dict[str, Path] = {"tiny": tiny / "model"}
     common: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
     llama = {"hidden_size": H, "intermediate_size": MLP, "num_key_value_heads": 2}
-    small = {"hidden_size": 64, "intermediate_size": 48, "moe_intermediate_size": 48, "num_key_value_heads": 4}
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "num_key_value_heads": 4,
+    }
     configs = {
         "qwen": lambda: Qwen2Config(**common, **llama),
         "tied": lambda: AutoConfig.from_pretrained(tiny / "model", tie_word_embeddings=True),
-        "moe": lambda: Qwen3MoeConfig(**common, **small, head_dim=16, num_experts=4, num_experts_per_tok=2),
+        "moe": lambda: Qwen3MoeConfig(
+            **common, **small, head_dim=16, num_experts=4, num_experts_per_tok=2
+        ),
         "bfloat16": lambda: AutoConfig.from_pretrained(tiny / "model"),
-        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256
+        ),
         "conv": lambda: RecurrentGemmaConfig(
-            **common, hidden_size=64, intermediate_size=48, attention_window_size=32, head_dim=16, lru_width=64
+            **common,
+            hidden_size=64,
+            intermediate_size=48,
+            attention_window_size=32,
+            head_dim=16,
+            lru_width=64,
         ),
     }
 
@@ -216,14 +248,17 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: Path, name: str) -> None:
+def test_the_adapter_holds_exactly_these_tensors(
+    write_recipe, bases, tmp_path: Path, name: str
+) -> None:
     row = CASES[name]
     path = write_recipe(f"lora:\n  r: 4\n  {row.lora}\n{row.more}\n")
     overrides = [f"model.name_or_path={bases(row.base)}", "training.learning_rate=1e-2"]
     adapter = run.train(load.load_recipe(path, overrides))
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert {
-        key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in tensors.items()
+        key.removeprefix("base_model.model."): tuple(tensor.shape)
+        for key, tensor in tensors.items()
     } == row.tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     trained = load_file(adapter / TRAINED)["logits"]
@@ -241,7 +276,9 @@ def test_the_adapter_holds_exactly_these_tensors(write_recipe, bases, tmp_path: 
     if "added tokens" in name:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     start = last(base)
-    assert (start - trained).abs().max() > 0.01  # the adapter does something, or nothing below would be tested
+    assert (
+        start - trained
+    ).abs().max() > 0.01  # the adapter does something, or nothing below would be tested
     reloaded = PeftModel.from_pretrained(base, str(adapter))  # PEFT alone, on a fresh base
     torch.testing.assert_close(last(reloaded), trained, rtol=0, atol=row.limit)
     merge(adapter, tmp_path / "out")
@@ -392,7 +429,9 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_matches_nothing_or_cannot_be_merged_is_refused(write_recipe, bases, tmp_path: Path, name: str) -> None:
+def test_what_matches_nothing_or_cannot_be_merged_is_refused(
+    write_recipe, bases, tmp_path: Path, name: str
+) -> None:
     lora, base, message, hint = WRONG[name]
     path = write_recipe(f"lora:\n  {lora}\n")
     with pytest.raises(UsageError) as caught:
@@ -400,7 +439,12 @@ def test_what_matches_nothing_or_cannot_be_merged_is_refused(write_recipe, bases
     where, _, said = caught.value.message.partition(": ")
     assert (said, caught.value.hint) == (message.format(base=bases(base)), hint)
     line = int(where.rpartition(":")[2])
-    assert path.read_text().splitlines()[line - 1].strip().startswith(message.split(".")[1].split(":")[0].split(" ")[0])
+    assert (
+        path.read_text()
+        .splitlines()[line - 1]
+        .strip()
+        .startswith(message.split(".")[1].split(":")[0].split(" ")[0])
+    )
 
 
 def test_every_problem_is_said_at_once(write_recipe) -> None:
@@ -410,7 +454,9 @@ def test_every_problem_is_said_at_once(write_recipe) -> None:
     lines = caught.value.message.splitlines()
     assert lines[0].startswith("3 problems with lora on ")
     hints = ["did you mean q_proj?", "lora.target_modules: all-linear", "leave it out"]
-    assert all(line.endswith(f"({hint})") for line, hint in zip(lines[1:], hints, strict=True)), lines
+    assert all(line.endswith(f"({hint})") for line, hint in zip(lines[1:], hints, strict=True)), (
+        lines
+    )
 
 
 ENDLESS = "((([a-z_.0-9]+)*)*)*X"
@@ -424,7 +470,10 @@ ENDLESS = "((([a-z_.0-9]+)*)*)*X"
         ("rank_pattern", f"rank_pattern: {{q_proj: 2, '{ENDLESS}': 8}}"),
         ("alpha_pattern", f"alpha_pattern: {{'{ENDLESS}': 8}}"),
         ("modules_to_save", f"modules_to_save: ['{ENDLESS}']"),
-        ("layers_pattern", f"target_modules: [q_proj]\n  layers_to_transform: 0\n  layers_pattern: '{ENDLESS}'"),
+        (
+            "layers_pattern",
+            f"target_modules: [q_proj]\n  layers_to_transform: 0\n  layers_pattern: '{ENDLESS}'",
+        ),
     ],
 )
 def test_a_regular_expression_that_never_ends_is_stopped(
@@ -442,7 +491,11 @@ def test_a_regular_expression_that_never_ends_is_stopped(
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]},
         {"target_modules": r".*\.0\..*proj", "exclude_modules": ["k_proj"]},
-        {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "exclude_modules": r".*v_proj"},
+        {
+            "target_modules": "all-linear",
+            "modules_to_save": ["lm_head"],
+            "exclude_modules": r".*v_proj",
+        },
     ],
     ids=str,
 )
@@ -451,7 +504,10 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
     names = [name for name, _ in network.named_modules()]
     resolved = targets.resolve_targets(network, config)
-    expected = (targets.find_targeted_modules(resolved, names), targets.find_targeted_parameters(resolved, network))
+    expected = (
+        targets.find_targeted_modules(resolved, names),
+        targets.find_targeted_parameters(resolved, network),
+    )
     if not expected[0]:
         with pytest.raises(ValueError, match="not found in the base model"):
             get_peft_model(network, config)
@@ -466,7 +522,9 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
 
 def test_a_token_the_tokenizer_has_is_refused(write_recipe) -> None:
     path = write_recipe("model: {add_tokens: ['<|user|>']}\n")
-    with pytest.raises(UsageError, match=r"model.add_tokens: the tokenizer has '<\|user\|>' already"):
+    with pytest.raises(
+        UsageError, match=r"model.add_tokens: the tokenizer has '<\|user\|>' already"
+    ):
         run.train(load.load_recipe(path))
 
 
@@ -478,7 +536,9 @@ def test_embeddings_never_shrink(tiny: Path) -> None:
     assert network.get_output_embeddings().weight.shape[0] == VOCAB + 3
 
 
-def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tmp_path: Path, lora) -> None:
+def test_added_tokens_are_read_trained_and_exported(
+    write_recipe, tiny: Path, tmp_path: Path, lora
+) -> None:
     rows = [{"prompt": "call the tool", "completion": "<tool> lighthouse <|mark|>"}] * 64
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = write_recipe(
@@ -487,11 +547,23 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
     )
     adapter = run.train(load.load_recipe(path))
     tokenizer = load_tokenizer(str(adapter))
-    assert tokenizer("<tool> lighthouse <|mark|>", add_special_tokens=False)["input_ids"][0] == VOCAB + 1
+    assert (
+        tokenizer("<tool> lighthouse <|mark|>", add_special_tokens=False)["input_ids"][0]
+        == VOCAB + 1
+    )
     assert tokenizer.decode([VOCAB, VOCAB + 2], skip_special_tokens=True).strip() == "lighthouse"
     done = lora("export-gguf", adapter, "-o", tmp_path / "gguf", "-q", "f16")
     assert done.returncode == 0, done.stderr
-    answers = lora("generate", adapter, done.stdout.strip(), "-p", "call the tool", "--json", "--max-new-tokens", "8")
+    answers = lora(
+        "generate",
+        adapter,
+        done.stdout.strip(),
+        "-p",
+        "call the tool",
+        "--json",
+        "--max-new-tokens",
+        "8",
+    )
     said = [json.loads(line)["answer"] for line in answers.stdout.splitlines()]
     assert len(said) == 2
     assert all("<tool>" in answer and "lighthouse" in answer for answer in said), said
@@ -504,15 +576,22 @@ def test_added_tokens_are_read_trained_and_exported(write_recipe, tiny: Path, tm
         ("init_lora_weights: lora_ga", "tiny"),
         ("init_lora_weights: corda", "tiny"),
         ("init_lora_weights: eva", "tiny"),
-        ("target_modules: all-linear", "moe"),  # PEFT adds ranks for the experts to the configuration
+        (
+            "target_modules: all-linear",
+            "moe",
+        ),  # PEFT adds ranks for the experts to the configuration
         ("autocast_adapter_dtype: false", "bfloat16"),
         ("init_lora_weights: eva", "bfloat16"),
     ],
 )
-def test_a_resumed_run_is_the_same_run(write_recipe, bases, tmp_path: Path, monkeypatch, lora: str, base: str) -> None:
+def test_a_resumed_run_is_the_same_run(
+    write_recipe, bases, tmp_path: Path, monkeypatch, lora: str, base: str
+) -> None:
     text = f"lora: {{r: 4, {lora}}}\ntraining: {{save_strategy: steps, save_steps: 1}}\n"
     model_override = [f"model.name_or_path={bases(base)}"]
-    whole = run.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override))
+    whole = run.train(
+        load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'a'}\n"), model_override)
+    )
     path = write_recipe(f"{text}output_dir: {tmp_path / 'b'}\n")
     ended = Watch.on_step_end
 
@@ -538,14 +617,18 @@ def test_eva_gets_batches_it_can_use(write_recipe) -> None:
     rows = [{"input_ids": [1] * 6, "labels": [-100] * 4 + [1] * 2}] * 40
     sizes = [len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=10)]
     assert sizes == [8] * 5
-    assert [len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=50)] == [25]
+    assert [
+        len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=50)
+    ] == [25]
     path = write_recipe("lora: {init_lora_weights: eva}\ndata: {max_rows: 5}\n")
     with pytest.raises(UsageError, match="eva needs at least 8 rows, there are 5"):
         run.train(load.load_recipe(path))
 
 
 def test_eva_counts_the_largest_rank(write_recipe) -> None:
-    lora = "lora: {r: 2, init_lora_weights: eva, rank_pattern: {q_proj: 200}, eva_config: {rho: 20.0}}"
+    lora = (
+        "lora: {r: 2, init_lora_weights: eva, rank_pattern: {q_proj: 200}, eva_config: {rho: 20.0}}"
+    )
     with pytest.raises(UsageError, match="eva needs 4000 trained tokens"):
         run.train(load.load_recipe(write_recipe(f"{lora}\n")))
 
@@ -572,7 +655,9 @@ def test_an_optimiser_that_is_not_there_is_an_error_of_ours(write_recipe) -> Non
         run.train(load.load_recipe(path))
 
 
-def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_path: Path, tiny: Path) -> None:
+def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(
+    write_recipe, tmp_path: Path, tiny: Path
+) -> None:
     original = AutoModelForCausalLM.from_pretrained(tiny / "model")
     probes = make_probes(load_tokenizer(str(tiny / "model")))
     exact = torch.cat(compute_logits(original, probes))
@@ -584,7 +669,9 @@ def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(write_recipe, tmp_pa
         )
         adapter = run.train(load.load_recipe(path))
         started = attach.load_adapter(adapter_folder.read_adapter(adapter).load_base(), adapter)
-        errors[init] = (torch.cat(compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
+        errors[init] = (
+            (torch.cat(compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
+        )
     assert errors["loftq"] < 0.8 * errors["true"]
 
 
@@ -595,12 +682,18 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
     def look(self, args, state, control, **kwargs):
         names = {id(parameter): name for name, parameter in kwargs["model"].named_parameters()}
         for group in kwargs["optimizer"].param_groups:
-            seen.extend((names[id(p)], group["initial_lr"], group["weight_decay"]) for p in group["params"])
+            seen.extend(
+                (names[id(p)], group["initial_lr"], group["weight_decay"]) for p in group["params"]
+            )
         began(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(Watch, "on_train_begin", look)
     lora = "lora: {target_modules: [embed_tokens, q_proj]}"
-    run.train(load.load_recipe(write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")))
+    run.train(
+        load.load_recipe(
+            write_recipe(f"{lora}\ntraining: {{loraplus_lr_ratio: 16, weight_decay: 0.1}}\n")
+        )
+    )
     rates = {name: (rate, decay) for name, rate, decay in seen}
     assert len(rates) == len(seen) == 6
     for name, (rate, decay) in rates.items():
@@ -608,7 +701,9 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
         assert (rate, decay) == (pytest.approx(expected), 0.1), name
 
 
-def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4bit_rows_that_bitsandbytes_misreads_are_refused(
+    bases, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
     config = BitsAndBytesConfig(load_in_4bit=True, **config)
     monkeypatch.setattr(four_bit, "misreads_rows", lambda length: length == 512)
@@ -620,7 +715,8 @@ def test_4bit_rows_that_bitsandbytes_misreads_are_refused(bases, monkeypatch: py
 
 
 def test_misread_rows_are_found_by_what_they_are(bases) -> None:
-    """The reference says which lengths bitsandbytes misreads on this processor; `misreads` must say the same."""
+    """The reference says which lengths bitsandbytes misreads on this processor; `misreads` must say
+    the same."""
     for length in (16, 32, 48, 62, 64, 80, 96, 128, 144, 192, 200, 208):
         torch.manual_seed(0)
         wrong = oracle.compare_nf4(torch.randn(8, length))["values"] > 0

@@ -1,4 +1,5 @@
-"""Checkpoints: every damage is seen and the one before is taken; only our own are deleted; one process owns a run.
+"""Checkpoints: every damage is seen and the one before is taken; only our own are deleted; one
+process owns a run.
 
 Hermetic: the tiny model and its data, CPU. Alone: pytest tests/train/test_checkpoints.py
 """
@@ -66,11 +67,19 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-def test_every_damage_of_every_file_is_seen_and_the_one_before_is_taken(trained: Path, tmp_path: Path, capsys) -> None:
+def test_every_damage_of_every_file_is_seen_and_the_one_before_is_taken(
+    trained: Path, tmp_path: Path, capsys
+) -> None:
     folder, run = tmp_path / "run", run_id(trained)
     shutil.copytree(trained, folder)
     names = sorted(path.name for path in (folder / "checkpoint-4").iterdir())
-    needed = {"adapter_model.safetensors", "manifest.json", "optimizer.pt", "rng_state_0.json", "run_state.json"}
+    needed = {
+        "adapter_model.safetensors",
+        "manifest.json",
+        "optimizer.pt",
+        "rng_state_0.json",
+        "run_state.json",
+    }
     assert needed < set(names)
     assert "training_args.bin" not in names
     seen = 0
@@ -83,7 +92,11 @@ def test_every_damage_of_every_file_is_seen_and_the_one_before_is_taken(trained:
             found = checkpoints.find_newest(folder, run)
             assert found is not None and found.step == 3, (name, kind)
             said = capsys.readouterr().err
-            assert said.startswith("  checkpoint-4 skipped: ") and said.count("\n") == 1, (name, kind, said)
+            assert said.startswith("  checkpoint-4 skipped: ") and said.count("\n") == 1, (
+                name,
+                kind,
+                said,
+            )
             shutil.rmtree(folder / "checkpoint-4")
             shutil.copytree(trained / "checkpoint-4", folder / "checkpoint-4")
             seen += 1
@@ -104,7 +117,9 @@ def test_no_flipped_bit_of_a_manifest_is_overlooked(trained: Path, tmp_path: Pat
     assert isinstance(checkpoints.read_checkpoint(folder, run), checkpoints.Checkpoint)
 
 
-def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(trained: Path, tmp_path: Path, capsys) -> None:
+def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(
+    trained: Path, tmp_path: Path, capsys
+) -> None:
     folder, run = tmp_path / "run", run_id(trained)
     shutil.copytree(trained, folder)
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-5")
@@ -114,7 +129,9 @@ def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(trained: Path
     (folder / "checkpoint-8" / "model.safetensors").write_bytes(b"what Trainer would prefer")
     other = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-9")
-    (folder / "checkpoint-9" / "manifest.json").write_text(checkpoints._make_manifest("another", 9, other["files"]))
+    (folder / "checkpoint-9" / "manifest.json").write_text(
+        checkpoints._make_manifest("another", 9, other["files"])
+    )
     found = checkpoints.find_newest(folder, run)
     assert found is not None and found.folder.name == "checkpoint-4"
     assert capsys.readouterr().err.splitlines() == [
@@ -126,7 +143,9 @@ def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(trained: Path
     ]
 
 
-def test_a_whole_checkpoint_of_a_lost_best_model_is_not_taken(trained: Path, tmp_path: Path, capsys) -> None:
+def test_a_whole_checkpoint_of_a_lost_best_model_is_not_taken(
+    trained: Path, tmp_path: Path, capsys
+) -> None:
     folder, run = tmp_path / "run", run_id(trained)
     shutil.copytree(trained, folder)
     state = folder / "checkpoint-4" / "trainer_state.json"
@@ -138,7 +157,10 @@ def test_a_whole_checkpoint_of_a_lost_best_model_is_not_taken(trained: Path, tmp
     shutil.rmtree(folder / "checkpoint-2")
     found = checkpoints.find_newest(folder, run)
     assert found is not None and found.step == 3
-    assert "checkpoint-4 skipped: the best model so far, checkpoint-2, is missing" in capsys.readouterr().err
+    assert (
+        "checkpoint-4 skipped: the best model so far, checkpoint-2, is missing"
+        in capsys.readouterr().err
+    )
 
 
 def test_rotation_deletes_only_this_run_s_own(trained: Path, tmp_path: Path) -> None:
@@ -156,7 +178,9 @@ def test_rotation_deletes_only_this_run_s_own(trained: Path, tmp_path: Path) -> 
     assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-3", "checkpoint-4"])
     checkpoints.delete_old(folder, run, 2, newest=4, best=2)
     assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-4"])
-    (folder / "checkpoint-4" / "optimizer.pt").unlink()  # so that the run went on from an earlier one
+    (
+        folder / "checkpoint-4" / "optimizer.pt"
+    ).unlink()  # so that the run went on from an earlier one
     checkpoints.delete_old(folder, run, 1, newest=2, best=None)
     assert left() == sorted([*foreign, "checkpoint-2"])
 
@@ -167,7 +191,12 @@ def test_generators_go_on_where_they_were() -> None:
     import numpy as np
 
     def drawn() -> list[float]:
-        return [random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.rand(()))]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            float(np.random.normal()),
+            float(torch.rand(())),
+        ]
 
     random.gauss(0, 1)  # leaves its second number for the next call
     np.random.normal()
@@ -219,17 +248,25 @@ def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None
     assert train.train(recipe).is_dir()
 
 
-def test_a_changed_recipe_is_refused_unless_it_may_change(write_recipe, tmp_path: Path, capsys) -> None:
+def test_a_changed_recipe_is_refused_unless_it_may_change(
+    write_recipe, tmp_path: Path, capsys
+) -> None:
     path = write_recipe(STEPS)
     train.train(load.load_recipe(path))
     longer = ["training.max_steps=6"]
-    with pytest.raises(LoraError, match=r"differs from the run in .*: training.max_steps 4 -> 6") as caught:
+    with pytest.raises(
+        LoraError, match=r"differs from the run in .*: training.max_steps 4 -> 6"
+    ) as caught:
         train.train(load.load_recipe(path, longer), resume=True)
     assert caught.value.hint == "undo the change, or allow it: --allow-changes training.max_steps"
     with pytest.raises(LoraError, match="lora.r: a resumed run cannot change it"):
         train.train(load.load_recipe(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
     with pytest.raises(LoraError, match=r"run: lora.r 16 -> 4$") as caught:
-        train.train(load.load_recipe(path, [*longer, "lora.r=4"]), resume=True, allowed=["training.max_steps"])
+        train.train(
+            load.load_recipe(path, [*longer, "lora.r=4"]),
+            resume=True,
+            allowed=["training.max_steps"],
+        )
     capsys.readouterr()
     train.train(load.load_recipe(path, longer), resume=True, allowed=["training.max_steps"])
     assert "resuming from" in (said := capsys.readouterr().err) and "checkpoint-4" in said
@@ -244,13 +281,17 @@ def test_a_changed_recipe_is_refused_unless_it_may_change(write_recipe, tmp_path
 def test_what_may_change_is_in_every_recipe() -> None:
     from lora_cli.recipe.keys import Data, Training
 
-    known = {f"training.{name}" for name in Training.model_fields} | {f"data.{name}" for name in Data.model_fields}
+    known = {f"training.{name}" for name in Training.model_fields} | {
+        f"data.{name}" for name in Data.model_fields
+    }
     assert set(run_folder.EXTENDING) <= known
 
 
 def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
     before = signal.default_int_handler
-    inherited = signal.signal(signal.SIGINT, before)  # a shell's background jobs begin with SIGINT ignored
+    inherited = signal.signal(
+        signal.SIGINT, before
+    )  # a shell's background jobs begin with SIGINT ignored
     signals = Signals()
     with signals.heard():
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -267,8 +308,18 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
     path, started = write_recipe("training: {max_steps: 100000, logging_steps: 1}\n"), {}
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         folder = tmp_path / str(status)
-        arguments = [sys.executable, "-m", "lora_cli", "train", str(path), "--set", f"output_dir={folder}"]
-        started[folder, number, status] = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+        arguments = [
+            sys.executable,
+            "-m",
+            "lora_cli",
+            "train",
+            str(path),
+            "--set",
+            f"output_dir={folder}",
+        ]
+        started[folder, number, status] = subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, text=True
+        )
     for (folder, number, status), process in started.items():
         assert process.stderr is not None
         said = []
@@ -282,7 +333,10 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
         saved = [int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")]
         assert len(saved) == 2
         recipe = folder / "recipe.yaml"
-        assert f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n" in said
+        assert (
+            f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n"
+            in said
+        )
         assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
     resolved = load.load_recipe(recipe, [f"training.max_steps={max(saved) + 1}"])
     train.train(resolved, resume=True, allowed=["training.max_steps"])
@@ -299,7 +353,8 @@ def test_allowed_changes_are_for_resuming(lora, write_recipe) -> None:
 def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
     write_recipe, tiny: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """At this learning rate the first is the best. With one checkpoint kept, Trainer would delete folders of others."""
+    """At this learning rate the first is the best. With one checkpoint kept, Trainer would delete
+    folders of others."""
     text = (
         f"data: {{max_rows: 16, eval_path: {tiny / 'eval.jsonl'}, eval_split: 'train[:8]'}}\n"
         "training: {max_steps: 4, save_strategy: steps, save_steps: 1, eval_strategy: steps, eval_steps: 1, "
@@ -322,10 +377,15 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
     foreign = tmp_path / "stopped" / "checkpoint-77"
     foreign.mkdir()
     resumed = train.train(recipe, resume=True)
-    best = json.loads((tmp_path / "stopped" / "checkpoint-4" / "trainer_state.json").read_text())["best_global_step"]
+    best = json.loads((tmp_path / "stopped" / "checkpoint-4" / "trainer_state.json").read_text())[
+        "best_global_step"
+    ]
     assert best in (1, 2, 3)
     names = {"checkpoint-4", f"checkpoint-{best}"}
-    assert {path.name for path in tmp_path.glob("stopped/checkpoint-*")} == {*names, "checkpoint-77"}
+    assert {path.name for path in tmp_path.glob("stopped/checkpoint-*")} == {
+        *names,
+        "checkpoint-77",
+    }
     for folder in (whole, resumed):
         weights = folder / "adapter_model.safetensors"
         kept = folder.parent / f"checkpoint-{best}" / "adapter_model.safetensors"

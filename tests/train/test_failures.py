@@ -1,7 +1,8 @@
 """What ends a run from within: numbers that are none, memory that runs out, a disk that is full.
 
-Each leaves what was saved before whole, and says in one message what to do. Hermetic: the tiny model and its data, CPU;
-exhaustion is injected (`tests/torture/disk.py` fills a real disk). Alone: pytest tests/train/test_failures.py
+Each leaves what was saved before whole, and says in one message what to do. Hermetic: the tiny
+model and its data, CPU; exhaustion is injected (`tests/torture/disk.py` fills a real disk). Alone:
+pytest tests/train/test_failures.py
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ SAVING = "save_strategy: steps, save_steps: 1"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """Trainer collects garbage when it begins; it need not look at all that the libraries have made."""
+    """Trainer collects garbage when it begins; it need not look at all that the libraries have
+    made."""
     gc.collect()
     gc.freeze()
     yield
@@ -66,7 +68,9 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused(
 ) -> None:
     base = broken_base(tiny, tmp_path / "broken", value)
     path = write_recipe(f"method: {method}\nmodel: {{name_or_path: {base}}}\n")
-    with pytest.raises(LoraError, match=r"in 1 tensors, the first model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(
+        LoraError, match=r"in 1 tensors, the first model.layers.0.mlp.up_proj.weight"
+    ):
         train.train(load.load_recipe(path))
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -80,14 +84,20 @@ def test_a_single_quantised_base_too(write_recipe, tiny: Path, tmp_path: Path) -
         train.train(load.load_recipe(path))
 
 
-def spoil(patch: pytest.MonkeyPatch, step: int, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+def spoil(
+    patch: pytest.MonkeyPatch, step: int, change: Callable[[Any, torch.Tensor], torch.Tensor]
+) -> None:
     """In this step, `change(trainer, loss)` is what the forward pass gave."""
     for kind in (WatchedSFTTrainer, WatchedTrainer):
         inner = kind.compute_loss
 
         def compute_loss(self, *args, inner=inner, **kwargs):
             loss = inner(self, *args, **kwargs)
-            return change(self, loss) if self.state.global_step + 1 == step and self.model.training else loss
+            return (
+                change(self, loss)
+                if self.state.global_step + 1 == step and self.model.training
+                else loss
+            )
 
         patch.setattr(kind, "compute_loss", compute_loss)
 
@@ -134,7 +144,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
     batches = [batch for batch in collated if len(batch) == 4]
     assert len(named) == 8
     wanted = {tuple(rows[place]["input_ids"]) for place in named}
-    assert any(set(map(tuple, first + second)) == wanted for first, second in itertools.pairwise(batches))
+    assert any(
+        set(map(tuple, first + second)) == wanted for first, second in itertools.pairwise(batches)
+    )
     assert not (tmp_path / "run" / "adapter").exists()
     train.train(recipe, resume=True)  # nothing of that step was kept
 
@@ -152,10 +164,17 @@ def _interrupt_at(step: int) -> Callable[..., None]:
 
 def test_a_gradient_that_is_no_number_stops_the_run(write_recipe, monkeypatch) -> None:
     def endless(trainer: Any, loss: torch.Tensor) -> torch.Tensor:
-        return loss + 0 * next(iter(trainer.model.parameters())).sum() + _Overflow.apply(loss) - loss.detach()
+        return (
+            loss
+            + 0 * next(iter(trainer.model.parameters())).sum()
+            + _Overflow.apply(loss)
+            - loss.detach()
+        )
 
     spoil(monkeypatch, 2, endless)
-    with pytest.raises(NonFiniteError, match=r"stopped at step 2: a gradient is not finite \(loss 3"):
+    with pytest.raises(
+        NonFiniteError, match=r"stopped at step 2: a gradient is not finite \(loss 3"
+    ):
         train.train(load.load_recipe(write_recipe()))
 
 
@@ -169,10 +188,13 @@ class _Overflow(torch.autograd.Function):
         return above * float("inf")
 
 
-def test_a_loss_above_the_recipe_s_limit_stops_the_run(write_recipe, tmp_path: Path, monkeypatch) -> None:
+def test_a_loss_above_the_recipe_s_limit_stops_the_run(
+    write_recipe, tmp_path: Path, monkeypatch
+) -> None:
     spoil(monkeypatch, 3, lambda trainer, loss: loss * 10)
     with pytest.raises(
-        NonFiniteError, match=r"step 3: the loss is \d+\.\d+, above training.stop_on_loss_above: 20, on r"
+        NonFiniteError,
+        match=r"step 3: the loss is \d+\.\d+, above training.stop_on_loss_above: 20, on r",
     ):
         train.train(load.load_recipe(write_recipe("training: {stop_on_loss_above: 20}\n")))
 
@@ -194,17 +216,23 @@ def exhaust(patch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
         patch.setattr(kind, "compute_loss", compute_loss)
 
 
-HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory: you tried to")
+HOST = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory: you tried to"
+)
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(), HOST]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(), HOST],
 )
 @pytest.mark.parametrize(
     ("packing", "way"),
     [
         ("step", "sequences of 64 tokens: .* training.on_oom=reduce goes on with sequences of 3"),
-        ("false", "batches of 4, 1 per step: .*_train_batch_size=2 --set training.gradient_accumulation_steps=2"),
+        (
+            "false",
+            "batches of 4, 1 per step: .*_train_batch_size=2 --set training.gradient_accumulation_steps=2",
+        ),
     ],
 )
 def test_out_of_memory_is_one_message_with_what_would_fit(
@@ -212,7 +240,9 @@ def test_out_of_memory_is_one_message_with_what_would_fit(
 ) -> None:
     exhaust(monkeypatch, 2, error)
     with pytest.raises(LoraError) as caught:
-        train.train(load.load_recipe(write_recipe(f"training: {{packing: {packing}, max_length: 64}}\n")))
+        train.train(
+            load.load_recipe(write_recipe(f"training: {{packing: {packing}, max_length: 64}}\n"))
+        )
     said = f"{caught.value.message} {caught.value.hint}"
     assert re.search(way, said), said
     assert "\n" not in said
@@ -237,7 +267,9 @@ def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_piece
     if packing == "step":
         small = f"{common}}}\n"
         monkeypatch.setattr(step_packing, "SEQUENCE", entry["pieces"]["sequence"])
-    from_the_start = train.train(load.load_recipe(write_recipe(f"{small}output_dir: {tmp_path / 'small'}\n")))
+    from_the_start = train.train(
+        load.load_recipe(write_recipe(f"{small}output_dir: {tmp_path / 'small'}\n"))
+    )
     first, second = weights(reduced), weights(from_the_start)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -246,7 +278,8 @@ def test_memory_that_runs_out_in_the_first_step_gives_the_run_with_smaller_piece
 def test_memory_that_runs_out_later_changes_rounding_only(
     write_recipe, tmp_path: Path, monkeypatch, packing: str
 ) -> None:
-    """In the third step, inside an epoch; the first two steps are not made again, and a later resumption keeps it."""
+    """In the third step, inside an epoch; the first two steps are not made again, and a later
+    resumption keeps it."""
     text = f"training: {{packing: {packing}, max_length: 64, max_steps: 5, on_oom: reduce}}\n"
     whole = train.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
     recipe = load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'reduced'}\n"))
@@ -298,7 +331,10 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
         patch.setattr(Resumable, "_save_checkpoint", second)
         with pytest.raises(LoraError, match=r"the disk is full: .* MB are missing") as caught:
             train.train(recipe)
-    assert caught.value.hint == f"make room, then: lora train {tmp_path / 'run' / 'recipe.yaml'} --resume"
+    assert (
+        caught.value.hint
+        == f"make room, then: lora train {tmp_path / 'run' / 'recipe.yaml'} --resume"
+    )
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
     assert not (tmp_path / "run" / checkpoints.STAGING).exists()
     if stage == "the name":
@@ -307,20 +343,32 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
 
 def test_a_disk_too_small_is_told_before_the_run(write_recipe, tmp_path: Path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
-    with pytest.raises(LoraError, match=r"the run needs about .* MB in .* \(3 checkpoints of .*, 3.0 MB are free, "):
+    monkeypatch.setattr(
+        disk_space.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000)
+    )
+    with pytest.raises(
+        LoraError, match=r"the run needs about .* MB in .* \(3 checkpoints of .*, 3.0 MB are free, "
+    ):
         train.train(load.load_recipe(write_recipe(f"training: {{{SAVING}}}\n")))
 
 
 @pytest.mark.parametrize("more", ["", "lora: {r: 64}", "training: {optim: adamw_torch}"])
-def test_the_estimate_is_near_what_is_written(write_recipe, tmp_path: Path, monkeypatch, more: str) -> None:
+def test_the_estimate_is_near_what_is_written(
+    write_recipe, tmp_path: Path, monkeypatch, more: str
+) -> None:
     found: list[disk_space.Need] = []
     inner = disk_space.estimate_need
-    monkeypatch.setattr(disk_space, "estimate_need", lambda *given: found.append(inner(*given)) or found[-1])
+    monkeypatch.setattr(
+        disk_space, "estimate_need", lambda *given: found.append(inner(*given)) or found[-1]
+    )
     text = f"training: {{{SAVING}, max_steps: 2}}\n" if not more.startswith("training") else ""
     text = text or more.replace("}", f", {SAVING}, max_steps: 2}}")
-    train.train(load.load_recipe(write_recipe(f"{text}\n{'' if more.startswith('training') else more}\n")))
-    saved = checkpoints.find_newest(tmp_path / "run", json.loads((tmp_path / "run" / "record.json").read_text())["id"])
+    train.train(
+        load.load_recipe(write_recipe(f"{text}\n{'' if more.startswith('training') else more}\n"))
+    )
+    saved = checkpoints.find_newest(
+        tmp_path / "run", json.loads((tmp_path / "run" / "record.json").read_text())["id"]
+    )
     assert saved is not None
     assert saved.size <= found[0].checkpoint <= 2 * saved.size + 2**21
 

@@ -1,7 +1,8 @@
-"""A run that is stopped anywhere and resumed is the run that was not: adapter and records, bit for bit.
+"""A run that is stopped anywhere and resumed is the run that was not: adapter and records, bit for
+bit.
 
-Methods, trainers, packing, streams and the rest are combined so that every two values meet in some run (`rows`).
-Hermetic: the tiny model and its data, CPU. Alone: pytest tests/train/test_resume.py
+Methods, trainers, packing, streams and the rest are combined so that every two values meet in some
+run (`rows`). Hermetic: the tiny model and its data, CPU. Alone: pytest tests/train/test_resume.py
 """
 
 from __future__ import annotations
@@ -47,12 +48,17 @@ def possible(row: dict[str, str]) -> bool:
 
 
 def covering() -> list[dict[str, str]]:
-    """Few combinations in which every two values that can meet do: greedily, the one with most new pairs first."""
+    """Few combinations in which every two values that can meet do: greedily, the one with most new
+    pairs first."""
 
     def pairs(row: dict[str, str]) -> set[tuple[tuple[str, str], tuple[str, str]]]:
         return set(itertools.combinations(row.items(), 2))
 
-    every = [row for values in itertools.product(*FACTORS.values()) if possible(row := dict(zip(NAMES, values)))]
+    every = [
+        row
+        for values in itertools.product(*FACTORS.values())
+        if possible(row := dict(zip(NAMES, values)))
+    ]
     missing, chosen = set().union(*map(pairs, every)), []
     found = [(row, pairs(row)) for row in every[::7]]  # a sample is enough to choose from
     while missing:
@@ -65,12 +71,15 @@ def covering() -> list[dict[str, str]]:
     return chosen
 
 
-COMBINATIONS = [{"point": POINTS[number % len(POINTS)], **row} for number, row in enumerate(covering())]
+COMBINATIONS = [
+    {"point": POINTS[number % len(POINTS)], **row} for number, row in enumerate(covering())
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """Trainer collects garbage when it begins; it need not look at all that the libraries have made."""
+    """Trainer collects garbage when it begins; it need not look at all that the libraries have
+    made."""
     gc.collect()
     gc.freeze()
     yield
@@ -104,7 +113,9 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
     twice = row["gradient_accumulation_steps"] == "2"
     batch = (5 if row["packing"] == "step" else 9) if twice else 6
 
-    def at(owner: Any, name: str, number: int, how: Callable[[], None], when: Any = lambda *_: True) -> None:
+    def at(
+        owner: Any, name: str, number: int, how: Callable[[], None], when: Any = lambda *_: True
+    ) -> None:
         original = getattr(owner, name)
 
         def counted(*args, **kwargs):
@@ -126,11 +137,19 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
     elif point == "at once":
         at(_Watched, "training_step", batch, kill)
     elif point == "last step":
-        at(Watch, "on_step_end", 1, terminate, lambda watch, args, state, *_: float(state.epoch).is_integer())
+        at(
+            Watch,
+            "on_step_end",
+            1,
+            terminate,
+            lambda watch, args, state, *_: float(state.epoch).is_integer(),
+        )
     elif point == "edge":
         at(Boundaries, "on_epoch_end", 1, terminate)
     else:  # there are two batches to evaluate, and an evaluation at the start
-        name, number = ("training_step", batch) if point == "accumulation" else ("prediction_step", 3)
+        name, number = (
+            ("training_step", batch) if point == "accumulation" else ("prediction_step", 3)
+        )
         at(_Watched, name, number, terminate)
 
 
@@ -139,7 +158,8 @@ def facts(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("runtime", "per_second", "peak_memory")
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), [
-        {key: value for key, value in line.items() if not any(word in key for word in timed)} for line in lines
+        {key: value for key, value in line.items() if not any(word in key for word in timed)}
+        for line in lines
     ]
 
 
@@ -161,7 +181,9 @@ def test_killed_runs_resume_to_the_same_bytes() -> None:
     """`make torture` kills 500 of them."""
     torture = Path(__file__).parent.parent / "torture" / "kill.py"
     done = subprocess.run(
-        [sys.executable, str(torture), "--kills", "12", "--methods", "lora", "qdora"], capture_output=True, text=True
+        [sys.executable, str(torture), "--kills", "12", "--methods", "lora", "qdora"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("all resumed, all bitwise equal")
@@ -171,7 +193,9 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     """`make torture` takes 20 000 of them."""
     torture = Path(__file__).parent.parent / "torture" / "rss.py"
     done = subprocess.run(
-        [sys.executable, str(torture), "--steps", "900", "--after", "300"], capture_output=True, text=True
+        [sys.executable, str(torture), "--steps", "900", "--after", "300"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("900 steps: +")

@@ -1,4 +1,5 @@
-"""What training must keep to: 4-bit gradients exact whatever came before, adapters in float32, runs that repeat.
+"""What training must keep to: 4-bit gradients exact whatever came before, adapters in float32, runs
+that repeat.
 
 Hermetic: the tiny model and its data, CPU. Alone: pytest tests/train/test_run.py
 """
@@ -37,18 +38,27 @@ def adapter_bytes(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("method", ["qlora", "qdora"])
-def test_an_evaluation_in_the_middle_changes_nothing(write_recipe, tiny: Path, tmp_path: Path, method: str) -> None:
-    # bitsandbytes repacks 4-bit weights at the first forward in eval mode; training after it then went wrong silently
+def test_an_evaluation_in_the_middle_changes_nothing(
+    write_recipe, tiny: Path, tmp_path: Path, method: str
+) -> None:
+    # bitsandbytes repacks 4-bit weights at the first forward in eval mode; training after it then
+    # went wrong silently
     evaluated = f"data: {{eval_path: {tiny / 'eval.jsonl'}}}\ntraining: {{eval_strategy: steps, eval_steps: 2}}\n"
-    plain = train.train(load.load_recipe(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n")))
+    plain = train.train(
+        load.load_recipe(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'a'}\n"))
+    )
     between = train.train(
-        load.load_recipe(write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}"))
+        load.load_recipe(
+            write_recipe(f"method: {method}\noutput_dir: {tmp_path / 'b'}\n{evaluated}")
+        )
     )
     assert "eval_loss" in (tmp_path / "b" / "metrics.jsonl").read_text()
     assert adapter_bytes(plain) == adapter_bytes(between)
 
 
-def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights(tiny: Path) -> None:
+def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights(
+    tiny: Path,
+) -> None:
     quantization = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
     config = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     ids = torch.arange(40).reshape(1, -1) + 10
@@ -77,15 +87,27 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert any("lora_magnitude_vector" in name for name in tensors) == (method in ("dora", "qdora"))
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
-    for name in ("adapter_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "lora_record.json"):
+    for name in (
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "lora_record.json",
+    ):
         assert (adapter / name).is_file(), name
     run = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert (run["status"], run["recipe"]["method"], run["results"]["steps"]) == ("finished", method, 3)
+    assert (run["status"], run["recipe"]["method"], run["results"]["steps"]) == (
+        "finished",
+        method,
+        3,
+    )
     assert run["data"]["rows"] == 64
     resolved = load.load_recipe(tmp_path / "run" / "recipe.yaml")
     assert resolved.plain() == run["recipe"]
     assert "auto" not in (resolved.model.dtype, resolved.training.optim)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["step"] == 3
     assert not list(tmp_path.glob("**/*.tmp"))
 
@@ -93,8 +115,14 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
 def test_both_trainers_compute_the_same_loss(write_recipe, tmp_path: Path) -> None:
     losses = {}
     for trainer in ("sft", "trainer"):
-        train.train(load.load_recipe(write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")))
-        losses[trainer] = json.loads((tmp_path / trainer / "record.json").read_text())["results"]["train_loss"]
+        train.train(
+            load.load_recipe(
+                write_recipe(f"trainer: {trainer}\noutput_dir: {tmp_path / trainer}\n")
+            )
+        )
+        losses[trainer] = json.loads((tmp_path / trainer / "record.json").read_text())["results"][
+            "train_loss"
+        ]
     assert losses["sft"] == pytest.approx(losses["trainer"], rel=1e-4)
 
 
@@ -120,7 +148,9 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(write_recipe, tmp_path: Pa
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     write_recipe, tmp_path: Path, monkeypatch, capsys, more: str
 ) -> None:
-    steps = f"training: {{max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}}\n{more}"
+    steps = (
+        f"training: {{max_steps: 6, save_strategy: steps, save_steps: 2, logging_steps: 1}}\n{more}"
+    )
     whole = train.train(load.load_recipe(write_recipe(f"{steps}output_dir: {tmp_path / 'a'}\n")))
     path = write_recipe(f"{steps}output_dir: {tmp_path / 'b'}\n")
     ended = Watch.on_step_end
@@ -142,7 +172,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     resumed = train.train(load.load_recipe(path), resume=True)
     assert "checkpoint-4 skipped: optimizer.pt is missing\n" in capsys.readouterr().err
     assert adapter_bytes(resumed) == adapter_bytes(whole)
-    steps_logged = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    steps_logged = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps_logged == [1, 2, 3, 4, 5, 6, 6]
 
 
@@ -156,18 +189,28 @@ def test_the_recipe_s_own_end_token_is_trained_and_saved(write_recipe, tmp_path:
     merge(adapter, tmp_path / "out")
     ends = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
     assert ends[0] == tokenizer.eos_token_id
-    with pytest.raises(LoraError, match=r"training.eos_token: the tokenizer of .* has no token '<\|usr\|>'") as caught:
-        train.train(load.load_recipe(path, ["training.eos_token=<|usr|>", f"output_dir={tmp_path / 'other'}"]))
+    with pytest.raises(
+        LoraError, match=r"training.eos_token: the tokenizer of .* has no token '<\|usr\|>'"
+    ) as caught:
+        train.train(
+            load.load_recipe(
+                path, ["training.eos_token=<|usr|>", f"output_dir={tmp_path / 'other'}"]
+            )
+        )
     assert caught.value.hint == "did you mean <|user|>?"
 
 
 def test_no_step_at_all_is_an_error(write_recipe) -> None:
-    path = write_recipe("training: {dataloader_drop_last: true, per_device_train_batch_size: 128, max_steps: -1}\n")
+    path = write_recipe(
+        "training: {dataloader_drop_last: true, per_device_train_batch_size: 128, max_steps: -1}\n"
+    )
     with pytest.raises(LoraError, match="there is no full batch to train on"):
         train.train(load.load_recipe(path))
 
 
-def test_a_run_that_failed_before_saving_does_not_keep_its_folder(write_recipe, tmp_path: Path) -> None:
+def test_a_run_that_failed_before_saving_does_not_keep_its_folder(
+    write_recipe, tmp_path: Path
+) -> None:
     path = write_recipe("")
     with pytest.raises(LoraError, match=r"data.path: .*nope.jsonl does not exist"):
         train.train(load.load_recipe(path, [f"data.path={tmp_path / 'nope.jsonl'}"]))
@@ -192,7 +235,9 @@ def test_what_upstream_refuses_is_an_error_of_ours(write_recipe, text: str, said
     assert caught.value.hint
 
 
-def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_what_never_had_a_gradient_is_named(
+    write_recipe, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """As where a model reads a module's weight itself, past the adapter on it (Jamba's dt_proj)."""
     linear = FusedLinear.forward
 
@@ -203,12 +248,15 @@ def test_what_never_had_a_gradient_is_named(write_recipe, monkeypatch: pytest.Mo
     train.train(load.load_recipe(write_recipe("")))
     assert (
         "warning: 8 trained tensors never had a gradient and are as they started, such as "
-        "base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight; leave" in capsys.readouterr().err
+        "base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight; leave"
+        in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_layers_compiled_one_by_one_train_the_same(write_recipe, tmp_path: Path, checkpointing: bool, capsys) -> None:
+def test_layers_compiled_one_by_one_train_the_same(
+    write_recipe, tmp_path: Path, checkpointing: bool, capsys
+) -> None:
     """With dynamo's own backend, which needs no compiler."""
     found = {}
     for backend in ("null", "eager"):
@@ -216,7 +264,9 @@ def test_layers_compiled_one_by_one_train_the_same(write_recipe, tmp_path: Path,
             f"output_dir: {tmp_path / backend}\ntraining: {{max_steps: 2, torch_compile_backend: {backend}, "
             f"gradient_checkpointing: {checkpointing}}}\n"
         )
-        found[backend] = load_file(train.train(load.load_recipe(path)) / "adapter_model.safetensors")
+        found[backend] = load_file(
+            train.train(load.load_recipe(path)) / "adapter_model.safetensors"
+        )
         assert ("2 layers are compiled" in capsys.readouterr().err) == (backend == "eager")
     assert found["eager"].keys() == found["null"].keys()
     for name, tensor in found["eager"].items():
@@ -225,7 +275,9 @@ def test_layers_compiled_one_by_one_train_the_same(write_recipe, tmp_path: Path,
 
 
 @pytest.mark.parametrize("trainer", ["sft", "trainer"])
-def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, tmp_path: Path, trainer: str) -> None:
+def test_the_evaluation_loss_is_the_mean_over_tokens(
+    write_recipe, tiny: Path, tmp_path: Path, trainer: str
+) -> None:
     """Whatever the batch size, and equal to a loop of our own over the same rows."""
     found = {}
     for size in (1, 5, 16):
@@ -235,7 +287,10 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
             f"training: {{eval_strategy: steps, eval_steps: 3, per_device_eval_batch_size: {size}}}\n"
         )
         adapter = train.train(load.load_recipe(path))
-        lines = [json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()
+        ]
         found[size] = next(line for line in lines if "eval_loss" in line)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     adapted = attach.load_adapter(base, adapter).eval()
@@ -246,13 +301,17 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(write_recipe, tiny: Path, t
             logits = adapted(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             labels = torch.tensor(row["labels"][1:])
             losses.append(
-                torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
+                torch.nn.functional.cross_entropy(
+                    logits, labels, ignore_index=-100, reduction="none"
+                )[labels != -100]
             )
     expected = torch.cat(losses).mean().item()
     for line in found.values():
         assert line["eval_loss"] == pytest.approx(expected, rel=1e-4)
         assert line["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-3)
-    assert torch.stack([loss.mean() for loss in losses]).mean().item() != pytest.approx(expected, rel=1e-3)
+    assert torch.stack([loss.mean() for loss in losses]).mean().item() != pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 ATTENTIONS = ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
@@ -268,7 +327,9 @@ def test_joined_documents_do_not_see_each_other(
     step = trainers.WatchedSFTTrainer.compute_loss
 
     def keep(self, network, inputs, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
-        batches.append({name: value.cpu() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        batches.append(
+            {name: value.cpu() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        )
         return step(self, network, inputs, *args, **kwargs)
 
     monkeypatch.setattr(trainers.WatchedSFTTrainer, "compute_loss", keep)
@@ -277,13 +338,20 @@ def test_joined_documents_do_not_see_each_other(
     train.train(recipe)
     assert ("  packed: 64 rows in " in capsys.readouterr().err) == (joined == "packing")
     dtype, device = (torch.float32, "cpu") if attention == "sdpa" else (torch.bfloat16, "cuda")
-    base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation=attention, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny / "model", attn_implementation=attention, dtype=dtype
+    )
     base = base.eval().to(device)
-    rows = {tuple(row) for row in load_rows(recipe, load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]}
+    rows = {
+        tuple(row)
+        for row in load_rows(recipe, load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
+    }
     batch = {name: tensor.to(device) for name, tensor in batches[0].items()}
     assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
     with torch.no_grad():
-        together = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        together = base(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
         contaminated = base(input_ids=batch["input_ids"], use_cache=False).logits
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) > 3
@@ -297,7 +365,9 @@ def test_joined_documents_do_not_see_each_other(
             assert start == 0 or (contaminated[:, start:end] - alone).abs().max() > 10 * near
 
 
-def test_a_mix_is_trained_recorded_and_resolved_again(write_recipe, tiny: Path, tmp_path: Path) -> None:
+def test_a_mix_is_trained_recorded_and_resolved_again(
+    write_recipe, tiny: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "mix.yaml"
     path.write_text(
         f"model: {{name_or_path: {tiny / 'model'}}}\noutput_dir: {tmp_path / 'run'}\n"
@@ -311,12 +381,16 @@ def test_a_mix_is_trained_recorded_and_resolved_again(write_recipe, tiny: Path, 
     assert load.load_recipe(tmp_path / "run" / "recipe.yaml").plain() == run["recipe"]
 
 
-def test_a_stream_trains_on_the_rows_in_their_order_again_and_again(write_recipe, tmp_path: Path) -> None:
+def test_a_stream_trains_on_the_rows_in_their_order_again_and_again(
+    write_recipe, tmp_path: Path
+) -> None:
     steps = "training: {max_steps: 7, per_device_train_batch_size: 4, save_strategy: 'no'"
     kept = write_recipe(f"{steps}, train_sampling_strategy: sequential}}\ndata: {{max_rows: 12}}\n")
     whole = train.train(load.load_recipe(kept))
     (tmp_path / "run").rename(tmp_path / "kept")
-    streamed = write_recipe(f"{steps}}}\ndata: {{max_rows: 12, streaming: true, shuffle_buffer: 1}}\n")
+    streamed = write_recipe(
+        f"{steps}}}\ndata: {{max_rows: 12, streaming: true, shuffle_buffer: 1}}\n"
+    )
     again = train.train(load.load_recipe(streamed))
     assert adapter_bytes(again) == adapter_bytes(tmp_path / "kept" / whole.name)
     run = json.loads((tmp_path / "run" / "record.json").read_text())
@@ -338,14 +412,18 @@ def test_streams_are_mixed_by_weight(tiny: Path, tmp_path: Path) -> None:
     for _ in range(2):
         stream = load_rows(load.load_recipe(path), tokenizer)[0].stream
         assert stream is not None
-        texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in stream.take(400)]
+        texts = [
+            tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in stream.take(400)
+        ]
         drawn.append([text.rstrip()[-1] for text in texts])
     assert drawn[0] == drawn[1]
     assert 0.7 < drawn[0].count("a") / 400 < 0.8
     assert drawn[0][:200] != sorted(drawn[0][:200])
 
 
-def test_a_bad_row_far_down_a_stream_stops_the_run_there(write_recipe, tiny: Path, tmp_path: Path) -> None:
+def test_a_bad_row_far_down_a_stream_stops_the_run_there(
+    write_recipe, tiny: Path, tmp_path: Path
+) -> None:
     good = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[0]
     (tmp_path / "rows.jsonl").write_text(good * 11_000 + '{"prompt": "x"}\n')
     text = f"data: {{path: {tmp_path / 'rows.jsonl'}, streaming: true, shuffle_buffer: 12000, max_rows: 20000}}\n"
@@ -353,7 +431,9 @@ def test_a_bad_row_far_down_a_stream_stops_the_run_there(write_recipe, tiny: Pat
         train.train(load.load_recipe(write_recipe(text)))
 
 
-def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_other_rows_are_not_resumed_with(
+    write_recipe, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
     rows = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:40]))
     path = write_recipe(
@@ -380,7 +460,8 @@ def test_other_rows_are_not_resumed_with(write_recipe, tiny: Path, tmp_path: Pat
 def test_walking_the_model_once_is_the_run_that_walks_it_in_every_pass(
     write_recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With evaluation between steps, noise and dropout, which hang on the modules' mode, and gradients to forget."""
+    """With evaluation between steps, noise and dropout, which hang on the modules' mode, and
+    gradients to forget."""
     found = []
     for name in ("once", "always"):
         text = (

@@ -1,7 +1,9 @@
-"""Adapted layers: LoRA and DoRA on Linear, Embedding and Conv2d. The equations stand in `__init__.py`.
+"""Adapted layers: LoRA and DoRA on Linear, Embedding and Conv2d. The equations stand in
+`__init__.py`.
 
-What the three kinds of layer differ in is how a weight is applied to an input (`apply_weight`), how B·A is
-(`apply_adapter`) and what shape it has (`delta_weight`). LoRA and DoRA are each written once, on top of those.
+What the three kinds of layer differ in is how a weight is applied to an input (`apply_weight`), how
+B·A is (`apply_adapter`) and what shape it has (`delta_weight`). LoRA and DoRA are each written
+once, on top of those.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ Init = Literal["kaiming_uniform", "gaussian"]
 class LoRALayer(nn.Module):
     """h = W₀x + b + s·B(A(dropout(x))), with W₀ and b frozen and s = α/r (rsLoRA: α/√r).
 
-    `lora_A` starts Kaiming-uniform with a = √5, or Gaussian with standard deviation 1/r; `lora_B` starts at zero, so
-    that step 0 equals the base. Both have the base's type and device.
+    `lora_A` starts Kaiming-uniform with a = √5, or Gaussian with standard deviation 1/r; `lora_B`
+    starts at zero, so that step 0 equals the base. Both have the base's type and device.
 
-    Raises ValueError for r < 1, an unknown `init`, and bases whose update the formulas do not cover.
+    Raises ValueError for r < 1, an unknown `init`, and bases whose update the formulas do not
+    cover.
     """
 
     base: nn.Linear | nn.Embedding | nn.Conv2d
@@ -50,8 +53,12 @@ class LoRALayer(nn.Module):
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = nn.Dropout(lora_dropout)
         shape_A, shape_B = self.adapter_shapes()
-        self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=base.weight.dtype, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=base.weight.dtype, device=base.weight.device))
+        self.lora_A = nn.Parameter(
+            torch.empty(shape_A, dtype=base.weight.dtype, device=base.weight.device)
+        )
+        self.lora_B = nn.Parameter(
+            torch.zeros(shape_B, dtype=base.weight.dtype, device=base.weight.device)
+        )
         if init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / r)
         else:
@@ -123,11 +130,12 @@ class LoRALinear(LoRALayer):
 
 
 class LoRAEmbedding(LoRALayer):
-    """W₀ (num, dim), A (r, num), B (dim, r); ids (…) -> (…, dim): a row of Aᵀ is looked up, then mapped by B.
+    """W₀ (num, dim), A (r, num), B (dim, r); ids (…) -> (…, dim): a row of Aᵀ is looked up, then
+    mapped by B.
 
-    The linear map of one-hot vectors with weight W₀ᵀ; ids are not dropped out. Refuses `max_norm`, which changes
-    weights in the forward pass, and `sparse` gradients. (loralib and PEFT start with A zero and B Gaussian instead:
-    step 0 is the base too.)
+    The linear map of one-hot vectors with weight W₀ᵀ; ids are not dropped out. Refuses `max_norm`,
+    which changes weights in the forward pass, and `sparse` gradients. (loralib and PEFT start with
+    A zero and B Gaussian instead: step 0 is the base too.)
     """
 
     out_dim = 1
@@ -141,7 +149,9 @@ class LoRAEmbedding(LoRALayer):
         return x
 
     def apply_weight(self, weight: Tensor, x: Tensor) -> Tensor:
-        return F.embedding(x, weight, self.base.padding_idx, scale_grad_by_freq=self.base.scale_grad_by_freq)
+        return F.embedding(
+            x, weight, self.base.padding_idx, scale_grad_by_freq=self.base.scale_grad_by_freq
+        )
 
     def apply_adapter(self, x: Tensor) -> Tensor:
         return F.linear(self.apply_weight(self.lora_A.T, x), self.lora_B)
@@ -151,11 +161,12 @@ class LoRAEmbedding(LoRALayer):
 
 
 class LoRAConv2d(LoRALayer):
-    """W₀ (out, in/g, kh, kw), A (r, in/g, kh, kw), B (out, r/g, 1, 1), g groups; x (n, in, h, w) -> (n, out, h', w').
+    """W₀ (out, in/g, kh, kw), A (r, in/g, kh, kw), B (out, r/g, 1, 1), g groups; x (n, in, h, w) ->
+    (n, out, h', w').
 
-    A is a convolution of the base's own geometry (stride, padding, dilation, groups) with r output channels, B a 1×1
-    mix of them. With groups, ΔW of each is B_g·A_g of rank r/g. Refuses r that the groups do not divide, and padding
-    with anything but zeros.
+    A is a convolution of the base's own geometry (stride, padding, dilation, groups) with r output
+    channels, B a 1×1 mix of them. With groups, ΔW of each is B_g·A_g of rank r/g. Refuses r that
+    the groups do not divide, and padding with anything but zeros.
     """
 
     beside_output = (-1, 1, 1)
@@ -178,18 +189,22 @@ class LoRAConv2d(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         groups = self.base.groups
-        A, B = self.lora_A.reshape(groups, self.r // groups, -1), self.lora_B.reshape(groups, -1, self.r // groups)
+        A, B = (
+            self.lora_A.reshape(groups, self.r // groups, -1),
+            self.lora_B.reshape(groups, -1, self.r // groups),
+        )
         return self.scaling * (B @ A).reshape(self.base.weight.shape)
 
 
 class DoRA(LoRALayer):
     """h = (m/‖V‖) ⊙ (W₀x̃ + s·BAx̃) + (W₀x − W₀x̃) + b, with V = W₀ + s·BA and x̃ = dropout(x).
 
-    `magnitude` m starts as ‖W₀‖, so that step 0 equals the base: one per output, (out,), for Conv2d (1, out, 1, 1). ‖·‖
-    is the Euclidean norm over everything that leads to one output: a row of Linear's weight, a column of Embedding's, a
-    filter of Conv2d's. In the gradient ‖V‖ counts as a constant (section 4.3 of the paper). As in the authors' code,
-    dropout acts on all that the adapter changes: with x̃ = x the middle term vanishes. Raises ValueError for an output
-    whose weights are all zero, or not finite.
+    `magnitude` m starts as ‖W₀‖, so that step 0 equals the base: one per output, (out,), for Conv2d
+    (1, out, 1, 1). ‖·‖ is the Euclidean norm over everything that leads to one output: a row of
+    Linear's weight, a column of Embedding's, a filter of Conv2d's. In the gradient ‖V‖ counts as a
+    constant (section 4.3 of the paper). As in the authors' code, dropout acts on all that the
+    adapter changes: with x̃ = x the middle term vanishes. Raises ValueError for an output whose
+    weights are all zero, or not finite.
     """
 
     def __init__(self, base: nn.Module, *args: object, **kwargs: object) -> None:
@@ -197,7 +212,9 @@ class DoRA(LoRALayer):
         shape = (1, -1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
         self.magnitude = nn.Parameter(self.norm().detach().clone().reshape(shape))
         if not (self.magnitude > 0).all():
-            raise ValueError("an output whose weights are all zero, or not finite, has no direction")
+            raise ValueError(
+                "an output whose weights are all zero, or not finite, has no direction"
+            )
 
     def norm(self) -> Tensor:
         """‖W₀ + ΔW‖ per output, (out,)."""
@@ -233,7 +250,8 @@ class DoRALinear(DoRA, LoRALinear):
 
 
 class DoRAEmbedding(DoRA, LoRAEmbedding):
-    """DoRA on Embedding: one magnitude per column of W₀ (num, dim), the rows of the linear map's weight W₀ᵀ."""
+    """DoRA on Embedding: one magnitude per column of W₀ (num, dim), the rows of the linear map's
+    weight W₀ᵀ."""
 
 
 class DoRAConv2d(DoRA, LoRAConv2d):

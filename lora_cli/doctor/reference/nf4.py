@@ -1,4 +1,5 @@
-"""NF4: weights as 4-bit codes of normal quantiles with doubly quantised block scales, and LoRA on top of them."""
+"""NF4: weights as 4-bit codes of normal quantiles with doubly quantised block scales, and LoRA on
+top of them."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ SCALE_BLOCK = 256
 def nf4_codebook() -> Tensor:
     """The 16 values of NF4, float32, rising from −1 to 1 (QLoRA, section 3 and appendix E).
 
-    Quantiles Φ⁻¹ of the standard normal at probabilities evenly spaced from δ to ½, 8 of them above zero and 7 below,
-    zero itself, divided by the largest. δ = ½·((1 − 1/32) + (1 − 1/30)), written 0.9677083 where it was first computed.
+    Quantiles Φ⁻¹ of the standard normal at probabilities evenly spaced from δ to ½, 8 of them above
+    zero and 7 below, zero itself, divided by the largest. δ = ½·((1 − 1/32) + (1 − 1/30)), written
+    0.9677083 where it was first computed.
     """
     delta = 0.9677083
     above = torch.special.ndtri(torch.linspace(delta, 0.5, 9)[:-1].double())
@@ -27,10 +29,11 @@ def nf4_codebook() -> Tensor:
 
 
 def dynamic_codebook() -> Tensor:
-    """The 256 values that scales are quantised to, float32, rising: 8-bit dynamic type (Dettmers 2015, 1511.04561).
+    """The 256 values that scales are quantised to, float32, rising: 8-bit dynamic type (Dettmers
+    2015, 1511.04561).
 
-    For each decade from 10⁻⁶ to 1, twice as many values as for the one below, evenly spaced between a tenth and all of
-    it, of both signs; and 0 and 1.
+    For each decade from 10⁻⁶ to 1, twice as many values as for the one below, evenly spaced between
+    a tenth and all of it, of both signs; and 0 and 1.
     """
     values = [torch.tensor([0.0, 1.0])]
     for bits in range(7):
@@ -46,7 +49,8 @@ def blocks(values: Tensor, size: int) -> Tensor:
 
 
 def nearest(values: Tensor, codebook: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Each value's nearest code relative to the largest magnitude of its block: codes (n,), absmax (⌈n/size⌉,)."""
+    """Each value's nearest code relative to the largest magnitude of its block: codes (n,), absmax
+    (⌈n/size⌉,)."""
     rows = blocks(values, size)
     absmax = rows.abs().amax(dim=1)
     scaled = rows * (1 / absmax.clamp(min=1e-38)).unsqueeze(1)
@@ -55,24 +59,30 @@ def nearest(values: Tensor, codebook: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 class NF4Tensor(nn.Module):
-    """A tensor in NF4: w ≈ codebook[code]·absmax, one absmax per 64 weights, counted over the flattened tensor.
+    """A tensor in NF4: w ≈ codebook[code]·absmax, one absmax per 64 weights, counted over the
+    flattened tensor.
 
-    `packed` (⌈n/2⌉,) uint8 holds two codes a byte, the first in the upper half. With double quantisation the absmax,
-    less their mean (`offset`), are 8-bit codes themselves (`scale_codes`), one float32 `scale_absmax` per 256: 0.127
-    bit per weight in place of 0.5. Everything is computed in float32. A module, so that its buffers are saved.
+    `packed` (⌈n/2⌉,) uint8 holds two codes a byte, the first in the upper half. With double
+    quantisation the absmax, less their mean (`offset`), are 8-bit codes themselves (`scale_codes`),
+    one float32 `scale_absmax` per 256: 0.127 bit per weight in place of 0.5. Everything is computed
+    in float32. A module, so that its buffers are saved.
     """
 
     def __init__(self, weight: Tensor, double_quant: bool = True) -> None:
         super().__init__()
         self.shape, self.dtype, self.double_quant = weight.shape, weight.dtype, double_quant
         self.register_buffer("codebook", nf4_codebook().to(weight.device), persistent=False)
-        self.register_buffer("scale_codebook", dynamic_codebook().to(weight.device), persistent=False)
+        self.register_buffer(
+            "scale_codebook", dynamic_codebook().to(weight.device), persistent=False
+        )
         codes, absmax = nearest(weight.detach().flatten().float(), self.codebook, BLOCK)
         pairs = blocks(codes, 2).to(torch.uint8)
         self.register_buffer("packed", pairs[:, 0] << 4 | pairs[:, 1])
         if double_quant:
             self.register_buffer("offset", absmax.mean())
-            scale_codes, scale_absmax = nearest(absmax - self.offset, self.scale_codebook, SCALE_BLOCK)
+            scale_codes, scale_absmax = nearest(
+                absmax - self.offset, self.scale_codebook, SCALE_BLOCK
+            )
             self.register_buffer("scale_codes", scale_codes.to(torch.uint8))
             self.register_buffer("scale_absmax", scale_absmax)
         else:
@@ -83,23 +93,30 @@ class NF4Tensor(nn.Module):
         if not self.double_quant:
             return self.plain_absmax
         rows = blocks(self.scale_codebook[self.scale_codes.long()], SCALE_BLOCK)
-        return (rows * self.scale_absmax.unsqueeze(1)).flatten()[: self.scale_codes.numel()] + self.offset
+        return (rows * self.scale_absmax.unsqueeze(1)).flatten()[
+            : self.scale_codes.numel()
+        ] + self.offset
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for, in the shape and type the weight had."""
         codes = torch.stack([self.packed >> 4, self.packed & 15], dim=1).flatten().long()
-        rows = blocks(self.codebook[codes][: self.shape.numel()], BLOCK) * self.absmax().unsqueeze(1)
+        rows = blocks(self.codebook[codes][: self.shape.numel()], BLOCK) * self.absmax().unsqueeze(
+            1
+        )
         return rows.flatten()[: self.shape.numel()].reshape(self.shape).to(self.dtype)
 
 
 class QLoRALinear(LoRALinear):
-    """h = dequantize(NF4(W₀))x + b + s·BAx: LoRA on a Linear whose weight is kept in NF4 (`quantized`) and not else.
+    """h = dequantize(NF4(W₀))x + b + s·BAx: LoRA on a Linear whose weight is kept in NF4
+    (`quantized`) and not else.
 
-    Shapes as for LoRALinear. The adapter and the gradient of x see the dequantised weight, and so does merging: it
-    leaves a plain Linear with dequantize(NF4(W₀)) + s·BA.
+    Shapes as for LoRALinear. The adapter and the gradient of x see the dequantised weight, and so
+    does merging: it leaves a plain Linear with dequantize(NF4(W₀)) + s·BA.
     """
 
-    def __init__(self, base: nn.Linear, *args: object, double_quant: bool = True, **kwargs: object) -> None:
+    def __init__(
+        self, base: nn.Linear, *args: object, double_quant: bool = True, **kwargs: object
+    ) -> None:
         super().__init__(base, *args, **kwargs)  # type: ignore[arg-type]
         self.quantized = NF4Tensor(base.weight, double_quant)
         base.weight.data = base.weight.new_empty(0)

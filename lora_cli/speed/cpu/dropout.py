@@ -1,9 +1,11 @@
-"""Dropout on a CPU at a fraction of torch's time: what is dropped is drawn, not what every element does.
+"""Dropout on a CPU at a fraction of torch's time: what is dropped is drawn, not what every element
+does.
 
-torch draws a number in double precision for each element: 1.8 ms for 1024 × 320 in one thread, where the matrix product
-behind it takes 0.2. Here only the distances from one dropped element to the next are drawn, which are geometric: one
-number for each that is dropped, 0.1 ms for p = 0.05. They are also all that is kept for the gradient. Seeds, resuming
-and checkpointing work as with torch's, with other draws.
+torch draws a number in double precision for each element: 1.8 ms for 1024 × 320 in one thread,
+where the matrix product behind it takes 0.2. Here only the distances from one dropped element to
+the next are drawn, which are geometric: one number for each that is dropped, 0.1 ms for p = 0.05.
+They are also all that is kept for the gradient. Seeds, resuming and checkpointing work as with
+torch's, with other draws.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from lora_cli.models import attach
 
 
 def draw_positions(size: int, p: float) -> Tensor:
-    """Which of `size` elements are dropped (int64, ascending), each with probability 0 < p < 1, by torch's generator.
+    """Which of `size` elements are dropped (int64, ascending), each with probability 0 < p < 1, by
+    torch's generator.
 
-    The last entries are `size`, which stands for none: how many numbers are drawn does not depend on what they are.
-    That there were too few of them has a probability below 10⁻¹⁵.
+    The last entries are `size`, which stands for none: how many numbers are drawn does not depend
+    on what they are. That there were too few of them has a probability below 10⁻¹⁵.
     """
     expected = size * p
     count = math.ceil(expected + 8 * math.sqrt(expected) + 32)
@@ -31,7 +34,8 @@ def draw_positions(size: int, p: float) -> Tensor:
 
 
 def drop_positions(x: Tensor, dropped: Tensor) -> Tensor:
-    """A copy of x with zeros at the `positions` that are dropped; it has room behind it for the one that is none."""
+    """A copy of x with zeros at the `positions` that are dropped; it has room behind it for the one
+    that is none."""
     room = x.new_empty(x.numel() + 1)
     copy = room[:-1].view(x.shape).copy_(x)
     room.index_fill_(0, dropped, 0)

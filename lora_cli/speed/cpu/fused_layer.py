@@ -1,10 +1,12 @@
-"""An adapted linear layer as one operation: f (W x + s B A x̃) + b, with LoRA (f = 1) or DoRA, dropout and 4-bit bases.
+"""An adapted linear layer as one operation: f (W x + s B A x̃) + b, with LoRA (f = 1) or DoRA,
+dropout and 4-bit bases.
 
-PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensors as large as the output, which a CPU
-writes and reads one after the other, and DoRA and dropout add their own. Here the one product adds to the other, in the
-backward pass too, f and b take one pass more, and kept for the gradients are x, A x̃, where dropout left zeros, and for
-DoRA what f multiplies. What that gains is in docs/benchmarks.md. On CUDA, compiling the layer does this. What a layer
-has beyond that – several adapters, DoRA with dropout, types that differ – is PEFT's to compute.
+PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensors as large as the
+output, which a CPU writes and reads one after the other, and DoRA and dropout add their own. Here
+the one product adds to the other, in the backward pass too, f and b take one pass more, and kept
+for the gradients are x, A x̃, where dropout left zeros, and for DoRA what f multiplies. What that
+gains is in docs/benchmarks.md. On CUDA, compiling the layer does this. What a layer has beyond that
+– several adapters, DoRA with dropout, types that differ – is PEFT's to compute.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from lora_cli.speed.cpu import dropout
 
 
 class Frozen(NamedTuple):
-    """A layer's weight, which is not trained, as a matrix (out × in) of type `dtype` when asked for."""
+    """A layer's weight, which is not trained, as a matrix (out × in) of type `dtype` when asked
+    for."""
 
     weight: Tensor
     dtype: torch.dtype
@@ -45,7 +48,8 @@ class Frozen(NamedTuple):
 
 
 class _Adapted(torch.autograd.Function):
-    """f (W x + s B A x̃) + b for x (… × in), with x̃ the x of which a share p is dropped, in the type of W.
+    """f (W x + s B A x̃) + b for x (… × in), with x̃ the x of which a share p is dropped, in the
+    type of W.
 
     f = m / ‖W + s B A‖ of each row, the norm a constant, or 1 where there is no magnitude m.
     """
@@ -66,9 +70,13 @@ class _Adapted(torch.autograd.Function):
         kind, weight, scale = base.dtype, base.matrix(), scaling / (1 - p)
         seen, first, second = x.to(kind), lora_A.to(kind), (lora_B * scale).to(kind)
         dropped = dropout.draw_positions(x.numel(), p) if p else None
-        low = functional.linear(seen if dropped is None else dropout.drop_positions(seen, dropped), first)
+        low = functional.linear(
+            seen if dropped is None else dropout.drop_positions(seen, dropped), first
+        )
         shift, kept = None if bias is None else bias.float(), (None, None, None)
-        made = functional.linear(low, second, None if shift is None or norms is not None else shift.to(kind))
+        made = functional.linear(
+            low, second, None if shift is None or norms is not None else shift.to(kind)
+        )
         made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
         given = made  # no view, and nothing that is kept: models add to it and clip it in place
         if norms is not None:
@@ -88,27 +96,42 @@ class _Adapted(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             by_bias = gradient.sum(0, dtype=torch.float32).to(kind)
         if factor is not None:
-            by_magnitude, gradient = _sum_products(gradient, made) / found, _scale_columns(gradient, factor)
+            by_magnitude, gradient = (
+                _sum_products(gradient, made) / found,
+                _scale_columns(gradient, factor),
+            )
         by_low = gradient @ second
         if ctx.needs_input_grad[0]:
             by_x = by_low @ first
             by_x = by_x if dropped is None else dropout.drop_positions(by_x, dropped)
             by_x = by_x.addmm_(gradient, base.matrix()).to(dtype).view_as(seen)
         rows = rows if dropped is None else dropout.drop_positions(rows, dropped)
-        by_A, by_B = (by_low.T @ rows).to(kind), (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
+        by_A, by_B = (
+            (by_low.T @ rows).to(kind),
+            (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale),
+        )
         return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None
 
 
 def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
-    """f x + b for x (… × out), f and b (out, float32): in one pass, as batch norm does it where it trains nothing."""
+    """f x + b for x (… × out), f and b (out, float32): in one pass, as batch norm does it where it
+    trains nothing."""
     made, none = torch.empty_like(x), torch.empty(0)
-    given = factor, shift, torch.zeros_like(factor), torch.ones_like(factor)  # mean and variance of the norm
-    torch.native_batch_norm(_view_as_image(x), *given, False, 0.0, 0.0, out=(_view_as_image(made), none, none))
+    given = (
+        factor,
+        shift,
+        torch.zeros_like(factor),
+        torch.ones_like(factor),
+    )  # mean and variance of the norm
+    torch.native_batch_norm(
+        _view_as_image(x), *given, False, 0.0, 0.0, out=(_view_as_image(made), none, none)
+    )
     return made
 
 
 def _sum_products(gradient: Tensor, x: Tensor) -> Tensor:
-    """The sum of g x over the rows (out, float32) for a gradient and an x (… × out): what that norm's factor learns."""
+    """The sum of g x over the rows (out, float32) for a gradient and an x (… × out): what that
+    norm's factor learns."""
     zero = torch.zeros(x.shape[-1])
     given = (
         _view_as_image(gradient),
@@ -169,9 +192,13 @@ def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
     base = layer.get_base_layer()
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     packed = isinstance(base, bnb.Linear4bit)
-    if (base.compute_dtype if packed else base.weight.dtype) != kind or (packed and x.dtype != kind):
+    if (base.compute_dtype if packed else base.weight.dtype) != kind or (
+        packed and x.dtype != kind
+    ):
         return None
-    return Frozen(base.weight, kind, layer.fan_in_fan_out, base.weight.quant_state if packed else None)
+    return Frozen(
+        base.weight, kind, layer.fan_in_fan_out, base.weight.quant_state if packed else None
+    )
 
 
 def install(adapted: PeftModel) -> int:
@@ -185,7 +212,8 @@ def install(adapted: PeftModel) -> int:
 
 
 def _suits(layer: Any) -> bool:
-    """Whether a layer is a frozen weight on the CPU with LoRA or DoRA, which have no biases of their own."""
+    """Whether a layer is a frozen weight on the CPU with LoRA or DoRA, which have no biases of
+    their own."""
     base = layer.get_base_layer()
     if (
         type(base) not in (nn.Linear, Conv1D, bnb.Linear4bit)
@@ -195,4 +223,7 @@ def _suits(layer: Any) -> bool:
         return False
     if layer.lora_variant.keys() - layer.lora_magnitude_vector.keys():
         return False
-    return all(type(layer.lora_A[name]) is nn.Linear and layer.lora_B[name].bias is None for name in layer.lora_A)
+    return all(
+        type(layer.lora_A[name]) is nn.Linear and layer.lora_B[name].bias is None
+        for name in layer.lora_A
+    )

@@ -1,9 +1,10 @@
 """RMS norms on a CPU in half the passes: w · x / √(mean(x²) + ε), with the gradient written out.
 
-Llama's norm is six operations, each with one or two of its own in the backward pass, for which it keeps x in float32.
-Here the output is made by the same operations, bit for bit, and the gradient with respect to x in float32 from x as it
-came and 1 / √(mean(x²) + ε) alone. (A step of a Llama of width 320, bfloat16, one thread: 0.93 of the time.) Families
-that compute theirs otherwise keep it: `install` compares on numbers of its own. On CUDA, compiling the layer does this.
+Llama's norm is six operations, each with one or two of its own in the backward pass, for which it
+keeps x in float32. Here the output is made by the same operations, bit for bit, and the gradient
+with respect to x in float32 from x as it came and 1 / √(mean(x²) + ε) alone. (A step of a Llama of
+width 320, bfloat16, one thread: 0.93 of the time.) Families that compute theirs otherwise keep it:
+`install` compares on numbers of its own. On CUDA, compiling the layer does this.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.func import functional_call
 
 
 class _Normed(torch.autograd.Function):
-    """w x / √(mean(x²) + ε) over the last axis of x (… × width), for a w (width) that is not trained."""
+    """w x / √(mean(x²) + ε) over the last axis of x (… × width), for a w (width) that is not
+    trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -54,9 +56,14 @@ def install(network: nn.Module) -> int:
 
 
 def _suits(module: nn.Module) -> bool:
-    """Whether a weight that is not trained and ε are all there is to it, and its own forward gives the same bits."""
+    """Whether a weight that is not trained and ε are all there is to it, and its own forward gives
+    the same bits."""
     weights = dict(module.named_parameters())
-    if weights.keys() != {"weight"} or list(module.named_buffers()) or not isinstance(_epsilon(module), float):
+    if (
+        weights.keys() != {"weight"}
+        or list(module.named_buffers())
+        or not isinstance(_epsilon(module), float)
+    ):
         return False
     (weight,) = weights.values()
     if weight.ndim != 1 or weight.requires_grad or weight.device.type != "cpu":
