@@ -10,8 +10,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.speed import dora_norms
-from lora_cli.speed.cpu import dropout, fused_layer, rms_norm
+from lora_cli.speed import dora_norms, fused_layer
+from lora_cli.speed.cpu import dropout, rms_norm
 
 
 def install(adapted: PeftModel, device: str) -> None:

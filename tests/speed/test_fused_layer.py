@@ -16,8 +16,8 @@ from transformers import BitsAndBytesConfig
 
 from lora_cli.models import attach
 from lora_cli.models.base import Base
-from lora_cli.speed import dora_norms, install
-from lora_cli.speed.cpu import dropout, fused_layer
+from lora_cli.speed import dora_norms, fused_layer, install
+from lora_cli.speed.cpu import dropout
 from tests.networks import IN, Layers, random_model
 
 TARGETS = ["first", "second", "third"]
@@ -71,6 +71,41 @@ def test_outputs_and_gradients_are_peft_s(options: dict, method: dict) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
     with stock.disable_adapter():
         assert (run(stock, torch.float32, half=False)[0] - wanted[0]).abs().max() > 0.1
+
+
+def mask_of_positions(x: torch.Tensor, p: float) -> torch.Tensor | None:
+    """What other devices draw, drawn as on a CPU, so that it can be compared."""
+    if not p:
+        return None
+    mask = torch.zeros(x.numel() + 1, dtype=torch.bool)
+    mask[dropout.draw_positions(x.numel(), p)] = True
+    return mask[:-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
+def test_the_way_of_other_devices_is_the_same(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, ours = pair(Layers(), **options)
+    wanted = run(stock, torch.float32, half=False)
+    monkeypatch.setattr(fused_layer, "ONE_PASS", ())
+    monkeypatch.setattr(fused_layer.columns, "scale_columns", None)
+    monkeypatch.setattr(fused_layer, "_draw_dropped", mask_of_positions)
+    for one, other in zip(run(ours, torch.float32, half=False), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
+def test_nothing_of_another_device_is_mixed_in(options: dict) -> None:
+    """`meta` refuses tensors of a CPU, as a GPU does."""
+    _, ours = pair(Layers(), **options)
+    ours.to("meta")
+    x = torch.randn(3, IN, device="meta", requires_grad=True)
+    out = ours.train()(x)
+    out.sum().backward()
+    trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    assert {tensor.device.type for tensor in (out, x.grad, *(p.grad for p in trained))} == {"meta"}
+    assert len(trained) >= 6
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)

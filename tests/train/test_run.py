@@ -25,7 +25,7 @@ from lora_cli.models import attach
 from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
-from lora_cli.speed.cpu.fused_layer import FusedLinear
+from lora_cli.speed.fused_layer import FusedLinear
 from lora_cli.train import run as train
 from lora_cli.train import trainers
 from lora_cli.train.progress import Watch

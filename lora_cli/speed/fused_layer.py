@@ -5,7 +5,7 @@ PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensor
 output, which a CPU writes and reads one after the other, and DoRA and dropout add their own. Here
 the one product adds to the other, in the backward pass too, f and b take one pass more, and kept
 for the gradients are x, A x̃, where dropout left zeros, and for DoRA what f multiplies. What that
-gains is in docs/benchmarks.md. On CUDA, compiling the layer does this. What a layer has beyond that
+gains on a CPU is in docs/benchmarks.md; on a GPU nothing was measured. What a layer has beyond that
 – several adapters, DoRA with dropout, types that differ – is PEFT's to compute.
 """
 
@@ -26,7 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.models import attach
 from lora_cli.speed import dora_norms
-from lora_cli.speed.cpu import dropout
+from lora_cli.speed.cpu import columns, dropout
+
+ONE_PASS = ("cpu",)
+"""Kinds of device on which `speed.cpu` does in one pass what takes torch several."""
 
 
 class Frozen(NamedTuple):
@@ -69,10 +72,8 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         kind, weight, scale = base.dtype, base.matrix(), scaling / (1 - p)
         seen, first, second = x.to(kind), lora_A.to(kind), (lora_B * scale).to(kind)
-        dropped = dropout.draw_positions(x.numel(), p) if p else None
-        low = functional.linear(
-            seen if dropped is None else dropout.drop_positions(seen, dropped), first
-        )
+        dropped = _draw_dropped(x, p)
+        low = functional.linear(_drop(seen, dropped), first)
         shift, kept = None if bias is None else bias.float(), (None, None, None)
         made = functional.linear(
             low, second, None if shift is None or norms is not None else shift.to(kind)
@@ -96,61 +97,48 @@ class _Adapted(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             by_bias = gradient.sum(0, dtype=torch.float32).to(kind)
         if factor is not None:
-            by_magnitude, gradient = (
-                _sum_products(gradient, made) / found,
-                _scale_columns(gradient, factor),
-            )
+            by_magnitude = _sum_products(gradient, made) / found
+            gradient = _scale_columns(gradient, factor)
         by_low = gradient @ second
         if ctx.needs_input_grad[0]:
-            by_x = by_low @ first
-            by_x = by_x if dropped is None else dropout.drop_positions(by_x, dropped)
+            by_x = _drop(by_low @ first, dropped)
             by_x = by_x.addmm_(gradient, base.matrix()).to(dtype).view_as(seen)
-        rows = rows if dropped is None else dropout.drop_positions(rows, dropped)
-        by_A, by_B = (
-            (by_low.T @ rows).to(kind),
-            (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale),
-        )
+        by_A = (by_low.T @ _drop(rows, dropped)).to(kind)
+        by_B = (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
         return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None
 
 
 def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
-    """f x + b for x (… × out), f and b (out, float32): in one pass, as batch norm does it where it
-    trains nothing."""
-    made, none = torch.empty_like(x), torch.empty(0)
-    given = (
-        factor,
-        shift,
-        torch.zeros_like(factor),
-        torch.ones_like(factor),
-    )  # mean and variance of the norm
-    torch.native_batch_norm(
-        _view_as_image(x), *given, False, 0.0, 0.0, out=(_view_as_image(made), none, none)
-    )
-    return made
+    """Return f x + b of x's type, for x (… × out), f and b (out, float32)."""
+    if x.device.type in ONE_PASS:
+        return columns.scale_columns(x, factor, shift)
+    made = torch.mul(x, factor, out=torch.empty_like(x))
+    return made if shift is None else made.add_(shift)
 
 
 def _sum_products(gradient: Tensor, x: Tensor) -> Tensor:
-    """The sum of g x over the rows (out, float32) for a gradient and an x (… × out): what that
-    norm's factor learns."""
-    zero = torch.zeros(x.shape[-1])
-    given = (
-        _view_as_image(gradient),
-        _view_as_image(x),
-        zero,
-        zero,
-        zero + 1,
-        None,
-        None,
-        False,
-        0.0,
-        (False, True, False),
-    )
-    return torch.ops.aten.native_batch_norm_backward(*given)[1]
+    """Return the sum of g x over the rows (out, float32), for g and x (… × out): what f learns."""
+    if x.device.type in ONE_PASS:
+        return columns.sum_products(gradient, x)
+    return (gradient.flatten(0, -2).float() * x.flatten(0, -2)).sum(0)
 
 
-def _view_as_image(x: Tensor) -> Tensor:
-    """… × out as one image of as many pixels and `out` channels, the channels last in memory."""
-    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+def _draw_dropped(x: Tensor, p: float) -> Tensor | None:
+    """Draw which elements of x are dropped: their positions on a CPU, else a mask as large as x."""
+    if not p:
+        return None
+    if x.device.type in ONE_PASS:
+        return dropout.draw_positions(x.numel(), p)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
+
+
+def _drop(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """Return x with zeros where `dropped` says; x itself where nothing is dropped."""
+    if dropped is None:
+        return x
+    if dropped.dtype == torch.bool:
+        return x.masked_fill(dropped.view(x.shape), 0)
+    return dropout.drop_positions(x, dropped)
 
 
 class _Fused:
@@ -189,8 +177,9 @@ def _find_single_adapter(layer: Any) -> str | None:
 
 def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
     """The base of a layer; None where that and what it is given differ in type."""
-    base = layer.get_base_layer()
-    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    base, kind, device = layer.get_base_layer(), x.dtype, x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        kind = torch.get_autocast_dtype(device)
     packed = isinstance(base, bnb.Linear4bit)
     if (base.compute_dtype if packed else base.weight.dtype) != kind or (
         packed and x.dtype != kind
@@ -202,7 +191,7 @@ def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
 
 
 def install(adapted: PeftModel) -> int:
-    """Let LoRA and DoRA on linear layers of a model on a CPU use it; returns how many layers do."""
+    """Let LoRA and DoRA on linear layers of a model use it; returns how many layers do."""
     installed = 0
     for layer in attach.find_lora_layers(adapted).values():
         if type(layer) in (Linear, Linear4bit) and _suits(layer):
@@ -212,14 +201,10 @@ def install(adapted: PeftModel) -> int:
 
 
 def _suits(layer: Any) -> bool:
-    """Whether a layer is a frozen weight on the CPU with LoRA or DoRA, which have no biases of
+    """Whether a layer is a frozen weight with LoRA or DoRA, which have no biases of
     their own."""
     base = layer.get_base_layer()
-    if (
-        type(base) not in (nn.Linear, Conv1D, bnb.Linear4bit)
-        or base.weight.requires_grad
-        or base.weight.device.type != "cpu"
-    ):
+    if type(base) not in (nn.Linear, Conv1D, bnb.Linear4bit) or base.weight.requires_grad:
         return False
     if layer.lora_variant.keys() - layer.lora_magnitude_vector.keys():
         return False
