@@ -7,6 +7,7 @@ Hermetic: random layers and the tiny model. Alone: pytest tests/speed/test_fused
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,11 @@ def test_the_way_of_other_devices_is_the_same(
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
-def test_nothing_of_another_device_is_mixed_in(options: dict) -> None:
-    """`meta` refuses tensors of a CPU, as a GPU does."""
+def test_nothing_of_another_device_is_mixed_in(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` refuses tensors of a CPU, as a GPU does; unlike one it knows no autocast."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     _, ours = pair(Layers(), **options)
     ours.to("meta")
     x = torch.randn(3, IN, device="meta", requires_grad=True)
