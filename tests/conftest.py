@@ -15,6 +15,7 @@ import pytest
 
 from lora_cli.gguf import install
 from lora_cli.gguf.tools import find_managed_home
+from tests.warm import WarmCLI
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"
@@ -63,20 +64,33 @@ def vocabularies() -> Path:
 
 
 @pytest.fixture(scope="session")
-def lora():
-    """`lora(*arguments)` runs the command line in a process of its own and returns the finished
-    process."""
+def warm(cache: None) -> Iterator[WarmCLI]:
+    """The command line in a process that has imported everything."""
+    made = WarmCLI()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def lora(warm: WarmCLI):
+    """`lora(*arguments)` runs the command line in a process of its own and returns the finished one.
+
+    With `env` it is a fresh Python, in which libraries read the environment at import.
+    """
 
     def run(
-        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, **options
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, **given
     ):
+        words = [str(argument) for argument in arguments]
+        if env is None:
+            return warm.run(words, cwd, **given)
         return subprocess.run(
-            [sys.executable, "-m", "lora_cli", *map(str, arguments)],
+            [sys.executable, "-m", "lora_cli", *words],
             capture_output=True,
             text=True,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-            **options,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            **given,
         )
 
     return run
