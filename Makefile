@@ -1,5 +1,6 @@
 # make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
 # make test   sets everything up, and passes the tests
+# make test-lesser-cpu   passes them as a processor without AVX-512 would, and as one without AVX
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +8,7 @@ READY = $(VENV)/.ready
 TINY = build/tiny/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test torture fuzz lint docs quantizer gsm8k clean
+.PHONY: demo methods test test-lesser-cpu lesser torture fuzz lint docs quantizer gsm8k clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,19 @@ lint: $(READY)
 test: $(READY) lint $(TINY)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# What torch, oneDNN and MKL use of the processor is read when they start. Each time the tiny model is made anew, of another
+# seed and by those kernels: no test may hang on what one pretraining came to. The next target makes the usual one again.
+test-lesser-cpu: $(READY)  ## `make test` with AVX2 at most, and with no AVX at all
+	$(BIN)/lora setup-llama-cpp
+	$(MAKE) lesser SEED=1 LESSER="ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2"
+	$(MAKE) lesser SEED=2 LESSER="ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2"
+
+lesser:
+	rm -rf build/tiny
+	$(LESSER) $(BIN)/python scripts/make_tiny_model.py build/tiny --seed $(SEED)
+	$(LESSER) PYTHONHASHSEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile; \
+		passed=$$?; rm -rf build/tiny; exit $$passed
 
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte
 	$(BIN)/python tests/torture/fuzz.py

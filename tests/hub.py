@@ -249,7 +249,7 @@ class LoopbackHub:
             **dict.fromkeys(on, "1"),
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else datasets calls s3.amazonaws.com at every load
             **dict.fromkeys(
-                ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"], "30"
+                ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"], "300"
             ),  # seconds, for a busy machine
             **dict.fromkeys(proxies + [name.upper() for name in proxies], self.url),
             **dict.fromkeys(["no_proxy", "NO_PROXY"], "127.0.0.1,localhost"),

@@ -11,6 +11,25 @@ from transformers.pytorch_utils import Conv1D
 IN, OUT = 96, 160
 
 
+def greedy(network: PreTrainedModel, ids: list[int], length: int, apart: float) -> list[int]:
+    """The likeliest continuation, as far as the likeliest token lies `apart` above the next, in
+    logits.
+
+    Beyond that another runtime may rightly take the other one; how soon it comes hangs on what the
+    model learnt.
+    """
+    made: list[int] = []
+    with torch.no_grad():
+        while len(made) < length:
+            logits, tokens = network(input_ids=torch.tensor([ids + made])).logits[0, -1].topk(2)
+            if logits[0] - logits[1] < apart:
+                break
+            made.append(int(tokens[0]))
+            if made[-1] == network.config.eos_token_id:
+                break
+    return made
+
+
 class Layers(torch.nn.Module):
     """A linear layer with bias, one without, one the other way round."""
 

@@ -146,6 +146,13 @@ def test_the_reference_is_only_for_comparing() -> None:
     assert packages(reference) == {"torch", "safetensors"}
 
 
+def test_what_is_made_for_a_while_is_made_by_files_alone() -> None:
+    """`tempfile` makes a folder before anybody is responsible for it: a signal between leaves
+    it."""
+    makers = r"\b(TemporaryDirectory|NamedTemporaryFile|mkdtemp|mkstemp)\b"
+    assert not [path for path in FILES if re.search(makers, path.read_text())]
+
+
 def packages(paths: list[Path]) -> set[str]:
     """What these files import beside this package and the standard library, anywhere in them."""
     imports = {

@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for folder in folders
     ]
     for run in runs:
-        _, stderr = run.communicate(timeout=300)
+        _, stderr = run.communicate(timeout=1800)
         assert run.returncode == 0, stderr
         assert "step 3/3" in stderr
         assert stderr.splitlines()[-1].startswith("exact match on held-out rows: Copy ")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
+import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,54 @@ MADE_HERE = ("record.json", "lora_record.json")
 """Files of which a folder that lora made has one: such a folder may be suggested for removal."""
 SMALL = 2**24
 """Bytes that a configuration has at most."""
+_passing = set[Path]()
+os.register_at_fork(after_in_child=_passing.clear)  # a child makes its own
+
+
+@contextmanager
+def passing(path: Path) -> Iterator[None]:
+    """`path`, a file or folder that the block makes, is gone after it, at whatever instant a signal
+    ends the block.
+
+    It is noted before it is made. A signal amid the removal leaves the rest of that to the
+    process's end. What already has the name goes first: a dead process's of our number, or a link
+    that somebody has put there.
+    """
+    path = path.absolute()
+    _remove(path)
+    _passing.add(path)
+    try:
+        yield
+    finally:
+        _remove(path)
+        if not path.exists():
+            _passing.discard(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists() or path.is_symlink():  # neither lies below a file
+        path.unlink(missing_ok=True)
+
+
+@atexit.register
+def _remove_the_rest() -> None:
+    while _passing:
+        _remove(_passing.pop())
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new folder of our own in `parent`, or among the system's temporary ones, that goes away
+    with all that is in it.
+
+    Not tempfile's, which names a folder to nobody before it has made it.
+    """
+    folder = (parent or Path(tempfile.gettempdir())) / f"{prefix}{secrets.token_hex(8)}"
+    with passing(folder):
+        folder.mkdir(mode=0o700)
+        yield folder
 
 
 def read_small(path: Path, most: int = SMALL) -> str:
@@ -74,17 +125,12 @@ def write_text(path: Path, text: str) -> None:
     A link of that name is replaced, not followed.
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.unlink(
-        missing_ok=True
-    )  # a dead process's of our number, or a link that somebody has put there
-    try:
+    with passing(staging):
         with staging.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def leave_out_home(folder: Path) -> None:
@@ -129,18 +175,17 @@ def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
     for folder in [final, *([rejected] if rejected else [])]:
         refuse_occupied(folder)
     staging = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    make_folder(staging, final)
-    try:
-        yield staging
-        if final.exists():
-            final.rmdir()
-        staging.rename(final)
-    except RejectedError:
-        if rejected:
-            staging.rename(rejected)
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with passing(staging):
+        make_folder(staging, final)
+        try:
+            yield staging
+            if final.exists():
+                final.rmdir()
+            staging.rename(final)
+        except RejectedError:
+            if rejected:
+                staging.rename(rejected)
+            raise
 
 
 def refuse_existing(targets: Iterable[Path]) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
@@ -151,8 +150,8 @@ def write(
             "LORA_CACHE_DIR names another folder",
         ) from error
     notes = Notes(first)
-    with tempfile.TemporaryDirectory(prefix=".rows-", dir=entry.parent) as staging:
-        fresh = Path(staging) / entry.name
+    with files.scratch_folder(".rows-", entry.parent) as staging:
+        fresh = staging / entry.name
         fresh.mkdir()
         with (fresh / ROWS).open("wb") as file:
             with pyarrow.ipc.new_stream(file, SCHEMA) as writer:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_cli.common import ui
+from lora_cli.common import files, ui
 from lora_cli.doctor.reference import nf4
 from lora_cli.doctor.reference.tree import LoraModel
 from lora_cli.models import four_bit
@@ -108,8 +106,7 @@ def compare_layers(
     ours = LoraModel(copy.deepcopy(base), ["target"], **settings, **METHODS[method])
     for tensor in ours.adapter_tensors().values():
         tensor.data += torch.randn_like(tensor)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with files.scratch_folder("lora-oracle-") as folder:
         ours.save_adapter(folder / "ours")
         theirs = PeftModel.from_pretrained(
             copy.deepcopy(base),

@@ -8,7 +8,6 @@ it is given B times what is missing.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,16 +65,16 @@ def export_adapter(
             "merge it for the same"
         )
     files.make_folder(folder)
-    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
+    with files.scratch_folder(".lora-export-", folder) as scratch:
         scaled, made = (
-            Path(scratch) / "scaled",
-            {name: Path(scratch) / file.name for name, file in targets.items()},
+            scratch / "scaled",
+            {name: scratch / file.name for name, file in targets.items()},
         )
         base_folder = adapter.base.download()
         _write_scaled(adapter, scaled)
         for name, file in made.items():
             tools.convert(scaled, file, name, converter, base_folder)
-        reports = _compare_all(adapter, base_folder, made, converter, Path(scratch))
+        reports = _compare_all(adapter, base_folder, made, converter, scratch)
         for name, target in targets.items():
             contents = provenance.new_record(
                 "export-gguf",

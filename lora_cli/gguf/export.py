@@ -4,7 +4,6 @@ llama.cpp."""
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,19 +63,16 @@ def export(
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")
     files.make_folder(folder)
-    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
+    with files.scratch_folder(".lora-export-", folder) as scratch:
         merged, adapter = path, read_adapter(path, base) if kind == "adapter" else None
-        config = _check_first(path, adapter, converter, Path(scratch))
-        exact = (
-            _choose_exact_type((adapter.base if adapter else Base(str(path))).dtype)
-            if wants_quantizer
-            else None
-        )
+        config = _check_first(path, adapter, converter, scratch)
+        model = adapter.base if adapter else Base(str(path))
+        exact = _choose_exact_type(model.dtype) if wants_quantizer else None
         preflight.check_disk(folder, config, wanted, adapter.base.dtype if adapter else None, exact)
         if adapter is not None:
-            merged = Path(scratch) / stem
+            merged = scratch / stem
             merge.merge_adapter(adapter, merged)
-        _convert_all(merged, targets, converter, Path(scratch), weighted)
+        _convert_all(merged, targets, converter, scratch, weighted)
         modelfile.write_modelfile(folder, list(targets.values()), merged)
     modelfile.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())

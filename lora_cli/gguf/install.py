@@ -12,11 +12,10 @@ import hashlib
 import re
 import sys
 import tarfile
-import tempfile
 import time
 from pathlib import Path
 
-from lora_cli.common import LoraError, format_duration, say
+from lora_cli.common import LoraError, files, format_duration, say
 from lora_cli.gguf.tools import (
     CONVERTER,
     VERSION,
@@ -45,9 +44,9 @@ def install_converters() -> Path:
     say(f"downloading llama.cpp (source package of llama-cpp-python {VERSION}, 77 MB)")
     started = time.monotonic()
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".llama.cpp-", dir=home.parent) as folder:
-        fresh = Path(folder) / "llama.cpp"
-        _unpack(_download_source(Path(folder)), fresh)
+    with files.scratch_folder(".llama.cpp-", home.parent) as folder:
+        fresh = folder / "llama.cpp"
+        _unpack(_download_source(folder), fresh)
         _rename(fresh, home)
     say(f"llama.cpp's converters are in {home} ({format_duration(time.monotonic() - started)})")
     return home

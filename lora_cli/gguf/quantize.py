@@ -13,7 +13,6 @@ import math
 import os
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lora_cli.common import LoraError, Progress, warn
+from lora_cli.common import LoraError, Progress, files, warn
 from lora_cli.gguf import engine, header, mixture
 from lora_cli.gguf.header import Header, Tensor
 from lora_cli.gguf.mixture import KINDS, Choice
@@ -130,8 +129,8 @@ def quantize(
     by_tensor = _columns(choices, kind, weights)
     _refuse_quantized(ggml, choices)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".lora-gguf-", dir=target.parent.resolve()) as folder:
-        made = Path(folder) / "model.gguf"
+    with files.scratch_folder(".lora-gguf-", target.parent.resolve()) as folder:
+        made = folder / "model.gguf"
         with made.open("wb") as file, ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
             file.write(_header(ggml, model, choices, kind, weights))
             progress = Progress()

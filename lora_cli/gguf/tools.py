@@ -16,7 +16,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +134,8 @@ def convert(
             "leave out --llama-cpp: lora setup-llama-cpp",
         )
     outfile.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".lora-gguf-", dir=outfile.parent.resolve()) as folder:
-        made = Path(folder) / "base.gguf"
+    with files.scratch_folder(".lora-gguf-", outfile.parent.resolve()) as folder:
+        made = folder / "base.gguf"
         command = [
             sys.executable,
             str(script),
@@ -159,9 +158,9 @@ def convert(
 def try_vocabulary(model_dir: Path, converter: Found) -> None:
     """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError
     for an architecture or a tokenizer that it does not know."""
-    with tempfile.TemporaryDirectory(prefix="lora-vocabulary-") as folder:
+    with files.scratch_folder("lora-vocabulary-") as folder:
         command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--vocab-only"]
-        command += ["--outfile", str(Path(folder) / "vocabulary.gguf")]
+        command += ["--outfile", str(folder / "vocabulary.gguf")]
         code, lines = run_command(
             command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
         )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import get_args, get_type_hints
 
 import torch
@@ -43,9 +42,9 @@ def join_adapters(
         yield folders[0]
         return
     files.refuse_occupied(out)
-    with TemporaryDirectory(prefix="lora-combined-") as scratch:
-        combine(folders, Path(scratch) / "combined", weights, combination, density, None, base)
-        yield Path(scratch) / "combined"
+    with files.scratch_folder("lora-combined-") as scratch:
+        combine(folders, scratch / "combined", weights, combination, density, None, base)
+        yield scratch / "combined"
 
 
 def combine(

@@ -7,7 +7,9 @@ their order, the layer that changes it gets the real rows and its real adapter w
 in float32, and is empty again.
 
 Rows of a LoRA or DoRA on a linear module are merged apart, and so are those of embeddings: each has
-its own row of B, magnitude and norm. Other layers take their whole tensor at once.
+its own row of B, magnitude and norm. Other layers take their whole tensor at once. A block of rows
+may be multiplied by another kernel than the whole: what is written is `merge_and_unload` to a few
+units in the last place (tests/units.py).
 """
 
 from __future__ import annotations

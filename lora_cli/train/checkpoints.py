@@ -59,18 +59,15 @@ def stage_checkpoint(folder: Path, run: str, step: int) -> Iterator[Path]:
     nothing is left.
     """
     final, parent = folder / f"checkpoint-{step}", folder / STAGING
-    _remove(parent)
     staging = parent / final.name
-    staging.mkdir(parents=True)
-    try:
+    with files.passing(parent):
+        staging.mkdir(parents=True)
         yield staging
         _seal_folder(staging, run, step)
         if final.exists() or final.is_symlink():
             _set_aside(final, run)
         staging.rename(final)
         _flush(folder)
-    finally:
-        _remove(parent)
 
 
 def _seal_folder(folder: Path, run: str, step: int) -> None:
@@ -203,9 +200,9 @@ def delete_old(folder: Path, run: str, keep: int | None, newest: int, best: int 
         doomed = (
             folder / STAGING / f"checkpoint-{step}"
         )  # so that a kill leaves no half of it under its name
-        doomed.parent.mkdir(exist_ok=True)
-        (folder / doomed.name).rename(doomed)
-        _remove(doomed.parent)
+        with files.passing(doomed.parent):
+            doomed.parent.mkdir()
+            (folder / doomed.name).rename(doomed)
 
 
 def _is_owned(folder: Path, run: str) -> bool:

@@ -1,5 +1,5 @@
 """What makes a Trainer's run one that can be stopped anywhere and goes on as the same run, bit for
-bit.
+bit on one machine.
 
 Trainer's checkpoint lacks some of what decides how a run goes on: the generators' state at the
 epoch's beginning (its order of rows may be drawn from it), whether the evaluation that was due has

@@ -16,7 +16,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.gguf import GGUFModel
+from lora_cli.gguf.engine import GGUFModel
+from tests.networks import greedy
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "Reverse: red dog sun"
@@ -73,10 +74,7 @@ def test_the_gguf_files_answer_in_llama_cpp(runs, lora, method: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     ids = ids_of(tokenizer)
     weights = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
-    greedy = weights.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[
-        0, len(ids) :
-    ]
-    wanted = tokenizer.decode(greedy, skip_special_tokens=True)
+    wanted = tokenizer.decode(greedy(weights, ids, 24, apart=0.1), skip_special_tokens=True)
     for file in files:
         with GGUFModel(file) as model:
             rendered = model.render([{"role": "user", "content": PROMPT}])
@@ -85,7 +83,7 @@ def test_the_gguf_files_answer_in_llama_cpp(runs, lora, method: str) -> None:
             answer = model.complete(rendered, 24)
         assert answer
         if "f16" in file.name:
-            assert answer == wanted
+            assert answer.startswith(wanted)
         record = json.loads(file.with_name(f"{file.name}.json").read_text())
         assert record["parent"]["parent"]["recipe"]["method"] == method
 

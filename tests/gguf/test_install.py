@@ -110,7 +110,7 @@ def test_no_member_leaves_the_folder(
 
 
 def test_two_installs_at_once_both_succeed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both_unpacked = threading.Barrier(2, timeout=30)
+    both_unpacked = threading.Barrier(2, timeout=600)
     rename = install._rename
 
     def rename_together(fresh: Path, home: Path) -> None:

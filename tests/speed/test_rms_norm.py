@@ -64,7 +64,7 @@ def test_the_output_is_llama_s_and_the_gradient_no_farther_from_the_exact_one(
     assert torch.equal(given, theirs)
     assert by_ours.dtype == by_theirs.dtype == dtype
     far = [float((each.float() - wanted).norm() / wanted.norm()) for each in (by_ours, by_theirs)]
-    assert far[0] <= 1.1 * far[1] + 1e-6, far
+    assert far[0] <= 1.25 * far[1] + 1e-6, far
     assert far[0] < (1e-6 if dtype == torch.float32 else 1e-2)
 
 

@@ -33,7 +33,6 @@ from lora_cli.doctor import oracle
 from lora_cli.merge.merge import merge
 from lora_cli.models import (
     adapter_folder,
-    attach,
     four_bit,
     init_weights,
     patterns,
@@ -50,6 +49,7 @@ from lora_cli.models.probes import (
     rounding_limit,
 )
 from lora_cli.models.tokenizer import load_tokenizer
+from lora_cli.plan import hardware
 from lora_cli.recipe import keys, load
 from lora_cli.train import run
 from lora_cli.train.progress import Watch
@@ -609,7 +609,10 @@ def test_a_resumed_run_is_the_same_run(
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    kind = torch.bfloat16 if lora.startswith("autocast") else torch.float32
+    chosen = hardware.dtype(hardware.detect_device(), base)[
+        0
+    ]  # bfloat16 only where the processor computes in it
+    kind = getattr(torch, chosen) if lora.startswith("autocast") else torch.float32
     assert {tensor.dtype for tensor in one.values()} == {kind}
 
 
@@ -658,21 +661,26 @@ def test_an_optimiser_that_is_not_there_is_an_error_of_ours(write_recipe) -> Non
 def test_loftq_lies_nearer_the_base_than_plain_4bit_storage(
     write_recipe, tmp_path: Path, tiny: Path
 ) -> None:
-    original = AutoModelForCausalLM.from_pretrained(tiny / "model")
-    probes = make_probes(load_tokenizer(str(tiny / "model")))
-    exact = torch.cat(compute_logits(original, probes))
-    errors = {}
+    """In every weight: of what storage loses, its adapter is the best approximation of rank 32, of
+    128 or 256."""
+    original = load_file(tiny / "model" / "model.safetensors")
+    errors: dict[str, dict[str, float]] = {}
     for init in ("true", "loftq"):
         lora = f"lora: {{r: 32, lora_alpha: 64, init_lora_weights: {init}}}"
         path = write_recipe(
             f"method: qlora\n{lora}\noutput_dir: {tmp_path / init}\ntraining: {{learning_rate: 1e-30}}\n"
         )
-        adapter = run.train(load.load_recipe(path))
-        started = attach.load_adapter(adapter_folder.read_adapter(adapter).load_base(), adapter)
-        errors[init] = (
-            (torch.cat(compute_logits(started, probes)) - exact).pow(2).mean().sqrt().item()
-        )
-    assert errors["loftq"] < 0.8 * errors["true"]
+        merge(run.train(load.load_recipe(path)), tmp_path / f"{init}-merged")
+        merged = load_file(tmp_path / f"{init}-merged" / "model.safetensors")
+        errors[init] = {
+            name: (merged[name] - original[name]).norm().item()
+            for name in original
+            if "_proj" in name
+        }
+    assert len(errors["true"]) == 14
+    shares = {name: error / errors["true"][name] for name, error in errors["loftq"].items()}
+    # the 32 largest of 256 directions hold an eighth of the squares, or more
+    assert all(share < (1 - 32 / 256) ** 0.5 for share in shares.values()), shares
 
 
 def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyPatch) -> None:

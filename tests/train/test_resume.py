@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from lora_cli.common import files
 from lora_cli.recipe import load
 from lora_cli.train import checkpoints, run
 from lora_cli.train.progress import Watch
@@ -129,7 +130,7 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def kill() -> None:
-        patch.setattr(checkpoints, "_remove", lambda path: None)  # nobody cleans up after a kill
+        patch.setattr(files, "_remove", lambda path: None)  # nobody cleans up after a kill
         raise KilledError
 
     if point == "save":

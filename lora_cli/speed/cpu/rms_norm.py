@@ -1,10 +1,11 @@
 """RMS norms on a CPU in half the passes: w · x / √(mean(x²) + ε), with the gradient written out.
 
 Llama's norm is six operations, each with one or two of its own in the backward pass, for which it
-keeps x in float32. Here the output is made by the same operations, bit for bit, and the gradient
-with respect to x in float32 from x as it came and 1 / √(mean(x²) + ε) alone. (A step of a Llama of
-width 320, bfloat16, one thread: 0.93 of the time.) Families that compute theirs otherwise keep it:
-`install` compares on numbers of its own. On CUDA, compiling the layer does this.
+keeps x in float32. Here the output is made by the same operations on the same tensors, and so is
+equal bit for bit on any processor, and the gradient with respect to x in float32 from x as it came
+and 1 / √(mean(x²) + ε) alone. (A step of a Llama of width 320, bfloat16, one thread: 0.93 of the
+time.) Families that compute theirs otherwise keep it: `install` compares on numbers of its own. On
+CUDA, compiling the layer does this.
 """
 
 from __future__ import annotations
