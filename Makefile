@@ -1,5 +1,6 @@
 # make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
 # make test   sets everything up, and passes the tests
+# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once
 # make test-lesser-cpu   passes them as a processor without AVX-512 would, and as one without AVX
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ READY = $(VENV)/.ready
 TINY = build/tiny/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test test-lesser-cpu lesser torture fuzz lint docs quantizer gsm8k clean
+.PHONY: demo methods test test-slow test-lesser-cpu lesser torture fuzz lint docs quantizer gsm8k clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,10 @@ lint: $(READY)
 test: $(READY) lint $(TINY)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: $(READY) $(TINY) build/llama-quantize/llama-quantize  ## what takes minutes: other methods end to end, kills, every type of llama-quantize's (a C++ compiler)
+	$(BIN)/lora setup-llama-cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # What torch, oneDNN and MKL use of the processor is read when they start. Each time the tiny model is made anew, of another
 # seed and by those kernels: no test may hang on what one pretraining came to. The next target makes the usual one again.

@@ -25,13 +25,15 @@ IMPORTED = (
 class WarmCLI:
     """`python -m lora_cli`, warm: `run` gives what subprocess.run would."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        """`environment` is added to this process's."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.warm"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
         )
 
     def run(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -18,6 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.hub import LoopbackHub
+from tests.warm import WarmCLI
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL, ALPACA, GSM8K = "HuggingFaceTB/SmolLM2-135M", "tatsu-lab/alpaca", "openai/gsm8k"
@@ -70,15 +72,27 @@ def environ(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return hub.environ(tmp_path_factory.mktemp("hf"))
 
 
+@pytest.fixture(scope="module")
+def lora(environ: dict[str, str]) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """The command line in the hub's environment."""
+    cli = WarmCLI({"PYTHONPATH": str(ROOT), **environ})
+
+    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return cli.run([str(argument) for argument in arguments], cwd)
+
+    yield run
+    cli.close()
+
+
 def finished(run: Path) -> dict:
     record = json.loads((run / "record.json").read_text())
     assert record["status"] == "finished"
     return record
 
 
-def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
+def test_alpaca_works_as_it_stands(hub, lora, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "alpaca"  # where the recipe itself puts it
-    done = lora("train", ROOT / "configs" / "alpaca.yaml", *SHORT, env=environ, cwd=tmp_path)
+    done = lora("train", ROOT / "configs" / "alpaca.yaml", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "runs/alpaca/adapter\n"
     assert "data: 198 of 198 rows" in done.stderr
@@ -89,7 +103,7 @@ def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["revision"] == main
     assert "### Instruction:" in (run / "adapter" / "chat_template.jinja").read_text()
     assert not hub.strays
-    merged = lora("merge", run / "adapter", tmp_path / "out", env=environ)
+    merged = lora("merge", run / "adapter", tmp_path / "out")
     assert merged.returncode == 0, merged.stderr
     assert "14 of 14 modules merged" in merged.stderr
     # the same adapter as if made elsewhere, naming its base only: what is made of it names the
@@ -99,17 +113,17 @@ def test_alpaca_works_as_it_stands(hub, environ, lora, tmp_path: Path) -> None:
     (foreign / "lora_record.json").unlink()
     config = json.loads((foreign / "adapter_config.json").read_text())
     (foreign / "adapter_config.json").write_text(json.dumps({**config, "revision": None}))
-    converted = lora("convert", foreign, tmp_path / "small", "--r", "4", env=environ)
+    converted = lora("convert", foreign, tmp_path / "small", "--r", "4")
     assert converted.returncode == 0, converted.stderr
     assert (
         json.loads((tmp_path / "small" / "lora_record.json").read_text())["base"]["commit"] == main
     )
-    alone = lora("export-gguf", tmp_path / "small", "--adapter-only", env=environ)
+    alone = lora("export-gguf", tmp_path / "small", "--adapter-only")
     assert alone.returncode == 0, alone.stderr
     assert "base with adapter in llama.cpp: mean KL" in alone.stderr
 
 
-def test_revisions_are_honoured_and_recorded(hub, environ, lora, tmp_path: Path) -> None:
+def test_revisions_are_honoured_and_recorded(hub, lora, tmp_path: Path) -> None:
     v2 = [
         "--set",
         "model.revision=v2",
@@ -130,7 +144,6 @@ def test_revisions_are_honoured_and_recorded(hub, environ, lora, tmp_path: Path)
                 "data.split=train",
             ),
             *("--set", f"output_dir={tmp_path / name}"),
-            env=environ,
         )
         assert done.returncode == 0, done.stderr
         records[name] = finished(tmp_path / name)
@@ -140,16 +153,25 @@ def test_revisions_are_honoured_and_recorded(hub, environ, lora, tmp_path: Path)
     assert records["main"]["base"]["commit"] != records["v2"]["base"]["commit"]
     assert losses["main"] != losses["v2"]
     # the base that `v2` was trained on is what it is merged into, though main is another
-    merged = lora("merge", tmp_path / "v2" / "adapter", tmp_path / "out", env=environ)
+    merged = lora("merge", tmp_path / "v2" / "adapter", tmp_path / "out")
     assert merged.returncode == 0, merged.stderr
     halved = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
     original = load_file(ROOT / "build" / "tiny" / "model" / "model.safetensors")["lm_head.weight"]
     assert (halved == original * 0.5).all()
 
 
-@pytest.mark.parametrize("config", ["alpaca-qlora", "alpaca-dora", "alpaca-qdora", "gsm8k"])
-def test_the_other_hub_recipes_work_too(environ, lora, tmp_path: Path, config: str) -> None:
-    done = lora("train", ROOT / "configs" / f"{config}.yaml", *SHORT, env=environ, cwd=tmp_path)
+@pytest.mark.parametrize(
+    "config",
+    [
+        "gsm8k",
+        *(
+            pytest.param(f"alpaca-{method}", marks=pytest.mark.slow)
+            for method in ("qlora", "dora", "qdora")
+        ),
+    ],
+)
+def test_the_other_hub_recipes_work_too(lora, tmp_path: Path, config: str) -> None:
+    done = lora("train", ROOT / "configs" / f"{config}.yaml", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path / "runs" / config)["recipe"]["model"]["name_or_path"] == MODEL
 
@@ -170,7 +192,7 @@ def test_the_other_hub_recipes_work_too(environ, lora, tmp_path: Path, config: s
     ],
 )
 def test_what_the_hub_refuses_is_one_clear_error(
-    environ, lora, tmp_path: Path, override: str, said: str
+    lora, tmp_path: Path, override: str, said: str
 ) -> None:
     done = lora(
         "train",
@@ -178,7 +200,6 @@ def test_what_the_hub_refuses_is_one_clear_error(
         *SHORT,
         "--set",
         override,
-        env=environ,
         cwd=tmp_path,
     )
     assert done.returncode == 1

@@ -22,24 +22,34 @@ from tests.networks import greedy
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "Reverse: red dog sun"
 SYSTEM = 'Words, in "order".'
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("qlora", "dora", "qdora")]
+"""Methods whose adapters and merged models other tests open too."""
+
+
+class Runs(dict[str, Path]):
+    """A smoke run of each method, made when it is first asked for: its folder, with adapter/ and merged/."""
+
+    def __init__(self, lora, parent: Path) -> None:
+        super().__init__()
+        self.lora, self.parent = lora, parent
+
+    def __missing__(self, method: str) -> Path:
+        run = self.parent / method
+        options = ["--set", f"method={method}", "--set", f"output_dir={run}"]
+        options += ["--set", f"model.system_prompt={SYSTEM}"] if method == "dora" else []
+        trained = self.lora("train", "configs/smoke.yaml", *options, cwd=ROOT)
+        assert trained.returncode == 0, trained.stderr
+        assert "eval_loss" in trained.stderr
+        merged = self.lora("merge", run / "adapter", run / "merged", cwd=ROOT)
+        assert merged.returncode == 0, merged.stderr
+        assert "14 of 14 modules merged" in merged.stderr
+        self[method] = run
+        return run
 
 
 @pytest.fixture(scope="module")
-def runs(lora, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A smoke run of each method: its folder, with adapter/ and merged/."""
-    folders = {}
-    for method in ("lora", "qlora", "dora", "qdora"):
-        run = tmp_path_factory.mktemp("pipeline") / method
-        options = ["--set", f"method={method}", "--set", f"output_dir={run}"]
-        options += ["--set", f"model.system_prompt={SYSTEM}"] if method == "dora" else []
-        trained = lora("train", "configs/smoke.yaml", *options, cwd=ROOT)
-        assert trained.returncode == 0, trained.stderr
-        assert "eval_loss" in trained.stderr
-        merged = lora("merge", run / "adapter", run / "merged", cwd=ROOT)
-        assert merged.returncode == 0, merged.stderr
-        assert "14 of 14 modules merged" in merged.stderr
-        folders[method] = run
-    return folders
+def runs(lora, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(lora, tmp_path_factory.mktemp("pipeline"))
 
 
 def ids_of(tokenizer) -> list[int]:
@@ -63,7 +73,7 @@ def test_peft_and_transformers_open_what_was_made(runs, method: str, monkeypatch
     assert (merged - base).abs().max() > 0.1  # something was learned, so agreeing means something
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
+@pytest.mark.parametrize("method", ["lora", *SLOW])
 def test_the_gguf_files_answer_in_llama_cpp(runs, lora, method: str) -> None:
     run = runs[method]
     done = lora("export-gguf", run / "merged", "-q", "f16", "-q", "Q4_K_M", cwd=ROOT)

@@ -178,6 +178,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert facts(tmp_path / "stopped") == facts(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bytes() -> None:
     """`make torture` kills 500 of them."""
     torture = Path(__file__).parent.parent / "torture" / "kill.py"
@@ -190,6 +191,7 @@ def test_killed_runs_resume_to_the_same_bytes() -> None:
     assert done.stdout.splitlines()[-1].startswith("all resumed, all bitwise equal")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps() -> None:
     """`make torture` takes 20 000 of them."""
     torture = Path(__file__).parent.parent / "torture" / "rss.py"
