@@ -108,7 +108,7 @@ def plan(folder: Path) -> dict[str, Any]:
     from lora_cli.recipe.load import load_recipe
 
     device, base = hardware.detect_device(), Base(str(folder / "model"))
-    recipe, _ = auto.settle(load_recipe(folder / "r.yaml"), base.dtype, device)
+    recipe, _ = auto.settle(load_recipe(folder / "r.yaml"), base.config, device)
     rows, _ = load.load_rows(recipe, base.load_tokenizer())
     items = (
         memory.make_forecast(recipe, base.config, device)

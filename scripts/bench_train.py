@@ -251,7 +251,7 @@ def bare(folder: Path, options: argparse.Namespace, frozen: bool = False) -> Non
         data=keys.Data(path="x"),
         output_dir="x",
     )
-    chosen, _ = auto.settle(chosen, getattr(torch, options.dtype))
+    chosen, _ = auto.settle(chosen)
     set_seed(0)
     quantization = upstream.build_quantization_config(chosen)
     base = Base(str(folder / "model")).load(getattr(torch, options.dtype), quantization)

@@ -79,7 +79,7 @@ def main() -> None:
     """Fetch the source, compile it in a folder that goes away, keep the program."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = unpack(install._download(folder), folder)
+        source = unpack(install._download_source(folder), folder)
         (folder / "CMakeLists.txt").write_text(CMAKE_LISTS, encoding="utf-8")
         (folder / "left_out.cpp").write_text(LEFT_OUT, encoding="utf-8")
         options = [f"-D{option}={value}" for option, value in OPTIONS.items()]

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from lora_cli import ui
+from lora_cli.common import ui
 
 TINY = Path("build/tiny")
 METHODS = ("lora", "qlora", "dora", "qdora")

@@ -5,5 +5,6 @@ __all__ = [
     "engine",
     "export",
     "install",
+    "quantize",
     "tools",
 ]

@@ -28,6 +28,7 @@ from lora_cli.models import (
     check_trained,
     compare_logits,
     make_probes,
+    num_experts,
     read_adapter,
     rounding_limit,
     save_tokenizer,
@@ -186,11 +187,7 @@ def refuse_different(
 def _has_experts(adapter: Adapter) -> bool:
     """Whether the base chooses among experts: a rounded weight may turn a close choice, and that
     token's logits."""
-    config = adapter.base.config.get_text_config()
-    return any(
-        getattr(config, name, None)
-        for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
+    return bool(num_experts(adapter.base.config))
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:

@@ -3,6 +3,7 @@ probes."""
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
+from lora_cli.models.config import get_checkpoint_dtype, num_experts
 from lora_cli.models.probes import (
     KL_LIMIT,
     PROBES,
@@ -45,12 +46,14 @@ __all__ = [
     "convert_to_float32",
     "empty",
     "four_bit",
+    "get_checkpoint_dtype",
     "init_weights",
     "is_finite",
     "load_recipe_tokenizer",
     "load_tokenizer",
     "make_probes",
     "names",
+    "num_experts",
     "read_adapter",
     "refuse_not_finite",
     "rounding_limit",

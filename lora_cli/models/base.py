@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.common import LoraError, remote_code
 from lora_cli.models import empty, fingerprint, four_bit, names, tensors, tokenizer
-from lora_cli.models.config import load_config
+from lora_cli.models.config import get_checkpoint_dtype, load_config
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import DEFAULT_TASK, Recipe, Task
 
@@ -88,7 +88,7 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """The type its weights have on disk (float32 when the configuration does not say)."""
-        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+        return get_checkpoint_dtype(self.config)
 
     @cached_property
     def tensors(self) -> Tensors | None:

@@ -35,3 +35,15 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
             sizes[entry.dtype] += math.prod(entry.shape) if entry.dtype.is_floating_point else 0
         config.dtype = sizes.most_common(1)[0][0]
     return config
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """How many experts a layer of the base's text model chooses among; 0 where it has none."""
+    text = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((found for name in names if (found := getattr(text, name, None))), 0)
+
+
+def get_checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the type the weights have on disk (float32 when the configuration does not say)."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

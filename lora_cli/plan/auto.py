@@ -1,4 +1,9 @@
-"""What each `auto` of a recipe becomes on this machine, and why."""
+"""What each `auto` of a recipe becomes on a device, and why.
+
+Each key has one function, from the situation to the value and the reason, so that the choices for
+GPUs are tested without one. An option is on where a benchmark here showed a gain, or where somebody
+installed it on purpose.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PretrainedConfig
 from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli.common import UsageError, find_nearest, remote_code
-from lora_cli.plan import hardware
-from lora_cli.plan.hardware import Hardware
-from lora_cli.recipe import Recipe, Section, upstream
+from lora_cli.common import LoraError, UsageError, find_nearest, remote_code
+from lora_cli.models import get_checkpoint_dtype, num_experts
+from lora_cli.plan import hardware, memory
+from lora_cli.plan.hardware import GIB, Hardware
+from lora_cli.plan.rehearsal import OPTIMIZER
+from lora_cli.recipe import Recipe, upstream
+
+Chosen = tuple[Any, str]
+"""A value and the reason for it."""
+FASTEST_OPTIMIZER = "adamw_torch_fused"
+FAR_BELOW = 0.1
 
 
 class Choice(NamedTuple):
@@ -27,132 +40,253 @@ class Choice(NamedTuple):
         return f"{self.name} = {shown} (auto: {self.reason})"
 
 
+class Situation(NamedTuple):
+    """What a choice depends on."""
+
+    recipe: Recipe
+    """With every earlier choice made."""
+    device: Hardware
+    config: PretrainedConfig | None
+    """The base's; None where it is not known yet."""
+
+
 def settle(
-    recipe: Recipe,
-    checkpoint_dtype: torch.dtype,
-    device: Hardware | None = None,
-    levers: Callable[[Recipe], dict[str, tuple[Any, str]]] | None = None,
+    recipe: Recipe, config: PretrainedConfig | None = None, device: Hardware | None = None
 ) -> tuple[Recipe, list[Choice]]:
     """The recipe with every `auto` replaced, and the choices made.
 
-    `checkpoint_dtype` is the base's type on disk; `device` what it is to run on, by default this
-    machine's. `levers` decides last what the memory plan has to say to (`memory.levers`): without
-    it, by the kind of device alone.
+    `config` is the base's. Without it a checkpoint in float32 is assumed, and what the memory plan
+    has to say to is chosen by the kind of device alone. `device` is what the recipe is to run on,
+    by default this machine's.
     """
-    device, choices = device or hardware.detect_device(), list[Choice]()
-
-    def choose(section: Section, name: str, label: str, value: Any, reason: str) -> Any:
-        if getattr(section, name) != "auto":
-            return getattr(section, name)
-        choices.append(Choice(label, value, reason))
-        return value
-
-    model, training = recipe.model, recipe.training
-    head = recipe.adapts_head
-    reason = (
-        "SFTTrainer cannot adapt the output head"
-        if head
-        else "rows and labels are the same for both"
-    )
-    trainer = choose(recipe, "trainer", "trainer", "trainer" if head else "sft", reason)
-    on_disk = str(checkpoint_dtype).removeprefix("torch.")
-    dtype = choose(model, "dtype", "model.dtype", *hardware.dtype(device, on_disk))
-    name = "attn_implementation"
-    found = hardware.attention(device, dtype)
-    open_ = (
-        found[0] is None and model.attn_implementation == "auto"
-    )  # transformers' choice is told with the model
-    attention = None if open_ else choose(model, name, f"model.{name}", *found)
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"dtype": dtype, name: attention},
-        "training": {},
-        "quantization": {},
+    device = device or hardware.detect_device()
+    choices: list[Choice] = []
+    for key, choose in CHOOSERS.items():
+        if _read_key(recipe, key) == "auto":
+            recipe = _make_choice(recipe, key, choose(Situation(recipe, device, config)), choices)
+    outlook = foresee_memory(Situation(recipe, device, config))
+    decided = {
+        "training.optim": choose_optimizer(device, outlook),
+        "training.gradient_checkpointing": (outlook.checkpointing, outlook.reason),
     }
-    if recipe.quantized:
-        name = "bnb_4bit_compute_dtype"
-        changes["quantization"][name] = choose(
-            recipe.quantization, name, f"quantization.{name}", dtype, "as model.dtype"
-        )
-    has_eval = bool(recipe.data.eval_path or recipe.data.eval_split)
-    for name, value, reason in (
-        ("bf16", dtype == "bfloat16", f"model.dtype is {dtype}"),
-        ("loss_head", *_loss_head(recipe)),
-        ("packing", *_packing(recipe)),
-        ("torch_compile", *hardware.compiled(device)),
-        ("use_liger_kernel", *hardware.liger(device)),
-        ("dataloader_num_workers", 0, "the rows are prepared before the run"),
-        (
-            "eval_strategy",
-            "epoch" if has_eval else "no",
-            "evaluation data given" if has_eval else "no evaluation data",
-        ),
-    ):
-        changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
-    on, reason = device.kind == "cuda", f"as on any {device.kind}"
-    usual = {"gradient_checkpointing": (on, reason), "optim": hardware.optimizer(device, 0, 0)}
-    left = [name for name in usual if getattr(training, name) == "auto"]
-    decides = left if device.kind == "cuda" else {"gradient_checkpointing"}.intersection(left)
-    if decides and levers is not None:
-        without = {"gradient_checkpointing": False, "optim": usual["optim"][0]}
-        asked = {name: without[name] for name in left}
-        usual = levers(recipe.settled(trainer, changes | {"training": changes["training"] | asked}))
-    for name, (value, reason) in usual.items():
-        changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
-    return recipe.settled(trainer, changes), choices
+    for key, chosen in decided.items():
+        if _read_key(recipe, key) == "auto":
+            recipe = _make_choice(recipe, key, chosen, choices)
+    return recipe, choices
 
 
-def _loss_head(recipe: Recipe) -> tuple[str, str]:
-    given = recipe.training.given()
+def _read_key(recipe: Recipe, key: str) -> Any:
+    """The value of `trainer` or `section.name`; None for 4-bit storage without a 4-bit method."""
+    section, _, name = key.rpartition(".")
+    if section == "quantization" and not recipe.quantized:
+        return None
+    return getattr(getattr(recipe, section) if section else recipe, name)
+
+
+def _make_choice(recipe: Recipe, key: str, chosen: Chosen, choices: list[Choice]) -> Recipe:
+    """The recipe with a value chosen for `key`, which is added to `choices`.
+
+    None leaves the key open: it is transformers' choice, and recorded when the model is loaded.
+    """
+    value, reason = chosen
+    if value is not None:
+        choices.append(Choice(key, value, reason))
+    section, _, name = key.rpartition(".")
+    if not section:
+        return recipe.settled(value, {})
+    return recipe.settled(recipe.trainer, {section: {name: value}})
+
+
+def choose_trainer(given: Situation) -> Chosen:
+    """TRL's SFTTrainer, unless it refuses what the recipe adapts."""
+    if given.recipe.adapts_head:
+        return "trainer", "SFTTrainer cannot adapt the output head"
+    return "sft", "rows and labels are the same for both"
+
+
+def choose_dtype(given: Situation) -> Chosen:
+    """The type of the base's weights, and of the arithmetic."""
+    checkpoint = torch.float32 if given.config is None else get_checkpoint_dtype(given.config)
+    on_disk = str(checkpoint).removeprefix("torch.")
+    if given.device.kind == "cuda":
+        if given.device.bf16:
+            return "bfloat16", "this GPU computes it natively"
+        return "float32", "this GPU has no native bfloat16"
+    if on_disk == "bfloat16" and given.device.bf16:
+        return "bfloat16", "the checkpoint's type, which this CPU computes natively"
+    return "float32", f"without CUDA the safe choice for a {on_disk} checkpoint"
+
+
+def choose_attention(given: Situation) -> Chosen:
+    """Flash attention where it is installed and works; None leaves the choice to transformers."""
+    device = given.device
+    if device.kind == "cuda" and given.recipe.model.dtype != "float32":
+        if 3 in device.flash_attention and device.capability[0] == 9:
+            return "flash_attention_3", "installed, and this GPU is of its kind"
+        if 2 in device.flash_attention and device.capability >= (8, 0):
+            return "flash_attention_2", "installed"
+    return None, "transformers' choice, sdpa where the model has it"
+
+
+def choose_compute_dtype(given: Situation) -> Chosen:
+    """The type that 4-bit weights are dequantised to."""
+    return given.recipe.model.dtype, "as model.dtype"
+
+
+def choose_autocast(given: Situation) -> Chosen:
+    """Whether Trainer computes in bfloat16."""
+    dtype = given.recipe.model.dtype
+    return dtype == "bfloat16", f"model.dtype is {dtype}"
+
+
+def choose_loss_head(given: Situation) -> Chosen:
+    """The loss at tokens with a label only, unless an option of the stock loss is given."""
+    training = given.recipe.training.given()
     for name, usual in (
         ("label_smoothing_factor", 0.0),
         ("loss_type", "nll"),
         ("use_liger_kernel", False),
     ):
-        if given.get(name) not in (None, "auto", usual):
+        if training.get(name) not in (None, "auto", usual):
             return "stock", f"training.{name} needs it"
     return "trained_tokens", "the same loss for less time and memory"
 
 
-def _packing(recipe: Recipe) -> tuple[str | bool, str]:
+def choose_packing(given: Situation) -> Chosen:
+    """Sequences of a step's rows without padding, unless an option that contradicts it is given."""
+    training = given.recipe.training.given()
     for name in ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing"):
-        if recipe.training.given().get(name):
+        if training.get(name):
             return False, f"training.{name} is given"
     return "step", "no padding, and the same run"
 
 
+def choose_compilation(given: Situation) -> Chosen:
+    """Off: the gain on a CPU is smaller than the wait before the first step."""
+    if given.device.kind == "cuda":
+        return False, "not measured on a GPU"
+    return False, "a tenth of a step's time, and half a minute before the first"
+
+
+def choose_liger(given: Situation) -> Chosen:
+    """Off: no gain over lora's own loss was shown."""
+    if given.device.kind != "cuda":
+        return False, "its kernels need a GPU"
+    if not given.device.liger:
+        return False, "not installed"
+    return False, "not measured against lora's own loss"
+
+
+def choose_workers(given: Situation) -> Chosen:
+    """Processes that load data."""
+    return 0, "the rows are prepared before the run"
+
+
+def choose_evaluation(given: Situation) -> Chosen:
+    """When the model is evaluated."""
+    if given.recipe.data.eval_path or given.recipe.data.eval_split:
+        return "epoch", "evaluation data given"
+    return "no", "no evaluation data"
+
+
+CHOOSERS: dict[str, Callable[[Situation], Chosen]] = {
+    "trainer": choose_trainer,
+    "model.dtype": choose_dtype,
+    "model.attn_implementation": choose_attention,
+    "quantization.bnb_4bit_compute_dtype": choose_compute_dtype,
+    "training.bf16": choose_autocast,
+    "training.loss_head": choose_loss_head,
+    "training.packing": choose_packing,
+    "training.torch_compile": choose_compilation,
+    "training.use_liger_kernel": choose_liger,
+    "training.dataloader_num_workers": choose_workers,
+    "training.eval_strategy": choose_evaluation,
+}
+"""In this order, as later choices depend on earlier ones; those of the memory plan come last."""
+
+
+class Outlook(NamedTuple):
+    """What the memory plan says of a recipe."""
+
+    checkpointing: bool
+    """Whether a step fits with gradient checkpointing only."""
+    reason: str
+    state: int = 0
+    """Bytes of fused AdamW's state."""
+    missing: int = 0
+    """Bytes by which the plan with gradient checkpointing is still too large."""
+
+
+def foresee_memory(given: Situation) -> Outlook:
+    """Rehearse a step of a recipe in which all else is settled, if that decides what is open."""
+    recipe, device, config = given
+    usual = device.kind == "cuda"
+    still_open = {
+        name: value
+        for name, value in (("gradient_checkpointing", False), ("optim", FASTEST_OPTIMIZER))
+        if getattr(recipe.training, name) == "auto"
+    }
+    decides = still_open if device.kind == "cuda" else "gradient_checkpointing" in still_open
+    if config is None or not decides:
+        return Outlook(usual, f"as on any {device.kind}")
+    recipe = recipe.settled(recipe.trainer, {"training": still_open})
+    if is_far_below(recipe, config, device):
+        return Outlook(False, f"needs a small part of {device}")
+    batch = memory.largest_batch(recipe)
+    try:
+        plain = memory.make_forecast(recipe, config, device).need(batch)
+        if plain.total <= device.memory:
+            return Outlook(False, f"{memory.format_bytes(plain.total)} of {device} without it")
+        again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+        saving = memory.make_forecast(again, config, device).need(batch)
+    except LoraError as error:  # a mistake in the recipe is reported where it is used
+        return Outlook(usual, str(error))
+    with_it, without = memory.format_bytes(saving.total), memory.format_bytes(plain.total)
+    reason = f"{with_it} with it, {without} without, of {device}"
+    return Outlook(True, reason, saving.items.get(OPTIMIZER, 0), saving.total - device.memory)
+
+
+def choose_optimizer(device: Hardware, outlook: Outlook) -> Chosen:
+    """Fused AdamW, or AdamW of 8 bits where only a quarter of its state makes the run fit."""
+    saved = outlook.state * 3 // 4
+    if device.kind == "cuda" and 0 < outlook.missing <= saved:
+        return (
+            "paged_adamw_8bit",
+            f"saves {outlook.state * 3 / 4 / GIB:.1f} GiB, without which it does not fit",
+        )
+    return FASTEST_OPTIMIZER, "the fastest AdamW"
+
+
+def is_far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bool:
+    """Whether several times what any method takes is a small part of the device's memory.
+
+    Saves small runs the second that a rehearsal takes.
+    """
+    if num_experts(config):
+        return False
+    text = config.get_text_config()
+    batch = memory.largest_batch(recipe)
+    tokens = batch.rows * batch.length
+    width = max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0)
+    layers = text.num_hidden_layers
+    weights = 4 * (2 * text.vocab_size * text.hidden_size + layers * 8 * text.hidden_size * width)
+    activations = 4 * layers * (tokens * 64 * width + 2 * batch.rows * batch.length**2)
+    logits = 12 * tokens * text.vocab_size
+    return bool(4 * weights + activations + logits < FAR_BELOW * device.memory)
+
+
 def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
-    """Build every configuration once, so that what upstream refuses is refused before anything is
-    loaded; for this machine, or another device."""
-    if remote_code.is_repository(recipe.model.attn_implementation):
-        where = recipe.where("model", "attn_implementation")
-        remote_code.require_allowed(
-            f"{where}: {recipe.model.attn_implementation} is a repository of kernels", "sdpa"
-        )
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if (given := recipe.model.attn_implementation) not in (
-        None,
-        "auto",
-        *known,
-    ) and not remote_code.is_repository(given):
-        where = recipe.where("model", "attn_implementation")
-        guess = find_nearest(str(given), known)
-        raise UsageError(
-            f"{where}: there is no {given}",
-            f"did you mean {guess}?" if guess else f"one of {', '.join(known)}",
-        )
-    settled, _ = settle(recipe, torch.float32)
+    """Build every configuration once, so that upstream refuses before anything is loaded.
+
+    For this machine, or another device.
+    """
+    _refuse_unknown_attention(recipe)
+    settled, _ = settle(recipe)
     upstream.build_lora_config(settled)
     upstream.build_quantization_config(settled)
     arguments = upstream.build_training_arguments(settled)
-    without = arguments.use_cpu and (device is None or device.kind == "cpu")
-    if arguments.fp16 and without:
-        place = recipe.where("training", "fp16")
-        raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
-    if getattr(arguments, "activation_offloading", False) and without:
-        place = recipe.where("training", "activation_offloading")
-        raise UsageError(
-            f"{place} moves what a GPU keeps to the host's memory, and there is no GPU", "remove it"
-        )
+    if arguments.use_cpu and (device is None or device.kind == "cpu"):
+        _refuse_what_needs_a_gpu(recipe, arguments)
     known = get_available_reporting_integrations()
     for name in arguments.report_to:
         if name not in known:
@@ -162,3 +296,28 @@ def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
                 f"{place}: {name} is not installed or not known; there is {installed}",
                 f"pip install {name}",
             )
+
+
+def _refuse_unknown_attention(recipe: Recipe) -> None:
+    """UsageError for an attention that transformers does not know, or whose code is not allowed."""
+    given = recipe.model.attn_implementation
+    where = recipe.where("model", "attn_implementation")
+    if remote_code.is_repository(given):
+        remote_code.require_allowed(f"{where}: {given} is a repository of kernels", "sdpa")
+        return
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if given not in (None, "auto", *known):
+        guess = find_nearest(str(given), known)
+        hint = f"did you mean {guess}?" if guess else f"one of {', '.join(known)}"
+        raise UsageError(f"{where}: there is no {given}", hint)
+
+
+def _refuse_what_needs_a_gpu(recipe: Recipe, arguments: Any) -> None:
+    if arguments.fp16:
+        place = recipe.where("training", "fp16")
+        raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
+    if getattr(arguments, "activation_offloading", False):
+        place = recipe.where("training", "activation_offloading")
+        raise UsageError(
+            f"{place} moves what a GPU keeps to the host's memory, and there is no GPU", "remove it"
+        )

@@ -1,8 +1,7 @@
-"""`lora check`: what a recipe would train on and how, seen before anything is trained. No weights
-are loaded.
+"""`lora check`: show what a recipe would train on and how, without loading weights.
 
-The same steps as training takes before its first: settle, tokenizer and template, targets, rows;
-whatever they refuse is refused here.
+It goes through what training does before its first step (settle, tokenizer and template, targets,
+rows) and refuses what training would refuse.
 """
 
 from __future__ import annotations
@@ -12,18 +11,22 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data import Kept, Prepared, load
 from lora_cli.models import IGNORED, Base, load_recipe_tokenizer
-from lora_cli.plan import auto, hardware, memory, sizes
+from lora_cli.plan import auto, hardware, sizes
 from lora_cli.recipe import Recipe
 
-TRAINED, NOT_TRAINED = ("\x1b[1;32m", "\x1b[0m"), ("\x1b[2m", "\x1b[0m")
+TRAINED = "\x1b[1;32m"
+NOT_TRAINED = "\x1b[2m"
 """Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""
+PLAIN = "\x1b[0m"
 BARS = 10
+"""Of the histogram, up to the longest row that is within the limit."""
 
 
 def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
@@ -31,8 +34,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     auto.try_configurations(recipe)
     base = Base.of_recipe(recipe)
     device = hardware.detect_device()
-    levers = memory.levers(base.config, device)
-    recipe, choices = auto.settle(recipe, base.dtype, device, levers)
+    recipe, choices = auto.settle(recipe, base.config, device)
     tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
     adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
     train, evaluation = load.load_rows(recipe, tokenizer)
@@ -55,23 +57,25 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         print(f"  {choice}")
     print(f"  chat template: {template}")
     print(f"  adapter: {adapter.trainable:,} parameters in {adapter.modules} modules")
-    for name, prepared in (("data", train), ("evaluation", evaluation)):
-        if prepared:
-            print(f"  {name}: {prepared.summary()}")
+    print(f"  data: {train.summary()}")
+    if evaluation:
+        print(f"  evaluation: {evaluation.summary()}")
     print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
     print("\n" + _format_quantiles(train.counts.lengths))
-    epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
-    print(f"{'' if train.stream is not None else epoch}{steps.steps} steps in all")
-    print(
-        f"{steps.fill:.0%} of the batches is text, the rest "
-        f"padding{' (packed)' if steps.packed else ''}"
-    )
+    print("\n".join(_format_steps(steps, train)))
     for row in train.first[:samples]:
         print("\n" + _format_sample(row, tokenizer))
 
 
+def _format_steps(steps: sizes.Steps, train: Prepared) -> Iterator[str]:
+    epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
+    yield f"{'' if train.stream is not None else epoch}{steps.steps} steps in all"
+    packed = " (packed)" if steps.packed else ""
+    yield f"{steps.fill:.0%} of the batches is text, the rest padding{packed}"
+
+
 def _format_histogram(lengths: Counter[int], limit: int) -> str:
-    """Rows by length in tokens, ten bars up to the longest, and one for those over the limit."""
+    """Rows by length: ten bars up to the longest within the limit, and one for the others."""
     inside = max((length for length in lengths if length <= limit), default=1)
     width = max(1, math.ceil(inside / BARS))
     bars = Counter(
@@ -82,21 +86,22 @@ def _format_histogram(lengths: Counter[int], limit: int) -> str:
     lines = []
     for bar in range(min(bars), BARS + 2):
         if bar <= (inside - 1) // width or bars[bar]:
-            name = (
-                f"{bar * width + 1}-{min((bar + 1) * width, limit)}"
-                if bar <= BARS
-                else f"over {limit}"
-            )
-            lines.append(
-                f"{name:>14}  {bars[bar]:>8,}  {'#' * math.ceil(40 * bars[bar] / most)}".rstrip()
-            )
+            name = f"{bar * width + 1}-{min((bar + 1) * width, limit)}"
+            if bar > BARS:
+                name = f"over {limit}"
+            drawn = "#" * math.ceil(40 * bars[bar] / most)
+            lines.append(f"{name:>14}  {bars[bar]:>8,}  {drawn}".rstrip())
     return "\n".join([f"{'tokens':>14}  {'rows':>8}", *lines])
 
 
 def _format_quantiles(lengths: Counter[int]) -> str:
-    """`half of the rows have up to 83 tokens, 95% up to 210, all up to 512`: what to choose
-    training.max_length by."""
-    total, below, found = lengths.total(), 0, list[str]()
+    """What to choose training.max_length by.
+
+    `half of the rows have up to 83 tokens, 95% up to 210, all up to 512`.
+    """
+    total = lengths.total()
+    below = 0
+    found: list[str] = []
     shares = [(0.5, "half of the rows have"), (0.95, "95%"), (1.0, "all")]
     for length, number in sorted(lengths.items()):
         below += number
@@ -106,7 +111,7 @@ def _format_quantiles(lengths: Counter[int]) -> str:
 
 
 def _split_by_loss(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
-    """The row's text in runs that carry loss or do not, special tokens spelt out."""
+    """The row's text in parts, each with whether it carries loss; special tokens are spelt out."""
     runs: list[tuple[bool, list[int]]] = []
     for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
         learned = label != IGNORED
@@ -130,10 +135,13 @@ def _format_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     parts = []
     for learned, text in _split_by_loss(row, tokenizer):
-        before, after = (TRAINED if learned else NOT_TRAINED) if colour else ("", "")
-        parts.append(f"{before}{f'⟦{text}⟧' if learned else text}{after}")
+        shown = f"⟦{text}⟧" if learned else text
+        if colour:
+            shown = f"{TRAINED if learned else NOT_TRAINED}{shown}{PLAIN}"
+        parts.append(shown)
     trained = int((row.labels != IGNORED).sum())
-    return f"{row.place}: {len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧\n{''.join(parts)}"
+    header = f"{row.place}: {len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧"
+    return f"{header}\n{''.join(parts)}"
 
 
 def _count_numbers(prepared: Prepared) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Floating-point operations of training on one token, and the share of a device's peak that a speed
-makes of it.
+"""Count the floating-point operations of training on one token, and the share of a device's peak.
 
 A frozen weight takes 2 for the forward pass and 2 for the gradient of its input: 4N for the base,
 not the 6N of full training. A trained one takes 2 more for its own gradient. What checkpointing
-computes again is not counted: it is no progress. Attention is counted as causal.
+computes again is not counted, as it does not get the run further. Attention is counted as causal.
 """
 
 from __future__ import annotations
@@ -14,19 +13,21 @@ from peft import PeftModel
 from torch import nn
 from trl.trainer.utils import get_peak_flops
 
-FROZEN, TRAINED = 4, 6
+from lora_cli.models import num_experts
+
+FROZEN = 4
+TRAINED = 6
+"""Operations that a weight takes for each token it works on."""
 
 
 class Work(NamedTuple):
-    """Operations for one token, and the device's peak in operations per second where it is
-    known."""
+    """Operations for one token, and the device's peak in operations per second where known."""
 
     each: float
     peak: float | None
 
     def used(self, tokens_per_second: float) -> float | None:
-        """The share of the device's peak (MFU) that training at this speed makes; None where the
-        peak is not known."""
+        """The share of the device's peak that a speed reaches (MFU); None for an unknown peak."""
         return self.each * tokens_per_second / self.peak if self.peak else None
 
 
@@ -38,44 +39,39 @@ def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -
     config: Any = adapted.get_base_model().config.get_text_config()
     head = adapted.get_output_embeddings()
     inside = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    total, seen = 0.0, set[int]()
+    total = 0.0
+    seen: set[int] = set()
     for module in adapted.modules():
         for parameter in module.parameters(recurse=False):
-            counted = id(parameter) not in seen and not (
-                isinstance(module, nn.Embedding) and id(parameter) not in inside
-            )
-            if counted and _count_weights(parameter):
-                seen.add(id(parameter))
-                share = labelled if id(parameter) in inside else _active_share(parameter, config)
-                total += (
-                    (TRAINED if parameter.requires_grad else FROZEN)
-                    * share
-                    * _count_weights(parameter)
-                )
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return total + config.num_hidden_layers * 6 * width * context
+            # an embedding looks rows up, unless it is the head as well
+            looked_up = isinstance(module, nn.Embedding) and id(parameter) not in inside
+            weights = _count_weights(parameter)
+            if id(parameter) in seen or looked_up or not weights:
+                continue
+            seen.add(id(parameter))
+            share = labelled if id(parameter) in inside else _active_share(parameter, config)
+            total += (TRAINED if parameter.requires_grad else FROZEN) * share * weights
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return float(total + config.num_hidden_layers * 6 * width * context)
 
 
 def _count_weights(parameter: nn.Parameter) -> int:
-    """Weights of a matrix, or of a layer's experts, also of 4 bits; 0 for vectors, which multiply
-    nothing."""
+    """Weights of a matrix or of a layer's experts, also in 4 bits; 0 for vectors."""
     state = getattr(parameter, "quant_state", None)
     shape = parameter.shape if state is None else state.shape
     return 0 if len(shape) < 2 else shape.numel()
 
 
 def _active_share(parameter: nn.Parameter, config: Any) -> float:
-    """The share of a parameter that works on one token: of experts those it is sent to."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    """The share of a parameter that works on one token: experts work on some tokens only."""
+    experts = num_experts(config)
     if parameter.dim() == 3 and experts == parameter.shape[0]:
         return float(config.num_experts_per_tok) / experts
     return 1.0
 
 
 def find_peak(device: str, dtype: str) -> float | None:
-    """Operations per second that a device can do at most in this type, by TRL's table; None where
-    it has none."""
+    """The device's peak in operations per second in this type, by TRL's table if it has it."""
     found = get_peak_flops(device, dtype)
     return None if found is None else float(found)

@@ -1,10 +1,10 @@
-"""What a recipe needs of a device's memory, item by item, before a weight is loaded: what `lora
-plan` shows, `auto` decides by, and the out-of-memory message advises from.
+"""Forecast what a recipe needs of a device's memory, item by item, before a weight is loaded.
 
-The figures are those of a rehearsed step (`rehearse.py`) and what surrounds it on the device. On a
-CPU the C library's heap keeps more than is alive, and kernels take memory of their own: two
+`lora plan` shows the forecast, `auto` decides by it, and the out-of-memory message advises from it.
+The figures are those of a rehearsed step (`rehearsal.py`) and of what surrounds it on the device.
+On a CPU the C library's heap keeps more than is alive, and kernels take memory of their own: two
 constants, measured by `scripts/bench_memory.py` over methods, checkpointing, packing and lengths.
-On a GPU nothing was measured; a fixed part is set aside for the context and the allocator's slack.
+On a GPU nothing was measured; a fixed part is reserved for the context and the allocator's slack.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from peft import PeftModel
 from pyarrow import compute
 from transformers import PretrainedConfig
 
-from lora_cli.common import LoraError
 from lora_cli.data import Prepared
 from lora_cli.models import Base
 from lora_cli.plan import hardware
@@ -29,7 +28,6 @@ from lora_cli.plan.rehearsal import (
     GRADIENTS,
     HEAD,
     ITEMS,
-    OPTIMIZER,
     Batch,
     Peaks,
     Rehearsal,
@@ -39,20 +37,22 @@ from lora_cli.plan.rehearsal import (
 from lora_cli.recipe import Recipe
 from lora_cli.speed import step_packing
 
-HEAP, WORKSPACE, MAPPED, RESERVE = "kept by the heap", "workspace", "read for 4 bits", "set aside"
+HEAP = "allocator slack"
+WORKSPACE = "kernel workspace"
+MAPPED = "16-bit source of 4-bit weights"
+RESERVE = "reserved for CUDA"
 HEAP_KEEPS = 0.44
 """Measured: what glibc's heap keeps beside each byte that a step has alive and frees again."""
 WORKSPACE_BYTES = 130 << 20
-"""Measured: what a process grows by in training beside its tensors (inside kernels, of the loss
-head above all)."""
+"""Measured: what a process grows by beside its tensors, above all in the loss head's kernels."""
 RESERVE_BYTES = GIB
 """Assumed: CUDA's context and the allocator's slack."""
 FREED = (GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
-FAR_BELOW = 0.1
+"""Items of a step whose memory is given back before the next one."""
 
 
 class Need(NamedTuple):
-    """Bytes by item at the moment when all together are most."""
+    """Bytes by item at the moment when their sum is highest."""
 
     items: dict[str, int]
 
@@ -62,7 +62,8 @@ class Need(NamedTuple):
 
     def __str__(self) -> str:
         largest = sorted(self.items.items(), key=lambda item: -item[1])[:3]
-        return f"{format_bytes(self.total)} ({', '.join(f'{name} {format_bytes(size)}' for name, size in largest)})"
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
+        return f"{format_bytes(self.total)} ({listed})"
 
 
 def format_bytes(size: float) -> str:
@@ -71,14 +72,16 @@ def format_bytes(size: float) -> str:
 
 
 def largest_batch(recipe: Recipe, rows: Prepared | None = None) -> Batch:
-    """The largest forward pass of a settled recipe; without rows, of rows as long as
-    training.max_length allows."""
+    """The largest forward pass of a settled recipe.
+
+    Without rows, all are taken to be as long as training.max_length allows.
+    """
     training = recipe.training
-    longest, size = training.max_length, training.per_device_train_batch_size
+    size = training.per_device_train_batch_size
+    longest = training.max_length
     if rows is not None and len(rows.rows):
-        longest = compute.max(
-            compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
-        ).as_py()
+        lengths = compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
+        longest = compute.max(lengths).as_py()
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
         together = longest * size * training.gradient_accumulation_steps
@@ -92,19 +95,19 @@ def largest_batch(recipe: Recipe, rows: Prepared | None = None) -> Batch:
 
 
 class Forecast:
-    """What steps of a settled recipe need on a device. Raises rehearse.Unforeseen."""
+    """What steps of a settled recipe need on a device. Raises Unforeseen."""
 
     def __init__(self, recipe: Recipe, adapted: PeftModel, device: Hardware) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe = recipe
+        self.device = device
         self.rehearsal = Rehearsal(recipe, adapted, device.kind)
         self.known: dict[Batch, Need] = {}
 
     def need(self, batch: Batch) -> Need:
         """Bytes by item for a forward and backward pass of this shape."""
         if batch not in self.known:
-            self.known[batch] = Need(
-                add_surroundings(self.rehearsal, self.rehearsal.step(batch), self.device)
-            )
+            peaks = self.rehearsal.step(batch)
+            self.known[batch] = Need(add_surroundings(self.rehearsal, peaks, self.device))
         return self.known[batch]
 
     def fits(self, batch: Batch) -> bool:
@@ -113,28 +116,32 @@ class Forecast:
     def largest(self, grown: Callable[[int], Batch], start: int, limit: int) -> int:
         """The largest n up to `limit` for which `grown(n)` fits; 0 if not even 1 does.
 
-        Memory is at most quadratic in n, so that few steps need be rehearsed.
+        Memory is at most quadratic in n, so a few rehearsed steps suffice.
         """
-        low, high, guess = 0, limit + 1, max(1, min(start, limit))
-        tried = dict[int, int]()
+        low = 0
+        high = limit + 1
+        guess = max(1, min(start, limit))
+        tried: dict[int, int] = {}
         while low + max(1, low // 64) < high and len(tried) < 10:
             tried[guess] = self.need(grown(guess)).total
-            low, high = (guess, high) if tried[guess] <= self.device.memory else (low, guess)
+            if tried[guess] <= self.device.memory:
+                low = guess
+            else:
+                high = guess
             guess = min(max(_find_crossing(tried, self.device.memory), low + 1), high - 1)
         return low
 
 
 def _find_crossing(tried: dict[int, int], limit: int) -> int:
-    """Where the parabola through the three tried points nearest the limit crosses it; with fewer,
-    twice or half."""
+    """Where the parabola through the three tried points nearest the limit crosses the limit.
+
+    With fewer points, twice the largest that fits or half the smallest that does not.
+    """
     nearest = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
     if len(nearest) == 3:
         curve = numpy.polyfit(nearest, [tried[n] - limit for n in nearest], 2)
-        roots = [
-            root.real
-            for root in numpy.roots(curve)
-            if root.real > 0 and abs(root.imag) < 1e-3 * root.real
-        ]
+        found = numpy.roots(curve)
+        roots = [r.real for r in found if r.real > 0 and abs(r.imag) < 1e-3 * r.real]
         if roots:
             return math.floor(min(roots, key=lambda root: abs(root - nearest[0])))
     return max(tried) * 2 if tried[max(tried)] <= limit else min(tried) // 2
@@ -143,14 +150,13 @@ def _find_crossing(tried: dict[int, int], limit: int) -> int:
 def add_surroundings(rehearsal: Rehearsal, peaks: Peaks, device: Hardware) -> dict[str, int]:
     """A rehearsed step's bytes with what surrounds them on the device.
 
-    On a CPU what glibc's heap ever held it keeps, so that the small storages' highest stands beside
-    the large ones'; and the files of a checkpoint in the run's own type stay mapped, with the
-    weights that were quantised from them.
+    On a CPU glibc's heap keeps what it ever had, so the peak of the small storages is added to that
+    of the large ones, whenever each was. The files of a checkpoint in the run's own type stay
+    mapped beside the weights that were quantised from them.
     """
     if device.kind == "cuda":
-        return {name: peaks.all[name] for name in ITEMS if peaks.all[name]} | {
-            RESERVE: RESERVE_BYTES
-        }
+        items = {name: peaks.all[name] for name in ITEMS if peaks.all[name]}
+        return items | {RESERVE: RESERVE_BYTES}
     both = peaks.small + peaks.large
     items = {name: both[name] for name in ITEMS if both[name]}
     if rehearsal.quantised_from:
@@ -164,72 +170,14 @@ def make_forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) ->
     return Forecast(recipe, build_adapted(recipe, config), device)
 
 
-def levers(
-    config: PretrainedConfig, device: Hardware
-) -> Callable[[Recipe], dict[str, tuple[Any, str]]]:
-    """What `upstream.settle` asks last: gradient checkpointing and optimiser by the memory plan,
-    for a recipe in which everything else is settled and these two are off and fused AdamW."""
-
-    def decide(recipe: Recipe) -> dict[str, tuple[Any, str]]:
-        usual = {"optim": hardware.optimizer(device, 0, 0)}
-        if _far_below(recipe, config, device):
-            return usual | {"gradient_checkpointing": (False, f"needs a small part of {device}")}
-        try:
-            plain = make_forecast(recipe, config, device).need(largest_batch(recipe))
-            if plain.total <= device.memory:
-                return usual | {
-                    "gradient_checkpointing": (
-                        False,
-                        f"{format_bytes(plain.total)} of {device} without it",
-                    )
-                }
-            again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
-            saving = make_forecast(again, config, device).need(largest_batch(recipe))
-        except LoraError as error:  # what is wrong with the recipe is told where it is used
-            return usual | {"gradient_checkpointing": (device.kind == "cuda", str(error))}
-        said = f"{format_bytes(saving.total)} with it, {format_bytes(plain.total)} without, of {device}"
-        missing = saving.total - device.memory
-        return {
-            "optim": hardware.optimizer(device, saving.items.get(OPTIMIZER, 0), missing),
-            "gradient_checkpointing": (True, said),
-        }
-
-    return decide
-
-
-def _far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bool:
-    """Whether a bound that is several times what any method takes is a small part of the device's
-    memory.
-
-    Saves small runs the second that a rehearsal takes.
-    """
-    text, batch = config.get_text_config(), largest_batch(recipe)
-    tokens, width = (
-        batch.rows * batch.length,
-        max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0),
-    )
-    layers = text.num_hidden_layers
-    weights = 4 * (2 * text.vocab_size * text.hidden_size + layers * 8 * text.hidden_size * width)
-    kept = 4 * layers * (tokens * 64 * width + 2 * batch.rows * batch.length**2)
-    experts = any(
-        getattr(text, name, None)
-        for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
-    return (
-        not experts
-        and 4 * weights + kept + 12 * tokens * text.vocab_size < FAR_BELOW * device.memory
-    )
-
-
 def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
-    """For a settled recipe that ran out of memory: what it was expected to need, and what to
-    `--set` instead."""
+    """What a recipe that ran out of memory was expected to need, and what to `--set` instead."""
     device = device or hardware.detect_device()
     config = Base.of_recipe(recipe).config
     batch = largest_batch(recipe)
     try:
         plan = make_forecast(recipe, config, device)
-        found = [f"it was expected to need {plan.need(batch)}; there are {device}"]
+        found = [f"it was expected to need {plan.need(batch)} of {device}"]
         for option, changed in _make_smaller(recipe):
             need = make_forecast(changed, config, device).need(largest_batch(changed))
             fits = "fits" if need.total <= device.memory else "does not fit either"
@@ -243,8 +191,8 @@ def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
 
 
 def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Recipes that need less, each by one option."""
-    changes = list[tuple[str, Recipe]]()
+    """Options that make a recipe need less, each with the recipe it gives."""
+    changes: list[tuple[str, Recipe]] = []
     if not recipe.training.gradient_checkpointing:
         made = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
         changes.append(("training.gradient_checkpointing=true", made))
@@ -261,7 +209,7 @@ def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
 
 
 def settle_quantization(recipe: Recipe) -> Any:
-    """The recipe's 4-bit storage with the compute type that `auto` becomes."""
+    """The recipe's 4-bit storage, with the compute type that its `auto` becomes."""
     given = recipe.quantization
     if given.bnb_4bit_compute_dtype != "auto":
         return given

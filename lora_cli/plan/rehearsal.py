@@ -1,14 +1,13 @@
-"""One training step rehearsed on tensors without storage: which bytes are alive when, without a
-weight being loaded.
+"""Rehearse one training step on tensors without storage, to see which bytes are alive when.
 
 The recipe's own network is built: transformers' model from its configuration, bitsandbytes' 4-bit
 weights, PEFT's adapters, DoRA's norms, checkpointing, autocast, the loss head and the optimiser. It
-then runs forward and backward on torch's fake tensors, which have shapes, types and lifetimes and
-no content, while every storage made is counted until it is freed. So nothing here knows how large
-an activation is: what autograd keeps is what is counted.
+then runs forward and backward on torch's fake tensors, which have shapes, types and lifetimes but
+no content, while every storage is counted from when it is made until it is freed. So nothing here
+knows how large an activation is: what autograd keeps is what is counted.
 
-What a fake tensor cannot show is memory that kernels take and give back inside one operation. One
-such is known and added: the weight that a product with a 4-bit one dequantises.
+A fake tensor cannot show memory that a kernel takes and gives back inside one operation. One such
+case is known and added: the weight that a product with a 4-bit one dequantises.
 """
 
 from __future__ import annotations
@@ -40,15 +39,20 @@ from lora_cli.models import attach, empty, targets, token_rows
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import dora_norms, install, loss_head
 
-WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
-ACTIVATIONS, HEAD, BACKWARD = "activations", "head and loss", "backward pass"
+WEIGHTS = "weights"
+ADAPTERS = "adapters"
+OPTIMIZER = "optimizer"
+GRADIENTS = "gradients"
+ACTIVATIONS = "activations"
+HEAD = "head and loss"
+BACKWARD = "backward pass"
 ITEMS = (WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
 GROUPED = torch.ops.aten._grouped_mm.default
 GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
 LARGE = 32 << 20
-"""Bytes from which on glibc gives memory back as soon as it is freed."""
+"""Bytes from which glibc gives memory back as soon as it is freed."""
 OFFLOADED = 1024
-"""Bytes from which on TRL offloads what is kept for the backward pass."""
+"""Bytes from which TRL offloads what is kept for the backward pass."""
 UNFORESEEN = (
     RuntimeError,
     NotImplementedError,
@@ -60,74 +64,71 @@ UNFORESEEN = (
 
 
 class Batch(NamedTuple):
-    """What one forward pass sees: `rows` of `length` tokens, all with a label.
-
-    `waiting`: gradients of earlier passes of the same optimiser step are there already.
-    """
+    """What one forward pass sees: `rows` of `length` tokens, all with a label."""
 
     rows: int
     length: int
     waiting: bool
+    """Whether gradients of earlier passes of the same optimiser step are there already."""
 
 
 class Unforeseen(LoraError):
-    """The network does something that depends on the content of its tensors, so that it cannot be
-    rehearsed."""
+    """The network depends on its tensors' content, so that it cannot be rehearsed."""
 
 
 @contextmanager
 def translate_unforeseen() -> Iterator[None]:
-    """What the libraries raise inside, for tensors without content, as Unforeseen in their
-    words."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # says all again, with a traceback
+    """Turn what the libraries raise for tensors without content into Unforeseen, in their words."""
+    logger = logging.getLogger(
+        "torch._subclasses.fake_tensor"
+    )  # repeats the error, with a traceback
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     except UNFORESEEN as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Unforeseen(
-            f"the memory of this recipe cannot be foreseen: {said}", "train, and watch it"
-        ) from error
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        message = f"the memory of this recipe cannot be foreseen: {words}"
+        raise Unforeseen(message, "train, and watch it") from error
     finally:
         logger.setLevel(level)
 
 
 class _Packed(FakeTensor):
-    """A 4-bit weight, under the class name that PEFT knows one by."""
+    """A 4-bit weight, with the class name by which PEFT recognises one."""
 
 
 _Packed.__name__ = Params4bit.__name__
 
 
 class Peaks(NamedTuple):
-    """Bytes by item at the moments when there are most of all, of the `small` storages, and of the
-    `large` ones."""
+    """Bytes by item, each field at the moment when its sum is highest."""
 
     all: Counter[str]
     small: Counter[str]
+    """Storages of less than `LARGE` bytes."""
     large: Counter[str]
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of every storage that operations inside make, until it is freed.
-
-    `now` has the bytes by item, of all, of small and of large storages; `most` each at its own
-    highest so far. What is made counts as `item`.
-    """
+    """Counts the bytes of every storage that operations inside make, until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.item = WEIGHTS
+        """What new storages count as."""
         self.now = Peaks(Counter(), Counter(), Counter())
+        """Bytes that are alive."""
         self.most = Peaks(Counter(), Counter(), Counter())
+        """The highest of each field so far."""
         self.owner: dict[int, tuple[str, int]] = {}
+        """The item and the bytes of each storage."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is GROUPED and args[0].dtype == torch.float32
-        ):  # torch's fake of it knows bfloat16 only
-            made = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).float()
+        if func is GROUPED and args[0].dtype == torch.float32:
+            # torch's fake version of this operation takes bfloat16 only
+            first, second, *others = args
+            made = func(first.bfloat16(), second.bfloat16(), *others, **(kwargs or {})).float()
         else:
             made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -143,7 +144,7 @@ class Live(TorchDispatchMode):
         return made
 
     def _add(self, item: str, change: int) -> None:
-        """Count a storage of so many bytes, or, below zero, count it no more."""
+        """Add the bytes of a new storage, or, below zero, take off those of one that is freed."""
         self.now.all[item] += change
         (self.now.small if abs(change) < LARGE else self.now.large)[item] += change
 
@@ -158,7 +159,7 @@ class Live(TorchDispatchMode):
         item, size = self.owner.pop(key)
         self._add(item, -size)
 
-    def belongs(self, tensor: torch.Tensor, item: str) -> None:
+    def reassign(self, tensor: torch.Tensor, item: str) -> None:
         """Count a tensor's storage as another item from now on."""
         key = tensor.untyped_storage()._cdata
         before, size = self.owner[key]
@@ -166,8 +167,8 @@ class Live(TorchDispatchMode):
         self._add(before, -size)
         self._add(item, size)
 
-    def forget(self) -> None:
-        """Look for the highest anew."""
+    def reset_peaks(self) -> None:
+        """Look for new peaks, from now on."""
         for most in self.most:
             most.clear()
 
@@ -175,21 +176,22 @@ class Live(TorchDispatchMode):
 def build_adapted(
     recipe: Recipe, config: PretrainedConfig, vocabulary: int = 0, new_ids: list[int] | None = None
 ) -> PeftModel:
-    """The settled recipe's base with its adapter on the `meta` device; embeddings with at least
-    `vocabulary` rows.
+    """The settled recipe's base with its adapter on the `meta` device.
 
-    UsageError where the recipe's names match nothing in the base.
+    Where there are `new_ids`, the embeddings have at least `vocabulary` rows. UsageError where the
+    recipe's names match nothing in the base.
     """
     config = copy.deepcopy(config)
     config.dtype = getattr(torch, recipe.model.dtype)
     if recipe.model.attn_implementation == "eager":
         config._attn_implementation = "eager"
-    base, lora_config = empty.build_empty(config, recipe.task), upstream.build_lora_config(recipe)
+    base = empty.build_empty(config, recipe.task)
+    lora_config = upstream.build_lora_config(recipe)
     if new_ids:
         token_rows.grow_embeddings(base, vocabulary)
         token_rows.train_rows(base, lora_config, new_ids)
     targets.check_targets(recipe, base, lora_config)
-    lora_config.init_lora_weights = True  # others need the weights
+    lora_config.init_lora_weights = True  # other initialisations need the base's weights
     with translate_unforeseen(), torch.device("meta"), attach.quiet_peft():
         if recipe.quantized:
             _quantize_modules(recipe, base)
@@ -202,9 +204,8 @@ def _quantize_modules(recipe: Recipe, base: PreTrainedModel) -> None:
         upstream.build_quantization_config(recipe), pre_quantized=False
     )
     quantizer.preprocess_model(model=base, device_map=None)
-    base.is_loaded_in_4bit = True  # PEFT asks
-    # bitsandbytes keeps the first table it makes for the whole process: it must not be one without
-    # content
+    base.is_loaded_in_4bit = True  # PEFT looks at it
+    # bitsandbytes keeps the first table it makes for the whole process, so that one needs content
     with torch.device("cpu"):
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     for module in base.modules():
@@ -214,7 +215,7 @@ def _quantize_modules(recipe: Recipe, base: PreTrainedModel) -> None:
 
 
 def _materialise(network: nn.Module) -> None:
-    """Put fake tensors where `meta` ones are; what is shared stays shared."""
+    """Replace `meta` tensors by fake ones; tensors that are shared stay so."""
     known: dict[int, nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -243,24 +244,28 @@ def _fake_tensor(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
         parameter.quant_storage,
     )
     made: Any = nn.Parameter(packed, requires_grad=False)
-    made.__class__, made.quant_state, module.quant_state = _Packed, state, state
+    made.__class__ = _Packed
+    made.quant_state = state
+    module.quant_state = state
     return made
 
 
 class Rehearsal:
-    """A recipe's network on fake tensors, on which steps of any shape can be run.
+    """A recipe's network on fake tensors, which can make steps of any shape.
 
-    `recipe` is settled; `adapted` comes from `skeleton` and belongs to the rehearsal from now on;
-    `kind` is the device's, as torch names it. Raises Unforeseen.
+    `recipe` is settled. `adapted` comes from `build_adapted`, and the rehearsal owns it from now
+    on. `kind` is the device's, as torch names it. Raises Unforeseen.
     """
 
     def __init__(self, recipe: Recipe, adapted: PeftModel, kind: str = "cpu") -> None:
-        self.recipe, self.adapted, self.live, self.kind = recipe, adapted, Live(), kind
+        self.recipe = recipe
+        self.adapted = adapted
+        self.kind = kind
+        self.live = Live()
         self.base: Any = adapted.get_base_model()
         self.arguments = upstream.build_training_arguments(recipe)
         self.quantised_from = 0
-        """Bytes of the weights that 4-bit ones are made from, as they are in a checkpoint of the
-        model's type."""
+        """Bytes of the weights that 4-bit ones are made from, in the model's type."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake():
             self._prepare()
@@ -271,19 +276,23 @@ class Rehearsal:
             yield
 
     def _prepare(self) -> None:
-        """Everything that lives as long as the run: weights, adapters, what DoRA keeps, the
-        optimiser's state."""
+        """Make what lives as long as the run: weights, adapters, the optimiser's state."""
         _materialise(self.adapted)
         packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
         size = getattr(torch, self.recipe.model.dtype).itemsize
-        self.quantised_from = (
-            sum(module.in_features * module.out_features for module in packed) * size
+        self.quantised_from = size * sum(
+            module.in_features * module.out_features for module in packed
         )
         self.trained = [parameter for _, parameter in attach.walk_trainable(self.adapted)]
         for parameter in self.trained:
-            self.live.belongs(parameter, ADAPTERS)
-            parameter.register_post_accumulate_grad_hook(self._gradient_made)
-        with unset_fake_temporarily():  # norms.py computes
+            self.live.reassign(parameter, ADAPTERS)
+            parameter.register_post_accumulate_grad_hook(self._count_gradient)
+        self._prepare_network()
+        self._make_optimizer()
+
+    def _prepare_network(self) -> None:
+        """Change the network as training does: faster layers, the loss head, checkpointing."""
+        with unset_fake_temporarily():  # some of the layers that are installed compute then
             install.install(self.adapted, self.kind)
         for layer in self.adapted.modules():
             if isinstance(layer, dora_norms.FactoredDora):
@@ -294,84 +303,82 @@ class Rehearsal:
         self.adapted.train()
         if self.arguments.activation_checkpointing:
             options = dict(self.arguments.activation_checkpointing_kwargs or {})
-            chosen = {
-                name: options.pop(name) for name in ("every_n_layers", "offload") if name in options
-            }
+            own = ("every_n_layers", "offload")
+            chosen = {name: options.pop(name) for name in own if name in options}
             self.base.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=options or None, **chosen
             )
             self.adapted.enable_input_require_grads()
+
+    def _make_optimizer(self) -> None:
+        """Make the optimiser's state, by a step."""
+        self._make_gradients()
+        self.live.item = OPTIMIZER
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments, self.adapted)
+        with unset_fake_temporarily():  # bitsandbytes' optimisers read the tables that they make
+            self.optimizer = kind(self.trained, **options)
+        self.optimizer.step()
+        self._drop_gradients()
+
+    def _count_gradient(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.live.reassign(parameter.grad, GRADIENTS)
+
+    def _make_gradients(self) -> None:
         self.live.item = GRADIENTS
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)
-        self.live.item = OPTIMIZER
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments, self.adapted)
-        with unset_fake_temporarily():  # bitsandbytes' read the tables that they make
-            optimizer = kind(self.trained, **options)
-        optimizer.step()
-        self.optimizer = optimizer
-        self._forget_gradients()
 
-    def _gradient_made(self, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        self.live.belongs(parameter.grad, GRADIENTS)
-
-    def _forget_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
 
     def step(self, batch: Batch) -> Peaks:
         """Bytes by item in one forward and backward pass, each at its highest."""
         with self._fake():
-            self._forget_gradients()
+            self._drop_gradients()
             if batch.waiting:
-                self.live.item = GRADIENTS
-                for parameter in self.trained:
-                    parameter.grad = torch.empty_like(parameter)
-            self.live.forget()
+                self._make_gradients()
+            self.live.reset_peaks()
             self.live.item = ACTIVATIONS
             half = torch.float16 if self.arguments.fp16 else torch.bfloat16
             mixed = self.arguments.bf16 or self.arguments.fp16
             with (
                 torch.autocast("cpu", half, enabled=mixed),
                 disable_input_dtype_casting(self.adapted, active=mixed),
-                self._kept_elsewhere(),
+                self._offload_activations(),
             ):
                 total = self._loss(batch)
             self.live.item = BACKWARD
             total.backward()
             del total
-            self._forget_gradients()
+            self._drop_gradients()
         return Peaks(*(Counter(most) for most in self.live.most))
 
-    def _kept_elsewhere(self) -> AbstractContextManager[Any]:
-        """With activation offloading, what TRL moves to the host's memory until the backward pass
-        wants it."""
+    def _offload_activations(self) -> AbstractContextManager[Any]:
+        """With activation offloading, drop what TRL moves to the host's memory."""
         if not getattr(self.arguments, "activation_offloading", False):
             return nullcontext()
-        stays = {parameter.untyped_storage()._cdata for parameter in self.adapted.parameters()}
+        weights = {parameter.untyped_storage()._cdata for parameter in self.adapted.parameters()}
 
         def pack(kept: torch.Tensor) -> torch.Tensor | tuple[Any, ...]:
-            if kept.nbytes < OFFLOADED or kept.untyped_storage()._cdata in stays:
+            if kept.nbytes < OFFLOADED or kept.untyped_storage()._cdata in weights:
                 return kept
             return kept.shape, kept.stride(), kept.dtype
 
         def unpack(kept: torch.Tensor | tuple[Any, ...]) -> torch.Tensor:
-            return (
-                kept
-                if isinstance(kept, torch.Tensor)
-                else torch.empty_strided(*kept[:2], dtype=kept[2])
-            )
+            if isinstance(kept, torch.Tensor):
+                return kept
+            shape, stride, dtype = kept
+            return torch.empty_strided(shape, stride, dtype=dtype)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
         packed = self.recipe.training.packing not in (False, None)
-        inputs = {
-            "input_ids": ids,
-            "position_ids" if packed else "attention_mask": torch.ones_like(ids),
-        }
+        other = "position_ids" if packed else "attention_mask"
+        inputs = {"input_ids": ids, other: torch.ones_like(ids)}
         if self.recipe.training.loss_head == "stock":
             self.live.item = HEAD if self.recipe.training.gradient_checkpointing else ACTIVATIONS
             fused = {"fused_lm_head": True} if self.recipe.trainer == "sft" else {}
@@ -380,6 +387,6 @@ class Rehearsal:
         self.live.item = HEAD
         where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
         rows = hidden.flatten(0, 1)[where]
-        return loss_head.sum_loss(
-            rows, self.base.get_output_embeddings(), where, loss_head.find_shape(self.base)
-        ) / len(where)
+        head = self.base.get_output_embeddings()
+        total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base))
+        return total / len(where)

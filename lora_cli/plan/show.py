@@ -1,6 +1,8 @@
-"""`lora plan`: what a recipe will need, before anything is downloaded but a configuration and a
-tokenizer: parameters, memory item by item, whether that fits a device, the largest batch and length
-that do, steps, and hours at a speed."""
+"""`lora plan`: show what a recipe will need, from its base's configuration and tokenizer.
+
+It shows parameters, memory item by item, whether that fits a device, the largest batch and length
+that do, steps, and hours at a speed.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe import Recipe
 
 SMALL = 32 << 20
-"""Bytes of local files that are prepared on the way to count steps."""
+"""Bytes up to which local files are prepared on the way, to count steps."""
 ASSUMED_USE = 0.4
 """Assumed, not measured: the share of a GPU's peak that training reaches."""
 LONGEST = 1 << 17
+"""Tokens up to which the largest length is looked for."""
 
 
 class Time(NamedTuple):
@@ -41,28 +44,26 @@ class Time(NamedTuple):
 def show_plan(
     recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool
 ) -> None:
-    """Print the plan of a recipe; LoraError for what would be refused by training before its first
-    step."""
+    """Print the plan of a recipe; LoraError for what training refuses before its first step."""
     device = hardware.parse_gpu(gpu) if gpu else hardware.detect_device()
     auto.try_configurations(recipe, device)
     base = Base.of_recipe(recipe)
-    recipe, choices = auto.settle(recipe, base.dtype, device, memory.levers(base.config, device))
+    recipe, choices = auto.settle(recipe, base.config, device)
     tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base)
-    rows = (
-        load.load_rows(recipe, tokenizer)[0]
-        if read_data or _are_rows_at_hand(recipe, tokenizer)
-        else None
-    )
+    rows = None
+    if read_data or _are_rows_at_hand(recipe, tokenizer):
+        rows, _ = load.load_rows(recipe, tokenizer)
     adapted = rehearsal.build_adapted(recipe, base.config, len(tokenizer), new_ids)
-    parameters, kinds = adapted.get_nb_trainable_parameters(), count_by_kind(adapted)
+    trained, total = adapted.get_nb_trainable_parameters()
+    kinds = count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
     time = _estimate_time(recipe, adapted, device, rows, steps, tokens_per_second)
     forecast = memory.Forecast(recipe, adapted, device)
     batch = memory.largest_batch(recipe, rows)
-    need, largest = forecast.need(batch), _find_largest(forecast, batch, base.config)
+    need = forecast.need(batch)
     report = {
         "choices": [choice._asdict() for choice in choices],
-        "parameters": {"total": parameters[1], "trained": parameters[0], "trained_by_kind": kinds},
+        "parameters": {"total": total, "trained": trained, "trained_by_kind": kinds},
         "batch": batch._asdict(),
         "memory": {
             "items": need.items,
@@ -70,80 +71,79 @@ def show_plan(
             "device": device._asdict(),
             "fits": forecast.fits(batch),
         },
-        "largest": largest,
+        "largest": _find_largest(forecast, batch, base.config),
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
     }
-    print(
-        json.dumps(report)
-        if as_json
-        else "\n".join(_format_lines(recipe, device, report, [str(c) for c in choices]))
-    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print("\n".join(_format_lines(recipe, device, report, [str(choice) for choice in choices])))
 
 
 def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether counting the rows takes no time: small local files, or any that are prepared
-    already."""
-    found = list[Path]()
-    for given in [part.path for part in recipe.data.mix] if recipe.data.mix else [recipe.data.path]:
+    """Whether the rows are counted in a moment: small local files, or rows prepared before."""
+    data = recipe.data
+    size = 0
+    for given in [part.path for part in data.mix] if data.mix else [data.path]:
         for path in [given] if isinstance(given, str) else given or []:
             local = [Path(name) for name in glob(path)]  # noqa: PTH207 - also absolute ones
             if not local:
                 return False
-            found += [
-                file for each in local for file in ([each] if each.is_file() else each.rglob("*"))
-            ]
-    if sum(file.stat().st_size for file in found) <= SMALL:
+            size += sum(_measure_files(each) for each in local)
+    if size <= SMALL:
         return True
-    if recipe.data.mix or recipe.data.path is None:
+    if data.mix or data.path is None:
         return False
-    source = sources.find_source(recipe.data, "path", recipe.data.path, recipe.data.split)
+    source = sources.find_source(data, "path", data.path, data.split)
     key = cache.make_key(source.fingerprint(), source.names, recipe, tokenizer, date.today())
     return (cache.find_folder() / key).exists()
 
 
+def _measure_files(path: Path) -> int:
+    """Bytes of a file, or of everything below a folder."""
+    found = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in found)
+
+
 def count_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
     """Modules and trained parameters by the last part of the adapted module's name."""
-    modules, trained = Counter[str](), Counter[str]()
+    modules: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
     layers = attach.find_lora_layers(adapted)
     for name in layers:
         modules[name.rpartition(".")[2]] += 1
     for name, parameter in attach.walk_trainable(adapted):
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        kind = (
-            owner.rpartition(".")[2] if owner else name.removesuffix(".weight").rpartition(".")[2]
-        )
+        kind = (owner or name.removesuffix(".weight")).rpartition(".")[2]
         trained[kind] += parameter.numel()
     return {kind: (modules[kind], trained[kind]) for kind in trained}
 
 
 def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, int | None]:
-    """The largest batch size and length that fit, the other as it is; None for a batch size that is
-    of no matter."""
+    """The largest batch size and the largest length that fit, the other as it is.
+
+    None for the batch size where it does not matter.
+    """
     training = forecast.recipe.training
-    longest = min(
-        getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST, LONGEST
-    )
-    found: dict[str, int | None] = {"per_device_train_batch_size": None}
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = min(positions or LONGEST, LONGEST)
     if training.packing == "step":
-        found["max_length"] = forecast.largest(
-            lambda n: Batch(1, n, waiting=True), batch.length, longest
-        )
-        return found
+        length = forecast.largest(lambda n: Batch(1, n, waiting=True), batch.length, longest)
+        return {"per_device_train_batch_size": None, "max_length": length}
     size = training.per_device_train_batch_size
     one_sequence = batch.rows == 1 and batch.length >= size > 1
     each = batch.length // size if one_sequence else batch.length
 
     def shape(rows: int, length: int) -> Batch:
-        return (
-            Batch(1, rows * length, batch.waiting)
-            if one_sequence
-            else Batch(rows, length, batch.waiting)
-        )
+        if one_sequence:
+            return Batch(1, rows * length, batch.waiting)
+        return Batch(rows, length, batch.waiting)
 
-    found["per_device_train_batch_size"] = forecast.largest(lambda n: shape(n, each), size, 4096)
-    found["max_length"] = forecast.largest(lambda n: shape(size, n), each, longest)
-    return found
+    return {
+        "per_device_train_batch_size": forecast.largest(lambda n: shape(n, each), size, 4096),
+        "max_length": forecast.largest(lambda n: shape(size, n), each, longest),
+    }
 
 
 def _estimate_time(
@@ -154,8 +154,10 @@ def _estimate_time(
     steps: sizes.Steps | None,
     tokens_per_second: float | None,
 ) -> Time | None:
-    """How long the run takes at the given speed, or at an assumed share of the device's peak; None
-    where neither is."""
+    """How long the run takes at the given speed, or at an assumed share of the device's peak.
+
+    None where neither is known, or the rows are not counted.
+    """
     if rows is None or steps is None or rows.stream is not None:
         return None
     tokens = rows.counts.tokens * steps.steps / steps.steps_per_epoch
@@ -169,33 +171,28 @@ def _estimate_time(
         adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1)
     )
     speed = ASSUMED_USE * peak / each
-    return Time(
-        tokens / speed,
-        speed,
-        f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s",
-    )
+    source = f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s"
+    return Time(tokens / speed, speed, source)
 
 
 def _format_lines(
     recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]
 ) -> Iterator[str]:
-    parameters, found, batch = report["parameters"], report["memory"], Batch(**report["batch"])
+    parameters = report["parameters"]
+    found = report["memory"]
+    batch = Batch(**report["batch"])
     yield f"{recipe.method} on {recipe.model.name_or_path}"
     yield from (f"  {choice}" for choice in choices)
-    share = parameters["trained"] / parameters["total"]
-    yield f"\n{parameters['total']:,} parameters, {parameters['trained']:,} of them trained ({share:.2%})"
-    kinds = [
-        [kind, str(count), f"{number:,}"]
-        for kind, (count, number) in parameters["trained_by_kind"].items()
-    ]
-    yield ui.format_table(["kind of module", "modules", "trained"], kinds)
-    yield f"\nmemory at the peak of a step: {batch.rows} x {batch.length} tokens in one forward pass"
+    total, trained = parameters["total"], parameters["trained"]
+    yield f"\n{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
+    kinds = parameters["trained_by_kind"].items()
+    lines = [[kind, str(modules), f"{number:,}"] for kind, (modules, number) in kinds]
+    yield ui.format_table(["kind of module", "modules", "trained"], lines)
+    shape = f"{batch.rows} x {batch.length} tokens"
+    yield f"\nmemory at the peak of a step: {shape} in one forward pass"
+    items = [*found["items"].items(), ("total", found["total"])]
     yield ui.format_table(
-        ["", "GiB"],
-        [
-            [name, f"{size / hardware.GIB:.2f}"]
-            for name, size in [*found["items"].items(), ("total", found["total"])]
-        ],
+        ["", "GiB"], [[name, f"{size / hardware.GIB:.2f}"] for name, size in items]
     )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"
@@ -204,23 +201,24 @@ def _format_lines(
 
 
 def _format_limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:
-    length, size = largest["max_length"], largest["per_device_train_batch_size"]
-    yield f"largest that fits: training.max_length {length or 'none'}" + (
-        "; any batch size, as the rows of a step share sequences"
-        if recipe.training.packing == "step"
-        else f"; or training.per_device_train_batch_size {size or 'none'}"
-    )
+    length = largest["max_length"] or "none"
+    size = largest["per_device_train_batch_size"] or "none"
+    other = f"or training.per_device_train_batch_size {size}"
+    if recipe.training.packing == "step":
+        other = "any batch size, as the rows of a step share sequences"
+    yield f"largest that fits: training.max_length {length}; {other}"
 
 
 def _format_duration(report: dict[str, Any]) -> Iterator[str]:
-    steps, time = report["steps"], report["time"]
+    steps = report["steps"]
+    time = report["time"]
     if steps is None:
-        yield "steps: not counted, the rows are neither here nor prepared (--data prepares them)"
+        yield "steps: not counted, as the rows are not prepared yet (--data prepares them)"
         return
     epoch = f"{steps['steps_per_epoch']:,} an epoch; {steps['fill']:.0%} of the batches is text"
     yield f"steps: {steps['steps']:,} ({epoch})"
     if time is None:
-        yield "time: no speed is known; --tokens-per-second N, as a run prints it"
+        yield "time: no speed is known; give --tokens-per-second N, as a run prints it"
     else:
         speed = f"{time['tokens_per_second']:,.0f} tokens/s ({time['source']})"
         yield f"time: {ui.format_duration(time['seconds'])} at {speed}"

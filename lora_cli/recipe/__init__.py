@@ -2,7 +2,7 @@
 take."""
 
 from lora_cli.recipe.initialisations import find_initialisation
-from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Section, Training
+from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Training
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 
@@ -12,7 +12,6 @@ __all__ = [
     "Model",
     "Recipe",
     "Rows",
-    "Section",
     "TASKS",
     "Task",
     "Training",

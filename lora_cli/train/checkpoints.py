@@ -1,9 +1,10 @@
-"""Checkpoints that are there whole or not at all, and know what run and step they belong to.
+"""Write and read checkpoints that are there whole or not at all.
 
-A checkpoint is written in a folder of its own, each file is flushed to the disk, `manifest.json`
-with the size and sha256 of every other file comes last, and one rename gives the folder its name,
-`checkpoint-N`. A folder of that name without a manifest that holds is not a checkpoint: nothing is
-resumed from it, and nothing of it is deleted.
+A checkpoint is written in a folder of its own, and each file is flushed to the disk.
+`manifest.json` comes last: it names the run and the step, with the size and sha256 of every other
+file. One rename then gives the folder its name, `checkpoint-N`. A folder of that name whose
+manifest is missing or does not match is not a checkpoint: no run resumes from it, and none deletes
+it.
 """
 
 from __future__ import annotations
@@ -13,64 +14,64 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.common import files, ui
 
-MANIFEST, STAGING = "manifest.json", ".saving.tmp"
+MANIFEST = "manifest.json"
+STAGING = ".saving.tmp"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE, "run_state.json")
-"""Without one of these a continued run would be another one."""
+"""A run that goes on without one of these is another run."""
 BLOCK = 1 << 20
+"""Bytes read at a time to hash a file."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose files are what its manifest says; `resumable` unless it was saved without
-    optimiser state."""
+    """A checkpoint whose files match its manifest."""
 
     folder: Path
     step: int
     resumable: bool
+    """False for one that was saved without the optimiser's state."""
     size: int
     """Bytes of all its files but the manifest."""
 
 
 class Unusable(NamedTuple):
-    """A folder named like a checkpoint, and why it is none."""
+    """A folder named like a checkpoint, and why it cannot be used as one."""
 
     folder: Path
     step: int
     reason: str
-    ours: bool
-    """Whether its manifest can be read and names this run."""
 
 
 @contextmanager
-def stage_checkpoint(folder: Path, run: str, step: int) -> Iterator[Path]:
-    """An empty folder to write the run's checkpoint of this step into; it is sealed and named when
-    the block ends.
+def stage_checkpoint(folder: Path, run_id: str, step: int) -> Iterator[Path]:
+    """Yield an empty folder for the run's checkpoint of this step, and seal and name it at the end.
 
-    What already has the name, and cannot be a checkpoint of this run, is set aside. After a failure
-    nothing is left.
+    Whatever else has that name already is moved aside. After a failure nothing is left.
     """
-    final, parent = folder / f"checkpoint-{step}", folder / STAGING
+    final = folder / f"checkpoint-{step}"
+    parent = folder / STAGING
+    _remove(parent)
     staging = parent / final.name
     with files.passing(parent):
         staging.mkdir(parents=True)
         yield staging
-        _seal_folder(staging, run, step)
+        _seal_folder(staging, run_id, step)
         if final.exists() or final.is_symlink():
-            _set_aside(final, run)
+            _set_aside(final, run_id)
         staging.rename(final)
         _flush(folder)
 
 
-def _seal_folder(folder: Path, run: str, step: int) -> None:
+def _seal_folder(folder: Path, run_id: str, step: int) -> None:
     """Flush every file, then write the manifest."""
     described = {}
     for name in _list_names(folder):
@@ -80,14 +81,14 @@ def _seal_folder(folder: Path, run: str, step: int) -> None:
         _flush(path)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _flush(path)
-    files.write_text(folder / MANIFEST, _make_manifest(run, step, described))
+    files.write_text(folder / MANIFEST, _make_manifest(run_id, step, described))
     _flush(folder)
 
 
-def _make_manifest(run: str, step: int, described: dict[str, Any]) -> str:
+def _make_manifest(run_id: str, step: int, described: dict[str, Any]) -> str:
     return (
         json.dumps(
-            {"format": FORMAT, "run": run, "step": step, "files": described},
+            {"format": FORMAT, "run": run_id, "step": step, "files": described},
             indent=1,
             sort_keys=True,
         )
@@ -95,42 +96,38 @@ def _make_manifest(run: str, step: int, described: dict[str, Any]) -> str:
     )
 
 
-def read_checkpoint(folder: Path, run: str) -> Checkpoint | Unusable:
-    """What the folder `checkpoint-N` is for this run: every file is read and compared."""
+def read_checkpoint(folder: Path, run_id: str) -> Checkpoint | Unusable:
+    """What the folder `checkpoint-N` is for this run; every file is read and compared."""
     step = _parse_step(folder)
     assert step is not None, folder
     if folder.is_symlink():
-        return Unusable(folder, step, "it is a link, which is not followed", False)
+        return Unusable(folder, step, "it is a link, which is not followed")
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        owner, said, described = manifest["run"], manifest["step"], manifest["files"]
+        owner = manifest["run"]
+        claimed = manifest["step"]
+        described = manifest["files"]
         size = sum(each["size"] for each in described.values() if len(each) == 2 and each["sha256"])
-        if _make_manifest(owner, said, described) != text:  # as we write it, to the byte
+        if _make_manifest(owner, claimed, described) != text:  # as we write it, to the byte
             raise ValueError
     except FileNotFoundError:
-        return Unusable(
-            folder, step, "it has no manifest: saving it was interrupted, or it is not ours", False
-        )
+        reason = "it has no manifest: saving it was interrupted, or it is not ours"
+        return Unusable(folder, step, reason)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Unusable(folder, step, f"its {MANIFEST} is damaged", False)
-    if owner != run:
-        return Unusable(folder, step, "it belongs to another run", False)
-    if said != step:
-        return Unusable(
-            folder, step, f"it is the checkpoint of step {said} under another name", False
-        )
-    reason = _find_difference(folder, described)
-    if reason:
-        return Unusable(folder, step, reason, True)
-    resumable = all(name in described for name in NEEDED) and any(
-        name.startswith("rng_state") for name in described
-    )
-    return Checkpoint(folder, step, resumable, size)
+        return Unusable(folder, step, f"its {MANIFEST} is damaged")
+    if owner != run_id:
+        return Unusable(folder, step, "it belongs to another run")
+    if claimed != step:
+        reason = f"it is the checkpoint of step {claimed} under another name"
+        return Unusable(folder, step, reason)
+    if difference := _find_difference(folder, described):
+        return Unusable(folder, step, difference)
+    return Checkpoint(folder, step, _is_resumable(described), size)
 
 
 def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
-    """In what the folder's files are not those described; None if they are."""
+    """How the folder's files differ from those described; None if they are the same."""
     present = {name for name in _list_names(folder) if not Path(name).name.startswith(".")} - {
         MANIFEST
     }
@@ -138,37 +135,36 @@ def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
         return f"{missing[0]} is missing"
     if added := sorted(present - described.keys()):
         return f"{added[0]} was added to it"
-    for name, told in sorted(described.items()):
+    for name, expected in sorted(described.items()):
         path = folder / name
         if path.is_symlink():
             return f"{name} is a link"
-        if (size := path.stat().st_size) != told["size"]:
-            return f"{name} has {size} of {told['size']} bytes"
-        if _hash_file(path)[1] != told["sha256"]:
+        if (size := path.stat().st_size) != expected["size"]:
+            return f"{name} has {size} of {expected['size']} bytes"
+        if _hash_file(path)[1] != expected["sha256"]:
             return f"{name} is damaged"
     return None
 
 
-def walk_checkpoints(folder: Path, run: str) -> Iterator[Checkpoint | Unusable]:
-    """The checkpoints in a run's folder, the newest first, each read when it is asked for."""
+def walk_checkpoints(folder: Path, run_id: str) -> Iterator[Checkpoint | Unusable]:
+    """Yield the checkpoints in a run's folder, the newest first, each read when it is reached."""
     found = {step: path for path in folder.iterdir() if (step := _parse_step(path)) is not None}
     for step in sorted(found, reverse=True):
-        yield read_checkpoint(found[step], run)
+        yield read_checkpoint(found[step], run_id)
 
 
-def find_newest(folder: Path, run: str) -> Checkpoint | None:
-    """The newest checkpoint to resume from, saying which were skipped and why; None where there is
-    none."""
-    for each in walk_checkpoints(folder, run):
-        reason = each.reason if isinstance(each, Unusable) else _explain_incomplete(each, run)
+def find_newest(folder: Path, run_id: str) -> Checkpoint | None:
+    """The newest checkpoint to resume from, or None; says on the screen which it skips and why."""
+    for each in walk_checkpoints(folder, run_id):
+        reason = each.reason if isinstance(each, Unusable) else _explain_incomplete(each, run_id)
         if reason is None and isinstance(each, Checkpoint):
             return each
         ui.say(f"  {each.folder.name} skipped: {reason}")
     return None
 
 
-def _explain_incomplete(checkpoint: Checkpoint, run: str) -> str | None:
-    """Why a whole checkpoint cannot be resumed from; None if it can."""
+def _explain_incomplete(checkpoint: Checkpoint, run_id: str) -> str | None:
+    """Why a run cannot resume from a checkpoint that is whole; None if it can."""
     if not checkpoint.resumable:
         return "it was saved without the optimiser's state"
     best = files.read_json(checkpoint.folder / STATE).get("best_global_step")
@@ -176,52 +172,70 @@ def _explain_incomplete(checkpoint: Checkpoint, run: str) -> str | None:
         kept = checkpoint.folder.with_name(f"checkpoint-{best}")
         if not kept.is_dir():
             return f"the best model so far, {kept.name}, is missing"
-        found = read_checkpoint(kept, run)
+        found = read_checkpoint(kept, run_id)
         if isinstance(found, Unusable):
             return f"of the best model so far, {kept.name}, {found.reason}"
     return None
 
 
-def delete_old(folder: Path, run: str, keep: int | None, newest: int, best: int | None) -> None:
-    """Delete this run's checkpoints beyond `keep`: those of steps after `newest`, which a damaged
-    one left behind, then the oldest; never those of the steps `newest` and `best`.
+def find_last_step(folder: Path, run_id: str) -> int:
+    """The step of the newest checkpoint to resume from, by the manifests alone; 0 without one.
 
-    Only folders with our manifest and this run's id are counted or deleted.
+    Resuming reads and compares every file; a message after Ctrl-C does not have to wait for that.
     """
-    ours = [
-        (step <= newest, step)
-        for path in folder.iterdir()
-        if (step := _parse_step(path)) is not None and _is_owned(path, run)
-    ]
+    manifests = [_read_own_manifest(path, run_id) for path in folder.iterdir()]
+    return max(
+        (each["step"] for each in manifests if each and _is_resumable(each["files"])), default=0
+    )
+
+
+def delete_old(folder: Path, run_id: str, keep: int | None, last: int, best: int | None) -> None:
+    """Delete this run's checkpoints beyond `keep`, never those of the steps `last` and `best`.
+
+    Those of steps after `last`, which a run leaves behind when it resumes before a damaged one, go
+    first, then the oldest. Only folders with our manifest and this run's id are counted or deleted.
+    """
     if keep is None:
         return
-    removable = [step for _, step in sorted(ours) if step not in (newest, best)]
-    for step in removable[: max(0, len(ours) - keep)]:
-        doomed = (
-            folder / STAGING / f"checkpoint-{step}"
-        )  # so that a kill leaves no half of it under its name
+    manifests = [_read_own_manifest(path, run_id) for path in folder.iterdir()]
+    steps = [manifest["step"] for manifest in manifests if manifest]
+    removable = sorted(
+        (step for step in steps if step not in (last, best)), key=lambda step: (step <= last, step)
+    )
+    for step in removable[: max(0, len(steps) - keep)]:
+        # moved first, so that a kill never leaves half a checkpoint under its name
+        doomed = folder / STAGING / f"checkpoint-{step}"
         with files.passing(doomed.parent):
             doomed.parent.mkdir()
             (folder / doomed.name).rename(doomed)
 
 
-def _is_owned(folder: Path, run: str) -> bool:
-    """Whether the folder has a manifest of this run for the step in its name."""
+def _read_own_manifest(folder: Path, run_id: str) -> dict[str, Any] | None:
+    """The manifest in `folder`, if it is one of this run for the step in the folder's name."""
+    step = _parse_step(folder)
+    if step is None or folder.is_symlink():
+        return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return (
-            not folder.is_symlink()
-            and manifest["run"] == run
-            and manifest["step"] == _parse_step(folder)
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        ours = (
+            manifest["run"] == run_id
+            and manifest["step"] == step
+            and isinstance(manifest["files"], dict)
         )
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return manifest if ours else None
 
 
-def _set_aside(final: Path, run: str) -> None:
-    """Make room for a checkpoint: what is damaged and ours goes, anything else gets another
-    name."""
-    if _is_owned(final, run):
+def _is_resumable(described: Collection[str]) -> bool:
+    """Whether these files of a checkpoint suffice for the same run to go on."""
+    generators = any(name.startswith("rng_state") for name in described)
+    return generators and all(name in described for name in NEEDED)
+
+
+def _set_aside(final: Path, run_id: str) -> None:
+    """Make room for a checkpoint: remove a damaged one of this run, and rename anything else."""
+    if _read_own_manifest(final, run_id):
         _remove(final)
         return
     aside = next(
@@ -230,12 +244,11 @@ def _set_aside(final: Path, run: str) -> None:
         if not (path := final.with_name(f"{final.name}.aside{number}")).exists()
     )
     final.rename(aside)
-    ui.warn(f"{final} was no checkpoint of this run, and is now {aside.name}")
+    ui.warn(f"{final} was not a checkpoint of this run, and is now {aside.name}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process of ours left half-made in a run's folder; nobody else may be at
-    work there."""
+    """Remove what a killed process left half-made in a run's folder, which must be locked."""
     for path in folder.iterdir():
         if path.name == STAGING or re.fullmatch(r"\.[\w.-]+\.\d+\.tmp", path.name):
             _remove(path)
@@ -248,17 +261,15 @@ def _parse_step(path: Path) -> int | None:
 
 
 def _list_names(folder: Path) -> list[str]:
-    """The files below the folder, as paths within it."""
-    return sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if not path.is_dir() or path.is_symlink()
-    )
+    """The files and links below the folder, as paths within it."""
+    found = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def _hash_file(path: Path) -> tuple[int, str]:
     """Size and sha256 of a file."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    size = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)

@@ -1,5 +1,4 @@
-"""Room on the disk: how much a run needs, told before it starts, and how much was missing where it
-ran out."""
+"""Check for room on the disk before a run starts, and say how much was missing where it ran out."""
 
 from __future__ import annotations
 
@@ -16,28 +15,32 @@ from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints
 
 TOKEN = 150
-"""Bytes that tokenizer.json takes for a token, about."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WORDS = ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos", "iostream error")
+"""About as many bytes does tokenizer.json take for a token."""
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = (
+    "No space left",
+    "os error 28",
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "iostream error",
+)
 
 
 class Need(NamedTuple):
-    """Bytes, about: of the adapter, of a checkpoint, and how many checkpoints are there at once at
-    most."""
+    """About as many bytes as a run needs on the disk."""
 
     adapter: int
     checkpoint: int
     kept: int
+    """The most checkpoints that are there at once."""
 
     @property
     def total(self) -> int:
-        """Of the whole run."""
         return self.adapter + self.kept * self.checkpoint
 
 
 def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
-    """What a run of `steps` steps will write that trains `trained` parameters, with a vocabulary of
-    `tokens`."""
+    """What a run of `steps` steps writes that trains `trained` parameters, for `tokens` tokens."""
     training = recipe.training
     per_parameter = (
         2 if "8bit" in training.optim else 4 if training.optim in ("sgd", "lion_32bit") else 8
@@ -47,71 +50,60 @@ def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need
     given = training.given()
     every = float(given.get("save_steps") or 500)
     every = every if every >= 1 else max(1.0, every * steps)
-    saves = {"no": 0, "steps": int(steps // every) + 1}.get(
-        str(given.get("save_strategy") or "steps"), steps
-    )
-    limit = training.save_total_limit
-    return Need(
-        adapter, checkpoint, saves if limit is None else min(saves, limit + 1)
-    )  # the newest is not one less
+    strategy = str(given.get("save_strategy") or "steps")
+    saves = {"no": 0, "steps": int(steps // every) + 1}.get(strategy, steps)
+    if training.save_total_limit is not None:
+        saves = min(
+            saves, training.save_total_limit + 1
+        )  # the oldest goes after the newest is there
+    return Need(adapter, checkpoint, saves)
 
 
 def refuse_too_little(folder: Path, needed: Need) -> None:
-    """LoraError where the run's folder, of which a part may be written already, has no room for the
-    rest."""
+    """LoraError where the disk of the run's folder lacks room for what is not written yet."""
     written = sum(
         path.stat().st_size
         for path in folder.rglob("*")
         if path.is_file() and not path.is_symlink()
     )
-    free, missing = (
-        shutil.disk_usage(folder).free,
-        needed.total - written - shutil.disk_usage(folder).free,
-    )
+    free = shutil.disk_usage(folder).free
+    missing = needed.total - written - free
     if missing > 0:
         raise LoraError(
             f"the disk is too small: the run needs about {_format_mb(needed.total)} MB in {folder} "
-            f"({needed.kept} checkpoints "
-            f"of {_format_mb(needed.checkpoint)} MB and the adapter), {_format_mb(free)} MB are "
-            "free, "
-            f"{_format_mb(missing)} MB are missing",
+            f"({needed.kept} checkpoints of {_format_mb(needed.checkpoint)} MB and the adapter), "
+            f"{_format_mb(free)} MB are free, {_format_mb(missing)} MB are missing",
             "make room, --set training.save_total_limit=1, or --set output_dir=… on another disk",
         )
 
 
 @contextmanager
 def translate_full_disk(folder: Path, needed: Need) -> Iterator[None]:
-    """What fails inside for a full disk is one LoraError with the megabytes that were missing."""
+    """Turn what fails inside for a full disk into one LoraError with the missing megabytes."""
     try:
         yield
     except Exception as error:
         if not is_full_disk(error):
             raise
-        sizes = [
-            path for path in folder.glob("checkpoint-*") if (path / checkpoints.MANIFEST).is_file()
-        ]
-        size = max(
-            [
-                needed.checkpoint,
-                *(sum(file.stat().st_size for file in path.rglob("*")) for path in sizes),
-            ]
-        )
+        saved = [path.parent for path in folder.glob(f"checkpoint-*/{checkpoints.MANIFEST}")]
+        sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in saved]
+        size = max([needed.checkpoint, *sizes])
         free = shutil.disk_usage(folder).free
         again = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
         raise LoraError(
             f"the disk is full: the next {_format_mb(size)} MB do not fit in {folder}, "
-            f"{_format_mb(free)} MB are free, "
-            f"{_format_mb(max(1, size - free))} MB are missing; what was saved before is whole",
+            f"{_format_mb(free)} MB are free, {_format_mb(max(1, size - free))} MB are missing; "
+            "what was saved before is whole",
             f"make room, then: {again}",
         ) from error
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the disk is full."""
+    """Whether an error, or one that caused it, says that the disk is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
             return True
-        if any(word in str(error) for word in WORDS):
+        if any(word in str(error) for word in FULL_WORDS):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,8 +1,8 @@
-"""One owner: a run's folder is locked while a process trains in it.
+"""Lock a run's folder while a process trains in it.
 
-The kernel's own lock (flock) on `.lock`, which names host and process for those who are refused.
-The kernel gives it up when its process ends, however it ends, so a lock that was left behind stops
-nobody.
+It is the kernel's lock (flock) on the file `.lock`, which names host and process for those who are
+refused. The kernel releases it when its process ends, however it ends, so a lock file that was left
+behind does not matter.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _open = set[int]()
 
 
 def _close_in_child() -> None:
-    """A data loader's workers inherit the open file, and with it the lock: it would outlive a
-    killed parent."""
+    """Close the lock that a data loader's worker inherits: it would outlive a killed parent."""
     for number in _open:
         os.close(number)
     _open.clear()
@@ -33,8 +32,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Own the folder, which exists, inside the block. LoraError naming host and process where
-    another one does."""
+    """Own the folder, which exists, inside the block.
+
+    LoraError naming host and process where another process owns it.
+    """
     path = folder / FILE
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     _open.add(number)
@@ -42,13 +43,12 @@ def hold_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            host, _, process = (
-                os.pread(number, 1000, 0).decode(errors="replace").strip().partition(" ")
-            )
+            owner = os.pread(number, 1000, 0).decode(errors="replace").strip()
+            host, _, process = owner.partition(" ")
+            way_out = f"wait for it, or end it (on {host}: kill {process})"
             raise LoraError(
                 f"{folder} is in use by process {process or '?'} on {host or '?'}",
-                f"wait for it, or end it (on {host}: kill {process}); --set output_dir=… starts "
-                "another run",
+                f"{way_out}; --set output_dir=… starts another run",
             ) from None
         os.truncate(number, 0)
         os.pwrite(number, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)

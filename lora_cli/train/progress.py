@@ -1,5 +1,4 @@
-"""Watching a run: the progress line, metrics.jsonl, and the stop when loss or gradients are no
-longer finite."""
+"""Watch a run: draw the progress line, write metrics.jsonl, stop at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -20,59 +19,66 @@ from lora_cli.plan import flops, hardware
 
 
 class NonFiniteError(LoraError):
-    """The loss or a gradient stopped being a number: nothing more is trained or saved."""
+    """The loss or a gradient is NaN or infinite: nothing more is trained or saved."""
 
 
 class Watch(TrainerCallback):
-    """Stops a run that stops being finite, draws the progress line and writes metrics.jsonl.
+    """Stops a run that is not finite, draws the progress line and writes metrics.jsonl.
 
     The step's loss is summed on the device and read once per optimiser step, before the optimiser
     can spread a value that is not finite into the weights.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, work: flops.Work, limit: float | None, where: Callable[[], str]
+    ) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.progress = ui.Progress()
         self.step_loss: torch.Tensor | float = 0.0
         self.loss = float("nan")
-        self.began, self.began_step, self.began_tokens = 0.0, 0, 0
+        self.gradient_norm: torch.Tensor | float = 0.0
+        """Of the step's gradients before they are clipped."""
+        self.began = 0.0
+        self.began_step = 0
+        self.began_tokens = 0
         self.stepped = False
-        """Whether this process has made a step."""
-        self.work = flops.Work(0.0, None)
+        """Whether this process has completed a step."""
+        self.work = work
         self.untouched: set[str] | None = None
-        """Trained tensors that no step has had a gradient for; None before the first."""
-        self.limit: float | None = None
+        """Trained tensors that have never had a gradient; None before the first step."""
+        self.limit = limit
         """A loss above it stops the run."""
-        self.where: Callable[[], str] = str
-        """The rows of the step, in words, and the last checkpoint; asked for when a step is
-        refused."""
-        self.loss_sum, self.lines = 0.0, 0
-        """Over all steps of the run, and the lines of metrics.jsonl."""
+        self.where = where
+        """Describes the rows of the step and the last checkpoint; called when a step is refused."""
+        self.loss_sum = 0.0
+        """The losses of all steps of the run."""
+        self.lines = 0
+        """Of metrics.jsonl."""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; metrics.jsonl is on the disk when it returns."""
+    def capture_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; flushes metrics.jsonl to the disk first."""
         if self.lines:
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
         untouched = None if self.untouched is None else sorted(self.untouched)
         return {"untouched": untouched, "loss_sum": self.loss_sum, "lines": self.lines}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; what was logged after it is forgotten."""
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, and drop the lines that were logged after it."""
         self.untouched = None if state["untouched"] is None else set(state["untouched"])
-        self.loss_sum, self.lines = state["loss_sum"], state["lines"]
-        lines = (
-            self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            if self.metrics.is_file()
-            else []
-        )
+        self.loss_sum = state["loss_sum"]
+        self.lines = state["lines"]
+        lines = []
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         files.write_text(self.metrics, "".join(lines[: self.lines]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and metrics.jsonl where the run begins."""
-        self.began, self.began_step = time.monotonic(), state.global_step
+        """Start the clock, and at the run's beginning metrics.jsonl."""
+        self.began = time.monotonic()
+        self.began_step = state.global_step
         self.began_tokens = int(state.num_input_tokens_seen)
         if not state.global_step:
             files.write_text(self.metrics, "")
@@ -80,30 +86,29 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One read from the device: is the step's loss finite, and every gradient?"""
-        gradients = {
-            name: parameter.grad for name, parameter in attach.walk_trainable(kwargs["model"])
-        }
-        without = {name for name, gradient in gradients.items() if gradient is None}
-        self.untouched = without if self.untouched is None else self.untouched & without
-        norm = torch.nn.utils.get_total_norm(
-            [gradient for gradient in gradients.values() if gradient is not None]
-        )
-        self.loss, self.step_loss = float(self.step_loss), 0.0
+        """Stop if the step's loss or a gradient is not finite, or the loss above its limit."""
+        if self.untouched is None or self.untouched:
+            parameters = attach.walk_trainable(kwargs["model"])
+            without = {name for name, parameter in parameters if parameter.grad is None}
+            self.untouched = without if self.untouched is None else self.untouched & without
+        self.loss = float(self.step_loss)
+        self.step_loss = 0.0
         self.loss_sum += self.loss
-        what = None
+        reason = None
         if not math.isfinite(self.loss):
-            what = f"the loss is {self.loss}"
-        elif not torch.isfinite(norm):
-            what = f"a gradient is not finite (loss {self.loss:.4g})"
+            reason = f"the loss is {self.loss}"
+        elif not math.isfinite(self.gradient_norm):
+            reason = f"a gradient is not finite (loss {self.loss:.4g})"
         elif self.limit is not None and self.loss > self.limit:
-            what = f"the loss is {self.loss:.4g}, above training.stop_on_loss_above: {self.limit:g}"
-        if what:
+            reason = (
+                f"the loss is {self.loss:.4g}, above training.stop_on_loss_above: {self.limit:g}"
+            )
+        if reason:
+            step = state.global_step + 1
+            lower = f"--set training.learning_rate={args.learning_rate / 10:g}"
             raise NonFiniteError(
-                f"stopped at step {state.global_step + 1}: {what}{self.where()}; nothing was "
-                "saved from this step",
-                f"--set training.learning_rate={args.learning_rate / 10:g}, or look at the data "
-                "and the base's weights",
+                f"stopped at step {step}: {reason}{self.where()}; nothing was saved from this step",
+                f"{lower}, or look at the data and the base's weights",
             )
 
     def on_step_end(
@@ -113,7 +118,8 @@ class Watch(TrainerCallback):
         self.stepped = True
         elapsed = time.monotonic() - self.began
         done = max(1, state.global_step - self.began_step)
-        speed, used = self.speed(state), self.work.used(self.speed(state))
+        speed = self.measure_speed(state)
+        used = self.work.used(speed)
         left = elapsed / done * (state.max_steps - state.global_step)
         rate = kwargs["lr_scheduler"].get_last_lr()[0]
         self.progress.update(
@@ -126,33 +132,31 @@ class Watch(TrainerCallback):
             force=state.global_step in (1, state.max_steps),
         )
 
-    def speed(self, state: TrainerState) -> float:
+    def measure_speed(self, state: TrainerState) -> float:
         """Tokens per second since the clock was started."""
         tokens = int(state.num_input_tokens_seen) - self.began_tokens
         return tokens / max(time.monotonic() - self.began, 1e-9)
 
-    def effort(self, state: TrainerState) -> dict[str, float]:
-        """What metrics.jsonl and the record say of speed and memory; `mfu` only where the device's
-        peak is known."""
-        speed = self.speed(state)
-        used = self.work.used(speed)
+    def measure_effort(self, state: TrainerState) -> dict[str, float]:
+        """Speed and memory for metrics.jsonl and the record; `mfu` only where the peak is known."""
+        speed = self.measure_speed(state)
         found = {
             "tokens_per_second": round(speed, 1),
             "peak_memory_gb": round(hardware.measure_peak_memory() / 1e9, 3),
         }
+        used = self.work.used(speed)
         return found if used is None else found | {"mfu": round(used, 4)}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what was to be trained and could not be: some models read a module's weight without
-        calling it."""
+        """Warn of tensors without gradient: models may read a weight without calling its module."""
         if self.untouched:
             self.progress.clear()
+            number, first = len(self.untouched), min(self.untouched)
             ui.warn(
-                f"{len(self.untouched)} trained tensors never had a gradient and are as they "
-                "started, such as "
-                f"{min(self.untouched)}; leave their modules out of lora.target_modules"
+                f"{number} trained tensors never had a gradient and are as they started, such as "
+                f"{first}; leave their modules out of lora.target_modules"
             )
 
     def on_log(
@@ -163,19 +167,17 @@ class Watch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append to metrics.jsonl; an evaluation gets a line on the screen too."""
+        """Append to metrics.jsonl, and show an evaluation on the screen too."""
         logs = logs or {}
         if "loss" in logs:
-            logs = logs | self.effort(state)
-        if "train_loss" in logs:  # Trainer's is of the steps since it was resumed
+            logs = logs | self.measure_effort(state)
+        if "train_loss" in logs:  # Trainer's counts the steps since it was resumed only
             logs["train_loss"] = self.loss_sum / max(1, state.global_step)
-        del state.log_history[:-1]  # it would grow with the run, in memory and in every checkpoint
+        del state.log_history[:-1]  # it grows with the run, in memory and in every checkpoint
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         self.lines += 1
         if "eval_loss" in logs:
             self.progress.clear()
-            ui.say(
-                f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}, perplexity "
-                f"{logs['eval_perplexity']:.2f}"
-            )
+            loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
+            ui.say(f"step {state.global_step}: eval_loss {loss:.4f}, perplexity {perplexity:.2f}")

@@ -1,5 +1,7 @@
-"""The state of every random number generator that training draws from, as plain data: Python's,
-numpy's, torch's on the CPU and on the accelerator."""
+"""Capture and restore the random number generators that training draws from, as plain data.
+
+They are Python's, numpy's, and torch's on the CPU and on the accelerator.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,7 @@ State = dict[str, Any]
 
 
 def capture_state() -> State:
-    """The generators' states now: lists, numbers and hexadecimal digits, so that JSON holds them
-    exactly."""
+    """The generators' states as lists, numbers and hexadecimal digits, which JSON holds exactly."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: State = {
@@ -28,8 +29,7 @@ def capture_state() -> State:
 
 
 def restore_state(state: State) -> None:
-    """Set every generator as it was. KeyError where the state was captured on another kind of
-    device."""
+    """Set every generator to its state. KeyError for a state from another kind of device."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -40,7 +40,7 @@ def restore_state(state: State) -> None:
 
 
 def _find_accelerator() -> str | None:
-    """`cuda`, `mps`, …; None where only the CPU computes."""
+    """The accelerator's kind as torch names it, such as `cuda`; None without one."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None else str(device.type)
 

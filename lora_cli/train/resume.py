@@ -1,11 +1,10 @@
-"""What makes a Trainer's run one that can be stopped anywhere and goes on as the same run, bit for
-bit on one machine.
+"""Let a Trainer's run be stopped anywhere and go on as the same run, bit for bit on one machine.
 
 Trainer's checkpoint lacks some of what decides how a run goes on: the generators' state at the
 epoch's beginning (its order of rows may be drawn from it), whether the evaluation that was due has
 been made, what was summed up for the next record in metrics.jsonl. Here that is saved as well
-(`run_state.json`), and put back. An evaluation draws no random numbers of the training's, and no
-pickle but those of plain tensors is written or read.
+(`run_state.json`), and put back. An evaluation draws no random numbers of the training's, and the
+only pickles written or read are those of plain tensors.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lora_cli.common import LoraError, files, ui
 from lora_cli.models import attach
 from lora_cli.train import checkpoints, random_state
+from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import Watch
 from lora_cli.train.signals import Signals
+from lora_cli.train.typed_trainer import TypedTrainer
 
 RUN_STATE = "run_state.json"
 
@@ -38,39 +39,45 @@ def keep_types(network: torch.nn.Module) -> Iterator[None]:
 
 
 class StoppedError(Exception):
-    """An evaluation that a signal ended; never seen outside this file."""
+    """Ends an evaluation that a signal interrupts; caught in this file."""
 
 
-class Resumable:
-    """Overrides of Trainer: sealed checkpoints, and everything of the run in them. Comes before
-    Trainer's classes."""
+class Resumable(TypedTrainer):
+    """Overrides Trainer to seal checkpoints and to keep everything of the run in them.
+
+    Trainer's own `save_total_limit` must be None, as it deletes checkpoints of other runs.
+    """
 
     watch: Watch
-    run_id: str
-    keep: int | None
-    """Checkpoints kept; Trainer's own `save_total_limit` must be None: it deletes folders of
-    others."""
-    signals: Signals
+    """Created by the class that inherits, which adds it and `Boundaries` as callbacks."""
     epoch_rng: random_state.State
     resumed: dict[str, Any] | None = None
     """What was read from the checkpoint's run_state.json, until the first epoch has begun."""
-    evaluation_due, epoch_ended = False, False
-    """At the end of this step or epoch: is an evaluation still to be made; has what is done between
-    epochs begun?"""
-    _between_steps = False
+    evaluation_due = False
+    """Whether the evaluation at the end of this step or epoch is still to be made."""
+    epoch_ended = False
+    """Whether what is done between two epochs has begun."""
     in_step = False
     """Between a step's beginning and its optimiser's: the weights are those of the step before."""
-    boundary: dict[str, Any] | None = None
-    """What is no longer what it was at the end of the last step, for `save_last_step`; None where
-    nobody asks."""
+    _between_steps = False
+    _saving: str | None = None
+    """The folder that Trainer writes `checkpoint-N` into, while it does."""
+
+    def __init__(self, options: RunOptions, **given: Any) -> None:
+        self.options = options
+        self.signals = Signals()
+        self.boundary: dict[str, Any] | None = {} if options.reduce_on_oom else None
+        """What `save_last_step` puts back; None where it is never called."""
+        with keep_types(given["model"]):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
+            super().__init__(**given)
 
     def _save(self, output_dir: str, state_dict: Any = None) -> None:
         # Trainer adds training_args.bin, a pickle with the hub's token in clear
         with attach.quiet_peft():
             self.model.save_pretrained(
                 output_dir, state_dict=state_dict, save_embedding_layers=False
-            )  # type: ignore[attr-defined]
-        self.processing_class.save_pretrained(output_dir)  # type: ignore[attr-defined]
+            )
+        self.processing_class.save_pretrained(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         files.write_json(self._rng_file(output_dir), random_state.capture_state())
@@ -79,46 +86,46 @@ class Resumable:
         assert checkpoint is not None
         state = files.read_json(self._rng_file(checkpoint))
         random_state.restore_state(state)
-        if self._at_edge():  # the epoch that begins now began then
+        if self.is_at_edge():  # the epoch that begins now began then
             self.epoch_rng = state
 
     def _rng_file(self, folder: str) -> Path:
-        return Path(folder) / f"rng_state_{self.args.process_index}.json"  # type: ignore[attr-defined]
+        return Path(folder) / f"rng_state_{self.args.process_index}.json"
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._saving or super()._get_output_dir(trial)  # type: ignore[misc]
+        return self._saving or str(super()._get_output_dir(trial))
 
-    _saving: str | None = None
-    """The folder that Trainer writes `checkpoint-N` into, while it does."""
-
-    def _save_checkpoint(self, network: Any, trial: Any) -> None:
-        """Trainer's checkpoint with the run's state, sealed; one that is there already stays as it
-        is."""
-        folder, step = Path(self.args.output_dir), self.state.global_step  # type: ignore[attr-defined]
-        state: TrainerState = self.state  # type: ignore[attr-defined]
-        self._name_best(folder)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save Trainer's checkpoint with the run's state, unless it is there already."""
+        folder = Path(self.args.output_dir)
+        run_id, step = self.options.run_id, self.state.global_step
+        self.name_best(folder)
         final = folder / f"checkpoint-{step}"
         if final.is_dir() and isinstance(
-            checkpoints.read_checkpoint(final, self.run_id), checkpoints.Checkpoint
+            checkpoints.read_checkpoint(final, run_id), checkpoints.Checkpoint
         ):
             return
-        with checkpoints.stage_checkpoint(folder, self.run_id, step) as staging:
+        with checkpoints.stage_checkpoint(folder, run_id, step) as staging:
             self._saving = str(staging.parent)
             try:
                 Trainer._save_checkpoint(
-                    self, network, trial
+                    self, model, trial
                 )  # TRL's writes a model card into the run's folder too
             finally:
                 self._saving = None
-            self._name_best(folder)
-            state.save_to_json(str(staging / checkpoints.STATE))
+            self.name_best(folder)
+            self.state.save_to_json(str(staging / checkpoints.STATE))
             files.write_json(staging / RUN_STATE, self._run_state())
-        checkpoints.delete_old(folder, self.run_id, self.keep, step, state.best_global_step)
+        checkpoints.delete_old(
+            folder, run_id, self.options.keep_checkpoints, step, self.state.best_global_step
+        )
 
-    def _name_best(self, folder: Path) -> None:
-        state: TrainerState = self.state  # type: ignore[attr-defined]
-        if state.best_global_step:
-            state.best_model_checkpoint = str(folder / f"checkpoint-{state.best_global_step}")
+    def name_best(self, folder: Path) -> None:
+        """Give the best checkpoint its final name: Trainer noted the folder of its staging."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(
+                folder / f"checkpoint-{self.state.best_global_step}"
+            )
 
     def _run_state(self) -> dict[str, Any]:
         return {
@@ -126,42 +133,42 @@ class Resumable:
             "evaluation_due": self.evaluation_due,
             "epoch_ended": self.epoch_ended,
             "loss_since_log": float(self._tr_loss),
-            "last_logged": self._globalstep_last_logged,  # type: ignore[attr-defined]
-            "watch": self.watch.state(),
+            "last_logged": self._globalstep_last_logged,
+            "watch": self.watch.capture_state(),
         }
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with keep_types(self.model), attach.quiet_peft():  # type: ignore[attr-defined]  # PEFT loads in float32
-            super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
-        attach.check_adapter_complete(self.model, Path(checkpoint), "default")  # type: ignore[attr-defined]
+        with keep_types(self.model), attach.quiet_peft():  # PEFT loads in float32
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        attach.check_adapter_complete(self.model, Path(checkpoint), "default")
         self.resumed = files.read_json(Path(checkpoint) / RUN_STATE)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
-        found = checkpoints.read_checkpoint(best, self.run_id)
+        best = Path(self.state.best_model_checkpoint)
+        found = checkpoints.read_checkpoint(best, self.options.run_id)
         if isinstance(found, checkpoints.Unusable):
+            option = "--allow-changes training.load_best_model_at_end"
             raise LoraError(
                 f"the best model, {best}, cannot be loaded: {found.reason}",
-                "--resume --allow-changes training.load_best_model_at_end takes the last one "
-                "instead",
+                f"--resume {option} takes the last one instead",
             )
-        with keep_types(self.model), attach.quiet_peft():  # type: ignore[attr-defined]
-            super()._load_best_model()  # type: ignore[misc]
+        with keep_types(self.model), attach.quiet_peft():
+            super()._load_best_model()
 
-    def _at_edge(self) -> bool:
+    def is_at_edge(self) -> bool:
         """Whether the last step was the last of its epoch."""
-        return float(self.state.epoch).is_integer()  # type: ignore[attr-defined]
+        return float(self.state.epoch).is_integer()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
-            self.control.should_training_stop = True  # type: ignore[attr-defined]  # Trainer would train one more step
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # Trainer would train one more step
             return
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = random_state.capture_state()
         try:
-            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         finally:
             random_state.restore_state(before)
         self.evaluation_due = False
@@ -170,113 +177,113 @@ class Resumable:
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.signals.stopping and self._between_steps:
             raise StoppedError
-        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        return super().prediction_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, between two steps; and here a signal is obeyed: the checkpoint notes what
-        was still due."""
-        control: TrainerControl = self.control  # type: ignore[attr-defined]
-        asked, self.signals.save = self.signals.save, False
-        control.should_save = control.should_save or asked
-        self.evaluation_due = control.should_evaluate
+        """Do as Trainer does between steps, and obey signals: a checkpoint notes what is due."""
+        asked = self.signals.save
+        self.signals.save = False
+        self.control.should_save = self.control.should_save or asked
+        self.evaluation_due = self.control.should_evaluate
         if self.signals.stopping:
-            control.should_evaluate = control.should_save = False
+            self.control.should_evaluate = False
+            self.control.should_save = False
         self._between_steps = True
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+            super()._maybe_log_save_evaluate(*args, **kwargs)
         except StoppedError:
             assert self.evaluation_due
         finally:
             self._between_steps = False
-        self.mark(random_state.capture_state)
+        self.mark_boundary(random_state.capture_state)
         if self.signals.stopping:
-            self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
+            self._save_checkpoint(self.model, None)
             self.signals.end()
         if asked:
             self.watch.progress.clear()
-            ui.say(f"SIGUSR1: saved checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
+            ui.say(f"SIGUSR1: saved checkpoint-{self.state.global_step}")
 
-    def mark(self, generators: Callable[[], random_state.State]) -> None:
+    def mark_boundary(self, capture: Callable[[], random_state.State]) -> None:
         """Remember what the next step will change beside weights and optimiser."""
         if self.boundary is not None:
             self.boundary = {
-                "rng": generators(),
+                "rng": capture(),
                 "loss": self._tr_loss.clone(),
-                "tokens": self.state.num_input_tokens_seen,  # type: ignore[attr-defined]
+                "tokens": self.state.num_input_tokens_seen,
                 "epoch_ended": self.epoch_ended,
             }
 
     def save_last_step(self) -> Path:
-        """The checkpoint of the last step that was completed, after one that broke off
-        `in_step`."""
+        """Save the checkpoint of the last completed step, after one that broke off `in_step`."""
         assert self.boundary and self.in_step
-        self.model.zero_grad()  # type: ignore[attr-defined]
+        self.model.zero_grad()
         random_state.restore_state(self.boundary["rng"])
-        self._tr_loss, self.epoch_ended = self.boundary["loss"], self.boundary["epoch_ended"]
-        self.state.num_input_tokens_seen = self.boundary["tokens"]  # type: ignore[attr-defined]
-        self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        self._tr_loss = self.boundary["loss"]
+        self.epoch_ended = self.boundary["epoch_ended"]
+        self.state.num_input_tokens_seen = self.boundary["tokens"]
+        self._save_checkpoint(self.model, None)
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def restore_run(self) -> None:
+        """Put back what Trainer does not, and do what was due when the checkpoint was saved."""
+        if self.resumed is None:
+            return
+        self.args.eval_on_start = False
+        self.name_best(Path(self.args.output_dir))
+        self._tr_loss += self.resumed["loss_since_log"]
+        self._globalstep_last_logged = self.resumed["last_logged"]
+        self.epoch_rng = self.resumed["epoch_rng"]
+        self.watch.restore_state(self.resumed["watch"])
+        self.epoch_ended = self.resumed["epoch_ended"]
+        if self.resumed["evaluation_due"]:
+            self.control.should_evaluate = True
+            self._catch_up()
+        at_end = self.is_at_edge() or self.state.global_step >= self.state.max_steps
+        if at_end and self.state.global_step and not self.epoch_ended:
+            self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._catch_up()
+            self.control.should_training_stop = False
+
+    def _catch_up(self) -> None:
+        """Do what the control asks for, as after the step that the checkpoint is of."""
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model, None, self.state.epoch, None, time.time()
+        )
+        self.control.should_log = False
+        self.control.should_evaluate = False
+        self.control.should_save = False
 
 
 class Boundaries(TrainerCallback):
-    """What a resumable run does where it begins, and where epochs begin and end."""
+    """What a resumable run does where it begins, and where epochs and steps begin and end."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Resumable) -> None:
         self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put back what Trainer does not, and make up for what was due when the checkpoint was
-        saved."""
-        trainer = self.trainer
-        resumed = trainer.resumed
-        if resumed is None:
-            return
-        args.eval_on_start = False
-        trainer._name_best(Path(args.output_dir))
-        trainer._tr_loss += resumed["loss_since_log"]
-        trainer._globalstep_last_logged = resumed["last_logged"]
-        trainer.epoch_rng = resumed["epoch_rng"]
-        trainer.watch.restore(resumed["watch"])
-        trainer.epoch_ended = resumed["epoch_ended"]
-        if resumed["evaluation_due"]:
-            control.should_evaluate = True
-            self._catch_up(control)
-        if (
-            (trainer._at_edge() or state.global_step >= state.max_steps)
-            and state.global_step
-            and not trainer.epoch_ended
-        ):
-            trainer.callback_handler.on_epoch_end(args, state, control)
-            self._catch_up(control)
-            control.should_training_stop = False
-
-    def _catch_up(self, control: TrainerControl) -> None:
-        trainer = self.trainer
-        trainer._maybe_log_save_evaluate(
-            trainer._tr_loss, None, trainer.model, None, trainer.state.epoch, None, time.time()
-        )
-        control.should_log = control.should_evaluate = control.should_save = False
+        """The run goes on as it was when its checkpoint was saved."""
+        self.trainer.restore_run()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The order of the epoch's rows may be drawn from now on: from the numbers it was drawn
-        from."""
+        """Draw the order of the epoch's rows from the numbers that it was first drawn from."""
         trainer = self.trainer
-        if trainer.resumed is not None and not trainer._at_edge():
+        if trainer.resumed is not None and not trainer.is_at_edge():
             random_state.restore_state(trainer.epoch_rng)
         else:
             trainer.epoch_rng = random_state.capture_state()
         trainer.resumed = None
-        trainer.mark(lambda: trainer.epoch_rng)
+        trainer.mark_boundary(lambda: trainer.epoch_rng)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Another step: the epoch goes on."""
-        self.trainer.epoch_ended, self.trainer.in_step = False, True
+        self.trainer.epoch_ended = False
+        self.trainer.in_step = True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -287,5 +294,5 @@ class Boundaries(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A checkpoint saved from now on has this behind it."""
+        """A checkpoint saved from now on comes after the end of its epoch."""
         self.trainer.epoch_ended = True

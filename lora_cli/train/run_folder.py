@@ -1,11 +1,12 @@
-"""The folder of a run: claim it, write its record, refuse a resumed run whose recipe has
-changed."""
+"""Claim a run's folder, write its record, refuse a resumed run whose recipe has changed."""
 
 from __future__ import annotations
 
 import re
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,35 +20,105 @@ from lora_cli.common import (
     write_json,
     write_text,
 )
+from lora_cli.plan import auto
 from lora_cli.recipe import strict_yaml
 
-# Keys of a recipe that leave the steps before a checkpoint as they were: they may change when a run
-# is resumed
-LOGGING = (
-    "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "save_steps", "save_strategy",
-    "save_total_limit", "on_oom", "stop_on_loss_above",
-)  # fmt: skip
-
-
 EXTENDING = (
-    "training.max_steps", "training.num_train_epochs", "training.eval_strategy", "training.eval_steps",
-    "training.per_device_eval_batch_size", "training.dataloader_num_workers", "training.load_best_model_at_end",
-    "training.max_grad_norm", "data.eval_path", "data.eval_split",
-    *(f"training.{name}" for name in LOGGING),
-)  # fmt: skip
+    "training.max_steps",
+    "training.num_train_epochs",
+    "training.eval_strategy",
+    "training.eval_steps",
+    "training.per_device_eval_batch_size",
+    "training.dataloader_num_workers",
+    "training.load_best_model_at_end",
+    "training.max_grad_norm",
+    "data.eval_path",
+    "data.eval_split",
+    "training.logging_steps",
+    "training.logging_strategy",
+    "training.logging_first_step",
+    "training.report_to",
+    "training.run_name",
+    "training.save_steps",
+    "training.save_strategy",
+    "training.save_total_limit",
+    "training.on_oom",
+    "training.stop_on_loss_above",
+)
+"""Keys that may change when a run is resumed: the steps so far do not depend on them."""
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """LoraError where `folder` holds something that is not a run of ours; what a kill left of one's
-    start may stay."""
+    """LoraError where `folder` holds something that is not a run of ours.
+
+    What is left of a run that was killed as it started may stay.
+    """
     refuse_link(folder)
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
-        if provenance.RUN_RECORD in names or (
-            names and all(re.fullmatch(r"\.lock|\..+\.tmp", name) for name in names)
-        ):
+        leftovers = {name for name in names if re.fullmatch(r"\.lock|\..+\.tmp", name)}
+        if provenance.RUN_RECORD in names or (names and names == leftovers):
             return
     refuse_occupied(folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and its record, which `save` writes to `record.json` there."""
+
+    folder: Path
+    record: dict[str, Any]
+    """What record.json holds, in its order: JSON values without secrets or the home folder."""
+
+    @property
+    def id(self) -> str:
+        """The name by which checkpoints and adapters know their run."""
+        return str(self.record["id"])
+
+    @property
+    def commit(self) -> str | None:
+        """The base's commit on the hub; None for a folder."""
+        found: str | None = self.record["base"]["commit"]
+        return found
+
+    @property
+    def base_name(self) -> str:
+        """The base's folder or its name on the hub."""
+        return privacy.expand_home(self.record["base"]["name"])
+
+    @property
+    def started(self) -> date:
+        """The day on which the run began, also of one that was resumed later."""
+        return date.fromisoformat(self.record["started"][:10])
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """The rows the run trains on; None until they are prepared."""
+        return self.record.get("data")
+
+    @property
+    def reductions(self) -> list[dict[str, Any]]:
+        """Each time that memory ran out: the step it did after, and the pieces it went on with."""
+        return list(self.record.get("reduced", []))
+
+    def add(self, **contents: Any) -> None:
+        """Add to the record, or replace what it has under these names, without writing it."""
+        self.record.update(privacy.make_portable(contents))
+
+    def save(self) -> None:
+        """Write the record."""
+        self.record["updated"] = provenance.now()
+        write_json(self.folder / provenance.RUN_RECORD, self.record)
+
+    def update(self, **contents: Any) -> None:
+        """Add to the record and write it."""
+        self.add(**contents)
+        self.save()
+
+    def replace_choice(self, choice: auto.Choice) -> None:
+        """Put a choice in the place of an earlier one for its key, without writing the record."""
+        others = [made for made in self.record["choices"] if made["name"] != choice.name]
+        self.record["choices"] = [*others, choice._asdict()]
 
 
 def begin_run(
@@ -56,106 +127,107 @@ def begin_run(
     contents: dict[str, Any],
     resume: bool,
     allowed: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Claim `folder`, which is locked, for a run of the resolved `recipe` and write its record with
-    status `running`.
+) -> Run:
+    """Claim `folder`, which is locked, for a run of the resolved `recipe`.
 
-    LoraError when the folder holds another run, or, with `resume`, a run of a recipe that differs
-    in more than the `allowed` keys.
+    The run's record is written with status `running`. LoraError when the folder holds another run,
+    or, with `resume`, a run of a recipe that differs in more than the `allowed` keys.
     """
     refuse_link(folder)
-    recipe, contents = privacy.make_portable(recipe), privacy.make_portable(contents)
-    path, kept = folder / provenance.RUN_RECORD, dict[str, Any]()
-    if not resume and path.is_file() and _came_to_nothing(folder):
-        for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
-            (folder / name).unlink(missing_ok=True)
+    recipe = privacy.make_portable(recipe)
+    contents = privacy.make_portable(contents)
+    path = folder / provenance.RUN_RECORD
+    kept: dict[str, Any] = {}
     if resume:
         if not path.is_file():
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
         before = provenance.read_record(path)
         changes = _list_differences(before["recipe"], recipe)
-        extended = changes and all(change.key in EXTENDING for change in changes)
-        if before["status"] == "finished" and not (extended or allowed):
-            raise LoraError(
-                f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT"
-            )
-        _check_changes(folder, changes, allowed)
-        if "fingerprint" in before["base"] and (
-            others := _list_differences(before["base"], contents["base"], "base.")
-        ):
-            raise LoraError(
-                f"the base differs from that of the run in {folder}: "
-                f"{'; '.join(map(str, others[:3]))}",
-                f"give the same base, or rm -r {folder} to start again",
-            )
-        if others := _list_differences(
-            before["versions"], provenance.new_record("train")["versions"]
-        ):
-            ui.warn(
-                "the run began with other versions and may end otherwise: "
-                f"{'; '.join(map(str, others))}"
-            )
-        kept = {
-            key: before[key]
-            for key in ("id", "started", "data", "choices", "reduced")
-            if key in before
-        }
-        kept["resumed"] = [*before.get("resumed", []), provenance.now()]
-        if changes:
-            kept["changed"] = [*before.get("changed", []), *map(str, changes)]
+        _refuse_other_run(folder, before, changes, contents["base"], allowed)
+        kept = _keep_from_before(before, changes)
     elif path.is_file():
-        status = provenance.read_record(path)["status"]
-        hint = (
-            f"--resume continues it, --set output_dir=… starts another, rm -r {folder} removes it"
-        )
-        if status == "finished":
-            hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
-        raise LoraError(f"{folder} already holds a run ({status})", hint)
-    record = (
-        provenance.new_record(
-            "train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents
-        )
-        | kept
+        _clear_failed(folder)
+    record = provenance.new_record(
+        "train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents
     )
-    write_json(path, record)
+    run = Run(folder, record | kept)
+    write_json(path, run.record)
     write_text(folder / provenance.RESOLVED_RECIPE, strict_yaml.dump(recipe))
-    return record
+    return run
+
+
+def _clear_failed(folder: Path) -> None:
+    """Remove the record of a run that failed before it saved anything; LoraError for others."""
+    status = provenance.read_record(folder / provenance.RUN_RECORD)["status"]
+    if status == "failed" and _saved_nothing(folder):
+        for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
+            (folder / name).unlink(missing_ok=True)
+        return
+    hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
+    if status != "finished":
+        hint = f"--resume continues it, {hint}"
+    raise LoraError(f"{folder} already holds a run ({status})", hint)
+
+
+def _saved_nothing(folder: Path) -> bool:
+    """Whether the folder holds only what a run writes before its first checkpoint."""
+    early = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
+    return {path.name for path in folder.iterdir()} <= early
+
+
+def _refuse_other_run(
+    folder: Path,
+    before: dict[str, Any],
+    changes: list[Change],
+    base: dict[str, Any],
+    allowed: Sequence[str],
+) -> None:
+    """LoraError unless the run of the record `before` goes on with these changes and this base."""
+    extended = changes and all(change.key in EXTENDING for change in changes)
+    if before["status"] == "finished" and not (extended or allowed):
+        raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
+    _check_changes(folder, changes, allowed)
+    if "fingerprint" in before["base"] and (
+        others := _list_differences(before["base"], base, "base.")
+    ):
+        raise LoraError(
+            f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
+            f"give the same base, or rm -r {folder} to start again",
+        )
+
+
+def _keep_from_before(before: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
+    """What a resumed run keeps of the record `before`, with this resumption added to it.
+
+    Warns where the run began with other versions of the libraries.
+    """
+    now = provenance.new_record("train")["versions"]
+    if others := _list_differences(before["versions"], now):
+        listed = "; ".join(map(str, others))
+        ui.warn(f"the run began with other versions and may end otherwise: {listed}")
+    names = ("id", "started", "data", "choices", "reduced")
+    kept = {name: before[name] for name in names if name in before}
+    kept["resumed"] = [*before.get("resumed", []), provenance.now()]
+    if changes:
+        kept["changed"] = [*before.get("changed", []), *map(str, changes)]
+    return kept
 
 
 def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) -> None:
-    """LoraError unless every change is allowed, and may be."""
+    """LoraError unless every change is allowed, and is one that a resumed run can make."""
     if fixed := sorted(set(allowed) - set(EXTENDING)):
-        raise LoraError(
-            f"--allow-changes {fixed[0]}: a resumed run cannot change it",
-            f"it may change {', '.join(EXTENDING)}",
-        )
+        message = f"--allow-changes {fixed[0]}: a resumed run cannot change it"
+        raise LoraError(message, f"it may change {', '.join(EXTENDING)}")
     refused = [change for change in changes if change.key not in allowed]
     if not refused:
         return
     hint = "undo the change, or --set output_dir=… starts another run"
     if all(change.key in EXTENDING for change in refused):
-        hint = "undo the change, or allow it: " + " ".join(
-            f"--allow-changes {change.key}" for change in refused
-        )
+        options = " ".join(f"--allow-changes {change.key}" for change in refused)
+        hint = f"undo the change, or allow it: {options}"
     more = [f"and {len(refused) - 4} more"] if len(refused) > 4 else []
-    said = "; ".join([*map(str, refused[:4]), *more])
-    raise LoraError(f"the recipe differs from the run in {folder}: {said}", hint)
-
-
-def _came_to_nothing(folder: Path) -> bool:
-    """Whether the run in `folder` failed before it saved anything: its recipe may be mended and run
-    again."""
-    kept = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
-    return (
-        provenance.read_record(folder / provenance.RUN_RECORD)["status"] == "failed"
-        and {p.name for p in folder.iterdir()} <= kept
-    )
-
-
-def update_record(folder: Path, record: dict[str, Any], **contents: Any) -> None:
-    """Add to a run's record and write it."""
-    record |= {**privacy.make_portable(contents), "updated": provenance.now()}
-    write_json(folder / provenance.RUN_RECORD, record)
+    listed = "; ".join([*map(str, refused[:4]), *more])
+    raise LoraError(f"the recipe differs from the run in {folder}: {listed}", hint)
 
 
 class Change(NamedTuple):
@@ -170,7 +242,7 @@ class Change(NamedTuple):
 
 
 def _list_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Change]:
-    """`training.learning_rate 0.0002 -> 0.0001` for each value that differs."""
+    """Each value that differs, such as `training.learning_rate 0.0002 -> 0.0001`."""
     changes: list[Change] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)

@@ -1,32 +1,89 @@
-"""What a run needs before its first step: the base, the adapter on it, and the trainer around
-both."""
+"""What a run needs before its first step: rows, the base, the adapter on it, the trainer."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli.common import ui
-from lora_cli.data import prepare
-from lora_cli.models import Base, attach, init_weights, refuse_not_finite, targets, token_rows
-from lora_cli.plan import auto, flops, hardware
+from lora_cli.common import LoraError, ui
+from lora_cli.data import load, prepare, selection
+from lora_cli.models import (
+    Base,
+    attach,
+    init_weights,
+    load_recipe_tokenizer,
+    refuse_not_finite,
+    targets,
+    token_rows,
+)
+from lora_cli.plan import auto, flops, hardware, sizes
 from lora_cli.recipe import Recipe, upstream
-from lora_cli.speed import document_attention, dora_norms, install, loss_head, step_packing
-from lora_cli.train import out_of_memory
-from lora_cli.train.progress import Watch
-from lora_cli.train.resume import Boundaries, keep_types
-from lora_cli.train.signals import Signals
+from lora_cli.speed import document_attention, dora_norms, install, step_packing
+from lora_cli.train import disk_space, out_of_memory
+from lora_cli.train.options import RunOptions
+from lora_cli.train.run_folder import Run
 from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
+
+
+class Inputs(NamedTuple):
+    """What a run has ready before the base's weights are loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    new_ids: list[int]
+    """Ids of the tokens that the recipe adds."""
+    train_rows: prepare.Prepared
+    eval_rows: prepare.Prepared | None
+    disk: disk_space.Need
+
+
+def prepare_inputs(recipe: Recipe, base: Base, run: Run) -> Inputs:
+    """Tokenizer and rows; LoraError for what would waste the run, such as too small a disk."""
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
+    ui.say(f"  chat template: {template}")
+    size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
+    train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.started)
+    ui.say(f"  data: {train_rows.summary()}")
+    if eval_rows:
+        ui.say(f"  evaluation: {eval_rows.summary()}")
+    sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer)
+    steps = sizes.count_steps(recipe, train_rows).steps
+    disk = disk_space.estimate_need(recipe, size.trainable, len(tokenizer), steps)
+    disk_space.refuse_too_little(run.folder, disk)
+    _refuse_other_rows(run, train_rows, tokenizer)
+    return Inputs(tokenizer, new_ids, train_rows, eval_rows, disk)
+
+
+def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a run's record keeps of the rows it trains on."""
+    return {
+        "fingerprint": rows.fingerprint,
+        "commit": rows.commit,
+        "read": rows.counts.read,
+        "rows": len(rows.rows),
+        "tokens": rows.counts.tokens,
+        "trained_tokens": rows.counts.trained_tokens,
+        "left_out": dict(rows.counts.left_out),
+        "stop_token_ids": selection.find_stop_ids(tokenizer, rows.counts),
+        "streamed": rows.stream is not None,
+    }
+
+
+def _refuse_other_rows(
+    run: Run, train_rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Record the rows before training on them; LoraError when a resumed run began with others."""
+    now = _describe_rows(train_rows, tokenizer)
+    if run.data and run.data["fingerprint"] != now["fingerprint"]:
+        changed = "the data, tokenizer or chat template have changed since"
+        raise LoraError(
+            f"the run in {run.folder} began with other rows: {changed}",
+            "undo the change; record.json says what they were",
+        )
+    run.update(data=now)
 
 
 def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
@@ -46,9 +103,8 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     return network
 
 
-def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) -> None:
-    """Attention by document where the recipe leaves it open and the base's own does not know
-    documents."""
+def set_attention(recipe: Recipe, base: PreTrainedModel, run: Run) -> None:
+    """Install attention by document if the recipe leaves it open and the base's own lacks it."""
     if recipe.model.attn_implementation:
         return
     apart = document_attention.install(base)
@@ -58,16 +114,12 @@ def set_attention(recipe: Recipe, base: PreTrainedModel, run: dict[str, Any]) ->
         else "what the model has"
     )
     choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
-    run["choices"] = [
-        *(made for made in run["choices"] if made["name"] != choice.name),
-        choice._asdict(),
-    ]
+    run.replace_choice(choice)
     ui.say(f"  {choice}")
 
 
 def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
-    """The recipe, with padded batches where rows in one sequence would see each other in this
-    base."""
+    """The recipe, with padded batches for a base in which rows of a sequence see each other."""
     why = step_packing.find_unsuitable(base) if recipe.training.packing == "step" else None
     if why is None:
         return recipe
@@ -76,37 +128,28 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
 
 
 def attach_adapter(
-    recipe: Recipe,
-    base: Base,
-    network: PreTrainedModel,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    new_ids: list[int],
-    train_rows: prepare.Prepared,
+    recipe: Recipe, base: Base, network: PreTrainedModel, run: Run, inputs: Inputs
 ) -> PeftModel:
     """The base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
     config = upstream.build_lora_config(recipe)
     config.revision = base.revision  # so that other programs load the same base
-    if new_ids:
-        token_rows.grow_embeddings(network, len(tokenizer))
-        token_rows.train_rows(network, config, new_ids)
+    if inputs.new_ids:
+        token_rows.grow_embeddings(network, len(inputs.tokenizer))
+        token_rows.train_rows(network, config, inputs.new_ids)
     targets.check_targets(recipe, network, config)
-    rows = [
-        dict(row)
-        for row in train_rows.rows.select(range(min(init_weights.ROWS, len(train_rows.rows))))
-    ]
-    collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
+    rows = inputs.train_rows.rows
+    first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
+    collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
     with attach.quiet_peft():
-        init_weights.prepare_base(recipe, network, config, rows, collate)
+        init_weights.prepare_base(recipe, network, config, first, collate)
         adapted = attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
-        init_weights.prepare_adapter(recipe, adapted, rows, collate, base)
-    init_weights.keep_start(recipe, adapted, folder)
+        init_weights.prepare_adapter(recipe, adapted, first, collate, base)
+    init_weights.keep_start(recipe, adapted, run.folder)
     install.install(adapted, adapted.device.type)
     if (options := upstream.read_compile_options(recipe)) is not None:
-        ui.say(
-            f"  {install.compile_layers(adapted, options)} layers are compiled at the first step"
-        )
+        compiled = install.compile_layers(adapted, options)
+        ui.say(f"  {compiled} layers are compiled at the first step")
     return adapted
 
 
@@ -115,68 +158,64 @@ def _find_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def make_trainer(
-    recipe: Recipe,
-    folder: Path,
-    adapted: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: prepare.Prepared,
-    eval_rows: prepare.Prepared | None,
-    run: dict[str, Any],
+    recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run
 ) -> WatchedSFTTrainer | WatchedTrainer:
     """The trainer the recipe names, around the adapted model."""
+    train_rows, eval_rows = inputs.train_rows, inputs.eval_rows
     pieces = out_of_memory.read_pieces(recipe, run)
     arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
+    arguments.save_total_limit = None  # Trainer would also delete checkpoints of other runs
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
-    common: dict[str, Any] = {
-        "model": adapted,
-        "args": arguments,
-        "train_dataset": train_rows.rows if train_rows.stream is None else train_rows.stream,
-        "eval_dataset": eval_rows.rows if eval_rows else None,
-        "processing_class": tokenizer,
-    }
-    if recipe.training.packing == "step":
-        common["data_collator"] = step_packing.StepCollator(pieces.sequence)
-    elif recipe.trainer == "trainer":
-        common["data_collator"] = DataCollatorForLanguageModeling(
-            pad_token_id=_find_pad_id(tokenizer)
-        )
-    trainer: WatchedSFTTrainer | WatchedTrainer
-    with keep_types(adapted):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
-        trainer = (
-            WatchedSFTTrainer(**common) if recipe.trainer == "sft" else WatchedTrainer(**common)
-        )
-    if recipe.training.loraplus_lr_ratio is not None:
-        given = {
-            name: getattr(recipe.training, name)
-            for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")
-        }
-        trainer.loraplus = {name: value for name, value in given.items() if value is not None}
-    if recipe.training.loss_head == "trained_tokens":
-        base = adapted.get_base_model()
-        other = loss_head.install(base)
-        if other:
-            ui.say(f"  training.loss_head = stock: {other}")
-        else:
-            trainer.own_loss = trainer.model_accepts_loss_kwargs = True
-    trainer.watch, trainer.signals, trainer.run_id = Watch(folder), Signals(), run["id"]
-    trainer.watch.limit, trainer.watch.where = (
-        recipe.training.stop_on_loss_above,
-        trainer.step_in_words,
+    kind = WatchedSFTTrainer if recipe.trainer == "sft" else WatchedTrainer
+    return kind(
+        make_options(recipe, adapted, train_rows, run),
+        model=adapted,
+        args=arguments,
+        train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
+        eval_dataset=eval_rows.rows if eval_rows else None,
+        processing_class=inputs.tokenizer,
+        data_collator=_make_collator(recipe, inputs.tokenizer, pieces),
     )
-    trainer.boundary = {} if recipe.training.on_oom == "reduce" else None
-    trainer.keep, arguments.save_total_limit = recipe.training.save_total_limit, None
-    trainer.dora_layers = dora_norms.find_layers(adapted)
-    trainer.watch.work = count_work(recipe, adapted, train_rows)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(trainer.watch)
-    trainer.add_callback(Boundaries(trainer))
-    return trainer
+
+
+def make_options(
+    recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared, run: Run
+) -> RunOptions:
+    """What the recipe asks of the trainer that upstream's arguments cannot say."""
+    training = recipe.training
+    loraplus = {
+        name: getattr(training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")
+    }
+    if training.loraplus_lr_ratio is None:
+        loraplus = {}
+    return RunOptions(
+        run_id=run.id,
+        work=count_work(recipe, adapted, train_rows),
+        keep_checkpoints=training.save_total_limit,
+        loss_limit=training.stop_on_loss_above,
+        reduce_on_oom=training.on_oom == "reduce",
+        own_loss_head=training.loss_head == "trained_tokens",
+        loraplus={name: value for name, value in loraplus.items() if value is not None},
+        dora_layers=dora_norms.find_layers(adapted),
+    )
+
+
+def _make_collator(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pieces: out_of_memory.Pieces
+) -> Any:
+    """The collator that makes batches of rows; None where SFTTrainer has its own."""
+    if recipe.training.packing == "step":
+        return step_packing.StepCollator(pieces.sequence)
+    if recipe.trainer == "trainer":
+        return DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
+    return None
 
 
 def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared) -> flops.Work:
-    """What training on one of these tokens costs, and what the device could do."""
-    counts, device = train_rows.counts, hardware.detect_device()
+    """What training on one of these tokens costs, and what the device can do at most."""
+    counts = train_rows.counts
+    device = hardware.detect_device()
     context = counts.tokens / max(len(train_rows.rows), 1)
     each = flops.count_per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
     return flops.Work(

@@ -63,7 +63,7 @@ def settled(
         training=keys.Training(**{"gradient_checkpointing": False, "packing": False, **training}),
         output_dir="x",
     )
-    return auto.settle(made, torch.float32, LARGE_CPU)[0]
+    return auto.settle(made, device=LARGE_CPU)[0]
 
 
 def real(chosen: keys.Recipe, folder: Path) -> PeftModel:
@@ -203,7 +203,7 @@ def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -
             "from lora_cli.models import config as configs\nfrom lora_cli.plan import auto, "
             "hardware, memory\n"
             "config = configs.load_config(recipe.model.name_or_path)\n"
-            "settled, _ = auto.settle(recipe, config.dtype)\n"
+            "settled, _ = auto.settle(recipe)\n"
             "memory.make_forecast(settled, config, "
             "hardware.detect_device()).need(memory.largest_batch(settled))\n"
         )
@@ -252,14 +252,14 @@ def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
     need = (
         memory.make_forecast(chosen, config(), LARGE_CPU).need(memory.largest_batch(chosen)).total
     )
+    still_open = chosen.settled("sft", {"training": {"gradient_checkpointing": "auto"}})
     for room, expected in ((need, False), (need - 1, True)):
-        decided = memory.levers(config(), LARGE_CPU._replace(memory=room))(chosen)[
-            "gradient_checkpointing"
-        ]
-        assert decided[0] is expected
-        assert "MiB" in decided[1]
-    far = memory.levers(config(), LARGE_CPU)(chosen)["gradient_checkpointing"]
-    assert far == (False, "needs a small part of a processor, 64.0 GiB")
+        device = LARGE_CPU._replace(memory=room)
+        outlook = auto.foresee_memory(auto.Situation(still_open, device, config()))
+        assert outlook.checkpointing is expected
+        assert "MiB" in outlook.reason
+    outlook = auto.foresee_memory(auto.Situation(still_open, LARGE_CPU, config()))
+    assert outlook == auto.Outlook(False, "needs a small part of a processor, 64.0 GiB")
 
 
 def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None:
@@ -269,9 +269,16 @@ def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None
     gpu = Hardware("cuda", "a GPU", 0, bf16=True)
     need = memory.make_forecast(with_it, big, gpu).need(memory.largest_batch(chosen))
     missing = need.items[OPTIMIZER] // 2
-    decided = memory.levers(big, gpu._replace(memory=need.total - missing))(chosen)
-    assert decided["optim"][0] == "paged_adamw_8bit"
-    assert decided["gradient_checkpointing"][0] is True
+    both_open = chosen.settled(
+        "sft", {"training": {"gradient_checkpointing": "auto", "optim": "auto"}}
+    )
+    decided, choices = auto.settle(both_open, big, gpu._replace(memory=need.total - missing))
+    assert decided.training.optim == "paged_adamw_8bit"
+    assert decided.training.gradient_checkpointing is True
+    assert [choice.name for choice in choices] == [
+        "training.optim",
+        "training.gradient_checkpointing",
+    ]
 
 
 def test_activations_that_are_offloaded_are_not_on_the_gpu() -> None:

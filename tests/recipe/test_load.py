@@ -42,7 +42,7 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "training: {weight_decay: 0.1}\nlora: {use_rslora: true}\n")
     assert loaded.training.given()["weight_decay"] == 0.1
     assert "adam_beta1" not in loaded.training.given()
-    settled, _ = auto.settle(loaded, upstream.torch.float32)
+    settled, _ = auto.settle(loaded)
     assert upstream.build_training_arguments(settled).weight_decay == 0.1
     assert upstream.build_lora_config(settled).use_rslora is True
 

@@ -173,16 +173,35 @@ def test_rotation_deletes_only_this_run_s_own(trained: Path, tmp_path: Path) -> 
     for name in ("checkpoint-1", "checkpoint-1000", "checkpoint-best"):
         (folder / name).mkdir()
     foreign = ["checkpoint-1", "checkpoint-1000", "checkpoint-best"]
-    checkpoints.delete_old(folder, run, None, newest=4, best=None)
-    checkpoints.delete_old(folder, "another run", 1, newest=4, best=None)
+    checkpoints.delete_old(folder, run, None, last=4, best=None)
+    checkpoints.delete_old(folder, "another run", 1, last=4, best=None)
     assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-3", "checkpoint-4"])
-    checkpoints.delete_old(folder, run, 2, newest=4, best=2)
+    checkpoints.delete_old(folder, run, 2, last=4, best=2)
     assert left() == sorted([*foreign, "checkpoint-2", "checkpoint-4"])
     (
         folder / "checkpoint-4" / "optimizer.pt"
     ).unlink()  # so that the run went on from an earlier one
-    checkpoints.delete_old(folder, run, 1, newest=2, best=None)
+    checkpoints.delete_old(folder, run, 1, last=2, best=None)
     assert left() == sorted([*foreign, "checkpoint-2"])
+
+
+def test_the_last_step_is_that_of_the_newest_manifest_of_this_run(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder, run = tmp_path / "run", run_id(trained)
+    shutil.copytree(trained, folder)
+    (folder / "checkpoint-1000").mkdir()
+    flipped(
+        folder / "checkpoint-4" / "adapter_model.safetensors", 0
+    )  # seen when it is read, to resume from it
+    assert checkpoints.find_last_step(folder, run) == 4
+    (folder / "checkpoint-4" / "manifest.json").unlink()
+    assert checkpoints.find_last_step(folder, run) == 3
+    assert checkpoints.find_last_step(folder, "another run") == 0
+    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+    (folder / "checkpoint-3" / "manifest.json").unlink()
+    checkpoints._seal_folder(folder / "checkpoint-3", run, 3)  # as with training.save_only_model
+    assert checkpoints.find_last_step(folder, run) == 2
 
 
 def test_generators_go_on_where_they_were() -> None:
@@ -293,7 +312,7 @@ def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
         signal.SIGINT, before
     )  # a shell's background jobs begin with SIGINT ignored
     signals = Signals()
-    with signals.heard():
+    with signals.listen():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (signals.save, signals.stopping) == (True, None)
         os.kill(os.getpid(), signal.SIGINT)

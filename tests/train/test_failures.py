@@ -308,9 +308,9 @@ STAGES = {
     "the adapter": (PeftModel, "save_pretrained"),
     "the optimiser": (torch, "save"),
     "generators": (Resumable, "_save_rng_state"),
-    "trainer_state.json": (checkpoints, "_seal"),
+    "trainer_state.json": (checkpoints, "_seal_folder"),
     "a file's flush": (checkpoints, "_flush"),
-    "the manifest": (checkpoints, "_manifest"),
+    "the manifest": (checkpoints, "_make_manifest"),
     "the name": (Path, "rename"),
 }
 

@@ -134,7 +134,7 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
         raise KilledError
 
     if point == "save":
-        at(checkpoints, "_seal", 2, kill)  # of step 6
+        at(checkpoints, "_seal_folder", 2, kill)  # of step 6
     elif point == "at once":
         at(_Watched, "training_step", batch, kill)
     elif point == "last step":

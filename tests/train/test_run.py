@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -453,19 +452,3 @@ def test_other_rows_are_not_resumed_with(
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert len(run["resumed"]) == 2
     assert run["started"] <= run["resumed"][0]
-
-
-def test_walking_the_model_once_is_the_run_that_walks_it_in_every_pass(
-    write_recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With evaluation between steps, noise and dropout, which hang on the modules' mode, and
-    gradients to forget."""
-    found = []
-    for name in ("once", "always"):
-        text = (
-            f"output_dir: {tmp_path / name}\nlora: {{lora_dropout: 0.1}}\ndata: {{eval_path: {tiny / 'eval.jsonl'}}}\n"
-            "training: {max_steps: 4, neftune_noise_alpha: 5, eval_strategy: steps, eval_steps: 2}\n"
-        )
-        found.append(adapter_bytes(train.train(load.load_recipe(write_recipe(text)))))
-        monkeypatch.setattr(trainers._Watched, "_walked_once", lambda self: nullcontext())
-    assert found[0] == found[1]

@@ -1,0 +1,31 @@
+"""What a run asks of its trainer beside upstream's TrainingArguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_cli.plan import flops
+from lora_cli.speed import FactoredDora
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Settings of one run, given to the trainer's constructor."""
+
+    run_id: str
+    """Written into every checkpoint: only this run resumes from it, or deletes it."""
+    work: flops.Work
+    """What training on a token costs, and what the device can do at most."""
+    keep_checkpoints: int | None
+    """How many checkpoints stay on the disk; None for all."""
+    loss_limit: float | None
+    """A step's loss above it stops the run."""
+    reduce_on_oom: bool
+    """Whether the last step must be saved when memory runs out in the next one."""
+    own_loss_head: bool
+    """Whether the model computes its loss at tokens with a label only (`speed/loss_head.py`)."""
+    loraplus: Mapping[str, float]
+    """LoRA+'s arguments of PEFT's optimiser helper; empty for one learning rate."""
+    dora_layers: Sequence[FactoredDora]
+    """Layers whose norms are the same in all sequences of a step."""

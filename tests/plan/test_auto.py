@@ -1,0 +1,128 @@
+"""What `auto` becomes on a device and why; the device is given, so that those for GPUs need none.
+
+Hermetic: nothing is loaded. Alone: pytest tests/plan/test_auto.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from lora_cli.common.errors import LoraError
+from lora_cli.plan import auto, memory
+from lora_cli.plan.hardware import GIB, Hardware
+from lora_cli.recipe import keys, load
+
+CPU = Hardware("cpu", "a processor", 16 * GIB)
+AMPERE = Hardware("cuda", "A100", 80 * GIB, (8, 0), bf16=True, flash_attention=(2, 3), liger=True)
+HOPPER = AMPERE._replace(name="H100", capability=(9, 0))
+TURING = Hardware("cuda", "T4", 15 * GIB, (7, 5), flash_attention=(2,))
+
+
+def situation(device: Hardware, on_disk: str = "float32", dtype: str = "auto") -> auto.Situation:
+    model = keys.Model(name_or_path="x", dtype=dtype)
+    recipe = keys.Recipe(model=model, data=keys.Data(path="x"), output_dir="x")
+    return auto.Situation(recipe, device, LlamaConfig(dtype=on_disk))
+
+
+def test_types_follow_device_and_checkpoint() -> None:
+    assert auto.choose_dtype(situation(HOPPER, "float32"))[0] == "bfloat16"
+    assert auto.choose_dtype(situation(TURING, "bfloat16"))[0] == "float32"
+    assert auto.choose_dtype(situation(CPU, "bfloat16"))[0] == "float32"
+    assert auto.choose_dtype(situation(CPU._replace(bf16=True), "bfloat16"))[0] == "bfloat16"
+    assert auto.choose_dtype(situation(CPU._replace(bf16=True), "float16"))[0] == "float32"
+
+
+def test_flash_attention_where_it_is_installed_and_works() -> None:
+    assert auto.choose_attention(situation(HOPPER, dtype="bfloat16"))[0] == "flash_attention_3"
+    assert auto.choose_attention(situation(AMPERE, dtype="bfloat16"))[0] == "flash_attention_2"
+    assert auto.choose_attention(situation(TURING, dtype="float16"))[0] is None
+    assert auto.choose_attention(situation(HOPPER, dtype="float32"))[0] is None
+    bare = HOPPER._replace(flash_attention=())
+    assert auto.choose_attention(situation(bare, dtype="bfloat16"))[0] is None
+    assert auto.choose_attention(situation(CPU, dtype="bfloat16"))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "expected"),
+    [
+        (HOPPER, 0, "adamw_torch_fused"),
+        (HOPPER, 2 * GIB, "paged_adamw_8bit"),
+        (HOPPER, 5 * GIB, "adamw_torch_fused"),
+        (CPU, 2 * GIB, "adamw_torch_fused"),
+    ],
+)
+def test_a_paged_optimizer_only_where_it_makes_the_run_fit(
+    device: Hardware, missing: int, expected: str
+) -> None:
+    outlook = auto.Outlook(True, "", state=4 * GIB, missing=missing)
+    assert auto.choose_optimizer(device, outlook)[0] == expected
+
+
+def test_options_without_a_measured_gain_are_off_and_say_why() -> None:
+    for device in (CPU, TURING, AMPERE, HOPPER):
+        for choose in (auto.choose_compilation, auto.choose_liger):
+            value, reason = choose(situation(device))
+            assert value is False
+            assert reason
+
+
+def test_every_auto_is_recorded_with_its_reason_and_gives_way(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
+    settled, choices = auto.settle(load.load_recipe(path), device=HOPPER)
+    made = {choice.name: choice for choice in choices}
+    assert len(made) == len(choices) >= 12
+    assert all(choice.reason for choice in choices)
+    assert (
+        made["model.attn_implementation"].value
+        == settled.model.attn_implementation
+        == "flash_attention_3"
+    )
+    assert (
+        made["training.gradient_checkpointing"].value
+        is settled.training.gradient_checkpointing
+        is True
+    )
+    fixed = [
+        "model.attn_implementation=sdpa",
+        "training.gradient_checkpointing=false",
+        "training.optim=sgd",
+        "training.torch_compile=false",
+        "training.dataloader_num_workers=2",
+    ]
+    settled, choices = auto.settle(load.load_recipe(path, fixed), device=HOPPER)
+    assert not {choice.name for choice in choices} & {text.partition("=")[0] for text in fixed}
+    assert (settled.model.attn_implementation, settled.training.optim) == ("sdpa", "sgd")
+    assert settled.training.dataloader_num_workers == 2
+
+
+def test_the_memory_plan_is_asked_last_and_only_for_what_is_open(
+    tmp_path: Path, monkeypatch
+) -> None:
+    asked: list[keys.Recipe] = []
+
+    def refuse(recipe: keys.Recipe, *others: object) -> None:
+        asked.append(recipe)
+        raise LoraError("not to be foreseen")
+
+    monkeypatch.setattr(memory, "make_forecast", refuse)
+    path, small = tmp_path / "r.yaml", CPU._replace(memory=1)
+    path.write_text("model: {name_or_path: x}\ndata: {path: y}\ntraining: {optim: sgd}\n")
+    settled, choices = auto.settle(load.load_recipe(path), LlamaConfig(), small)
+    assert (settled.training.optim, settled.training.gradient_checkpointing) == ("sgd", False)
+    assert asked[0].training.gradient_checkpointing is False
+    values = {**dict(asked[0].model), **dict(asked[0].training)}
+    assert {name for name, value in values.items() if value == "auto"} == {
+        "chat_template",
+        "pad_to_multiple_of",
+    }
+    assert str(choices[-1]) == "training.gradient_checkpointing = false (auto: not to be foreseen)"
+    path.write_text(
+        "model: {name_or_path: x}\ndata: {path: y}\ntraining: {gradient_checkpointing: true}\n"
+    )
+    settled, choices = auto.settle(load.load_recipe(path), LlamaConfig(), small)
+    assert str(choices[-1]) == "training.optim = adamw_torch_fused (auto: the fastest AdamW)"
+    assert len(asked) == 1
