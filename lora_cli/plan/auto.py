@@ -98,10 +98,10 @@ def _make_choice(recipe: Recipe, key: str, chosen: Chosen, choices: list[Choice]
 
 
 def choose_trainer(given: Situation) -> Chosen:
-    """TRL's SFTTrainer, unless it refuses what the recipe adapts."""
+    """The objective's trainer of TRL, unless it refuses what the recipe adapts."""
     if given.recipe.adapts_head:
-        return "trainer", "SFTTrainer cannot adapt the output head"
-    return "sft", "rows and labels are the same for both"
+        return "trainer", f"{given.recipe.objective.trainer} cannot adapt the output head"
+    return given.recipe.objective.name, "rows and labels are the same for both"
 
 
 def choose_dtype(given: Situation) -> Chosen:

@@ -297,7 +297,7 @@ class Rehearsal:
         for layer in self.adapted.modules():
             if isinstance(layer, dora_norms.FactoredDora):
                 layer.squares = torch.empty(layer.weight.numel())
-        if self.recipe.training.loss_head == "stock" and self.recipe.trainer == "sft":
+        if self.recipe.training.loss_head == "stock" and self.recipe.uses_trl:
             add_fused_lm_head(self.base, outputs=("log_probs", "entropy", "is_top1"))
         self.base.config.use_cache = False
         self.adapted.train()
@@ -381,7 +381,7 @@ class Rehearsal:
         inputs = {"input_ids": ids, other: torch.ones_like(ids)}
         if self.recipe.training.loss_head == "stock":
             self.live.item = HEAD if self.recipe.training.gradient_checkpointing else ACTIVATIONS
-            fused = {"fused_lm_head": True} if self.recipe.trainer == "sft" else {}
+            fused = {"fused_lm_head": True} if self.recipe.uses_trl else {}
             return self.base(**inputs, labels=ids, **fused).loss
         hidden = self.base.get_decoder()(**inputs).last_hidden_state
         self.live.item = HEAD

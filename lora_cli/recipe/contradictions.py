@@ -27,25 +27,26 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
             f"{place} has no effect with method: {recipe.method}",
             "use method: qlora, or remove the section",
         )
-    if recipe.trainer == "sft" and recipe.adapts_head:
-        yield f"{recipe.where('trainer')}: SFTTrainer cannot adapt the output head", "trainer: auto"
+    ours, theirs = recipe.objective.name, recipe.objective.trainer
+    if recipe.uses_trl and recipe.adapts_head:
+        yield f"{recipe.where('trainer')}: {theirs} cannot adapt the output head", "trainer: auto"
     if recipe.trainer == "trainer" or (recipe.trainer == "auto" and recipe.adapts_head):
         own = recipe.objective.list_own_fields()
         for key in sorted(
             (recipe.training.model_fields_set & own) - TrainingFields.model_fields.keys()
         ):
             yield (
-                f"{recipe.where('training', key)} works only with trainer: sft",
+                f"{recipe.where('training', key)} works only with trainer: {ours}",
                 (
-                    "trainer: sft"
+                    f"trainer: {ours}"
                     if recipe.trainer == "trainer"
-                    else "SFTTrainer cannot adapt the output head: remove it"
+                    else f"{theirs} cannot adapt the output head: remove it"
                 ),
             )
         if recipe.training.packing in (True, "dataset"):
             place = recipe.where("training", "packing")
             yield (
-                f"{place}: packing the whole data set works only with trainer: sft",
+                f"{place}: packing the whole data set works only with trainer: {ours}",
                 "packing: step",
             )
     if recipe.training.packing == "step" and getattr(recipe.training, "padding_free", None):

@@ -426,6 +426,11 @@ class Recipe(Section):
         return DEFAULT_OBJECTIVE
 
     @property
+    def uses_trl(self) -> bool:
+        """Whether TRL's trainer of the objective trains it, and not transformers' own; settled."""
+        return self.trainer == self.objective.name
+
+    @property
     def quantized(self) -> bool:
         """Whether the base is stored in 4 bits."""
         return self.method in ("qlora", "qdora")

@@ -97,7 +97,7 @@ def read_compile_options(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
-    """`SFTConfig` for SFTTrainer, `TrainingArguments` for Trainer."""
+    """Build the objective's configuration for TRL's trainer, `TrainingArguments` for Trainer."""
     values = recipe.training.given()
     values.setdefault(
         "include_num_input_tokens_seen", "non_padding"
@@ -133,7 +133,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     if by_step:  # trainers.py takes a step's sequences one at a time
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
     values["packing"] = values["packing"] in (True, "dataset")
-    if recipe.trainer == "trainer":
+    if not recipe.uses_trl:
         for name in recipe.objective.list_own_fields():
             values.pop(
                 name, None

@@ -25,7 +25,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.run_folder import Run
-from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
+from lora_cli.train.trainers import Watched
 
 
 def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> Path:
@@ -84,7 +84,7 @@ def _run(recipe: Recipe, base: Base, run: Run, resume: bool) -> Path:
         recipe = setup.settle_packing(recipe, network)
         adapted = setup.attach_adapter(recipe, base, network, run, inputs)
 
-    def make() -> WatchedSFTTrainer | WatchedTrainer:
+    def make() -> Watched:
         return setup.make_trainer(recipe, adapted, inputs, run)
 
     with translate_refusals(passed_on):
@@ -116,9 +116,7 @@ def _run(recipe: Recipe, base: Base, run: Run, resume: bool) -> Path:
     return adapter
 
 
-def _say_packed(
-    recipe: Recipe, trainer: WatchedSFTTrainer | WatchedTrainer, train_rows: prepare.Prepared
-) -> None:
+def _say_packed(recipe: Recipe, trainer: Watched, train_rows: prepare.Prepared) -> None:
     """Say how full TRL's packing made the sequences."""
     if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
         packed = len(trainer.train_dataset)

@@ -24,9 +24,10 @@ from lora_cli.plan import auto, flops, hardware, sizes
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
 from lora_cli.train import disk_space, out_of_memory
+from lora_cli.train.objectives import find_trainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.run_folder import Run
-from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
+from lora_cli.train.trainers import Watched
 
 
 class Inputs(NamedTuple):
@@ -157,9 +158,7 @@ def _find_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def make_trainer(
-    recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run
-) -> WatchedSFTTrainer | WatchedTrainer:
+def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -> Watched:
     """The trainer the recipe names, around the adapted model."""
     train_rows, eval_rows = inputs.train_rows, inputs.eval_rows
     pieces = out_of_memory.read_pieces(recipe, run)
@@ -167,8 +166,7 @@ def make_trainer(
     arguments.save_total_limit = None  # Trainer would also delete checkpoints of other runs
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
-    kind = WatchedSFTTrainer if recipe.trainer == "sft" else WatchedTrainer
-    return kind(
+    return find_trainer(recipe)(
         make_options(recipe, adapted, train_rows, run),
         model=adapted,
         args=arguments,
@@ -204,10 +202,10 @@ def make_options(
 def _make_collator(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pieces: out_of_memory.Pieces
 ) -> Any:
-    """The collator that makes batches of rows; None where SFTTrainer has its own."""
+    """The collator that makes batches of rows; None where TRL has its own."""
     if recipe.training.packing == "step":
         return step_packing.StepCollator(pieces.sequence)
-    if recipe.trainer == "trainer":
+    if not recipe.uses_trl:
         return DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
     return None
 

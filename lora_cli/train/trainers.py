@@ -14,7 +14,6 @@ from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
 
 from lora_cli.common import LoraError, ui
 from lora_cli.models import IGNORED
@@ -27,7 +26,7 @@ from lora_cli.train.resume import Boundaries, Resumable
 ROWS_SHOWN = 16
 
 
-class _Watched(Resumable):
+class Watched(Resumable):
     """Hands each micro-batch's loss to a `Watch`, and weighs evaluation by tokens.
 
     Trainer's own eval_loss is a mean of the batches' means: it changes with the batch size, and a
@@ -174,19 +173,3 @@ class _Watched(Resumable):
 def _split_parts(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """The sequences of a step that is packed by `step`, or the batch as it is."""
     return step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]
-
-
-class WatchedSFTTrainer(_Watched, SFTTrainer):
-    """TRL's SFTTrainer, watched."""
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """With `own_loss` the model's (`speed/loss_head.py`), past TRL's head."""
-        if not self.own_loss:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
-
-
-class WatchedTrainer(_Watched, Trainer):
-    """transformers' Trainer, watched."""
-
-    own_loss = True

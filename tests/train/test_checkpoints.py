@@ -21,7 +21,7 @@ import torch
 
 from lora_cli.common.errors import LoraError
 from lora_cli.recipe import load
-from lora_cli.train import checkpoints, lock, random_state, run_folder, trainers
+from lora_cli.train import checkpoints, lock, objectives, random_state, run_folder
 from lora_cli.train import run as train
 from lora_cli.train.signals import Signals
 
@@ -379,15 +379,15 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
         "training: {max_steps: 4, save_strategy: steps, save_steps: 1, eval_strategy: steps, eval_steps: 1, "
         "load_best_model_at_end: true, save_total_limit: 1}\n"
     )
-    evaluate = train.WatchedSFTTrainer.evaluate
+    evaluate = objectives.WatchedSFTTrainer.evaluate
 
     def worse(self, *args, **kwargs):
         return {**evaluate(self, *args, **kwargs), "eval_loss": float(self.state.global_step)}
 
-    monkeypatch.setattr(train.WatchedSFTTrainer, "evaluate", worse)
+    monkeypatch.setattr(objectives.WatchedSFTTrainer, "evaluate", worse)
     whole = train.train(load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'whole'}\n")))
     recipe = load.load_recipe(write_recipe(f"{text}output_dir: {tmp_path / 'stopped'}\n"))
-    inner = trainers.WatchedSFTTrainer.training_step
+    inner = objectives.WatchedSFTTrainer.training_step
 
     def third(self, *args, **kwargs):
         if self.state.global_step == 2:
@@ -395,7 +395,7 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
         return inner(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainers.WatchedSFTTrainer, "training_step", third)
+        patch.setattr(objectives.WatchedSFTTrainer, "training_step", third)
         with pytest.raises(SystemExit):
             train.train(recipe)
     foreign = tmp_path / "stopped" / "checkpoint-77"

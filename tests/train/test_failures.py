@@ -31,9 +31,9 @@ from lora_cli.recipe import load
 from lora_cli.speed import step_packing
 from lora_cli.train import checkpoints, disk_space
 from lora_cli.train import run as train
+from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.train.progress import NonFiniteError, Watch
 from lora_cli.train.resume import Resumable
-from lora_cli.train.trainers import WatchedSFTTrainer, WatchedTrainer
 
 SAVING = "save_strategy: steps, save_steps: 1"
 

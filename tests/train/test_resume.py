@@ -25,7 +25,7 @@ from lora_cli.recipe import load
 from lora_cli.train import checkpoints, run
 from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Boundaries
-from lora_cli.train.trainers import _Watched
+from lora_cli.train.trainers import Watched
 
 FACTORS: dict[str, list[str]] = {
     "method": ["qdora", "qlora", "dora", "lora"],
@@ -136,7 +136,7 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
     if point == "save":
         at(checkpoints, "_seal_folder", 2, kill)  # of step 6
     elif point == "at once":
-        at(_Watched, "training_step", batch, kill)
+        at(Watched, "training_step", batch, kill)
     elif point == "last step":
         at(
             Watch,
@@ -151,7 +151,7 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
         name, number = (
             ("training_step", batch) if point == "accumulation" else ("prediction_step", 3)
         )
-        at(_Watched, name, number, terminate)
+        at(Watched, name, number, terminate)
 
 
 def facts(folder: Path) -> tuple[bytes, list[dict[str, float]]]:

@@ -25,8 +25,8 @@ from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import keys, load
 from lora_cli.speed.fused_layer import FusedLinear
+from lora_cli.train import objectives
 from lora_cli.train import run as train
-from lora_cli.train import trainers
 from lora_cli.train.progress import Watch
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
@@ -321,7 +321,7 @@ def test_joined_documents_do_not_see_each_other(
 ) -> None:
     """The logits of a joined batch, as SFTTrainer builds it, are those of its rows one by one."""
     batches = []
-    step = trainers.WatchedSFTTrainer.compute_loss
+    step = objectives.WatchedSFTTrainer.compute_loss
 
     def keep(self, network, inputs, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         batches.append(
@@ -329,7 +329,7 @@ def test_joined_documents_do_not_see_each_other(
         )
         return step(self, network, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(trainers.WatchedSFTTrainer, "compute_loss", keep)
+    monkeypatch.setattr(objectives.WatchedSFTTrainer, "compute_loss", keep)
     text = f"model: {{attn_implementation: {attention}}}\ntraining: {{{joined}: true, max_steps: 1, max_length: 128}}\n"
     recipe = load.load_recipe(write_recipe(text))
     train.train(recipe)
