@@ -9,7 +9,7 @@ READY = $(VENV)/.ready
 TINY = build/tiny/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test test-slow test-lesser-cpu lesser torture fuzz lint docs quantizer gsm8k clean
+.PHONY: demo methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ lesser:
 	$(LESSER) PYTHONHASHSEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile; \
 		passed=$$?; rm -rf build/tiny; exit $$passed
 
+floors: $(READY) $(TINY)  ## some 360 tests with the lowest versions that pyproject.toml allows, torch excepted (5 min)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/floors.py
+
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte
 	$(BIN)/python tests/torture/fuzz.py
 
@@ -67,7 +70,8 @@ torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, a disk that
 	$(BIN)/python tests/torture/disk.py
 	$(BIN)/python tests/torture/rss.py
 
-docs: $(READY)  ## the generated references
+docs: $(READY)  ## the generated references, and the shipped recipes' copies
+	cp lora_cli/recipe/shipped/*.yaml configs/
 	$(BIN)/lora schema > configs/schema.json
 	$(BIN)/lora schema --markdown > docs/recipe.md
 

@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -32,11 +32,23 @@ app = typer.Typer(
 BUG = 70
 """Exit status of a bug: EX_SOFTWARE of sysexits.h."""
 
+
+def _find_base(error: type[Exception], name: str) -> type[Exception]:
+    """The class of this name that `error` derives from. ImportError where there is none."""
+    for base in error.__mro__:
+        if base.__name__ == name:
+            return base
+    raise ImportError(f"{error.__name__} is no {name}: lora does not know this typer")
+
+
 # typer keeps its click to itself; a wrong option or argument is this base of what it does export
-USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+USAGE_ERROR: Any = _find_base(typer.BadParameter, "UsageError")
 
 RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, such as configs/alpaca.yaml.")
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or one of those that `lora recipes` lists."
+    ),
 ]
 Overrides = Annotated[
     Optional[list[str]],
@@ -83,7 +95,7 @@ TrustRemoteCode = Annotated[
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 
 
-class BaseWeights(str, Enum):
+class BaseWeights(StrEnum):
     """The weights that an adapter trained in 4 bits is merged into (`--base` names the model)."""
 
     dequantized = "dequantized"
@@ -127,17 +139,12 @@ def train(
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
     launch.check_launcher(os.environ)
-    from lora_cli.recipe import load_recipe
-
     if allowed and not resume:
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
-    loaded = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
-    from lora_cli.train.run import train
+    with _load_recipe(recipe, overrides) as loaded:
+        from lora_cli.train import run
 
-    with _placed(loaded):
-        adapter = train(loaded, resume, allowed or [])
-    typer.echo(adapter)
+        typer.echo(run.train(loaded, resume, allowed or []))
 
 
 @app.command()
@@ -152,14 +159,10 @@ def check(
 ) -> None:
     """Show what RECIPE would train on and how, without loading weights. Exit 1 for what would waste
     the run."""
-    from lora_cli.recipe import load_recipe
+    with _load_recipe(recipe, overrides) as loaded:
+        from lora_cli.plan import check
 
-    loaded = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
-    from lora_cli.plan.check import show_check
-
-    with _placed(loaded):
-        show_check(loaded, samples, as_json)
+        check.show_check(loaded, samples, as_json)
 
 
 @app.command()
@@ -185,13 +188,10 @@ def plan(
 ) -> None:
     """Show what RECIPE needs, without loading weights: parameters, memory, whether it fits, steps,
     time."""
-    from lora_cli.recipe import load_recipe
+    with _load_recipe(recipe, overrides, needs_rows=False) as loaded:
+        from lora_cli.plan import show
 
-    loaded = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
-    from lora_cli.plan.show import show_plan
-
-    show_plan(loaded, gpu, tokens_per_second, data, as_json)
+        show.show_plan(loaded, gpu, tokens_per_second, data, as_json)
 
 
 @app.command()
@@ -222,11 +222,10 @@ def merge(
     """Fold an adapter, or several combined, into their base model and verify the result."""
     *adapters, out = _two_or_more(paths, "lora merge ADAPTER OUT")
     _quiet_libraries()
-    from lora_cli.merge.combine import join_adapters
-    from lora_cli.merge.merge import merge
+    from lora_cli.merge import combine, merge
 
-    with join_adapters(adapters, out, weights, combination, density, base) as adapter:
-        merge(adapter, out, base, stream, base_weights is BaseWeights.original)
+    with combine.join_adapters(adapters, out, weights, combination, density, base) as adapter:
+        merge.merge(adapter, out, base, stream, base_weights is BaseWeights.original)
     typer.echo(out)
 
 
@@ -251,9 +250,9 @@ def combine(
     """Make one adapter of several, by PEFT's add_weighted_adapter."""
     *adapters, out = _two_or_more(paths, "lora combine ADAPTER ADAPTER OUT")
     _quiet_libraries()
-    from lora_cli.merge.combine import combine
+    from lora_cli.merge import combine
 
-    combine(adapters, out, weights, combination, density, r, base)
+    combine.combine(adapters, out, weights, combination, density, r, base)
     typer.echo(out)
 
 
@@ -267,9 +266,9 @@ def extract(
 ) -> None:
     """Make a LoRA adapter of what a full fine-tuning changed, by truncated SVD."""
     _quiet_libraries()
-    from lora_cli.merge.extract import extract
+    from lora_cli.merge import extract
 
-    extract(base, finetuned, out, r)
+    extract.extract(base, finetuned, out, r)
     typer.echo(out)
 
 
@@ -290,9 +289,9 @@ def convert(
     """Make a plain LoRA adapter of a DoRA one, or one of a smaller rank, and say what that
     costs."""
     _quiet_libraries()
-    from lora_cli.merge.extract import convert
+    from lora_cli.merge import extract
 
-    convert(adapter, out, r, base)
+    extract.convert(adapter, out, r, base)
     typer.echo(out)
 
 
@@ -311,9 +310,9 @@ def verify(
     """Compare what two forms of a model say to the same prompts. Exit 1 where rounding does not
     explain it."""
     _quiet_libraries()
-    from lora_cli.evaluate.verify import verify
+    from lora_cli.evaluate import verify
 
-    typer.echo(verify(first, second, base))
+    typer.echo(verify.verify(first, second, base))
 
 
 @app.command("export-gguf")
@@ -359,7 +358,7 @@ def export_gguf(
     quantiser."""
     _quiet_libraries()
     if adapter_only:
-        from lora_cli.gguf.adapter import export_adapter
+        from lora_cli.gguf import adapter
 
         if imatrix is not None:
             raise UsageError(
@@ -371,11 +370,11 @@ def export_gguf(
                 "--adapter-only needs the adapter's folder",
                 "lora export-gguf ADAPTER --adapter-only",
             )
-        files = export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
+        files = adapter.export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
     else:
-        from lora_cli.gguf.export import export
+        from lora_cli.gguf import export
 
-        files = export(path, quantize or ["f16"], output, base, llama_cpp, imatrix)
+        files = export.export(path, quantize or ["f16"], output, base, llama_cpp, imatrix)
     for file in files:
         typer.echo(file)
 
@@ -418,9 +417,9 @@ def generate(
 ) -> None:
     """Answer the same prompts with several models side by side."""
     _quiet_libraries()
-    from lora_cli.evaluate.generate import generate
+    from lora_cli.evaluate import generate
 
-    generate(paths, prompt or [], file, max_new_tokens, temperature, base, show, as_json)
+    generate.generate(paths, prompt or [], file, max_new_tokens, temperature, base, show, as_json)
 
 
 @app.command()
@@ -434,9 +433,9 @@ def chat(
 ) -> None:
     """Talk to a model; answers stream. /reset starts over, /quit or end of input leaves."""
     _quiet_libraries()
-    from lora_cli.evaluate.chat import chat
+    from lora_cli.evaluate import chat
 
-    chat(path, system, max_new_tokens, temperature, base)
+    chat.chat(path, system, max_new_tokens, temperature, base)
 
 
 @app.command()
@@ -450,10 +449,40 @@ def doctor(
 ) -> None:
     """Check what is installed here against the published formulas. Exit 1 if something a recipe
     needs is wrong."""
-    from lora_cli.doctor.checks import run_doctor
+    from lora_cli.doctor import checks
 
-    if not run_doctor(oracle, as_json, _quiet_libraries):
+    if not checks.run_doctor(oracle, as_json, _quiet_libraries):
         raise typer.Exit(1)
+
+
+recipes = typer.Typer()
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.callback(invoke_without_command=True)
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes that come with lora; `copy` writes one into the current folder."""
+    if context.invoked_subcommand is not None:
+        return
+    from lora_cli.recipe import shipped_recipes
+
+    found = shipped_recipes.list_recipes()
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        typer.echo(f"{recipe.name:{width}}  {recipe.purpose}")
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `lora recipes` lists them.")],
+    target: Annotated[
+        Optional[Path], typer.Argument(metavar="FILE", help="Must not exist; default: NAME.yaml.")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe to start your own from."""
+    from lora_cli.recipe import shipped_recipes
+
+    typer.echo(shipped_recipes.copy_recipe(name, target))
 
 
 @app.command()
@@ -469,10 +498,26 @@ def schema(
 
 
 @contextmanager
-def _placed(recipe: Recipe) -> Iterator[None]:
-    """Errors that begin with a key of the recipe name the file and line it stands in."""
+def _load_recipe(
+    path: Path,
+    overrides: Sequence[str] | None,
+    needs_rows: bool = True,
+) -> Iterator[Recipe]:
+    """The recipe, read before the libraries are imported: a mistake in it is answered at once.
+
+    So is a missing file of rows, where the block needs them. Errors inside the block that begin
+    with a key of the recipe name the file and line it stands in.
+    """
+    from lora_cli.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or [])
     try:
-        yield
+        if needs_rows:
+            from lora_cli.data import readers
+
+            readers.refuse_missing_files(recipe.data)
+        _quiet_libraries()
+        yield recipe
     except LoraError as error:
         error.message = recipe.placed(error.message)
         raise

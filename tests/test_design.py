@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 
+from lora_cli import cli
 from lora_cli.recipe import schema
 
 ROOT = Path(__file__).parent.parent
@@ -188,7 +190,10 @@ def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:
     return done.returncode, set(done.stdout.rpartition("MODULES")[2].split()), done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["schema"]])
+LIGHT = ["--help", "train --help", "--version", "schema", "recipes", "recipes copy --help"]
+
+
+@pytest.mark.parametrize("arguments", map(str.split, LIGHT), ids=LIGHT)
 def test_help_is_answered_without_torch(arguments: list[str]) -> None:
     status, modules, _ = modules_after(arguments)
     assert status == 0
@@ -225,6 +230,27 @@ def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
     }
 
 
+def test_a_missing_file_of_rows_is_answered_without_torch(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: own-data\ndata:\n  path: gone.jsonl\n")
+    status, modules, stderr = modules_after(["train", str(path)])
+    assert status == 1
+    assert stderr == (
+        f"error: {path}:3: data.path: gone.jsonl does not exist\n\nhint: put it there, or --set "
+        "data.path=FILE\n"
+    )
+    assert not modules & {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes"}
+
+
+def test_typer_is_refused_where_it_has_no_usage_error() -> None:
+    assert cli.USAGE_ERROR.__name__ == "UsageError"
+    assert issubclass(typer.BadParameter, cli.USAGE_ERROR)
+    with pytest.raises(
+        ImportError, match=r"BadParameter is no Mistake: lora does not know this typer"
+    ):
+        cli._find_base(typer.BadParameter, "Mistake")
+
+
 def test_generated_documents_are_fresh() -> None:
     assert (ROOT / "configs" / "schema.json").read_text() == schema.make_json(), "make docs"
     assert (ROOT / "docs" / "recipe.md").read_text() == schema.make_markdown(), "make docs"
@@ -232,11 +258,18 @@ def test_generated_documents_are_fresh() -> None:
 
 def test_the_readme_documents_every_command_and_file() -> None:
     readme = (ROOT / "README.md").read_text()
-    commands = re.findall(
-        r"@app\.command\((?:\"([\w-]+)\")?\)\ndef (\w+)", (PACKAGE / "cli.py").read_text()
-    )
-    names = [given or function for given, function in commands]
+    pattern = r"@(app|recipes)\.command\((?:\"([\w-]+)\")?\)\ndef (\w+)"
+    commands = re.findall(pattern, (PACKAGE / "cli.py").read_text())
+    names = [
+        f"{'recipes ' * (group == 'recipes')}{given or function}"
+        for group, given, function in commands
+    ]
     assert len(names) >= 7
+    assert "recipes copy" in names
     assert not [name for name in names if f"lora {name}" not in readme]
     assert not [path.name for path in FILES if path.stem[0] != "_" and path.name not in readme]
-    assert not [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in readme]
+    assert not [
+        path.stem
+        for path in (ROOT / "configs").glob("*.yaml")
+        if not re.search(rf"[`/]{path.stem}[`.]", readme)
+    ]

@@ -4,6 +4,7 @@ why."""
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import zlib
@@ -16,6 +17,7 @@ import pyarrow
 
 from lora_cli.common import LoraError
 from lora_cli.data.formats import BadRow
+from lora_cli.recipe import Data
 
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 KINDS |= {".parquet": "parquet", ".arrow": "arrow"}
@@ -29,6 +31,26 @@ def guess_kind(file: Path) -> str | None:
     """How a file is read, told by its name, also under .gz."""
     name = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     return KINDS.get(name.suffix.lower())
+
+
+def refuse_missing_files(data: Data) -> None:
+    """LoraError for the first file that `data` names and that is missing, before a model is
+    loaded."""
+    named = {"path": data.path, "eval_path": data.eval_path}
+    named |= {f"mix.{number}.path": rows.path for number, rows in enumerate(data.mix or [])}
+    for field, given in named.items():
+        for name in [given] if isinstance(given, str) else given or []:
+            if guess_kind(Path(name)) is None or "://" in name or glob.has_magic(name):
+                continue  # a folder or a data set on the hub; an address; a pattern
+            if not Path(name).exists():
+                raise missing_file(field, Path(name))
+
+
+def missing_file(field: str, file: Path) -> LoraError:
+    """The error for a file that data.`field` names and that is not there."""
+    can_be_set = field in ("path", "eval_path")
+    hint = f"put it there, or --set data.{field}=FILE" if can_be_set else f"ls {file.parent}"
+    return LoraError(f"data.{field}: {file} does not exist", hint)
 
 
 def read(file: Path) -> Iterator[tuple[str, Row]]:

@@ -158,7 +158,7 @@ def _local(field: str, name: str) -> list[Path]:
 def _files(field: str, files: list[Path], split: str) -> Source:
     for file in files:
         if not file.is_file():
-            raise LoraError(f"data.{field}: {file} does not exist", f"ls {file.parent}")
+            raise readers.missing_file(field, file)
         if readers.guess_kind(file) is None:
             raise LoraError(
                 f"data.{field}: {file} is none of {', '.join(readers.KINDS)}, nor one of them "

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.common import LoraError, ui
-from lora_cli.data import Renderer, prepare, sources
+from lora_cli.data import encode, prepare, sources
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import Base, to_accelerator
@@ -85,7 +85,9 @@ def read_rows(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[in
     )
     left = MAX_TOKENS
     source = sources.find_source(recipe.data, "path", rows, "train")
-    for row in prepare.stream_rows(source, recipe, Renderer(tokenizer, recipe.data.train_on)):
+    for row in prepare.stream_rows(
+        source, recipe, encode.Renderer(tokenizer, recipe.data.train_on)
+    ):
         if left <= 0:
             ui.say(f"  importance matrix: the first {MAX_TOKENS} tokens of {rows}")
             return

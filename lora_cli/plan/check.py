@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data import Kept, Prepared, load
+from lora_cli.data import load, prepare, selection
 from lora_cli.models import IGNORED, Base, load_recipe_tokenizer
 from lora_cli.plan import auto, hardware, sizes
 from lora_cli.recipe import Recipe
@@ -67,7 +67,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         print("\n" + _format_sample(row, tokenizer))
 
 
-def _format_steps(steps: sizes.Steps, train: Prepared) -> Iterator[str]:
+def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
     epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
     yield f"{'' if train.stream is not None else epoch}{steps.steps} steps in all"
     packed = " (packed)" if steps.packed else ""
@@ -110,7 +110,9 @@ def _format_quantiles(lengths: Counter[int]) -> str:
     return ", ".join(found)
 
 
-def _split_by_loss(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
+def _split_by_loss(
+    row: selection.Kept, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[bool, str]]:
     """The row's text in parts, each with whether it carries loss; special tokens are spelt out."""
     runs: list[tuple[bool, list[int]]] = []
     for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
@@ -121,7 +123,7 @@ def _split_by_loss(row: Kept, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     return [(learned, tokenizer.decode(ids, skip_special_tokens=False)) for learned, ids in runs]
 
 
-def _describe_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _describe_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "place": row.place,
         "tokens": len(row.input_ids),
@@ -131,7 +133,7 @@ def _describe_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     }
 
 
-def _format_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
+def _format_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) -> str:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     parts = []
     for learned, text in _split_by_loss(row, tokenizer):
@@ -144,7 +146,7 @@ def _format_sample(row: Kept, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{header}\n{''.join(parts)}"
 
 
-def _count_numbers(prepared: Prepared) -> dict[str, Any]:
+def _count_numbers(prepared: prepare.Prepared) -> dict[str, Any]:
     counts = prepared.counts
     return {
         "read": counts.read,

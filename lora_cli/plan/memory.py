@@ -18,7 +18,7 @@ from peft import PeftModel
 from pyarrow import compute
 from transformers import PretrainedConfig
 
-from lora_cli.data import Prepared
+from lora_cli.data import prepare
 from lora_cli.models import Base
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import GIB, Hardware
@@ -71,7 +71,7 @@ def format_bytes(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):,.0f} MiB"
 
 
-def largest_batch(recipe: Recipe, rows: Prepared | None = None) -> Batch:
+def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch:
     """The largest forward pass of a settled recipe.
 
     Without rows, all are taken to be as long as training.max_length allows.

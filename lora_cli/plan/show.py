@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import ui
-from lora_cli.data import Prepared, cache, load, sources
+from lora_cli.data import cache, load, prepare, sources
 from lora_cli.models import Base, attach, load_recipe_tokenizer
 from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.plan.hardware import Hardware
@@ -150,7 +150,7 @@ def _estimate_time(
     recipe: Recipe,
     adapted: PeftModel,
     device: Hardware,
-    rows: Prepared | None,
+    rows: prepare.Prepared | None,
     steps: sizes.Steps | None,
     tokens_per_second: float | None,
 ) -> Time | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from lora_cli.common import LoraError
-from lora_cli.data import Prepared
+from lora_cli.data import prepare
 from lora_cli.models import Base, attach, targets, token_rows
 from lora_cli.recipe import Recipe, upstream
 
@@ -59,7 +59,7 @@ def measure_adapter(
 
 
 def refuse_unknown_ids(
-    recipe: Recipe, base: Base, rows: Prepared, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, base: Base, rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """LoraError where rows, or what pads them, have a token for which the base lacks an embedding.
 
@@ -82,7 +82,7 @@ def refuse_unknown_ids(
         )
 
 
-def count_steps(recipe: Recipe, train: Prepared) -> Steps:
+def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
     """How many steps the rows make; of a stream, its first rows show how full the batches are."""
     training = recipe.training
     packed = training.packing in (True, "dataset")

@@ -19,6 +19,7 @@ __all__ = [
     "find_task",
     "load_recipe",
     "schema",
+    "shipped_recipes",
     "strict_yaml",
     "upstream",
 ]

@@ -399,7 +399,8 @@ class Recipe(Section):
     """One fine-tuning run."""
 
     extends: str | None = None
-    """Another recipe, relative to this file, whose values hold where this one gives none."""
+    """Another recipe, relative to this file, or a shipped one by its name, whose values hold where
+    this one gives none."""
     method: Literal["lora", "qlora", "dora", "qdora"] = "lora"
     """What is trained: LoRA, DoRA, or either on a base stored in 4 bits (NF4, doubly quantised)."""
     trainer: Auto | Literal["sft", "trainer"] = "auto"

@@ -10,17 +10,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_cli.common import UsageError, join_errors, privacy
-from lora_cli.recipe import messages, strict_yaml
+from lora_cli.recipe import messages, shipped_recipes, strict_yaml
 from lora_cli.recipe.contradictions import list_contradictions
-from lora_cli.recipe.keys import (
-    Recipe,
-)
+from lora_cli.recipe.keys import Recipe
 from lora_cli.recipe.strict_yaml import Document, Keys, Place
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and `section.key=value` overrides. UsageError lists every
-    problem at once."""
+    """Read a recipe, what it extends, and `section.key=value` overrides.
+
+    `path` may be the name of a shipped recipe. UsageError lists every problem at once.
+    """
+    path = shipped_recipes.find_recipe(path)
     document = _read_chain(path, ())
     if not isinstance(document.data, dict):
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
@@ -86,7 +87,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
     place = document.places[("extends",)]
     if not isinstance(parent, str):
         raise UsageError(f"{place}: extends must be the path of one recipe", "extends: base.yaml")
-    base = path.parent / parent
+    base = _find_extended(path, parent, place)
     if base.resolve() in [file.resolve() for file in (*above, path)]:
         circle = " -> ".join(map(str, (*above, path, base)))
         raise UsageError(f"{place}: extends goes in a circle: {circle}", "remove one")
@@ -96,6 +97,18 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
             f"{place}: {base}, which it extends, {why}", "the path is relative to this file"
         )
     return _merge(_read_chain(base, (*above, path)), document)
+
+
+def _find_extended(path: Path, parent: str, place: Place) -> Path:
+    """The file that `extends: parent` in `path` means: one beside it, or a shipped recipe by
+    name."""
+    base = path.parent / parent
+    if not shipped_recipes.is_name(parent) or base.exists():
+        return base
+    try:
+        return shipped_recipes.get_file(parent, shipped_recipes.NEITHER)
+    except UsageError as error:
+        raise UsageError(f"{place}: extends: {error.message}", error.hint) from None
 
 
 def _merge(below: Document, above: Document) -> Document:

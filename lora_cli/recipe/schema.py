@@ -20,7 +20,8 @@ A recipe is YAML: `1e-4` is a number, `no` is text, a key given twice is an erro
 not listed here. `extends: base.yaml` takes another recipe's values where this one gives none;
 `--set section.key=value` overrides one for a run. `auto` is resolved from hardware, model and data;
 the value and the reason are printed and recorded.
-Paths are relative to the current folder, `extends` to the recipe's own.
+Paths are relative to the current folder, `extends` to the recipe's own; `extends: alpaca` takes the
+shipped recipe of that name (`lora recipes` lists them).
 """
 
 

@@ -279,6 +279,12 @@ def _hash_file(path: Path) -> tuple[int, str]:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
+    # Windows flushes only what is open for writing, and a folder cannot be opened at all
+    if os.name == "nt":
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        return
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

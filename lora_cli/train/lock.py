@@ -1,33 +1,26 @@
 """Lock a run's folder while a process trains in it.
 
-It is the kernel's lock (flock) on the file `.lock`, which names host and process for those who are
-refused. The kernel releases it when its process ends, however it ends, so a lock file that was left
-behind does not matter.
+The system's own lock on `.lock` (`filelock`: flock, or LockFileEx on Windows), whose text names
+host and process for those who are refused. The system gives it up when its process ends, however it
+ends, so a lock that was left behind stops nobody; `filelock` closes it in forked children, so that
+a data loader's worker that outlives a killed run does not hold it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lora_cli.common import LoraError
 
 FILE = ".lock"
-_open = set[int]()
-
-
-def _close_in_child() -> None:
-    """Close the lock that a data loader's worker inherits: it would outlive a killed parent."""
-    for number in _open:
-        os.close(number)
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+START = 1
+"""Where in the file the owner's name starts: on Windows nobody else can read the byte before it."""
 
 
 @contextmanager
@@ -37,23 +30,36 @@ def hold_folder(folder: Path) -> Iterator[None]:
     LoraError naming host and process where another process owns it.
     """
     path = folder / FILE
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    _open.add(number)
+    # A lock that is a file's mere presence would outlive its process: fail where the disk knows no
+    # other
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(number, 1000, 0).decode(errors="replace").strip()
-            host, _, process = owner.partition(" ")
-            way_out = f"wait for it, or end it (on {host}: kill {process})"
-            raise LoraError(
-                f"{folder} is in use by process {process or '?'} on {host or '?'}",
-                f"{way_out}; --set output_dir=… starts another run",
-            ) from None
-        os.truncate(number, 0)
-        os.pwrite(number, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+        lock.acquire()
+    except Timeout:
+        host, process = _read_owner(path)
+        raise LoraError(
+            f"{folder} is in use by process {process} on {host}",
+            f"wait for it, or end it (on {host}: kill {process}); --set output_dir=… starts "
+            "another run",
+        ) from None
+    try:
+        _write_owner(path)
         yield
     finally:
-        if number in _open:  # not in a forked child
-            _open.discard(number)
-            os.close(number)
+        lock.release()  # in a forked child, which does not hold it, this does nothing
+
+
+def _write_owner(path: Path) -> None:
+    """Name this process as a line of the file; what a longer one leaves behind it is not read."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(START)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n".encode())
+
+
+def _read_owner(path: Path) -> tuple[str, str]:
+    """Host and process, as far as the owner has come to write them."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(START)
+        line = file.read(1000).decode(errors="replace").partition("\n")[0]
+    host, _, process = line.partition(" ")
+    return host or "?", process or "?"

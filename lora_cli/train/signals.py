@@ -1,7 +1,7 @@
 """Listen to signals while training.
 
 SIGINT and SIGTERM end the run after its step and a checkpoint; SIGUSR1 saves a checkpoint and goes
-on.
+on. Windows has no SIGUSR1: there a run saves as its recipe says, and when it is ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from lora_cli.common import ui
 
-LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAVE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
+LISTENED = tuple(number for number in (signal.SIGINT, signal.SIGTERM, SAVE) if number is not None)
 
 
 class Signals:
@@ -49,7 +50,7 @@ class Signals:
                 # one for the whole group must not end the step; a second one is for this process
                 signal.signal(kind, signal.SIG_DFL)
             return
-        if kind is signal.SIGUSR1:
+        if kind is SAVE:
             self.save = True
             return
         self.stopping = kind

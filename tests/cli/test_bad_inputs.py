@@ -220,6 +220,9 @@ START = "model: {name_or_path: base}\ndata: {path: rows.jsonl}\n"
 BAD: dict[str, Case] = {
     # The recipe's file
     "recipe: no such file": typed("train", "r.yaml"),
+    "recipe: no such name": typed("train", "alpca"),
+    "recipe: no such name, nor one like it": typed("check", "recipe"),
+    "recipe: a shipped one's file": typed("plan", "configs/alpaca.yaml"),
     "recipe: a folder": typed("train", "configs", make=lambda d: (d / "configs").mkdir()),
     "recipe: a pipe": typed("train", "r.yaml", make=lambda d: fifo(d / "r.yaml")),
     "recipe: a device": typed("train", "/dev/null"),
@@ -248,6 +251,7 @@ BAD: dict[str, Case] = {
     "recipe: JSON with comments": raw('{"model": {"name_or_path": "base"}, // the base\n "data": '
                                       '{}}'),
     "recipe: extends nothing": raw("extends: gone.yaml\n"),
+    "recipe: extends no name": raw("extends: alpca\n" + START),
     "recipe: extends itself": raw("extends: r.yaml\n"),
     "recipe: extends a folder": lambda d: [(d / "more").mkdir(), raw("extends: more\n")(d)][1],
     "recipe: extends a pipe": lambda d: [fifo(d / "more.yaml"), raw("extends: more.yaml\n")(d)][1],
@@ -564,6 +568,12 @@ BAD: dict[str, Case] = {
     "chat: no such model": typed("chat", "gone"),
     "doctor: an argument": typed("doctor", "please"),
     "schema: an argument": typed("schema", "please"),
+    "recipes: no such command": typed("recipes", "cpoy"),
+    "recipes: no name": typed("recipes", "copy"),
+    "recipes: no such recipe": typed("recipes", "copy", "alpaca-lora"),
+    "recipes: a file that is there": typed("recipes", "copy", "gsm8k", make=lambda d: (d / "gsm8k.yaml").touch()),
+    "recipes: into no folder": typed("recipes", "copy", "gsm8k", "gone/r.yaml"),
+    "recipes: into a folder": typed("recipes", "copy", "gsm8k", "here", make=lambda d: (d / "here").mkdir()),
     "setup-llama-cpp: an argument": typed("setup-llama-cpp", "please"),
 }  # fmt: skip
 

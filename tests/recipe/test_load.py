@@ -92,7 +92,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         (
             MINIMAL + "lora: {init_lora_weights: evil}\n",
             "r.yaml:3: lora.init_lora_weights is 'evil', but must be true or false or text matching "
-            r"^(gaussian|orthogonal|eva|loftq|olora|pissa|pissa_niter_[1-9]\d*|corda|lora_ga|mica)$ | "
+            r"^(gaussian|orthogonal|mica|eva|loftq|olora|pissa|corda|lora_ga|pissa_niter_[1-9]\d*)$ | "
             "leave it out for its default, true",
         ),
         (
@@ -102,7 +102,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {init_lora_weights: loftq}\n",
-            "r.yaml:3: lora.init_lora_weights makes up for 4-bit storage, which lora has not | "
+            "r.yaml:3: lora.init_lora_weights makes up for 4-bit storage, which lora does not have | "
             "use method: qlora or qdora",
         ),
         (
