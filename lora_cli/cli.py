@@ -474,7 +474,7 @@ def _placed(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except LoraError as error:
-        error.message = recipe.placed(error.message)
+        error.message = recipe.add_place(error.message)
         raise
 
 

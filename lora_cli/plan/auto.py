@@ -95,14 +95,14 @@ def settle(
     if decides and levers is not None:
         without = {"gradient_checkpointing": False, "optim": usual["optim"][0]}
         asked = {name: without[name] for name in left}
-        usual = levers(recipe.settled(trainer, changes | {"training": changes["training"] | asked}))
+        usual = levers(recipe.replace(trainer, changes | {"training": changes["training"] | asked}))
     for name, (value, reason) in usual.items():
         changes["training"][name] = choose(training, name, f"training.{name}", value, reason)
-    return recipe.settled(trainer, changes), choices
+    return recipe.replace(trainer, changes), choices
 
 
 def _loss_head(recipe: Recipe) -> tuple[str, str]:
-    given = recipe.training.given()
+    given = recipe.training.collect_values()
     for name, usual in (
         ("label_smoothing_factor", 0.0),
         ("loss_type", "nll"),
@@ -115,7 +115,7 @@ def _loss_head(recipe: Recipe) -> tuple[str, str]:
 
 def _packing(recipe: Recipe) -> tuple[str | bool, str]:
     for name in ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing"):
-        if recipe.training.given().get(name):
+        if recipe.training.collect_values().get(name):
             return False, f"training.{name} is given"
     return "step", "no padding, and the same run"
 

@@ -183,7 +183,7 @@ def levers(
                         f"{format_bytes(plain.total)} of {device} without it",
                     )
                 }
-            again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+            again = recipe.replace(recipe.trainer, {"training": {"gradient_checkpointing": True}})
             saving = make_forecast(again, config, device).need(largest_batch(recipe))
         except LoraError as error:  # what is wrong with the recipe is told where it is used
             return usual | {"gradient_checkpointing": (device.kind == "cuda", str(error))}
@@ -246,10 +246,10 @@ def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """Recipes that need less, each by one option."""
     changes = list[tuple[str, Recipe]]()
     if not recipe.training.gradient_checkpointing:
-        made = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+        made = recipe.replace(recipe.trainer, {"training": {"gradient_checkpointing": True}})
         changes.append(("training.gradient_checkpointing=true", made))
     if recipe.training.per_device_train_batch_size > 1 and recipe.training.packing != "step":
-        made = recipe.settled(recipe.trainer, {"training": {"per_device_train_batch_size": 1}})
+        made = recipe.replace(recipe.trainer, {"training": {"per_device_train_batch_size": 1}})
         changes.append(("training.per_device_train_batch_size=1", made))
     if not recipe.quantized:
         method = {"lora": "qlora", "dora": "qdora"}[recipe.method]

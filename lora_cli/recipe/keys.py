@@ -1,8 +1,8 @@
-"""What a recipe is: every key with its type, range, default and help.
+"""Declare a recipe: every key with its type, range, default and help.
 
-Ours are declared below; each other field of PEFT's `LoraConfig` and TRL's `SFTConfig` (hence
-transformers' `TrainingArguments`) is taken over under its own name from the installed versions. A
-recipe is frozen once loaded (`recipe_file.py`). Neither torch nor anything that imports it is
+Our own keys are declared below. Every other field of PEFT's `LoraConfig` and TRL's `SFTConfig`
+(hence transformers' `TrainingArguments`) is taken over under its own name from the installed
+versions. A recipe is frozen once loaded (`load.py`). Neither torch nor anything that imports it is
 imported here.
 """
 
@@ -18,9 +18,8 @@ from lora_cli.recipe.strict_yaml import Keys, Place
 from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, DEFAULT_TASK, Objective, Task
 
 Auto = Literal["auto"]
-TAKEN_OVER: dict[str, Any] = {
-    "x-upstream": True
-}  # marks the fields that are declared upstream, not here
+TAKEN_OVER: dict[str, Any] = {"x-upstream": True}
+"""Marks the fields that are declared upstream, not here."""
 DType = Literal["float32", "bfloat16", "float16"]
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -29,8 +28,8 @@ TokenIds = Annotated[list[Index], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys and lossy conversions are errors, nothing changes after
-    loading."""
+    """What all sections share: unknown keys and lossy conversions are errors, and nothing changes
+    after loading."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -40,9 +39,9 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
-    def given(self) -> dict[str, Any]:
-        """The values to hand upstream: all declared here, and of the taken-over fields those the
-        recipe sets."""
+    def collect_values(self) -> dict[str, Any]:
+        """Return the values to hand upstream: all those declared here, and of the taken-over fields
+        those that the recipe sets."""
         taken_over = {
             name
             for name, field in type(self).model_fields.items()
@@ -56,12 +55,10 @@ class Section(BaseModel):
 
 
 def _as_data(value: Any) -> Any:
-    """Sections within a list as data."""
-    return (
-        [item.given() if isinstance(item, Section) else item for item in value]
-        if isinstance(value, list)
-        else value
-    )
+    """Return a value with the sections in a list turned into data."""
+    if not isinstance(value, list):
+        return value
+    return [item.collect_values() if isinstance(item, Section) else item for item in value]
 
 
 class Model(Section):
@@ -296,12 +293,12 @@ class TrainingFields(Section):
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
     stop_on_loss_above: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Stop the run at the first step whose loss is higher: it diverges. A loss that is no number
-    stops it in any case."""
+    """Stop the run at the first step whose loss is higher, since it diverges. A loss that is not a
+    number stops it in any case."""
     on_oom: Literal["stop", "reduce"] = "stop"
-    """When memory runs out: stop and say what would need less, or halve the batch and double the
-    accumulation (with packing: step, halve the sequences), so that each step's rows stay what they
-    are, and go on from the last step."""
+    """When memory runs out: stop and say what would need less; or halve the batch and double the
+    accumulation (with packing: step, halve the sequences), so that each step's rows stay the same,
+    and continue from the last step."""
     save_only_model: bool = False
     """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
 
@@ -318,10 +315,9 @@ NOT_IN_LORA = {
     "megatron_core": "Megatron's layers are not what lora loads",
     "arrow_config": "Arrow routes between adapters that are trained already",
     "alora_invocation_tokens": "an aLoRA can be trained but not merged",
-    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would be another "
-    "one",
-    "layer_replication": "replicated layers share weights, so PEFT merges their adapters into one "
-    "another",
+    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would differ",
+    "layer_replication": "replicated layers share weights, so their adapters would merge into each "
+    "other",
     "loftq_config": "use init_lora_weights: loftq; the bits are those of method: qlora",
 }
 NOT_IN_TRAINING = {
@@ -338,12 +334,11 @@ NOT_IN_TRAINING = {
     "loads the same base",
     "ignore_data_skip": "a resumed run is the same run: it goes on with the next rows",
     "auto_find_batch_size": "use training.on_oom: reduce, which keeps the rows of each step",
-    "dataloader_in_order": "rows in the order they happen to be ready make a run that nothing can "
-    "repeat",
+    "dataloader_in_order": "rows in whatever order they are ready make an unrepeatable run",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "trust_remote_code": "only the command line allows code of a model's repository: "
+    "trust_remote_code": "only the command line allows code from a model's repository: "
     "--trust-remote-code",
-    "hub_token": "a recipe is no place for a secret: set HF_TOKEN in the environment",
+    "hub_token": "keep secrets out of recipes: set HF_TOKEN in the environment",
     "disable_tqdm": "lora draws its own progress line",
     "do_train": "lora train always trains",
     "do_eval": "use training.eval_strategy",
@@ -369,8 +364,8 @@ RENAMED = {
 def _take_over(
     base: type[Section], name: str, upstream: Sequence[tuple[str, str, str]], without: set[str]
 ) -> Any:
-    """`base` with every other field of the `upstream` classes added under its own name, type,
-    default and help."""
+    """Return `base` with every other field of the `upstream` classes added under its own name,
+    type, default and help."""
     added: dict[str, Any] = {
         field.name: (
             field.annotation,
@@ -422,7 +417,7 @@ class Recipe(Section):
 
     @property
     def objective(self) -> Objective:
-        """What training makes smaller."""
+        """What training minimises."""
         return DEFAULT_OBJECTIVE
 
     @property
@@ -432,8 +427,8 @@ class Recipe(Section):
 
     @property
     def adapts_head(self) -> bool:
-        """Whether something but a plain copy is put on the output head, as far as the recipe's
-        names tell."""
+        """Whether anything but a plain copy is put on the output head, as far as the recipe's names
+        tell."""
         tokens = (
             self.model.add_tokens
             or self.model.add_special_tokens
@@ -443,49 +438,48 @@ class Recipe(Section):
         return bool(tokens) or any("lm_head" in str(name) for name in named)
 
     def where(self, *keys: str) -> str:
-        """`file:line: section.key` of a value that was written, else just `section.key`."""
+        """Return `file:line: section.key` for a value that was written, else `section.key`."""
         place = self._places.get(keys)
         return f"{place}: {'.'.join(keys)}" if place else ".".join(keys)
 
-    def source(self, *keys: str) -> Place | None:
-        """Where a value was written; None when it is a default."""
+    def find_place(self, *keys: str) -> Place | None:
+        """Return where a value was written, or None when it is a default."""
         return self._places.get(keys)
 
-    def placed(self, message: str) -> str:
-        """A message that begins with a key of this recipe, with the key's file and line before
-        it."""
+    def add_place(self, message: str) -> str:
+        """Return a message that begins with a key of this recipe, with the key's file and line put
+        before it."""
         key = message.partition(":")[0].partition(" ")[0]
-        place = self._places.get(
-            tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        )
+        parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        place = self._places.get(parts)
         return f"{place}: {message}" if place and "." in key else message
 
     def list_passed_on(self) -> list[str]:
-        """Where it sets fields of the libraries that lora itself has no use for, as `file:line:
-        section.key`."""
+        """Return where the recipe sets fields of the libraries that lora itself does not use, as
+        `file:line: section.key`."""
         sections = (("lora", self.lora, LoraFields), ("training", self.training, TrainingFields))
         return [
             self.where(name, key)
             for name, section, own in sections
             for key in sorted(section.model_fields_set - own.model_fields.keys())
-            if self.source(name, key)
+            if self.find_place(name, key)
         ]
 
-    def settled(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
-        """A copy with the trainer and values of sections replaced: what `auto` resolved to."""
+    def replace(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
+        """Return a copy with the trainer and values of sections replaced: what `auto` resolved
+        to."""
         sections = {
             name: getattr(self, name).model_copy(update=values) for name, values in changes.items()
         }
         return self.model_copy(update={"trainer": trainer, **sections})
 
-    def plain(self) -> dict[str, Any]:
-        """The recipe as data that loads to the same recipe: everything declared, and all that was
-        set."""
+    def to_data(self) -> dict[str, Any]:
+        """Return the recipe as data that loads to the same recipe: everything declared here, and
+        all that was set."""
         sections = ("model", "lora", "quantization", "data", "training")
         result: dict[str, Any] = {"method": self.method, "trainer": self.trainer}
-        result |= {
-            name: getattr(self, name).given()
-            for name in sections
-            if name != "quantization" or self.quantized
-        }
-        return result | {"output_dir": self.output_dir}
+        for name in sections:
+            if name != "quantization" or self.quantized:
+                result[name] = getattr(self, name).collect_values()
+        result["output_dir"] = self.output_dir
+        return result

@@ -72,7 +72,7 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
     if why is None:
         return recipe
     ui.say(f"  training.packing = false: {why}")
-    return recipe.settled(recipe.trainer, {"training": {"packing": False}})
+    return recipe.replace(recipe.trainer, {"training": {"packing": False}})
 
 
 def attach_adapter(

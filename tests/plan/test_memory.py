@@ -265,7 +265,7 @@ def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
 def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None:
     big = config(num_hidden_layers=1)
     chosen = settled(packing="step", lora={"r": 512})
-    with_it = chosen.settled("sft", {"training": {"gradient_checkpointing": True}})
+    with_it = chosen.replace("sft", {"training": {"gradient_checkpointing": True}})
     gpu = Hardware("cuda", "a GPU", 0, bf16=True)
     need = memory.make_forecast(with_it, big, gpu).need(memory.largest_batch(chosen))
     missing = need.items[OPTIMIZER] // 2
