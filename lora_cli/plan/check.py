@@ -57,7 +57,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     print(f"  adapter: {adapter.trainable:,} parameters in {adapter.modules} modules")
     for name, prepared in (("data", train), ("evaluation", evaluation)):
         if prepared:
-            print(f"  {name}: {prepared.summary()}")
+            print(f"  {name}: {prepared.summarise()}")
     print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
     print("\n" + _format_quantiles(train.counts.lengths))
     epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "

@@ -100,9 +100,9 @@ def _run(recipe: Recipe, base: Base, folder: Path, run: dict[str, Any], resume: 
     train_rows, eval_rows = load.load_rows(
         recipe, tokenizer, date.fromisoformat(run["started"][:10])
     )
-    ui.say(f"  data: {train_rows.summary()}")
+    ui.say(f"  data: {train_rows.summarise()}")
     if eval_rows:
-        ui.say(f"  evaluation: {eval_rows.summary()}")
+        ui.say(f"  evaluation: {eval_rows.summarise()}")
     sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer)
     needed = disk_space.estimate_need(
         recipe, size.trainable, len(tokenizer), sizes.count_steps(recipe, train_rows).steps
