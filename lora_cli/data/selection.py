@@ -156,6 +156,7 @@ def refuse_bad_rows(data: Data, counts: Counts) -> None:
 
 
 def _list_kinds(counts: Counts) -> str:
+    """Return the kinds of bad rows with their numbers, the most frequent first."""
     return ", ".join(f"{number} × {kind}" for kind, number in counts.bad.most_common())
 
 

@@ -48,13 +48,13 @@ class Section(BaseModel):
             if field.json_schema_extra == TAKEN_OVER
         }
         return {
-            name: _as_data(value)
+            name: _to_data(value)
             for name, value in self
             if name not in taken_over or name in self.model_fields_set
         }
 
 
-def _as_data(value: Any) -> Any:
+def _to_data(value: Any) -> Any:
     """Return a value with the sections in a list turned into data."""
     if not isinstance(value, list):
         return value
@@ -83,11 +83,11 @@ class Model(Section):
     """What a conversation without a system message begins with. It becomes part of the chat
     template, and so holds wherever the adapter, the merged model or the GGUF is used."""
     add_tokens: list[Name] = Field(default_factory=list)
-    """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of
-    embeddings and head are trained, and nothing else of them."""
+    """Tokens the tokenizer lacks. The embeddings grow if they must; of embeddings and head, only
+    the new rows are trained."""
     add_special_tokens: list[Name] = Field(default_factory=list)
-    """The same for tokens that are marks rather than text (`<|im_start|>`): left out when an answer
-    is printed."""
+    """The same for tokens that are marks rather than text (`<|im_start|>`): they are left out when
+    an answer is printed."""
 
 
 class LoraFields(Section):
@@ -103,7 +103,7 @@ class LoraFields(Section):
     """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but
     the output head)."""
     exclude_modules: Name | Names | None = None
-    """Modules that get none although target_modules names them: endings or one regular
+    """Modules that do not get an adapter although target_modules names them: endings or one regular
     expression."""
     modules_to_save: Names | None = None
     """Modules that are trained whole, and saved with the adapter."""
@@ -122,18 +122,18 @@ class LoraFields(Section):
     layers_to_transform: Index | Annotated[list[Index], Field(min_length=1)] | None = None
     """Only the modules in these layers, counted from 0; needs target_modules to be a list."""
     layers_pattern: Name | Names | None = None
-    """What stands before the layer's number in a module's name, where it is not what PEFT finds by
+    """What stands before the layer's number in a module's name, if PEFT does not find it by
     itself."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Other ranks for some modules: name endings or regular expressions, each for other modules
-    than the rest."""
+    """Other ranks for some modules: name endings or regular expressions, each matching modules that
+    the others do not."""
     alpha_pattern: dict[str, Annotated[int | float, Field(gt=0)]] = Field(default_factory=dict)
     """Other lora_alpha for some modules, named as in rank_pattern."""
     trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
     """Rows of the embeddings to train whole; or the rows by module (`embed_tokens: [5, 6]`)."""
     lora_bias: bool = False
-    """Also train a bias in B; every adapted module must have one itself, or merging would have no
-    place for it."""
+    """Also train a bias in B; every adapted module must have a bias itself, or the merged model
+    could not hold it."""
     autocast_adapter_dtype: bool = True
     """Keep the adapter's weights in float32 whatever the base's type (PEFT's argument of that
     name)."""
@@ -204,7 +204,7 @@ class Data(Section):
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
     format: Auto | Format = "auto"
-    """Shape of a row; `auto` tells by the columns: instruction/input/output, prompt/completion,
+    """Shape of a row; `auto` goes by the columns: instruction/input/output, prompt/completion,
     OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
@@ -215,8 +215,8 @@ class Data(Section):
     """A row over training.max_length tokens is left out, cut at the end, cut into several, or an
     error; counted."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used (no JSON, a column missing or no text, an unknown role, …) is an
-    error, or left out; counted by kind, the first named with file and line."""
+    """A row that cannot be used (invalid JSON, a missing column, an unknown role, …) is an error,
+    or left out; bad rows are counted by kind, and the first is named with file and line."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use at most this many rows."""
     streaming: bool = False
@@ -224,7 +224,8 @@ class Data(Section):
     training.max_steps. The data are read again when they end. In a mix, weights then say how often
     a row of each is drawn."""
     shuffle_buffer: Annotated[int, Field(ge=1)] = 10_000
-    """With streaming: rows are drawn at random from so many that were read; 1 keeps their order."""
+    """With streaming: each row is drawn at random from this many that were read; 1 keeps their
+    order."""
 
 
 class TrainingFields(Section):
@@ -258,7 +259,7 @@ class TrainingFields(Section):
     use_liger_kernel: Auto | bool = "auto"
     """Liger's kernels (CUDA); `auto`: no, see loss_head."""
     dataloader_num_workers: Auto | Annotated[int, Field(ge=0)] = "auto"
-    """Processes that put batches together; `auto`: 0, in the run's own."""
+    """Processes that put batches together; `auto`: 0, which uses the run's own process."""
     packing: Auto | Literal["step", "dataset"] | bool = "auto"
     """Rows share sequences, kept apart. step: those of one optimiser step, so that the run stays
     the same without its padding; dataset (or true): TRL's packing over the whole set, whose steps
@@ -399,7 +400,7 @@ class Recipe(Section):
     """What is trained: LoRA, DoRA, or either on a base stored in 4 bits (NF4, doubly quantised)."""
     trainer: Auto | Literal["sft", "trainer"] = "auto"
     """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both. `auto`:
-    sft, unless the output head is adapted: SFTTrainer's loss passes by what is put on it."""
+    sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)

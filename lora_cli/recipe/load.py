@@ -72,6 +72,7 @@ def _expand_home(data: dict[str, Any]) -> None:
 
 
 def _expand(value: Any) -> Any:
+    """Return a path, or a list of them, with `~/` expanded; anything else unchanged."""
     if isinstance(value, list):
         return [_expand(each) for each in value]
     return privacy.expand_home(value) if isinstance(value, str) else value

@@ -80,6 +80,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _format_rows(section: Any, wanted: Any) -> str:
+    """Return the table of a section's keys for which `wanted(field)` is true."""
     rows = []
     for name, field in section.model_fields.items():
         if wanted(field):
@@ -117,4 +118,5 @@ def _format_default(field: FieldInfo) -> str:
 
 
 def _format_cell(text: str) -> str:
+    """Return text as a table's cell can hold it: on one line, with `|` escaped."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -47,6 +47,7 @@ class _CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases and tags; compose any other node as usual."""
         event: Any = self.peek_event()
         forbidden = (
             "aliases (*name)" if isinstance(event, yaml.AliasEvent) else f"tags ({event.tag})"
@@ -131,6 +132,7 @@ class _Builder:
         return _parse_scalar(node)
 
     def _build_mapping(self, node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
+        """Return a mapping's data; its keys are texts, each given once."""
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             mark = key_node.start_mark
@@ -174,10 +176,12 @@ class _CoreDumper(yaml.SafeDumper):
     """A dumper that quotes every string that `_CoreLoader` would read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Write equal objects out in full, since `parse` refuses aliases."""
         return True
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote a string that a resolver of `_CoreLoader` would match."""
     special = any(
         pattern.match(text)
         for resolvers in _CoreLoader.yaml_implicit_resolvers.values()

@@ -55,6 +55,7 @@ def read_fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Upstream
 
 
 def _find_source(package: str, file: str) -> Path:
+    """Return the path of a file inside an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise LoraError(f"the package {package} is not installed", "pip install lora-cli")
@@ -62,6 +63,7 @@ def _find_source(package: str, file: str) -> Path:
 
 
 def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
+    """Yield the dataclass fields that the class declares itself."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     classes = [
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name
@@ -74,7 +76,7 @@ def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
     for node in classes[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             default, metadata = _read_default_and_metadata(node.value)
-            annotation = _as_type(ast.unparse(node.annotation))
+            annotation = _parse_type(ast.unparse(node.annotation))
             choices = metadata.get("choices")
             if annotation is str and choices:
                 annotation = Literal[tuple(choices)]
@@ -131,5 +133,6 @@ _NAMES = _TypingNames(
 )
 
 
-def _as_type(annotation: str) -> Any:
+def _parse_type(annotation: str) -> Any:
+    """Return the type that an annotation's text stands for."""
     return eval(annotation, {"__builtins__": {}}, _NAMES)  # noqa: S307 – text of an installed library, not of a user

@@ -73,8 +73,10 @@ class _Adapted(torch.autograd.Function):
         first = lora_A.to(kind)
         second = (lora_B * scale).to(kind)
         dropped = dropout.draw_positions(x.numel(), p) if p else None
-        remaining = seen if dropped is None else dropout.drop_positions(seen, dropped)
-        low = functional.linear(remaining, first)
+        # inside the call, so that what is left of x is freed before the output is made
+        low = functional.linear(
+            seen if dropped is None else dropout.drop_positions(seen, dropped), first
+        )
         shift = None if bias is None else bias.float()
         added_here = None if shift is None or norms is not None else shift.to(kind)
         made = functional.linear(low, second, added_here)

@@ -44,6 +44,7 @@ def forward(module: Any, x: Tensor) -> Tensor:
 
 
 def _get_epsilon(module: nn.Module) -> Any:
+    """Return ε, by the names that the families' norms give it."""
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 
 
