@@ -82,14 +82,16 @@ def combine(
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
         rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
         attach.load_adapter(first.base.build_zero(), staging)
-        settings = {
-            "weights": numbers,
-            "combination": combination,
-            "density": density,
-            "seed": SEED,
-        }
         derived.finish_folder(
-            staging, tokenizer, "combine", adapters, distance=distance, **settings
+            staging,
+            tokenizer,
+            "combine",
+            adapters,
+            weights=numbers,
+            combination=combination,
+            density=density,
+            seed=SEED,
+            distance=distance,
         )
     ui.say(
         f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank "
