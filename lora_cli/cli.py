@@ -519,7 +519,7 @@ def _load_recipe(
         _quiet_libraries()
         yield recipe
     except LoraError as error:
-        error.message = recipe.placed(error.message)
+        error.message = recipe.add_place(error.message)
         raise
 
 

@@ -68,7 +68,7 @@ def speed(folder: Path, count: int) -> None:
     tokenizer = load_tokenizer(str(ROOT / "build" / "tiny" / "model"))
     source = sources.find_source(loaded.data, "path", loaded.data.path, "train")
     convert, renderer = formats.find_converter("alpaca"), Renderer(tokenizer, "assistant")
-    texts = [renderer.conversation(convert(row))[0][0] for _, row in source.rows()]
+    texts = [renderer.render_conversation(convert(row))[0][0] for _, row in source.read_rows()]
     alone, whole, again = [], [], []
     for _ in range(5):
         shutil.rmtree(cache.find_folder(), ignore_errors=True)

@@ -1,5 +1,19 @@
-"""What every room uses: errors, the screen, files that appear whole, privacy, remote code, library
-errors."""
+"""What every room uses: the exception users see, the screen, files that appear whole, privacy
+and remote code.
+
+Its doors, in the order a reader needs them:
+
+    LoraError, UsageError, RejectedError   what is raised where a user can do something about it
+    join_errors, find_nearest              several problems as one error; "did you mean …?"
+    say, warn, Progress, format_duration   prose and the progress line, on stderr
+    read_json, write_json, write_text      files read within limits, written whole or not at all
+    refuse_link, refuse_occupied           folders that must not be written into
+    translate_refusals                     a library's complaint about a recipe as a LoraError
+    files, ui, library_errors              the rest of these three
+    privacy                                keeps secrets and the home path out of files and messages
+    provenance                             the record of what produced an artefact
+    remote_code                            whether a model's own code may run
+"""
 
 from lora_cli.common.errors import LoraError, RejectedError, UsageError, find_nearest, join_errors
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text

@@ -1,4 +1,5 @@
-"""Files and folders that appear under their final name only when they are whole."""
+"""Write files and folders so that they appear under their final name only when they are
+complete."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from lora_cli.common.errors import LoraError, RejectedError
 
 
 def find_cache_home() -> Path:
-    """The program's own folder among the user's caches, present or not: `<cache>/lora-cli`.
+    """Return the program's own folder in the user's cache, whether or not it exists:
+    `<cache>/lora-cli`.
 
     `<cache>` is $LORA_CACHE_DIR, else $XDG_CACHE_HOME, else the platform's own (~/.cache,
     ~/Library/Caches).
@@ -31,9 +33,9 @@ def find_cache_home() -> Path:
 
 
 MADE_HERE = ("record.json", "lora_record.json")
-"""Files of which a folder that lora made has one: such a folder may be suggested for removal."""
+"""A folder that holds one of these files was made by lora, so a hint may suggest removing it."""
 SMALL = 2**24
-"""Bytes that a configuration has at most."""
+"""The largest configuration file that is read, in bytes."""
 _passing = set[Path]()
 os.register_at_fork(after_in_child=_passing.clear)  # a child makes its own
 
@@ -85,15 +87,17 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def read_small(path: Path, most: int = SMALL) -> str:
-    """The text of a plain file of at most `most` bytes; LoraError for anything else, a pipe or
-    device among it."""
+    """Return the text of a plain file of at most `most` bytes.
+
+    Raise LoraError for anything else, such as a pipe, a device or a larger file.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise LoraError(f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {path}")
         if status.st_size > most:
             raise LoraError(
-                f"{path} has {status.st_size} bytes, over {most}: it is not what it should be",
+                f"{path} is too large: {status.st_size} bytes, and at most {most} are read",
                 f"less {path}",
             )
         return path.read_bytes().decode("utf-8-sig")
@@ -109,6 +113,7 @@ def read_small(path: Path, most: int = SMALL) -> str:
 
 
 def _name_kind(mode: int) -> str:
+    """Return what a file that is not a plain one is, with its article."""
     for test, name in (
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a pipe"),
@@ -120,9 +125,9 @@ def _name_kind(mode: int) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, flush to disk, rename; after a failure `path` is as it was.
+    """Write beside `path`, flush to disk, then rename; after a failure `path` is as it was.
 
-    A link of that name is replaced, not followed.
+    A symbolic link of that name is replaced, not followed.
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with passing(staging):
@@ -134,22 +139,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def leave_out_home(folder: Path) -> None:
-    """Let the configurations and cards that libraries have written into `folder` say ~ for the
-    user's home folder."""
+    """Replace the user's home folder by ~ in the configurations and cards that libraries wrote into
+    `folder`."""
     for path in (*folder.glob("*.json"), *folder.glob("*.md")):
         if path.name != "tokenizer.json" and path.stat().st_size <= SMALL:
             text = path.read_text(encoding="utf-8")
-            if text != (portable := privacy.replace_home(text)):
+            portable = privacy.replace_home(text)
+            if portable != text:
                 write_text(path, portable)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`data` as indented JSON, whole or not at all."""
+    """Write `data` as indented JSON, completely or not at all."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`; LoraError naming the line where it is not JSON."""
+    """Return the JSON in `path`; raise LoraError naming the line where it is not valid."""
     text = read_small(path)
     try:
         return json.loads(text)
@@ -157,20 +163,17 @@ def read_json(path: Path) -> Any:
         raise LoraError(
             f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {path}"
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         said = str(error).partition(";")[0]
         raise LoraError(f"{path}: JSON that cannot be read: {said}", f"less {path}") from None
 
 
 @contextmanager
 def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
-    """An empty folder beside `final` that is renamed to it on success and removed on failure.
+    """Yield an empty folder beside `final`; rename it to `final` on success, remove it on failure.
 
-    After a RejectedError it is renamed to `rejected`, where that is given. Both must not exist, or
-    be empty folders: LoraError otherwise, before anything is made.
+    After a RejectedError it is renamed to `rejected` instead, if that is given. Neither may exist,
+    except as an empty folder: LoraError otherwise, before anything is made.
     """
     for folder in [final, *([rejected] if rejected else [])]:
         refuse_occupied(folder)
@@ -189,22 +192,24 @@ def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
 
 
 def refuse_existing(targets: Iterable[Path]) -> None:
-    """LoraError for the first of these files that exists."""
+    """Raise LoraError for the first of these files that exists."""
     for target in targets:
         if target.exists() or target.is_symlink():
             raise LoraError(f"{target} already exists", f"rm {target}")
 
 
 def name_artefact(folder: Path) -> str:
-    """What files made from the result in `folder` are called: its name, or its run's where that
-    says nothing."""
+    """Return the stem for files made from the result in `folder`: its name, or its run's name where
+    the folder's says nothing (`adapter`, `merged`)."""
     name = folder.resolve().name
     return name if name not in ("adapter", "merged") else folder.resolve().parent.name
 
 
 def make_folder(folder: Path, final: Path | None = None) -> None:
-    """Make `folder` and those above it; LoraError, naming `final` where it stands for that, where
-    that cannot be."""
+    """Make `folder` and its parents; raise LoraError where that fails.
+
+    The error names `final` if it is given: the folder that `folder` is staged for.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -215,8 +220,8 @@ def make_folder(folder: Path, final: Path | None = None) -> None:
 
 
 def refuse_link(folder: Path) -> None:
-    """LoraError if `folder` is a symbolic link: what is written or removed would be elsewhere than
-    it looks."""
+    """Raise LoraError if `folder` is a symbolic link: files would be written or removed elsewhere
+    than it looks."""
     if folder.is_symlink():
         raise LoraError(
             f"{folder} is a link, to {folder.readlink()}",
@@ -225,8 +230,8 @@ def refuse_link(folder: Path) -> None:
 
 
 def refuse_occupied(folder: Path) -> None:
-    """LoraError if `folder` exists and is anything but an empty folder, or holds the current
-    one."""
+    """Raise LoraError if `folder` exists and is not an empty folder, or contains the current
+    folder."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise LoraError(
             f"{folder} is the current folder or above it", "give a folder that does not exist yet"

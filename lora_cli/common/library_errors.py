@@ -1,8 +1,7 @@
-"""Exceptions of other libraries that a user can cause, as messages of ours: one table, matched by
-class name and words.
+"""Translate exceptions of other libraries that a user can cause into LoraErrors, by one table.
 
-Names rather than classes, so that nothing need be imported to compare. What is not in the table is
-a bug and keeps its traceback.
+The table matches the class by name and the text by a pattern, so nothing need be imported to
+compare. What is not in the table is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from lora_cli.common.errors import LoraError
 
 LONGEST = 400
-"""Characters of another library's words that are shown."""
+"""How many characters of another library's message are shown."""
 CONNECTION = "is there a connection? HF_HUB_OFFLINE=1 uses only what is cached"
 COPY = "the file is damaged or cut off: copy it again"
 DATA = "check data.path and data.split"
@@ -30,9 +29,12 @@ CUDA = "lora doctor, which tries the devices one by one; CUDA_VISIBLE_DEVICES= t
 
 
 class Known(NamedTuple):
-    """One kind of failure: the exception's class or a base of it, what its text says somewhere (any
-    text: ""), and what the user is told: {line} is the first telling line of the text, {cause} that
-    of its root, {match} what was found."""
+    """One kind of failure: the name of the exception's class or of a base of it, a pattern its text
+    must contain ("" for any text), and the message and hint for the user.
+
+    In both, {line} is the first telling line of the text, {cause} that of the root cause, and
+    {match} what the pattern found.
+    """
 
     kind: str
     words: str
@@ -60,8 +62,8 @@ TABLE = (
     Known(
         "HfHubHTTPError",
         r"\b401\b|\b403\b",
-        "the hub refuses: {line}",
-        "hf auth login; is the token one for reading?",
+        "the hub refused the request: {line}",
+        "hf auth login; does the token allow reading?",
     ),
     Known(
         "HfHubHTTPError",
@@ -72,8 +74,8 @@ TABLE = (
     Known(
         "HfHubHTTPError",
         "",
-        "the hub answers: {line}",
-        "try again later; https://status.huggingface.co says how it is",
+        "the hub answered: {line}",
+        "try again later; https://status.huggingface.co shows whether it is down",
     ),
     Known(
         "CorruptedCacheException",
@@ -95,19 +97,19 @@ TABLE = (
         "RemoteProtocolError",
         "",
         "the connection broke off: {line}",
-        "run it again: what is there is not fetched twice",
+        "run it again: files already fetched are kept",
     ),
     Known(
         "ReadError",
         "",
         "the connection broke off: {line}",
-        "run it again: what is there is not fetched twice",
+        "run it again: files already fetched are kept",
     ),
     Known(
         "ChunkedEncodingError",
         "",
         "the connection broke off: {line}",
-        "run it again: what is there is not fetched twice",
+        "run it again: files already fetched are kept",
     ),
     Known("gaierror", "", "no connection: {line}", CONNECTION),
     Known("ConnectionError", "", "{line}", CONNECTION),
@@ -173,13 +175,13 @@ TABLE = (
     Known(
         "ValueError",
         r"model type `(.+?)` but Transformers does not recognize",
-        "transformers knows no models of type {match}",
+        "transformers does not know models of type {match}",
         "pip install -U transformers, if it is a new one; else check model_type in its config.json",
     ),
     Known(
         "ValueError",
         r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'",
-        "{match} is of no model that writes text",
+        "{match} does not belong to a model that writes text",
         "give a causal language model",
     ),
     Known(
@@ -197,12 +199,12 @@ TABLE = (
     Known(
         "StrictDataclassError",
         "",
-        "the model's config.json has a value that cannot be: {cause}",
+        "the model's config.json has an impossible value: {cause}",
         "copy it again",
     ),
     # jinja
     Known("TemplateError", "", "the chat template failed: {line}", TEMPLATE),
-    # YAML, where it is not a recipe that is read
+    # YAML, other than a recipe's
     Known(
         "YAMLError",
         "",
@@ -265,15 +267,15 @@ TABLE = (
 SYSTEM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk's quota is used up",
-    errno.EFBIG: "a file is larger than is allowed here",
+    errno.EFBIG: "a file is larger than this system allows",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "a folder was expected",
-    errno.EISDIR: "a file was expected, and this is a folder",
+    errno.EISDIR: "a file was expected, but this is a folder",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "links go in a circle",
-    errno.ENOENT: "there is no such file or folder any more",
+    errno.ELOOP: "symbolic links form a loop",
+    errno.ENOENT: "a file or folder has disappeared",
     errno.EMFILE: "too many files are open",
     errno.ENFILE: "too many files are open",
     errno.EIO: "the disk failed",
@@ -281,7 +283,7 @@ SYSTEM = {
     errno.ENOMEM: "out of memory",
 }
 ROOM = {errno.ENOSPC: "df -h", errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f unlimited"}
-"""What shows how much is free."""
+"""Commands that show how much space is free."""
 REMEDIES = {
     errno.EMFILE: "ulimit -n 4096",
     errno.ENFILE: "ulimit -n 4096",
@@ -290,8 +292,10 @@ REMEDIES = {
 
 
 def translate(error: BaseException) -> LoraError | None:
-    """What to tell the user, or None when `error` is not known. Looks along the chain of causes
-    too."""
+    """Return the LoraError to show for `error`, or None when the table does not know it.
+
+    Looks along the chain of causes too.
+    """
     chain = list(_walk_causes(error))
     if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
         return LoraError("the disk is full", "df -h, make room, and run it again")
@@ -312,11 +316,11 @@ def translate(error: BaseException) -> LoraError | None:
 def translate_file_errors(
     what: str, hint: str, but: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Around a library's reading of a file of somebody else's: whatever it raises there is its
-    refusal of that file.
+    """Wrap a library's reading of somebody else's file: whatever it raises there means it refuses
+    the file.
 
-    LoraError saying `what` could not be done and why, and `hint`; what the table knows, or `but`
-    names, stays as it is.
+    Raise LoraError saying that `what` could not be done and why, with `hint`. Exceptions that the
+    table knows, or that `but` names, pass through.
     """
     try:
         yield
@@ -330,8 +334,8 @@ def translate_file_errors(
 
 PACKAGE = Path(__file__).parent.parent
 ON_PURPOSE = (ValueError, TypeError, ImportError, ArithmeticError)
-"""What the libraries raise on purpose: a refusal even where the recipe sets none of their own
-fields."""
+"""What the libraries raise on purpose. Such an exception is a refusal even where the recipe sets
+none of their own fields."""
 SHOWN = 3
 
 
@@ -342,11 +346,11 @@ def translate_refusals(
     """Turn a library's complaint about a recipe value into a LoraError that names the values
     `passed_on` to it.
 
-    A recipe reaches every field of PEFT's, TRL's and transformers' configurations. lora checks
-    their names and types, and that the configurations can be built. What else is wrong with a
-    value, such as the name of a scheduler's argument, comes to light when a library first uses it,
-    in an exception of any type. Once something `has_begun()`, an exception is no refusal any more;
-    one raised by a line of lora is a bug of lora's, and stays what it is.
+    A recipe reaches every field of PEFT's, TRL's and transformers' configurations. lora checks that
+    the configurations can be built. Other mistakes in a value, such as the name of a scheduler's
+    argument, come to light when a library first uses it, as an exception of any type. Once
+    `has_begun()` is true, an exception is not a refusal any more. One raised by a line of lora's
+    own is a bug of lora's and passes through.
     """
     try:
         yield
@@ -367,6 +371,7 @@ def translate_refusals(
 
 
 def _translate_os_error(error: OSError) -> LoraError | None:
+    """Return the LoraError for a failure of the system, or None for one that we do not expect."""
     if error.errno in ROOM:
         return LoraError(SYSTEM[error.errno], f"{ROOM[error.errno]}, make room, and run it again")
     if error.errno in SYSTEM:
@@ -376,24 +381,22 @@ def _translate_os_error(error: OSError) -> LoraError | None:
         return LoraError(
             f"{SYSTEM[error.errno]}: {error.filename or _first_telling_line(error)}", hint
         )
-    # transformers raises a bare OSError for a name that is neither a folder nor on the hub, or
-    # lacks files
-    return (
-        LoraError(_first_telling_line(error), MODEL)
-        if type(error) is OSError and error.errno is None
-        else None
-    )
+    # transformers raises a bare OSError for a name that is neither a folder nor on the hub, and for
+    # a model that lacks files
+    if type(error) is OSError and error.errno is None:
+        return LoraError(_first_telling_line(error), MODEL)
+    return None
 
 
 def _walk_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, then what it says caused it."""
+    """Yield the error, then what caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _first_telling_line(error: BaseException) -> str:
-    """The first line that says more than an HTTP status."""
+    """Return the first line that says more than an HTTP status."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not re.match(r"\d{3} (Client|Server) Error", line)]
     first = (telling or lines or [type(error).__name__])[0]

@@ -1,5 +1,4 @@
-"""What is neither written nor printed: secrets, and where the user's home folder lies. Standard
-library only."""
+"""Keep secrets and the path of the home folder out of files and messages. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from typing import Any
 
 MASK = "***"
 SHORTEST = 8
-"""Characters that a secret has at least: shorter values are words that stand elsewhere too."""
-# As parts of names, so that TOKENIZERS_PARALLELISM is none of them
+"""The fewest characters of a secret: shorter values are words that occur elsewhere too."""
+# Matched as whole parts of a name, so that TOKENIZERS_PARALLELISM does not count
 SECRET_NAME = re.compile(
     r"(?:^|[_-])(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|SECRET_?KEY|PASSWORD|PASSWD|CREDENTIALS?)(?:$|[_-])",
     re.IGNORECASE,
 )
-# Words of the language models' own trade that are named as secrets are
+# Names of special tokens, which look like names of secrets
 NO_SECRETS = re.compile(r"(?:^|[._-])(?:eos|bos|pad|unk|stop)[_-]?token", re.IGNORECASE)
-# Hugging Face, OpenAI and Anthropic, GitHub, Weights & Biases, AWS; a name and password in an
-# address
+# Tokens of Hugging Face, OpenAI and Anthropic, GitHub, Weights & Biases and AWS, and the name and
+# password in an address
 SHAPES = re.compile(
     r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|wandb_v\d_\w{16,}|AKIA[A-Z0-9]{12,})"
     r"|(?<=://)[^/\s@]+@"
@@ -31,7 +30,8 @@ SHAPES = re.compile(
 def find_secrets(
     environment: Mapping[str, str] | None = None, arguments: Sequence[str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(where it was given, value) of what the environment and the command line name as secrets.
+    """Yield (where it was given, value) of every value that the environment or command line names
+    as a secret.
 
     Arguments count as `--token VALUE`, `--token=VALUE` and `--set section.some_token=VALUE`.
     """
@@ -48,20 +48,23 @@ def find_secrets(
 
 
 def mask_secrets(text: str) -> str:
-    """The text with every secret that is known here, and all that has the shape of one, as ***."""
+    """Return the text with *** in place of every known secret, and of all that has the shape of
+    one."""
     for _, value in find_secrets():
         text = text.replace(value, MASK)
     return SHAPES.sub(lambda match: f"{MASK}@" if match[0].endswith("@") else MASK, text)
 
 
 def find_held_secret(data: Any) -> str | None:
-    """Where the first secret was given that stands in a text of `data` (dicts, lists, scalars);
-    None if none does."""
-    known, texts = list(find_secrets(arguments=[])), list(_walk_texts(data))
+    """Return where the first secret was given that occurs in a text of `data` (dicts, lists,
+    scalars), or None."""
+    known = list(find_secrets(arguments=[]))
+    texts = list(_walk_texts(data))
     return next((name for name, value in known for text in texts if value in text), None)
 
 
 def _walk_texts(data: Any) -> Iterator[str]:
+    """Yield every text in `data`, at any depth."""
     if isinstance(data, str):
         yield data
     elif isinstance(data, (dict, list, tuple)):
@@ -70,8 +73,8 @@ def _walk_texts(data: Any) -> Iterator[str]:
 
 
 def make_portable(data: Any) -> Any:
-    """`data` (dicts, lists, scalars) with the user's home folder as ~ wherever a text is a path in
-    it."""
+    """Return `data` (dicts, lists, scalars) with ~ for the user's home folder in every text that is
+    a path in it."""
     if isinstance(data, dict):
         return {key: make_portable(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -82,16 +85,16 @@ def make_portable(data: Any) -> Any:
 
 
 def replace_home(text: str) -> str:
-    """Prose in which the user's home folder is ~, wherever it stands."""
+    """Return prose with ~ for the user's home folder, wherever it occurs."""
     return text.replace(f"{home}{os.sep}", f"~{os.sep}") if (home := _find_home()) else text
 
 
 def expand_home(path: str) -> str:
-    """A path that begins with ~ as the shell would have it; any other as it is."""
+    """Return a path that begins with ~/ as the shell would expand it, and any other unchanged."""
     return str(Path(path).expanduser()) if path.startswith(f"~{os.sep}") else path
 
 
 def _find_home() -> str | None:
-    """The user's home folder; None where it is none of their own."""
+    """Return the user's home folder, or None where the user does not have one of their own."""
     home = os.path.expanduser("~").rstrip(os.sep)  # noqa: PTH111 – Path.home() raises where there is none
     return home if home.startswith(os.sep) or ":" in home else None

@@ -1,8 +1,7 @@
-"""What produced an artefact: the record of a run, and the copy of it that travels inside an
-adapter.
+"""Write and read the record of what produced an artefact.
 
 `record.json` in a run's folder holds the resolved recipe, the choices `auto` made, versions, base,
-data and results; a copy, `lora_record.json`, travels inside the adapter and names the parent of
+data and results. A copy, `lora_record.json`, travels inside the adapter and names the parent of
 whatever is made from it.
 """
 
@@ -19,24 +18,22 @@ from lora_cli.common import privacy, remote_code
 from lora_cli.common.errors import LoraError
 from lora_cli.common.files import read_json
 
-RUN_RECORD, ARTEFACT_RECORD, RESOLVED_RECIPE = "record.json", "lora_record.json", "recipe.yaml"
-
-
+RUN_RECORD = "record.json"
+ARTEFACT_RECORD = "lora_record.json"
+RESOLVED_RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
-
-
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 
 def new_record(command: str, **contents: Any) -> dict[str, Any]:
-    """A record of `command`, started now, with the versions at work."""
+    """Return a record of `command`, started now, with the versions installed."""
     return {
         "command": command,
         "started": now(),
         "versions": {
             "lora-cli": __version__,
             "python": platform.python_version(),
-            **{p: version(p) for p in PACKAGES},
+            **{package: version(package) for package in PACKAGES},
         },
         **({"trusted_remote_code": True} if remote_code.is_allowed() else {}),
         **privacy.make_portable(contents),
@@ -44,15 +41,16 @@ def new_record(command: str, **contents: Any) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of ours; LoraError if the file is none."""
+    """Return a run's record; raise LoraError if the file is not one."""
     record = read_json(path)
     kinds = {"recipe": dict, "base": dict, "status": str}
     if not isinstance(record, dict) or not all(
         isinstance(record.get(key), kind) for key, kind in kinds.items()
     ):
-        raise LoraError(f"{path} is no record of a run", f"remove it: rm {path}")
+        raise LoraError(f"{path} is not the record of a run", f"remove it: rm {path}")
     return record
 
 
 def now() -> str:
+    """Return the time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,5 +1,4 @@
-"""Code that comes with a model: run only if the command line says so (`--trust-remote-code`), never
-as a file says."""
+"""Let a model's own code run only with `--trust-remote-code`; no file can turn it on."""
 
 from __future__ import annotations
 
@@ -16,31 +15,32 @@ CODE_FROM = (
     "experts_implementation",
     "_experts_implementation",
 )
-"""Keys of a model's configuration whose value may name a repository of compiled kernels:
-OWNER/NAME."""
+"""Keys of a model's configuration whose value may name a repository of compiled kernels
+(OWNER/NAME)."""
 
 _allowed = False
 
 
 def set_allowed(given: bool) -> None:
-    """What the command line says; nothing else calls this."""
+    """Set what the command line says; nothing else calls this."""
     global _allowed
     _allowed = given
 
 
 def is_allowed() -> bool:
-    """Whether code from a model's repository may run in this process."""
+    """Return whether code from a model's repository may run in this process."""
     return _allowed
 
 
 def refuse_disallowed_code(name: str, settings: Any) -> None:
-    """LoraError where the configuration `settings` of the model `name` wants code to run that is
+    """Raise LoraError where the configuration `settings` of the model `name` asks for code that is
     not allowed.
 
-    Code in another repository than the model's is refused with the flag too: no commit pins it.
+    Code in another repository than the model's is refused even with the flag, because no commit
+    pins it.
     """
     if not isinstance(settings, Mapping):
-        raise LoraError(f"the config.json of {name} is no mapping", "copy it again")
+        raise LoraError(f"the config.json of {name} is not a mapping", "copy it again")
     elsewhere = sorted(
         {
             value.partition("--")[0]
@@ -50,27 +50,27 @@ def refuse_disallowed_code(name: str, settings: Any) -> None:
     )
     if elsewhere and is_allowed():
         raise LoraError(
-            f"{name} wants code of another repository, {elsewhere[0]}, of which it pins no commit",
+            f"{name} wants code from another repository, {elsewhere[0]}, and pins no commit of it",
             "download both into one folder, take its name out of auto_map in config.json, and "
             "give the folder",
         )
     if kernels := next(_walk_kernels(settings), None):
         require_allowed(
-            f"{name} wants compiled kernels of {kernels}", "take them out of its config.json"
+            f"{name} wants compiled kernels from {kernels}", "take them out of its config.json"
         )
 
 
 def require_allowed(what: str, otherwise: str) -> None:
-    """UsageError saying `what` is wanted, and what to do `otherwise`, unless code may run."""
+    """Raise UsageError unless code may run; it says `what` is wanted and what to do `otherwise`."""
     if not is_allowed():
         raise UsageError(
-            f"{what}: code of others, which would run here",
+            f"{what}: that is other people's code, and it would run on this machine",
             f"{FLAG}, if you have read it; or {otherwise}",
         )
 
 
 def is_repository(value: Any) -> bool:
-    """Whether a value for an implementation names a repository on the hub rather than one of
+    """Return whether a value for an implementation names a hub repository rather than one of
     transformers' own."""
     return (
         isinstance(value, str)
@@ -79,7 +79,7 @@ def is_repository(value: Any) -> bool:
 
 
 def _walk_classes(auto_map: Any) -> Iterator[str]:
-    """The classes that a configuration's auto_map names; of a tokenizer two."""
+    """Yield the classes that a configuration's auto_map names (a tokenizer's entry names two)."""
     for value in auto_map.values() if isinstance(auto_map, Mapping) else ():
         yield from (
             each
@@ -89,6 +89,7 @@ def _walk_classes(auto_map: Any) -> Iterator[str]:
 
 
 def _walk_kernels(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the kernel repositories that a configuration names, at any depth."""
     for key, value in settings.items():
         if key in CODE_FROM:
             given = value.values() if isinstance(value, Mapping) else [value]

@@ -1,5 +1,5 @@
-"""What a person sees while a command works: prose and one progress line on stderr; stdout is left
-for data."""
+"""Show a person how a command gets on: prose and one progress line on stderr. stdout is left for
+data."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lora_cli.common.errors import LoraError
 
 
 def say(text: str = "") -> None:
-    """One line of prose, without secrets."""
+    """Print one line of prose to stderr, with secrets masked."""
     print(privacy.mask_secrets(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """A named warning: the run goes on, but the user must know."""
+    """Print a warning: the run goes on, but the user must know."""
     say(f"warning: {text}")
 
 
 def render_error(error: LoraError) -> str:
-    """`error: …`, a blank line, `hint: …`, the form every failure takes."""
+    """Return `error: …`, a blank line and `hint: …`, the form of every failure."""
     text = f"error: {error.message}"
     return f"{text}\n\nhint: {error.hint}" if error.hint else text
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the header underlined; the first column left, the others
-    right."""
+    """Return columns aligned with spaces under an underlined header: the first to the left, the
+    others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -44,7 +44,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`42s`, `3m07s` or `2h05m`."""
+    """Return seconds as `42s`, `3m07s` or `2h05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -54,8 +54,8 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """One line that is rewritten in place on a terminal, and printed now and then where there is
-    none."""
+    """A line that is rewritten in place on a terminal, and printed now and then where there is no
+    terminal."""
 
     def __init__(self, plain_interval: float = 10.0) -> None:
         self.live = sys.stderr.isatty()
@@ -65,8 +65,8 @@ class Progress:
     def update(self, *parts: str, force: bool = False) -> None:
         """Show the parts; off a terminal at most every `plain_interval` seconds unless forced.
 
-        On a narrow terminal parts are left out, from the last but one backwards: first and last say
-        most.
+        On a narrow terminal parts are left out, from the last but one backwards: the first and the
+        last say most.
         """
         text = "  ".join(parts)
         if self.live:
@@ -82,7 +82,7 @@ class Progress:
             say(text)
 
     def clear(self) -> None:
-        """Make room for a line of prose."""
+        """Clear the line, to make room for prose."""
         if self.live:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()

@@ -1,4 +1,17 @@
-"""Data sets: sources, readers, formats, encoding, selection and cache."""
+"""Data sets: from files, a folder or the hub to token ids with labels, prepared once and kept, or
+streamed.
+
+Its doors, in the order a reader needs them:
+
+    load        the rows a recipe trains on and evaluates on; mixes by weight
+    sources     where rows come from; how each data set is opened
+    formats     what a row may be, and how its columns tell
+    readers     the rows of one local file; whether files are there
+    encode      conversations and texts as token ids with labels
+    selection   which encoded rows are trained on; long rows and bad ones
+    prepare     one data set from its source to its rows, counts and fingerprint
+    cache       prepared rows on the disk
+"""
 
 __all__ = [
     "cache",

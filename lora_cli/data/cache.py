@@ -1,10 +1,10 @@
-"""Prepared rows on disk: the same rows are rendered and tokenised once, and training reads them
-without holding them.
+"""Keep prepared rows on disk: they are rendered and tokenised once, and training reads them without
+holding them.
 
 An entry is a folder named by a hash of all that its rows depend on: the content of the files, the
 tokenizer and its chat template, every option, the libraries' versions and this program's own code.
-It holds `rows.arrow`, which is mapped into memory, and `counts.json`. A new entry drives out those
-that were not used for 30 days.
+It holds `rows.arrow`, which is mapped into memory, and `counts.json`. Writing a new entry removes
+those that were not used for 30 days.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ CODE = (
     PACKAGE / "models/chat_template.py",
     PACKAGE / "models/tokenizer.py",
 )
-"""This program's files that decide which rows come out, and what is in them."""
+"""The files of this program that decide which rows come out, and what is in them."""
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
-ROWS, COUNTS = "rows.arrow", "counts.json"
+ROWS = "rows.arrow"
+COUNTS = "counts.json"
 BATCH = 1000
 NUMBERS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema({"input_ids": NUMBERS, "labels": NUMBERS})
@@ -51,11 +52,13 @@ class Notes:
     and label."""
 
     def __init__(self, first: int) -> None:
-        self.first, self.places, self.hash = first, list[str](), hashlib.sha256()
+        self.first = first
+        self.places = list[str]()
+        self.hash = hashlib.sha256()
 
     @property
     def digest(self) -> str:
-        """32 hex digits."""
+        """The hash as 32 hex digits."""
         return self.hash.hexdigest()[:32]
 
 
@@ -69,17 +72,17 @@ class Entry(NamedTuple):
 
 
 def find_folder() -> Path:
-    """Where the entries are."""
+    """Return the folder of all entries."""
     return files.find_cache_home() / "rows"
 
 
 def make_key(
     source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date
 ) -> str:
-    """A hash (32 hex digits) of all that decides the rows; `source` is one of their content,
-    `names` are their places.
+    """Return a hash (32 hex digits) of all that decides the rows.
 
-    `day` counts only for templates that write the date.
+    `source` is a hash of their content, `names` are the files' paths. `day` counts only for
+    templates that write the date.
     """
     code = hashlib.sha256()
     for path in CODE:
@@ -101,32 +104,31 @@ def make_key(
 
 
 def read(entry: Path) -> Entry | None:
-    """What was kept in the folder `entry`; None where there is none, or a damaged one."""
+    """Return what is kept in the folder `entry`, or None where it is missing or damaged."""
     if not entry.exists():
         return None
     try:
         kept = json.loads((entry / COUNTS).read_text(encoding="utf-8"))
-        rows, counts = Dataset.from_file(str(entry / ROWS)), Counts.of(kept["counts"])
+        rows = Dataset.from_file(str(entry / ROWS))
+        counts = Counts.from_data(kept["counts"])
         if len(rows) != counts.kept or not len(kept["places"]) <= len(rows):
             raise ValueError(f"{len(rows)} rows, not {counts.kept}")
         if _hash_rows(rows) != kept["digest"]:
-            raise ValueError("other numbers than were written")
+            raise ValueError("they differ from what was written")
         os.utime(entry / COUNTS)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # ArrowInvalid is a ValueError
+    # ArrowInvalid is a ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")
-        entry.unlink() if entry.is_file() else shutil.rmtree(entry, ignore_errors=True)
+        if entry.is_file():
+            entry.unlink()
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
         return None
     return Entry(rows, counts, kept["places"], kept["digest"])
 
 
 def _hash_rows(rows: Dataset) -> str:
-    """The digest of rows as they were written, batch by batch."""
+    """Return the digest of rows as they were written, batch by batch."""
     notes = Notes(0)
     for batch in rows.data.table.to_batches():
         ids, labels = batch.column("input_ids"), batch.column("labels")
@@ -138,16 +140,17 @@ def _hash_rows(rows: Dataset) -> str:
 def write(
     entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[], None], first: int
 ) -> None:
-    """Make an entry of `rows`, whole or not at all, with the places of the `first` ones.
+    """Make an entry of `rows`, completely or not at all, with the places of the `first` ones.
 
-    When the last row has passed, and so `counts` are complete, `check()` may refuse it.
+    When the last row has passed, so that `counts` are complete, `check()` may refuse the entry by
+    raising.
     """
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoraError(
             f"prepared rows cannot be kept in {entry.parent}: {error.strerror}",
-            "LORA_CACHE_DIR names another folder",
+            "set LORA_CACHE_DIR to another folder",
         ) from error
     notes = Notes(first)
     with files.scratch_folder(".rows-", entry.parent) as staging:
@@ -162,7 +165,7 @@ def write(
         check()
         files.write_json(
             fresh / COUNTS,
-            {"places": notes.places, "digest": notes.digest, "counts": counts.plain()},
+            {"places": notes.places, "digest": notes.digest, "counts": counts.to_data()},
         )
         _remove_unused(entry.parent)
         try:
@@ -173,7 +176,7 @@ def write(
 
 
 def make_batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordBatch]:
-    """The rows' ids and labels in columns, eight bytes a token, noted in `notes`."""
+    """Yield the rows' ids and labels in columns, eight bytes a token, and take `notes` of them."""
     rows = iter(rows)
     while batch := list(islice(rows, BATCH)):
         notes.places += [row.place for row in batch[: notes.first - len(notes.places)]]
@@ -189,7 +192,7 @@ def make_batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordB
 
 
 def _remove_unused(parent: Path) -> None:
-    """Remove what was not used for DAYS days: entries, and what a killed process left half-made."""
+    """Remove entries that were not used for DAYS days, and what killed processes left half-made."""
     oldest = time.time() - DAYS * 24 * 3600
     for entry in parent.iterdir():
         used = entry / COUNTS if (entry / COUNTS).is_file() else entry

@@ -1,5 +1,5 @@
-"""What a row is: a conversation, a text, or tokens; told by its columns and checked, whatever file
-it came from."""
+"""Turn a row into a conversation, a text or tokens; its format is told by its columns, whatever
+file it came from."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Conversation(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A row that is tokenised already; -100 in `labels` where there is no loss."""
+    """A row that is tokenised already; `labels` are -100 where there is no loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -63,16 +63,16 @@ Converter = Callable[[Mapping[str, Any]], Conversation | Tokens | str]
 
 
 def recognise_format(columns: Iterable[str]) -> str | None:
-    """The first format whose columns are all there."""
+    """Return the first format whose columns are all there, or None."""
     there = set(columns)
     return next((style for style, needed in FORMATS.items() if there.issuperset(needed)), None)
 
 
 def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
-    """The function that makes a row of format `style` a Conversation, Tokens, or text; it raises
-    BadRow.
+    """Return the function that makes a row of format `style` a Conversation, Tokens or text; it
+    raises BadRow.
 
-    `alpaca_prompt`: the chat template has Alpaca's own place for a row's `input`.
+    `alpaca_prompt` says that the chat template has Alpaca's own place for a row's `input`.
     """
     converters: dict[str, Converter] = {
         "tokens": _convert_tokens,
@@ -88,7 +88,7 @@ def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
 
 
 def uses_alpaca(template: str | None) -> bool:
-    """Whether the chat template has Alpaca's own place for a row's `input`."""
+    """Return whether the chat template has Alpaca's own place for a row's `input`."""
     return "### Input:" in (template or "")
 
 
@@ -105,6 +105,7 @@ _NAMES = {
 
 
 def _get_value(row: Mapping[str, Any], column: str) -> Any:
+    """Return a column's value; raise BadRow where the row does not have the column."""
     if column not in row:
         guess = find_nearest(column, row)
         there = ", ".join(row) or "none"
@@ -118,6 +119,7 @@ def _get_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+    """Return a column's text; raise BadRow, calling it `name`, where it is not text."""
     value, name = _get_value(row, column), name or column
     if not isinstance(value, str):
         kind = _NAMES.get(type(value), type(value).__name__)
@@ -131,6 +133,7 @@ def _get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> s
 
 
 def _get_filled_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+    """Return a column's text; raise BadRow where it is empty as well."""
     text = _get_text(row, column, name)
     if not text.strip():
         raise BadRow(f"{name or column} is empty")
@@ -138,6 +141,8 @@ def _get_filled_text(row: Mapping[str, Any], column: str, name: str | None = Non
 
 
 def _get_list(row: Mapping[str, Any], column: str) -> list[Any]:
+    """Return a column's list, which may be written as JSON; raise BadRow where it is not a list or
+    is empty."""
     value = _get_value(row, column)
     if isinstance(value, str):  # some data sets keep their lists as JSON
         try:
@@ -156,6 +161,7 @@ def _get_list(row: Mapping[str, Any], column: str) -> list[Any]:
 
 
 def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation:
+    """Return an instruction with its output as a conversation of two turns."""
     question = _get_filled_text(row, "instruction")
     if row.get("input"):
         question += ("\n\n### Input:\n" if alpaca_prompt else "\n\n") + _get_text(row, "input")
@@ -163,6 +169,7 @@ def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation
 
 
 def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    """Return a prompt and completion, texts or lists of turns, as a conversation."""
     prompt, completion = _get_value(row, "prompt"), _get_value(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _make_conversation([*prompt, *completion], row)
@@ -172,21 +179,26 @@ def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
 
 
 def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
+    """Return a question and its answer as a conversation, after the row's system message."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     system = _get_system(row)
     return Conversation([*system, *messages], _get_tools(row), [False] * (len(system) + 1) + [True])
 
 
 def _get_system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the row's system message, in a list that is empty where it does not have one."""
     return [{"role": "system", "content": _get_text(row, "system")}] if row.get("system") else []
 
 
 def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
-    """Turns with known roles and contents, the user before the assistant, at least one answer to
-    learn."""
+    """Return turns as a conversation.
+
+    Raise BadRow unless their roles are known, each has content, the user speaks before the
+    assistant, and there is an answer to learn.
+    """
     messages, trained = [], []
     if not turns:
-        raise BadRow("there is no turn")
+        raise BadRow("the conversation is empty")
     for number, turn in enumerate(turns):
         message, learned = _make_turn(turn, number)
         messages.append(message)
@@ -195,18 +207,18 @@ def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation
         messages, trained = _get_system(row) + messages, [False] * len(_get_system(row)) + trained
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise BadRow("no turn is the assistant's")
+        raise BadRow("the assistant has no turn")
     if next(role for role in roles if role != "system") == "assistant":
         raise BadRow("the assistant speaks first", hint="begin with a turn of the user")
     return Conversation(messages, _get_tools(row), trained)
 
 
 def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
-    """One message as templates take it, and whether it may carry loss (`train: false` or `weight:
-    0` say no)."""
+    """Return one message as templates take it, and whether it may carry loss (not with `train:
+    false` or `weight: 0`)."""
     if not isinstance(turn, dict):
         raise BadRow(
-            "a turn is no mapping",
+            "a turn is not a mapping",
             f"turn {number} is {json.dumps(turn, default=str)[:40]}, not {{role, content}}",
         )
     role = turn.get("role")
@@ -221,7 +233,7 @@ def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
     train, weight = turn.get("train"), turn.get("weight")
     if not (train is None or isinstance(train, bool)) or weight not in (None, 0, 1):
         raise BadRow(
-            "train is no true or false",
+            "train is not true or false",
             f"turn {number}: train must be true or false, weight 0 or 1",
         )
     message = {"role": role}
@@ -241,8 +253,8 @@ def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
 
 
 def _convert_calls(calls: Any, number: int) -> list[Any]:
-    """Tool calls with arguments as mappings, as templates print them (OpenAI's files hold them as
-    JSON text)."""
+    """Return tool calls with their arguments as mappings, as templates print them; OpenAI's files
+    hold them as JSON text."""
     made = []
     for call in calls if isinstance(calls, list) else [None]:
         call = call if isinstance(call, dict) else {}
@@ -258,8 +270,8 @@ def _convert_calls(calls: Any, number: int) -> list[Any]:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 raise BadRow(
-                    "a tool call's arguments are no JSON",
-                    f"turn {number}: the arguments of {function['name']} are no JSON",
+                    "a tool call's arguments are not JSON",
+                    f"turn {number}: the arguments of {function['name']} are not JSON",
                 ) from None
         named = {"id": call["id"]} if call.get("id") else {}
         made.append(
@@ -273,11 +285,12 @@ def _convert_calls(calls: Any, number: int) -> list[Any]:
 
 
 def _get_tools(row: Mapping[str, Any]) -> list[Any] | None:
+    """Return the tools that the row's turns may call, or None."""
     return _get_list(row, "tools") if row.get("tools") else None
 
 
 def _convert_sharegpt_turn(turn: Any) -> Any:
-    """A turn `{from, value}` as `{role, content}`; others as they are."""
+    """Return a turn `{from, value}` as `{role, content}`, and any other unchanged."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     speaker, value = turn["from"], turn.get("value")
@@ -286,7 +299,7 @@ def _convert_sharegpt_turn(turn: Any) -> Any:
         try:
             calls = json.loads(str(value))
         except (ValueError, RecursionError):
-            raise BadRow("a function_call is no JSON") from None
+            raise BadRow("a function_call is not JSON") from None
         return {
             "role": "assistant",
             "tool_calls": calls if isinstance(calls, list) else [calls],
@@ -296,15 +309,16 @@ def _convert_sharegpt_turn(turn: Any) -> Any:
 
 
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
-"""Columns beside `input_ids` that say with 0 what is no text, or has no loss."""
+"""Columns beside `input_ids` in which a 0 marks padding, or a token without loss."""
 
 
 def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
+    """Return the ids and labels of a row that is tokenised already, with its masks applied."""
     ids = _get_list(row, "input_ids")
     labels = row.get("labels")
     labels = list(ids) if labels is None else labels
     if not isinstance(labels, list) or len(labels) != len(ids):
-        raise BadRow("labels are not as many as input_ids")
+        raise BadRow("labels and input_ids differ in length")
     for name, values in (("input_ids", ids), ("labels", labels)):
         if not all(type(value) is int for value in values):
             raise BadRow(f"{name} are not whole numbers")
@@ -326,5 +340,6 @@ def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
 
 
 def _mask_labels(values: Any, mask: list[int]) -> Any:
+    """Return the values that a mask keeps, if there are as many as it has."""
     same = isinstance(values, list) and len(values) == len(mask)
     return [value for value, kept in zip(values, mask) if kept] if same else values

@@ -1,18 +1,14 @@
-"""The rows a recipe trains on and evaluates on: one data set, or several mixed by weight."""
+"""Load the rows a recipe trains on and evaluates on: one data set, or several mixed by weight."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from datetime import date
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 
 import numpy as np
-from datasets import (
-    Dataset,
-    concatenate_datasets,
-    interleave_datasets,
-)
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, ui
@@ -26,12 +22,13 @@ from lora_cli.recipe import Recipe, Rows
 def load_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
 ) -> tuple[prepare.Prepared, prepare.Prepared | None]:
-    """The rows to train on and, where the recipe gives any, those to evaluate on.
+    """Return the rows to train on and, where the recipe names any, those to evaluate on.
 
-    `day` is what chat templates that write the date are to write: a resumed run trains on the rows
-    it began with.
+    `day` is the date for chat templates that write one: a resumed run trains on the rows it began
+    with.
     """
-    data, renderer = recipe.data, Renderer(tokenizer, recipe.data.train_on, day)
+    data = recipe.data
+    renderer = Renderer(tokenizer, data.train_on, day)
     if "strftime_now" in str(tokenizer.chat_template):
         ui.say(f"  the chat template writes the date into every conversation: {renderer.day}")
     train = (
@@ -41,8 +38,8 @@ def load_rows(
     )
     if renderer.adds_bos and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first):
         ui.warn(
-            f"rows do not begin with {tokenizer.bos_token}: the chat template writes none, the "
-            "tokenizer would"
+            f"rows do not begin with {tokenizer.bos_token}: the tokenizer would add it, but the "
+            "chat template does not write it"
         )
     if not (data.eval_path or data.eval_split):
         return train, None
@@ -57,12 +54,14 @@ def load_rows(
 
 
 def _count_shared(train: Dataset, evaluation: Dataset) -> int:
-    """How many rows of `evaluation` are in `train` too, looking at the first million."""
+    """Return how many rows of `evaluation` are also in `train`, looking at the first million of
+    each."""
     trained = {bytes(ids) for ids in _walk_ids(train, 1_000_000)}
     return sum(bytes(ids) in trained for ids in _walk_ids(evaluation, 1_000_000))
 
 
 def _walk_ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
+    """Yield the ids of each of the first `limit` rows, as bytes."""
     for batch in rows.select(range(min(limit, len(rows)))).with_format("arrow").iter(cache.BATCH):
         for chunk in batch["input_ids"].chunks:
             ends, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
@@ -72,6 +71,7 @@ def _walk_ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
 def _load_one(
     recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str
 ) -> prepare.Prepared:
+    """Return the rows of one data set."""
     assert path is not None
     source = sources.find_source(recipe.data, where, path, split)
     return (
@@ -82,8 +82,11 @@ def _load_one(
 
 
 def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepare.Prepared:
-    """The data sets one after the other (training draws its rows in random order), each as often as
-    it weighs; streams are drawn from at random, the more often the more they weigh."""
+    """Return several data sets as one, each as often as it weighs.
+
+    They stand one after another, since training draws rows at random. Streams are drawn from at
+    random, the more often the more they weigh.
+    """
     parts: list[prepare.Prepared] = []
     for number, rows in enumerate(mix):
         own = recipe.data.model_copy(update={**dict(rows), "mix": None})
@@ -94,12 +97,14 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
             rows.path,
             rows.split,
         )
-        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summary()}")
+        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summarise()}")
         parts.append(part)
-    seed, weights = recipe.training.seed, [rows.weight for rows in mix]
-    counts, streams = parts[0].counts, [part.stream for part in parts if part.stream is not None]
+    seed = recipe.training.seed
+    weights = [rows.weight for rows in mix]
+    streams = [part.stream for part in parts if part.stream is not None]
+    counts = parts[0].counts
     for part in parts[1:]:
-        counts = counts.plus(part.counts)
+        counts = counts.add(part.counts)
     if not streams:
         parts = [
             _repeat_by_weight(part, weight, [seed, number])
@@ -107,40 +112,36 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
         ]
         counts.tokens = sum(part.counts.tokens for part in parts)
         counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
-    drawn = (
-        interleave_datasets(streams, [weight / sum(weights) for weight in weights], seed)
-        if streams
-        else None
-    )
-    fingerprint = hashlib.sha256(
-        "".join(f"{part.fingerprint} {w}" for part, w in zip(parts, weights)).encode()
-    )
-    first = [
-        row
-        for rows in zip_longest(*(part.first for part in parts))
-        for row in rows
-        if row is not None
-    ]
+    shares = [weight / sum(weights) for weight in weights]
+    drawn = interleave_datasets(streams, shares, seed) if streams else None
+    weighted = "".join(f"{part.fingerprint} {weight}" for part, weight in zip(parts, weights))
+    fingerprint = hashlib.sha256(weighted.encode())
+    in_turn = chain.from_iterable(zip_longest(*(part.first for part in parts)))
+    first = [row for row in in_turn if row is not None]
     commits = ", ".join(part.commit for part in parts if part.commit) or None
     rows = concatenate_datasets([part.rows for part in parts])
     if not len(rows):
-        raise LoraError("the weights of data.mix leave no row", "give one of them a larger weight")
+        raise LoraError("the weights of data.mix leave no rows", "give one of them a larger weight")
     return prepare.Prepared(
         rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn
     )
 
 
 def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:
-    """The rows so many times, and of the share that is left over as many, drawn at random; tokens
-    counted anew."""
-    whole, share = divmod(weight, 1)
-    drawn = np.random.default_rng(seed).permutation(len(part.rows))[: round(share * len(part.rows))]
+    """Return the rows `weight` times, with tokens counted anew; for a fraction, that share of them
+    is drawn at random."""
+    times = int(weight)
+    size = len(part.rows)
+    shuffled = np.random.default_rng(seed).permutation(size)
+    drawn = shuffled[: round(weight % 1 * size)]
     some = part.rows.select(np.sort(drawn))
-    tokens, learned = int(whole) * part.counts.tokens, int(whole) * part.counts.trained_tokens
+    tokens = times * part.counts.tokens
+    learned = times * part.counts.trained_tokens
     for batch in some.with_format("numpy").iter(cache.BATCH):
         labels = np.concatenate(list(batch["labels"]))
-        tokens, learned = tokens + len(labels), learned + int((labels != IGNORED).sum())
+        tokens += len(labels)
+        learned += int((labels != IGNORED).sum())
     return part._replace(
-        rows=concatenate_datasets([part.rows] * int(whole) + [some]),
+        rows=concatenate_datasets([part.rows] * times + [some]),
         counts=Counts(tokens=tokens, trained_tokens=learned),
     )

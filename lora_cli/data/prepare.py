@@ -1,9 +1,9 @@
-"""The rows a recipe trains on: read, recognised, rendered, encoded, selected, counted; the same for
-both trainers.
+"""Prepare the rows of one data set: read, recognise, render, encode, select and count them. Both
+trainers get the same rows.
 
-Prepared before the run and kept on disk (`cache.py`); or, for sets that do not fit there
-(`data.streaming`), the first of them looked at before the run, and all of them prepared while it
-trains, over and over, drawn from a buffer. Memory is constant either way.
+They are prepared before the run and kept on disk (`cache.py`). Sets that do not fit there
+(`data.streaming`) are prepared while training, over and over, and drawn from a buffer; only their
+first rows are looked at before the run. Memory is constant either way.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    List,
-    Value,
-)
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from lora_cli.common import LoraError, find_nearest, ui
 from lora_cli.data import cache, formats, readers, selection
@@ -33,48 +27,50 @@ from lora_cli.data.sources import Source
 from lora_cli.recipe import Data, Recipe
 
 COLUMNS_FROM = 100
-"""Rows, from the first, whose columns tell the format."""
+"""How many rows, from the first, tell the format by their columns."""
 FIRST = 20
-"""Rows kept with their places, to be shown."""
+"""How many rows are kept with their places, to be shown."""
 LOOKED_AT = 10_000
-"""Rows of a stream that are looked at before training."""
+"""How many rows of a stream are looked at before training."""
 
 
 class Prepared(NamedTuple):
     """Rows with `input_ids` and `labels`, the first of them with their places, and what became of
     the rows read.
 
-    Of a stream, all that is but the first of the rows; `stream` gives all, without end.
+    For a stream, all this describes only its first rows; `stream` yields all of them, without end.
     """
 
     rows: Dataset
     first: list[Kept]
     counts: Counts
     fingerprint: str
-    """A hash of every id and label; of a stream, of the first ones and of the files' first and last
-    megabyte."""
+    """A hash of every id and label; for a stream, of the first ones and of each file's first and
+    last megabyte."""
     commit: str | None
     stream: IterableDataset | None = None
 
-    def summary(self) -> str:
-        """`571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over 512 tokens)`."""
+    def summarise(self) -> str:
+        """Return a line such as `571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over
+        512 tokens)`."""
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
-        text = f"{len(self.rows)} of {counts.read} rows"
-        text = f"{text}, {counts.tokens} tokens, {share:.0f}% with loss"
-        text = f"{text} ({counts.reasons()})" if counts.reasons() else text
+        text = f"{len(self.rows)} of {counts.read} rows, {counts.tokens} tokens, "
+        text += f"{share:.0f}% with loss"
+        if reasons := counts.list_reasons():
+            text += f" ({reasons})"
         return f"a stream, of its first rows {text}" if self.stream is not None else text
 
 
 def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
-    """Everything the source has, ready to train on, from the cache where it was prepared before;
-    says what to know.
+    """Return everything the source has, ready to train on, from the cache if it was prepared
+    before.
 
-    LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left to
-    learn from.
+    Raise LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left
+    to learn from. Warn of what is worth knowing.
     """
     key = cache.make_key(
-        source.fingerprint(), source.names, recipe, renderer.tokenizer, renderer.day
+        source.hash_content(), source.names, recipe, renderer.tokenizer, renderer.day
     )
     entry = cache.find_folder() / key
     found = cache.read(entry)
@@ -83,28 +79,32 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     else:
         counts = Counts()
         rows = _select_rows(source, recipe, renderer, counts)
+        check = partial(_refuse_useless, source, recipe, counts)
         gc.freeze()  # else each of many collections walks all that the libraries have made
         try:
-            cache.write(
-                entry, rows, counts, partial(_refuse_useless, source, recipe, counts), FIRST
-            )
+            cache.write(entry, rows, counts, check, FIRST)
         finally:
             gc.unfreeze()
         found = cache.read(entry)
         assert found, "just written"
     selection.warn_of_counts(renderer.tokenizer, found.counts)
     return Prepared(
-        found.rows, _first_rows(found.rows, found.places), found.counts, found.digest, source.commit
+        found.rows,
+        _show_first_rows(found.rows, found.places),
+        found.counts,
+        found.digest,
+        source.commit,
     )
 
 
 def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
-    """The first rows looked at, as `prepare` does, and all of them as a stream."""
-    counts, notes = Counts(), cache.Notes(FIRST)
-    look = recipe.data.model_copy(
-        update={"max_rows": min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)}
+    """Return the first rows, checked as `prepare` does, and all rows as a stream."""
+    counts = Counts()
+    notes = cache.Notes(FIRST)
+    most = min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)
+    beginning = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"max_rows": most})}
     )
-    beginning = recipe.model_copy(update={"data": look})
     batches = cache.make_batches(_select_rows(source, beginning, renderer, counts), notes)
     rows = Dataset(pyarrow.Table.from_batches(batches, cache.SCHEMA))
     _refuse_useless(source, recipe, counts)
@@ -115,27 +115,29 @@ def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepar
     )
     if recipe.data.shuffle_buffer > 1:
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
-    fingerprint = f"{notes.digest}, {source.fingerprint(ends_only=True)}"
+    fingerprint = f"{notes.digest}, {source.hash_content(ends_only=True)}"
     return Prepared(
-        rows, _first_rows(rows, notes.places), counts, fingerprint, source.commit, endless
+        rows, _show_first_rows(rows, notes.places), counts, fingerprint, source.commit, endless
     )
 
 
 def stream_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[Kept]:
-    """The rows as they come, none held; LoraError after the last for what `prepare` refuses."""
+    """Yield the rows without holding them; after the last, raise LoraError for what `prepare`
+    refuses."""
     counts = Counts()
     yield from _select_rows(source, recipe, renderer, counts)
     _refuse_useless(source, recipe, counts)
 
 
 def _repeat_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[dict[str, Any]]:
-    """The source's rows from the first to the last, again and again."""
+    """Yield the source's rows from the first to the last, again and again."""
     while True:
         for row in stream_rows(source, recipe, renderer):
             yield {"input_ids": row.input_ids, "labels": row.labels}
 
 
-def _first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
+def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
+    """Return the first rows with their places."""
     shown = rows.select(range(len(places)))
     return [
         Kept(place, np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32))
@@ -144,11 +146,11 @@ def _first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
 
 
 def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
-    """LoraError where there was no row, a bad one that is not to be skipped, or none to learn
-    from."""
+    """Raise LoraError where there was no row, a bad one that must not be skipped, or nothing to
+    learn from."""
     if counts.read == 0:
         where = f"split {source.split} of " if source.split != "train" else ""
-        raise LoraError(f"data.path: {where}{source.name} holds no row", f"head {source.name}")
+        raise LoraError(f"data.path: {where}{source.name} holds no rows", f"head {source.name}")
     selection.refuse_bad_rows(recipe.data, counts)
     selection.refuse_nothing(counts)
 
@@ -156,17 +158,19 @@ def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
 def _select_rows(
     source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
 ) -> Iterator[Kept]:
-    """The rows to train on as they come, none held."""
+    """Yield the rows to train on without holding them."""
     return selection.select_rows(_encode_rows(source, recipe, renderer, counts), recipe, counts)
 
 
 def _encode_rows(
     source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
 ) -> Iterator[tuple[str, list[Encoded]]]:
-    """The usable rows with their places; bad ones are counted. Once one is an error, the rest is
-    only looked at."""
+    """Yield the usable rows with their places, and count the bad ones.
+
+    Once a bad row is an error, the rest is only read and counted.
+    """
     data = recipe.data
-    rows: Iterator[tuple[str, readers.Row]] = islice(source.rows(), data.max_rows)
+    rows: Iterator[tuple[str, readers.Row]] = islice(source.read_rows(), data.max_rows)
     first = list[tuple[str, readers.Row]]()
     readable = 0
     while readable < COLUMNS_FROM and len(first) < LOOKED_AT and (row := next(rows, None)):
@@ -189,7 +193,7 @@ def _encode_rows(
 def _convert_rows(
     rows: Iterator[tuple[str, readers.Row]], convert: formats.Converter, data: Data, counts: Counts
 ) -> Iterator[Batch]:
-    """The usable rows, in batches; none any more once a bad one is an error."""
+    """Yield the usable rows in batches; none any more once a bad row is an error."""
     while read := list(islice(rows, readers.BATCH)):
         counts.read += len(read)
         batch: Batch = []
@@ -197,9 +201,8 @@ def _convert_rows(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                batch.append(
-                    (place, convert(_rename_columns(row, data.columns) if data.columns else row))
-                )
+                ours = _rename_columns(row, data.columns) if data.columns else row
+                batch.append((place, convert(ours)))
             except BadRow as bad:
                 counts.count_bad(place, bad)
         if batch and not (counts.first_bad and data.on_bad_row == "error"):
@@ -207,8 +210,10 @@ def _convert_rows(
 
 
 def _rename_columns(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
-    """The row under our column names (`columns` is ours: theirs); a column of theirs in the way is
-    left out."""
+    """Return the row under our column names (`columns` is ours: theirs).
+
+    A column of theirs that already has one of our names is left out.
+    """
     theirs = set(columns.values())
     kept = {
         name: value for name, value in row.items() if name not in theirs and name not in columns
@@ -217,29 +222,29 @@ def _rename_columns(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str
 
 
 def _choose_format(data: Data, columns: list[str]) -> str:
-    """The format of the rows, told by their columns unless the recipe says."""
+    """Return the format of the rows: the recipe's, or the one that their columns tell."""
     for theirs in data.columns.values():
         if theirs not in columns:
-            raise _missing_column(theirs, columns, "data.columns")
+            raise _explain_missing_column(theirs, columns, "data.columns")
     named = list(_rename_columns(dict.fromkeys(columns), data.columns))
     if data.format != "auto":
         for column in formats.FORMATS[data.format]:
             if column not in named:
-                raise _missing_column(column, named, f"data.format: {data.format}")
+                raise _explain_missing_column(column, named, f"data.format: {data.format}")
         return data.format
     if style := formats.recognise_format(named):
         return style
-    answer = next(
-        (name for name in columns if name in ("chosen", "answer", "response")), columns[-1]
-    )
+    likely = [name for name in columns if name in ("chosen", "answer", "response")]
+    answer = likely[0] if likely else columns[-1]
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
     raise LoraError(
-        f"data.path: the columns {', '.join(columns)} are of no known format ({shapes})",
+        f"data.path: the columns {', '.join(columns)} match no known format ({shapes})",
         f"--set data.columns='{{prompt: {columns[0]}, completion: {answer}}}'",
     )
 
 
-def _missing_column(column: str, columns: list[str], where: str) -> LoraError:
+def _explain_missing_column(column: str, columns: list[str], where: str) -> LoraError:
+    """Return the error for a column that is not there."""
     guess = find_nearest(column, columns)
     hint = f"did you mean {guess}?" if guess else "data.columns: {ours: theirs} names them"
     return LoraError(f"{where}: there is no column {column}; there are {', '.join(columns)}", hint)

@@ -1,5 +1,4 @@
-"""The rows of one local file, each with the place it stands at; what cannot be read says where and
-why."""
+"""Read the rows of one local file, each with its place; what cannot be read says where and why."""
 
 from __future__ import annotations
 
@@ -19,16 +18,25 @@ from lora_cli.common import LoraError
 from lora_cli.data.formats import BadRow
 from lora_cli.recipe import Data
 
-KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
-KINDS |= {".parquet": "parquet", ".arrow": "arrow"}
+KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""How a file is read, by the end of its name."""
 BATCH = 1000
+"""Rows read at a time."""
 
 Row = dict[str, Any] | BadRow
-"""A row as it was read, or why it could not be."""
+"""A row as it was read, or why it could not be read."""
 
 
 def guess_kind(file: Path) -> str | None:
-    """How a file is read, told by its name, also under .gz."""
+    """Return how a file is read, by its name (also under .gz), or None."""
     name = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     return KINDS.get(name.suffix.lower())
 
@@ -54,7 +62,7 @@ def missing_file(field: str, file: Path) -> LoraError:
 
 
 def read(file: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of one file, each with its place."""
+    """Yield the rows of one file, each with its place."""
     how = guess_kind(file)
     if how in ("parquet", "arrow"):
         yield from _read_arrow(file, str(how))
@@ -68,11 +76,13 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
             with opened(file, "rb") as raw:  # which may be damaged further on as well
                 raise _find_bad_byte(file, raw) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise LoraError(f"{file} is no whole gzip file: {error}", f"gzip -t {file}") from None
+        raise LoraError(
+            f"{file} is a truncated or damaged gzip file: {error}", f"gzip -t {file}"
+        ) from None
 
 
 def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """The rows of a file of text."""
+    """Yield the rows of a text file."""
     if how == "csv":
         yield from _read_csv(file, stream)
     elif how == "text":
@@ -85,7 +95,7 @@ def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]
 
 
 def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
-    """Where the first byte stands that is no UTF-8."""
+    """Return the error for the first byte that is not UTF-8."""
     for number, line in enumerate(raw, 1):
         try:
             line.decode()
@@ -99,7 +109,7 @@ def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
 
 
 def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """JSON rows, one a line; or one list of them."""
+    """Yield JSON rows: one per line, or one list of them."""
     first = stream.readline()
     while first and not first.strip():
         first = stream.readline()
@@ -113,30 +123,29 @@ def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
 
 
 def _parse_line(line: str, first: bool) -> Row:
+    """Return the row on a line of JSON, or why it cannot be used."""
     try:
         value = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         if first and line.strip() == "{":
             return BadRow(
                 "one JSON object over many lines",
-                hint="one row a line, or one list of rows: jq -c . FILE",
+                hint="write one row per line, or one list of rows: jq -c . FILE",
             )
         return BadRow("invalid JSON", f"column {error.colno}: invalid JSON: {error.msg}")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         return BadRow(
             "JSON that cannot be read", f"JSON that cannot be read: {str(error).partition(';')[0]}"
         )
     if not isinstance(value, dict):
         return BadRow(
-            "a row is no mapping", f"the row is {line.strip()[:40]}, not a mapping of columns"
+            "a row is not a mapping", f"the row is {line.strip()[:40]}, not a mapping of columns"
         )
     return value
 
 
 def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of one JSON list."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -146,40 +155,36 @@ def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
     except (ValueError, RecursionError) as error:
         said = str(error).partition(";")[0]
         raise LoraError(
-            f"{file}: JSON that cannot be read: {said}", "one row a line is read row by row"
+            f"{file}: JSON that cannot be read: {said}", "write one row per line"
         ) from None
     for number, value in enumerate(values, 1):
         place = f"{file}, row {number}"
-        yield (
-            place,
-            value
-            if isinstance(value, dict)
-            else BadRow(
-                "a row is no mapping", f"it is {json.dumps(value)[:40]}, not a mapping of columns"
-            ),
-        )
+        if isinstance(value, dict):
+            yield place, value
+        else:
+            shown = json.dumps(value)[:40]
+            bad = BadRow("a row is not a mapping", f"the row is {shown}, not a mapping of columns")
+            yield place, bad
 
 
 def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """Rows under a header line; separated by whichever of comma, tabulator and semicolon stands in
-    it most often."""
+    """Yield the rows under a header line; the separator is the comma, tab or semicolon that is most
+    frequent in it."""
     csv.field_size_limit(1 << 30)
     first = stream.readline()
     rows = csv.reader(chain([first], stream), delimiter=max(",\t;", key=first.count), strict=True)
     try:
         header = next(rows)
-        _refuse_twice(file, header)
+        _refuse_equal_names(file, header)
         for values in rows:
             if not values:
                 continue
             if len(values) != len(header):
-                yield (
-                    f"{file}:{rows.line_num}",
-                    BadRow(
-                        "another number of columns",
-                        f"{len(values)} columns, but the header has {len(header)}",
-                    ),
+                bad = BadRow(
+                    "the number of columns differs from the header's",
+                    f"{len(values)} columns, but the header has {len(header)}",
                 )
+                yield f"{file}:{rows.line_num}", bad
             else:
                 yield f"{file}:{rows.line_num}", dict(zip(header, values))
     except csv.Error as error:
@@ -188,18 +193,20 @@ def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
-def _refuse_twice(file: Path, columns: list[str]) -> None:
+def _refuse_equal_names(file: Path, columns: list[str]) -> None:
+    """Raise LoraError where two columns have one name."""
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise LoraError(f"{file} has two columns {twice[0]}", "rename one of them")
+        raise LoraError(f"{file} has two columns named {twice[0]}", "rename one of them")
 
 
 def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a Parquet or Arrow file."""
     from pyarrow import ipc, parquet
 
     try:
         if kind == "parquet":
             table = parquet.ParquetFile(file)
-            _refuse_twice(file, table.schema_arrow.names)
+            _refuse_equal_names(file, table.schema_arrow.names)
             batches = table.iter_batches(batch_size=BATCH)
         else:
             with file.open("rb") as stream:
@@ -212,33 +219,29 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
             )
         number = 0
         for batch in batches:
-            batch.validate(
-                full=True
-            )  # or a damaged file's offsets lead outside its buffers, and the process crashes
+            # or a damaged file's offsets lead outside its buffers, and the process crashes
+            batch.validate(full=True)
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", drop_nulls(row)
     except pyarrow.ArrowInvalid as error:
         raise LoraError(
-            f"{file} is no {kind} file: {' '.join(str(error).split())[:200]}", f"ls -l {file}"
+            f"{file} is not a readable {kind} file: {' '.join(str(error).split())[:200]}",
+            f"ls -l {file}",
         ) from None
 
 
 def drop_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without nulls inside its values: a table gives each mapping in a column the keys of
-    all of them."""
-    return {name: _dense(value) for name, value in row.items()}
+    """Return the row without nulls inside its values: a table gives each mapping in a column the
+    keys of all of them."""
+    return {name: _drop_nulls_inside(value) for name, value in row.items()}
 
 
-def _dense(value: Any) -> Any:
+def _drop_nulls_inside(value: Any) -> Any:
+    """Return a value without nulls in its mappings, at any depth."""
     if isinstance(value, dict):
-        return {key: _dense(inner) for key, inner in value.items() if inner is not None}
-    return (
-        [_dense(inner) for inner in value]
-        if isinstance(value, list) and value and not _flat(value[0])
-        else value
-    )
-
-
-def _flat(value: Any) -> bool:
-    return not isinstance(value, (dict, list))
+        return {key: _drop_nulls_inside(inner) for key, inner in value.items() if inner is not None}
+    # the first item tells of them all: a long list of numbers is not walked
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return [_drop_nulls_inside(inner) for inner in value]
+    return value

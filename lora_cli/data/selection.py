@@ -1,4 +1,4 @@
-"""Which encoded rows are trained on, and the counts of what became of every row read."""
+"""Choose which encoded rows are trained on, and count what became of every row read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, ui
-from lora_cli.data.encode import Encoded, NDArray
+from lora_cli.data.encode import Encoded
 from lora_cli.data.formats import BadRow
+from lora_cli.data.offsets import NDArray
 from lora_cli.models import IGNORED
 from lora_cli.recipe import Data, Recipe
 
@@ -29,7 +30,7 @@ class Kept(NamedTuple):
 
 @dataclass
 class Counts:
-    """What became of the rows read, counted while they pass."""
+    """What became of the rows read, counted as they pass."""
 
     read: int = 0
     kept: int = 0
@@ -40,54 +41,53 @@ class Counts:
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that cannot be used, by kind."""
     first_bad: tuple[str, str, str] | None = None
-    """Place, what is wrong, and the hint, of the first of them."""
+    """The first of them: its place, what is wrong, and the hint."""
     by_turn: int = 0
     """Conversations that became one row for each answer."""
     control_in_text: int = 0
-    """Rows in whose text control tokens stand."""
+    """Rows whose author wrote control tokens in their text."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Lengths of all encoded rows, in tokens."""
     ends: Counter[int] = field(default_factory=Counter)
-    """The last tokens of the answers with loss in rows that were not cut."""
+    """The last tokens of answers with loss, in rows that were not cut."""
 
-    def plus(self, other: Counts) -> Counts:
-        """Both together; of the first bad rows the earlier."""
+    def add(self, other: Counts) -> Counts:
+        """Return the sum of both; of the first bad rows, the earlier one."""
         sums = {each.name: getattr(self, each.name) for each in fields(self)}
         for name, value in sums.items():
             if name != "first_bad":
                 sums[name] = value + getattr(other, name)
         return Counts(**sums | {"first_bad": self.first_bad or other.first_bad})
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+    def to_data(self) -> dict[str, Any]:
+        """Return the counts as JSON can hold them."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
-    def of(cls, plain: dict[str, Any]) -> Counts:
-        """From `plain`, after JSON has made its keys text and its tuples lists."""
-        numbered = {
-            name: Counter({int(key): n for key, n in plain[name].items()})
-            for name in ("lengths", "ends")
-        }
-        named = {name: Counter(plain[name]) for name in ("left_out", "bad")}
-        first = plain["first_bad"]
-        return cls(**plain | numbered | named | {"first_bad": tuple(first) if first else None})
+    def from_data(cls, data: dict[str, Any]) -> Counts:
+        """Return the counts that `to_data` gave, after JSON made their keys text and tuples
+        lists."""
+        counters: dict[str, Any] = {name: Counter(data[name]) for name in ("left_out", "bad")}
+        for name in ("lengths", "ends"):
+            counters[name] = Counter({int(key): number for key, number in data[name].items()})
+        first = data["first_bad"]
+        return cls(**data | counters | {"first_bad": tuple(first) if first else None})
 
     def count_bad(self, place: str, bad: BadRow) -> None:
-        """One more row that cannot be used."""
+        """Count one more row that cannot be used."""
         self.bad[bad.kind] += 1
         self.first_bad = self.first_bad or (place, bad.said, bad.hint)
 
-    def reasons(self) -> str:
-        """`429 dropped: over 512 tokens, 3 split at …`."""
+    def list_reasons(self) -> str:
+        """Return why rows were left out or cut: `429 dropped: over 512 tokens, 3 split at …`."""
         return ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
 
 
 def select_rows(
     encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts
 ) -> Iterator[Kept]:
-    """The rows to train on: those with something to learn, long ones treated as data.on_long_row
-    says."""
+    """Yield the rows to train on: those with something to learn, with long ones treated as
+    data.on_long_row says."""
     limit, policy = recipe.training.max_length, recipe.data.on_long_row
     for place, found in encoded:
         counts.by_turn += len(found) > 1
@@ -100,6 +100,7 @@ def select_rows(
             elif not learned.any():
                 counts.left_out["dropped: nothing to learn"] += 1
             elif len(row.input_ids) <= limit:
+                # an answer's last token has a label, and the next one does not
                 last = np.flatnonzero(learned & ~np.append(learned[1:], False))
                 counts.ends.update(row.labels[last].tolist())
                 yield _count_row(Kept(place, row.input_ids, row.labels), int(learned.sum()), counts)
@@ -109,6 +110,7 @@ def select_rows(
 
 
 def _count_row(row: Kept, learned: int, counts: Counts) -> Kept:
+    """Return the row, counted as kept."""
     counts.kept += 1
     counts.tokens += len(row.input_ids)
     counts.trained_tokens += learned
@@ -116,7 +118,7 @@ def _count_row(row: Kept, learned: int, counts: Counts) -> Kept:
 
 
 def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[Kept]:
-    """What is left of a row that is too long, with something to learn in each piece."""
+    """Return what is left of a row that is too long, with something to learn in each piece."""
     length = len(row.input_ids)
     if policy == "error":
         raise LoraError(
@@ -133,7 +135,7 @@ def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) 
     ]
     taught = [piece for piece in pieces if (piece.labels != IGNORED).any()]
     if not taught:
-        counts.left_out["dropped: the answer was cut off whole"] += 1
+        counts.left_out["dropped: the whole answer was cut off"] += 1
     elif policy == "split":
         counts.left_out[f"split at {limit} tokens"] += 1
     else:
@@ -142,8 +144,8 @@ def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) 
 
 
 def refuse_bad_rows(data: Data, counts: Counts) -> None:
-    """LoraError for the first bad row, with how many of each kind there are, unless they are to be
-    skipped."""
+    """Raise LoraError for the first bad row, with how many of each kind there are, unless bad rows
+    are skipped."""
     total = sum(counts.bad.values())
     if counts.first_bad is None or data.on_bad_row == "skip":
         counts.left_out["dropped: bad"] += total
@@ -154,12 +156,13 @@ def refuse_bad_rows(data: Data, counts: Counts) -> None:
 
 
 def _list_kinds(counts: Counts) -> str:
-    return ", ".join(f"{number} {kind}" for kind, number in counts.bad.most_common())
+    """Return the kinds of bad rows with their numbers, the most frequent first."""
+    return ", ".join(f"{number} × {kind}" for kind, number in counts.bad.most_common())
 
 
 def refuse_nothing(counts: Counts) -> None:
-    """LoraError where no row is left to learn from, with the reasons, or most answers could not be
-    told to begin."""
+    """Raise LoraError where no row is left to learn from, or where most answers begin inside a
+    token."""
     inside = counts.left_out[BEGINS_INSIDE]
     if 2 * inside > counts.read:
         raise LoraError(
@@ -170,18 +173,20 @@ def refuse_nothing(counts: Counts) -> None:
         )
     if not counts.kept:
         too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
-        hint = (
-            f"--set training.max_length={max(counts.lengths)}" if too_long else "look at the rows"
-        )
-        if counts.first_bad and not too_long:
-            hint = "look at the first bad row, {}: {}".format(*counts.first_bad)
+        if too_long:
+            hint = f"--set training.max_length={max(counts.lengths)}"
+        elif counts.first_bad:
+            place, said, _ = counts.first_bad
+            hint = f"look at the first bad row, {place}: {said}"
+        else:
+            hint = "look at the rows"
         raise LoraError(
-            f"no row is left to train on: {counts.read} read ({counts.reasons()})", hint
+            f"no rows are left to train on: {counts.read} read ({counts.list_reasons()})", hint
         )
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
-    """The control tokens that the trained answers end with: where generation is to stop."""
+    """Return the control tokens that trained answers end with, at which generation is to stop."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(
         token for token in counts.ends if token in special or token in tokenizer.all_special_ids
@@ -189,23 +194,25 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[in
 
 
 def warn_of_counts(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
-    """What is no error, and what one would want to know before a run."""
+    """Warn of what is not an error, but worth knowing before a run."""
     if counts.first_bad:
         place, said, _ = counts.first_bad
-        number, kinds = sum(counts.bad.values()), _list_kinds(counts)
-        left_out = f"{number} bad rows of {counts.read} are left out ({kinds})"
-        ui.warn(f"{left_out}; the first is {place}: {said}")
+        total = sum(counts.bad.values())
+        ui.warn(
+            f"{total} bad rows of {counts.read} are left out ({_list_kinds(counts)}); the first is "
+            f"{place}: {said}"
+        )
     stops = set(find_stop_ids(tokenizer, counts))
     endless = sum(number for token, number in counts.ends.items() if token not in stops)
     if endless:
         ui.warn(
-            f"{endless} of {counts.ends.total()} answers end in no token that stops: the model "
+            f"{endless} of {counts.ends.total()} answers do not end with a stop token: the model "
             "may never stop"
         )
     if counts.control_in_text:
         ui.warn(
-            f"{counts.control_in_text} rows have control tokens in their text, which are read as "
-            "such"
+            f"{counts.control_in_text} rows have control tokens in their text; they are encoded as "
+            "control tokens"
         )
     if counts.by_turn:
         ui.say(

@@ -1,9 +1,9 @@
-"""Where rows come from: local files, a folder, or a data set on the hub; each row with the place it
-stands at.
+"""Find where rows come from: local files, a folder, or a data set on the hub. Each row carries its
+place.
 
 Local files are read here, not by `datasets`: its readers stop at the first row whose types differ
-from the rows before, and do not say in which file and line. Everything is read in batches; nothing
-is held.
+from the rows before, and do not say in which file and line. Everything is read in batches, and
+nothing is held in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lora_cli.recipe import Data
 
 
 class Source(NamedTuple):
-    """Rows to be read: of files, or of a data set of the `datasets` library."""
+    """Rows to be read: from files, or from a data set of the `datasets` library."""
 
     files: list[Path]
     table: Dataset | IterableDataset | None
@@ -50,11 +50,12 @@ class Source(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The places of the files, as rows name them."""
+        """The paths of the files, as the rows' places spell them."""
         return [str(file) for file in self.files]
 
-    def rows(self) -> Iterator[tuple[str, readers.Row]]:
-        """Every row with its place: `rows.jsonl:17`, or `row 17` of a table; both count from 1."""
+    def read_rows(self) -> Iterator[tuple[str, readers.Row]]:
+        """Yield every row with its place: `rows.jsonl:17`, or `row 17` of a table; both count from
+        1."""
         if self.table is not None:
             number = 0
             for batch in self.table.iter(batch_size=readers.BATCH):
@@ -64,18 +65,21 @@ class Source(NamedTuple):
                     yield f"row {number}", readers.drop_nulls(dict(zip(names, values)))
             return
         if self.split == "train":
-            yield from self._all()
+            yield from self._read_files()
             return
-        total = sum(1 for _ in self._all())
+        total = sum(1 for _ in self._read_files())
         for part in ReadInstruction.from_spec(self.split).to_absolute({"train": total}):
-            yield from islice(self._all(), part.from_ or 0, part.to)
+            yield from islice(self._read_files(), part.from_ or 0, part.to)
 
-    def _all(self) -> Iterator[tuple[str, readers.Row]]:
+    def _read_files(self) -> Iterator[tuple[str, readers.Row]]:
+        """Return the rows of all files, one file after another."""
         return (row for file in self.files for row in readers.read(file))
 
-    def fingerprint(self, ends_only: bool = False) -> str:
-        """A hash of the content of what is read, not of times; `ends_only`: of its size, first and
-        last megabyte."""
+    def hash_content(self, ends_only: bool = False) -> str:
+        """Return a hash of the content that is read, not of file times.
+
+        With `ends_only`, hash only the size and the first and last megabyte of each file.
+        """
         total = hashlib.sha256(self.split.encode())
         for file in self.files:
             with file.open("rb") as stream:
@@ -111,27 +115,28 @@ class _Hashing(io.RawIOBase):
 
 
 def find_source(data: Data, field: str, path: str | list[str], split: str) -> Source:
-    """What data.`field` names. LoraError when it is not there, empty, or of no kind that can be
-    read."""
+    """Return the source that data.`field` names; raise LoraError when it is missing, empty or of an
+    unknown kind."""
     paths = [path] if isinstance(path, str) else path
     for name in paths:
-        _refuse_no_file(field, name)
+        _refuse_unreadable(field, name)
     try:
-        found = {name: _local(field, name) for name in paths}
+        found = {name: _find_files(field, name) for name in paths}
         if any(found.values()) or len(paths) > 1:
-            for name, files in found.items():
-                if not files:
+            for name, matched in found.items():
+                if not matched:
                     raise LoraError(
-                        f"data.{field}: {name} is no file; a list must name local files",
+                        f"data.{field}: {name} is not a file; a list must name local files",
                         f"ls {Path(name).parent}",
                     )
-            return _files(field, [file for files in found.values() for file in files], split)
+            files = [file for some in found.values() for file in some]
+            return _open_files(field, files, split)
         if Path(paths[0]).is_dir():
             with library_errors.translate_file_errors(
                 f"data.{field}: the folder {paths[0]} cannot be read", "name its files instead"
             ):
-                return _folder(data, Path(paths[0]), split)
-        return _hub(data, paths[0], split)
+                return _open_folder(data, Path(paths[0]), split)
+        return _open_hub(data, paths[0], split)
     except (ValueError, IndexError) as error:
         if library_errors.translate(error) is not None:
             raise
@@ -141,9 +146,9 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
         ) from error
 
 
-def _local(field: str, name: str) -> list[Path]:
-    """The files that a path or a pattern such as `data/*.jsonl` names; none for a folder or a name
-    on the hub."""
+def _find_files(field: str, name: str) -> list[Path]:
+    """Return the files that a path or a pattern such as `data/*.jsonl` names; none for a folder or
+    a hub name."""
     if glob.has_magic(name) and not Path(name).is_file():
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207 – absolute patterns too
         if not found:
@@ -155,14 +160,16 @@ def _local(field: str, name: str) -> list[Path]:
     return []
 
 
-def _files(field: str, files: list[Path], split: str) -> Source:
+def _open_files(field: str, files: list[Path], split: str) -> Source:
+    """Return local files as a source; raise LoraError where one is missing, empty or of an unknown
+    kind."""
     for file in files:
         if not file.is_file():
             raise readers.missing_file(field, file)
         if readers.guess_kind(file) is None:
             raise LoraError(
-                f"data.{field}: {file} is none of {', '.join(readers.KINDS)}, nor one of them "
-                "with .gz",
+                f"data.{field}: {file} is not one of {', '.join(readers.KINDS)}, with or without "
+                ".gz",
                 f"mv {file} {file}.jsonl",
             )
         if file.stat().st_size == 0:
@@ -176,24 +183,26 @@ def _files(field: str, files: list[Path], split: str) -> Source:
     return Source(files, None, split)
 
 
-def _refuse_no_file(field: str, name: str) -> None:
-    """LoraError for an address, a pipe or a device: what is read is read several times."""
+def _refuse_unreadable(field: str, name: str) -> None:
+    """Raise LoraError for an address, a pipe or a device: what is read is read several times."""
     if "://" in name:
         raise LoraError(f"data.{field}: {name} is an address, not a file", f"curl -LO {name}")
     if Path(name).exists() and not Path(name).is_file() and not Path(name).is_dir():
         raise LoraError(
             f"data.{field}: {name} is a pipe or a device, not a file",
-            "copy what it gives into a file",
+            "copy its contents into a file",
         )
 
 
-def _folder(data: Data, folder: Path, split: str) -> Source:
-    """A folder that `datasets` saved, or one of files, always read anew: `datasets` goes by the
-    files' times."""
+def _open_folder(data: Data, folder: Path, split: str) -> Source:
+    """Return a folder that `datasets` saved, or one of files, as a source.
+
+    Files are read anew each time, since `datasets` would go by their times.
+    """
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(str(folder))
         parts = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-        return Source([], _part(folder, parts.with_format(None), split), split)
+        return Source([], _select_split(folder, parts.with_format(None), split), split)
     try:
         rebuilt = None if data.streaming else DownloadMode.REUSE_CACHE_IF_EXISTS
         table = load_dataset(
@@ -206,8 +215,8 @@ def _folder(data: Data, folder: Path, split: str) -> Source:
     return Source([], table, split)
 
 
-def _part(folder: Path, parts: DatasetDict, split: str) -> Dataset:
-    """The split, or slices of splits, of a saved data set."""
+def _select_split(folder: Path, parts: DatasetDict, split: str) -> Dataset:
+    """Return the split, or the slices of splits, of a saved data set."""
     instruction = ReadInstruction.from_spec(split)
     for name in re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split):
         if name not in parts:
@@ -216,19 +225,19 @@ def _part(folder: Path, parts: DatasetDict, split: str) -> Dataset:
                 f"split: {find_nearest(name, parts) or next(iter(parts))}",
             )
     slices = instruction.to_absolute({name: len(part) for name, part in parts.items()})
-    return concatenate_datasets(
-        [
-            parts[each.splitname].select(
-                range(len(parts[each.splitname]))[slice(each.from_, each.to)]
-            )
-            for each in slices
-        ]
-    )
+    chosen = []
+    for each in slices:
+        part = parts[each.splitname]
+        chosen.append(part.select(range(len(part))[each.from_ : each.to]))
+    return concatenate_datasets(chosen)
 
 
-def _hub(data: Data, name: str, split: str) -> Source:
-    """A hub data set at one commit. Offline, `load_dataset` would take whatever it built last:
-    LoraError then."""
+def _open_hub(data: Data, name: str, split: str) -> Source:
+    """Return a hub data set at one commit as a source.
+
+    Raise LoraError where only another commit is cached: offline, `load_dataset` takes whatever it
+    built last.
+    """
     commit = str(resolve_revision(name, repo_type="dataset", revision=data.revision).resolved)
     table = load_dataset(name, data.name, split=split, revision=commit, streaming=data.streaming)
     if isinstance(table, Dataset) and not all(

@@ -1,4 +1,10 @@
-"""Checks of what is installed, and the reference implementation they are held against."""
+"""Checks of the machine and of the installed libraries, against a reference implementation in
+`reference/`.
+
+Its door:
+
+    checks   `lora doctor`: what is installed, tried
+"""
 
 __all__ = [
     "checks",

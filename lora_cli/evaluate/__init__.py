@@ -1,4 +1,11 @@
-"""What a model says: generate, chat and verify."""
+"""What a model says, and whether two forms of one model say the same.
+
+Its doors, in the order a reader needs them:
+
+    generate   `lora generate`: several models answer the same prompts side by side
+    chat       `lora chat`: a conversation with one model
+    verify     `lora verify`: adapter, merged model and GGUF file compared
+"""
 
 __all__ = [
     "chat",

@@ -137,7 +137,7 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         adapter.refuse_other_base()
         ui.say(f"{path}: on {adapter.base}")
         dtype = adapter.trained_dtype
-        logits = merge.choose_way(adapter, stream=None, original=False).expected(probes)
+        logits = merge.choose_way(adapter, stream=None, original=False).compute_expected(probes)
         logits = logits and [rows[-layerwise_logits.KEPT :] for rows in logits]
     else:
         model = Base(path)

@@ -1,4 +1,5 @@
-"""`lora combine`: several adapters of one base become one, by PEFT's `add_weighted_adapter`."""
+"""Combine several adapters of one base into one, by PEFT's `add_weighted_adapter` (`lora
+combine`)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ COMBINATIONS: tuple[str, ...] = get_args(
     get_type_hints(LoraModel.add_weighted_adapter)["combination_type"]
 )
 SEED = 0
-"""For the combinations that drop weights at random (dare)."""
+"""The seed for combinations that drop weights at random (dare)."""
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def join_adapters(
     density: float | None,
     base: str | None,
 ) -> Iterator[Path]:
-    """A single adapter's folder as it is; several combined into one, in a temporary folder."""
+    """Yield a single adapter's folder as it is, or several adapters combined in a temporary
+    folder."""
     if len(folders) == 1:
         if weights is not None:
             raise UsageError(
@@ -60,9 +62,8 @@ def combine(
     `out`.
 
     `weights` is one number per adapter, `0.7,0.3` (None: 1 each); `density` the share of weights
-    that ties, dare and magnitude_prune keep; `r` the rank of the svd kinds. No weights of the base
-    are loaded. Raises UsageError for a wrong option, LoraError for adapters that cannot be
-    combined.
+    that ties, dare and magnitude_prune keep; `r` the rank of the svd kinds. The base's weights are
+    not loaded. Raise UsageError for a wrong option, LoraError for adapters that cannot be combined.
     """
     numbers = _parse_weights(weights, len(folders))
     _check_combination(combination, density, r)
@@ -80,14 +81,16 @@ def combine(
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
         rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
         attach.load_adapter(first.base.build_zero(), staging)
-        settings = {
-            "weights": numbers,
-            "combination": combination,
-            "density": density,
-            "seed": SEED,
-        }
         derived.finish_folder(
-            staging, tokenizer, "combine", adapters, distance=distance, **settings
+            staging,
+            tokenizer,
+            "combine",
+            adapters,
+            weights=numbers,
+            combination=combination,
+            density=density,
+            seed=SEED,
+            distance=distance,
         )
     ui.say(
         f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank "
@@ -100,7 +103,7 @@ def combine(
 
 
 def _parse_weights(text: str | None, count: int) -> list[float]:
-    """One number per adapter from `0.7,0.3`; UsageError."""
+    """Return one number per adapter from `0.7,0.3`; raise UsageError for anything else."""
     if count < 2:
         raise UsageError("one adapter cannot be combined", "lora combine A B OUT")
     if text is None:
@@ -118,14 +121,14 @@ def _parse_weights(text: str | None, count: int) -> list[float]:
 
 
 def _check_combination(name: str, density: float | None, r: int | None) -> None:
-    """UsageError for an unknown combination, or an option that it has not."""
+    """Raise UsageError for an unknown combination, or an option that it does not have."""
     if name not in COMBINATIONS:
         guess = find_nearest(name, COMBINATIONS)
         hint = f"did you mean {guess}?" if guess else f"one of {', '.join(COMBINATIONS)}"
         raise UsageError(f"--combination {name} is not known", hint)
     drops = name.startswith(("ties", "dare", "magnitude_prune"))
     if drops and density is None:
-        raise UsageError(f"{name} keeps a share of the weights, and none is given", "--density 0.5")
+        raise UsageError(f"{name} needs the share of weights to keep", "--density 0.5")
     if density is not None and not drops:
         raise UsageError(
             f"{name} keeps all weights: --density is for ties, dare and magnitude_prune",
@@ -138,29 +141,28 @@ def _check_combination(name: str, density: float | None, r: int | None) -> None:
 
 
 def _check_rank(adapted: PeftModel, r: int | None) -> None:
-    """UsageError where a module has no update of rank `r`."""
+    """Raise UsageError where a module does not have an update of rank `r`."""
     layers = attach.find_lora_layers(adapted)
     most, path = min(
         (min(layer.in_features, layer.out_features), path) for path, layer in layers.items()
     )
     if r is not None and r > most:
         raise UsageError(
-            f"--r {r}: {path.removeprefix(PREFIX)} has no update of a rank over {most}",
+            f"--r {r}: an update of {path.removeprefix(PREFIX)} has at most rank {most}",
             f"--r {most}",
         )
 
 
 def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
-    """LoraError, naming both, unless all adapters are of one base; a warning where only some are of
-    a 4-bit one."""
+    """Raise LoraError, naming both, unless all adapters have the same base; warn where only some
+    were trained on it in 4 bits."""
     first = adapters[0]
     for other in adapters[1:]:
         if _locate_base(first.base) != _locate_base(other.base):
             raise LoraError(
-                f"the adapters are of different bases: {first.folder} of {_name_adapter(first)}, "
-                f"{other.folder} of "
-                f"{_name_adapter(other)}",
-                "if they are one and the same: --base MODEL",
+                f"the adapters have different bases: {first.folder} is for {_name_base(first)}, "
+                f"{other.folder} for {_name_base(other)}",
+                "if the two are the same model: --base MODEL",
             )
         if first.quantization != other.quantization:
             ui.warn(
@@ -170,32 +172,31 @@ def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
 
 
 def _locate_base(base: Base) -> tuple[str, str | None]:
-    """What two bases must agree in to be one: the folder however it is written, or name and
+    """Return what is equal for two spellings of one base: the folder's full path, or name and
     revision."""
     return (str(Path(base.name).resolve()) if base.is_folder else base.name), base.revision
 
 
-def _name_adapter(adapter: Adapter) -> str:
+def _name_base(adapter: Adapter) -> str:
+    """Return an adapter's base as messages name it."""
     return adapter.base.name + (f" at {adapter.base.revision}" if adapter.base.revision else "")
 
 
 def _load_tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
-    """That of the first; a warning where another renders chats otherwise."""
+    """Return the first adapter's tokenizer; warn where another renders chats differently."""
     tokenizers = [adapter.load_tokenizer() for adapter in adapters]
     for adapter, tokenizer in zip(adapters[1:], tokenizers[1:]):
         if tokenizer.chat_template != tokenizers[0].chat_template:
-            ui.warn(
-                f"{adapter.folder} has another chat template; that of {adapters[0].folder} is taken"
-            )
+            ui.warn(f"{adapter.folder} has another chat template; {adapters[0].folder}'s is used")
     return tokenizers[0]
 
 
 def _attach_side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
-    """All adapters, named 0, 1, …, on one base without weights, each with exactly the modules it
-    adapts as targets.
+    """Return one base without weights with all adapters, named 0, 1, …, each with exactly the
+    modules it adapts as targets.
 
-    PEFT hands the first one's choice of layers and its start on to what it combines: neither must
-    be left.
+    PEFT passes the first adapter's choice of layers and its start on to what it combines, so both
+    are cleared.
     """
     adapted = adapters[0].base.build_zero()
     for number, adapter in enumerate(adapters):
@@ -217,7 +218,7 @@ def _combine_tensors(
     density: float | None,
     r: int | None,
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
-    """`(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all
+    """Return `(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all
     updates."""
     names = [str(number) for number in range(len(weights))]
     torch.manual_seed(SEED)
@@ -228,23 +229,26 @@ def _combine_tensors(
     except (ValueError, RuntimeError, IndexError) as error:
         said = " ".join(str(error).split())[:300]
         raise LoraError(f"PEFT cannot combine them: {said}", "--combination cat, or svd") from error
-    made, off, whole = {}, 0.0, 0.0
+    made = {}
+    off = whole = 0.0
     for path, layer in attach.find_lora_layers(adapted).items():
-        lora_A, lora_B = layer.lora_A["combined"].weight.data, layer.lora_B["combined"].weight.data
+        lora_A = layer.lora_A["combined"].weight.data
+        lora_B = layer.lora_B["combined"].weight.data
         given = lora_B.double() @ lora_A.double()
-        updates = [(w, n) for w, n in zip(weights, names) if n in layer.lora_A]
-        wanted = sum(w * layer.get_delta_weight(n).double() for w, n in updates)
-        wanted = wanted.T if layer.fan_in_fan_out else wanted
-        off, whole = (
-            off + (given - wanted).square().sum().item(),
-            whole + wanted.square().sum().item(),
+        wanted = sum(
+            weight * layer.get_delta_weight(name).double()
+            for weight, name in zip(weights, names)
+            if name in layer.lora_A
         )
+        wanted = wanted.T if layer.fan_in_fan_out else wanted
+        off += (given - wanted).square().sum().item()
+        whole += wanted.square().sum().item()
         made[path.removeprefix(PREFIX)] = (lora_A, lora_B)
     return made, (off / whole) ** 0.5 if whole else 0.0
 
 
 def _explain_distance(combination: str) -> str:
-    """What makes a combination other than that sum."""
+    """Return why a combination is not that sum, in brackets, or nothing."""
     if combination == "linear":
         return " (linear sums the A's and the B's, whose products mix the adapters; cat is exact)"
-    return "" if combination in ("cat", "svd") else f" ({combination} means to differ)"
+    return "" if combination in ("cat", "svd") else f" ({combination} differs on purpose)"

@@ -1,9 +1,8 @@
-"""Are a merged model's files the base with the adapter folded in? Weight by weight, in constant
-memory.
+"""Compare a merged model's files with its base and adapter, weight by weight, in constant memory.
 
-Logits cannot tell in 16 bits: rounding every weight moves them about as far as one module of many
-left unmerged. Here each tensor is merged again and set beside the one in the file, at any size of
-model.
+Logits do not show enough in 16 bits: rounding every weight moves them about as far as leaving one
+module of many unmerged. Here each tensor is merged again and compared with the one in the file,
+whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 from lora_cli.common import RejectedError
 from lora_cli.merge import streaming_plan
-from lora_cli.merge.streaming import Plan, one_thread_each, together
+from lora_cli.merge.streaming import Plan, group_by_layer, limit_threads
 from lora_cli.models import Adapter, Base, Tensors
 
 # How far from the merge a tensor may lie, by the length of the adapter's change to it. PEFT's
@@ -32,15 +31,16 @@ class Distance(NamedTuple):
     unequal: int
     size: int
     off: float
-    """Euclidean, over that of the adapter's change to the tensor; 0 where both are, and infinite
-    where only that is."""
+    """The Euclidean distance, over that of the adapter's change to the tensor; 0 where both are 0,
+    infinite where only the change is 0."""
 
 
 def compare_weights(adapter: Adapter, merged: Base) -> str | None:
-    """How the files of a merged model, a folder or on the hub, differ from `adapter` merged anew.
+    """Return how the files of a merged model, a folder or on the hub, differ from `adapter` merged
+    anew.
 
-    None where the adapter cannot be merged tensor by tensor. RejectedError naming a tensor that is
-    not the merged one.
+    None where the adapter cannot be merged tensor by tensor. Raise RejectedError naming a tensor
+    that is not the merged one.
     """
     try:
         plan, _ = streaming_plan.make_plan(adapter, adapter.trained_dtype, adapter.quantization)
@@ -57,34 +57,36 @@ def compare_weights(adapter: Adapter, merged: Base) -> str | None:
         return {name: _measure_distance(plan, written, name, merged.dtype) for name in names}
 
     distances: dict[str, Distance] = {}
-    with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-        for some in pool.map(distances_of, together(plan, plan.parameters)):
+    with limit_threads() as workers, ThreadPoolExecutor(workers) as pool:
+        for some in pool.map(distances_of, group_by_layer(plan, plan.parameters)):
             distances |= some
     for name, distance in distances.items():
         if not distance.off <= OFF:
             how = (
-                "is not the base's"
+                "differs from the base, though the adapter does not change it"
                 if math.isinf(distance.off)
-                else f"lies {distance.off:.0%} of the change off"
+                else f"is off by {distance.off:.0%} of the adapter's change"
             )
             kept = (
                 ", or was it merged with --base-weights original?" if adapter.quantization else ""
             )
             raise RejectedError(
-                f"{name} in {merged} {how} where {adapter.folder} merges to", f"merge again{kept}"
+                f"{name} in {merged} {how} (compared with {adapter.folder} merged again)",
+                f"merge again{kept}",
             )
-    unequal = [distance for distance in distances.values() if distance.unequal]
-    share = sum(distance.unequal for distance in unequal) / sum(
-        distance.size for distance in distances.values()
-    )
-    equal = len(distances) - len(unequal)
+    all_weights = sum(distance.size for distance in distances.values())
+    share = sum(distance.unequal for distance in distances.values()) / all_weights
+    equal = sum(not distance.unequal for distance in distances.values())
     return f"{equal} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
 
 
 def _measure_distance(plan: Plan, written: Tensors, name: str, dtype: torch.dtype) -> Distance:
-    unequal, off, change, start = 0, 0.0, 0.0, 0
+    """Return the distance of one tensor of the file, of type `dtype`, from the same tensor merged
+    by `plan`."""
+    unequal = start = 0
+    off = change = 0.0
     with torch.inference_mode():
-        for expected in plan.merged(name, dtype):
+        for expected in plan.merge_tensor(name, dtype):
             stop = start + (len(expected) if expected.dim() else 1)
             given = written.rows(name, start, stop)
             before = plan.weights.base.rows(name, start, stop).to(expected.dtype)

@@ -1,5 +1,5 @@
-"""Adapters made from others: what they can be made from, and what such an adapter's folder says of
-itself."""
+"""Finish the folder of an adapter that was made from others: its tokenizer, and a record that names
+the parents."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def finish_folder(
     sources: Sequence[Adapter],
     **contents: Any,
 ) -> None:
-    """Tokenizer and record beside the adapter; the record names the parents, and says what merging
-    needs to know."""
+    """Write tokenizer and record beside the adapter.
+
+    The record names the parents and holds what merging needs to know.
+    """
     first = sources[0]
     save_tokenizer(tokenizer, staging, first.base.name, first.base.revision)
-    base = (
-        first.base if first.base.revision else first.base.resolve()
-    )  # made elsewhere, it may say only the name
+    # an adapter made elsewhere may name its base without a commit
+    base = first.base if first.base.revision else first.base.resolve()
     stops = sorted({token for source in sources for token in source.stop_token_ids})
     made = provenance.new_record(
         command,

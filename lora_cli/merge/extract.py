@@ -1,5 +1,5 @@
-"""`lora extract`, `lora convert`: the plain LoRA closest to a fine-tuned model, or to a DoRA or
-larger adapter."""
+"""Make a plain LoRA: `lora extract` from a fine-tuned model, `lora convert` from a DoRA or larger
+adapter."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     """Write to `out` the LoRA adapter of rank `r` that comes closest to what fine-tuning changed in
     `base`.
 
-    What changed and is no linear weight (norms, embeddings, biases, a tied head) is named: the
-    adapter lacks it. Raises LoraError when the two are not of one architecture, or no linear weight
-    differs.
+    Changes outside linear weights (norms, embeddings, biases, a tied head) are named: the adapter
+    lacks them. Raise LoraError when the architectures differ, or no linear weight does.
     """
     with files.staged_folder(out) as staging:
-        first, second = Base(base).resolve(), Base(finetuned).resolve()
-        before, after = convert_to_float32(first.load()), convert_to_float32(second.load())
+        first = Base(base).resolve()
+        second = Base(finetuned).resolve()
+        before = convert_to_float32(first.load())
+        after = convert_to_float32(second.load())
         linear, others = _find_changed(before, after, base, finetuned)
         cut = {
             name: low_rank.truncate(_measure_delta(before, after, name), r)
@@ -52,35 +53,34 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
             {name: each[:2] for name, each in cut.items()}, staging, first, fan_in_fan_out
         )
         if others:
-            ui.warn(f"not in the adapter, since they are no linear weights: {_name_some(others)}")
+            ui.warn(f"not in the adapter, since they are not linear weights: {_name_some(others)}")
         tokenizer = second.load_tokenizer()
         probes = make_probes(tokenizer)
         wanted = compute_logits(after, probes)
         meant = ((name, _measure_delta(before, after, name), each) for name, each in cut.items())
         given = compute_logits(low_rank.check_saved(before, staging, meant), probes)
-        comparable = given[0].shape == wanted[0].shape
-        difference = (
-            str(compare_logits(wanted, given))
-            if comparable
-            else "not compared, since the vocabularies differ"
-        )
+        if given[0].shape == wanted[0].shape:
+            difference = str(compare_logits(wanted, given))
+        else:
+            difference = "not compared, since the vocabularies differ"
         contents: dict[str, Any] = {
             "finetuned": {"name": finetuned, "commit": second.revision},
             "left_out": others,
+            "r": r,
+            "modules": low_rank.describe_modules(cut),
+            "difference": difference,
         }
-        contents |= {"r": r, "modules": low_rank.read_tensors(cut), "difference": difference}
-        derived.finish_folder(
-            staging, tokenizer, "extract", [Adapter(staging, first, None, True)], **contents
-        )
+        made = Adapter(staging, first, None, True)
+        derived.finish_folder(staging, tokenizer, "extract", [made], **contents)
     ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
 
 
 def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     """Write to `out` the plain LoRA of rank `r` closest to the LoRA or DoRA adapter in `folder`,
-    and say what it costs.
+    and say what that costs.
 
-    `r` None keeps the adapter's largest rank. Raises LoraError for an adapter that holds more than
+    `r` None keeps the adapter's largest rank. Raise LoraError for an adapter that holds more than
     linear updates.
     """
     adapter = read_adapter(folder, base)
@@ -117,7 +117,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
             "convert",
             [adapter],
             r=rank,
-            modules=low_rank.read_tensors(cut),
+            modules=low_rank.describe_modules(cut),
             difference=difference,
         )
     ui.say(low_rank.format_table(cut))
@@ -127,12 +127,13 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
 def _find_changed(
     before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str
 ) -> tuple[list[str], list[str]]:
-    """Names of the linear modules whose weights differ, and of the other tensors that do;
-    LoraError."""
-    old, new = (
-        dict(before.named_parameters()),
-        dict(after.named_parameters()),
-    )  # a tied head is there once
+    """Return the names of the linear modules whose weights differ, and of the other tensors that
+    do.
+
+    Raise LoraError where none of the linear ones does.
+    """
+    old = dict(before.named_parameters())  # a tied head is there once
+    new = dict(after.named_parameters())
     _refuse_other_architecture(before, after, base, finetuned)
     modules = {
         name for name, module in before.named_modules() if isinstance(module, (nn.Linear, Conv1D))
@@ -143,11 +144,15 @@ def _find_changed(
         module = name.removesuffix(".weight")
         if old[name].shape != weight.shape:
             others.append(f"{name} ({_format_sizes(old[name], weight)})")
-        elif not torch.equal(old[name], weight):
-            (linear if module in modules else others).append(module if module in modules else name)
+        elif torch.equal(old[name], weight):
+            continue
+        elif module in modules:
+            linear.append(module)
+        else:
+            others.append(name)
     if not linear:
         found = (
-            f"they differ in {len(others)} other tensors only, such as {others[0]}"
+            f"they differ only in {len(others)} other tensors, such as {others[0]}"
             if others
             else "they are the same"
         )
@@ -158,15 +163,16 @@ def _find_changed(
 def _refuse_other_architecture(
     before: PreTrainedModel, after: PreTrainedModel, base: str, finetuned: str
 ) -> None:
-    """LoraError unless both have the same tensors, of the same sizes but for those of the
-    vocabulary."""
-    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    """Raise LoraError unless both have the same tensors, of the same sizes except for the
+    vocabulary's."""
+    old = dict(before.named_parameters())
+    new = dict(after.named_parameters())
     if type(before) is not type(after) or old.keys() != new.keys():
         kinds = f"{type(before).__name__} and {type(after).__name__}"
         odd = min(old.keys() ^ new.keys(), default="")
         raise LoraError(
-            f"{base} and {finetuned} are not of one architecture: {kinds}"
-            + (f", {odd} is in one of them only" if odd else ""),
+            f"{base} and {finetuned} have different architectures: {kinds}"
+            + (f", only one of them has {odd}" if odd else ""),
             START,
         )
     ends = [
@@ -177,7 +183,7 @@ def _refuse_other_architecture(
     for name, weight in new.items():
         if old[name].shape != weight.shape and not any(old[name] is end for end in ends):
             raise LoraError(
-                f"{base} and {finetuned} are not of one size: {name} "
+                f"{base} and {finetuned} have different sizes: {name} "
                 f"({_format_sizes(old[name], weight)})",
                 START,
             )
@@ -188,18 +194,18 @@ def _format_sizes(old: torch.Tensor, new: torch.Tensor) -> str:
 
 
 def _measure_delta(before: PreTrainedModel, after: PreTrainedModel, name: str) -> torch.Tensor:
-    """What fine-tuning changed in a linear weight (out, in), in float64."""
+    """Return what fine-tuning changed in a linear weight (out, in), in float64."""
     module = after.get_submodule(name)
     delta = module.weight.data.double() - before.get_submodule(name).weight.data.double()
     return delta.T if isinstance(module, Conv1D) else delta
 
 
 def _measure_merged_delta(layer: Linear) -> torch.Tensor:
-    """What merging by PEFT changes in the layer's weight (out, in), in float64; the layer stays as
-    it was."""
+    """Return what merging by PEFT changes in the layer's weight (out, in), in float64; the layer
+    stays as it was."""
     if not isinstance(layer, Linear):
         raise LoraError(
-            f"{type(layer).__name__} is no linear layer", "merge the adapter instead: lora merge"
+            f"{type(layer).__name__} is not a linear layer", "merge the adapter instead: lora merge"
         )
     layer.double()
     weight = layer.get_base_layer().weight
@@ -213,7 +219,7 @@ def _measure_merged_delta(layer: Linear) -> torch.Tensor:
 
 
 def _show_progress(names: Sequence[str]) -> Iterator[str]:
-    """The names, one after the other, under a progress line."""
+    """Yield the names one after the other, under a progress line."""
     progress = ui.Progress()
     for number, name in enumerate(names, 1):
         progress.update(f"decomposing {number}/{len(names)}", name)
@@ -222,9 +228,8 @@ def _show_progress(names: Sequence[str]) -> Iterator[str]:
 
 
 def _name_some(names: Sequence[str]) -> str:
-    more = (
-        f" and {len(names) - 4} more (all in {provenance.ARTEFACT_RECORD})"
-        if len(names) > 4
-        else ""
-    )
-    return ", ".join(names[:4]) + more
+    """Return the first four names, and how many more there are."""
+    shown = ", ".join(names[:4])
+    if len(names) <= 4:
+        return shown
+    return f"{shown} and {len(names) - 4} more (all in {provenance.ARTEFACT_RECORD})"

@@ -1,4 +1,4 @@
-"""Merging with the whole model in memory, by PEFT's `merge_and_unload`: for what cannot be merged
+"""Merge with the whole model in memory, by PEFT's `merge_and_unload`: for what cannot be merged
 tensor by tensor."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARD_SIZE = "5GB"
 
 
 class Whole:
-    """With the whole model in memory."""
+    """The way to merge with the whole model in memory."""
 
     def __init__(self, adapter: Adapter, original: bool) -> None:
         self.adapter, self.original = adapter, original
@@ -39,17 +39,18 @@ class Whole:
         )
         self.adapted: PeftModel | None = None
 
-    def expected(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
-        """Logits of base with adapter, on the weights that are merged into; they stay in memory for
-        `write`."""
+    def compute_expected(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
+        """Return logits of base with adapter, on the weights that are merged into; both stay in
+        memory for `write`."""
         self.adapted = self._load(original=self.original)
         return compute_logits(self.adapted, probes)
 
-    def other(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
-        """The same on the other weights of an adapter trained in 4 bits."""
+    def compute_on_other_weights(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
+        """Return the same on the other weights of an adapter trained in 4 bits."""
         return compute_logits(self._load(original=not self.original), probes)
 
     def _load(self, original: bool) -> PeftModel:
+        """Return base with adapter, in float32 unless its weights are in 4 bits."""
         base = self.adapter.load_base(original)
         quantised = self.adapter.quantization and not original
         return attach.load_adapter(
@@ -57,7 +58,8 @@ class Whole:
         )
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
-        """PEFT's merge_and_unload, each weight rounded once, and transformers' save_pretrained."""
+        """Write PEFT's merge_and_unload, each weight rounded once, by save_pretrained; return how
+        many modules were merged."""
         adapted = self.adapted or self._load(original=self.original)
         self.adapted = None
         if self.adapter.quantization and not self.original:
@@ -73,7 +75,7 @@ class Whole:
         return modules
 
     def check_files(self, folder: Path) -> None:
-        """RejectedError where a value is not finite: every one is looked at."""
+        """Raise RejectedError where a value is not finite; every value is checked."""
         tensors = Base(str(folder)).tensors
         assert tensors is not None, "save_pretrained writes safetensors"
         for name, entry in tensors.entries.items():
@@ -82,43 +84,44 @@ class Whole:
                     f"{name} of the merged model holds values that are not finite", "train again"
                 )
 
-    def merged(
+    def compute_merged(
         self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]
     ) -> list[torch.Tensor]:
-        """Logits of the model that was written, loaded as anybody would."""
+        """Return logits of the model that was written, loaded as anybody would load it."""
         return compute_logits(convert_to_float32(Base(str(folder)).load(dtype)), probes)
 
 
 def say_needed(adapter: Adapter) -> None:
-    """How much memory a merge of the whole model takes: in float32, with what is being saved."""
+    """Say how much memory a merge of the whole model takes in float32."""
     base = adapter.base.tensors
     if base is not None:
         needed = 4 * sum(math.prod(entry.shape) for entry in base.entries.values()) / 2**30
         free = psutil.virtual_memory().available / 2**30
-        ui.say(f"  its weights take {needed:.1f} GiB of memory in float32, of {free:.1f} free")
+        ui.say(f"  its weights take {needed:.1f} GiB of memory in float32; {free:.1f} GiB are free")
 
 
 def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
-    """`merge_and_unload`, and how many modules it merged. LoraError if a module was left out."""
+    """Return the model after `merge_and_unload`, and how many modules it merged; raise LoraError if
+    it left one out."""
     layers = attach.find_lora_layers(adapted)
     try:
         plain = adapted.merge_and_unload()
     except streaming.REFUSALS as error:
-        raise streaming.refused(error) from error
+        raise streaming.explain_refusal(error) from error
     left = [name for name, layer in layers.items() if not layer.merged] + list(
         attach.find_lora_layers(plain)
     )
     if left or not layers:
         done = f"{len(layers) - len(left)} of {len(layers)} modules merged"
         raise LoraError(
-            f"{done}; left out: {', '.join(left[:3]) or 'there are none'}",
+            f"{done}; left out: {', '.join(left[:3]) or 'none'}",
             "train with other target_modules",
         )
     return plain, len(layers)
 
 
 def round_once(plain: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Every weight to `dtype`, to nearest even; tied weights stay tied."""
+    """Round every weight to `dtype`, to nearest even; tied weights stay tied."""
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(dtype)
     plain.config.dtype = dtype

@@ -1,8 +1,8 @@
-"""Logits of a model of any size: its weights are read from the files as the forward pass comes to
-them.
+"""Compute logits of a model of any size, by reading its weights from the files as the forward pass
+comes to them.
 
 The modules of a model without weights keep their own forward, which gets real tensors for as long
-as it runs: linear modules some rows of output at a time, embeddings the rows of the tokens given,
+as it runs: linear modules some rows of output at a time, embeddings the rows of the given tokens,
 PEFT's layers their adapter's.
 """
 
@@ -21,11 +21,11 @@ from torch import nn
 
 from lora_cli.common import ui
 from lora_cli.merge import streaming_plan
-from lora_cli.merge.streaming import Changed, Plan, filled, one_thread_each, plain
+from lora_cli.merge.streaming import Changed, Plan, fill_module, limit_threads, strip_peft_steps
 from lora_cli.models import Base, Probe, Tensors, compute_logits, convert_to_float32, split_rows
 
-# Positions whose logits are kept, at the end of each probe: a large vocabulary at every position is
-# itself large
+# How many positions at the end of each probe keep their logits: with a large vocabulary, those of
+# every position take much memory
 KEPT = 8
 Read = Callable[[str, int, int | None], torch.Tensor]
 Forward = Callable[..., Any]
@@ -34,11 +34,11 @@ Forward = Callable[..., Any]
 def walk_logits(
     model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]
 ) -> list[torch.Tensor]:
-    """Float32 logits at the last positions of each probe: one (positions, vocabulary) tensor per
-    probe.
+    """Return float32 logits at the last positions of each probe: one (positions, vocabulary) tensor
+    per probe.
 
-    `model` is without weights; `read(name, start, stop)` gives rows of its tensors in float32.
-    `plan` says which of its modules are PEFT's layers. RuntimeError or NotImplementedError where a
+    `model` has no weights; `read(name, start, stop)` returns rows of its tensors in float32. `plan`
+    says which of its modules are PEFT's layers. Raises RuntimeError or NotImplementedError where a
     module reads weights that are not its own.
     """
     width = max(len(probe.ids) for probe in probes)
@@ -47,7 +47,7 @@ def walk_logits(
     kept = [range(max(0, len(probe.ids) - KEPT), len(probe.ids)) for probe in probes]
     wanted = [(row, position) for row, positions in enumerate(kept) for position in positions]
     head = _limit_head(model.get_output_embeddings(), wanted)
-    with torch.inference_mode(), one_thread_each(), _hook_modules(model, read, plan), head:
+    with torch.inference_mode(), limit_threads(), _hook_modules(model, read, plan), head:
         rows = model.eval()(input_ids=ids, use_cache=False).logits
     return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
 
@@ -55,7 +55,8 @@ def walk_logits(
 def walk_logits_of(
     model: Base, dtype: torch.dtype, probes: Sequence[Probe]
 ) -> list[torch.Tensor] | None:
-    """The same for a plain model, on the hub or in a folder; None where they cannot be had."""
+    """Return the same for a plain model, on the hub or in a folder, or None where they cannot be
+    computed."""
 
     def load() -> list[torch.Tensor]:
         return compute_logits(convert_to_float32(model.load(dtype)), probes)
@@ -70,19 +71,18 @@ def walk_or_load(
     loaded: Callable[[], list[torch.Tensor]],
     tensors: Tensors,
 ) -> list[torch.Tensor] | None:
-    """`walked()`; of a model whose modules read each other's weights `loaded()`, where a quarter of
-    memory suffices."""
+    """Return `walked()`, or `loaded()` for a model whose modules read each other's weights.
+
+    Loading has to fit a quarter of the free memory: else warn and return None.
+    """
     try:
         return walked()
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ) as error:  # a tensor without data has no values to give
+    except (RuntimeError, NotImplementedError) as error:  # it read a tensor that has no data
         needed = 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
         if needed > psutil.virtual_memory().available / 4:
             ui.warn(
-                "logits were not compared: this model has to be loaded for that "
-                f"({needed / 2**30:.0f} GiB), since "
+                "logits were not compared: that needs the whole model in memory "
+                f"({needed / 2**30:.0f} GiB), because "
                 f"{' '.join(str(error).split())[:100]}"
             )
             return None
@@ -90,6 +90,7 @@ def walk_or_load(
 
 
 def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    """Return the logits of a plain model whose files name its tensors as it does."""
     tensors = model.tensors
     assert tensors is not None, "walk_logits_of has looked"
 
@@ -102,7 +103,7 @@ def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
 
 @contextmanager
 def _limit_head(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """The head sees these (row, position) of the hidden states alone."""
+    """Let the head see only these (row, position) of the hidden states."""
     rows, positions = torch.tensor(wanted).T
     hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions][None],))
     try:
@@ -113,7 +114,7 @@ def _limit_head(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[
 
 @contextmanager
 def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[None]:
-    """`model` with each module's forward reading what it needs."""
+    """Let each module's forward read what it needs while the block runs."""
     changed = {layer.path: layer for layer in plan.layers.values()} if plan is not None else {}
     # tied weights have one name, that of the first module which has them
     names = {
@@ -126,7 +127,7 @@ def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[N
             continue
         if isinstance(module, (LoraLayer, TrainableTokensLayer)):
             inside += (f"{path}.",)
-        forward = _forward(module, names, read, plan, changed.get(path))
+        forward = _make_forward(module, names, read, plan, changed.get(path))
         if forward is not None:
             module.forward = forward
             done.append(module)
@@ -137,14 +138,14 @@ def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[N
             del module.forward  # the class's own shows again
 
 
-def _forward(
+def _make_forward(
     module: nn.Module, names: dict[int, str], read: Read, plan: Plan | None, changed: Changed | None
 ) -> Forward | None:
-    """The module's forward, reading its tensors as it runs; None for a module that has none on
-    `meta`."""
+    """Return the module's forward, reading its tensors as it runs; None for a module without
+    tensors on `meta`."""
     forward = module.forward
     if changed is not None and plan is not None and changed.by_rows and type(module) is Linear:
-        return _adapted_linear(module, forward, plan, changed)
+        return _make_adapted_linear(module, forward, plan, changed)
     whole = isinstance(module, (LoraLayer, TrainableTokensLayer))
     tensors = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
     # PEFT keeps the rows it has replaced, which no forward reads
@@ -156,51 +157,52 @@ def _forward(
     if not own:
         return None
     if type(module) is nn.Linear:
-        return _linear(module, forward, own, read)
+        return _make_linear(module, forward, own, read)
     if isinstance(module, nn.Embedding):
-        return _embedding(module, forward, own["weight"], read)
+        return _make_embedding(module, forward, own["weight"], read)
 
     def with_all(*given: Any, **options: Any) -> Any:
-        with filled(module, {leaf: read(name, 0, None) for leaf, name in own.items()}):
+        with fill_module(module, {leaf: read(name, 0, None) for leaf, name in own.items()}):
             return forward(*given, **options)
 
     return with_all
 
 
-def _linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read) -> Forward:
-    """Some rows of its output at a time; `own` are its tensors (weight, bias) and their names."""
+def _make_linear(module: nn.Linear, forward: Forward, own: dict[str, str], read: Read) -> Forward:
+    """Return a forward that computes some rows of output at a time; `own` are the module's tensors
+    and their names."""
     shape = tuple(module.weight.shape)
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(
-            *x.shape[:-1], shape[0]
-        )  # pieces kept between the blocks would leave holes in memory
+        # filled piece by piece: pieces kept between the blocks would leave holes in memory
+        out = x.new_empty(*x.shape[:-1], shape[0])
         for start, stop in split_rows(shape):
-            with filled(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
+            with fill_module(module, {leaf: read(name, start, stop) for leaf, name in own.items()}):
                 out[..., start:stop] = forward(x)
         return out
 
     return by_rows
 
 
-def _embedding(module: nn.Embedding, forward: Forward, name: str, read: Read) -> Forward:
-    """The rows of the tokens it is given, and no others."""
-    module.padding_idx = None  # says which row is not trained; the rows here are others
+def _make_embedding(module: nn.Embedding, forward: Forward, name: str, read: Read) -> Forward:
+    """Return a forward that reads only the rows of the tokens it is given."""
+    module.padding_idx = None  # counts the rows of the whole table, not those read here
 
     def of_tokens(ids: torch.Tensor) -> torch.Tensor:
         tokens, positions = ids.unique(return_inverse=True)
         rows = torch.cat([read(name, token, token + 1) for token in tokens.tolist()])
-        with filled(module, {"weight": rows}):
+        with fill_module(module, {"weight": rows}):
             return forward(positions)
 
     return of_tokens
 
 
-def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Changed) -> Forward:
-    """LoRA or DoRA on a linear module, some rows of its output at a time."""
+def _make_adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Changed) -> Forward:
+    """Return a forward for LoRA or DoRA on a linear module that computes some rows of output at a
+    time."""
     if layer.get_base_layer().bias is not None:
         changed = changed._replace(
-            base={**changed.base, "base_layer.bias": plain(f"{changed.path}.bias")}
+            base={**changed.base, "base_layer.bias": strip_peft_steps(f"{changed.path}.bias")}
         )
     for magnitude in layer.lora_magnitude_vector.values():
         # PEFT multiplies an identity of the input's width through both, for FSDP's sake; the
@@ -211,10 +213,10 @@ def _adapted_linear(layer: Linear, forward: Forward, plan: Plan, changed: Change
     shape = tuple(layer.get_base_layer().weight.shape)
 
     def by_rows(x: torch.Tensor) -> torch.Tensor:
-        adapter = changed.adapter(plan.weights)
+        adapter = changed.read_adapter(plan.weights)
         out = x.new_empty(*x.shape[:-1], shape[0])
         for start, stop in changed.blocks:
-            with filled(layer, changed.take(plan.weights, adapter, start, stop)):
+            with fill_module(layer, changed.select_tensors(plan.weights, adapter, start, stop)):
                 out[..., start:stop] = forward(x)
         return out
 

@@ -1,9 +1,9 @@
-"""A change of linear weights as the factors of a plain LoRA adapter: cut to a rank, written, read
-back and compared.
+"""Turn a change of linear weights into the factors of a plain LoRA adapter: cut to a rank, written,
+read back and compared.
 
-The best factors of a rank are those of the singular value decomposition (Eckart and Young 1936),
-found here from the Gram matrix of the shorter side in float64: exact to the last digits of a
-float32 weight and many times faster.
+The best factors of a rank are those of the singular value decomposition (Eckart and Young 1936).
+They are found here from the Gram matrix of the shorter side in float64, which is exact to the last
+digits of a float32 weight and many times faster.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ rounding."""
 
 
 class Factors(NamedTuple):
-    """`lora_A` (r, in) and `lora_B` (out, r) in float32, whose product is the update; what they
-    keep of what they stand for: the share of its energy (squared Frobenius norm), and the norms of
-    the whole and of the rest."""
+    """`lora_A` (r, in) and `lora_B` (out, r) in float32, whose product is the update, and what they
+    keep of the whole change.
+
+    `kept` is the share of its energy (squared Frobenius norm), `norm` the norm of the whole and
+    `rest` that of the rest.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -42,15 +45,15 @@ class Factors(NamedTuple):
 
 
 def truncate(delta: torch.Tensor, r: int) -> Factors:
-    """The best factors of rank `r` (or of the shorter side, where that is less) of `delta` (out,
-    in)."""
+    """Return the best factors of rank `r` (at most the shorter side) of `delta` (out, in)."""
     delta = delta.double()
     tall = delta.shape[0] > delta.shape[1]
     wide = delta.T if tall else delta
     energies, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending
     left = vectors[:, -min(r, len(wide)) :].flip(-1)  # (shorter side, r), orthonormal
     right = left.T @ wide
-    total, kept = energies.clamp(min=0).sum().item(), right.square().sum().item()
+    total = energies.clamp(min=0).sum().item()
+    kept = right.square().sum().item()
     rest = (wide - left @ right).norm().item()
     lora_A, lora_B = (left.T, right.T) if tall else (right, left)
     share = min(kept / total, 1.0) if total else 1.0
@@ -65,8 +68,8 @@ def save(
     base: Base,
     fan_in_fan_out: bool,
 ) -> int:
-    """Write `(lora_A, lora_B)` by module name as a PEFT adapter of scale 1 for `base`; returns its
-    usual rank."""
+    """Write `(lora_A, lora_B)` by module name as a PEFT adapter of scale 1 for `base`; return its
+    most common rank."""
     ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != r}
@@ -93,10 +96,11 @@ def save(
 def check_saved(
     base: PreTrainedModel, folder: Path, meant: Iterable[tuple[str, torch.Tensor, Factors]]
 ) -> Any:
-    """PEFT loads the adapter in `folder` on `base`; each update must miss its change (out, in) by
-    what was cut off.
+    """Load the adapter in `folder` on `base` by PEFT, and check that each update misses its change
+    (out, in) by what was cut off.
 
-    Returns the adapted model. LoraError, naming the module, where it is another update.
+    Return the adapted model; raise LoraError, naming the module, where the update is a different
+    one.
     """
     adapted = attach.load_adapter(base, folder)
     layers = {
@@ -114,12 +118,10 @@ def check_saved(
 
 
 def format_table(factors: Mapping[str, Factors]) -> str:
-    """Energy kept and relative error of the modules: lowest, median, mean."""
+    """Return a table of energy kept and relative error over the modules: lowest, median, mean."""
     by_energy = sorted(factors.values(), key=lambda each: each.kept)
-    energies, errors = (
-        [each.kept for each in by_energy],
-        [each.rest / (each.norm or 1.0) for each in by_energy],
-    )
+    energies = [each.kept for each in by_energy]
+    errors = [each.rest / (each.norm or 1.0) for each in by_energy]
 
     def row(name: str, energy: float, error: float) -> list[str]:
         return [name, f"{energy:.4%}", f"{error:.2e}"]
@@ -133,8 +135,8 @@ def format_table(factors: Mapping[str, Factors]) -> str:
     return ui.format_table(["modules", "energy kept", "relative error"], rows)
 
 
-def read_tensors(factors: Mapping[str, Factors]) -> list[dict[str, Any]]:
-    """The same of every module, for the record."""
+def describe_modules(factors: Mapping[str, Factors]) -> list[dict[str, Any]]:
+    """Return the same for every module, for the record."""
     return [
         {
             "module": name,

@@ -1,10 +1,10 @@
-"""The merge engine: a base with its adapter becomes one plain model, written and compared with what
-it came from.
+"""Merge an adapter into its base: one plain model, written and compared with what it came from.
 
-The adapter is folded by PEFT in float32 and each weight rounded once to the base's type: tensor by
-tensor in constant memory (`stream`), or, where that is not possible, by `merge_and_unload` on the
-whole model. A base that was trained in 4 bits is dequantised first: those values, not the original
-16-bit ones, are what the adapter was fitted to (measured mean |Δlogit|: 1.5e-7 against 5.9e-2).
+PEFT folds the adapter in float32, and each weight is rounded once to the base's type: tensor by
+tensor in constant memory (`streamed`), or, where that is not possible, by `merge_and_unload` on the
+whole model (`in_memory`). A base that was trained in 4 bits is dequantised first: the adapter was
+fitted to those values, not to the original 16-bit ones (measured mean |Δlogit|: 1.5e-7 against
+5.9e-2).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from lora_cli.models import (
 )
 
 ROUTED_KL = 1e-4
-"""Mean KL within which a merged model of experts is the right one although single tokens went to
-another expert."""
+"""The mean KL up to which a merged model of experts counts as the right one although single tokens
+went to another expert."""
 # Tokens of each probe prompt that are enough to compare a merged model with what it was made from
 SHORT = 32
 
 
 class Merged(NamedTuple):
-    """What a merge did: modules folded, and the merged model's distance from base with adapter, if
-    it was measured."""
+    """What a merge did: how many modules it folded, and the merged model's distance from base with
+    adapter, if measured."""
 
     modules: int
     dtype: torch.dtype
@@ -62,10 +62,11 @@ def merge_adapter(
 
     `stream`: in constant memory (None: where that is possible), or with the whole model in memory.
     `original`: an adapter trained on 4-bit weights goes into the base's own weights, not the
-    dequantised. `check`: read what was written again, and compare logits. Raises LoraError when
-    `out` is occupied or PEFT cannot merge, and RejectedError when the merged model's logits on the
-    probe prompts lie further from base with adapter than rounding explains; what was made is left
-    in `rejected` then, if that is given.
+    dequantised ones. `check`: read what was written again, and compare logits.
+
+    Raise LoraError when `out` is occupied or PEFT cannot merge. Raise RejectedError when the merged
+    model's logits on the probe prompts lie further from base with adapter than rounding explains;
+    what was made is then left in `rejected`, if that is given.
     """
     adapter = replace(adapter, base=adapter.base.resolve())  # what the record is to name
     refuse_unmergeable(adapter)
@@ -74,9 +75,9 @@ def merge_adapter(
         tokenizer = adapter.load_tokenizer()
         way = choose_way(adapter, stream, original)
         probes = make_probes(tokenizer)
-        if not (adapter.folder / TRAINED).is_file():  # whole, they are for what training left
+        if not (adapter.folder / TRAINED).is_file():  # whole probes are for comparing with that
             probes = [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
-        expected = way.expected(probes) if check else None
+        expected = way.compute_expected(probes) if check else None
         if expected is not None:
             check_against_training(adapter, way, probes, expected, original)
         dtype = adapter.base.dtype
@@ -85,20 +86,19 @@ def merge_adapter(
         add_tokenizer_and_record(adapter, tokenizer, staging)
         if check:
             way.check_files(staging)
-        given = way.merged(staging, dtype, probes) if expected is not None else None
-        difference = (
-            refuse_different(adapter, given, expected, dtype, way.arithmetic)
-            if expected and given
-            else None
-        )
+        difference = None
+        if expected is not None:
+            given = way.compute_merged(staging, dtype, probes)
+            if expected and given:
+                difference = refuse_different(adapter, given, expected, dtype, way.arithmetic)
     return Merged(modules, dtype, difference)
 
 
 def add_tokenizer_and_record(
     adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """What belongs to a merged model beside weights and configurations: tokenizer, template, and
-    its record."""
+    """Write what belongs to a merged model beside weights and configurations: tokenizer, template
+    and record."""
     save_tokenizer(tokenizer, folder, adapter.base.name, adapter.base.revision)
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
@@ -112,15 +112,17 @@ def add_tokenizer_and_record(
 def choose_way(
     adapter: Adapter, stream: bool | None, original: bool
 ) -> streamed.Streamed | in_memory.Whole:
-    """The way to merge. Constant memory is the default: it merged faster at each size measured, the
-    same result."""
+    """Return the way to merge.
+
+    Constant memory is the default: at each size measured it merged faster, with the same result.
+    """
     if stream is not False:
         try:
             return streamed.Streamed(adapter, adapter.trained_dtype, original)
         except streaming_plan.Unstreamable as reason:
             if stream:
                 raise LoraError(
-                    f"not in constant memory: {reason}", "leave --stream out"
+                    f"it cannot be merged in constant memory: {reason}", "leave --stream out"
                 ) from reason
             ui.say(f"  the whole model is loaded: {reason}")
     in_memory.say_needed(adapter)
@@ -134,9 +136,11 @@ def check_against_training(
     expected: Sequence[torch.Tensor],
     original: bool,
 ) -> None:
-    """Is base with adapter the function that training left? After 4-bit weights: how far are the
-    original ones off?"""
-    other = way.other(probes) if adapter.quantization else expected
+    """Check that base with adapter is the function that training left, and say so.
+
+    For an adapter trained on 4-bit weights, also say how far off the original weights are.
+    """
+    other = way.compute_on_other_weights(probes) if adapter.quantization else expected
     if other is None:
         return
     trained = other if original else expected
@@ -144,14 +148,10 @@ def check_against_training(
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:
-        into = (
-            "original ones, as asked, which is"
-            if original
-            else "dequantised weights; the original ones would be"
-        )
-        ui.say(
-            f"  merged into the {into} off from what was trained: {compare_logits(expected, other)}"
-        )
+        apart = compare_logits(expected, other)
+        into = "original weights, as asked" if original else "dequantised weights"
+        which = "they lie" if original else "the original ones would lie"
+        ui.say(f"  merged into the {into}; {which} this far from what was trained: {apart}")
 
 
 def refuse_different(
@@ -161,10 +161,10 @@ def refuse_different(
     dtype: torch.dtype,
     arithmetic: torch.dtype,
 ) -> Difference:
-    """The merged model's distance from base with adapter.
+    """Return the merged model's distance from base with adapter.
 
-    RejectedError where neither rounding the weights to `dtype` nor `arithmetic`, that of
-    `expected`, explains it.
+    Raise RejectedError where it is larger than rounding the weights to `dtype`, or computing
+    `expected` in the type `arithmetic`, explains.
     """
     difference = compare_logits(expected, given)
     limit = max(rounding_limit(difference, each) for each in (dtype, arithmetic))
@@ -173,7 +173,7 @@ def refuse_different(
     over = not difference.max_abs <= limit
     if over and _has_experts(adapter) and difference.mean_kl <= ROUTED_KL:
         ui.say(
-            "  over the limit at a few tokens only, as the mean tells: rounding sends those to "
+            "  over the limit at a few tokens only, as the mean KL shows: rounding sends those to "
             "another expert"
         )
     elif over:
@@ -185,20 +185,21 @@ def refuse_different(
 
 
 def _has_experts(adapter: Adapter) -> bool:
-    """Whether the base chooses among experts: a rounded weight may turn a close choice, and that
-    token's logits."""
+    """Return whether the base chooses among experts: a rounded weight may tip a close choice, and
+    with it a token's logits."""
     return bool(num_experts(adapter.base.config))
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
-    """LoraError for a base whose files hold weights in a form that nothing can be added to."""
+    """Raise LoraError for a base whose files hold weights in a form that nothing can be added
+    to."""
     stored = getattr(adapter.base.config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise LoraError(
             f"{adapter.base} keeps its weights quantised ({method}): an adapter cannot be merged "
             "into them",
-            "--base with the 16-bit model that it was made from",
+            "give the 16-bit model it was made from with --base",
         )
 
 
@@ -212,7 +213,7 @@ def merge(
     """Fold the adapter into its base (`base` overrides the one it names), write `out`, and verify
     it.
 
-    `stream` and `original` as `merge_adapter` takes them; a model that fails is left in
+    `stream` and `original` are as in `merge_adapter`; a model that fails the check is left in
     OUT.rejected.
     """
     started = time.monotonic()
@@ -221,7 +222,7 @@ def merge(
     made = (
         ""
         if adapter.record
-        else " (no record: made elsewhere, so its base is taken as the adapter names it)"
+        else " (it has no record, so its base is the one that adapter_config.json names)"
     )
     ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
     if original and not adapter.quantization:

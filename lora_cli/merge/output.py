@@ -1,4 +1,4 @@
-"""What a merged model's folder holds beside its weights."""
+"""Write what a merged model's folder holds beside its weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from lora_cli.models import Adapter, Base
 def write_config(
     adapter: Adapter, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]
 ) -> None:
-    """The configurations of a merged model of type `dtype` whose answers end in `ends`, as
-    save_pretrained has them."""
+    """Write the configurations of a merged model of type `dtype`, whose answers end in `ends`, as
+    save_pretrained does."""
     plain_model = adapter.base.build_unweighted()
-    with suppress(
-        OSError
-    ):  # a base may have none, and transformers makes one from its configuration
+    # a base may lack one, and transformers makes one from its configuration
+    with suppress(OSError):
         plain_model.generation_config = GenerationConfig.from_pretrained(
             adapter.base.name, revision=adapter.base.revision
         )
@@ -36,14 +35,13 @@ def write_config(
 
 
 def refuse_tied(adapted: PeftModel, base: Base) -> None:
-    """LoraError where one weight serves as embedding and head and an adapter changes it in only one
+    """Raise LoraError where one weight serves as embedding and head and an adapter changes only one
     of the two."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
         raise LoraError(
             f"{base} uses one weight for its embeddings and its head, and the adapter changes one "
-            "of the two: "
-            "no plain model can hold both",
+            "of the two: a plain model cannot hold both",
             "train with modules_to_save, trainable_token_indices, or without embed_tokens and "
             "lm_head",
         )

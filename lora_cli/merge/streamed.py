@@ -1,4 +1,4 @@
-"""Merging in constant memory, tensor by tensor."""
+"""Merge in constant memory, tensor by tensor, and check the result."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lora_cli.common import RejectedError, ui
 from lora_cli.merge import in_memory, layerwise_logits, output, streaming, streaming_plan
 from lora_cli.models import Adapter, Base, Probe, tensors
 
-# MiB that merging a tensor may take before it is said
+# A merge says so if a single tensor takes more MiB than this
 LARGE = 500
 
 
 class Streamed:
-    """In constant memory."""
+    """The way to merge in constant memory."""
 
     def __init__(self, adapter: Adapter, trained: torch.dtype, original: bool) -> None:
-        """Raises attach.Unstreamable."""
+        """Plan the merge; raise streaming_plan.Unstreamable where it is not possible."""
         self.adapter, self.trained, self.original = adapter, trained, original
         self.arithmetic = torch.float32
         self.plan, self.adapted = streaming_plan.make_plan(
@@ -28,31 +28,34 @@ class Streamed:
         output.refuse_tied(self.adapted, adapter.base)
         self.sums: dict[str, int] = {}
 
-    def expected(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
-        """Logits of base with adapter, on the weights that are merged into; None where they cannot
-        be had."""
+    def compute_expected(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
+        """Return logits of base with adapter, on the weights that are merged into, or None where
+        they cannot be computed."""
         return layerwise_logits.walk_or_load(
             lambda: layerwise_logits.walk_logits(self.adapted, self.plan.read, self.plan, probes),
-            lambda: in_memory.Whole(self.adapter, self.original).expected(probes),
+            lambda: in_memory.Whole(self.adapter, self.original).compute_expected(probes),
             self.plan.weights.base,
         )
 
-    def other(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
-        """The same on the other weights of an adapter trained in 4 bits: original for dequantised,
-        and so on."""
+    def compute_on_other_weights(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
+        """Return the same on the other weights of an adapter trained in 4 bits: original for
+        dequantised, and the reverse."""
         plan, adapted = streaming_plan.make_plan(
             self.adapter, self.trained, self.adapter.quantization if self.original else None
         )
         return layerwise_logits.walk_or_load(
             lambda: layerwise_logits.walk_logits(adapted, plan.read, plan, probes),
-            lambda: in_memory.Whole(self.adapter, self.original).other(probes),
+            lambda: in_memory.Whole(self.adapter, self.original).compute_on_other_weights(probes),
             plan.weights.base,
         )
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
-        """The base's files again, tensor by tensor; returns how many modules were merged. Answers
-        end in `ends`."""
-        needed = self.plan.largest_whole() / 2**20
+        """Write the base's files again, merged tensor by tensor; return how many modules were
+        merged.
+
+        The model's answers end in `ends`.
+        """
+        needed = self.plan.measure_largest_whole() / 2**20
         if needed > LARGE:
             ui.say(
                 f"  some tensors are merged whole, for which up to {needed:.0f} MiB are needed each"
@@ -62,16 +65,16 @@ class Streamed:
         return modules
 
     def check_files(self, folder: Path) -> None:
-        """RejectedError where they hold something else than was written; that this was finite has
-        been looked at."""
+        """Raise RejectedError where the files hold something else than was written. Writing has
+        checked that all of it is finite."""
         changed = tensors.find_changed(folder, self.sums)
         if changed:
             raise RejectedError(
                 f"{changed} in the merged model's files is not what was written", "check the disk"
             )
 
-    def merged(
+    def compute_merged(
         self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]
     ) -> list[torch.Tensor] | None:
-        """Logits of the model that was written."""
+        """Return logits of the model that was written, or None where they cannot be computed."""
         return layerwise_logits.walk_logits_of(Base(str(folder)), dtype, probes)

@@ -1,4 +1,4 @@
-"""Can this adapter be merged in constant memory, and how? PEFT's answer, on a base without
+"""Plan how an adapter is merged in constant memory, by letting PEFT attach it to a base without
 weights."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.common import LoraError, library_errors
-from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, plain
+from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, strip_peft_steps
 from lora_cli.models import (
     Adapter,
     Base,
@@ -37,10 +37,11 @@ class Unstreamable(Exception):
 def make_plan(
     adapter: Adapter, trained: torch.dtype, quantization: Mapping[str, Any] | None
 ) -> tuple[Plan, PeftModel]:
-    """How each tensor is merged, and the adapter on its base without weights.
+    """Return how each tensor is merged, and the adapter on its base without weights.
 
-    `trained` is the type the base's weights had in training, `quantization` how they were stored in
-    4 bits (None: they were not, or the original weights are wanted). Raises Unstreamable.
+    `trained` is the type that the base's weights had in training, `quantization` how they were
+    stored in 4 bits (None: they were not, or the original weights are wanted). Raise Unstreamable
+    where that is not possible.
     """
     base = adapter.base.tensors
     if base is None:
@@ -63,7 +64,9 @@ def make_plan(
     by_name = {name: key for key, name in places.items()}
     layers = _find_layers(adapted, by_name, parameters)
     own = {key for changed in layers.values() for key in changed.own.values()}
-    replaced = {plain(places.get(key, key)): key for key in carried.entries if key not in own}
+    replaced = {
+        strip_peft_steps(places.get(key, key)): key for key in carried.entries if key not in own
+    }
     for name, key in replaced.items():
         if name not in parameters or carried.entries[key].shape != base.entries[name].shape:
             raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
@@ -76,8 +79,8 @@ def make_plan(
 def find_packed(
     empty: PreTrainedModel, adapter: Adapter, quantization: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The tensors that transformers would quantise with these settings, and bitsandbytes' options
-    for each."""
+    """Return bitsandbytes' options for each tensor that transformers would quantise with these
+    settings."""
     from bitsandbytes.nn import Linear4bit
 
     settings = BitsAndBytesConfig(load_in_4bit=True, **quantization)
@@ -94,19 +97,20 @@ def find_packed(
 
 
 def _check_config(config: PeftConfig) -> None:
+    """Raise Unstreamable for an adapter whose start is computed again, or that repeats layers."""
     assert isinstance(config, LoraConfig), "read_adapter has refused others"
     start = find_initialisation(config.init_lora_weights)
     if start and start.repeated_at_load:
         raise Unstreamable(
-            f"its start, {config.init_lora_weights}, is computed from the base's weights again"
+            f"PEFT computes its start, {config.init_lora_weights}, from the base's weights again"
         )
     if config.layer_replication:
         raise Unstreamable("it repeats layers of the base")
 
 
 def has_own_names(model: Base) -> bool:
-    """Whether a model's files name its tensors as the model does, so that they can be read one by
-    one."""
+    """Return whether a model's files name its tensors as the model does, so that they can be read
+    one by one."""
     try:
         return bool(model.tensors and _match_tensors(model.build_unweighted(), model.tensors))
     except Unstreamable:
@@ -114,8 +118,10 @@ def has_own_names(model: Base) -> bool:
 
 
 def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
-    """The tensors to write: name -> whether it is a parameter. Names and shapes must be the model's
-    own."""
+    """Return the tensors to write, by name, and whether each is a parameter.
+
+    Raise Unstreamable unless names and shapes are the model's own.
+    """
     parameters = dict(empty.named_parameters())
     whole = empty.state_dict()
     missing = sorted(name for name in parameters if name not in base.entries)
@@ -123,7 +129,7 @@ def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
     if missing or foreign:
         name = (missing or foreign)[0]
         raise Unstreamable(
-            f"its files name the tensors otherwise than the model, or lack some ({name})"
+            f"its files use other names for the tensors than the model, or lack some ({name})"
         )
     for name, entry in base.entries.items():
         if entry.shape != tuple(whole[name].shape):
@@ -137,6 +143,8 @@ def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
 
 
 def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:
+    """Let PEFT attach the adapter to its base; raise Unstreamable where it refuses a base without
+    weights."""
     refusal = library_errors.translate_file_errors(
         f"PEFT cannot put the adapter {folder} on its base", "copy the adapter again", REFUSALS
     )
@@ -148,7 +156,7 @@ def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftMod
 
 
 def _find_places(adapted: PeftModel) -> dict[str, str]:
-    """Key in the adapter's file -> the parameter it is for, as PEFT saves it."""
+    """Return the parameter that each key in the adapter's file is for, as PEFT saves it."""
     state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     names = {id(tensor): name for name, tensor in state.items()}
     with attach.quiet_peft():
@@ -161,6 +169,8 @@ def _find_places(adapted: PeftModel) -> dict[str, str]:
 def _check_names(
     adapted: PeftModel, places: Mapping[str, str], carried: Tensors, adapter: Adapter
 ) -> None:
+    """Raise LoraError unless the adapter's file has all its tensors, of the right shapes and
+    finite."""
     state = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
     whole = {name.replace(f".{NAME}.", ".") for name in adapted.state_dict()}
     attach.refuse_incomplete(adapter.folder, set(carried.entries), set(places), whole)
@@ -181,11 +191,11 @@ def _check_names(
 def _find_layers(
     adapted: PeftModel, by_name: Mapping[str, str], parameters: Mapping[str, bool]
 ) -> dict[str, Changed]:
-    """Which layer changes each tensor."""
+    """Return the layer that changes each tensor."""
     found: dict[str, Changed] = {}
     for path, layer in adapted.named_modules():
         if isinstance(layer, MultiheadAttention):
-            raise Unstreamable(f"{plain(path)} is adapted as a whole")
+            raise Unstreamable(f"{strip_peft_steps(path)} is adapted as a whole")
         if isinstance(layer, (LoraLayer, TrainableTokensLayer)):
             changed = _describe_layer(path, layer, by_name)
             if not changed.own:  # tied rows, which another layer has
@@ -202,6 +212,7 @@ def _find_layers(
 def _describe_layer(
     path: str, layer: LoraLayer | TrainableTokensLayer, by_name: Mapping[str, str]
 ) -> Changed:
+    """Return a layer with the paths inside it of the adapter's and the base's tensors."""
     own = {
         name.removeprefix(f"{path}."): key
         for name, key in by_name.items()
@@ -209,21 +220,26 @@ def _describe_layer(
     }
     leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     inside = [path for path, module in layer.named_modules() if module is layer.get_base_layer()][0]
-    base = {f"{inside}.{leaf}": plain(f"{path}.{leaf}")}
+    base = {f"{inside}.{leaf}": strip_peft_steps(f"{path}.{leaf}")}
     if any(getattr(layer, "lora_bias", {}).values()):
-        base[f"{inside}.bias"] = plain(f"{path}.bias")
+        base[f"{inside}.bias"] = strip_peft_steps(f"{path}.bias")
     return Changed(path, layer, own, base)
 
 
 def _check_tied(adapted: PeftModel) -> None:
+    """Raise Unstreamable where tied embeddings and head get separate weights."""
     if not adapted.config.tie_word_embeddings:
         return
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    saved = {plain(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
+    saved = {
+        strip_peft_steps(name)
+        for name, _ in adapted.named_parameters()
+        if ".modules_to_save." in name
+    }
     weights = {
-        plain(name)
+        strip_peft_steps(name)
         for name, module in adapted.named_modules()
         if any(module is end for end in ends)
     }
     if any(name.rpartition(".")[0] in weights for name in saved):
-        raise Unstreamable("it gives tied embeddings and head weights of their own")
+        raise Unstreamable("it gives the tied embeddings and head separate weights")

@@ -1,5 +1,29 @@
-"""Base models, adapters, tokenizers, chat templates, targets, initial weights, fingerprints and
-probes."""
+"""Base models and adapters: read, checked, loaded and put together; with their tokenizers and
+templates.
+
+Its doors, in the order a reader needs them:
+
+    Base                           a base model at one commit: its configuration, files, weights
+    read_adapter, Adapter          an adapter's folder, read and checked once, with its base
+    get_checkpoint_dtype, num_experts
+                                   what a configuration says
+    names                          what a name on the command line stands for
+    attach                         a new or a trained adapter on a base; its LoRA layers
+    load_tokenizer, save_tokenizer, load_recipe_tokenizer, adds_bos, IGNORED
+                                   the tokenizer with its chat template; -100, labels without loss
+    chat_template                  chat templates rendered within limits
+    targets, init_weights          which modules a recipe means; what an adapter starts from
+    token_rows, adapter_contents   added tokens; what an adapter holds beside linear updates
+    empty, four_bit                models without weights; guards around 4-bit weights
+    tensors, Tensors, is_finite, split_rows
+                                   safetensors files read and written some rows at a time
+    convert_to_float32, to_accelerator, refuse_not_finite
+                                   a loaded model made ready
+    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit, KL_LIMIT
+                                   whether two forms of a model are the same function
+    save_trained, check_trained, TRAINED
+                                   what training left behind, for later comparison
+"""
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator

@@ -1,5 +1,15 @@
-"""What a recipe needs and becomes on this machine: hardware, `auto`, memory, sizes; the verbs
-`check` and `plan`."""
+"""What a recipe needs and becomes on this machine, found before any weights are loaded.
+
+Its doors, in the order a reader needs them:
+
+    hardware   the device a run is for
+    auto       what each `auto` of a recipe becomes, and why
+    sizes      the adapter's size, the steps, how full the batches are
+    memory     what a recipe needs of a device's memory, item by item
+    flops      operations of training on a token, and the share of a device's peak
+    check      `lora check`: what a recipe would train on
+    show       `lora plan`: what a recipe would need
+"""
 
 __all__ = [
     "auto",

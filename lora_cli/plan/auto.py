@@ -93,8 +93,8 @@ def _make_choice(recipe: Recipe, key: str, chosen: Chosen, choices: list[Choice]
         choices.append(Choice(key, value, reason))
     section, _, name = key.rpartition(".")
     if not section:
-        return recipe.settled(value, {})
-    return recipe.settled(recipe.trainer, {section: {name: value}})
+        return recipe.replace(value, {})
+    return recipe.replace(recipe.trainer, {section: {name: value}})
 
 
 def choose_trainer(given: Situation) -> Chosen:
@@ -141,7 +141,7 @@ def choose_autocast(given: Situation) -> Chosen:
 
 def choose_loss_head(given: Situation) -> Chosen:
     """The loss at tokens with a label only, unless an option of the stock loss is given."""
-    training = given.recipe.training.given()
+    training = given.recipe.training.collect_values()
     for name, usual in (
         ("label_smoothing_factor", 0.0),
         ("loss_type", "nll"),
@@ -154,7 +154,7 @@ def choose_loss_head(given: Situation) -> Chosen:
 
 def choose_packing(given: Situation) -> Chosen:
     """Sequences of a step's rows without padding, unless an option that contradicts it is given."""
-    training = given.recipe.training.given()
+    training = given.recipe.training.collect_values()
     for name in ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing"):
         if training.get(name):
             return False, f"training.{name} is given"
@@ -229,7 +229,7 @@ def foresee_memory(given: Situation) -> Outlook:
     decides = still_open if device.kind == "cuda" else "gradient_checkpointing" in still_open
     if config is None or not decides:
         return Outlook(usual, f"as on any {device.kind}")
-    recipe = recipe.settled(recipe.trainer, {"training": still_open})
+    recipe = recipe.replace(recipe.trainer, {"training": still_open})
     if is_far_below(recipe, config, device):
         return Outlook(False, f"needs a small part of {device}")
     batch = memory.largest_batch(recipe)
@@ -237,7 +237,7 @@ def foresee_memory(given: Situation) -> Outlook:
         plain = memory.make_forecast(recipe, config, device).need(batch)
         if plain.total <= device.memory:
             return Outlook(False, f"{memory.format_bytes(plain.total)} of {device} without it")
-        again = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+        again = recipe.replace(recipe.trainer, {"training": {"gradient_checkpointing": True}})
         saving = memory.make_forecast(again, config, device).need(batch)
     except LoraError as error:  # a mistake in the recipe is reported where it is used
         return Outlook(usual, str(error))

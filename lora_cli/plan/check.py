@@ -57,9 +57,9 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         print(f"  {choice}")
     print(f"  chat template: {template}")
     print(f"  adapter: {adapter.trainable:,} parameters in {adapter.modules} modules")
-    print(f"  data: {train.summary()}")
+    print(f"  data: {train.summarise()}")
     if evaluation:
-        print(f"  evaluation: {evaluation.summary()}")
+        print(f"  evaluation: {evaluation.summarise()}")
     print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
     print("\n" + _format_quantiles(train.counts.lengths))
     print("\n".join(_format_steps(steps, train)))

@@ -194,10 +194,10 @@ def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """Options that make a recipe need less, each with the recipe it gives."""
     changes: list[tuple[str, Recipe]] = []
     if not recipe.training.gradient_checkpointing:
-        made = recipe.settled(recipe.trainer, {"training": {"gradient_checkpointing": True}})
+        made = recipe.replace(recipe.trainer, {"training": {"gradient_checkpointing": True}})
         changes.append(("training.gradient_checkpointing=true", made))
     if recipe.training.per_device_train_batch_size > 1 and recipe.training.packing != "step":
-        made = recipe.settled(recipe.trainer, {"training": {"per_device_train_batch_size": 1}})
+        made = recipe.replace(recipe.trainer, {"training": {"per_device_train_batch_size": 1}})
         changes.append(("training.per_device_train_batch_size=1", made))
     if not recipe.quantized:
         method = {"lora": "qlora", "dora": "qdora"}[recipe.method]

@@ -96,7 +96,7 @@ def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> boo
     if data.mix or data.path is None:
         return False
     source = sources.find_source(data, "path", data.path, data.split)
-    key = cache.make_key(source.fingerprint(), source.names, recipe, tokenizer, date.today())
+    key = cache.make_key(source.hash_content(), source.names, recipe, tokenizer, date.today())
     return (cache.find_folder() / key).exists()
 
 

@@ -1,5 +1,18 @@
-"""Recipes: keys, strict YAML, messages, schema, and the objects that PEFT, TRL and transformers
-take."""
+"""Recipes: their keys, the strict YAML they are written in, what is wrong with them in words, and
+the objects that PEFT, TRL and transformers take.
+
+Its doors, in the order a reader needs them:
+
+    load_recipe                   a file with what it extends and overrides, checked, as a Recipe
+    Recipe                        the whole recipe, frozen, knowing where each value was written
+    Data, Model, Training         its sections; Rows is one data set of data.mix
+    shipped_recipes               the recipes that come with lora
+    TASKS, DEFAULT_TASK, Task     what a model does with its input
+    find_task                     … found by PEFT's name of it
+    find_initialisation           the table of values of lora.init_lora_weights
+    upstream                      builds PEFT's, TRL's and transformers' objects; imports torch
+    schema, strict_yaml           the keys for editors and readers; the YAML parser
+"""
 
 from lora_cli.recipe.initialisations import find_initialisation
 from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Training

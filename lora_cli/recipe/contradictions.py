@@ -1,4 +1,4 @@
-"""Values of a recipe that are right alone and wrong together."""
+"""Find values of a recipe that are right alone and wrong together."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_cli.recipe import initialisations
-from lora_cli.recipe.keys import (
-    Recipe,
-    TrainingFields,
-)
+from lora_cli.recipe.keys import Recipe, TrainingFields
+
+Problem = tuple[str, str | None]
+"""A message and its hint."""
 
 
-def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
-    """Values that are right alone and wrong together."""
+def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
+    """Yield (message, hint) for each pair of values that are right alone and wrong together."""
+    yield from _check_method(recipe)
+    yield from _check_trainer(recipe)
+    yield from _check_steps(recipe)
+    yield from _check_data(recipe)
+    yield from _check_checkpointing(recipe)
+    yield from _check_initialisation(recipe)
+    yield from _check_output(recipe)
+    yield from _check_evaluation(recipe)
+
+
+def _check_method(recipe: Recipe) -> Iterator[Problem]:
+    """`method` says whether DoRA is trained and whether the base is stored in 4 bits."""
     dora = recipe.method in ("dora", "qdora")
     if recipe.lora.use_dora is not None and recipe.lora.use_dora != dora:
         says = str(recipe.lora.use_dora).lower()
@@ -21,93 +33,122 @@ def list_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
             f"{recipe.where('lora', 'use_dora')} is {says}, but method is {recipe.method}",
             "change one of them",
         )
-    if recipe.source("quantization") and not recipe.quantized:
+    if recipe.find_place("quantization") and not recipe.quantized:
         place = recipe.where("quantization")
         yield (
             f"{place} has no effect with method: {recipe.method}",
             "use method: qlora, or remove the section",
         )
+
+
+def _check_trainer(recipe: Recipe) -> Iterator[Problem]:
+    """The settings of TRL's trainer need that trainer, which cannot adapt the output head."""
     ours, theirs = recipe.objective.name, recipe.objective.trainer
     if recipe.uses_trl and recipe.adapts_head:
         yield f"{recipe.where('trainer')}: {theirs} cannot adapt the output head", "trainer: auto"
-    if recipe.trainer == "trainer" or (recipe.trainer == "auto" and recipe.adapts_head):
-        own = recipe.objective.list_own_fields()
-        for key in sorted(
-            (recipe.training.model_fields_set & own) - TrainingFields.model_fields.keys()
-        ):
-            yield (
-                f"{recipe.where('training', key)} works only with trainer: {ours}",
-                (
-                    f"trainer: {ours}"
-                    if recipe.trainer == "trainer"
-                    else f"{theirs} cannot adapt the output head: remove it"
-                ),
-            )
-        if recipe.training.packing in (True, "dataset"):
-            place = recipe.where("training", "packing")
-            yield (
-                f"{place}: packing the whole data set works only with trainer: {ours}",
-                "packing: step",
-            )
-    if recipe.training.packing == "step" and getattr(recipe.training, "padding_free", None):
+    if recipe.trainer == "trainer":
+        remedy = f"trainer: {ours}"
+    elif recipe.trainer == "auto" and recipe.adapts_head:
+        remedy = f"{theirs} cannot adapt the output head: remove it"
+    else:
+        return
+    own = recipe.objective.list_own_fields() - TrainingFields.model_fields.keys()
+    for key in sorted(recipe.training.model_fields_set & own):
+        yield f"{recipe.where('training', key)} works only with trainer: {ours}", remedy
+    if recipe.training.packing in (True, "dataset"):
+        place = recipe.where("training", "packing")
+        yield (
+            f"{place}: packing the whole data set works only with trainer: {ours}",
+            "packing: step",
+        )
+
+
+def _check_steps(recipe: Recipe) -> Iterator[Problem]:
+    """What `packing: step` and `on_oom: reduce` rule out."""
+    training = recipe.training
+    if training.packing == "step" and getattr(training, "padding_free", None):
         place = recipe.where("training", "padding_free")
         yield f"{place} has no effect with training.packing: step", "remove one of them"
-    if recipe.training.on_oom == "reduce" and recipe.training.save_only_model:
+    if training.on_oom == "reduce" and training.save_only_model:
         place = recipe.where("training", "on_oom")
         yield (
-            f"{place}: reduce goes on from a checkpoint, and save_only_model leaves out half of it",
-            "remove one",
+            f"{place}: reduce resumes from a checkpoint, and save_only_model leaves out half of it",
+            "remove one of them",
         )
-    yield from _list_data_contradictions(recipe)
-    training, given = recipe.training, recipe.training.model_fields_set
-    if {"gradient_checkpointing", "activation_checkpointing"} <= given:
+
+
+def _check_checkpointing(recipe: Recipe) -> Iterator[Problem]:
+    """transformers' old and new name of one setting exclude each other."""
+    if {"gradient_checkpointing", "activation_checkpointing"} <= recipe.training.model_fields_set:
         place = recipe.where("training", "activation_checkpointing")
         yield f"{place} and training.gradient_checkpointing are one setting", "give one of them"
-    yield from _list_init_contradictions(recipe)
+
+
+def _check_output(recipe: Recipe) -> Iterator[Problem]:
+    """The run's folder must not hold what is already there."""
     if Path(recipe.output_dir).resolve() in (Path.cwd(), *Path.cwd().parents):
-        yield f"{recipe.where('output_dir')} must be a folder of its own", "output_dir: runs/NAME"
-    if training.eval_strategy in ("steps", "epoch") and not (
-        recipe.data.eval_path or recipe.data.eval_split
-    ):
+        yield (
+            f"{recipe.where('output_dir')} must not be the current folder or one above it",
+            "output_dir: runs/NAME",
+        )
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
+    """Evaluating needs data to evaluate on."""
+    given = recipe.data.eval_path or recipe.data.eval_split
+    if recipe.training.eval_strategy in ("steps", "epoch") and not given:
         place = recipe.where("training", "eval_strategy")
         yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
 
 
-def _list_data_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+def _check_data(recipe: Recipe) -> Iterator[Problem]:
     """What is read is named once, and each column has one name."""
     data = recipe.data
     if data.path is None and data.mix is None:
-        yield f"{recipe.where('data')} names nothing to train on", "add data.path, or data.mix"
+        yield f"{recipe.where('data')} does not say what to train on", "add data.path, or data.mix"
     if data.mix is not None:
-        for key in ("path", "name", "revision", "split", "format", "columns", "max_rows"):
-            if getattr(data, key) != type(data).model_fields[key].get_default(
-                call_default_factory=True
-            ):
-                yield (
-                    f"{recipe.where('data', key)} and data.mix exclude each other",
-                    f"give {key} within data.mix",
-                )
-        if data.eval_split and not data.eval_path:
-            yield (
-                f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix",
-                "add data.eval_path",
-            )
+        yield from _check_mix(recipe)
     if data.streaming:
-        place = recipe.where("data", "streaming")
-        if recipe.training.max_steps < 0:
-            yield f"{place}: a stream has no end that a run could stop at", "add training.max_steps"
-        if "train_sampling_strategy" in recipe.training.model_fields_set:
-            place = recipe.where("training", "train_sampling_strategy")
-            yield f"{place} has no effect with data.streaming", "use data.shuffle_buffer"
+        yield from _check_streaming(recipe)
     for columns in [data.columns, *(rows.columns for rows in data.mix or [])]:
         names = list(columns.values())
         if twice := sorted({name for name in names if names.count(name) > 1}):
             place = recipe.where("data", "columns" if columns is data.columns else "mix")
-            yield f"{place} gives {', '.join(twice)} two names", "one name for each column"
+            yield f"{place} gives {', '.join(twice)} two names", "give each column one name"
 
 
-def _list_init_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
-    """Initialisations that the method does not allow, and their configurations without them."""
+def _check_mix(recipe: Recipe) -> Iterator[Problem]:
+    """`data.mix` names its data sets itself, and not what to evaluate on."""
+    data = recipe.data
+    for key in ("path", "name", "revision", "split", "format", "columns", "max_rows"):
+        default = type(data).model_fields[key].get_default(call_default_factory=True)
+        if getattr(data, key) != default:
+            yield (
+                f"{recipe.where('data', key)} and data.mix exclude each other",
+                f"give {key} within data.mix",
+            )
+    if data.eval_split and not data.eval_path:
+        yield (
+            f"{recipe.where('data', 'eval_split')} needs data.eval_path beside data.mix",
+            "add data.eval_path",
+        )
+
+
+def _check_streaming(recipe: Recipe) -> Iterator[Problem]:
+    """A stream has no length and no order that could be sampled from."""
+    if recipe.training.max_steps < 0:
+        place = recipe.where("data", "streaming")
+        yield (
+            f"{place}: a stream never ends, so the run would not either",
+            "add training.max_steps",
+        )
+    if "train_sampling_strategy" in recipe.training.model_fields_set:
+        place = recipe.where("training", "train_sampling_strategy")
+        yield f"{place} has no effect with data.streaming", "use data.shuffle_buffer"
+
+
+def _check_initialisation(recipe: Recipe) -> Iterator[Problem]:
+    """The method must allow the initialisation, and its settings need it."""
     found = initialisations.find_initialisation(recipe.lora.init_lora_weights)
     initial = found.name if found else None
     place = recipe.where("lora", "init_lora_weights")
@@ -127,7 +168,7 @@ def _list_init_contradictions(recipe: Recipe) -> Iterator[tuple[str, str | None]
         place = recipe.where("lora", "lora_bias")
         yield f"{place} works only with init_lora_weights: true or false", "remove one of them"
     for name, config in initialisations.CONFIGS.items():
-        if recipe.source("lora", config) and initial != name:
+        if recipe.find_place("lora", config) and initial != name:
             place = recipe.where("lora", config)
             yield f"{place} has no effect", f"add lora.init_lora_weights: {name}, or remove it"
     training = recipe.training

@@ -1,5 +1,5 @@
-"""What an adapter's A and B may start from: PEFT's names, and what each asks for and does. The one
-table of them."""
+"""The table of what an adapter's A and B may start from: PEFT's names, what each needs and what
+each does."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 
 class Initialisation(NamedTuple):
-    """A value of `lora.init_lora_weights` that is a word."""
+    """One word that `lora.init_lora_weights` may be."""
 
     name: str
     needs_linear: bool = False
-    """PEFT computes it from the weight of a Linear: not of embeddings or convolutions, and not of
-    4-bit storage."""
+    """PEFT computes it from the weight of a Linear, so it does not work on embeddings, convolutions
+    or 4-bit storage."""
     moves_base: bool = False
-    """Training starts from s·B₀A₀ ≠ 0, which is taken off the base: what is saved has to make up
-    for that."""
+    """Training starts from s·B₀A₀ ≠ 0, which is taken off the base; the saved adapter has to make
+    up for that."""
     changes_base_at_load: bool = False
     """PEFT computes it again when it loads an adapter that names it, and changes the base's
     weights."""
@@ -38,12 +38,12 @@ TABLE = (
     Initialisation("lora_ga", True, True, True, True, "lora_ga_config"),
 )
 PATTERN = rf"^({'|'.join(each.name for each in TABLE)}|pissa_niter_[1-9]\d*)$"
-"""What a recipe may write."""
+"""A regular expression for the words that a recipe may write."""
 CONFIGS = {each.name: each.config for each in TABLE if each.config}
 
 
 def find_initialisation(written: object) -> Initialisation | None:
-    """Return the row of a value of init_lora_weights (`pissa_niter_4` is pissa); None for true,
+    """Return the row of a value of init_lora_weights (`pissa_niter_4` is pissa), or None for true,
     false and null."""
     name = str(written).partition("_niter")[0]
     return (

@@ -1,8 +1,8 @@
-"""What a recipe is: every key with its type, range, default and help.
+"""Declare a recipe: every key with its type, range, default and help.
 
-Ours are declared below; each other field of PEFT's `LoraConfig` and TRL's `SFTConfig` (hence
-transformers' `TrainingArguments`) is taken over under its own name from the installed versions. A
-recipe is frozen once loaded (`recipe_file.py`). Neither torch nor anything that imports it is
+Our own keys are declared below. Every other field of PEFT's `LoraConfig` and TRL's `SFTConfig`
+(hence transformers' `TrainingArguments`) is taken over under its own name from the installed
+versions. A recipe is frozen once loaded (`load.py`). Neither torch nor anything that imports it is
 imported here.
 """
 
@@ -18,9 +18,8 @@ from lora_cli.recipe.strict_yaml import Keys, Place
 from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, DEFAULT_TASK, Objective, Task
 
 Auto = Literal["auto"]
-TAKEN_OVER: dict[str, Any] = {
-    "x-upstream": True
-}  # marks the fields that are declared upstream, not here
+TAKEN_OVER: dict[str, Any] = {"x-upstream": True}
+"""Marks the fields that are declared upstream, not here."""
 DType = Literal["float32", "bfloat16", "float16"]
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -29,8 +28,8 @@ TokenIds = Annotated[list[Index], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys and lossy conversions are errors, nothing changes after
-    loading."""
+    """What all sections share: unknown keys and lossy conversions are errors, and nothing changes
+    after loading."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -40,28 +39,26 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
-    def given(self) -> dict[str, Any]:
-        """The values to hand upstream: all declared here, and of the taken-over fields those the
-        recipe sets."""
+    def collect_values(self) -> dict[str, Any]:
+        """Return the values to hand upstream: all those declared here, and of the taken-over fields
+        those that the recipe sets."""
         taken_over = {
             name
             for name, field in type(self).model_fields.items()
             if field.json_schema_extra == TAKEN_OVER
         }
         return {
-            name: _as_data(value)
+            name: _to_data(value)
             for name, value in self
             if name not in taken_over or name in self.model_fields_set
         }
 
 
-def _as_data(value: Any) -> Any:
-    """Sections within a list as data."""
-    return (
-        [item.given() if isinstance(item, Section) else item for item in value]
-        if isinstance(value, list)
-        else value
-    )
+def _to_data(value: Any) -> Any:
+    """Return a value with the sections in a list turned into data."""
+    if not isinstance(value, list):
+        return value
+    return [item.collect_values() if isinstance(item, Section) else item for item in value]
 
 
 class Model(Section):
@@ -86,11 +83,11 @@ class Model(Section):
     """What a conversation without a system message begins with. It becomes part of the chat
     template, and so holds wherever the adapter, the merged model or the GGUF is used."""
     add_tokens: list[Name] = Field(default_factory=list)
-    """Tokens the tokenizer lacks. The embeddings grow where they must, and the new rows of
-    embeddings and head are trained, and nothing else of them."""
+    """Tokens the tokenizer lacks. The embeddings grow if they must; of embeddings and head, only
+    the new rows are trained."""
     add_special_tokens: list[Name] = Field(default_factory=list)
-    """The same for tokens that are marks rather than text (`<|im_start|>`): left out when an answer
-    is printed."""
+    """The same for tokens that are marks rather than text (`<|im_start|>`): they are left out when
+    an answer is printed."""
 
 
 class LoraFields(Section):
@@ -106,7 +103,7 @@ class LoraFields(Section):
     """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but
     the output head)."""
     exclude_modules: Name | Names | None = None
-    """Modules that get none although target_modules names them: endings or one regular
+    """Modules that do not get an adapter although target_modules names them: endings or one regular
     expression."""
     modules_to_save: Names | None = None
     """Modules that are trained whole, and saved with the adapter."""
@@ -125,18 +122,18 @@ class LoraFields(Section):
     layers_to_transform: Index | Annotated[list[Index], Field(min_length=1)] | None = None
     """Only the modules in these layers, counted from 0; needs target_modules to be a list."""
     layers_pattern: Name | Names | None = None
-    """What stands before the layer's number in a module's name, where it is not what PEFT finds by
+    """What stands before the layer's number in a module's name, if PEFT does not find it by
     itself."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Other ranks for some modules: name endings or regular expressions, each for other modules
-    than the rest."""
+    """Other ranks for some modules: name endings or regular expressions, each matching modules that
+    the others do not."""
     alpha_pattern: dict[str, Annotated[int | float, Field(gt=0)]] = Field(default_factory=dict)
     """Other lora_alpha for some modules, named as in rank_pattern."""
     trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
     """Rows of the embeddings to train whole; or the rows by module (`embed_tokens: [5, 6]`)."""
     lora_bias: bool = False
-    """Also train a bias in B; every adapted module must have one itself, or merging would have no
-    place for it."""
+    """Also train a bias in B; every adapted module must have a bias itself, or the merged model
+    could not hold it."""
     autocast_adapter_dtype: bool = True
     """Keep the adapter's weights in float32 whatever the base's type (PEFT's argument of that
     name)."""
@@ -207,7 +204,7 @@ class Data(Section):
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
     format: Auto | Format = "auto"
-    """Shape of a row; `auto` tells by the columns: instruction/input/output, prompt/completion,
+    """Shape of a row; `auto` goes by the columns: instruction/input/output, prompt/completion,
     OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
@@ -218,8 +215,8 @@ class Data(Section):
     """A row over training.max_length tokens is left out, cut at the end, cut into several, or an
     error; counted."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used (no JSON, a column missing or no text, an unknown role, …) is an
-    error, or left out; counted by kind, the first named with file and line."""
+    """A row that cannot be used (invalid JSON, a missing column, an unknown role, …) is an error,
+    or left out; bad rows are counted by kind, and the first is named with file and line."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use at most this many rows."""
     streaming: bool = False
@@ -227,7 +224,8 @@ class Data(Section):
     training.max_steps. The data are read again when they end. In a mix, weights then say how often
     a row of each is drawn."""
     shuffle_buffer: Annotated[int, Field(ge=1)] = 10_000
-    """With streaming: rows are drawn at random from so many that were read; 1 keeps their order."""
+    """With streaming: each row is drawn at random from this many that were read; 1 keeps their
+    order."""
 
 
 class TrainingFields(Section):
@@ -261,7 +259,7 @@ class TrainingFields(Section):
     use_liger_kernel: Auto | bool = "auto"
     """Liger's kernels (CUDA); `auto`: no, see loss_head."""
     dataloader_num_workers: Auto | Annotated[int, Field(ge=0)] = "auto"
-    """Processes that put batches together; `auto`: 0, in the run's own."""
+    """Processes that put batches together; `auto`: 0, which uses the run's own process."""
     packing: Auto | Literal["step", "dataset"] | bool = "auto"
     """Rows share sequences, kept apart. step: those of one optimiser step, so that the run stays
     the same without its padding; dataset (or true): TRL's packing over the whole set, whose steps
@@ -296,12 +294,12 @@ class TrainingFields(Section):
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
     stop_on_loss_above: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Stop the run at the first step whose loss is higher: it diverges. A loss that is no number
-    stops it in any case."""
+    """Stop the run at the first step whose loss is higher, since it diverges. A loss that is not a
+    number stops it in any case."""
     on_oom: Literal["stop", "reduce"] = "stop"
-    """When memory runs out: stop and say what would need less, or halve the batch and double the
-    accumulation (with packing: step, halve the sequences), so that each step's rows stay what they
-    are, and go on from the last step."""
+    """When memory runs out: stop and say what would need less; or halve the batch and double the
+    accumulation (with packing: step, halve the sequences), so that each step's rows stay the same,
+    and continue from the last step."""
     save_only_model: bool = False
     """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
 
@@ -318,10 +316,9 @@ NOT_IN_LORA = {
     "megatron_core": "Megatron's layers are not what lora loads",
     "arrow_config": "Arrow routes between adapters that are trained already",
     "alora_invocation_tokens": "an aLoRA can be trained but not merged",
-    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would be another "
-    "one",
-    "layer_replication": "replicated layers share weights, so PEFT merges their adapters into one "
-    "another",
+    "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would differ",
+    "layer_replication": "replicated layers share weights, so their adapters would merge into each "
+    "other",
     "loftq_config": "use init_lora_weights: loftq; the bits are those of method: qlora",
 }
 NOT_IN_TRAINING = {
@@ -338,12 +335,11 @@ NOT_IN_TRAINING = {
     "loads the same base",
     "ignore_data_skip": "a resumed run is the same run: it goes on with the next rows",
     "auto_find_batch_size": "use training.on_oom: reduce, which keeps the rows of each step",
-    "dataloader_in_order": "rows in the order they happen to be ready make a run that nothing can "
-    "repeat",
+    "dataloader_in_order": "rows in whatever order they are ready make an unrepeatable run",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "trust_remote_code": "only the command line allows code of a model's repository: "
+    "trust_remote_code": "only the command line allows code from a model's repository: "
     "--trust-remote-code",
-    "hub_token": "a recipe is no place for a secret: set HF_TOKEN in the environment",
+    "hub_token": "keep secrets out of recipes: set HF_TOKEN in the environment",
     "disable_tqdm": "lora draws its own progress line",
     "do_train": "lora train always trains",
     "do_eval": "use training.eval_strategy",
@@ -369,8 +365,8 @@ RENAMED = {
 def _take_over(
     base: type[Section], name: str, upstream: Sequence[tuple[str, str, str]], without: set[str]
 ) -> Any:
-    """`base` with every other field of the `upstream` classes added under its own name, type,
-    default and help."""
+    """Return `base` with every other field of the `upstream` classes added under its own name,
+    type, default and help."""
     added: dict[str, Any] = {
         field.name: (
             field.annotation,
@@ -405,7 +401,7 @@ class Recipe(Section):
     """What is trained: LoRA, DoRA, or either on a base stored in 4 bits (NF4, doubly quantised)."""
     trainer: Auto | Literal["sft", "trainer"] = "auto"
     """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both. `auto`:
-    sft, unless the output head is adapted: SFTTrainer's loss passes by what is put on it."""
+    sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)
@@ -423,7 +419,7 @@ class Recipe(Section):
 
     @property
     def objective(self) -> Objective:
-        """What training makes smaller."""
+        """What training minimises."""
         return DEFAULT_OBJECTIVE
 
     @property
@@ -438,8 +434,8 @@ class Recipe(Section):
 
     @property
     def adapts_head(self) -> bool:
-        """Whether something but a plain copy is put on the output head, as far as the recipe's
-        names tell."""
+        """Whether anything but a plain copy is put on the output head, as far as the recipe's names
+        tell."""
         tokens = (
             self.model.add_tokens
             or self.model.add_special_tokens
@@ -449,49 +445,48 @@ class Recipe(Section):
         return bool(tokens) or any("lm_head" in str(name) for name in named)
 
     def where(self, *keys: str) -> str:
-        """`file:line: section.key` of a value that was written, else just `section.key`."""
+        """Return `file:line: section.key` for a value that was written, else `section.key`."""
         place = self._places.get(keys)
         return f"{place}: {'.'.join(keys)}" if place else ".".join(keys)
 
-    def source(self, *keys: str) -> Place | None:
-        """Where a value was written; None when it is a default."""
+    def find_place(self, *keys: str) -> Place | None:
+        """Return where a value was written, or None when it is a default."""
         return self._places.get(keys)
 
-    def placed(self, message: str) -> str:
-        """A message that begins with a key of this recipe, with the key's file and line before
-        it."""
+    def add_place(self, message: str) -> str:
+        """Return a message that begins with a key of this recipe, with the key's file and line put
+        before it."""
         key = message.partition(":")[0].partition(" ")[0]
-        place = self._places.get(
-            tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        )
+        parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        place = self._places.get(parts)
         return f"{place}: {message}" if place and "." in key else message
 
     def list_passed_on(self) -> list[str]:
-        """Where it sets fields of the libraries that lora itself has no use for, as `file:line:
-        section.key`."""
+        """Return where the recipe sets fields of the libraries that lora itself does not use, as
+        `file:line: section.key`."""
         sections = (("lora", self.lora, LoraFields), ("training", self.training, TrainingFields))
         return [
             self.where(name, key)
             for name, section, own in sections
             for key in sorted(section.model_fields_set - own.model_fields.keys())
-            if self.source(name, key)
+            if self.find_place(name, key)
         ]
 
-    def settled(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
-        """A copy with the trainer and values of sections replaced: what `auto` resolved to."""
+    def replace(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
+        """Return a copy with the trainer and values of sections replaced: what `auto` resolved
+        to."""
         sections = {
             name: getattr(self, name).model_copy(update=values) for name, values in changes.items()
         }
         return self.model_copy(update={"trainer": trainer, **sections})
 
-    def plain(self) -> dict[str, Any]:
-        """The recipe as data that loads to the same recipe: everything declared, and all that was
-        set."""
+    def to_data(self) -> dict[str, Any]:
+        """Return the recipe as data that loads to the same recipe: everything declared here, and
+        all that was set."""
         sections = ("model", "lora", "quantization", "data", "training")
         result: dict[str, Any] = {"method": self.method, "trainer": self.trainer}
-        result |= {
-            name: getattr(self, name).given()
-            for name in sections
-            if name != "quantization" or self.quantized
-        }
-        return result | {"output_dir": self.output_dir}
+        for name in sections:
+            if name != "quantization" or self.quantized:
+                result[name] = getattr(self, name).collect_values()
+        result["output_dir"] = self.output_dir
+        return result

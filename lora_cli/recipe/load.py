@@ -1,5 +1,5 @@
-"""A recipe's file: YAML, what it extends and `--set` become one `Recipe`, or all problems at once
-with line and fix."""
+"""Load a recipe: its YAML, what it extends and `--set` become one `Recipe`, or one error listing
+every problem."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lora_cli.recipe.strict_yaml import Document, Keys, Place
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and `section.key=value` overrides.
 
-    `path` may be the name of a shipped recipe. UsageError lists every problem at once.
+    `path` may be the name of a shipped recipe. Raise UsageError listing every problem, each with
+    its line and a fix.
     """
     path = shipped_recipes.find_recipe(path)
     document = _read_chain(path, ())
@@ -37,8 +38,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if secret := privacy.find_held_secret(document.data):
         raise UsageError(
             f"{path}: the recipe holds the value of {secret}, "
-            "and it is written to the run's folder",
-            "take it out: what needs it reads the environment",
+            "and would be copied into the run's folder",
+            "take it out: the libraries read it from the environment",
         )
     document.data.pop("extends", None)
     _expand_home(document.data)
@@ -58,12 +59,12 @@ HOME_PATHS = {
     "data": ("path", "eval_path"),
     "": ("output_dir",),
 }
-"""Keys whose value may be a path, by section: there `~/` is the user's home folder, which only a
-shell knows else."""
+"""Keys whose value may be a path, by section. In them `~/` is the user's home folder, which
+otherwise only a shell expands."""
 
 
 def _expand_home(data: dict[str, Any]) -> None:
-    """Replace `~/` in paths of the recipe's data, in place."""
+    """Replace `~/` in the paths of the recipe's data, in place."""
     sections = [(data.get(name) if name else data, keys) for name, keys in HOME_PATHS.items()]
     mix = data["data"].get("mix") if isinstance(data.get("data"), dict) else None
     sections += [(rows, ("path",)) for rows in (mix if isinstance(mix, list) else [])]
@@ -73,13 +74,15 @@ def _expand_home(data: dict[str, Any]) -> None:
 
 
 def _expand(value: Any) -> Any:
+    """Return a path, or a list of them, with `~/` expanded; anything else unchanged."""
     if isinstance(value, list):
         return [_expand(each) for each in value]
     return privacy.expand_home(value) if isinstance(value, str) else value
 
 
 def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
-    """The file merged over the recipe it extends, that one over its own, and so on."""
+    """Return the file merged over the recipe it extends, which is merged over its own parent, and
+    so on."""
     document = strict_yaml.read(path)
     parent = document.data.get("extends") if isinstance(document.data, dict) else None
     if parent is None:
@@ -92,7 +95,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
         circle = " -> ".join(map(str, (*above, path, base)))
         raise UsageError(f"{place}: extends goes in a circle: {circle}", "remove one")
     if not base.is_file():
-        why = "is no file" if base.exists() else "does not exist"
+        why = "is not a file" if base.exists() else "does not exist"
         raise UsageError(
             f"{place}: {base}, which it extends, {why}", "the path is relative to this file"
         )
@@ -112,7 +115,7 @@ def _find_extended(path: Path, parent: str, place: Place) -> Path:
 
 
 def _merge(below: Document, above: Document) -> Document:
-    """`above` laid over `below`: sections join, other values (lists too) are replaced."""
+    """Lay `above` over `below`: sections are joined, other values (lists too) are replaced."""
     if not (isinstance(below.data, dict) and isinstance(above.data, dict)):
         return Document(above.data, {**below.places, **above.places})
     data, places = dict(below.data), {**below.places, **above.places}
@@ -126,7 +129,7 @@ def _merge(below: Document, above: Document) -> Document:
 
 
 def _parse_override(text: str) -> Document:
-    """`section.key=value` as a document whose places are the option itself."""
+    """Return `section.key=value` as a document whose places are the option itself."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(

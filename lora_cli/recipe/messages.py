@@ -1,4 +1,4 @@
-"""What is wrong with a recipe's keys, in words: file, line, key, and what to write instead."""
+"""Say what is wrong with a recipe's keys: file, line, key, and what to write instead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from lora_cli.common import find_nearest
 from lora_cli.recipe.keys import (
@@ -21,7 +22,8 @@ from lora_cli.recipe.strict_yaml import Document, Keys, Place
 
 
 def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[str, str | None]]:
-    """One (message, hint) for each wrong key, however many alternatives of its type refused it."""
+    """Yield one (message, hint) for each wrong key, however many alternatives of its type refused
+    it."""
     by_key: dict[Keys, list[Any]] = {}
     for detail in error.errors():
         keys: Keys = ()
@@ -49,20 +51,20 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
 
 
 def _spell_key(key: str | int) -> str:
-    """A key as it may stand in a line: one that is long, or not of printable characters, is quoted
-    and cut."""
+    """Return a key as it can stand in a line: long or unprintable ones are quoted and cut."""
     text = str(key)
     return text if text.isprintable() and 0 < len(text) <= 40 else _show(text)
 
 
 def _find_place(keys: Keys, document: Document) -> Place:
+    """Return where a key, or else the nearest section around it, was written."""
     while keys not in document.places:
         keys = keys[:-1]
     return document.places[keys]
 
 
 def _explain_unknown_key(keys: Keys) -> tuple[str, str]:
-    """What to say of a key that no section has."""
+    """Return the message and hint for a key that no section has."""
     *section, key = map(_spell_key, keys)
     name = ".".join([*section, key])
     elsewhere = {"lora": NOT_IN_LORA, "training": NOT_IN_TRAINING}.get(
@@ -72,60 +74,58 @@ def _explain_unknown_key(keys: Keys) -> tuple[str, str]:
         return f"{name} cannot be set", elsewhere[key]
     if key in RENAMED:
         return f"{name} is not a known key", f"it is called {RENAMED[key]}"
+    sections = _list_sections()
+    homes = [parent for parent, model in sections.items() if key in model.model_fields]
+    if homes:
+        return f"{name} is not a known key", f"{key} belongs in the section {homes[0]}"
+    if section[:2] == ["data", "mix"]:
+        known = Rows.model_fields
+    elif section and section[0] in sections:
+        known = sections[section[0]].model_fields
+    else:
+        known = Recipe.model_fields
+    guess = find_nearest(key, known)
+    if guess is None:
+        return f"{name} is not a known key", "lora schema --markdown lists every key"
+    return f"{name} is not a known key", f"did you mean {'.'.join([*section, guess])}?"
+
+
+def _list_sections() -> dict[str, type[Section]]:
+    """Return the recipe's sections by name."""
     kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    sections = {
+    return {
         name: kind
         for name, kind in kinds.items()
         if isinstance(kind, type) and issubclass(kind, Section)
     }
-    homes = [parent for parent, model in sections.items() if key in model.model_fields]
-    if homes:
-        return f"{name} is not a known key", f"{key} belongs in the section {homes[0]}"
-    known = (
-        sections[section[0]].model_fields
-        if section and section[0] in sections
-        else Recipe.model_fields
-    )
-    if section[:2] == ["data", "mix"]:
-        known = Rows.model_fields
-    guess = find_nearest(key, known)
-    return f"{name} is not a known key", (
-        f"did you mean {'.'.join([*section, guess])}?"
-        if guess
-        else "lora schema --markdown lists every key"
-    )
 
 
 def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
-    """What to write in place of a wrong value: the word that was meant, or the default."""
+    """Return a hint for a wrong value: the word that was meant, or the default."""
     expected = " ".join(str(detail.get("ctx", {}).get("expected", "")) for detail in details)
-    if isinstance(wrong, str) and (
-        guess := find_nearest(wrong, re.findall(r"'([^']+)'", expected))
-    ):
+    words = re.findall(r"'([^']+)'", expected)
+    if isinstance(wrong, str) and (guess := find_nearest(wrong, words)):
         return f"did you mean {guess}?"
-    kind: Any = Recipe
-    for key in keys[:-1]:
-        field = (
-            kind.model_fields.get(str(key))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-            else None
-        )
-        kind = field.annotation if field else None
-    field = (
-        kind.model_fields.get(str(keys[-1]))
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-        else None
-    )
-    if (
-        field is None
-        or field.is_required()
-        or isinstance(field.get_default(call_default_factory=True), BaseModel)
-    ):
+    field = _find_field(keys)
+    if field is None or field.is_required():
         return "lora schema --markdown describes every key"
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        return "lora schema --markdown describes every key"
     if default is None:
         return "leave it out"
     return f"leave it out for its default, {_show(default)}"
+
+
+def _find_field(keys: Keys) -> FieldInfo | None:
+    """Return the field that `keys` lead to, or None."""
+    kind: Any = Recipe
+    field = None
+    for key in keys:
+        declares_fields = isinstance(kind, type) and issubclass(kind, BaseModel)
+        field = kind.model_fields.get(str(key)) if declares_fields else None
+        kind = field.annotation if field else None
+    return field
 
 
 _KINDS = {
@@ -144,6 +144,7 @@ _KINDS = {
 
 
 def _describe_allowed(detail: Any) -> str:
+    """Return what a refused value must be, to complete the sentence `… but must be`."""
     context = detail.get("ctx", {})
     if detail["type"] == "literal_error":
         return str(context["expected"])
@@ -155,5 +156,6 @@ def _describe_allowed(detail: Any) -> str:
 
 
 def _show(value: Any) -> str:
+    """Return a value as YAML writes it, cut to 40 characters."""
     text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 40 else text[:37] + "…"

@@ -1,5 +1,5 @@
-"""The recipe's keys for editors (`lora schema`) and for readers (docs/recipe.md), both from the
-same docstrings."""
+"""Write the recipe's keys for editors (`lora schema`) and readers (docs/recipe.md), from the same
+docstrings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ shipped recipe of that name (`lora recipes` lists them).
 
 
 def make_json() -> str:
-    """The JSON Schema. Nothing is marked required, since `extends` may provide it; `lora train`
-    checks that."""
+    """Return the JSON Schema.
+
+    Nothing is marked required, since `extends` may provide it; `lora train` checks that.
+    """
     schema = Recipe.model_json_schema()
     _tidy(schema)
     schema = {
@@ -39,8 +41,8 @@ def make_json() -> str:
 
 
 def _tidy(node: Any) -> None:
-    """Drop what editors must not see; one order for alternatives, since typing caches unions as
-    they first came."""
+    """Drop what editors must not see, and sort alternatives, since typing caches a union in the
+    order it first came."""
     if isinstance(node, dict):
         node.pop("required", None)
         node.pop("x-upstream", None)
@@ -56,8 +58,8 @@ def _tidy(node: Any) -> None:
 
 
 def make_markdown() -> str:
-    """Every key with type, default and meaning, by section; the fields taken over from upstream
-    listed after ours."""
+    """Return a table of every key by section, with type, default and meaning; upstream's fields
+    follow ours."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     parts = [
         INTRODUCTION,
@@ -79,6 +81,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _format_rows(section: Any, wanted: Any) -> str:
+    """Return the table of a section's keys for which `wanted(field)` is true."""
     rows = []
     for name, field in section.model_fields.items():
         if wanted(field):
@@ -91,7 +94,8 @@ def _format_rows(section: Any, wanted: Any) -> str:
 
 
 def _format_type(annotation: Any) -> str:
-    """`list[str] | str | null`, the same under every Python version."""
+    """Return a type such as `list[str] | str | null`, spelled the same under every Python
+    version."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _format_type(arguments[0])
@@ -115,4 +119,5 @@ def _format_default(field: FieldInfo) -> str:
 
 
 def _format_cell(text: str) -> str:
+    """Return text as a table's cell can hold it: on one line, with `|` escaped."""
     return " ".join(text.split()).replace("|", "\\|")

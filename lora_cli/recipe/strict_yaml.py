@@ -1,8 +1,8 @@
-"""Strict YAML: plain data, and the file and line each value came from.
+"""Parse strict YAML into plain data, with the file and line each value came from.
 
-PyYAML reads `1e-4` as a string, `no` as False, and lets a duplicate key win. Here scalars follow
-YAML 1.2's core schema; a duplicate key, an alias or a tag is an error; and each value remembers its
-line for messages.
+PyYAML reads `1e-4` as a string and `no` as False, and lets the last of two equal keys win. Here
+scalars follow YAML 1.2's core schema; a duplicate key, an alias or a tag is an error; and each
+value remembers its line for messages.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import yaml
 from lora_cli.common import LoraError, UsageError, files
 
 LARGEST = 2**17
-"""Bytes of a recipe: a hundred times what the longest here has, and read in a second."""
+"""The most bytes of a recipe: a hundred times the longest one here, and still read in a second."""
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""What an escape (\\0, \\ud800) can put into a text and no file or name can hold."""
+"""Characters that an escape (\\0, \\ud800) can put into a text but that no file or name can
+hold."""
 Keys = tuple[str | int, ...]
 
 
@@ -33,19 +34,20 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A parsed file: `data` (dicts, lists, scalars) and the place of every key and list item by its
-    path."""
+    """A parsed file: `data` (dicts, lists, scalars), and the place of every key and list item by
+    its path."""
 
     data: Any
     places: dict[Keys, Place]
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """Only the scalars of the YAML 1.2 core schema are anything but strings."""
+    """A loader that reads every scalar as a string but for those of the YAML 1.2 core schema."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases and tags; compose any other node as usual."""
         event: Any = self.peek_event()
         forbidden = (
             "aliases (*name)" if isinstance(event, yaml.AliasEvent) else f"tags ({event.tag})"
@@ -73,7 +75,7 @@ for _tag, _pattern, _first in (
 
 
 def read(path: Path) -> Document:
-    """Parse the file. UsageError with file and line for anything that is not strict YAML."""
+    """Parse the file; raise UsageError with file and line for anything that is not strict YAML."""
     try:
         return parse(files.read_small(path, LARGEST), str(path))
     except UsageError:
@@ -83,60 +85,74 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, name: str, first_line: int = 1) -> Document:
-    """Parse `text`; `name` stands for the file in messages; `first_line` 0 makes every place the
-    name alone."""
-    places: dict[Keys, Place] = {(): Place(name, 1 if first_line else 0)}
+    """Parse `text`; `name` stands for the file in messages.
 
-    def fail(problem: str, mark: yaml.Mark) -> UsageError:
-        return UsageError(
-            f"{place(mark)}: {problem}", f"mend line {mark.line + 1}, column {mark.column + 1}"
-        )
-
-    def place(mark: yaml.Mark) -> Place:
-        return Place(name, mark.line + 1 if first_line else 0)
-
-    def build(node: yaml.Node, path: Keys) -> Any:
-        places.setdefault(path, place(node.start_mark))
-        if isinstance(node, yaml.MappingNode):
-            return mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [build(child, (*path, index)) for index, child in enumerate(node.value)]
-        if odd := UNWRITABLE.search(node.value):
-            raise fail(f"\\x{ord(odd[0]):02x} is half a character or none", node.start_mark)
-        return _parse_scalar(node)
-
-    def mapping(node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise fail("a key must be plain text", key_node.start_mark)
-            key = str(key_node.value)
-            if UNWRITABLE.search(key):
-                raise fail("a key must be plain text", key_node.start_mark)
-            if key in result:
-                raise fail(
-                    f"{key} is given twice (first on line {places[(*path, key)].line})",
-                    key_node.start_mark,
-                )
-            places[(*path, key)] = place(key_node.start_mark)
-            result[key] = build(value_node, (*path, key))
-        return result
-
+    `first_line` 0 makes every place the name alone.
+    """
+    builder = _Builder(name, first_line)
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
-        return Document(build(node, ()) if node is not None else {}, places)
+        data = builder.build(node, ()) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         assert error.problem_mark is not None, "the scanner, parser and composer always give one"
-        raise fail(error.problem or "not valid YAML", error.problem_mark) from None
+        raise builder.fail(error.problem or "not valid YAML", error.problem_mark) from None
     except RecursionError:
         raise UsageError(
             f"{name}: nested too deeply", "a recipe has sections of keys, no deeper"
         ) from None
     except yaml.YAMLError as error:  # an unprintable character: no mark
         raise UsageError(f"{name}: {str(error).splitlines()[0]}", "remove the character") from None
+    return Document(data, builder.places)
+
+
+class _Builder:
+    """Turns YAML's nodes into plain data, and remembers the place of each."""
+
+    def __init__(self, name: str, first_line: int) -> None:
+        self.name = name
+        self.first_line = first_line
+        self.places: dict[Keys, Place] = {(): Place(name, 1 if first_line else 0)}
+
+    def fail(self, problem: str, mark: yaml.Mark) -> UsageError:
+        """Return the error for a problem at `mark`."""
+        return UsageError(
+            f"{self._locate(mark)}: {problem}",
+            f"mend line {mark.line + 1}, column {mark.column + 1}",
+        )
+
+    def build(self, node: yaml.Node, path: Keys) -> Any:
+        """Return the data of a node, which stands at `path` in the document."""
+        self.places.setdefault(path, self._locate(node.start_mark))
+        if isinstance(node, yaml.MappingNode):
+            return self._build_mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
+        if odd := UNWRITABLE.search(node.value):
+            raise self.fail(f"\\x{ord(odd[0]):02x} is not a whole character", node.start_mark)
+        return _parse_scalar(node)
+
+    def _build_mapping(self, node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
+        """Return a mapping's data; its keys are texts, each given once."""
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            mark = key_node.start_mark
+            if not isinstance(key_node, yaml.ScalarNode) or UNWRITABLE.search(str(key_node.value)):
+                raise self.fail("a key must be plain text", mark)
+            key = str(key_node.value)
+            here = (*path, key)
+            if key in result:
+                first = self.places[here].line
+                raise self.fail(f"{key} is given twice (first on line {first})", mark)
+            self.places[here] = self._locate(mark)
+            result[key] = self.build(value_node, here)
+        return result
+
+    def _locate(self, mark: yaml.Mark) -> Place:
+        return Place(self.name, mark.line + 1 if self.first_line else 0)
 
 
 def _parse_scalar(node: yaml.Node) -> Any:
+    """Return the value of a scalar of the core schema."""
     kind = node.tag.rsplit(":", 1)[-1]
     if kind == "null":
         return None
@@ -152,18 +168,20 @@ def _parse_scalar(node: yaml.Node) -> Any:
 
 
 def dump(data: Any) -> str:
-    """`data` as YAML text that `parse` takes back unchanged."""
+    """Return `data` as YAML text that `parse` reads back unchanged."""
     return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _CoreDumper(yaml.SafeDumper):
-    """Quotes every string that `_CoreLoader` would read as something else."""
+    """A dumper that quotes every string that `_CoreLoader` would read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Write equal objects out in full, since `parse` refuses aliases."""
         return True
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote a string that a resolver of `_CoreLoader` would match."""
     special = any(
         pattern.match(text)
         for resolvers in _CoreLoader.yaml_implicit_resolvers.values()

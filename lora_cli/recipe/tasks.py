@@ -1,8 +1,7 @@
-"""What a model is trained to do, and by what: a row per task and per objective.
+"""The tables of what a model is trained to do and by what: a row per task and per objective.
 
 Everyone asks `recipe.task` and `recipe.objective`; nobody else knows their names. Nothing heavy is
-imported here: classes of other libraries are named, and taken from their modules when they are
-needed.
+imported here: classes of other libraries are named, and imported when they are needed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Task:
     auto_class: str
     """transformers' class that loads such a model."""
     does: str
-    """What such models do, to be said of one: `models that …`."""
+    """What such models do, to complete the sentence `models that …`."""
 
     def find_auto_class(self) -> Any:
         """Return transformers' class that loads such a model."""
@@ -33,11 +32,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Objective:
-    """What training makes smaller, and the configuration of the trainer that does it."""
+    """What training minimises, and the configuration of the trainer that does it."""
 
     name: str
     trainer: str
-    """TRL's trainer, as a person knows it."""
+    """TRL's trainer, by the name people know."""
     config: str
     """TRL's configuration class."""
     fields: tuple[tuple[str, str, str], ...]
@@ -48,7 +47,7 @@ class Objective:
         return getattr(importlib.import_module("trl"), self.config)
 
     def list_own_fields(self) -> set[str]:
-        """The fields of that class that transformers' own `TrainingArguments` lacks."""
+        """Return the fields of that class that transformers' own `TrainingArguments` lacks."""
         return read_fields(self.fields).keys() - read_fields(TRAINING_ARGUMENTS).keys()
 
 
@@ -58,9 +57,9 @@ DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
 
 
 def find_task(peft_type: str | None) -> Task | None:
-    """Return the task of an adapter by PEFT's `task_type`; None where there is no such task.
+    """Return the task of an adapter by PEFT's `task_type`, or None where there is no such task.
 
-    An adapter that names no task is taken for one of the default task, as PEFT takes it.
+    An adapter that does not name a task counts as one of the default task, as in PEFT.
     """
     if peft_type is None:
         return DEFAULT_TASK

@@ -1,5 +1,4 @@
-"""A recipe as the objects PEFT, TRL and transformers take, and what its `auto` values become on
-this machine."""
+"""Build the objects that PEFT, TRL and transformers take from a recipe."""
 
 from __future__ import annotations
 
@@ -27,14 +26,13 @@ from lora_cli.recipe.keys import Recipe
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig:
-    """PEFT's configuration of the adapter."""
-    values = copy.deepcopy(recipe.lora.given())  # PEFT writes into them
+    """Return PEFT's configuration of the adapter."""
+    values = copy.deepcopy(recipe.lora.collect_values())  # PEFT writes into them
     values.pop("autocast_adapter_dtype")  # an argument of get_peft_model, not of LoraConfig
     values["use_dora"] = recipe.method in ("dora", "qdora")
     if values["init_lora_weights"] == "loftq":
-        values["init_lora_weights"] = (
-            True  # initial.py computes it, at the adapter's own scaling and on any device
-        )
+        # models/init_weights.py computes it, at the adapter's own scaling and on any device
+        values["init_lora_weights"] = True
     for name, kind in VARIANT_CONFIGS.items():
         if values.get(name) is not None:
             values[name] = _build_variant(recipe, name, kind)
@@ -56,9 +54,10 @@ VARIANT_CONFIGS: dict[str, Any] = {
 
 
 def _build_variant(recipe: Recipe, name: str, kind: Any) -> Any:
-    """The mapping a recipe gives for one of PEFT's own configuration classes, as that class.
+    """Return the mapping that a recipe gives for one of PEFT's own configuration classes, as that
+    class.
 
-    PEFT checks the values of some and ignores unknown keys of others; here both are UsageErrors.
+    PEFT checks the values of some and ignores unknown keys of others; here both raise UsageError.
     """
     place, given = recipe.where("lora", name), getattr(recipe.lora, name)
     known = sorted(field.name for field in dataclasses.fields(kind) if field.init)
@@ -78,71 +77,69 @@ def _build_variant(recipe: Recipe, name: str, kind: Any) -> Any:
 
 
 def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    """4-bit storage of the base, or None for methods that keep it as it is."""
+    """Return the configuration of 4-bit storage of the base, or None for methods that do not
+    quantise it."""
     if not recipe.quantized:
         return None
-    return BitsAndBytesConfig(load_in_4bit=True, **recipe.quantization.given())
+    return BitsAndBytesConfig(load_in_4bit=True, **recipe.quantization.collect_values())
 
 
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def read_compile_options(recipe: Recipe) -> dict[str, Any] | None:
-    """torch.compile's options for a settled recipe, None where nothing is to be compiled."""
-    values = recipe.training.given()
+    """Return torch.compile's options for a settled recipe, or None where nothing is to be
+    compiled."""
+    values = recipe.training.collect_values()
     asked, *given = (values.get(name) for name in COMPILING)
     if not asked and not any(given):
         return None
     return {name: value for name, value in zip(("backend", "mode"), given) if value}
 
 
+OURS = (
+    "pad_token",
+    "loss_head",
+    "loraplus_lr_ratio",
+    "loraplus_lr_embedding",
+    "stop_on_loss_above",
+    "on_oom",
+)
+"""Keys of `training` that lora acts on itself, beside COMPILING."""
+NEWER_NAMES = ("activation_checkpointing", "activation_checkpointing_kwargs")
+"""Names that newer versions of transformers have for `gradient_…`."""
+
+
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Build the objective's configuration for TRL's trainer, `TrainingArguments` for Trainer."""
-    values = recipe.training.given()
-    values.setdefault(
-        "include_num_input_tokens_seen", "non_padding"
-    )  # what tokens/s is computed from
+    """Return the objective's configuration for TRL's trainer, `TrainingArguments` for Trainer."""
+    values = recipe.training.collect_values()
+    values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s
     values.setdefault("fp16", recipe.model.dtype == "float16")
     # bitsandbytes' 4-bit weights run on CUDA and CPU, not on Apple's GPU
     apple = torch.backends.mps.is_available() and not recipe.quantized
     values.setdefault("use_cpu", not (torch.cuda.is_available() or apple))
-    for new in (
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-    ):  # transformers' newer names
+    known = upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS)
+    for new in NEWER_NAMES:
         old = new.replace("activation", "gradient")
-        if old in values and new in upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS):
+        if old in values and new in known:
             values.setdefault(new, values.pop(old))
-    # Trainer would log the mean so far in place of a loss that is not finite; train.py stops the
-    # run instead.
+    # Trainer would log the mean so far in place of a loss that is not finite; lora stops the run
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
-    ours = (
-        "pad_token",
-        "loss_head",
-        "loraplus_lr_ratio",
-        "loraplus_lr_embedding",
-        "stop_on_loss_above",
-        "on_oom",
-    )
-    for name in (*ours, *COMPILING):
-        values.pop(
-            name, None
-        )  # what lora does itself: model.py, loss.py, trainers.py, watch.py, oom.py, quick.py
-    by_step = values["packing"] == "step"
-    if by_step:  # trainers.py takes a step's sequences one at a time
+    for name in (*OURS, *COMPILING):
+        values.pop(name, None)
+    if values["packing"] == "step":  # our trainers take a step's sequences one at a time
         values["per_device_train_batch_size"] *= values.pop("gradient_accumulation_steps")
     values["packing"] = values["packing"] in (True, "dataset")
     if not recipe.uses_trl:
+        # max_length and the like, which lora itself acts on for both trainers
         for name in recipe.objective.list_own_fields():
-            values.pop(
-                name, None
-            )  # max_length and the like, which data.py and model.py act on for both trainers
+            values.pop(name, None)
         return _build(
             recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given)
         )
     if not values.get("packing"):
-        values["max_length"] = None  # data.py has already cut or dropped long rows
+        values["max_length"] = None  # long rows are already cut or dropped
     config_class = recipe.objective.find_config_class()
     return _build(
         recipe, "training", values, lambda given: config_class(recipe.output_dir, **given)
@@ -152,23 +149,18 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
 def _build(
     recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]
 ) -> Any:
-    """`build(values)`; what it refuses becomes a UsageError that names the value's file and
-    line."""
+    """Return `build(values)`; raise UsageError naming the file and line of the value that it
+    refuses."""
     refusal = _find_refusal(build, values)
     if refusal is None:
         return build(values)
     what, _, allowed = refusal.partition(", please select one of ")
-    # Upstream's messages do not say which field: find the one that is refused on its own.
+    # upstream's messages do not name the field: find the one that is refused on its own
     for name, value in values.items():
-        if recipe.source(section, name) and _find_refusal(build, {name: value}) == refusal:
+        if recipe.find_place(section, name) and _find_refusal(build, {name: value}) == refusal:
             guess = find_nearest(str(value), re.findall(r"'([^']+)'", allowed))
-            hint = (
-                f"did you mean {guess}?"
-                if guess
-                else f"one of {allowed}"
-                if allowed
-                else "lora schema --markdown"
-            )
+            listed = f"one of {allowed}" if allowed else "lora schema --markdown"
+            hint = f"did you mean {guess}?" if guess else listed
             raise UsageError(f"{recipe.where(section, name)}: {what}", hint)
     raise UsageError(
         f"{recipe.where(section)}: {what}",
@@ -177,14 +169,11 @@ def _build(
 
 
 def _find_refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> str | None:
-    """What `build` says against `values`, on one line; None if it takes them."""
+    """Return what `build` objects to in `values`, on one line, or None if it accepts them."""
     try:
         build(values)
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
-    except (
-        LookupError,
-        AttributeError,
-    ) as error:  # a value that is looked up, or taken for another type
+    except (LookupError, AttributeError) as error:  # it is looked up, or taken for another type
         return f"{type(error).__name__}: {error}"
     return None

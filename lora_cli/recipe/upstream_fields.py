@@ -1,8 +1,8 @@
-"""The fields of PEFT's and TRL's configuration classes, read from their installed source without
+"""Read the fields of PEFT's and TRL's configuration classes from their installed source, without
 importing them.
 
 A recipe reaches every field of `LoraConfig` and of `SFTConfig`/`TrainingArguments` under its own
-name. Importing those classes costs seconds and pulls in torch; parsing the files that define them
+name. Importing those classes costs seconds and pulls in torch. Parsing the files that define them
 costs milliseconds, gives the same names, types, defaults and help texts, and follows whichever
 versions are installed.
 """
@@ -30,7 +30,7 @@ SFT_CONFIG = (
 
 
 class UpstreamField(NamedTuple):
-    """One dataclass field: its annotation as a type (`Any` for parts only that library knows),
+    """One dataclass field: its annotation as a type (`Any` for parts that only the library knows),
     default and help."""
 
     name: str
@@ -41,9 +41,9 @@ class UpstreamField(NamedTuple):
 
 @cache
 def read_fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, UpstreamField]:
-    """All fields of `classes`, each (package, file inside it, class name), by field name.
+    """Return all fields of `classes`, each (package, file inside it, class name), by field name.
 
-    Raises LoraError when a package is not installed or its file no longer defines the class.
+    Raise LoraError when a package is not installed or its file no longer defines the class.
     """
     fields: dict[str, UpstreamField] = {}
     for package, file, class_name in classes:
@@ -55,6 +55,7 @@ def read_fields(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Upstream
 
 
 def _find_source(package: str, file: str) -> Path:
+    """Return the path of a file inside an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise LoraError(f"the package {package} is not installed", "pip install lora-cli")
@@ -62,6 +63,7 @@ def _find_source(package: str, file: str) -> Path:
 
 
 def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
+    """Yield the dataclass fields that the class declares itself."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     classes = [
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name
@@ -74,7 +76,7 @@ def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
     for node in classes[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             default, metadata = _read_default_and_metadata(node.value)
-            annotation = _as_type(ast.unparse(node.annotation))
+            annotation = _parse_type(ast.unparse(node.annotation))
             choices = metadata.get("choices")
             if annotation is str and choices:
                 annotation = Literal[tuple(choices)]
@@ -83,8 +85,8 @@ def _read_fields_of(source: Path, class_name: str) -> Iterator[UpstreamField]:
 
 
 def _read_default_and_metadata(value: ast.expr | None) -> tuple[Any, dict[str, Any]]:
-    """The literal default (None when computed) and the literal parts of a `field(…, metadata={…})`
-    call."""
+    """Return the literal default (None when computed) and the literal parts of a `field(…,
+    metadata={…})` call."""
     if not isinstance(value, ast.Call):
         return _read_literal(value), {}
     arguments = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -100,7 +102,7 @@ def _read_default_and_metadata(value: ast.expr | None) -> tuple[Any, dict[str, A
 
 
 def _read_literal(node: ast.expr | None) -> Any:
-    """The value of a literal expression; None for anything that would have to be run."""
+    """Return the value of a literal expression, or None for anything that would have to be run."""
     if node is None:
         return None
     try:
@@ -110,15 +112,15 @@ def _read_literal(node: ast.expr | None) -> Any:
 
 
 class _TypingNames(dict[str, Any]):
-    """Names an annotation may use; a class that only the library defines (an enum, a config) stands
-    for Any."""
+    """The names an annotation may use; a class that only the library defines (an enum, a config)
+    becomes Any."""
 
     def __missing__(self, name: str) -> Any:
         return Any
 
 
 class _Tuple:
-    """YAML has lists only: upstream takes them where it says tuple."""
+    """Stands for tuple: YAML has only lists, and upstream accepts them."""
 
     def __class_getitem__(cls, items: Any) -> Any:
         return list[Any]
@@ -131,5 +133,6 @@ _NAMES = _TypingNames(
 )
 
 
-def _as_type(annotation: str) -> Any:
+def _parse_type(annotation: str) -> Any:
+    """Return the type that an annotation's text stands for."""
     return eval(annotation, {"__builtins__": {}}, _NAMES)  # noqa: S307 – text of an installed library, not of a user

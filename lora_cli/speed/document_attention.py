@@ -1,9 +1,9 @@
-"""Attention within documents: each document of a packed sequence attends by itself.
+"""Let each document of a packed sequence attend by itself.
 
-On a CPU, torch's attention knows no documents: a mask keeps them apart, and the work is that of one
-long text, quadratic in the sequence's length. Here each document goes through it alone, causal and
-without a mask, which is the same function for the work of the documents. On CUDA, flash attention
-does so itself, given `position_ids`.
+On a CPU, torch's attention does not know documents: a mask keeps them apart, and the work is that
+of one long text, quadratic in the sequence's length. Here each document goes through it alone,
+causal and without a mask, which is the same function for the work of the documents. On CUDA, flash
+attention does so itself, given `position_ids`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def attend_by_document(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' sdpa gives for (batch, heads, tokens, width), document by document where
-    there are several.
+    """Return what transformers' sdpa returns for (batch, heads, tokens, width), computed document
+    by document.
 
-    They begin where `position_ids` (1, tokens) do not go up by one, as transformers takes it when
-    it makes its masks.
+    A document begins where `position_ids` (1, tokens) do not go up by one, as transformers takes it
+    when it makes its masks. A single document goes to transformers' own function.
     """
     lengths = _find_documents(module, query, key, kwargs)
     if lengths is None:
@@ -45,25 +45,22 @@ def attend_by_document(
 
 
 def _attend_one(module: nn.Module, one: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
-    """One document's attention, (1, tokens, heads, width)."""
+    """Return one document's attention, (1, tokens, heads, width)."""
     query, key, value = one
     half = all(tensor.dtype == torch.bfloat16 for tensor in one)
-    if (
-        not half
-        or query.shape[2] > SHORT
-        or kwargs.get("dropout")
-        or query.shape[-1] != value.shape[-1]
-    ):
+    short = query.shape[2] <= SHORT
+    plain = not kwargs.get("dropout") and query.shape[-1] == value.shape[-1]
+    if not (half and short and plain):
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
     groups = query.shape[1] // key.shape[1]
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return _Short.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scale).transpose(
-        1, 2
-    )
+    return _ShortAttention.apply(
+        query, repeat_kv(key, groups), repeat_kv(value, groups), scale
+    ).transpose(1, 2)
 
 
-class _Short(torch.autograd.Function):
-    """torch's attention in bfloat16 whose backward pass is computed in float32."""
+class _ShortAttention(torch.autograd.Function):
+    """torch's attention in bfloat16, with the backward pass computed in float32."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -87,8 +84,11 @@ class _Short(torch.autograd.Function):
 def _find_documents(
     module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> list[int] | None:
-    """The documents' lengths; None for a single one, and where they are not all that the mask may
-    hold."""
+    """Return the documents' lengths; None for a single one, or where the attention is not plainly
+    causal.
+
+    Attention that only reaches a window's length counts as causal if each document lies within it.
+    """
     positions = kwargs.get("position_ids")
     if (
         positions is None
@@ -104,25 +104,22 @@ def _find_documents(
     begins = (positions[0].diff() != 1).nonzero()[:, 0] + 1
     cuts = [0, *begins.tolist(), positions.shape[1]]
     lengths = [end - start for start, end in zip(cuts, cuts[1:])]
-    seen = min(
-        (reach for name in REACHES if (reach := getattr(module.config, name, None))),
-        default=max(lengths),
-    )
-    return lengths if len(lengths) > 1 and max(lengths) <= seen else None
+    limits = [getattr(module.config, name, None) for name in REACHES]
+    reach = min((limit for limit in limits if limit), default=max(lengths))
+    return lengths if len(lengths) > 1 and max(lengths) <= reach else None
 
 
-# Fields of a model's configuration that say how far its attention reaches: a document within it is
-# seen as a whole
+# Fields of a model's configuration that limit how far its attention reaches: a document within the
+# limit is seen as a whole
 REACHES = ("sliding_window", "attention_chunk_size", "local_attention")
 
 
 def install(model: PreTrainedModel) -> bool:
-    """Let a model on a CPU that uses sdpa attend by document; returns whether it does."""
+    """Let a model on a CPU that uses sdpa attend by document; return whether it does."""
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(
-        NAME, torch.compiler.disable(attend_by_document)
-    )  # it would be compiled for each set of lengths
+    # compiled, it would be compiled again for each set of lengths
+    AttentionInterface.register(NAME, torch.compiler.disable(attend_by_document))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True

@@ -1,14 +1,14 @@
-"""DoRA without the full product: the norm of W + sBA from products of the adapter's rank, once per
-optimiser step.
+"""Compute DoRA's norms without the full product: the norm of W + sBA from products of the adapter's
+rank, once per optimiser step.
 
 DoRA divides by the norm of each row of W + sBA in every forward pass. PEFT makes BA for that, as
 large as W. But
 
     ‖w + s b A‖² = ‖w‖² + 2s ⟨b, A w⟩ + s² b (A Aᵀ) bᵀ    for a row w of W and the same row b of B
 
-needs A Wᵀ (rank × out) and A Aᵀ (rank × rank) only, and ‖w‖² once, as W is not trained. As in the
-paper (section 4.3) and in PEFT, the norm is a constant to the gradient. Sums are in float32; what
-PEFT rounds to 16 bits is not here. Within `norms_kept` the norms are computed once, for A and B
+needs A Wᵀ (rank × out) and A Aᵀ (rank × rank) only, and ‖w‖² once, since W is not trained. As in
+the paper (section 4.3) and in PEFT, the norm is a constant to the gradient. Sums are in float32,
+also where PEFT rounds to 16 bits. Within `keep_norms` each norm is computed once, since A and B
 stay as they are until the optimiser's step.
 """
 
@@ -37,9 +37,11 @@ class FactoredDora(DoraLinearLayer):
     keeps = False
     norms: Tensor | None = None
 
-    def row_norms(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """‖w + s b A‖ of every row (out, float32): `weight` is out × in, A rank × in, B out ×
-        rank."""
+    def compute_norms(
+        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        """Return ‖w + s b A‖ of every row (out, float32): `weight` is out × in, A rank × in, B out
+        × rank."""
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if self.squares is None:
                 self.squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
@@ -48,13 +50,14 @@ class FactoredDora(DoraLinearLayer):
             both = torch.addmm(crossed, second, first @ first.T, beta=2 * scaling, alpha=scaling**2)
             return (self.squares + torch.linalg.vecdot(both, second)).clamp_(min=0).sqrt_()
 
-    def norms_now(
+    def get_norms(
         self, weight: Callable[[], Tensor], lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> Tensor:
-        """The same, of a weight that is asked for only where the norms are not kept."""
+        """Return the norms, kept or computed; `weight` is called only where they have to be
+        computed."""
         if self.norms is not None:
             return self.norms
-        norms = self.row_norms(weight(), lora_A, lora_B, scaling)
+        norms = self.compute_norms(weight(), lora_A, lora_B, scaling)
         self.norms = norms if self.keeps else None
         return norms
 
@@ -69,12 +72,12 @@ class FactoredDora(DoraLinearLayer):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """What DoRA adds to the base's output (rows × out), as PEFT's own."""
+        """Return what DoRA adds to the base's output (rows × out), as PEFT's own forward does."""
 
         def weight() -> Tensor:
             return transpose(dequantize_module_weight(base_layer), self.fan_in_fan_out)
 
-        norms = self.norms_now(weight, lora_A.weight, lora_B.weight, scaling)
+        norms = self.get_norms(weight, lora_A.weight, lora_B.weight, scaling)
         factor = (self.weight / norms.to(self.weight.dtype)).view(1, -1)
         update = lora_B(lora_A(x))
         if base_result is None:  # with dropout: of the input as the adapter sees it
@@ -85,7 +88,7 @@ class FactoredDora(DoraLinearLayer):
 
 
 def install(adapted: PeftModel) -> int:
-    """Let every DoRA of a linear layer with frozen weights compute its norms here; returns how many
+    """Let every DoRA of a linear layer with frozen weights compute its norms here; return how many
     do."""
     installed = 0
     for layer in attach.find_lora_layers(adapted).values():
@@ -102,13 +105,13 @@ def install(adapted: PeftModel) -> int:
 
 
 def find_layers(adapted: PeftModel) -> list[FactoredDora]:
-    """Those that do, for `norms_kept`."""
+    """Return the layers that `install` changed, for `keep_norms`."""
     return [module for module in adapted.modules() if isinstance(module, FactoredDora)]
 
 
 @contextmanager
 def keep_norms(layers: Sequence[FactoredDora]) -> Iterator[None]:
-    """Inside, where A and B must not change, each norm is computed once."""
+    """Compute each norm once while inside, where A and B must not change."""
     for layer in layers:
         layer.keeps = True
     try:

@@ -1,12 +1,12 @@
-"""An adapted linear layer as one operation: f (W x + s B A x̃) + b, with LoRA (f = 1) or DoRA,
+"""Compute an adapted layer as one operation: f (W x + s B A x̃) + b, with LoRA (f = 1) or DoRA,
 dropout and 4-bit bases.
 
 PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensors as large as the
 output, which a CPU writes and reads one after the other, and DoRA and dropout add their own. Here
-the one product adds to the other, in the backward pass too, f and b take one pass more, and kept
-for the gradients are x, A x̃, where dropout left zeros, and for DoRA what f multiplies. What that
-gains on a CPU is in docs/benchmarks.md; on a GPU nothing was measured. What a layer has beyond that
-– several adapters, DoRA with dropout, types that differ – is PEFT's to compute.
+one product is added to the other, in the backward pass too, and f and b take one more pass. Kept
+for the gradients are x, A x̃, where dropout put zeros, and for DoRA what f multiplies.
+docs/benchmarks.md has what that gains on a CPU; on a GPU nothing was measured. PEFT computes what a
+layer has beyond that: several adapters, DoRA with dropout, types that differ.
 """
 
 from __future__ import annotations
@@ -33,28 +33,27 @@ ONE_PASS = ("cpu",)
 
 
 class Frozen(NamedTuple):
-    """A layer's weight, which is not trained, as a matrix (out × in) of type `dtype` when asked
-    for."""
+    """A layer's weight, which is not trained, readable as a matrix (out × in) of type `dtype`."""
 
     weight: Tensor
     dtype: torch.dtype
     turned: bool
-    """The weight is in × out."""
+    """Whether the weight is stored as in × out."""
     state: QuantState | None
-    """What bitsandbytes needs to read a 4-bit one."""
+    """What bitsandbytes needs to read a 4-bit weight."""
 
-    def matrix(self) -> Tensor:
-        """The weight; a 4-bit one's is made anew each time."""
+    def read_matrix(self) -> Tensor:
+        """Return the weight; a 4-bit one is dequantised anew each time."""
         if self.state is None:
             return transpose(self.weight, self.turned)
         return dequantize_4bit(self.weight, self.state).to(self.dtype)
 
 
 class _Adapted(torch.autograd.Function):
-    """f (W x + s B A x̃) + b for x (… × in), with x̃ the x of which a share p is dropped, in the
-    type of W.
+    """f (W x + s B A x̃) + b for x (… × in), where x̃ is x with a share p dropped, in the type of
+    W.
 
-    f = m / ‖W + s B A‖ of each row, the norm a constant, or 1 where there is no magnitude m.
+    f = m / ‖W + s B A‖ of each row, the norm a constant; f is 1 where there is no magnitude m.
     """
 
     @staticmethod
@@ -70,20 +69,27 @@ class _Adapted(torch.autograd.Function):
         scaling: float,
         p: float,
     ) -> Tensor:
-        kind, weight, scale = base.dtype, base.matrix(), scaling / (1 - p)
-        seen, first, second = x.to(kind), lora_A.to(kind), (lora_B * scale).to(kind)
+        kind = base.dtype
+        weight = base.read_matrix()
+        scale = scaling / (1 - p)
+        seen = x.to(kind)
+        first = lora_A.to(kind)
+        second = (lora_B * scale).to(kind)
         dropped = _draw_dropped(x, p)
+        # inside the call, so that what is left of x is freed before the output is made
         low = functional.linear(_drop(seen, dropped), first)
-        shift, kept = None if bias is None else bias.float(), (None, None, None)
-        made = functional.linear(
-            low, second, None if shift is None or norms is not None else shift.to(kind)
-        )
+        shift = None if bias is None else bias.float()
+        added_here = None if shift is None or norms is not None else shift.to(kind)
+        made = functional.linear(low, second, added_here)
         made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
-        given = made  # no view, and nothing that is kept: models add to it and clip it in place
+        # models add to what they get and clip it in place: it must not be a view, or kept
+        given = made
+        kept: tuple[Tensor | None, ...] = (None, None, None)
         if norms is not None:
-            found = norms.norms_now(lambda: weight, lora_A, lora_B, scaling)
+            found = norms.get_norms(lambda: weight, lora_A, lora_B, scaling)
             factor = norms.weight.float() / found
-            given, kept = _scale_columns(made, factor, shift), (factor, found, made)
+            given = _scale_columns(made, factor, shift)
+            kept = (factor, found, made)
         ctx.save_for_backward(seen, low, first, second, dropped, *kept)
         ctx.given = x.dtype, lora_A.dtype, base, scale
         return given
@@ -92,7 +98,8 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         seen, low, first, second, dropped, factor, found, made = ctx.saved_tensors
         dtype, kind, base, scale = ctx.given
-        gradient, rows = above[0].flatten(0, -2), seen.flatten(0, -2)
+        gradient = above[0].flatten(0, -2)
+        rows = seen.flatten(0, -2)
         by_x = by_bias = by_magnitude = None
         if ctx.needs_input_grad[3]:
             by_bias = gradient.sum(0, dtype=torch.float32).to(kind)
@@ -102,7 +109,7 @@ class _Adapted(torch.autograd.Function):
         by_low = gradient @ second
         if ctx.needs_input_grad[0]:
             by_x = _drop(by_low @ first, dropped)
-            by_x = by_x.addmm_(gradient, base.matrix()).to(dtype).view_as(seen)
+            by_x = by_x.addmm_(gradient, base.read_matrix()).to(dtype).view_as(seen)
         by_A = (by_low.T @ _drop(rows, dropped)).to(kind)
         by_B = (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
         return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None
@@ -142,21 +149,26 @@ def _drop(x: Tensor, dropped: Tensor | None) -> Tensor:
 
 
 class _Fused:
-    """The forward pass of an adapted layer, PEFT's own where it is more than this operation."""
+    """The forward pass of an adapted layer; PEFT's own where the layer is more than this
+    operation."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output (… × out) for x (… × in), as PEFT's."""
-        name, base = _find_single_adapter(self), _find_frozen(self, x)
+        """Return the layer's output (… × out) for x (… × in), as PEFT's does."""
+        name = _find_single_adapter(self)
+        base = _find_frozen(self, x)
         if name is None or base is None or args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        drop, norms = self.lora_dropout[name], None
+        drop = self.lora_dropout[name]
+        norms = None
         p = drop.p if drop.training and not isinstance(drop, nn.Identity) else 0.0
         if name in self.lora_magnitude_vector:
             norms = self.lora_magnitude_vector[name]
             if p or not isinstance(norms, dora_norms.FactoredDora):
                 return super().forward(x)  # type: ignore[misc]
-        first, second = self.lora_A[name].weight, self.lora_B[name].weight
-        bias, magnitude = self.get_base_layer().bias, None if norms is None else norms.weight
+        first = self.lora_A[name].weight
+        second = self.lora_B[name].weight
+        bias = self.get_base_layer().bias
+        magnitude = None if norms is None else norms.weight
         return _Adapted.apply(x, first, second, bias, magnitude, base, norms, self.scaling[name], p)
 
 
@@ -169,40 +181,38 @@ class Fused4bit(_Fused, Linear4bit):
 
 
 def _find_single_adapter(layer: Any) -> str | None:
-    """The adapter of a layer that has only this one, which is active and not merged; else None."""
+    """Return the adapter of a layer if it is the only one, active and not merged; else None."""
     names = layer.active_adapters
     single = len(names) == 1 and list(layer.lora_A) == names
     return names[0] if single and not (layer.disable_adapters or layer.merged) else None
 
 
 def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
-    """The base of a layer; None where that and what it is given differ in type."""
+    """Return the base of a layer, or None where its type differs from its input's."""
     base, kind, device = layer.get_base_layer(), x.dtype, x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
     packed = isinstance(base, bnb.Linear4bit)
-    if (base.compute_dtype if packed else base.weight.dtype) != kind or (
-        packed and x.dtype != kind
-    ):
+    own = base.compute_dtype if packed else base.weight.dtype
+    if own != kind or (packed and x.dtype != kind):
         return None
-    return Frozen(
-        base.weight, kind, layer.fan_in_fan_out, base.weight.quant_state if packed else None
-    )
+    state = base.weight.quant_state if packed else None
+    return Frozen(base.weight, kind, layer.fan_in_fan_out, state)
 
 
 def install(adapted: PeftModel) -> int:
-    """Let LoRA and DoRA on linear layers of a model use it; returns how many layers do."""
+    """Let LoRA and DoRA on linear layers of a model use it; return how many layers do."""
     installed = 0
     for layer in attach.find_lora_layers(adapted).values():
-        if type(layer) in (Linear, Linear4bit) and _suits(layer):
+        if type(layer) in (Linear, Linear4bit) and _is_suitable(layer):
             layer.__class__ = FusedLinear if type(layer) is Linear else Fused4bit
             installed += 1
     return installed
 
 
-def _suits(layer: Any) -> bool:
-    """Whether a layer is a frozen weight with LoRA or DoRA, which have no biases of
-    their own."""
+def _is_suitable(layer: Any) -> bool:
+    """Return whether a layer is a frozen weight with LoRA or DoRA that do not have biases of their
+    own."""
     base = layer.get_base_layer()
     if type(base) not in (nn.Linear, Conv1D, bnb.Linear4bit) or base.weight.requires_grad:
         return False

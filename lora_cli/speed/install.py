@@ -1,4 +1,4 @@
-"""All that makes a training step of a model quicker and leaves its numbers what they are, within
+"""Put into a model all that makes its training step quicker and leaves its numbers the same, within
 rounding."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_cli.speed.cpu import dropout, rms_norm
 
 
 def install(adapted: PeftModel, device: str) -> None:
-    """For a model that trains on `device`, as torch names its kind."""
+    """Install what is quicker for a model that trains on `device`, as torch names its kind."""
     dora_norms.install(adapted)
     if device == "cpu":
         rms_norm.install(adapted)
@@ -24,19 +24,19 @@ def install(adapted: PeftModel, device: str) -> None:
 
 
 def compile_layers(network: nn.Module, options: dict[str, Any]) -> int:
-    """Have torch compile the decoder's layers when they are first called, each by itself and in
-    place, so that tensors keep their names and what was compiled for one layer serves the others;
-    returns how many there are.
+    """Have torch compile the decoder's layers when they are first called; return how many there
+    are.
 
-    `options` are torch.compile's. LoraError for a model that does not mark its layers, UsageError
-    for such options.
+    Each is compiled by itself and in place, so that tensors keep their names and what was compiled
+    for one layer serves the others. `options` are torch.compile's. Raise LoraError for a model that
+    does not mark its layers, UsageError for options that torch refuses.
     """
     layers = [
         module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
     if not layers:
         off = "--set training.torch_compile=false"
-        raise LoraError("training.torch_compile: this model does not say what its layers are", off)
+        raise LoraError("training.torch_compile: this model does not mark its layers", off)
     try:
         for layer in layers:
             layer.compile(**options)

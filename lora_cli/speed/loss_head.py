@@ -1,16 +1,15 @@
-"""The loss where it counts: logits and cross entropy at tokens with a label only, some rows at a
-time.
+"""Compute logits and cross entropy only at tokens with a label, some rows at a time.
 
 Hugging Face's loss makes logits for every token, in float32, and keeps them for the backward pass:
 with a vocabulary of 128 000 and 8192 tokens, 4 GB twice. Here rows of the head's input are gathered
-where there is a label, and for a chunk of them at a time logits, loss and the gradient with respect
-to the input are made at once in the forward pass; only the gradient, as large as the input, is
-kept. That needs a head that is not trained; for one that is trained or adapted, each chunk is
+where there is a label. For a chunk of them at a time, logits, loss and the gradient with respect to
+the input are computed together in the forward pass; only the gradient, as large as the input, is
+kept. That needs a head that is not trained. For one that is trained or adapted, each chunk is
 computed again in the backward pass (checkpointing), which is right whatever the head is made of.
 
-Both are cross entropy over log-sum-exp in float32, as transformers' `ForCausalLMLoss`; Cohere's and
-Granite's scaling and Gemma's soft cap are applied. `install` proves on the model itself that
-nothing else is.
+Both compute cross entropy over log-sum-exp in float32, as transformers' `ForCausalLMLoss` does;
+Cohere's and Granite's scaling and Gemma's soft cap are applied. `install` tries on the model itself
+that its loss needs nothing else.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lora_cli.models import IGNORED
 
 CHUNK = 1 << 24
-"""Logits alive at a time, made in one product: 32 MB in bfloat16."""
+"""How many logits are alive at a time, made in one product: 32 MB in bfloat16."""
 BLOCK = 1 << 18
-"""Of those, the logits worked on at a time in float32 on a CPU, whose cache holds them: in one
-thread 560 rows of a head of 32 000 by 320 took 0.09 s so and 0.18 s all at once, of one of 128 000
-by 1024 1.4 s and 2.5 s."""
+"""How many of those are worked on at a time in float32 on a CPU, whose cache holds them. Measured
+in one thread: 560 rows took 0.09 s so and 0.18 s all at once for a head of 32 000 by 320, 1.4 s and
+2.5 s for one of 128 000 by 1024."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Relative difference to the model's own loss, by type, within which `install` takes both for the
-same."""
+"""The relative difference to the model's own loss, by type, up to which `install` takes both for
+the same."""
 
 
 class Shape(NamedTuple):
@@ -45,31 +44,26 @@ class Shape(NamedTuple):
     scale: float
     cap: float | None
 
-    def logits(self, made: Tensor) -> Tensor:
-        """The model's logits, in float32."""
+    def make_logits(self, made: Tensor) -> Tensor:
+        """Return the model's logits, in float32."""
         logits = made.float() * self.scale if self.scale != 1 else made.float()
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def bend(self, logits: Tensor) -> Tensor | None:
-        """What the cap leaves of the derivative, which is `scale` times this; None without a
-        cap."""
+    def differentiate_cap(self, logits: Tensor) -> Tensor | None:
+        """Return the cap's derivative (the whole derivative is `scale` times this), or None without
+        a cap."""
         return None if self.cap is None else 1 - (logits / self.cap).square()
 
 
 def find_shape(model: PreTrainedModel) -> Shape:
-    """Scale and cap as the families' configurations name them."""
+    """Return scale and cap, by the names that the families' configurations give them."""
     config = model.config.get_text_config()
     scale = (
         getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     )
-    return Shape(
-        float(scale) / float(getattr(config, "logits_scaling", None) or 1.0), _find_cap(config)
-    )
-
-
-def _find_cap(config: Any) -> float | None:
+    divisor = getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
-    return None if cap is None else float(cap)
+    return Shape(float(scale) / float(divisor), None if cap is None else float(cap))
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -111,14 +105,16 @@ class _FrozenHead(torch.autograd.Function):
 def _fill_probabilities(
     made: Tensor, wanted: Tensor, shape: Shape, scratch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows of the head's output, which become e^(logit - the row's highest) times the cap's
-    derivative: each row's cross entropy, sum of those powers, and derivative at its `wanted` token
-    (rows × 1 each).
+    """Return each row's cross entropy, sum of powers, and derivative at its `wanted` token (rows ×
+    1 each).
 
-    `scratch` (rows or more × vocabulary, float32) is written over.
+    `made` holds rows of the head's output; it becomes e^(logit - the row's highest) times the cap's
+    derivative. `scratch` (as many rows or more × vocabulary, float32) is written over.
     """
-    logits = shape.logits(scratch[: len(made)].copy_(made))
-    bend, own, top = shape.bend(logits), logits.gather(-1, wanted), logits.amax(-1, keepdim=True)
+    logits = shape.make_logits(scratch[: len(made)].copy_(made))
+    bend = shape.differentiate_cap(logits)
+    own = logits.gather(-1, wanted)
+    top = logits.amax(-1, keepdim=True)
     likely = logits.sub_(top).exp_()
     sums = likely.sum(-1, keepdim=True)
     losses = sums.log() + top - own
@@ -130,8 +126,8 @@ def _fill_probabilities(
 
 
 def sum_loss(hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape) -> Tensor:
-    """Cross entropy in float32, summed over the rows of `hidden` (rows × width), whose next tokens
-    are `targets`."""
+    """Return cross entropy in float32, summed over the rows of `hidden` (rows × width), whose next
+    tokens are `targets`."""
     frozen = type(head) is nn.Linear and not any(
         parameter.requires_grad for parameter in head.parameters()
     )
@@ -140,7 +136,7 @@ def sum_loss(hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape) -> 
     rows = max(1, CHUNK // int(getattr(head, "out_features", 0) or head.weight.shape[0]))
 
     def part(some: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(shape.logits(head(some)), wanted, reduction="sum")
+        return functional.cross_entropy(shape.make_logits(head(some)), wanted, reduction="sum")
 
     pairs = zip(hidden.split(rows), targets.split(rows))
     parts = [checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pairs]
@@ -148,19 +144,19 @@ def sum_loss(hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape) -> 
 
 
 def install(model: PreTrainedModel) -> str | None:
-    """Let `model`, given labels, compute its loss here; without labels nothing changes. Returns
-    None, or why it was left as it was: a model whose own loss is another one, tried on a few
-    tokens.
+    """Let `model` compute its loss here when it is given labels; without labels nothing changes.
 
-    `labels` (batch × length) as transformers takes them; the loss is divided by
+    Return None, or why the model was left as it was: its own loss, tried on a few tokens, is a
+    different one. `labels` (batch × length) are as transformers takes them; the loss is divided by
     `num_items_in_batch`, or by the number of labels. Outputs have `loss` and no logits.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or decoder is model or head is None:
         return "the model does not name its decoder and head"
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        return "its loss balances experts as well"
-    own, shape = model.forward, find_shape(model)
+        return "its loss also balances experts"
+    own = model.forward
+    shape = find_shape(model)
 
     @wraps(own)  # Trainer reads from the signature which columns the model takes
     def forward(
@@ -176,14 +172,15 @@ def install(model: PreTrainedModel) -> str | None:
         count = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
-    other = _differs(model, forward)
-    if other is None:
+    difference = _compare_losses(model, forward)
+    if difference is None:
         model.forward = forward
-    return other
+    return difference
 
 
-def _differs(model: PreTrainedModel, forward: Any) -> str | None:
-    """Whether the model's own loss on a few tokens is another one."""
+def _compare_losses(model: PreTrainedModel, forward: Any) -> str | None:
+    """Return how the model's own loss on a few tokens differs from ours, or None where it does
+    not."""
     size = min(model.config.get_text_config().vocab_size, 1000)
     ids = (torch.arange(16, device=model.device) * 37 % size)[None]
     training = model.training
@@ -195,4 +192,4 @@ def _differs(model: PreTrainedModel, forward: Any) -> str | None:
         )
         model.train(training)
     near = abs(theirs - ours) <= TOLERANCE[model.dtype] * max(1.0, abs(theirs))
-    return None if near else f"its own loss is another: {theirs:.5f}, not {ours:.5f}"
+    return None if near else f"its own loss differs: {theirs:.5f}, not {ours:.5f}"

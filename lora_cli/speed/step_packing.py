@@ -1,13 +1,13 @@
-"""Rows of one optimiser step share sequences: no padding, and the same training run.
+"""Put the rows of one optimiser step into shared sequences: no padding, and the same training run.
 
-Packing a data set beforehand (TRL's `packing`) fills every sequence, but a step then sees other and
-more rows than the batch size says, so that learning rate and schedule must be found anew. Here each
-step's own rows are put into as few sequences as hold them, one after another; a sequence is one
-forward pass, and the step's gradient is the sum over its sequences, each divided by the step's
+Packing a data set beforehand (TRL's `packing`) fills every sequence, but a step then sees different
+and more rows than the batch size says, so that learning rate and schedule must be found anew. Here
+each step's own rows are put into as few sequences as hold them, one after another. A sequence is
+one forward pass, and the step's gradient is the sum over its sequences, each divided by the step's
 number of labels. That is what gradient accumulation over padded batches gives, up to rounding.
 
 Documents are kept apart by `position_ids` that begin again at 0, without an attention mask, as
-transformers understands it; `unsuitable` tries that on the model itself.
+transformers understands it; `find_unsuitable` tries that on the model itself.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from lora_cli.models import IGNORED
 
 CUTS = "cuts"
 SEQUENCE = 1024
-"""Longest sequence that rows are put together to, in tokens: longer ones make more of attention
-than of the rest."""
+"""The longest sequence that rows are joined to, in tokens: longer ones spend more on attention than
+on the rest."""
 LEAK = 1e-4
-"""Largest difference of logits, per unit of their spread, that another document's words may
-make."""
+"""The largest difference of logits, per unit of their spread, that the words of another document
+may make."""
 NEAR = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
-"""Largest difference of logits, per unit of their spread, between a document alone and among
+"""The largest difference of logits, per unit of their spread, between a document alone and among
 others."""
 
 
 class StepCollator(NamedTuple):
-    """Rows with `input_ids` and `labels` as sequences of at most `length` tokens (a longer row has
-    one to itself).
+    """Joins rows with `input_ids` and `labels` into sequences of at most `length` tokens.
 
-    The sequences stand one after another in tensors of shape (1, tokens); `cuts` says where each
-    begins, and the end.
+    A longer row has one to itself. The sequences stand one after another in tensors of shape (1,
+    tokens); `cuts` holds where each begins, and the end.
     """
 
     length: int
@@ -63,9 +62,10 @@ class StepCollator(NamedTuple):
 
 
 def fit_bins(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The places of `lengths` in bins of `capacity`, best fit, longest first; what is over it has a
-    bin to itself."""
-    bins, free = list[list[int]](), list[int]()
+    """Return the places of `lengths` in bins of `capacity`, by best fit, longest first; what is
+    longer has a bin to itself."""
+    bins = list[list[int]]()
+    free = list[int]()
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         fitting = [number for number, left in enumerate(free) if left >= lengths[place]]
         if not fitting:
@@ -78,7 +78,8 @@ def fit_bins(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def split_sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The sequences of a step that `StepCollator` made, each with tensors of shape (1, tokens)."""
+    """Return the sequences of a step that `StepCollator` made, each with tensors of shape (1,
+    tokens)."""
     cuts = inputs[CUTS]
     return [
         {name: tensor[:, start:end] for name, tensor in inputs.items() if name != CUTS}
@@ -87,19 +88,20 @@ def split_sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
 
 
 def find_unsuitable(model: PreTrainedModel) -> str | None:
-    """None if documents in one sequence do not see each other in `model`, with its kernel of
-    attention; else why not.
+    """Return None if documents in one sequence do not see each other in `model`, else how far they
+    do.
 
-    Other words in the first of three must leave the logits of the others as they are, and those
-    must be what they are alone, as far as the model's type tells.
+    Tried with the model's own attention kernel on three documents: other words in the first must
+    leave the logits of the others the same, and those must be what they are alone, within the
+    rounding of the model's type.
     """
     size = min(model.config.get_text_config().vocab_size, 1000)
     ids = torch.arange(24, device=model.device) * 37 % size
     ends = (0, 7, 18, 24)
-    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(ends)]).to(
-        model.device
-    )[None]
-    changed = torch.where(torch.arange(24, device=model.device) < ends[1], (ids + 11) % size, ids)
+    counted = torch.cat([torch.arange(end - start) for start, end in pairwise(ends)])
+    positions = counted.to(model.device)[None]
+    in_first = torch.arange(24, device=model.device) < ends[1]
+    changed = torch.where(in_first, (ids + 11) % size, ids)
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -1,4 +1,11 @@
-"""The run: setup, trainers, checkpoints, resuming, signals and progress."""
+"""A run: from a settled recipe to an adapter, in a folder that one process owns and that can be
+resumed.
+
+Its doors, in the order a reader needs them:
+
+    run      `lora train`: a recipe becomes an adapter
+    launch   what a launcher of several processes put into the environment
+"""
 
 __all__ = [
     "launch",

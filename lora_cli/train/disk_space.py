@@ -47,7 +47,7 @@ def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need
     )
     adapter = 4 * trained + TOKEN * tokens + 2**20
     checkpoint = adapter + (0 if training.save_only_model else per_parameter * trained)
-    given = training.given()
+    given = training.collect_values()
     every = float(given.get("save_steps") or 500)
     every = every if every >= 1 else max(1.0, every * steps)
     strategy = str(given.get("save_strategy") or "steps")

@@ -80,7 +80,7 @@ def apply_pieces(recipe: Recipe, pieces: Pieces) -> Recipe:
         "per_device_train_batch_size": pieces.per_device_train_batch_size,
         "gradient_accumulation_steps": pieces.gradient_accumulation_steps,
     }
-    return recipe.settled(recipe.trainer, {"training": changes})
+    return recipe.replace(recipe.trainer, {"training": changes})
 
 
 def is_out_of_memory(error: BaseException) -> bool:

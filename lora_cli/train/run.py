@@ -49,7 +49,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     files.make_folder(folder)
     with lock.hold_folder(folder):
         checkpoints.remove_leftovers(folder)
-        run = run_folder.begin_run(folder, recipe.plain(), contents, resume, allowed)
+        run = run_folder.begin_run(folder, recipe.to_data(), contents, resume, allowed)
         ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
         for choice in choices:
             ui.say(f"  {choice}")

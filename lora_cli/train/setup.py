@@ -47,9 +47,9 @@ def prepare_inputs(recipe: Recipe, base: Base, run: Run) -> Inputs:
     ui.say(f"  chat template: {template}")
     size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
     train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.started)
-    ui.say(f"  data: {train_rows.summary()}")
+    ui.say(f"  data: {train_rows.summarise()}")
     if eval_rows:
-        ui.say(f"  evaluation: {eval_rows.summary()}")
+        ui.say(f"  evaluation: {eval_rows.summarise()}")
     sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer)
     steps = sizes.count_steps(recipe, train_rows).steps
     disk = disk_space.estimate_need(recipe, size.trainable, len(tokenizer), steps)
@@ -125,7 +125,7 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
     if why is None:
         return recipe
     ui.say(f"  training.packing = false: {why}")
-    return recipe.settled(recipe.trainer, {"training": {"packing": False}})
+    return recipe.replace(recipe.trainer, {"training": {"packing": False}})
 
 
 def attach_adapter(

@@ -157,7 +157,7 @@ def test_a_flipped_bit_is_noticed(load, capfd) -> None:
     content[place] ^= 1
     file.write_bytes(content)
     assert load().rows[:] == once
-    assert "other numbers than were written" in capfd.readouterr().err
+    assert "they differ from what was written" in capfd.readouterr().err
 
 
 def test_a_file_in_the_place_of_an_entry_is_replaced(load) -> None:

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.common.errors import LoraError
 from lora_cli.data import formats, load, selection, sources
 from lora_cli.data.encode import Renderer
+from lora_cli.data.offsets import OffsetFinder
 from lora_cli.data.prepare import Prepared
 from lora_cli.evaluate import generate
 from lora_cli.models.tokenizer import IGNORED, TEMPLATES, load_tokenizer, set_chat_template
@@ -196,12 +197,12 @@ def test_long_rows_are_dropped_cut_or_an_error(prepare, tokenizer) -> None:
 def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(prepare) -> None:
     rows = [{"prompt": "ask", "completion": "one"}, {"prompt": "more " * 20, "completion": "one"}]
     cut = prepare(rows, "on_long_row: truncate", "max_length: 12")
-    assert (len(cut.rows), cut.counts.left_out["dropped: the answer was cut off whole"]) == (1, 1)
+    assert (len(cut.rows), cut.counts.left_out["dropped: the whole answer was cut off"]) == (1, 1)
 
 
 def test_nothing_left_is_an_error_that_counts(prepare) -> None:
     with pytest.raises(
-        LoraError, match=r"no row is left to train on: 2 read \(2 dropped: over 4 tokens\)"
+        LoraError, match=r"no rows are left to train on: 2 read \(2 dropped: over 4 tokens\)"
     ):
         prepare([{"prompt": "ask", "completion": "one"}] * 2, "", "max_length: 4")
 
@@ -227,7 +228,7 @@ def test_nothing_left_is_an_error_that_counts(prepare) -> None:
         (
             {"messages": [{"role": "user", "content": "x"}]},
             "",
-            "rows.jsonl:1: no turn is the assistant's",
+            "rows.jsonl:1: the assistant has no turn",
         ),
         ({"messages": "x"}, "", "rows.jsonl:1: messages is text, but must be a list"),
         (
@@ -235,7 +236,7 @@ def test_nothing_left_is_an_error_that_counts(prepare) -> None:
             "",
             "rows.jsonl:1: the assistant speaks first",
         ),
-        ({"foo": "a", "bar": "b"}, "", "data.path: the columns foo, bar are of no known format"),
+        ({"foo": "a", "bar": "b"}, "", "data.path: the columns foo, bar match no known format"),
         (
             {"prompt": "a", "completion": "b"},
             "columns: {prompt: promt}",
@@ -260,7 +261,7 @@ def test_bad_rows_are_named(prepare, row: dict, extra: str, said: str) -> None:
     [
         ("none.jsonl", None, "none.jsonl does not exist"),
         ("empty.jsonl", "", "empty.jsonl is empty"),
-        ("rows.xlsx", "x", "rows.xlsx is none of .json"),
+        ("rows.xlsx", "x", "rows.xlsx is not one of .json"),
     ],
 )
 def test_files_that_cannot_be_read(
@@ -301,7 +302,7 @@ def test_the_alpaca_template_is_the_published_prompt(tokenizer, more: str, promp
     conversation = formats.find_converter("alpaca", formats.uses_alpaca(tokenizer.chat_template))(
         row
     )
-    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(conversation)
+    [(text, spans)] = Renderer(tokenizer, "assistant").render_conversation(conversation)
     assert text == f"<s>{prompt}answer</s>"
     assert [text[start:end] for start, end in spans] == ["answer</s>"]
 
@@ -311,7 +312,7 @@ def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
     assert names == ["alpaca", "chatml"]
     for name in names:
         set_chat_template(tokenizer, name)
-        [(text, spans)] = Renderer(tokenizer, "assistant").conversation(
+        [(text, spans)] = Renderer(tokenizer, "assistant").render_conversation(
             formats.find_converter("messages")(CONVERSATION)
         )
         assert [text[start:end] for start, end in spans] == ["one</s>", "two</s>"], name
@@ -361,7 +362,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
     assert "warning" not in capfd.readouterr().err
     ids = tokenizer("ask answer")["input_ids"]
     prepare([{"input_ids": ids}, {"input_ids": [*ids, tokenizer.eos_token_id]}])
-    assert "warning: 1 of 2 answers end in no token that stops" in capfd.readouterr().err
+    assert "warning: 1 of 2 answers do not end with a stop token" in capfd.readouterr().err
 
 
 def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Pa
     asked = tokenizer.apply_chat_template(
         question.asked(tokenizer.chat_template).messages, tokenize=False, add_generation_prompt=True
     )
-    [(text, spans)] = Renderer(tokenizer, "assistant").conversation(
+    [(text, spans)] = Renderer(tokenizer, "assistant").render_conversation(
         formats.find_converter("alpaca", True)(row)
     )
     assert asked == text[: spans[0][0]]
@@ -422,7 +423,7 @@ def test_where_tokens_stand_is_what_the_tokenizer_says(
     )
     text = f"{text[:cut]}{made.eos_token}{text[cut:]}"
     encoding = backend.encode(text, add_special_tokens=False)
-    starts, ends = Renderer(tokenizer, "assistant")._offsets(text, np.array(encoding.ids))
+    starts, ends = OffsetFinder(tokenizer).find(text, np.array(encoding.ids))
     assert list(zip(starts.tolist(), ends.tolist())) == encoding.offsets
 
 
@@ -565,7 +566,9 @@ def test_tables_do_not_invent_arguments(tmp_path: Path) -> None:
     for name in ("rows.parquet", "saved"):
         read = [
             row
-            for _, row in sources.find_source(recipe, "path", str(tmp_path / name), "train").rows()
+            for _, row in sources.find_source(
+                recipe, "path", str(tmp_path / name), "train"
+            ).read_rows()
         ]
         found = [
             formats.find_converter("messages")(row).messages[1]["tool_calls"][0]["function"]
@@ -584,7 +587,9 @@ def test_splits_of_saved_sets_are_kept_to(tmp_path: Path) -> None:
     def read(name: str, split: str) -> list[str]:
         return [
             row["text"]
-            for _, row in sources.find_source(recipe, "path", str(tmp_path / name), split).rows()
+            for _, row in sources.find_source(
+                recipe, "path", str(tmp_path / name), split
+            ).read_rows()
         ]
 
     assert read("one", "train[2:4]") == ["2", "3"]
@@ -616,7 +621,7 @@ def test_what_is_counted_and_said(prepare, tokenizer, capfd) -> None:
     assert "1 rows have control tokens in their text" in capfd.readouterr().err
     tokenizer.chat_template = TURNS.replace("{{ bos_token }}", "")
     prepare([CONVERSATION])
-    assert "rows do not begin with <s>: the chat template writes none" in capfd.readouterr().err
+    assert "rows do not begin with <s>: the tokenizer would add it" in capfd.readouterr().err
 
 
 def test_evaluation_rows_that_are_trained_on_are_counted(prepare, capfd) -> None:
@@ -633,7 +638,7 @@ def test_a_mix_of_no_rows_is_refused(tmp_path: Path, tokenizer) -> None:
         f"model: {{name_or_path: x}}\ndata: "
         f"{{mix: [{{path: {tmp_path / 'a.jsonl'}, weight: 0.01}}]}}\n"
     )
-    with pytest.raises(LoraError, match="the weights of data.mix leave no row"):
+    with pytest.raises(LoraError, match="the weights of data.mix leave no rows"):
         load.load_rows(load_recipe(tmp_path / "r.yaml"), tokenizer)
 
 

@@ -217,7 +217,7 @@ def test_what_is_extracted_misses_the_fine_tuned_model_by_the_tail(
     ]  # fmt: skip
     said = capfd.readouterr().err
     assert (
-        "warning: not in the adapter, since they are no linear weights: model.embed_tokens.weight, "
+        "warning: not in the adapter, since they are not linear weights: model.embed_tokens.weight, "
         in said
     )
     assert "lowest: " in said
@@ -344,7 +344,7 @@ def test_a_grown_vocabulary_is_named_and_the_rest_extracted(
     extract(str(tiny / "model"), str(tmp_path / "tuned"), tmp_path / "out", 2)
     said = capfd.readouterr().err
     assert (
-        "no linear weights: model.embed_tokens.weight (512x256 -> 513x256), lm_head.weight "
+        "not linear weights: model.embed_tokens.weight (512x256 -> 513x256), lm_head.weight "
         "(512x256 -> 513x256)" in said
     )
     assert "not compared, since the vocabularies differ" in said

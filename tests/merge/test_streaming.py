@@ -86,7 +86,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "experts": (
         "moe",
         {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]},
-        "name the tensors",
+        "use other names for the tensors",
     ),
     "whole tied ends": ("tied", {"modules_to_save": ["embed_tokens"]}, "tied"),
     "a start of the weights": ("llama", {"init_lora_weights": "pissa"}, "pissa"),
@@ -233,7 +233,7 @@ def test_what_cannot_be_streamed_says_why_and_is_merged_whole(
     name, options, reason = WHOLE[shape]
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
-    with pytest.raises(LoraError, match=f"not in constant memory: .*{reason}"):
+    with pytest.raises(LoraError, match=f"cannot be merged in constant memory: .*{reason}"):
         merge.merge(adapter, tmp_path / "out", stream=True)
     if shape != "a start of the weights":  # which is another adapter at each load
         merge.merge(adapter, tmp_path / "out")
@@ -293,7 +293,7 @@ def test_both_ways_write_the_same_folder(
         merge.merge_adapter(info, out, stream=stream_it, original=original)
     said = capfd.readouterr().err
     if method != "lora":
-        into = "original ones, as asked" if original else "dequantised weights"
+        into = "original weights, as asked" if original else "dequantised weights"
         assert said.count(f"merged into the {into}") == 2
     assert_merged(tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "whole"), adapter)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -390,9 +390,11 @@ def test_one_weight_changed_between_writing_and_checking_is_caught(
 def test_a_wrong_streaming_merge_is_rejected(
     foreign: Path, tmp_path: Path, monkeypatch, changed, said: str
 ) -> None:
-    through = streaming.Plan._through
+    through = streaming.Plan._merge_through_layer
     monkeypatch.setattr(
-        streaming.Plan, "_through", lambda *given: (changed(rows) for rows in through(*given))
+        streaming.Plan,
+        "_merge_through_layer",
+        lambda *given: (changed(rows) for rows in through(*given)),
     )
     with pytest.raises(RejectedError, match=said):
         merge.merge(foreign, tmp_path / "out")
@@ -432,7 +434,7 @@ def test_a_model_that_cannot_be_read_weight_by_weight_is_loaded_or_said(
         is None
     )
     assert (
-        "logits were not compared: this model has to be loaded for that" in capfd.readouterr().err
+        "logits were not compared: that needs the whole model in memory" in capfd.readouterr().err
     )
 
 

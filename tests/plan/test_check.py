@@ -82,7 +82,7 @@ def test_it_is_read_without_colour(lora, report, write_recipe, tiny: Path) -> No
         (
             "training: {max_length: 4}\n",
             1,
-            "no row is left to train on: 64 read (64 dropped: over 4 tokens)",
+            "no rows are left to train on: 64 read (64 dropped: over 4 tokens)",
         ),
         ("lora: {target_modules: [q_prj]}\n", 2, "did you mean q_proj?"),
         ("data: {columns: {prompt: questoin}}\n", 1, "data.columns: there is no column questoin"),

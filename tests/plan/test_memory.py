@@ -252,7 +252,7 @@ def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
     need = (
         memory.make_forecast(chosen, config(), LARGE_CPU).need(memory.largest_batch(chosen)).total
     )
-    still_open = chosen.settled("sft", {"training": {"gradient_checkpointing": "auto"}})
+    still_open = chosen.replace("sft", {"training": {"gradient_checkpointing": "auto"}})
     for room, expected in ((need, False), (need - 1, True)):
         device = LARGE_CPU._replace(memory=room)
         outlook = auto.foresee_memory(auto.Situation(still_open, device, config()))
@@ -265,11 +265,11 @@ def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
 def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None:
     big = config(num_hidden_layers=1)
     chosen = settled(packing="step", lora={"r": 512})
-    with_it = chosen.settled("sft", {"training": {"gradient_checkpointing": True}})
+    with_it = chosen.replace("sft", {"training": {"gradient_checkpointing": True}})
     gpu = Hardware("cuda", "a GPU", 0, bf16=True)
     need = memory.make_forecast(with_it, big, gpu).need(memory.largest_batch(chosen))
     missing = need.items[OPTIMIZER] // 2
-    both_open = chosen.settled(
+    both_open = chosen.replace(
         "sft", {"training": {"gradient_checkpointing": "auto", "optim": "auto"}}
     )
     decided, choices = auto.settle(both_open, big, gpu._replace(memory=need.total - missing))

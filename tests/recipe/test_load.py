@@ -40,8 +40,8 @@ def test_a_minimal_recipe_gets_defaults_and_a_folder_of_its_own(tmp_path: Path) 
 
 def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "training: {weight_decay: 0.1}\nlora: {use_rslora: true}\n")
-    assert loaded.training.given()["weight_decay"] == 0.1
-    assert "adam_beta1" not in loaded.training.given()
+    assert loaded.training.collect_values()["weight_decay"] == 0.1
+    assert "adam_beta1" not in loaded.training.collect_values()
     settled, _ = auto.settle(loaded)
     assert upstream.build_training_arguments(settled).weight_decay == 0.1
     assert upstream.build_lora_config(settled).use_rslora is True
@@ -49,8 +49,8 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
 
 def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "method: qdora\ntraining: {max_steps: 3, adam_beta2: 0.95}\n")
-    (tmp_path / "again.yaml").write_text(strict_yaml.dump(loaded.plain()))
-    assert load_recipe(tmp_path / "again.yaml").plain() == loaded.plain()
+    (tmp_path / "again.yaml").write_text(strict_yaml.dump(loaded.to_data()))
+    assert load_recipe(tmp_path / "again.yaml").to_data() == loaded.to_data()
 
 
 def test_extends_joins_sections_and_keeps_each_value_s_source(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             "model: {name_or_path: base}\ndata: {split: train}\n",
-            "r.yaml:2: data names nothing to train on | add data.path, or data.mix",
+            "r.yaml:2: data does not say what to train on | add data.path, or data.mix",
         ),
         (
             "model: {name_or_path: base}\ndata: {path: a, mix: [{path: b}]}\n",
@@ -180,7 +180,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "output_dir: .\n",
-            "r.yaml:3: output_dir must be a folder of its own | output_dir: runs/NAME",
+            "r.yaml:3: output_dir must not be the current folder or one above it | output_dir: runs/NAME",
         ),
         (
             MINIMAL + "training: {model_init_kwargs: {num_hidden_layers: 1}}\n",
@@ -204,7 +204,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         (
             MINIMAL + "training: {hub_token: x}\n",
             "r.yaml:3: training.hub_token cannot be set | "
-            "a recipe is no place for a secret: set HF_TOKEN in the environment",
+            "keep secrets out of recipes: set HF_TOKEN in the environment",
         ),
         (
             MINIMAL + "lora: {r: 0}\n",
@@ -362,8 +362,10 @@ def test_a_byte_order_mark_and_a_home_folder_are_understood(
     )
     assert loaded.model.name_or_path == f"{tmp_path}/base"
     assert loaded.data.path == [f"{tmp_path}/a.jsonl", "b~/c.jsonl"]
-    assert loaded.placed("data.path: it is empty") == f"{tmp_path}/r.yaml:2: data.path: it is empty"
-    assert loaded.placed("out of memory: 3 MB") == "out of memory: 3 MB"
+    assert (
+        loaded.add_place("data.path: it is empty") == f"{tmp_path}/r.yaml:2: data.path: it is empty"
+    )
+    assert loaded.add_place("out of memory: 3 MB") == "out of memory: 3 MB"
 
 
 def test_more_problems_than_six_lines_hold_are_counted(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_configs_holds_the_same_recipes() -> None:
 def test_a_name_is_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     by_name = load_recipe(Path(name))
-    assert by_name.plain() == load_recipe(CONFIGS / f"{name}.yaml").plain()
+    assert by_name.to_data() == load_recipe(CONFIGS / f"{name}.yaml").to_data()
     assert by_name.output_dir == f"runs/{name}"
 
 
@@ -43,7 +43,7 @@ def test_a_copy_is_the_recipe_wherever_it_lies(
     copy = shipped_recipes.copy_recipe(name)
     assert str(copy) == f"{name}.yaml"
     assert copy.read_bytes() == shipped_recipes.get_file(name).read_bytes()
-    assert load_recipe(copy).plain() == load_recipe(Path(name)).plain()
+    assert load_recipe(copy).to_data() == load_recipe(Path(name)).to_data()
     first = copy.read_text().splitlines()[0]
     assert (copy.parent / first.partition("$schema=")[2]).read_text() == schema.make_json()
     assert "schema.json lets editors" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_norms_in_bfloat16_are_nearer_to_float64_than_peft_s() -> None:
     a, b = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
     weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
     exact = (weight.double() + scaling * b.double() @ a.double()).norm(dim=1)
-    ours = own.lora_magnitude_vector["default"].row_norms(weight, a, b, scaling).double()
+    ours = own.lora_magnitude_vector["default"].compute_norms(weight, a, b, scaling).double()
     theirs = (
         layer.lora_magnitude_vector["default"]
         .get_weight_norm(weight, (b @ a).to(weight.dtype), scaling)

@@ -177,15 +177,14 @@ def test_a_batch_without_labels_has_the_loss_zero() -> None:
 
 def test_a_model_with_another_loss_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("gemma2")
-    monkeypatch.setattr(
-        loss_head, "_find_cap", lambda config: None
-    )  # as if it were a family that lora does not know
+    # as if it were a family whose cap lora does not know
+    monkeypatch.setattr(loss_head, "find_shape", lambda model: loss_head.Shape(1.0, None))
     own = model.forward
-    assert "its own loss is another" in str(loss_head.install(model))
+    assert "its own loss differs" in str(loss_head.install(model))
     assert model.forward == own
     model = random_model("mixtral")
     model.config.output_router_logits = True
-    assert "balances experts" in str(loss_head.install(model))
+    assert "also balances experts" in str(loss_head.install(model))
 
 
 @pytest.mark.parametrize("trainer", ["sft", "trainer"])

@@ -711,7 +711,7 @@ def test_loraplus_gives_b_its_own_rate(write_recipe, monkeypatch: pytest.MonkeyP
 def test_4bit_rows_that_bitsandbytes_misreads_are_refused(
     bases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
+    config = keys.Quantization(bnb_4bit_compute_dtype="float32").collect_values()
     config = BitsAndBytesConfig(load_in_4bit=True, **config)
     monkeypatch.setattr(four_bit, "misreads_rows", lambda length: length == 512)
     with pytest.raises(

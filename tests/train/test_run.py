@@ -58,7 +58,7 @@ def test_an_evaluation_in_the_middle_changes_nothing(
 def test_4bit_gradients_after_an_evaluation_are_those_of_the_dequantised_weights(
     tiny: Path,
 ) -> None:
-    quantization = keys.Quantization(bnb_4bit_compute_dtype="float32").given()
+    quantization = keys.Quantization(bnb_4bit_compute_dtype="float32").collect_values()
     config = BitsAndBytesConfig(load_in_4bit=True, **quantization)
     ids = torch.arange(40).reshape(1, -1) + 10
 
@@ -102,7 +102,7 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     )
     assert run["data"]["rows"] == 64
     resolved = load.load_recipe(tmp_path / "run" / "recipe.yaml")
-    assert resolved.plain() == run["recipe"]
+    assert resolved.to_data() == run["recipe"]
     assert "auto" not in (resolved.model.dtype, resolved.training.optim)
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -375,7 +375,7 @@ def test_a_mix_is_trained_recorded_and_resolved_again(
     train.train(load.load_recipe(path))
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (run["data"]["read"], run["data"]["rows"]) == (30, 50)
-    assert load.load_recipe(tmp_path / "run" / "recipe.yaml").plain() == run["recipe"]
+    assert load.load_recipe(tmp_path / "run" / "recipe.yaml").to_data() == run["recipe"]
 
 
 def test_a_stream_trains_on_the_rows_in_their_order_again_and_again(

@@ -1,1 +1,1 @@
-"""Operations that pay on a CPU only."""
+"""Operations that are faster on a CPU only."""

@@ -1,11 +1,11 @@
-"""Dropout on a CPU at a fraction of torch's time: what is dropped is drawn, not what every element
-does.
+"""Drop elements on a CPU in a fraction of torch's time, by drawing which are dropped rather than a
+number for each.
 
 torch draws a number in double precision for each element: 1.8 ms for 1024 × 320 in one thread,
 where the matrix product behind it takes 0.2. Here only the distances from one dropped element to
 the next are drawn, which are geometric: one number for each that is dropped, 0.1 ms for p = 0.05.
 They are also all that is kept for the gradient. Seeds, resuming and checkpointing work as with
-torch's, with other draws.
+torch's dropout, with different draws.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lora_cli.models import attach
 
 
 def draw_positions(size: int, p: float) -> Tensor:
-    """Which of `size` elements are dropped (int64, ascending), each with probability 0 < p < 1, by
-    torch's generator.
+    """Return which of `size` elements are dropped (int64, ascending), each with probability 0 < p <
+    1, by torch's generator.
 
-    The last entries are `size`, which stands for none: how many numbers are drawn does not depend
-    on what they are. That there were too few of them has a probability below 10⁻¹⁵.
+    The last entries are `size`, which stands for none, so that how many numbers are drawn does not
+    depend on their values. The probability that they are too few is below 10⁻¹⁵.
     """
     expected = size * p
     count = math.ceil(expected + 8 * math.sqrt(expected) + 32)
@@ -34,9 +34,11 @@ def draw_positions(size: int, p: float) -> Tensor:
 
 
 def drop_positions(x: Tensor, dropped: Tensor) -> Tensor:
-    """A copy of x with zeros at the `positions` that are dropped; it has room behind it for the one
-    that is none."""
-    room = x.new_empty(x.numel() + 1)
+    """Return a copy of x with zeros at the positions `dropped`.
+
+    The copy has room for one more element behind it, for the position `size` that stands for none.
+    """
+    room = x.new_empty(x.numel() + 1)  # with a place for `size`, so that none need be filtered out
     copy = room[:-1].view(x.shape).copy_(x)
     room.index_fill_(0, dropped, 0)
     return copy
@@ -46,7 +48,8 @@ class QuickDropout(nn.Dropout):
     """nn.Dropout for tensors on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` with a share p of its elements zero and the others larger, in training; else `x`."""
+        """Return `x` with a share p of its elements zero and the others larger, in training; else
+        `x`."""
         if not self.training or not self.p:
             return x
         return _Dropped.apply(x, draw_positions(x.numel(), self.p), 1 / (1 - self.p))
@@ -68,7 +71,7 @@ class _Dropped(torch.autograd.Function):
 
 
 def install(adapted: PeftModel) -> int:
-    """Let adapters on a CPU drop out with it; returns how many do."""
+    """Give adapters on a CPU this dropout; return how many have it."""
     installed = 0
     for layer in attach.find_lora_layers(adapted).values():
         for name, dropout in getattr(layer, "lora_dropout", {}).items():

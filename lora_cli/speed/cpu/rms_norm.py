@@ -1,11 +1,12 @@
-"""RMS norms on a CPU in half the passes: w · x / √(mean(x²) + ε), with the gradient written out.
+"""Compute RMS norms on a CPU in half the passes: w · x / √(mean(x²) + ε), with the gradient written
+out.
 
 Llama's norm is six operations, each with one or two of its own in the backward pass, for which it
 keeps x in float32. Here the output is made by the same operations on the same tensors, and so is
-equal bit for bit on any processor, and the gradient with respect to x in float32 from x as it came
-and 1 / √(mean(x²) + ε) alone. (A step of a Llama of width 320, bfloat16, one thread: 0.93 of the
-time.) Families that compute theirs otherwise keep it: `install` compares on numbers of its own. On
-CUDA, compiling the layer does this.
+equal bit for bit on any processor, and the gradient with respect to x in float32 from only x as it
+came and 1 / √(mean(x²) + ε). (A step of a Llama of width 320, bfloat16, one thread: 0.93 of the
+time.) Families that compute theirs differently keep it: `install` compares both on numbers of its
+own. On CUDA, compiling the layer does this.
 """
 
 from __future__ import annotations
@@ -32,44 +33,44 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
-        normed, gradient = x.float() * inverse, (above[0] * weight).float()
+        normed = x.float() * inverse
+        gradient = (above[0] * weight).float()
         along = (gradient * normed).mean(-1, keepdim=True)
         return gradient.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype), None, None
 
 
 def forward(module: Any, x: Tensor) -> Tensor:
-    """What the module's own forward gives."""
-    return _Normed.apply(x, module.weight, _epsilon(module))
+    """Return what the module's own forward returns."""
+    return _Normed.apply(x, module.weight, _get_epsilon(module))
 
 
-def _epsilon(module: nn.Module) -> Any:
+def _get_epsilon(module: nn.Module) -> Any:
+    """Return ε, by the names that the families' norms give it."""
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 
 
 def install(network: nn.Module) -> int:
-    """Let the RMS norms of a model on a CPU that are not trained use it; returns how many do."""
+    """Let the RMS norms of a model on a CPU that are not trained use it; return how many do."""
     installed = 0
     for module in network.modules():
-        if type(module).__name__.endswith("RMSNorm") and _suits(module):
+        if type(module).__name__.endswith("RMSNorm") and _is_suitable(module):
             module.forward = MethodType(forward, module)
             installed += 1
     return installed
 
 
-def _suits(module: nn.Module) -> bool:
-    """Whether a weight that is not trained and ε are all there is to it, and its own forward gives
-    the same bits."""
+def _is_suitable(module: nn.Module) -> bool:
+    """Return whether the module is no more than an untrained weight and ε, and its own forward
+    gives the same bits."""
     weights = dict(module.named_parameters())
-    if (
-        weights.keys() != {"weight"}
-        or list(module.named_buffers())
-        or not isinstance(_epsilon(module), float)
-    ):
+    alone = weights.keys() == {"weight"} and not list(module.named_buffers())
+    if not alone or not isinstance(_get_epsilon(module), float):
         return False
     (weight,) = weights.values()
     if weight.ndim != 1 or weight.requires_grad or weight.device.type != "cpu":
         return False
     angles = torch.arange(8 * len(weight), dtype=torch.float32).view(8, -1) * 1.7
-    x, some = angles.sin().to(weight.dtype), angles[0].cos().to(weight.dtype)
+    x = angles.sin().to(weight.dtype)
+    some = angles[0].cos().to(weight.dtype)
     theirs = functional_call(module, {"weight": some}, (x,))
-    return torch.equal(theirs, _Normed.apply(x, some, _epsilon(module)))
+    return torch.equal(theirs, _Normed.apply(x, some, _get_epsilon(module)))
