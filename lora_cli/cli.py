@@ -519,8 +519,7 @@ def _load_recipe(
         _quiet_libraries()
         yield recipe
     except LoraError as error:
-        error.message = recipe.add_place(error.message)
-        raise
+        raise error.with_message(recipe.add_place(error.message)) from error
 
 
 def _two_or_more(paths: list[Path], usage: str) -> list[Path]:

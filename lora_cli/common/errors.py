@@ -3,8 +3,10 @@ only."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 SHOWN = 4
 """How many problems one error lists."""
@@ -24,6 +26,13 @@ class LoraError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def with_message(self, message: str) -> Self:
+        """Return the same error, of the same class and with the same hint, in other words."""
+        made = copy.copy(self)
+        made.message = message
+        made.args = (message,)
+        return made
 
 
 class UsageError(LoraError):

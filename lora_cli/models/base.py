@@ -51,7 +51,7 @@ class Base:
         except LoraError as error:
             if error.message.startswith("model."):
                 raise
-            raise type(error)(f"model.name_or_path: {error.message}", error.hint) from error
+            raise error.with_message(f"model.name_or_path: {error.message}") from error
         return base
 
     def resolve(self) -> Base:
