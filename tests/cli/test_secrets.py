@@ -123,7 +123,7 @@ def test_a_bug_is_reported_without_secrets(lora, tmp_path: Path) -> None:
     (tmp_path / "lib" / "sitecustomize.py").write_text(
         "import lora_cli.train.launch\n"
         "def check(environment):\n    raise AssertionError(environment['HF_TOKEN'])\n"
-        "lora_cli.train.launch.check = check\n"
+        "lora_cli.train.launch.check_launcher = check\n"
     )
     environment = {
         "HOME": str(tmp_path),
