@@ -2,13 +2,14 @@
 take."""
 
 from lora_cli.recipe.initialisations import find_initialisation
-from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Section, Training
+from lora_cli.recipe.keys import Data, Lora, Model, Recipe, Rows, Section, Training
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 
 __all__ = [
     "DEFAULT_TASK",
     "Data",
+    "Lora",
     "Model",
     "Recipe",
     "Rows",
@@ -19,6 +20,7 @@ __all__ = [
     "find_initialisation",
     "find_task",
     "load_recipe",
+    "messages",
     "schema",
     "strict_yaml",
     "upstream",
