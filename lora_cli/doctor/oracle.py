@@ -119,7 +119,7 @@ def compare_layers(
         )
         result = _compare_training(ours, theirs, x)
         theirs.save_pretrained(str(folder / "theirs"))
-        ours.load_adapter(folder / "theirs", "theirs")
+        ours.swap_adapter(folder / "theirs")
     ours.eval(), theirs.eval()
     result["exchange"] = measure_deviation(ours(x), theirs(x))
     theirs.merge_adapter()

@@ -7,7 +7,7 @@ exports imports it: `oracle.py` compares the installed libraries with it, for th
 
     layers.py   LoRALinear, LoRAEmbedding, LoRAConv2d and the three DoRA ones
     nf4.py      NF4Tensor and QLoRALinear
-    tree.py     LoraModel: a whole module tree adapted, merged, saved, its adapters swapped
+    tree.py     LoraModel: a whole module tree adapted, saved, swapped, merged
 
 Throughout, a layer with weight W₀ and input x computes
 
