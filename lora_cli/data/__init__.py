@@ -12,6 +12,7 @@ __all__ = [
     "formats",
     "load",
     "prepare",
+    "readers",
     "selection",
     "sources",
 ]

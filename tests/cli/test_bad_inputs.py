@@ -545,7 +545,7 @@ BAD: dict[str, Case] = {
         base(d), ["export-gguf", "base", "-q", "f16", "--llama-cpp", "gone"]][1],
     "generate: no model": typed("generate"),
     "generate: no prompt": lambda d: [base(d), ["generate", "base"]][1],
-    "generate: no such model": typed("generate", "gone", "-p", "x"),
+    "generate: no such model": typed("generate", "./gone", "-p", "x"),
     "generate: no tokens": typed("generate", "base", "-p", "x", "--max-new-tokens", "0"),
     "generate: cold": typed("generate", "base", "-p", "x", "--temperature", "-1"),
     "generate: not a temperature": lambda d: [base(d), ["generate", "base", "-p", "x", "--temperature", "nan"]][1],
@@ -557,11 +557,16 @@ BAD: dict[str, Case] = {
         written(d / "p.jsonl", "[" * 100_000), ["generate", "base", "-f", "p.jsonl"]][1],
     "generate: prompts of no known kind": lambda d: [
         written(d / "p.jsonl", '{"ask": 1}\n'), ["generate", "base", "-f", "p.jsonl"]][1],
-    "generate: binary prompts": lambda d: [written(d / "p", bytes(range(256))), ["generate", "base", "-f", "p"]][1],
-    "generate: no prompts in the file": lambda d: [written(d / "p", "\n\n"), ["generate", "base", "-f", "p"]][1],
+    "generate: binary prompts": lambda d: [
+        written(d / "p.txt", bytes(range(256))), ["generate", "base", "-f", "p.txt"]][1],
+    "generate: prompts of an unknown ending": lambda d: [written(d / "p", "x"), ["generate", "base", "-f", "p"]][1],
+    "generate: an empty prompt in a table": lambda d: [
+        written(d / "p.csv", "prompt,completion\nWhy?,because\n,nothing\n"), ["generate", "base", "-f", "p.csv"]][1],
+    "generate: no prompts in the file": lambda d: [
+        written(d / "p.txt", "\n\n"), ["generate", "base", "-f", "p.txt"]][1],
     "generate: a GGUF that is none": lambda d: [gguf(d), ["generate", "model.gguf", "-p", "x"]][1],
     "chat: no model": typed("chat"),
-    "chat: no such model": typed("chat", "gone"),
+    "chat: no such model": typed("chat", "./gone"),
     "doctor: an argument": typed("doctor", "please"),
     "schema: an argument": typed("schema", "please"),
     "setup-llama-cpp: an argument": typed("setup-llama-cpp", "please"),
