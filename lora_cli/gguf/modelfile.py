@@ -21,7 +21,6 @@ from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_temp
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 Conversation = Sequence[Mapping[str, str]]
 
 
@@ -197,33 +196,21 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
         return
     if more := adapter_contents.list_beyond(adapter.folder):
         ui.say(
-            f"  vLLM and llama-server cannot load from {adapter.folder}: {', '.join(more)}; merge "
-            "it for vLLM:"
+            f"  vLLM and llama-server cannot load {adapter.folder}: {', '.join(more)}; merge it:"
         )
         ui.say(f"  lora merge {adapter.folder} OUT && vllm serve OUT")
         return
     config = files.read_json(adapter.folder / "adapter_config.json")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = next(
-        (each for each in VLLM_RANKS if each >= max(config["r"], *ranks.values(), 0)),
-        VLLM_RANKS[-1],
-    )
-    served = adapter.folder
-    all_one = (
-        ranks == alphas and config["lora_alpha"] == config["r"] and not config.get("use_rslora")
-    )
-    if (
-        ranks or alphas
-    ) and not all_one:  # vllm/lora/peft_helper.py: one scale for all, lora_alpha over r
+    ranks = config.get("rank_pattern") or {}
+    rank = max(8, config["r"], *ranks.values())
+    if ranks or config.get("alpha_pattern"):
         ui.say(
-            "  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert "
-            f"{adapter.folder} OUT"
+            "  vLLM scales every module by lora_alpha/r, whatever rank_pattern and alpha_pattern "
+            f"say: lora convert {adapter.folder} OUT, and serve OUT"
         )
-        served = Path("OUT")
-    name = files.name_artefact(adapter.folder)
     ui.say(
-        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules "
-        f"{name}={served}"
+        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {1 << (rank - 1).bit_length()}"
+        f" --lora-modules {files.name_artefact(adapter.folder)}={adapter.folder}"
     )
     ui.say(
         f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} "
