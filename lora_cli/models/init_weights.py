@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from lora_cli.common import UsageError
-from lora_cli.models import attach, targets
+from lora_cli.models import attach, peft_matching
 from lora_cli.models.base import Base
 from lora_cli.recipe import Recipe, find_initialisation
 
@@ -42,7 +42,7 @@ def prepare_base(
     """corda and lora_ga: leave in the base, for PEFT to find, what it computes A and B from."""
     if recipe.lora.init_lora_weights not in ("corda", "lora_ga"):
         return
-    config.target_modules = targets.resolve_targets(base, config).target_modules
+    config.target_modules = peft_matching.resolve_targets(base, config).target_modules
     if recipe.lora.init_lora_weights == "corda":
 
         def run_model() -> None:  # one row at a time: PEFT's statistics take no more

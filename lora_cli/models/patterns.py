@@ -7,12 +7,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from peft import LoraConfig
 
 from lora_cli.common import UsageError
+from lora_cli.models import peft_matching
 
 SECONDS = 5.0
 """How long all expressions may take on all of a model's names."""
@@ -36,7 +36,7 @@ def refuse_slow_patterns(
     `re` cannot be interrupted: they are tried in a process of their own. The expressions are those
     PEFT forms; `where` says in which place a field was written.
     """
-    asked = list(_walk_patterns(config))
+    asked = list(peft_matching.walk_patterns(config))
     for field, written, pattern in asked:
         try:
             re.compile(pattern)
@@ -71,32 +71,5 @@ def refuse_slow_patterns(
         ) from None
 
 
-def pattern_of_key(written: str) -> str:
-    """PEFT's regular expression for a key of rank_pattern or alpha_pattern."""
-    return rf"(.*\.)?({written})$"
-
-
-def as_list(value: Any) -> list[Any]:
-    """PEFT's fields that are one value or several, as several."""
-    return (
-        [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
-    )
-
-
 def _shorten(written: str) -> str:
     return repr(written if len(written) <= 80 else f"{written[:79]}…")
-
-
-def _walk_patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
-    """(field, what was written, the regular expression that PEFT makes of it)."""
-    for field in ("target_modules", "exclude_modules"):
-        written = getattr(config, field)
-        if isinstance(written, str) and written != "all-linear":
-            yield field, written, f"(?:{written})\\Z"
-    for field in ("rank_pattern", "alpha_pattern"):
-        for written in getattr(config, field) or {}:
-            yield field, written, pattern_of_key(written)
-    for name in config.modules_to_save or []:
-        yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
-    for pattern in as_list(config.layers_pattern):
-        yield "layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."

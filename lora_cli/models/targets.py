@@ -1,8 +1,8 @@
-"""What a recipe's module names, patterns, layers and rows mean on a model: each must match
-something.
+"""Check that every module name, pattern, layer and row of a recipe means something on its model.
 
 PEFT ignores most of what matches nothing. Here every name, pattern and layer is asked for alone, by
-PEFT's own matching, before an adapter is attached; `limits.py` says what PEFT then could not do.
+PEFT's own matching, before an adapter is attached; `unsupported.py` finds what PEFT could not do
+with it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.common import find_nearest, join_errors
 from lora_cli.models import patterns, unsupported
-from lora_cli.models.patterns import as_list
-from lora_cli.models.token_rows import matches_name
+from lora_cli.models.peft_matching import (
+    as_list,
+    find_targeted_modules,
+    find_targeted_parameters,
+    is_saved_whole,
+    list_parameter_names,
+    matches_ending,
+    matches_key,
+    resolve_targets,
+)
 from lora_cli.models.unsupported import Problem
 from lora_cli.recipe import Recipe
 
@@ -59,36 +62,6 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
         raise join_errors(f"with lora on {recipe.model.name_or_path}", problems)
 
 
-def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
-    """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model
-    definitions converted."""
-    resolved = copy.deepcopy(config)
-    convert_peft_config_for_transformers(
-        resolved, model=model, conversions=get_model_conversion_mapping(model)
-    )
-    return _maybe_include_all_linear_layers(resolved, model)
-
-
-def find_targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
-    """The modules that PEFT will adapt."""
-    return [name for name in names if name and check_target_module_exists(config, name)]
-
-
-def find_targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
-    """The parameters that PEFT will adapt through `target_parameters`."""
-    wanted = config.target_parameters or []
-    return [
-        name
-        for name in list_parameter_names(model)
-        if any(matches_name(name, target) for target in wanted)
-    ]
-
-
-def list_parameter_names(model: nn.Module) -> list[str]:
-    """Every name of every parameter: of a shared one all."""
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
-
-
 def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
     """A hint that names the real module, or ending of a module's name, that `target` most likely
     meant."""
@@ -121,20 +94,22 @@ def _find_unmatched_names(
                 yield f"{where}: no module of {kind} matches {wanted!r}", hint
         elif not (field == "target_modules" and converted):
             for target in sorted(wanted or []):
-                if not any(matches_name(name, target) for name in names):
+                if not any(matches_ending(name, target) for name in names):
                     hint = _guess_target(target, names, "lora.target_modules: all-linear")
                     yield f"{where}: no module of {kind} is called {target}", hint
     where = recipe.where("lora", "modules_to_save")
     for name in config.modules_to_save or []:
-        if not any(matches_name(module, name) for module in names):
+        if not any(matches_ending(module, name) for module in names):
             yield (
                 f"{where}: no module of {kind} is called {name}",
                 _guess_target(name, names, "leave it out"),
             )
         elif more := [
-            module for module in names if module.endswith(name) and not matches_name(module, name)
+            module
+            for module in names
+            if is_saved_whole(module, name) and not matches_ending(module, name)
         ]:
-            full = next(module for module in names if matches_name(module, name))
+            full = next(module for module in names if matches_ending(module, name))
             yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
 
 
@@ -150,7 +125,7 @@ def _find_left_out_targets(
     alone, where = copy.copy(config), recipe.where("lora", "target_modules")
     for target in sorted(config.target_modules):
         alone.target_modules = [target]
-        if any(matches_name(name, target) for name in names) and not find_targeted_modules(
+        if any(matches_ending(name, target) for name in names) and not find_targeted_modules(
             alone, names
         ):
             others = ("exclude_modules", "modules_to_save", "layers_to_transform")
@@ -198,7 +173,7 @@ def _find_unmatched_parameters(
 ) -> Iterator[Problem]:
     names, where = list_parameter_names(model), recipe.where("lora", "target_parameters")
     for target in config.target_parameters or []:
-        if not any(matches_name(name, target) for name in names):
+        if not any(matches_ending(name, target) for name in names):
             yield (
                 f"{where}: no parameter is called {target}",
                 _guess_target(target, names, "leave it out"),
@@ -219,10 +194,7 @@ def _find_unmatched_patterns(
     the adapter's file."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        matched = {
-            key: [name for name in targeted if re.match(patterns.pattern_of_key(key), name)]
-            for key in keys
-        }
+        matched = {key: [name for name in targeted if matches_key(name, key)] for key in keys}
         for key in keys:
             if not matched[key]:
                 where = recipe.where("lora", field, key)
@@ -261,7 +233,7 @@ def _find_wrong_token_ids(
         name for name, module in model.named_modules() if module is model.get_input_embeddings()
     )
     for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
-        found = [full for full in weights if matches_name(full, name)]
+        found = [full for full in weights if matches_ending(full, name)]
         if not found:
             yield (
                 f"{where}: no embedding or head is called {name}",

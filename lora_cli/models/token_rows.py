@@ -16,6 +16,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from lora_cli.common import LoraError, files
+from lora_cli.models.peft_matching import matches_ending
 
 MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""
@@ -42,18 +43,13 @@ def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> No
     given: Any = config.trainable_token_indices or {}
     rows = dict(given) if isinstance(given, dict) else {names[0].rpartition(".")[2]: given}
     for name in names:
-        if not any(matches_name(name, saved) for saved in config.modules_to_save or ()):
-            key = next((key for key in rows if matches_name(name, key)), name.rpartition(".")[2])
+        if not any(matches_ending(name, saved) for saved in config.modules_to_save or ()):
+            key = next((key for key in rows if matches_ending(name, key)), name.rpartition(".")[2])
             rows[key] = [
                 *rows.get(key, []),
                 *(number for number in ids if number not in rows.get(key, [])),
             ]
     config.trainable_token_indices = rows or None
-
-
-def matches_name(name: str, ending: str) -> bool:
-    """PEFT's rule for names in lists: the whole name, or its last parts."""
-    return name == ending or name.endswith(f".{ending}")
 
 
 def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:

@@ -3,7 +3,6 @@ not merge."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.models import patterns
-from lora_cli.models.token_rows import matches_name
+from lora_cli.models.peft_matching import matches_ending, matches_key
 from lora_cli.recipe import Recipe, find_initialisation
 
 Problem = tuple[str, str | None]
@@ -150,11 +148,7 @@ def _find_wrong_starts(
             )
             return
         rank, field = next(
-            (
-                (rank, key)
-                for key, rank in config.rank_pattern.items()
-                if re.match(patterns.pattern_of_key(key), name)
-            ),
+            ((rank, key) for key, rank in config.rank_pattern.items() if matches_key(name, key)),
             (config.r, None),
         )
         place = recipe.where("lora", "rank_pattern", field) if field else recipe.where("lora", "r")
@@ -180,7 +174,7 @@ def _find_wrong_copies(
     ends = {name for name, module in modules.items() if module is model.get_input_embeddings()}
     rows = list(given) if isinstance(given, dict) else list(ends)
     for saved in config.modules_to_save or []:
-        for name in [name for name in modules if name and matches_name(name, saved)]:
+        for name in [name for name in modules if name and matches_ending(name, saved)]:
             inside = [
                 path
                 for path, module in modules[name].named_modules()
@@ -199,7 +193,7 @@ def _find_wrong_copies(
                 if getattr(module, "weight", None) is weight
             }
             if weight is not None and any(
-                matches_name(other, row) for other in shared for row in rows
+                matches_ending(other, row) for other in shared for row in rows
             ):
                 both = (
                     "model.add_tokens"
@@ -250,8 +244,8 @@ def _find_tied(
             )
     given = config.trainable_token_indices
     rows = given if isinstance(given, dict) else {}
-    of_head = [ids for name, ids in rows.items() if matches_name(shared[-1], name)]
-    of_embeddings = [ids for name, ids in rows.items() if matches_name(shared[0], name)]
+    of_head = [ids for name, ids in rows.items() if matches_ending(shared[-1], name)]
+    of_embeddings = [ids for name, ids in rows.items() if matches_ending(shared[0], name)]
     if of_head and of_head != of_embeddings:
         yield (
             f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight "

@@ -37,7 +37,7 @@ from lora_cli.models import (
     four_bit,
     init_weights,
     patterns,
-    targets,
+    peft_matching,
     token_rows,
 )
 from lora_cli.models.base import Base
@@ -503,10 +503,10 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
     network = AutoModelForCausalLM.from_pretrained(bases(base))
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
     names = [name for name, _ in network.named_modules()]
-    resolved = targets.resolve_targets(network, config)
+    resolved = peft_matching.resolve_targets(network, config)
     expected = (
-        targets.find_targeted_modules(resolved, names),
-        targets.find_targeted_parameters(resolved, network),
+        peft_matching.find_targeted_modules(resolved, names),
+        peft_matching.find_targeted_parameters(resolved, network),
     )
     if not expected[0]:
         with pytest.raises(ValueError, match="not found in the base model"):
