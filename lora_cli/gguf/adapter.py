@@ -51,15 +51,16 @@ def export_adapter(
             f"one of {known}; the base may be any type",
         )
     adapter = read_adapter(path, base)
-    adapter_contents.refuse_beyond(path)
+    adapter_contents.refuse_beyond(adapter.folder)
     adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)
-    folder, stem = output or path.parent, files.name_artefact(path)
+    folder = output or (Path() if adapter.hub_name else path.parent)
+    stem = files.name_artefact(path)
     targets = {
         name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))
     }
     files.refuse_existing(targets.values())
-    ui.say(f"exporting the adapter {path} with the converter {converter}")
+    ui.say(f"exporting the adapter {adapter} with the converter {converter}")
     if adapter.quantization:
         ui.warn(
             "trained on 4-bit weights: over a GGUF of the original base it is another function; "

@@ -59,7 +59,8 @@ def export(
     if wants_quantizer:
         quantize.Ggml()  # says so where there is none
     converter = find_converter(llama_cpp_dir)
-    folder, stem = output or (path if kind == "model" else path.parent), files.name_artefact(path)
+    beside = path if kind == "model" else path.parent if path.exists() else Path()
+    folder, stem = output or beside, files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")

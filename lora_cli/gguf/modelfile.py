@@ -195,10 +195,8 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     if adapter is None:
         return
     if more := adapter_contents.list_beyond(adapter.folder):
-        ui.say(
-            f"  vLLM and llama-server cannot load {adapter.folder}: {', '.join(more)}; merge it:"
-        )
-        ui.say(f"  lora merge {adapter.folder} OUT && vllm serve OUT")
+        ui.say(f"  vLLM and llama-server cannot load {adapter}: {', '.join(more)}; merge it:")
+        ui.say(f"  lora merge {adapter} OUT && vllm serve OUT")
         return
     config = files.read_json(adapter.folder / "adapter_config.json")
     ranks = config.get("rank_pattern") or {}
@@ -206,13 +204,13 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     if ranks or config.get("alpha_pattern"):
         ui.say(
             "  vLLM scales every module by lora_alpha/r, whatever rank_pattern and alpha_pattern "
-            f"say: lora convert {adapter.folder} OUT, and serve OUT"
+            f"say: lora convert {adapter} OUT, and serve OUT"
         )
     ui.say(
         f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {1 << (rank - 1).bit_length()}"
-        f" --lora-modules {files.name_artefact(adapter.folder)}={adapter.folder}"
+        f" --lora-modules {files.name_artefact(Path(str(adapter)))}={adapter}"
     )
     ui.say(
-        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} "
+        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter} "
         "--adapter-only"
     )

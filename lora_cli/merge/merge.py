@@ -226,11 +226,9 @@ def merge(
         if adapter.record
         else " (no record: made elsewhere, so its base is taken as the adapter names it)"
     )
-    ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
+    ui.say(f"merging {adapter} into {adapter.base}{made}")
     if original and not adapter.quantization:
-        raise UsageError(
-            f"{adapter.folder} was not trained on 4-bit weights", "leave --base-weights out"
-        )
+        raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
     if adapter.quantization:
         into = "original weights" if original else "dequantised base, the function that was trained"
         ui.say(f"  trained on 4-bit weights: merging into the {into}")

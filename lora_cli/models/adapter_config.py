@@ -83,20 +83,20 @@ def refuse_other_ranks(
             )
 
 
-def refuse_other_base(folder: Path, named: Any, recorded: Any) -> None:
+def refuse_other_base(adapter: str, named: Any, recorded: Any) -> None:
     """LoraError where the adapter's configuration names another base than our record of its
     training."""
     if named and recorded and named != recorded:
         raise LoraError(
-            f"{folder}: adapter_config.json names the base {named}, and our record of its "
+            f"{adapter}: adapter_config.json names the base {named}, and our record of its "
             f"training {recorded}",
             f"--base {recorded} if the record is right: somebody has changed one of the two files",
         )
 
 
 @cache
-def announce_base(folder: Path, base: str, revision: str | None) -> None:
+def announce_base(adapter: str, base: str, revision: str | None) -> None:
     """Say, once, which base an adapter made elsewhere names, before anything of that base is
     opened."""
     at = f" at {revision}" if revision else ""
-    ui.say(f"{folder} was made elsewhere: by its own word, its base is {base}{at}")
+    ui.say(f"{adapter} was made elsewhere: by its own word, its base is {base}{at}")
