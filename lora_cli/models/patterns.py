@@ -1,5 +1,4 @@
-"""Regular expressions of a recipe, or of an adapter made elsewhere: tried on a model's names before
-PEFT uses them."""
+"""Try the regular expressions of a recipe, or of a foreign adapter, before PEFT uses them."""
 
 from __future__ import annotations
 
@@ -30,11 +29,10 @@ for pattern in patterns:
 def refuse_slow_patterns(
     config: LoraConfig, names: Sequence[str], where: Callable[[str], str]
 ) -> None:
-    """UsageError for a regular expression of `config` that is none, or takes longer than SECONDS on
-    these names.
+    """Raise UsageError for a regular expression of `config` that does not compile, or takes longer
+    than SECONDS on these names.
 
-    `re` cannot be interrupted: they are tried in a process of their own. The expressions are those
-    PEFT forms; `where` says in which place a field was written.
+    `where` says in which place a field was written.
     """
     asked = list(peft_matching.walk_patterns(config))
     for field, written, pattern in asked:
@@ -42,33 +40,35 @@ def refuse_slow_patterns(
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
-                f"{where(field)}: {_shorten(written)} is no regular expression: {error}",
+                f"{where(field)}: {_shorten(written)} is not a regular expression: {error}",
                 "lists take names",
             ) from None
-    asked = [
-        (field, written, pattern)
-        for field, written, pattern in asked
-        if re.search(r"[*+{(]", written)
-    ]
-    if not asked:
-        return
-    given = json.dumps([[pattern for _, _, pattern in asked], list(names)])
+    repeating = [each for each in asked if re.search(r"[*+{(]", each[1])]
+    slow = _find_slow([pattern for _, _, pattern in repeating], names) if repeating else None
+    if slow is not None:
+        field, written, _ = repeating[slow]
+        raise UsageError(
+            f"{where(field)}: {_shorten(written)} takes over {SECONDS:g} s to match {len(names)} "
+            "names",
+            "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
+        )
+
+
+def _find_slow(patterns: list[str], names: Sequence[str]) -> int | None:
+    """The index of the expression that is still being matched after SECONDS; None where all are
+    done. `re` cannot be interrupted, so a process of their own tries them."""
     try:
         subprocess.run(
             [sys.executable, "-I", "-c", _MATCH_ALL],
-            input=given,
+            input=json.dumps([patterns, list(names)]),
             text=True,
             capture_output=True,
             check=True,
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        field, written, _ = asked[len((error.stdout or b"").splitlines())]
-        raise UsageError(
-            f"{where(field)}: {_shorten(written)} takes over {SECONDS:g} s to match {len(names)} "
-            "names",
-            "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
-        ) from None
+        return len((error.stdout or b"").splitlines())
+    return None
 
 
 def _shorten(written: str) -> str:

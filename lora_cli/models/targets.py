@@ -11,7 +11,9 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,6 +44,7 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
     parameters = find_targeted_parameters(resolved, model)
     problems = [
         *_find_unmatched_names(recipe, config, resolved, list(modules)),
+        *_find_unmatched_saved(recipe, config, list(modules)),
         *_find_left_out_targets(recipe, config, resolved, list(modules)),
         *_find_unmatched_layers(recipe, config, list(modules)),
         *_find_unmatched_parameters(recipe, config, model),
@@ -76,41 +79,43 @@ def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
 def _find_unmatched_names(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
+    """Targets and exclusions that match no module; an expression must match a whole name."""
     kind = recipe.model.name_or_path
-    converted = (
-        isinstance(config.target_modules, (set, list))
-        and config.target_modules != resolved.target_modules
-    )
     for field in ("target_modules", "exclude_modules"):
         wanted, where = getattr(config, field), recipe.where("lora", field)
         if isinstance(wanted, str):
             if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
-                hint = "an expression must match the whole name"
-                if re.fullmatch(
-                    r"[\w.-]+", wanted
-                ):  # a name where a list, or the shorthand, was meant
-                    guess = find_nearest(wanted.lower(), ["all-linear"])
-                    hint = f"did you mean {guess}?" if guess else f"{field}: [{wanted}]"
+                hint = _explain_unmatched_expression(field, wanted)
                 yield f"{where}: no module of {kind} matches {wanted!r}", hint
-        elif not (field == "target_modules" and converted):
-            for target in sorted(wanted or []):
+        elif wanted and wanted == getattr(resolved, field):  # else PEFT has converted old names
+            for target in sorted(wanted):
                 if not any(matches_ending(name, target) for name in names):
                     hint = _guess_target(target, names, "lora.target_modules: all-linear")
                     yield f"{where}: no module of {kind} is called {target}", hint
+
+
+def _explain_unmatched_expression(field: str, written: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", written):
+        return "an expression must match the whole name"
+    guess = find_nearest(written.lower(), ["all-linear"])  # a name, where a list was meant
+    return f"did you mean {guess}?" if guess else f"{field}: [{written}]"
+
+
+def _find_unmatched_saved(
+    recipe: Recipe, config: LoraConfig, names: Sequence[str]
+) -> Iterator[Problem]:
+    """Items of modules_to_save that match nothing, or more than their last parts say."""
     where = recipe.where("lora", "modules_to_save")
     for name in config.modules_to_save or []:
-        if not any(matches_ending(module, name) for module in names):
+        meant = [module for module in names if matches_ending(module, name)]
+        more = [m for m in names if is_saved_whole(m, name) and m not in meant]
+        if not meant:
             yield (
-                f"{where}: no module of {kind} is called {name}",
+                f"{where}: no module of {recipe.model.name_or_path} is called {name}",
                 _guess_target(name, names, "leave it out"),
             )
-        elif more := [
-            module
-            for module in names
-            if is_saved_whole(module, name) and not matches_ending(module, name)
-        ]:
-            full = next(module for module in names if matches_ending(module, name))
-            yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
+        elif more:
+            yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {meant[0]}"
 
 
 def _find_left_out_targets(
@@ -214,43 +219,42 @@ def _find_unmatched_patterns(
 def _find_wrong_token_ids(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
 ) -> Iterator[Problem]:
-    given, where = (
-        config.trainable_token_indices or {},
-        recipe.where("lora", "trainable_token_indices"),
-    )
-    ends = [
-        end
-        for end in (model.get_input_embeddings(), model.get_output_embeddings())
-        if end is not None
-    ]
-    weights = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if any(module is end for end in ends)
-    }
+    """Rows of embeddings that do not exist, are named twice, or are adapted as well."""
+    where = recipe.where("lora", "trainable_token_indices")
+    weights = _find_ends(model)
+    given: Any = config.trainable_token_indices or {}
+    if not isinstance(given, dict):
+        embeddings = model.get_input_embeddings()
+        given = {next(n for n, m in model.named_modules() if m is embeddings): given}
     seen: set[str] = set()
-    embeddings = next(
-        name for name, module in model.named_modules() if module is model.get_input_embeddings()
-    )
-    for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
-        found = [full for full in weights if matches_ending(full, name)]
-        if not found:
+    for name, ids in given.items():
+        found = next((full for full in weights if matches_ending(full, name)), None)
+        if found is None:
             yield (
                 f"{where}: no embedding or head is called {name}",
                 _guess_target(name, weights, "leave it out"),
             )
             continue
-        if found[0] in seen:
-            yield f"{where}: {found[0]} is named twice", "give all its rows under one name"
-        seen.add(found[0])
-        rows = weights[found[0]].shape[0]
+        if found in seen:
+            yield f"{where}: {found} is named twice", "give all its rows under one name"
+        seen.add(found)
+        rows = weights[found].shape[0]
         if wrong := [str(number) for number in ids if number >= rows]:
             yield f"{where}: {name} has no row {', '.join(wrong)}", f"its {rows} rows count from 0"
         if len(set(ids)) < len(ids):
             yield f"{where}: {name} has a row twice", "give each row once"
-        if ids and found[0] in targeted:
-            target = recipe.where("lora", "target_modules")
+        if ids and found in targeted:
             yield (
-                f"{target}: {found[0]} trains rows of its own already",
+                f"{recipe.where('lora', 'target_modules')}: {found} trains rows of its own already",
                 "leave it out, or use modules_to_save for both",
             )
+
+
+def _find_ends(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of the embeddings and of the head, by the modules' names."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+    }

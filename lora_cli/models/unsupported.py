@@ -167,44 +167,36 @@ def _find_wrong_starts(
 def _find_wrong_copies(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel
 ) -> Iterator[Problem]:
-    """Whole modules that cannot be trained: stored in 4 bits, or with rows that are to be trained
-    by themselves."""
-    where, given = recipe.where("lora", "modules_to_save"), config.trainable_token_indices or {}
+    """Modules to train whole that cannot be: in 4 bits, or with rows trained by themselves."""
+    where = recipe.where("lora", "modules_to_save")
     modules = dict(model.named_modules())
-    ends = {name for name, module in modules.items() if module is model.get_input_embeddings()}
-    rows = list(given) if isinstance(given, dict) else list(ends)
+    given: Any = config.trainable_token_indices or {}
+    embeddings = model.get_input_embeddings()
+    rows = given if isinstance(given, dict) else [n for n, m in modules.items() if m is embeddings]
+    added = recipe.model.add_tokens or recipe.model.add_special_tokens
     for saved in config.modules_to_save or []:
         for name in [name for name in modules if name and matches_ending(name, saved)]:
-            inside = [
-                path
-                for path, module in modules[name].named_modules()
-                if hasattr(module, "quant_state")
-            ]
-            if inside:
+            if any(hasattr(module, "quant_state") for module in modules[name].modules()):
                 yield (
                     f"{where}: {name} is stored in 4 bits and cannot be trained",
                     "quantization.llm_int8_skip_modules",
                 )
                 return
-            weight = getattr(modules[name], "weight", None)
-            shared = {
-                other
-                for other, module in modules.items()
-                if getattr(module, "weight", None) is weight
-            }
-            if weight is not None and any(
-                matches_ending(other, row) for other in shared for row in rows
-            ):
-                both = (
-                    "model.add_tokens"
-                    if recipe.model.add_tokens or recipe.model.add_special_tokens
-                    else "its rows"
-                )
+            shared = _find_sharing(modules, getattr(modules[name], "weight", None))
+            if any(matches_ending(other, row) for other in shared for row in rows):
                 yield (
-                    f"{where}: {name} is trained whole, and {both} by themselves",
+                    f"{where}: {name} is trained whole, and "
+                    f"{'model.add_tokens' if added else 'its rows'} by themselves",
                     "take it out of modules_to_save, or give every module with this weight there: "
                     + ", ".join(sorted(shared)),
                 )
+
+
+def _find_sharing(modules: dict[str, nn.Module], weight: torch.Tensor | None) -> list[str]:
+    """The modules that have this very tensor as their weight."""
+    if weight is None:
+        return []
+    return [name for name, module in modules.items() if getattr(module, "weight", None) is weight]
 
 
 def _find_tied(
@@ -224,24 +216,16 @@ def _find_tied(
         return
     if head.weight is not model.get_input_embeddings().weight:
         return
-    shared = [
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "weight", None) is head.weight
-    ]
+    shared = _find_sharing(dict(model.named_modules()), head.weight)
     both = " and ".join(shared)
     instead = "use modules_to_save or trainable_token_indices, or leave them out"
     for name in shared:
-        if name in targeted:
-            yield (
-                f"{recipe.where('lora', 'target_modules')}: {name} shares its weight ({both})",
-                instead,
-            )
-        if f"{name}.weight" in parameters:
-            yield (
-                f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})",
-                instead,
-            )
+        for field, adapted in (
+            ("target_modules", name in targeted),
+            ("target_parameters", f"{name}.weight" in parameters),
+        ):
+            if adapted:
+                yield f"{recipe.where('lora', field)}: {name} shares its weight ({both})", instead
     given = config.trainable_token_indices
     rows = given if isinstance(given, dict) else {}
     of_head = [ids for name, ids in rows.items() if matches_ending(shared[-1], name)]

@@ -355,7 +355,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         "lora.target_parameters: lm_head shares its weight (model.embed_tokens and lm_head)",
         "use modules_to_save or trainable_token_indices, or leave them out"),
     "no regex": ("target_modules: '*q_proj'", "tiny",
-                 "lora.target_modules: '*q_proj' is no regular expression: nothing to repeat at position 3",
+                 "lora.target_modules: '*q_proj' is not a regular expression: nothing to repeat at position 3",
                  "lists take names"),
     "exclude": ("exclude_modules: [mlp.donw_proj]", "tiny",
                 "lora.exclude_modules: no module of {base} is called mlp.donw_proj", "did you mean mlp.down_proj?"),
