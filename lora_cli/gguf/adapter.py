@@ -44,12 +44,7 @@ def export_adapter(
     Raises LoraError for an adapter that llama.cpp cannot hold, files in the way, and answers that
     differ; nothing is left then.
     """
-    if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
-        known = ", ".join(tools.CONVERTER_TYPES)
-        raise UsageError(
-            f"an adapter cannot be written as {kquants[0]}",
-            f"one of {known}; the base may be any type",
-        )
+    _refuse_quantizer_types(types)
     adapter = read_adapter(path, base)
     adapter_contents.refuse_beyond(adapter.folder)
     adapter.refuse_other_base()
@@ -68,31 +63,38 @@ def export_adapter(
         )
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:
-        scaled, made = (
-            Path(scratch) / "scaled",
-            {name: Path(scratch) / file.name for name, file in targets.items()},
-        )
+        scaled = Path(scratch) / "scaled"
+        made = {name: Path(scratch) / file.name for name, file in targets.items()}
         base_folder = adapter.base.download()
         _write_scaled(adapter, scaled)
         for name, file in made.items():
             tools.convert(scaled, file, name, converter, base_folder)
         reports = _compare_all(adapter, base_folder, made, converter, Path(scratch))
         for name, target in targets.items():
-            contents = provenance.new_record(
-                "export-gguf",
-                type=name,
-                llama_cpp=tools.VERSION,
-                checked=reports[name],
-                parent=adapter.record,
-            )
-            files.write_json(target.with_name(f"{target.name}.json"), contents)
-            made[name].rename(target)
-            ui.say(
-                f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, base with adapter "
-                f"{reports[name]}"
-            )
+            _finish_file(made[name], target, name, reports[name], adapter)
     ui.say(f"to run it: llama-server -m BASE.gguf --lora {next(iter(targets.values()))}")
     return list(targets.values())
+
+
+def _refuse_quantizer_types(types: Sequence[str]) -> None:
+    """Raise UsageError for a type that only the quantiser writes: it does not read adapters."""
+    if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
+        known = ", ".join(tools.CONVERTER_TYPES)
+        raise UsageError(
+            f"an adapter cannot be written as {kquants[0]}",
+            f"one of {known}; the base may be any type",
+        )
+
+
+def _finish_file(made: Path, target: Path, name: str, report: str, adapter: Adapter) -> None:
+    """Move a checked file of type `name` to its place, its record beside it."""
+    contents = provenance.new_record(
+        "export-gguf", type=name, llama_cpp=tools.VERSION, checked=report, parent=adapter.record
+    )
+    files.write_json(target.with_name(f"{target.name}.json"), contents)
+    made.rename(target)
+    size = target.stat().st_size / 2**20
+    ui.say(f"  {target.name}: {size:.1f} MiB, base with adapter {report}")
 
 
 def _write_scaled(adapter: Adapter, folder: Path) -> None:

@@ -49,15 +49,7 @@ def export(
     kind = names.classify(str(path))
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
-    if weighted is not None:
-        imatrix.refuse_missing_file(weighted)
-    wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
-    if weighted is not None and not wants_quantizer:
-        raise UsageError(
-            f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M"
-        )
-    if wants_quantizer:
-        quantize.Ggml()  # says so where there is none
+    wants_quantizer = _check_quantizer(wanted, weighted)
     converter = find_converter(llama_cpp_dir)
     beside = path if kind == "model" else path.parent if path.exists() else Path()
     folder, stem = output or beside, files.name_artefact(path)
@@ -81,6 +73,21 @@ def export(
         modelfile.write_modelfile(folder, list(targets.values()), merged)
     modelfile.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
+
+
+def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> bool:
+    """Return whether one of the types is the quantiser's. Raise LoraError where it is not
+    installed, UsageError for an importance matrix that does not exist or is not needed."""
+    if weighted is not None:
+        imatrix.refuse_missing_file(weighted)
+    wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
+    if weighted is not None and not wants_quantizer:
+        raise UsageError(
+            f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M"
+        )
+    if wants_quantizer:
+        quantize.Ggml()  # loading it raises LoraError where it is not installed
+    return wants_quantizer
 
 
 def _choose_exact_type(dtype: torch.dtype) -> str:
