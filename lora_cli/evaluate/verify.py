@@ -126,7 +126,7 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         if not probe.plain
     ):
         raise RejectedError(
-            f"{path} has another chat template: it renders the same prompts otherwise",
+            f"the chat templates differ: {path} renders the same prompts differently",
             "diff the two",
         )
     for probe in probes:
@@ -161,6 +161,6 @@ def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:
 def _require_same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:
     if list(ids) != probe.ids:
         raise LoraError(
-            f"{path} splits {probe.text[:60]!r} into other tokens than the other",
+            f"the tokenizers differ: {path} splits {probe.text[:60]!r} into other tokens",
             "they are two models",
         )

@@ -58,8 +58,8 @@ def export_adapter(
     ui.say(f"exporting the adapter {adapter} with the converter {converter}")
     if adapter.quantization:
         ui.warn(
-            "trained on 4-bit weights: over a GGUF of the original base it is another function; "
-            "merge it for the same"
+            "trained on 4-bit weights: on a GGUF of the original base it computes something else; "
+            "merge it to get what was trained"
         )
     files.make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=folder) as scratch:

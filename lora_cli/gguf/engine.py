@@ -51,7 +51,7 @@ class GGUFModel:
         when xllamacpp is not installed or llama.cpp cannot load the file.
         """
         if not tools.is_gguf(path, with_tensors=False):
-            raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
+            raise LoraError(f"{path} is not a GGUF file", "copy it again, or export it again")
         xlc = import_xllamacpp()
         params = xlc.CommonParams()
         params.model.path = str(path)

@@ -132,7 +132,7 @@ def find_newest_result() -> Path:
     ]
     if not found:
         raise LoraError(
-            "there is no merged model or adapter of ours below this folder", "lora export-gguf PATH"
+            "no merged model or adapter made by lora is below this folder", "lora export-gguf PATH"
         )
     newest = max(found, key=lambda file: file.stat().st_mtime).parent
     ui.say(f"the newest result here is {newest}")

@@ -292,7 +292,7 @@ def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -
     arch = model.get("general.architecture")
     if arch in OTHER_RULES:
         raise LoraError(
-            f"llama.cpp has a rule of its own for {kind} of {arch}, which is not known here",
+            f"llama.cpp treats {arch} specially in {kind}, and lora does not know how",
             "lora export-gguf -q q8_0, or llama.cpp's llama-quantize on -q bf16",
         )
     ordered = sorted(model.tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
@@ -349,7 +349,7 @@ class _Mixture:
         if self.block[wanted] > 32 and wanted not in NARROWER:
             raise LoraError(
                 f"{self.kind} is not for this model: rows of {tensor.name} have {width} elements, "
-                f"no multiple of {self.block[wanted]}",
+                f"not a multiple of {self.block[wanted]}",
                 "another type, such as Q4_K_M",
             )
         narrower = NARROWER.get(wanted, wanted)

@@ -156,12 +156,11 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:
         lines.append(
-            "# no TEMPLATE: this chat template is not certain in Ollama's language; Ollama reads "
-            "the GGUF's own"
+            "# no TEMPLATE: this chat template has no certain translation; Ollama reads the GGUF's"
         )
         ui.say(
-            "  Modelfile: without TEMPLATE, since the chat template cannot be said with certainty "
-            "in Ollama's language"
+            "  Modelfile: without TEMPLATE, since the chat template cannot be translated to "
+            "Ollama's language with certainty"
         )
     else:
         lines.append(f'TEMPLATE """{found.go()}"""')

@@ -31,7 +31,7 @@ def check_convertible(
     if ids >= rows:
         last = tokenizer.convert_ids_to_tokens(ids)
         raise LoraError(
-            f"the tokenizer of {folder} has token {ids} ({last!r}), the embeddings end at "
+            f"the tokenizer of {folder} has token {ids} ({last!r}), but the embeddings end at "
             f"{rows - 1}",
             "merge the adapter with the tokenizer it was trained with, or resize the embeddings",
         )
@@ -53,8 +53,8 @@ def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
                 ends |= {name: stored.get_tensor(name)} if name in stored.keys() else {}  # noqa: SIM118
     if len(ends) == 2 and not torch.equal(*ends.values()):
         raise LoraError(
-            f"{folder} ties its head to its embeddings in config.json, and its files hold a head "
-            "of its own",
+            f"config.json of {folder} ties the head to the embeddings, but its files hold a "
+            "separate head",
             'set "tie_word_embeddings" in config.json to what was trained',
         )
 

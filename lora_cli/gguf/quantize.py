@@ -177,7 +177,7 @@ def read_weights(path: Path) -> Weights:
         )
     except (ValueError, struct.error, KeyError) as error:
         raise LoraError(
-            f"{path} is no importance matrix: {error}", "--imatrix DATA.jsonl measures one"
+            f"{path} is not an importance matrix: {error}", "--imatrix DATA.jsonl measures one"
         ) from error
     for name, columns in found.by_tensor.items():
         if not np.isfinite(columns).all():
@@ -246,9 +246,7 @@ def _read(source: Path, data: np.ndarray) -> Header:
     try:
         return header.read_header(data.data)
     except ValueError as error:
-        raise LoraError(
-            f"{source} is no GGUF that can be quantised: {error}", "export it again"
-        ) from error
+        raise LoraError(f"{source} cannot be quantised: {error}", "export it again") from error
 
 
 def _columns(choices: list[Choice], kind: str, weights: Weights | None) -> dict[str, np.ndarray]:

@@ -77,8 +77,8 @@ def refuse_other_ranks(
     for rank in [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]:
         if rank > largest:
             raise LoraError(
-                f"{folder / 'adapter_config.json'}: a rank of {rank}, and no tensor of the "
-                "adapter is as large",
+                f"{folder / 'adapter_config.json'}: the rank {rank} is larger than any tensor of "
+                "the adapter",
                 "copy the adapter again: its configuration and its weights are of two adapters",
             )
 
@@ -88,8 +88,8 @@ def refuse_other_base(adapter: str, named: Any, recorded: Any) -> None:
     training."""
     if named and recorded and named != recorded:
         raise LoraError(
-            f"{adapter}: adapter_config.json names the base {named}, and our record of its "
-            f"training {recorded}",
+            f"{adapter}: adapter_config.json names the base {named}, but the record of its "
+            f"training names {recorded}",
             f"--base {recorded} if the record is right: somebody has changed one of the two files",
         )
 
@@ -99,4 +99,4 @@ def announce_base(adapter: str, base: str, revision: str | None) -> None:
     """Say, once, which base an adapter made elsewhere names, before anything of that base is
     opened."""
     at = f" at {revision}" if revision else ""
-    ui.say(f"{adapter} was made elsewhere: by its own word, its base is {base}{at}")
+    ui.say(f"{adapter} was made elsewhere; it names as its base {base}{at}")

@@ -162,7 +162,7 @@ def _refuse_no_adapter(folder: Path) -> None:
             if (inside / "adapter_config.json").is_file()
             else "give the adapter's folder"
         )
-        raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
+        raise LoraError(f"{folder} is not an adapter: it has no adapter_config.json", hint)
 
 
 def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     file = folder / "adapter_config.json"
     config = read_json(file)
     if not isinstance(config, dict):
-        raise LoraError(f"{file} is no adapter configuration", "copy the adapter again")
+        raise LoraError(f"{file} is not an adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise LoraError(
             f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA",
@@ -212,7 +212,7 @@ def _choose_base(
             "--base MODEL, or run this where it is",
         )
     if not names.may_be_model(name):
-        raise LoraError(f"the base of {adapter}, {name}, is no model", "--base MODEL")
+        raise LoraError(f"the base of {adapter}, {name}, is not a model", "--base MODEL")
     if record is None and base is None:
         adapter_config.announce_base(adapter, name, revision)
     return Base(name, revision)

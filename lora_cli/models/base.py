@@ -185,8 +185,8 @@ class Base:
     def _refuse_conv1d(self) -> None:
         if any(isinstance(module, Conv1D) for module in self.build_empty().modules()):
             raise LoraError(
-                f"{self.name} keeps its weights the other way round (Conv1D), and comes back from "
-                "4 bits wrongly",
+                f"{self.name} stores its weights transposed (Conv1D), and 4-bit storage "
+                "reads them back wrongly",
                 "--set method=lora, or method=dora",
             )
 

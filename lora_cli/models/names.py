@@ -20,7 +20,7 @@ def classify(path: str) -> str:
     local = Path(path)
     if not path.strip():
         raise UsageError(
-            "an empty name is no model", "give a folder, a .gguf file or a model on the hub"
+            "the name of the model is empty", "give a folder, a .gguf file or a model on the hub"
         )
     if local.suffix == ".gguf":
         if not local.is_file():
@@ -40,7 +40,7 @@ def classify(path: str) -> str:
         raise LoraError(f"{path} is neither a model nor an adapter", hint)
     if local.exists() or not is_hub_name(path):
         raise LoraError(
-            f"{path} does not exist or is no model",
+            f"{path} does not exist or is not a model",
             "give a folder, a .gguf file or a model on the hub",
         )
     return "adapter" if _is_adapter_on_hub(path) else "hub"

@@ -119,7 +119,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise SafetensorError(f"{path} is no safetensors file, or is cut off")
+            raise SafetensorError(f"{path} is not a safetensors file, or is cut off")
         try:
             header: dict[str, Any] = json.loads(file.read(min(length, LONGEST_HEADER)))
         except (ValueError, RecursionError):
@@ -130,7 +130,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
     unknown = {tensor["dtype"] for tensor in header.values()} - TYPES.keys()
     if unknown:
         raise LoraError(
-            f"{path} holds {sorted(unknown)[0]} weights, which are not merged into",
+            f"{path} holds {sorted(unknown)[0]} weights, which lora cannot merge into",
             "take a 16-bit base",
         )
     end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
@@ -192,7 +192,7 @@ def _list_shards(index: Path) -> list[str]:
         or not all(isinstance(file, str) for file in named.values())
     ):
         raise LoraError(
-            f"{index} is no index of weights: it has no weight_map", "copy or download it again"
+            f"{index} is not an index of weights: it has no weight_map", "copy or download it again"
         )
     if outside := [file for file in named.values() if Path(file).name != file or "\\" in file]:
         raise LoraError(

@@ -61,7 +61,7 @@ def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
     there = model.get_input_embeddings().num_embeddings
     if rows > there + MOST_ADDED:
         raise LoraError(
-            f"{folder} speaks of row {rows - 1} of the embeddings, and its base has {there}",
+            f"{folder} needs row {rows - 1} of the embeddings, but its base has only {there}",
             "copy the adapter again",
         )
     if there < rows:

@@ -52,9 +52,7 @@ def load_tokenizer(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
         )
     if not tokenizer.is_fast:
-        raise LoraError(
-            f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first"
-        )
+        raise LoraError(f"{name} has only a slow tokenizer", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()
     for kind, token in roles.items():
         if token is not None:

@@ -536,7 +536,7 @@ BAD: dict[str, Case] = {
     "convert: one only": typed("convert", "a"),
     "convert: no adapter": typed("convert", "a", "out"),
     "verify: one only": typed("verify", "a"),
-    "verify: neither is there": typed("verify", "a", "b"),
+    "verify: neither is there": typed("verify", "./a", "./b"),
     "verify: GGUFs that are none": lambda d: [gguf(d), ["verify", "model.gguf", "model.gguf"]][1],
     "export-gguf: nothing here": typed("export-gguf"),
     "export-gguf: the adapter's folder is missing": typed("export-gguf", "--adapter-only"),

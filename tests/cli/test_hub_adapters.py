@@ -45,7 +45,7 @@ def merged(hub: LoopbackHub, cache: Path, lora, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("made") / "out"
     done = lora("merge", ADAPTER, out, env=hub.environ(cache), cwd=out.parent)
     assert done.returncode == 0, done.stderr
-    assert f"{ADAPTER} was made elsewhere: by its own word, its base is {MODEL}" in done.stderr
+    assert f"{ADAPTER} was made elsewhere; it names as its base {MODEL}" in done.stderr
     assert f"merging {ADAPTER} into {MODEL}" in done.stderr
     assert "4 of 4 modules merged" in done.stderr
     return out

@@ -165,7 +165,7 @@ def test_the_other_hub_recipes_work_too(environ, lora, tmp_path: Path, config: s
         ("data.split=foo", 'Unknown split "foo"'),
         (
             "model.name_or_path=build/nothing/here",
-            "build/nothing/here does not exist or is no model",
+            "build/nothing/here does not exist or is not a model",
         ),
     ],
 )

@@ -162,7 +162,7 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(
     with pytest.raises(KeyboardInterrupt):
         merge(made, tmp_path / "out")
     assert (
-        heard[0] == f"{made} was made elsewhere: by its own word, its base is {tmp_path / 'base'}"
+        heard[0] == f"{made} was made elsewhere; it names as its base {tmp_path / 'base'}"
     )
 
 

@@ -143,7 +143,7 @@ def test_what_the_converter_would_refuse_or_get_wrong_is_said_before(
     few = damaged(base, tmp_path / "few", vocab_size=500)
     assert "has token 511 " in said(few)
     tied = damaged(base, tmp_path / "tied", tie_word_embeddings=True)
-    assert "ties its head to its embeddings in config.json" in said(tied)
+    assert "ties the head to the embeddings" in said(tied)
     bpe = damaged(base, tmp_path / "bpe")
     (bpe / "tokenizer.model").unlink()
     bytes_only = Tokenizer(

@@ -635,7 +635,7 @@ def test_eva_counts_the_largest_rank(write_recipe) -> None:
 
 def test_conv1d_is_not_stored_in_4_bits(write_recipe, bases) -> None:
     path = write_recipe("method: qlora\n")
-    with pytest.raises(LoraError, match=r"keeps its weights the other way round \(Conv1D\)"):
+    with pytest.raises(LoraError, match=r"stores its weights transposed \(Conv1D\)"):
         run.train(load.load_recipe(path, [f"model.name_or_path={bases('gpt2')}"]))
 
 
