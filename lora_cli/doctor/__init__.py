@@ -1,4 +1,4 @@
-"""Checks of what is installed, and the reference implementation they are held against."""
+"""Check what is installed, also against a reference implementation."""
 
 __all__ = [
     "checks",

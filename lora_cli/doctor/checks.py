@@ -1,5 +1,4 @@
-"""`lora doctor`: does what is installed on this machine compute what it should, and is what lora
-uses there?
+"""`lora doctor`: check that what is installed computes what it should, and is what lora uses.
 
 What a recipe needs is tried, not looked up: a matrix product per device and type, PEFT and
 bitsandbytes against the reference, a file on each disk. A check that cannot even run is a problem

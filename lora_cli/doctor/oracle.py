@@ -1,4 +1,4 @@
-"""The installed PEFT and bitsandbytes held against the reference: how far each pair lies apart.
+"""Compare the installed PEFT and bitsandbytes with the reference.
 
 Every comparison starts from one small network and one adapter whose every trainable tensor is
 random (B ≠ 0), written by the reference as an adapter file and loaded by PEFT from it. `lora

@@ -1,4 +1,4 @@
-"""What a model says: generate, chat and verify."""
+"""Ask models: generate, chat and verify."""
 
 __all__ = [
     "chat",

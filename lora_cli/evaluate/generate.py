@@ -24,7 +24,7 @@ class Question(NamedTuple):
     expected: str | None
 
     def convert(self, template: str | None) -> formats.Conversation:
-        """The row's turns, the answer last. Raises UsageError naming its place."""
+        """Return the row's turns, the answer last. Raises UsageError naming its place."""
         try:
             found = formats.find_converter(self.style, formats.uses_alpaca(template))(self.row)
         except formats.BadRow as bad:
@@ -33,7 +33,7 @@ class Question(NamedTuple):
         return found
 
     def asked(self, template: str | None) -> Asked:
-        """What is asked, as the model with this chat template was trained to be asked."""
+        """Return what is asked, as the model with this chat template was trained to be asked."""
         found = self.convert(template)
         return Asked(found.messages[:-1], found.tools)
 
@@ -44,7 +44,8 @@ class Question(NamedTuple):
 
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
-    """The prompts of the command line, then the rows of a file that `lora train` could read."""
+    """Read the prompts of the command line, then the rows of a file that `lora train` could
+    read."""
     asked = [(f"prompt {number}", {"prompt": text}) for number, text in enumerate(prompts, start=1)]
     questions = [_make_question(place, row) for place, row in asked]
     if file is not None:
@@ -63,7 +64,7 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
 
 
 def _make_question(place: str, row: readers.Row) -> Question:
-    """The question of a row, and its answer, where it has one, as the one that is expected."""
+    """Make the question of a row; its answer, where it has one, is the expected one."""
     if isinstance(row, formats.BadRow):
         raise _refuse_row(place, row)
     if row.keys() == {"text"}:  # a line of a .txt file

@@ -1,5 +1,5 @@
-"""`lora export-gguf ADAPTER --adapter-only`: a LoRA adapter as a GGUF of its own, for llama.cpp to
-lay over the base.
+"""`lora export-gguf ADAPTER --adapter-only`: write a LoRA adapter as a GGUF that llama.cpp lays
+over the base.
 
 llama.cpp's converter writes the raw `lora_alpha` of the configuration, and llama.cpp multiplies
 each B·A by that over the module's rank: rsLoRA and alpha_pattern would run at another strength. So

@@ -1,4 +1,4 @@
-"""Open a GGUF in someone else's program: llama.cpp itself, through xllamacpp (the `gguf` extra).
+"""Run a GGUF in llama.cpp itself, through xllamacpp (the `gguf` extra).
 
 xllamacpp starts llama.cpp's own server inside this process, on a free port of 127.0.0.1. Here it is
 closed to everybody else by a random key, and spoken to with the calls of llama.cpp's

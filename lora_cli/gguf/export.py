@@ -1,5 +1,5 @@
-"""`lora export-gguf`: a merged model, or an adapter merged on the way, as GGUF files checked in
-llama.cpp."""
+"""`lora export-gguf`: write a merged model, or an adapter merged on the way, as GGUF files checked
+in llama.cpp."""
 
 from __future__ import annotations
 

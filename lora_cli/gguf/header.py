@@ -1,4 +1,4 @@
-"""The GGUF file format: what stands before the weights, read and written again byte for byte.
+"""Read and write what a GGUF file holds before its weights, byte for byte.
 
 As ggml/include/gguf.h describes it (versions 2 and 3, which are laid out alike): magic, version,
 counts; the metadata; an entry per tensor; padding; the weights, each tensor padded to the

@@ -1,9 +1,9 @@
-"""Importance matrices: how large the inputs of each linear layer are over rows of text, for
-llama.cpp's quantiser.
+"""Measure an importance matrix for llama.cpp's quantiser: how large the inputs of each linear layer
+are over rows of text.
 
 As llama.cpp's own llama-imatrix (tools/imatrix/imatrix.cpp): the sum of squares of every input
 column, and the number of tokens. Measured here on the Hugging Face model; written by
-`imatrix_file.py` with the converter's gguf package.
+`imatrix_writer.py` with the converter's gguf package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write an importance matrix as llama.cpp reads it. A program of its own, since it needs the
 converter's gguf package:
 
-    PYTHONPATH=llama.cpp/gguf-py python imatrix_file.py SUMS.safetensors MODEL.gguf OUT.gguf
+    PYTHONPATH=llama.cpp/gguf-py python imatrix_writer.py SUMS.safetensors MODEL.gguf OUT.gguf
 
 SUMS holds sums of squares by the name of a Hugging Face module, and the number of tokens in its
 metadata; MODEL says the architecture, and which tensors there are.

@@ -1,5 +1,5 @@
-"""Which type each tensor of a GGUF gets: llama.cpp's mixtures, which keep the tensors that matter
-most in more bits.
+"""Choose the type of each tensor of a GGUF by llama.cpp's mixtures, which keep the tensors that
+matter most in more bits.
 
 The rule of llama.cpp's src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`,
 `tensor_allows_quantization`, `tensor_requires_imatrix`) as of llama-cpp-python 0.3.36, for the

@@ -1,5 +1,4 @@
-"""How to run what was exported: an Ollama Modelfile, and command lines that say what a server
-cannot load.
+"""Say how to run what was exported: an Ollama Modelfile, and command lines.
 
 Ollama reads Go templates. One is written only where it is certain: where every probe conversation,
 rendered by the tokenizer, is each message between a text before and a text after its role's

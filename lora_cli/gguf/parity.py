@@ -1,5 +1,5 @@
-"""A GGUF in llama.cpp against the Hugging Face model it was made from: token ids, distributions,
-metadata."""
+"""Compare a GGUF in llama.cpp with the Hugging Face model it was made from: token ids,
+distributions, metadata."""
 
 from __future__ import annotations
 

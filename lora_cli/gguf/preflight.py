@@ -1,4 +1,4 @@
-"""What would make an export fail or mislead, found before anything is converted: vocabulary, ties,
+"""Refuse an export that would fail or mislead, before anything is converted: vocabulary, ties,
 template, disk."""
 
 from __future__ import annotations

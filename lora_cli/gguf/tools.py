@@ -1,4 +1,4 @@
-"""llama.cpp's converters: where they are found, how they are run. `install.py` installs them.
+"""Find and run llama.cpp's converters; `install.py` installs them.
 
 They are searched for in this order: the directory the user named (`--llama-cpp DIR`),
 `$LLAMA_CPP_DIR`, the PATH, the managed copy. A directory is a llama.cpp checkout. A named directory

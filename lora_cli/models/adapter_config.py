@@ -47,7 +47,7 @@ def _is_unset(name: str, value: Any) -> bool:
 
 
 def _walk_keys(value: Any, keys: strict_yaml.Keys = ()) -> Iterator[strict_yaml.Keys]:
-    """The path of every key and list item in `value`."""
+    """Yield the path of every key and list item in `value`."""
     yield keys
     inside: Iterable[Any] = ()
     if isinstance(value, dict):
@@ -59,8 +59,8 @@ def _walk_keys(value: Any, keys: strict_yaml.Keys = ()) -> Iterator[strict_yaml.
 
 
 def refuse_other_task(folder: Path, task: Any) -> None:
-    """LoraError for an adapter of a model that classifies, or embeds: its head is not among its
-    tensors."""
+    """Raise LoraError for an adapter of a model that classifies or embeds: its head is not among
+    its tensors."""
     if find_task(task) is None:
         known = " or ".join(each.does for each in TASKS)
         raise LoraError(
@@ -71,8 +71,8 @@ def refuse_other_task(folder: Path, task: Any) -> None:
 def refuse_other_ranks(
     folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """LoraError for a rank that no tensor has: PEFT would make matrices of it before it sees that
-    none fits."""
+    """Raise LoraError for a rank larger than any tensor: PEFT would allocate matrices of it before
+    it notices that none fits."""
     largest = max((max(shape) for shape in shapes.values() if shape), default=1)
     for rank in [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]:
         if rank > largest:
@@ -84,8 +84,8 @@ def refuse_other_ranks(
 
 
 def refuse_other_base(adapter: str, named: Any, recorded: Any) -> None:
-    """LoraError where the adapter's configuration names another base than our record of its
-    training."""
+    """Raise LoraError where the adapter's configuration and the record of its training name
+    different bases."""
     if named and recorded and named != recorded:
         raise LoraError(
             f"{adapter}: adapter_config.json names the base {named}, but the record of its "

@@ -1,5 +1,4 @@
-"""A saved adapter: its folder is read, checked and resolved once, with the base that it was trained
-on."""
+"""Read a saved adapter once: check its folder, and resolve the base it was trained on."""
 
 from __future__ import annotations
 
@@ -194,8 +193,8 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 def _choose_base(
     adapter: str, base: str | None, config: dict[str, Any], record: dict[str, Any] | None
 ) -> Base:
-    """The base: as given, else as the adapter and our record name it. Raises LoraError where that
-    can be no model."""
+    """Choose the base: as given, else as the adapter and the record name it. Raises LoraError where
+    that cannot be a model."""
     named = config.get("base_model_name_or_path")
     if record and base is None:
         recorded = privacy.make_portable(record["base"].get("name"))
@@ -229,8 +228,8 @@ def _changes_base(config: dict[str, Any]) -> bool:
 
 
 def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the adapter's tensors; LoraError unless its weights are there, whole, and not
-    pickled."""
+    """Return the shapes of the adapter's tensors. Raises LoraError unless its weights are complete,
+    and not pickled."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         pickled = next(

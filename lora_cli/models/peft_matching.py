@@ -48,12 +48,14 @@ def matches_key(name: str, key: str) -> bool:
 
 
 def make_key_pattern(key: str) -> str:
-    """The regular expression of a key of `rank_pattern` or `alpha_pattern` (the same place)."""
+    """Make the regular expression of a key of `rank_pattern` or `alpha_pattern` (the same
+    place)."""
     return rf"(.*\.)?({key})$"
 
 
 def walk_patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
-    """(field, what was written, the regular expression) of all that PEFT makes of `config`.
+    """Yield (field, what was written, regular expression) for every expression that PEFT makes of
+    `config`.
 
     utils/other.py, match_target_against_key and get_pattern_key; tuners/tuners_utils.py,
     check_target_module_exists.
@@ -72,14 +74,14 @@ def walk_patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """PEFT's fields that take one value or several, as several."""
+    """Return a field that takes one value or several as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
 def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
-    """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model
+    """Return a copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model
     definitions converted."""
     resolved = copy.deepcopy(config)
     convert_peft_config_for_transformers(
@@ -89,17 +91,17 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
 
 
 def find_targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
-    """The modules that PEFT will adapt."""
+    """Return the modules that PEFT will adapt."""
     return [name for name in names if name and check_target_module_exists(config, name)]
 
 
 def find_targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
-    """The parameters that PEFT will adapt through `target_parameters`."""
+    """Return the parameters that PEFT will adapt through `target_parameters`."""
     wanted = config.target_parameters or []
     names = list_parameter_names(model)
     return [name for name in names if any(matches_ending(name, target) for target in wanted)]
 
 
 def list_parameter_names(model: nn.Module) -> list[str]:
-    """Every name of every parameter: of a shared one all."""
+    """List every name of every parameter, also the second name of a shared one."""
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -35,8 +35,8 @@ from lora_cli.recipe import Recipe
 
 
 def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
-    """UsageError with every part of the adapter's `config` that matches nothing in `model` or that
-    cannot be merged."""
+    """Raise UsageError with every part of the adapter's `config` that matches nothing in `model`,
+    or that cannot be merged."""
     modules = {name: module for name, module in model.named_modules() if name}
     patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
     resolved = resolve_targets(model, config)
@@ -66,7 +66,7 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
 
 
 def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
-    """A hint that names the real module, or ending of a module's name, that `target` most likely
+    """Make a hint that names the module, or ending of a module's name, that `target` most likely
     meant."""
     parts = target.count(".") + 1
     guess = find_nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
@@ -79,7 +79,7 @@ def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
 def _find_unmatched_names(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
-    """Targets and exclusions that match no module; an expression must match a whole name."""
+    """Find targets and exclusions that match no module; an expression must match a whole name."""
     kind = recipe.model.name_or_path
     for field in ("target_modules", "exclude_modules"):
         wanted, where = getattr(config, field), recipe.where("lora", field)
@@ -104,7 +104,7 @@ def _explain_unmatched_expression(field: str, written: str) -> str:
 def _find_unmatched_saved(
     recipe: Recipe, config: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
-    """Items of modules_to_save that match nothing, or more than their last parts say."""
+    """Find items of modules_to_save that match nothing, or more than their last parts say."""
     where = recipe.where("lora", "modules_to_save")
     for name in config.modules_to_save or []:
         meant = [module for module in names if matches_ending(module, name)]
@@ -121,7 +121,7 @@ def _find_unmatched_saved(
 def _find_left_out_targets(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
-    """Names in the list of targets that exist, and that another field takes away again."""
+    """Find targets that exist, but that another field takes away again."""
     if (
         not isinstance(config.target_modules, (set, list))
         or config.target_modules != resolved.target_modules
@@ -141,7 +141,7 @@ def _find_left_out_targets(
 def _find_unmatched_layers(
     recipe: Recipe, config: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
-    """Layers and layer patterns that choose no module, and full names, for which PEFT forgets
+    """Find layers and layer patterns that choose no module, and full names, for which PEFT ignores
     them."""
     if config.layers_to_transform is None:
         return
@@ -195,8 +195,8 @@ def _find_unmatched_parameters(
 def _find_unmatched_patterns(
     recipe: Recipe, config: LoraConfig, targeted: Sequence[str]
 ) -> Iterator[Problem]:
-    """Keys that match no adapted module, and modules that two keys match: their order is lost in
-    the adapter's file."""
+    """Find keys that match no adapted module, and modules that two keys match: the adapter's file
+    does not keep their order."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
         matched = {key: [name for name in targeted if matches_key(name, key)] for key in keys}
@@ -219,7 +219,7 @@ def _find_unmatched_patterns(
 def _find_wrong_token_ids(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
 ) -> Iterator[Problem]:
-    """Rows of embeddings that do not exist, are named twice, or are adapted as well."""
+    """Find rows of embeddings that do not exist, are named twice, or are adapted as well."""
     where = recipe.where("lora", "trainable_token_indices")
     weights = _find_ends(model)
     given: Any = config.trainable_token_indices or {}
@@ -251,7 +251,7 @@ def _find_wrong_token_ids(
 
 
 def _find_ends(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of the embeddings and of the head, by the modules' names."""
+    """Return the weights of the embeddings and of the head, by the modules' names."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     return {
         name: module.weight

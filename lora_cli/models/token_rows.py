@@ -1,5 +1,4 @@
-"""Tokens added to a base: the tokenizer takes them, the embeddings grow up to them, and their rows
-are trained.
+"""Add tokens to a base: grow its embeddings to the tokenizer, and train the new rows.
 
 Growing never shrinks: many bases have more rows than tokens. A trained row is kept whole in the
 adapter, so that what the new rows started from is of no matter afterwards.
@@ -71,7 +70,7 @@ def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
 def count_rows_trained(
     model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """How many rows of embeddings the adapter in `folder` speaks of; `shapes` are those of its
+    """Count the rows of embeddings that the adapter in `folder` needs; `shapes` are those of its
     tensors, by key."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)

@@ -1,5 +1,4 @@
-"""What PEFT's LoRA cannot do on a model though a recipe says so: it would fail late, not train, or
-not merge."""
+"""Refuse what PEFT's LoRA cannot do on a model: it would fail late, not train, or not merge."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def find_problems(
     targeted: dict[str, nn.Module],
     parameters: Sequence[str],
 ) -> Iterator[Problem]:
-    """All of them, for the modules and parameters that `config` adapts."""
+    """Find all problems of the modules and parameters that `config` adapts."""
     yield from _find_wrong_kinds(recipe, targeted)
     yield from _find_wrong_parameters(recipe, config, model, parameters)
     yield from _find_wrong_biases(recipe, config, model, targeted)
@@ -36,8 +35,8 @@ def find_problems(
 
 
 def _find_wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
-    """Modules without a weight that LoRA knows, and those whose own way of using it an adapter
-    would pass by."""
+    """Find modules without a weight that LoRA knows, and those that use theirs in a way an adapter
+    would bypass."""
     where = recipe.where("lora", "target_modules")
     for why, names in _group_by_reason(targeted, _explain_unlike_peft).items():
         more = f" ({len(names)} such modules)" if len(names) > 1 else ""
@@ -58,7 +57,7 @@ def _group_by_reason(
 
 
 def _explain_unlike_peft(module: Any) -> str | None:
-    """Why PEFT's adapter would not be, or not merge into, what the module computes."""
+    """Explain why PEFT's adapter would not compute, or not merge into, what the module computes."""
     if isinstance(module, nn.Embedding):
         own = type(module).forward is not nn.Embedding.forward and not hasattr(
             module, "embed_scale"
@@ -82,8 +81,8 @@ def _explain_unlike_peft(module: Any) -> str | None:
 def _find_wrong_parameters(
     recipe: Recipe, config: LoraConfig, model: nn.Module, parameters: Sequence[str]
 ) -> Iterator[Problem]:
-    """What does not go with adapters on parameters (which `all-linear` means too where experts are
-    fused)."""
+    """Find what does not work with adapters on parameters (which `all-linear` includes where
+    experts are fused)."""
     if not parameters:
         return
     such = f"parameters such as {parameters[0]}"
@@ -131,8 +130,8 @@ def _find_wrong_biases(
 def _find_wrong_starts(
     recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module]
 ) -> Iterator[Problem]:
-    """Initialisations that a module's kind, shape or rank does not allow, and what else eva does
-    not go with."""
+    """Find initialisations that a module's kind, shape or rank does not allow, and what else eva
+    does not work with."""
     initial = str(config.init_lora_weights).partition("_niter")[0]
     where = recipe.where("lora", "init_lora_weights")
     if initial == "eva" and config.trainable_token_indices:
@@ -167,7 +166,7 @@ def _find_wrong_starts(
 def _find_wrong_copies(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel
 ) -> Iterator[Problem]:
-    """Modules to train whole that cannot be: in 4 bits, or with rows trained by themselves."""
+    """Find modules that cannot be trained whole: in 4 bits, or with rows trained by themselves."""
     where = recipe.where("lora", "modules_to_save")
     modules = dict(model.named_modules())
     given: Any = config.trainable_token_indices or {}
@@ -193,7 +192,7 @@ def _find_wrong_copies(
 
 
 def _find_sharing(modules: dict[str, nn.Module], weight: torch.Tensor | None) -> list[str]:
-    """The modules that have this very tensor as their weight."""
+    """Return the modules that have this very tensor as their weight."""
     if weight is None:
         return []
     return [name for name, module in modules.items() if getattr(module, "weight", None) is weight]
@@ -206,8 +205,8 @@ def _find_tied(
     targeted: Sequence[str],
     parameters: Sequence[str],
 ) -> Iterator[Problem]:
-    """Adapters on a weight that serves as embedding and head: it can be merged into neither without
-    changing the other.
+    """Find adapters on a weight that serves as embedding and head: it cannot be merged into one
+    without changing the other.
 
     `modules_to_save` and `trainable_token_indices` are sound there, but for rows of the head alone.
     """

@@ -1,5 +1,4 @@
-"""LoRA, rsLoRA, DoRA and NF4 as published, in plain torch: what PEFT and bitsandbytes are held
-against.
+"""LoRA, rsLoRA, DoRA and NF4 as published, in plain torch, to compare PEFT and bitsandbytes with.
 
 Written from the papers' formulas, for reading; not for speed. Nothing that trains, merges or
 exports imports it: `oracle.py` compares the installed libraries with it, for the tests and for

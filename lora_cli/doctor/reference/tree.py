@@ -1,4 +1,4 @@
-"""A whole module tree adapted, its adapter saved, swapped for another, or merged."""
+"""Adapt a whole module tree; save its adapter, swap it for another, or merge it."""
 
 from __future__ import annotations
 
