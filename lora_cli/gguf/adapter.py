@@ -98,8 +98,8 @@ def _finish_file(made: Path, target: Path, name: str, report: str, adapter: Adap
 
 
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
-    """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by
-    1 for plain LoRA."""
+    """Write the adapter with every B multiplied so that `lora_alpha` over the module's rank is its
+    scale: by 1 for plain LoRA."""
     adapted = attach.load_adapter(adapter.base.build_zero(), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
     for path, layer in attach.find_lora_layers(adapted).items():
@@ -113,8 +113,8 @@ def _write_scaled(adapter: Adapter, folder: Path) -> None:
 def _compare_all(
     adapter: Adapter, base_folder: Path, made: dict[str, Path], converter: Found, scratch: Path
 ) -> dict[str, str]:
-    """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one
-    differs."""
+    """Compare base and adapter, here and in llama.cpp, and report by type. Raises LoraError where
+    one differs."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
     dtype = adapter.base.dtype

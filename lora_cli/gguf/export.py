@@ -91,15 +91,15 @@ def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> bool:
 
 
 def _choose_exact_type(dtype: torch.dtype) -> str:
-    """The converter's type that holds the model's weights as they are, from which the quantiser
-    starts."""
+    """Choose the converter's type that holds the model's weights exactly, for the quantiser to
+    start from."""
     return EXACT[str(dtype).removeprefix("torch.")]
 
 
 def _check_first(
     path: Path, adapter: Adapter | None, converter: Found, scratch: Path
 ) -> PretrainedConfig:
-    """What can be refused before weights are touched is; returns the configuration of the model to
+    """Refuse what can be refused before weights are read; return the configuration of the model to
     be converted."""
     if adapter is None:
         model = Base(str(path))
@@ -116,15 +116,16 @@ def _check_first(
 
 
 def _spell_type(name: str, weighted: bool) -> str:
-    """The converter's own types first: it writes q8_0 without a quantiser."""
+    """Spell a type as the converter or the quantiser does; the converter's come first, since it
+    writes q8_0 without a quantiser."""
     if name.lower() in CONVERTER_TYPES:
         return name.lower()
     return mixture.pick(name, weighted)
 
 
 def find_newest_result() -> Path:
-    """The merged model or adapter below the current folder that was written last; LoraError if
-    there is none."""
+    """Find the merged model or adapter below the current folder that was written last. Raises
+    LoraError if there is none."""
     found = [
         file
         for file in Path().rglob(provenance.ARTEFACT_RECORD)
@@ -178,7 +179,7 @@ def _convert_all(
 
 
 def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
-    """The importance matrix named by `--imatrix`, measured where that is data."""
+    """Find the importance matrix of `--imatrix`, or measure it where that names data."""
     if weighted is None:
         return None
     if Path(weighted).suffix in imatrix.FILES:
@@ -189,7 +190,7 @@ def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Fo
 
 
 def _compare_all(model: Base, made: dict[str, Path]) -> dict[str, str]:
-    """What comparing each file with the Hugging Face model showed, by type; LoraError if one may
+    """Compare each file with the Hugging Face model and report by type. Raises LoraError if one may
     not be handed over."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 
 def main(sums: str, model: str, out: str) -> None:
-    """Map each module to its tensor in `model` and write `out`; print the modules that are none
-    there."""
+    """Map each module to its tensor in `model` and write `out`; print the modules that have
+    none."""
     import gguf
 
     reader = gguf.GGUFReader(model)

@@ -155,7 +155,8 @@ class Place:
 
     @property
     def favoured(self) -> bool:
-        """`use_more_bits`: the first and the last eighth, and every third between."""
+        """llama.cpp's `use_more_bits`: whether a layer is in the first or last eighth, or every
+        third between."""
         return not self.inner or (self.index - self.num // 8) % 3 == 2
 
 
@@ -270,7 +271,7 @@ class Choice(NamedTuple):
 
 
 def pick(name: str, weighted: bool) -> str:
-    """The kind of KINDS that `name` means, whatever its case. Raises UsageError, also for one that
+    """Return the kind of KINDS that `name` means, in any case. Raises UsageError, also for one that
     needs an importance matrix where there is none."""
     picked = tools.pick(name, KINDS)
     if picked in NEEDS_IMATRIX and not weighted:
@@ -358,7 +359,7 @@ class _Mixture:
         )
 
     def _wanted(self, tensor: Tensor) -> str:
-        """The type by the rule, whether or not the rows fit."""
+        """Return the type by the rule, whether or not the rows fit."""
         if tensor.name == "output.weight" or self.tied and tensor.name in EMBEDDINGS:
             return self._head(tensor.shape[0])
         if tensor.name in EMBEDDINGS:
@@ -399,7 +400,7 @@ class _Mixture:
 
 
 def _layer(name: str) -> int:
-    """The number of the block a tensor belongs to, -1 for those of none, which come first."""
+    """Return the number of a tensor's block; -1 for those outside blocks, which come first."""
     found = re.match(r"blk\.(\d+)", name)
     return int(found[1]) if found else -1
 

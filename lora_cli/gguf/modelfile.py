@@ -44,7 +44,7 @@ class Pieces(NamedTuple):
         )
 
     def go(self) -> str:
-        """The Go template."""
+        """Write the pieces as a Go template."""
         cases = (
             f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
             for role, (before, after) in self.around.items()
@@ -54,8 +54,8 @@ class Pieces(NamedTuple):
 
 
 def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
-    """The tokenizer's chat template in pieces; None where it has none, or renders a probe
-    conversation otherwise."""
+    """Take the tokenizer's chat template apart; None where it has none, or where the pieces render
+    a probe conversation differently."""
     if tokenizer.chat_template is None:
         return None
     try:
@@ -72,7 +72,7 @@ def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 
 
 def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
-    """The pieces as one conversation of three roles shows them."""
+    """Find the pieces in one rendered conversation of three roles."""
     marks = {role: f"@{role}@" for role in ROLES}
     turns = [{"role": role, "content": mark} for role, mark in marks.items()]
     longer = [
@@ -114,8 +114,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 def _render_conversation(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True
 ) -> str:
-    """The conversation as the template renders it, without the BOS that Ollama and llama.cpp
-    add."""
+    """Render the conversation without the BOS that Ollama and llama.cpp add."""
     text = chat_template.render(
         tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask
     )
@@ -123,7 +122,7 @@ def _render_conversation(
 
 
 def _make_probes() -> list[Conversation]:
-    """Conversations that every template in pieces renders as the sum of its pieces."""
+    """Make conversations that every template in pieces renders as the sum of its pieces."""
 
     def chat(*turns: str) -> Conversation:
         return [
@@ -169,7 +168,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
 
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation
+    """List the tokens that end an answer: the tokenizer's, and those of the model's generation
     settings."""
     configured = GenerationConfig.from_model_config(Base(str(merged)).config).eos_token_id
     if (merged / "generation_config.json").is_file():
