@@ -279,7 +279,9 @@ def test_another_model_s_importance_matrix_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_importance_matrix_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "imatrix.gguf"
     ggufs.write_model(path, "untied")
-    with pytest.raises(LoraError, match="imatrix.gguf is not an importance matrix: it holds no sums"):
+    with pytest.raises(
+        LoraError, match="imatrix.gguf is not an importance matrix: it holds no sums"
+    ):
         quantize.read_weights(path)
     path.write_bytes(b"\x01\0\0\0some text that is none either")
     with pytest.raises(LoraError, match=r"imatrix.gguf is not an importance matrix: "):
