@@ -339,7 +339,7 @@ BAD: dict[str, Case] = {
     "data: an address": typed(
         "train", "r.yaml", "--set", "data.path=https://x.org/rows.jsonl", make=lambda d: [base(d), recipe(d)]),
     # The base
-    "model: no such folder": lambda d: [recipe(d), ["train", "r.yaml"]][1],
+    "model: no such folder": typed("train", "r.yaml", "--set", "model.name_or_path=./base", make=recipe),
     "model: a longer path": typed("train", "r.yaml", "--set", "model.name_or_path=models/llama/base", make=recipe),
     "model: an address": typed("train", "r.yaml", "--set", "model.name_or_path=https://hf.co/a/b", make=recipe),
     "model: a file": typed("train", "r.yaml", "--set", "model.name_or_path=rows.jsonl", make=recipe),
@@ -532,7 +532,7 @@ BAD: dict[str, Case] = {
     "combine: one": typed("combine", "a", "out"),
     "combine: no such rank": typed("combine", "a", "b", "out", "--r", "0"),
     "extract: two only": typed("extract", "a", "b"),
-    "extract: no models": typed("extract", "a", "b", "out"),
+    "extract: no models": typed("extract", "./a", "./b", "out"),
     "convert: one only": typed("convert", "a"),
     "convert: no adapter": typed("convert", "a", "out"),
     "verify: one only": typed("verify", "a"),
