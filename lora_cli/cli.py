@@ -401,7 +401,7 @@ def generate(
         typer.Option(
             "--file",
             "-f",
-            help="Prompts: lines of text, or .jsonl rows; answers in the rows are compared.",
+            help="Prompts: lines of .txt, or rows as for training; their answers are compared.",
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,

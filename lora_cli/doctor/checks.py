@@ -1,5 +1,4 @@
-"""`lora doctor`: does what is installed on this machine compute what it should, and is what lora
-uses there?
+"""`lora doctor`: check that what is installed computes what it should, and is what lora uses.
 
 What a recipe needs is tried, not looked up: a matrix product per device and type, PEFT and
 bitsandbytes against the reference, a file on each disk. A check that cannot even run is a problem
@@ -81,8 +80,8 @@ def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) ->
 
 
 def _format_check(check: Check) -> str:
-    """Status, name and text, folded to the terminal's width; the command that mends it on a line of
-    its own."""
+    """Format status, name and text, folded to the terminal's width; the command that mends it gets
+    its own line."""
     text = f"{check.status:7}  {check.name}: {check.said}"
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
@@ -93,7 +92,7 @@ def _format_check(check: Check) -> str:
 
 
 def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[Check]:
-    """Every check, as it is made; what the oracle measured is added to `deviations`."""
+    """Run every check and yield its findings; what the oracle measures is added to `deviations`."""
     yield Check(
         "lora",
         "ok",
@@ -110,7 +109,7 @@ def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[C
 
 
 def _try_check(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The findings of `check`; what it raises is a finding too."""
+    """Yield the findings of `check`; an exception becomes a finding too."""
     try:
         yield from check()
     except Exception as error:
@@ -123,8 +122,8 @@ def _try_check(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Chec
 
 
 def check_versions() -> Iterator[Check]:
-    """Each package lora asks for: installed, in the range it asks for, and the version that was
-    tested?"""
+    """Check each package lora asks for: whether it is installed, in range, and the version that was
+    tested."""
     from packaging.requirements import Requirement
 
     tested = read_tested_versions()
@@ -154,7 +153,7 @@ def check_versions() -> Iterator[Check]:
 
 
 def read_tested_versions() -> dict[str, str]:
-    """Package -> version of the tested set, for this Python."""
+    """Read the tested set for this Python: package -> version."""
     from packaging.requirements import Requirement
 
     lines = [
@@ -167,7 +166,7 @@ def read_tested_versions() -> dict[str, str]:
 
 
 def _find_version(name: str) -> str | None:
-    """The version of a package; None where it is not, or not wholly, installed."""
+    """Return the version of a package; None where it is not, or only partly, installed."""
     try:
         return importlib.metadata.version(name) or None
     except (
@@ -178,7 +177,7 @@ def _find_version(name: str) -> str | None:
 
 
 def _check_version(requirement: Any, tested: str | None) -> Check | None:
-    """What is to be said of one package; None when it is the tested version."""
+    """Return the finding for one package; None when it is the tested version."""
     wanted = f"{requirement.name}=={tested}" if tested else str(requirement)
     fix = f"python -m pip install '{wanted}'"
     installed = _find_version(requirement.name)
@@ -200,7 +199,7 @@ def _check_version(requirement: Any, tested: str | None) -> Check | None:
 
 
 def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
-    """Everything a run imports."""
+    """Import everything a run imports."""
     started = time.perf_counter()
     prepare()
     import lora_cli.train.run  # noqa: F401
@@ -212,7 +211,7 @@ def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
 
 
 def list_device_names() -> list[str]:
-    """`cpu` and every accelerator, as torch names them."""
+    """List `cpu` and every accelerator, as torch names them."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator()
@@ -221,7 +220,7 @@ def list_device_names() -> list[str]:
 
 
 def check_devices() -> Iterator[Check]:
-    """A matrix product and its gradient on every device in every type, against float64 on the
+    """Check a matrix product and its gradient on every device in every type, against float64 on the
     CPU."""
     import torch
 
@@ -258,7 +257,7 @@ def check_devices() -> Iterator[Check]:
 
 
 def time_matmul(device: str, dtype: Any) -> tuple[float, float]:
-    """The time of one product of two 512x512 matrices with its gradient, and how far from exact, as
+    """Time one product of two 512x512 matrices with its gradient; return the time and the error, as
     a share of the largest value."""
     import torch
 
@@ -296,8 +295,8 @@ def _measure_device_memory(device: str) -> str:
 
 
 def check_oracle(deviations: list[Any]) -> Iterator[Check]:
-    """PEFT's layers and bitsandbytes' NF4 against the papers' formulas, on the CPU and the first
-    accelerator."""
+    """Compare PEFT's layers and bitsandbytes' NF4 with the papers' formulas, on the CPU and the
+    first accelerator."""
     from lora_cli.doctor import oracle
 
     for device in list_device_names()[:2]:
@@ -340,7 +339,7 @@ def _name_fix(*names: str) -> str:
 
 
 def check_four_bit() -> Iterator[Check]:
-    """What bitsandbytes gets wrong on this processor, and lora keeps away from recipes."""
+    """Report what bitsandbytes gets wrong on this processor, which lora refuses in recipes."""
     from lora_cli.doctor import oracle
     from lora_cli.models import four_bit
 
@@ -370,8 +369,8 @@ def check_four_bit() -> Iterator[Check]:
 
 
 def check_tools() -> Iterator[Check]:
-    """What exporting needs beyond a recipe, so notes only: the converter where it is looked for, an
-    engine to open the result in, and the quantiser in it."""
+    """Check what exporting needs beyond a recipe (so notes only): the converter, an engine to open
+    the result in, and its quantiser."""
     try:
         yield Check("llama.cpp converter", "ok", str(tools.find_converter()))
     except (LoraError, OSError, UnicodeDecodeError) as error:
@@ -392,7 +391,7 @@ def check_tools() -> Iterator[Check]:
 
 
 def check_disk() -> Iterator[Check]:
-    """Room where runs and downloads go; a file is written there to see."""
+    """Check the room where runs and downloads go, by writing a file there."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -421,7 +420,7 @@ def check_disk() -> Iterator[Check]:
 
 
 def check_memory() -> Iterator[Check]:
-    """RAM, and what of it is free."""
+    """Report the RAM, and what of it is free."""
     import psutil
 
     ram = psutil.virtual_memory()

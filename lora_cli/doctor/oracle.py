@@ -1,4 +1,4 @@
-"""The installed PEFT and bitsandbytes held against the reference: how far each pair lies apart.
+"""Compare the installed PEFT and bitsandbytes with the reference.
 
 Every comparison starts from one small network and one adapter whose every trainable tensor is
 random (B ≠ 0), written by the reference as an adapter file and loaded by PEFT from it. `lora
@@ -68,7 +68,7 @@ class Network(nn.Module):
 
 
 def make_network(kind: str, dtype: torch.dtype, device: str) -> tuple[Network, Tensor]:
-    """A network whose target is of the kind, and an input for it."""
+    """Make a network whose target is of the kind, and an input for it."""
     torch.manual_seed(0)
     if kind == "Embedding":
         target: nn.Module = nn.Embedding(13, 6, padding_idx=3, scale_grad_by_freq=True)
@@ -116,7 +116,7 @@ def compare_layers(
         )
         result = _compare_training(ours, theirs, x)
         theirs.save_pretrained(str(folder / "theirs"))
-        ours.load_adapter(folder / "theirs", "theirs")
+        ours.swap_adapter(folder / "theirs")
     ours.eval(), theirs.eval()
     result["exchange"] = measure_deviation(ours(x), theirs(x))
     theirs.merge_adapter()
@@ -133,7 +133,7 @@ def compare_layers(
 
 
 def find_largest(values: Iterable[float]) -> float:
-    """The largest, NaN above all."""
+    """Return the largest value; NaN counts as larger than all."""
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
@@ -145,7 +145,7 @@ def _require_same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> No
 
 
 def _compare_training(ours: LoraModel, theirs: PeftModel, x: Tensor) -> dict[str, float]:
-    """Outputs and gradients in training mode, dropout drawn alike."""
+    """Compare outputs and gradients in training mode, with the same dropout."""
     outputs = []
     for side in (ours, theirs):
         side.train()
@@ -188,7 +188,7 @@ def _require_same_shape(ours: Tensor, theirs: Tensor) -> None:
 
 
 def compare_nf4(weight: Tensor) -> dict[str, float]:
-    """bitsandbytes' NF4 of `weight` against the reference's.
+    """Compare bitsandbytes' NF4 of `weight` with the reference's.
 
     `codes` and `absmax`: shares that differ without double quantisation, `scale codes`: with it;
     `values` and `values (double)`: deviation of what the same codes and scales are read as.
@@ -218,7 +218,7 @@ def compare_nf4(weight: Tensor) -> dict[str, float]:
 
 
 def measure_differing(ours: Tensor, theirs: Tensor) -> float:
-    """The share of elements that are not equal."""
+    """Return the share of elements that are not equal."""
     _require_same_shape(ours, theirs)
     return (ours != theirs).float().mean().item()
 
@@ -276,12 +276,12 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
 
 
 def measure_relative(ours: Tensor, theirs: Tensor) -> float:
-    """max |ours − theirs| as a share of the largest |ours|."""
+    """Return max |ours − theirs| as a share of the largest |ours|."""
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
 def merge_4bit(adapted: PeftModel) -> Tensor:
-    """Dequantised base plus PEFT's own ΔW: what `lora merge` makes of a 4-bit base."""
+    """Merge as `lora merge` does on a 4-bit base: dequantised base plus PEFT's own ΔW."""
     from peft.utils.integrations import dequantize_module_weight
 
     layer = adapted.get_submodule("base_model.model.0")
@@ -289,7 +289,7 @@ def merge_4bit(adapted: PeftModel) -> Tensor:
 
 
 def measure_deviations(device: str = "cpu") -> dict[str, Callable[[], Iterator[Deviation]]]:
-    """Every pair on `device` by group, in float64 where the device has that."""
+    """Return the comparisons on `device` by group, in float64 where the device has that."""
     if device.startswith("mps"):  # bitsandbytes does not run there
         return {"LoRA, rsLoRA, DoRA": lambda: _measure_layers(device)}
     return {
@@ -326,7 +326,7 @@ def _measure_nf4(device: str) -> Iterator[Deviation]:
 
 
 def find_worst(found: Iterable[Deviation]) -> list[Deviation]:
-    """The largest of each pair and measure (a NaN is larger than all)."""
+    """Return the largest deviation of each pair and measure (a NaN is larger than all)."""
     by_key: dict[tuple[str, str], list[Deviation]] = {}
     for each in found:
         by_key.setdefault((each.pair, each.measure), []).append(each)
@@ -337,7 +337,7 @@ def find_worst(found: Iterable[Deviation]) -> list[Deviation]:
 
 
 def format_deviations(deviations: list[Deviation]) -> str:
-    """The largest deviation of every pair, one table per set of measures."""
+    """Format the largest deviation of every pair, one table per set of measures."""
     rows: dict[str, dict[str, float]] = {}
     for each in deviations:
         rows.setdefault(each.pair, {})[each.measure] = each.value

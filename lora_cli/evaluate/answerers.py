@@ -1,4 +1,4 @@
-"""What answers a conversation: a base, an adapter, a merged model or a GGUF file.
+"""Answer conversations with a base, an adapter, a merged model or a GGUF file.
 
 Adapters of one base share it: it is loaded once, and the adapters are switched on it, or off for
 the base itself. Each conversation is rendered by the chat template saved with the model that
@@ -86,7 +86,7 @@ class Bases:
         return Stored(adapter.base, adapter.trained_dtype, quantization, alone)
 
     def with_adapter(self, adapter: Adapter, name: str) -> Stored:
-        """The adapter loaded on its base under `name`; returns the base's key."""
+        """Load the adapter on its base under `name`; return the base's key."""
         key = self.key(adapter)
         base = self.loaded.get(key)
         if base is None:
@@ -107,8 +107,8 @@ class Bases:
         return key
 
     def plain(self, name: str) -> Stored:
-        """A model without adapter: a base that is there already in its own type, or loaded now;
-        returns its key."""
+        """Load a model without adapter, or take a base that is loaded already in its own type;
+        return its key."""
         base = Base(name)
         wanted = Stored(base, base.dtype)
         for key in self.loaded:
@@ -170,7 +170,7 @@ class HFAnswerer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
-        """Left-padded, with the pads masked; cut at the token that ends a turn."""
+        """Generate left-padded, with the pads masked; cut at the token that ends a turn."""
         weights, tokenizer = self.bases.loaded[self.key], self.tokenizer
         pad = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -200,8 +200,8 @@ class HFAnswerer:
         return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
 
     def _ends(self, weights: PreTrainedModel) -> list[int]:
-        """The tokens that end an answer: the tokenizer's, those of training, and those of the
-        generation config."""
+        """Return the tokens that end an answer: the tokenizer's, those of training, and those of
+        the generation config."""
         configured = weights.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
         return sorted(
@@ -253,8 +253,8 @@ class GGUFAnswerer:
 
 
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:
-    """What answers for each path, by a short label. Adapters first, so that a base among the paths
-    shares theirs."""
+    """Open what answers for each path, by a short label. Adapters come first, so that a base among
+    the paths shares theirs."""
     bases = Bases()
     kinds = {path: names.classify(path) for path in paths}
     answerers: dict[str, Answerer] = {}
@@ -273,8 +273,8 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
 
 
 def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer, with the template of an adapter on it where it has none, so that
-    prompts compare."""
+    """Load the base's own tokenizer, with the template of an adapter on it where it has none, so
+    that prompts compare."""
     tokenizer = load_tokenizer(name)
     if tokenizer.chat_template is not None:
         return tokenizer

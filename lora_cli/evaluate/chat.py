@@ -30,7 +30,7 @@ def chat(
 
 
 def _read_lines() -> Iterator[str]:
-    """Lines of stdin, with a prompt on stderr where a person types them."""
+    """Yield the lines of stdin, with a prompt on stderr where a person types them."""
     if sys.stdin is None:
         raise UsageError("there is no input to read", "lora generate PATH --prompt TEXT")
     asking = sys.stdin.isatty()

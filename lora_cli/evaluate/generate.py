@@ -1,5 +1,4 @@
-"""`lora generate` and `lora chat`: prompts answered by several models side by side; a conversation
-with one."""
+"""`lora generate`: answer the same prompts with several models side by side."""
 
 from __future__ import annotations
 
@@ -11,27 +10,31 @@ from typing import Any, NamedTuple
 from transformers import set_seed
 
 from lora_cli.common import UsageError, ui
-from lora_cli.data import formats
+from lora_cli.data import formats, readers
 from lora_cli.evaluate.answerers import Asked, Sampling, open_models
 
 
 class Question(NamedTuple):
-    """A row that waits for an answer: in one of `formats.FORMATS`, with any word where it gives no
-    answer."""
+    """A row to answer, in one of `formats.FORMATS`; a question without an answer has "?" in its
+    place."""
 
     row: dict[str, Any]
     style: str
     place: str
     expected: str | None
-    """The answer hoped for."""
 
-    def asked(self, template: str | None) -> Asked:
-        """What is asked, as the model with this chat template was trained to be asked."""
+    def convert(self, template: str | None) -> formats.Conversation:
+        """Return the row's turns, the answer last. Raises UsageError naming its place."""
         try:
             found = formats.find_converter(self.style, formats.uses_alpaca(template))(self.row)
         except formats.BadRow as bad:
-            raise UsageError(f"{self.place}: {bad.said}", bad.hint) from None
+            raise _refuse_row(self.place, bad) from None
         assert isinstance(found, formats.Conversation)
+        return found
+
+    def asked(self, template: str | None) -> Asked:
+        """Return what is asked, as the model with this chat template was trained to be asked."""
+        found = self.convert(template)
         return Asked(found.messages[:-1], found.tools)
 
     @property
@@ -41,78 +44,57 @@ class Question(NamedTuple):
 
 
 def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
-    """Prompts of the command line, then those of the file: rows of a known format in .jsonl, else
-    lines of text."""
-    questions = [
-        _plain_question(prompt, f"prompt {number}")
-        for number, prompt in enumerate(prompts, start=1)
-    ]
+    """Read the prompts of the command line, then the rows of a file that `lora train` could
+    read."""
+    asked = [(f"prompt {number}", {"prompt": text}) for number, text in enumerate(prompts, start=1)]
+    questions = [_make_question(place, row) for place, row in asked]
     if file is not None:
+        if file.is_file() and readers.guess_kind(file) is None:
+            raise UsageError(
+                f"{file} is none of {', '.join(readers.KINDS)}, nor one of them with .gz",
+                f"mv {file} {file}.txt, if each line is a prompt",
+            )
         try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
+            questions += [_make_question(place, row) for place, row in readers.read(file)]
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror}", f"ls -l {file}") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{file} is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
-            ) from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place, json_file = f"{file}:{number}", file.suffix in (".jsonl", ".json")
-                questions.append(
-                    _parse_question(line, place)
-                    if json_file
-                    else _plain_question(line.strip(), place)
-                )
     if not questions:
         raise UsageError("no prompt was given", "--prompt TEXT, or --file FILE")
     return questions
 
 
-def _plain_question(prompt: str, place: str) -> Question:
-    return Question({"prompt": prompt, "completion": "?"}, "prompt_completion", place, None)
-
-
-def _parse_question(line: str, place: str) -> Question:
-    """A row of JSON: its answer, where it has one, is what is hoped for."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{place}: not valid JSON: {error.msg}", "one JSON object a line"
-        ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; thousands of brackets
-        said = str(error).partition(";")[0]
-        raise UsageError(
-            f"{place}: JSON that cannot be read: {said}", "one JSON object a line"
-        ) from None
+def _make_question(place: str, row: readers.Row) -> Question:
+    """Make the question of a row; its answer, where it has one, is the expected one."""
+    if isinstance(row, formats.BadRow):
+        raise _refuse_row(place, row)
+    if row.keys() == {"text"}:  # a line of a .txt file
+        row = {"prompt": row["text"]}
     for style, asked, answer in (
         ("prompt_completion", "prompt", "completion"),
         ("alpaca", "instruction", "output"),
     ):
-        if isinstance(row, dict) and isinstance(row.get(asked), str):
-            expected = row.get(answer) or None
-            return Question({**row, answer: expected or "?"}, style, place, expected)
-    found = formats.recognise_format(row) if isinstance(row, dict) else None
+        if isinstance(row.get(asked), str):
+            question = Question({**row, answer: row.get(answer) or "?"}, style, place, None)
+            question.convert(None)
+            return question._replace(expected=row.get(answer) or None)
+    found = formats.recognise_format(row)
     if found not in ("messages", "sharegpt", "prompt_completion"):
         raise UsageError(
             f"{place}: a row needs prompt, instruction, messages or conversations",
             '{"prompt": "…"}',
         )
     question = Question(row, found, place, None)
-    try:
-        conversation = formats.find_converter(found)(row)
-    except formats.BadRow as bad:
-        raise UsageError(f"{place}: {bad.said}", bad.hint) from None
-    assert isinstance(conversation, formats.Conversation)
-    if conversation.messages[-1]["role"] != "assistant":
+    last = question.convert(None).messages[-1]
+    if last["role"] != "assistant":
         raise UsageError(
-            f"{place}: the last message is no answer", "end it with the assistant's turn"
+            f"{place}: the last message is not an answer", "end it with the assistant's turn"
         )
-    return question._replace(expected=conversation.messages[-1]["content"] or None)
+    return question._replace(expected=last["content"] or None)
+
+
+def _refuse_row(place: str, bad: formats.BadRow) -> UsageError:
+    hint = "mend or remove the row" if bad.hint == formats.MEND else bad.hint
+    return UsageError(f"{place}: {bad.said}", hint)
 
 
 def generate(

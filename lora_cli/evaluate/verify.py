@@ -1,5 +1,4 @@
-"""`lora verify`: are two forms of a model the same function? Any two of adapter, model and GGUF
-file.
+"""`lora verify`: compare two forms of a model, any two of adapter, model and GGUF file.
 
 Each answers the same probe prompts, in constant memory where that is possible. Between Hugging Face
 models the logits after the last tokens of each probe are compared; with a GGUF file, the
@@ -47,7 +46,8 @@ class Form(NamedTuple):
 
 
 def verify(first: str, second: str, base: str | None) -> str:
-    """The difference in words. RejectedError where it is more than the forms' types explain.
+    """Compare two forms and return the difference in words. Raises RejectedError where it is more
+    than their types explain.
 
     `base` is for adapters. LoraError when the two split a probe into other tokens, or cannot be
     compared.
@@ -76,7 +76,8 @@ def verify(first: str, second: str, base: str | None) -> str:
 
 
 def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
-    """What the weights of an adapter and a merged model say beyond their logits. RejectedError."""
+    """Compare the weights of an adapter and a merged model, which logits may hide. Raises
+    RejectedError."""
     adapters = [path for path in kinds if kinds[path] == "adapter"]
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
@@ -88,7 +89,7 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
 def _choose_limit(
     difference: Difference, one: Form, other: Form, gguf: bool
 ) -> tuple[float | None, float]:
-    """The limit, and the figure it is for: KL where a GGUF takes part, else the largest
+    """Choose the limit, and the figure it is for: KL where a GGUF takes part, else the largest
     |Δlogit|."""
     if not gguf:
         limits = [rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
@@ -110,13 +111,13 @@ def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokeniz
 
 
 def _plain_probes(path: Path) -> list[Probe]:
-    """Probes for two GGUF files: plain text, with the ids of the first."""
+    """Make probes for two GGUF files: plain text, with the ids of the first."""
     with engine.GGUFModel(path) as model:
         return [Probe(text, model.tokenize(text), True) for text in PROBES]
 
 
 def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) -> Form:
-    """What the model at `path` says to the probes."""
+    """Compute the logits of the model at `path` on the probes."""
     if kind == "gguf":
         return _load_gguf_form(Path(path), probes)
     tokenizer = _load_tokenizer(path, kind, base)
@@ -126,7 +127,7 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         if not probe.plain
     ):
         raise RejectedError(
-            f"{path} has another chat template: it renders the same prompts otherwise",
+            f"the chat templates differ: {path} renders the same prompts differently",
             "diff the two",
         )
     for probe in probes:
@@ -161,6 +162,6 @@ def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:
 def _require_same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:
     if list(ids) != probe.ids:
         raise LoraError(
-            f"{path} splits {probe.text[:60]!r} into other tokens than the other",
+            f"the tokenizers differ: {path} splits {probe.text[:60]!r} into other tokens",
             "they are two models",
         )

@@ -1,5 +1,5 @@
-"""`lora export-gguf ADAPTER --adapter-only`: a LoRA adapter as a GGUF of its own, for llama.cpp to
-lay over the base.
+"""`lora export-gguf ADAPTER --adapter-only`: write a LoRA adapter as a GGUF that llama.cpp lays
+over the base.
 
 llama.cpp's converter writes the raw `lora_alpha` of the configuration, and llama.cpp multiplies
 each B·A by that over the module's rank: rsLoRA and alpha_pattern would run at another strength. So
@@ -43,59 +43,62 @@ def export_adapter(
     Raises LoraError for an adapter that llama.cpp cannot hold, files in the way, and answers that
     differ; nothing is left then.
     """
-    if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
-        known = ", ".join(tools.CONVERTER_TYPES)
-        raise UsageError(
-            f"an adapter cannot be written as {kquants[0]}",
-            f"one of {known}; the base may be any type",
-        )
+    _refuse_quantizer_types(types)
     adapter = read_adapter(path, base)
-    adapter_contents.refuse_beyond(path)
+    adapter_contents.refuse_beyond(adapter.folder)
     adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)
-    folder, stem = output or path.parent, files.name_artefact(path)
+    folder = output or (Path() if adapter.hub_name else path.parent)
+    stem = files.name_artefact(path)
     targets = {
         name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))
     }
     files.refuse_existing(targets.values())
-    ui.say(f"exporting the adapter {path} with the converter {converter}")
+    ui.say(f"exporting the adapter {adapter} with the converter {converter}")
     if adapter.quantization:
         ui.warn(
-            "trained on 4-bit weights: over a GGUF of the original base it is another function; "
-            "merge it for the same"
+            "trained on 4-bit weights: on a GGUF of the original base it computes something else; "
+            "merge it to get what was trained"
         )
     files.make_folder(folder)
     with files.scratch_folder(".lora-export-", folder) as scratch:
-        scaled, made = (
-            scratch / "scaled",
-            {name: scratch / file.name for name, file in targets.items()},
-        )
+        scaled = scratch / "scaled"
+        made = {name: scratch / file.name for name, file in targets.items()}
         base_folder = adapter.base.download()
         _write_scaled(adapter, scaled)
         for name, file in made.items():
             tools.convert(scaled, file, name, converter, base_folder)
         reports = _compare_all(adapter, base_folder, made, converter, scratch)
         for name, target in targets.items():
-            contents = provenance.new_record(
-                "export-gguf",
-                type=name,
-                llama_cpp=tools.VERSION,
-                checked=reports[name],
-                parent=adapter.record,
-            )
-            files.write_json(target.with_name(f"{target.name}.json"), contents)
-            made[name].rename(target)
-            ui.say(
-                f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, base with adapter "
-                f"{reports[name]}"
-            )
+            _finish_file(made[name], target, name, reports[name], adapter)
     ui.say(f"to run it: llama-server -m BASE.gguf --lora {next(iter(targets.values()))}")
     return list(targets.values())
 
 
+def _refuse_quantizer_types(types: Sequence[str]) -> None:
+    """Raise UsageError for a type that only the quantiser writes: it does not read adapters."""
+    if kquants := [name for name in types if name.lower() not in tools.CONVERTER_TYPES]:
+        known = ", ".join(tools.CONVERTER_TYPES)
+        raise UsageError(
+            f"an adapter cannot be written as {kquants[0]}",
+            f"one of {known}; the base may be any type",
+        )
+
+
+def _finish_file(made: Path, target: Path, name: str, report: str, adapter: Adapter) -> None:
+    """Move a checked file of type `name` to its place, its record beside it."""
+    contents = provenance.new_record(
+        "export-gguf", type=name, llama_cpp=tools.VERSION, checked=report, parent=adapter.record
+    )
+    files.write_json(target.with_name(f"{target.name}.json"), contents)
+    made.rename(target)
+    size = target.stat().st_size / 2**20
+    ui.say(f"  {target.name}: {size:.1f} MiB, base with adapter {report}")
+
+
 def _write_scaled(adapter: Adapter, folder: Path) -> None:
-    """The adapter, every B multiplied so that `lora_alpha` over the module's rank is its scale: by
-    1 for plain LoRA."""
+    """Write the adapter with every B multiplied so that `lora_alpha` over the module's rank is its
+    scale: by 1 for plain LoRA."""
     adapted = attach.load_adapter(adapter.base.build_zero(), adapter.folder)
     config, tensors = adapted.peft_config["default"], {}
     for path, layer in attach.find_lora_layers(adapted).items():
@@ -109,8 +112,8 @@ def _write_scaled(adapter: Adapter, folder: Path) -> None:
 def _compare_all(
     adapter: Adapter, base_folder: Path, made: dict[str, Path], converter: Found, scratch: Path
 ) -> dict[str, str]:
-    """What comparing base and adapter, here and in llama.cpp, showed by type; LoraError where one
-    differs."""
+    """Compare base and adapter, here and in llama.cpp, and report by type. Raises LoraError where
+    one differs."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
     dtype = adapter.base.dtype

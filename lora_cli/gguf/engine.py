@@ -1,4 +1,4 @@
-"""Open a GGUF in someone else's program: llama.cpp itself, through xllamacpp (the `gguf` extra).
+"""Run a GGUF in llama.cpp itself, through xllamacpp (the `gguf` extra).
 
 xllamacpp starts llama.cpp's own server inside this process, on a free port of 127.0.0.1. Here it is
 closed to everybody else by a random key, and spoken to with the calls of llama.cpp's
@@ -51,7 +51,7 @@ class GGUFModel:
         when xllamacpp is not installed or llama.cpp cannot load the file.
         """
         if not tools.is_gguf(path, with_tensors=False):
-            raise LoraError(f"{path} is no GGUF file", "copy it again, or export it again")
+            raise LoraError(f"{path} is not a GGUF file", "copy it again, or export it again")
         xlc = import_xllamacpp()
         params = xlc.CommonParams()
         params.model.path = str(path)
@@ -83,7 +83,7 @@ class GGUFModel:
         self.eos_token: str = props["eos_token"]
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of `text`, special tokens written out in it included.
+        """Return the token ids of `text`; special tokens written out in it count as such.
 
         `add_special` adds what the GGUF says comes around a prompt (BOS for a Llama).
         """
@@ -93,8 +93,8 @@ class GGUFModel:
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
     ) -> str:
-        """The prompt for `messages` (`role`, `content`) and `tools` by the embedded chat template,
-        ready for an answer.
+        """Render the prompt for `messages` (`role`, `content`) and `tools` by the embedded chat
+        template, ready for an answer.
 
         llama.cpp takes a leading BOS out of the text, since it adds one when it tokenises:
         `complete(render(…))` and `tokenize(render(…))` have exactly one.
@@ -111,8 +111,8 @@ class GGUFModel:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> str:
-        """The answer to `prompt`, up to an end-of-generation token (left out) or `max_new_tokens`;
-        see `stream`."""
+        """Return the answer to `prompt`, up to an end-of-generation token (left out) or
+        `max_new_tokens`; see `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, temperature, seed))
 
     def stream(
@@ -122,7 +122,7 @@ class GGUFModel:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is made; dropping the iterator stops llama.cpp.
+        """Yield the answer piece by piece, as it is made; dropping the iterator stops llama.cpp.
 
         `prompt` as token ids is taken as it is. A text gets the GGUF's BOS unless it starts with
         it. `temperature` 0 is greedy; above, llama.cpp's usual samplers apply as well (top-k 40,
@@ -144,7 +144,7 @@ class GGUFModel:
                     yield piece["content"]
 
     def logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
-        """Natural-log probabilities of the token after `prompt_ids`: one per token id, over the
+        """Return natural-log probabilities of the token after `prompt_ids`, one per token id of the
         whole vocabulary.
 
         No temperature and no sampler has touched them. llama.cpp works them out in float32, where a
@@ -192,7 +192,7 @@ class GGUFModel:
             return json.load(reply)
 
     def _open(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The open reply to a GET, or to a POST of `body`."""
+        """Open the reply to a GET, or to a POST of `body`."""
         assert self._server is not None, "used after close()"
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
@@ -205,7 +205,7 @@ class GGUFModel:
 
 
 def import_xllamacpp() -> Any:
-    """The engine's package. Raises LoraError where it is not installed."""
+    """Import the engine's package. Raises LoraError where it is not installed."""
     try:
         import xllamacpp
     except ModuleNotFoundError as error:
@@ -218,7 +218,7 @@ def import_xllamacpp() -> Any:
 
 
 def _load_server(xlc: Any, params: Any) -> Any:
-    """The running server. A silent llama.cpp does not say why it fails, so a failure is repeated
+    """Start the server. A silent llama.cpp does not say why it fails, so a failure is repeated
     aloud, into a file."""
     for params.verbosity in (-1, 1):
         with _capture_stderr() as file:
@@ -250,5 +250,5 @@ def _capture_stderr() -> Iterator[IO[bytes]]:
 
 
 def _read_message(reply: Mapping[str, Any]) -> str:
-    """llama.cpp's own words in an error reply."""
+    """Read llama.cpp's own words in an error reply."""
     return reply["error"]["message"]

@@ -1,5 +1,5 @@
-"""`lora export-gguf`: a merged model, or an adapter merged on the way, as GGUF files checked in
-llama.cpp."""
+"""`lora export-gguf`: write a merged model, or an adapter merged on the way, as GGUF files checked
+in llama.cpp."""
 
 from __future__ import annotations
 
@@ -48,17 +48,10 @@ def export(
     kind = names.classify(str(path))
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
-    if weighted is not None:
-        imatrix.refuse_missing_file(weighted)
-    wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
-    if weighted is not None and not wants_quantizer:
-        raise UsageError(
-            f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M"
-        )
-    if wants_quantizer:
-        quantize.Ggml()  # says so where there is none
+    wants_quantizer = _check_quantizer(wanted, weighted)
     converter = find_converter(llama_cpp_dir)
-    folder, stem = output or (path if kind == "model" else path.parent), files.name_artefact(path)
+    beside = path if kind == "model" else path.parent if path.exists() else Path()
+    folder, stem = output or beside, files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")
@@ -78,16 +71,31 @@ def export(
     return list(targets.values())
 
 
+def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> bool:
+    """Return whether one of the types is the quantiser's. Raise LoraError where it is not
+    installed, UsageError for an importance matrix that does not exist or is not needed."""
+    if weighted is not None:
+        imatrix.refuse_missing_file(weighted)
+    wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
+    if weighted is not None and not wants_quantizer:
+        raise UsageError(
+            f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M"
+        )
+    if wants_quantizer:
+        quantize.Ggml()  # loading it raises LoraError where it is not installed
+    return wants_quantizer
+
+
 def _choose_exact_type(dtype: torch.dtype) -> str:
-    """The converter's type that holds the model's weights as they are, from which the quantiser
-    starts."""
+    """Choose the converter's type that holds the model's weights exactly, for the quantiser to
+    start from."""
     return EXACT[str(dtype).removeprefix("torch.")]
 
 
 def _check_first(
     path: Path, adapter: Adapter | None, converter: Found, scratch: Path
 ) -> PretrainedConfig:
-    """What can be refused before weights are touched is; returns the configuration of the model to
+    """Refuse what can be refused before weights are read; return the configuration of the model to
     be converted."""
     if adapter is None:
         model = Base(str(path))
@@ -104,15 +112,16 @@ def _check_first(
 
 
 def _spell_type(name: str, weighted: bool) -> str:
-    """The converter's own types first: it writes q8_0 without a quantiser."""
+    """Spell a type as the converter or the quantiser does; the converter's come first, since it
+    writes q8_0 without a quantiser."""
     if name.lower() in CONVERTER_TYPES:
         return name.lower()
     return mixture.pick(name, weighted)
 
 
 def find_newest_result() -> Path:
-    """The merged model or adapter below the current folder that was written last; LoraError if
-    there is none."""
+    """Find the merged model or adapter below the current folder that was written last. Raises
+    LoraError if there is none."""
     found = [
         file
         for file in Path().rglob(provenance.ARTEFACT_RECORD)
@@ -120,7 +129,7 @@ def find_newest_result() -> Path:
     ]
     if not found:
         raise LoraError(
-            "there is no merged model or adapter of ours below this folder", "lora export-gguf PATH"
+            "no merged model or adapter made by lora is below this folder", "lora export-gguf PATH"
         )
     newest = max(found, key=lambda file: file.stat().st_mtime).parent
     ui.say(f"the newest result here is {newest}")
@@ -166,7 +175,7 @@ def _convert_all(
 
 
 def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
-    """The importance matrix named by `--imatrix`, measured where that is data."""
+    """Find the importance matrix of `--imatrix`, or measure it where that names data."""
     if weighted is None:
         return None
     if Path(weighted).suffix in imatrix.FILES:
@@ -177,7 +186,7 @@ def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Fo
 
 
 def _compare_all(model: Base, made: dict[str, Path]) -> dict[str, str]:
-    """What comparing each file with the Hugging Face model showed, by type; LoraError if one may
+    """Compare each file with the Hugging Face model and report by type. Raises LoraError if one may
     not be handed over."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)

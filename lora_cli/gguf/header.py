@@ -1,4 +1,4 @@
-"""The GGUF file format: what stands before the weights, read and written again byte for byte.
+"""Read and write what a GGUF file holds before its weights, byte for byte.
 
 As ggml/include/gguf.h describes it (versions 2 and 3, which are laid out alike): magic, version,
 counts; the metadata; an entry per tensor; padding; the weights, each tensor padded to the
@@ -51,12 +51,12 @@ class Header(NamedTuple):
     data_start: int
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of `key` as Python has it; `default` where there is none. Arrays are lists."""
+        """Return the value of `key` in Python's types (arrays as lists), or `default`."""
         return _decode(self.metadata[key]) if key in self.metadata else default
 
 
 def read_header(view: memoryview) -> Header:
-    """The header of the GGUF whose bytes are `view`.
+    """Read the header of the GGUF whose bytes are `view`.
 
     Raises ValueError for what is no GGUF, is of version 1, or ends too early.
     """
@@ -67,18 +67,18 @@ def read_header(view: memoryview) -> Header:
 
 
 def text(value: bytes) -> bytes:
-    """A string as a value of the metadata."""
+    """Encode a string as a value of the metadata."""
     return struct.pack("<I", STRING) + _sized(value)
 
 
 def uint32(value: int) -> bytes:
-    """A whole number as a value of the metadata."""
+    """Encode a whole number as a value of the metadata."""
     return struct.pack("<II", UINT32, value)
 
 
 def header(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> bytes:
-    """The bytes before the weights, padding included; `offset` of each tensor as it shall be in the
-    file."""
+    """Make the bytes before the weights, padding included; `offset` of each tensor is where it goes
+    in the file."""
     parts = [struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(metadata))]
     parts += [_sized(key.encode()) + value for key, value in metadata.items()]
     for each in tensors:
@@ -92,13 +92,13 @@ def header(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> bytes:
 
 
 def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` without dimensions of 1 at its end, as ggml counts dimensions."""
+    """Return `shape` without dimensions of 1 at its end, as ggml counts dimensions."""
     num = max((at for at, size in enumerate(shape, start=1) if size > 1), default=1)
     return shape[:num]
 
 
 def padding(size: int) -> int:
-    """Bytes that are missing from `size` to a multiple of ALIGNMENT."""
+    """Return the bytes that fill `size` up to a multiple of ALIGNMENT."""
     return -size % ALIGNMENT
 
 
@@ -139,7 +139,7 @@ def _read_text(view: memoryview, at: int) -> tuple[bytes, int]:
 
 
 def _end(view: memoryview, at: int, kind: int) -> int:
-    """Where the content of a value that begins at `at` ends."""
+    """Return where the value that begins at `at` ends."""
     if kind == STRING:
         return _read_text(view, at)[1]
     if kind != ARRAY:

@@ -1,9 +1,9 @@
-"""Importance matrices: how large the inputs of each linear layer are over rows of text, for
-llama.cpp's quantiser.
+"""Measure an importance matrix for llama.cpp's quantiser: how large the inputs of each linear layer
+are over rows of text.
 
 As llama.cpp's own llama-imatrix (tools/imatrix/imatrix.cpp): the sum of squares of every input
 column, and the number of tokens. Measured here on the Hugging Face model; written by
-`imatrix_file.py` with the converter's gguf package.
+`imatrix_writer.py` with the converter's gguf package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILES = (".gguf", ".dat", ".imatrix")
 
 
 def refuse_missing_file(given: str) -> None:
-    """LoraError where `--imatrix` names a file that is not there."""
+    """Raise LoraError where `--imatrix` names a file that does not exist."""
     if Path(given).suffix and not Path(given).exists():
         raise LoraError(f"--imatrix {given} does not exist", f"ls {Path(given).parent}")
 
@@ -75,8 +75,8 @@ def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter:
 
 
 def read_rows(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of the rows as they would be trained on, in pieces of at most CHUNK, up to
-    MAX_TOKENS in all."""
+    """Yield the token ids of the rows as they would be trained on, in pieces of at most CHUNK, up
+    to MAX_TOKENS in all."""
     recipe = Recipe(
         model=Model(name_or_path="-"),
         data=Data(path=rows, on_long_row="split"),
@@ -98,8 +98,8 @@ def read_rows(rows: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[in
 def measure_inputs(
     network: PreTrainedModel, batches: Iterable[list[int]]
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The sum of squares of each input column (float32, on the CPU) by linear module, and the
-    number of tokens."""
+    """Sum the squares of each input column (float32, on the CPU) by linear module; return the sums
+    and the number of tokens."""
     sums: dict[str, torch.Tensor] = {}
     layers = {
         name: module

@@ -1,7 +1,7 @@
 """Write an importance matrix as llama.cpp reads it. A program of its own, since it needs the
 converter's gguf package:
 
-    PYTHONPATH=llama.cpp/gguf-py python imatrix_file.py SUMS.safetensors MODEL.gguf OUT.gguf
+    PYTHONPATH=llama.cpp/gguf-py python imatrix_writer.py SUMS.safetensors MODEL.gguf OUT.gguf
 
 SUMS holds sums of squares by the name of a Hugging Face module, and the number of tokens in its
 metadata; MODEL says the architecture, and which tensors there are.
@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 
 def main(sums: str, model: str, out: str) -> None:
-    """Map each module to its tensor in `model` and write `out`; print the modules that are none
-    there."""
+    """Map each module to its tensor in `model` and write `out`; print the modules that have
+    none."""
     import gguf
 
     reader = gguf.GGUFReader(model)

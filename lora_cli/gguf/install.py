@@ -53,8 +53,8 @@ def install_converters() -> Path:
 
 
 def _download_source(folder: Path) -> Path:
-    """The source package, by pip. Stated with its hash, so that pip runs nothing of an archive that
-    is not ours."""
+    """Download the source package with pip. It is named with its hash, so that pip runs nothing of
+    another archive."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
     command = _pip(
@@ -74,8 +74,8 @@ def _download_source(folder: Path) -> Path:
 
 
 def _unpack(sdist: Path, target: Path) -> None:
-    """The files of KEEP from `sdist`, below `target`. Raises LoraError when its sha256 is another
-    one."""
+    """Unpack the files of KEEP from `sdist` below `target`. Raises LoraError when its sha256 is
+    another one."""
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if digest != SHA256:
         raise LoraError(

@@ -1,5 +1,5 @@
-"""Which type each tensor of a GGUF gets: llama.cpp's mixtures, which keep the tensors that matter
-most in more bits.
+"""Choose the type of each tensor of a GGUF by llama.cpp's mixtures, which keep the tensors that
+matter most in more bits.
 
 The rule of llama.cpp's src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`,
 `tensor_allows_quantization`, `tensor_requires_imatrix`) as of llama-cpp-python 0.3.36, for the
@@ -155,7 +155,8 @@ class Place:
 
     @property
     def favoured(self) -> bool:
-        """`use_more_bits`: the first and the last eighth, and every third between."""
+        """llama.cpp's `use_more_bits`: whether a layer is in the first or last eighth, or every
+        third between."""
         return not self.inner or (self.index - self.num // 8) % 3 == 2
 
 
@@ -270,7 +271,7 @@ class Choice(NamedTuple):
 
 
 def pick(name: str, weighted: bool) -> str:
-    """The kind of KINDS that `name` means, whatever its case. Raises UsageError, also for one that
+    """Return the kind of KINDS that `name` means, in any case. Raises UsageError, also for one that
     needs an importance matrix where there is none."""
     picked = tools.pick(name, KINDS)
     if picked in NEEDS_IMATRIX and not weighted:
@@ -292,7 +293,7 @@ def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -
     arch = model.get("general.architecture")
     if arch in OTHER_RULES:
         raise LoraError(
-            f"llama.cpp has a rule of its own for {kind} of {arch}, which is not known here",
+            f"llama.cpp treats {arch} specially in {kind}, and lora does not know how",
             "lora export-gguf -q q8_0, or llama.cpp's llama-quantize on -q bf16",
         )
     ordered = sorted(model.tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
@@ -349,7 +350,7 @@ class _Mixture:
         if self.block[wanted] > 32 and wanted not in NARROWER:
             raise LoraError(
                 f"{self.kind} is not for this model: rows of {tensor.name} have {width} elements, "
-                f"no multiple of {self.block[wanted]}",
+                f"not a multiple of {self.block[wanted]}",
                 "another type, such as Q4_K_M",
             )
         narrower = NARROWER.get(wanted, wanted)
@@ -358,7 +359,7 @@ class _Mixture:
         )
 
     def _wanted(self, tensor: Tensor) -> str:
-        """The type by the rule, whether or not the rows fit."""
+        """Return the type by the rule, whether or not the rows fit."""
         if tensor.name == "output.weight" or self.tied and tensor.name in EMBEDDINGS:
             return self._head(tensor.shape[0])
         if tensor.name in EMBEDDINGS:
@@ -399,7 +400,7 @@ class _Mixture:
 
 
 def _layer(name: str) -> int:
-    """The number of the block a tensor belongs to, -1 for those of none, which come first."""
+    """Return the number of a tensor's block; -1 for those outside blocks, which come first."""
     found = re.match(r"blk\.(\d+)", name)
     return int(found[1]) if found else -1
 

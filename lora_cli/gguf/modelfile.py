@@ -1,5 +1,4 @@
-"""How to run what was exported: an Ollama Modelfile, and command lines that say what a server
-cannot load.
+"""Say how to run what was exported: an Ollama Modelfile, and command lines.
 
 Ollama reads Go templates. One is written only where it is certain: where every probe conversation,
 rendered by the tokenizer, is each message between a text before and a text after its role's
@@ -21,7 +20,6 @@ from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_temp
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 Conversation = Sequence[Mapping[str, str]]
 
 
@@ -46,7 +44,7 @@ class Pieces(NamedTuple):
         )
 
     def go(self) -> str:
-        """The Go template."""
+        """Write the pieces as a Go template."""
         cases = (
             f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
             for role, (before, after) in self.around.items()
@@ -56,8 +54,8 @@ class Pieces(NamedTuple):
 
 
 def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
-    """The tokenizer's chat template in pieces; None where it has none, or renders a probe
-    conversation otherwise."""
+    """Take the tokenizer's chat template apart; None where it has none, or where the pieces render
+    a probe conversation differently."""
     if tokenizer.chat_template is None:
         return None
     try:
@@ -74,7 +72,7 @@ def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 
 
 def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
-    """The pieces as one conversation of three roles shows them."""
+    """Find the pieces in one rendered conversation of three roles."""
     marks = {role: f"@{role}@" for role in ROLES}
     turns = [{"role": role, "content": mark} for role, mark in marks.items()]
     longer = [
@@ -116,8 +114,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 def _render_conversation(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ask: bool = True
 ) -> str:
-    """The conversation as the template renders it, without the BOS that Ollama and llama.cpp
-    add."""
+    """Render the conversation without the BOS that Ollama and llama.cpp add."""
     text = chat_template.render(
         tokenizer, [dict(turn) for turn in conversation], add_generation_prompt=ask
     )
@@ -125,7 +122,7 @@ def _render_conversation(
 
 
 def _make_probes() -> list[Conversation]:
-    """Conversations that every template in pieces renders as the sum of its pieces."""
+    """Make conversations that every template in pieces renders as the sum of its pieces."""
 
     def chat(*turns: str) -> Conversation:
         return [
@@ -157,12 +154,11 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
     if found is None:
         lines.append(
-            "# no TEMPLATE: this chat template is not certain in Ollama's language; Ollama reads "
-            "the GGUF's own"
+            "# no TEMPLATE: this chat template has no certain translation; Ollama reads the GGUF's"
         )
         ui.say(
-            "  Modelfile: without TEMPLATE, since the chat template cannot be said with certainty "
-            "in Ollama's language"
+            "  Modelfile: without TEMPLATE, since the chat template cannot be translated to "
+            "Ollama's language with certainty"
         )
     else:
         lines.append(f'TEMPLATE """{found.go()}"""')
@@ -172,7 +168,7 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
 
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation
+    """List the tokens that end an answer: the tokenizer's, and those of the model's generation
     settings."""
     configured = GenerationConfig.from_model_config(Base(str(merged)).config).eos_token_id
     if (merged / "generation_config.json").is_file():
@@ -196,36 +192,22 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     if adapter is None:
         return
     if more := adapter_contents.list_beyond(adapter.folder):
-        ui.say(
-            f"  vLLM and llama-server cannot load from {adapter.folder}: {', '.join(more)}; merge "
-            "it for vLLM:"
-        )
-        ui.say(f"  lora merge {adapter.folder} OUT && vllm serve OUT")
+        ui.say(f"  vLLM and llama-server cannot load {adapter}: {', '.join(more)}; merge it:")
+        ui.say(f"  lora merge {adapter} OUT && vllm serve OUT")
         return
     config = files.read_json(adapter.folder / "adapter_config.json")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = next(
-        (each for each in VLLM_RANKS if each >= max(config["r"], *ranks.values(), 0)),
-        VLLM_RANKS[-1],
-    )
-    served = adapter.folder
-    all_one = (
-        ranks == alphas and config["lora_alpha"] == config["r"] and not config.get("use_rslora")
-    )
-    if (
-        ranks or alphas
-    ) and not all_one:  # vllm/lora/peft_helper.py: one scale for all, lora_alpha over r
+    ranks = config.get("rank_pattern") or {}
+    rank = max(8, config["r"], *ranks.values())
+    if ranks or config.get("alpha_pattern"):
         ui.say(
-            "  vLLM ignores rank_pattern and alpha_pattern; one scale for all: lora convert "
-            f"{adapter.folder} OUT"
+            "  vLLM scales every module by lora_alpha/r, whatever rank_pattern and alpha_pattern "
+            f"say: lora convert {adapter} OUT, and serve OUT"
         )
-        served = Path("OUT")
-    name = files.name_artefact(adapter.folder)
     ui.say(
-        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {rank} --lora-modules "
-        f"{name}={served}"
+        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {1 << (rank - 1).bit_length()}"
+        f" --lora-modules {files.name_artefact(Path(str(adapter)))}={adapter}"
     )
     ui.say(
-        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter.folder} "
+        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter} "
         "--adapter-only"
     )

@@ -1,5 +1,5 @@
-"""A GGUF in llama.cpp against the Hugging Face model it was made from: token ids, distributions,
-metadata."""
+"""Compare a GGUF in llama.cpp with the Hugging Face model it was made from: token ids,
+distributions, metadata."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def compare_gguf(
     source: Source | None = None,
     adapter: Path | None = None,
 ) -> str:
-    """llama.cpp's token ids and next-token distributions on the probes against the Hugging Face
-    model's, in words.
+    """Compare llama.cpp's token ids and next-token distributions on the probes with the Hugging
+    Face model's; return the difference in words.
 
     `expected` holds the logits after each probe's last token. Loading looks for values that are not
     finite. Raises LoraError when a tensor holds such, the file says otherwise of itself than
@@ -87,8 +87,8 @@ def compare_gguf(
 
 
 def _check_metadata(engine: GGUFModel, name: str, source: Source) -> None:
-    """LoraError unless llama.cpp reads the model's own end token, chat template, context length,
-    added tokens and no fewer parameters from its file."""
+    """Raise LoraError unless llama.cpp reads the model's own end token, chat template, context
+    length and added tokens, and no fewer parameters, from its file."""
     config, tokenizer = source.config.get_text_config(), source.tokenizer
     said = {
         "end-of-sequence token": (engine.eos_token, tokenizer.eos_token or engine.eos_token),

@@ -1,4 +1,4 @@
-"""What would make an export fail or mislead, found before anything is converted: vocabulary, ties,
+"""Refuse an export that would fail or mislead, before anything is converted: vocabulary, ties,
 template, disk."""
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 def check_convertible(
     folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, converter: Found
 ) -> None:
-    """LoraError for a model in `folder` (configuration and tokenizer; weights where they are there)
-    that the converter would refuse, or convert into another function; a warning where a chat
+    """Raise LoraError for a model in `folder` (configuration and tokenizer; weights where they
+    exist) that the converter would refuse, or convert into another function; warn where a chat
     template is missing."""
     rows, ids = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=-1)
     if ids >= rows:
         last = tokenizer.convert_ids_to_tokens(ids)
         raise LoraError(
-            f"the tokenizer of {folder} has token {ids} ({last!r}), the embeddings end at "
+            f"the tokenizer of {folder} has token {ids} ({last!r}), but the embeddings end at "
             f"{rows - 1}",
             "merge the adapter with the tokenizer it was trained with, or resize the embeddings",
         )
@@ -42,8 +42,8 @@ def check_convertible(
 
 
 def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
-    """LoraError where the configuration ties the head to the embeddings and the files hold another
-    head."""
+    """Raise LoraError where the configuration ties the head to the embeddings, but the files hold
+    another head."""
     if not config.get_text_config().tie_word_embeddings:
         return
     ends: dict[str, torch.Tensor] = {}
@@ -53,8 +53,8 @@ def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
                 ends |= {name: stored.get_tensor(name)} if name in stored.keys() else {}  # noqa: SIM118
     if len(ends) == 2 and not torch.equal(*ends.values()):
         raise LoraError(
-            f"{folder} ties its head to its embeddings in config.json, and its files hold a head "
-            "of its own",
+            f"config.json of {folder} ties the head to the embeddings, but its files hold a "
+            "separate head",
             'set "tie_word_embeddings" in config.json to what was trained',
         )
 
@@ -66,8 +66,8 @@ def check_disk(
     merged: torch.dtype | None,
     exact: str | None,
 ) -> None:
-    """LoraError naming the megabytes that are missing in `folder` for GGUFs of `types`, estimated
-    from the parameters.
+    """Raise LoraError naming the megabytes that `folder` lacks for GGUFs of `types`, estimated from
+    the parameters.
 
     `merged`: a merged model of that type is written there first; `exact`: so is a GGUF of that
     type.
@@ -85,7 +85,7 @@ def check_disk(
 
 
 def estimate_bits_per_weight(name: str) -> float:
-    """An upper estimate for a type: llama.cpp's mixtures (Q4_K_M) hold some tensors in more bits
-    than the name says."""
+    """Estimate a type's size from above: llama.cpp's mixtures (Q4_K_M) hold some tensors in more
+    bits than the name says."""
     number = re.search(r"\d", name)
     return BITS.get(name, (float(number[0]) if number else 16.0) + 1.5)

@@ -82,7 +82,7 @@ class Ggml:
         }
 
     def num_bytes(self, type_name: str, shape: tuple[int, ...]) -> int:
-        """Size of a tensor of this type and shape (innermost first)."""
+        """Return the size of a tensor of this type and shape (innermost first)."""
         return math.prod(shape[1:]) * self.lib.ggml_row_size(self.numbers[type_name], shape[0])
 
     def quantize(self, rows: np.ndarray, type_name: str, weights: np.ndarray | None) -> np.ndarray:
@@ -154,15 +154,15 @@ def quantize(
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The bytes of `path` (uint8), read from disk as they are used. Raises LoraError where there
-    are none."""
+    """Map the bytes of `path` (uint8), read from disk as they are used. Raises LoraError where
+    there are none."""
     if not path.is_file() or not path.stat().st_size:
         raise LoraError(f"{path} is missing or empty", f"ls -l {path}")
     return np.memmap(path, np.uint8, "r")
 
 
 def read_weights(path: Path) -> Weights:
-    """The importance matrix in `path`, a GGUF or the format before that (tools/quantize,
+    """Read the importance matrix in `path`, a GGUF or the format before that (tools/quantize,
     common/imatrix-loader.cpp).
 
     Raises LoraError for a file that is neither, and for values that are not finite.
@@ -176,7 +176,7 @@ def read_weights(path: Path) -> Weights:
         )
     except (ValueError, struct.error, KeyError) as error:
         raise LoraError(
-            f"{path} is no importance matrix: {error}", "--imatrix DATA.jsonl measures one"
+            f"{path} is not an importance matrix: {error}", "--imatrix DATA.jsonl measures one"
         ) from error
     for name, columns in found.by_tensor.items():
         if not np.isfinite(columns).all():
@@ -245,13 +245,11 @@ def _read(source: Path, data: np.ndarray) -> Header:
     try:
         return header.read_header(data.data)
     except ValueError as error:
-        raise LoraError(
-            f"{source} is no GGUF that can be quantised: {error}", "export it again"
-        ) from error
+        raise LoraError(f"{source} cannot be quantised: {error}", "export it again") from error
 
 
 def _columns(choices: list[Choice], kind: str, weights: Weights | None) -> dict[str, np.ndarray]:
-    """The importance matrix's part for each tensor that is quantised and has one; LoraError where
+    """Find the importance matrix's part for each tensor that is quantised. Raises LoraError where
     it does not fit."""
     found = {}
     for tensor, type_name, _ in choices:
@@ -288,7 +286,7 @@ def _refuse_quantized(ggml: Ggml, choices: list[Choice]) -> None:
 def _header(
     ggml: Ggml, model: Header, choices: list[Choice], kind: str, weights: Weights | None
 ) -> bytes:
-    """All that stands before the tensors. The keys that quantising changes come last, as
+    """Make all that comes before the tensors. The keys that quantising changes come last, as
     llama-quantize puts them."""
     changed = {
         "general.quantization_version": header.uint32(QUANTIZATION_VERSION),
@@ -325,7 +323,7 @@ def _write(
     columns: np.ndarray | None,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """One tensor and its padding; `weights` are all the source's bytes after its header."""
+    """Write one tensor and its padding; `weights` are all the source's bytes after its header."""
     tensor, stored = choice.tensor, ggml.names[choice.tensor.type]
     size = ggml.num_bytes(stored, tensor.shape)
     given = weights[tensor.offset : tensor.offset + size]
@@ -353,8 +351,8 @@ def _write(
 def _parts(
     given: np.ndarray, tensor: Tensor, stored: str, type_name: str, columns: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, str, np.ndarray | None]]:
-    """Some rows at a time, never of two experts, since each has its own part of the importance
-    matrix."""
+    """Yield some rows at a time, never of two experts, since each has its own part of the
+    importance matrix."""
     width, per_expert = tensor.shape[0], tensor.shape[1]
     rows = given.reshape(-1, given.size // math.prod(tensor.shape[1:]))
     step = max(1, CHUNK // width)
@@ -370,7 +368,7 @@ def _parts(
 
 
 def _widened(rows: np.ndarray, stored: str) -> np.ndarray:
-    """Bytes of rows as float32."""
+    """Return bytes of rows as float32."""
     if stored == "BF16":
         return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return rows.view("<f2" if stored == "F16" else "<f4").astype(np.float32, copy=False)

@@ -1,4 +1,4 @@
-"""llama.cpp's converters: where they are found, how they are run. `install.py` installs them.
+"""Find and run llama.cpp's converters; `install.py` installs them.
 
 They are searched for in this order: the directory the user named (`--llama-cpp DIR`),
 `$LLAMA_CPP_DIR`, the PATH, the managed copy. A directory is a llama.cpp checkout. A named directory
@@ -77,13 +77,13 @@ class Found:
 
 
 def find_managed_home() -> Path:
-    """Folder of the managed copy, present or not, in `files.cache_home()`; its last number is that
-    of its kind."""
+    """Return the folder of the managed copy, present or not; the last number of its name is that of
+    its layout."""
     return files.find_cache_home() / f"llama.cpp-{VERSION}-{KIND}"
 
 
 def find_converter(directory: Path | None = None) -> Found:
-    """`convert_hf_to_gguf.py`, complete.
+    """Find a complete `convert_hf_to_gguf.py`.
 
     Complete means: the `conversion` package lies beside it where it imports that (older revisions
     are one file), and `gguf` lies beside it or is installed here; on the PATH a converter that is
@@ -96,12 +96,12 @@ def find_converter(directory: Path | None = None) -> Found:
 
 
 def spell_converter_type(name: str) -> str:
-    """The converter's own spelling of `name`, whatever its case. Raises UsageError."""
+    """Return the converter's own spelling of `name`, in any case. Raises UsageError."""
     return pick(name, CONVERTER_TYPES)
 
 
 def pick(name: str, known: Collection[str]) -> str:
-    """The one of the GGUF types in `known` that `name` means, whatever its case. Raises
+    """Return the one of the GGUF types in `known` that `name` means, in any case. Raises
     UsageError."""
     by_upper = {each.upper(): each for each in known}
     if name.upper() in by_upper:
@@ -206,8 +206,8 @@ def run_command(
 
 
 def find_last_line(lines: Sequence[str]) -> str:
-    """What a failed program said: its last exception or `ERROR:`, else its last line that is no
-    logger's chatter."""
+    """Return the line in which a failed program says why: its last exception or `ERROR:`, else its
+    last line that does not come from a logger."""
     telling = [
         line
         for line in lines
@@ -235,7 +235,7 @@ def _search_converter(directory: Path | None) -> Found | None:
 
 
 def _choose_directory(directory: Path | None) -> tuple[Path, str] | None:
-    """The directory the user named, and by what; None where the choice is ours."""
+    """Return the directory the user named, and how; None where they named none."""
     if directory is not None:
         return directory.expanduser().resolve(), "--llama-cpp"
     named = os.environ.get("LLAMA_CPP_DIR")
@@ -243,7 +243,7 @@ def _choose_directory(directory: Path | None) -> tuple[Path, str] | None:
 
 
 def find_missing_part(script: Path) -> str | None:
-    """What keeps this converter from running, or None."""
+    """Return what keeps this converter from running, or None."""
     if not script.is_file():
         return CONVERTER
     split_up = re.search(
@@ -268,7 +268,7 @@ def _missing_error(directory: Path | None) -> LoraError:
 
 
 def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraError:
-    """What a converter that failed said, in a user's words where they are known."""
+    """Make the error of a converter that failed, in a user's words where they are known."""
     tool, said = Path(command[1]).name, find_last_line(lines)
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):

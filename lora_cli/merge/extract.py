@@ -84,14 +84,14 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     linear updates.
     """
     adapter = read_adapter(folder, base)
-    adapter_contents.refuse_beyond(folder, [adapter_contents.DORA])
+    adapter_contents.refuse_beyond(adapter.folder, [adapter_contents.DORA])
     adapter.refuse_other_base()
     with files.staged_folder(out) as staging:
         tokenizer = adapter.load_tokenizer()
         network = adapter.load_base()
         if adapter.quantization:
             network = network.dequantize()
-        adapted = attach.load_adapter(convert_to_float32(network), folder)
+        adapted = attach.load_adapter(convert_to_float32(network), adapter.folder)
         probes = make_probes(tokenizer)
         wanted = compute_logits(adapted, probes)
         layers = {

@@ -224,11 +224,9 @@ def merge(
         if adapter.record
         else " (it has no record, so its base is the one that adapter_config.json names)"
     )
-    ui.say(f"merging {adapter.folder} into {adapter.base}{made}")
+    ui.say(f"merging {adapter} into {adapter.base}{made}")
     if original and not adapter.quantization:
-        raise UsageError(
-            f"{adapter.folder} was not trained on 4-bit weights", "leave --base-weights out"
-        )
+        raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
     if adapter.quantization:
         into = "original weights" if original else "dequantised base, the function that was trained"
         ui.say(f"  trained on 4-bit weights: merging into the {into}")

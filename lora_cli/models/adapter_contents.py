@@ -1,4 +1,4 @@
-"""What an adapter holds beside updates of linear weights."""
+"""Find what an adapter holds beside updates of linear weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DORA = "DoRA magnitudes"
 
 
 def list_beyond(folder: Path) -> list[str]:
-    """What the adapter in `folder` holds that is no update B·A of a linear weight, in words; empty
-    for plain LoRA."""
+    """Name what the adapter in `folder` holds beside updates B·A of linear weights; empty for plain
+    LoRA."""
     config = files.read_json(folder / "adapter_config.json")
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as stored:
         keys = list(stored.keys())
@@ -38,7 +38,7 @@ def list_beyond(folder: Path) -> list[str]:
 
 
 def refuse_beyond(folder: Path, accepted: Sequence[str] = ()) -> None:
-    """LoraError where the adapter holds anything but updates of linear weights, and what is
+    """Raise LoraError where the adapter holds more than updates of linear weights and what is
     `accepted`."""
     more = [what for what in list_beyond(folder) if what not in accepted]
     if more:

@@ -1,20 +1,39 @@
-"""A saved adapter: its folder is read, checked and resolved once, with the base that it was trained
-on."""
+"""Read a saved adapter once: check its folder, and resolve the base it was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, UsageError, privacy, provenance, read_json
 from lora_cli.models import adapter_config, fingerprint, names, tokenizer
 from lora_cli.models.base import Base
+from lora_cli.models.probes import TRAINED
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,11 @@ class Adapter:
     shares_base: bool
     """Whether other adapters may lie on the same loaded base: this one leaves the base's own
     weights as they are."""
+    hub_name: str | None = None
+    """What it is called on the hub, where `folder` is in the hub's cache."""
+
+    def __str__(self) -> str:
+        return self.hub_name or str(self.folder)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -62,7 +86,7 @@ class Adapter:
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise LoraError(
-                f"{self.base} is not the base that {self.folder} was trained on: "
+                f"{self.base} is not the base that {self} was trained on: "
                 f"{', '.join(different[:3])}{more} "
                 "differ",
                 "the base has changed since: --base gives the one it was trained on",
@@ -86,21 +110,46 @@ class Adapter:
         return self.base.load_tokenizer()
 
 
-def read_adapter(folder: Path, base: str | None = None) -> Adapter:
-    """Read and check the adapter in `folder`; `base` overrides the base it names. Raises LoraError
-    if it is none."""
-    _locate(folder, base)
+def read_adapter(path: Path, base: str | None = None) -> Adapter:
+    """Read and check the adapter in a folder, or called so on the hub; `base` overrides the base it
+    names. Raises LoraError if it is not an adapter."""
+    if base is not None and not base.strip():
+        raise UsageError("--base is empty", "leave it out, or --base MODEL")
+    hub_name = str(path) if names.may_be_adapter_on_hub(path) else None
+    folder = _download(hub_name) if hub_name else path
+    _refuse_no_adapter(folder)
     shapes = _check_weights(folder)
     config = _read_config(folder, shapes)
     record = _read_record(folder)
-    named = _choose_base(folder, base, config, record)
-    return Adapter(folder, named, record, not _changes_base(config))
+    named = _choose_base(hub_name or str(folder), base, config, record)
+    return Adapter(folder, named, record, not _changes_base(config), hub_name)
 
 
-def _locate(folder: Path, base: str | None) -> None:
-    """Refuse what is no adapter's folder, and an empty --base."""
-    if base is not None and not base.strip():
-        raise UsageError("--base is empty", "leave it out, or --base MODEL")
+@cache
+def _download(name: str) -> Path:
+    """Return the folder in the hub's cache with the adapter's files, all of one commit."""
+    try:
+        commit = names.find_adapter_commit(name)
+    except RemoteEntryNotFoundError as error:
+        raise LoraError(
+            f"{name} is not an adapter: it has no adapter_config.json", "give an adapter"
+        ) from error
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError as error:
+        raise LoraError(
+            f"{name} does not exist, neither here nor on the hub", f"ls {Path(name).parent}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise LoraError(
+            f"{name} does not exist here, and the hub cannot be reached", f"ls {Path(name).parent}"
+        ) from error
+    wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, provenance.ARTEFACT_RECORD, TRAINED]
+    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+
+
+def _refuse_no_adapter(folder: Path) -> None:
+    """Raise LoraError where the path is not a folder with an adapter's configuration."""
     if folder.is_file():
         raise LoraError(f"{folder} is a file, and an adapter is a folder", f"ls {folder.parent}")
     if not folder.is_dir():
@@ -112,7 +161,7 @@ def _locate(folder: Path, base: str | None) -> None:
             if (inside / "adapter_config.json").is_file()
             else "give the adapter's folder"
         )
-        raise LoraError(f"{folder} is no adapter: it has no adapter_config.json", hint)
+        raise LoraError(f"{folder} is not an adapter: it has no adapter_config.json", hint)
 
 
 def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -121,7 +170,7 @@ def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     file = folder / "adapter_config.json"
     config = read_json(file)
     if not isinstance(config, dict):
-        raise LoraError(f"{file} is no adapter configuration", "copy the adapter again")
+        raise LoraError(f"{file} is not an adapter configuration", "copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise LoraError(
             f"{folder} holds a {config.get('peft_type')} adapter, not LoRA or DoRA",
@@ -142,29 +191,29 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _choose_base(
-    folder: Path, base: str | None, config: dict[str, Any], record: dict[str, Any] | None
+    adapter: str, base: str | None, config: dict[str, Any], record: dict[str, Any] | None
 ) -> Base:
-    """The base: as given, else as the adapter and our record name it. Raises LoraError where that
-    can be no model."""
+    """Choose the base: as given, else as the adapter and the record name it. Raises LoraError where
+    that cannot be a model."""
     named = config.get("base_model_name_or_path")
     if record and base is None:
         recorded = privacy.make_portable(record["base"].get("name"))
-        adapter_config.refuse_other_base(folder, privacy.make_portable(named), recorded)
+        adapter_config.refuse_other_base(adapter, privacy.make_portable(named), recorded)
     name = privacy.expand_home(base or named or "")
     if not name:
-        raise LoraError(f"{folder} does not name its base model", "--base MODEL")
+        raise LoraError(f"{adapter} does not name its base model", "--base MODEL")
     revision = None
     if base is None:
         revision = (record["base"]["commit"] if record else None) or config.get("revision")
     if record and base is None and record["base"]["commit"] is None and not Path(name).is_dir():
         raise LoraError(
-            f"the base of {folder}, the folder {name}, is not here",
+            f"the base of {adapter}, the folder {name}, is not here",
             "--base MODEL, or run this where it is",
         )
     if not names.may_be_model(name):
-        raise LoraError(f"the base of {folder}, {name}, is no model", "--base MODEL")
+        raise LoraError(f"the base of {adapter}, {name}, is not a model", "--base MODEL")
     if record is None and base is None:
-        adapter_config.announce_base(folder, name, revision)
+        adapter_config.announce_base(adapter, name, revision)
     return Base(name, revision)
 
 
@@ -179,8 +228,8 @@ def _changes_base(config: dict[str, Any]) -> bool:
 
 
 def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the adapter's tensors; LoraError unless its weights are there, whole, and not
-    pickled."""
+    """Return the shapes of the adapter's tensors. Raises LoraError unless its weights are complete,
+    and not pickled."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         pickled = next(

@@ -23,7 +23,7 @@ from lora_cli.models.tensors import is_finite
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without PEFT's warnings of what is checked here, and is an error where it is wrong."""
+    """Silence PEFT's warnings about what lora checks itself."""
     with warnings.catch_warnings():
         for message in (
             "Found missing adapter keys",
@@ -42,7 +42,8 @@ def quiet_peft() -> Iterator[None]:
 def attach_adapter(
     model: PreTrainedModel, config: LoraConfig, autocast_adapter_dtype: bool = True
 ) -> PeftModel:
-    """A new adapter on `model`, changed in place. LoraError with PEFT's words where it refuses."""
+    """Put a new adapter on `model`, in place. Raises LoraError with PEFT's words where it
+    refuses."""
     try:
         with quiet_peft():
             return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -55,8 +56,8 @@ def attach_adapter(
 def load_adapter(
     model: PreTrainedModel | PeftModel, folder: Path, name: str = "default"
 ) -> PeftModel:
-    """`model` with the trained adapter of `folder`, beside those it has; LoraError unless every one
-    of its tensors found its place."""
+    """Put the trained adapter of `folder` on `model`, beside those it has. Raises LoraError unless
+    every one of its tensors finds its place."""
     refuse_slow_patterns(model, folder)
     token_rows.fit_embeddings(model, folder)
     hint = "give the base it was trained on with --base"
@@ -81,8 +82,8 @@ def load_adapter(
 
 
 def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
-    """UsageError for an adapter whose regular expressions would keep PEFT busy for ever on the
-    model's names."""
+    """Raise UsageError for an adapter whose regular expressions would not finish on the model's
+    names."""
     names = [name for name, _ in model.named_modules() if name]
     patterns.refuse_slow_patterns(
         read_adapter_config(folder),
@@ -92,8 +93,8 @@ def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """What the adapter in `folder` says of itself, as PEFT reads it; LoraError with PEFT's words
-    where it does not."""
+    """Read the adapter's configuration with PEFT. Raises LoraError with PEFT's words where it
+    refuses."""
     with library_errors.translate_file_errors(
         f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"
     ):
@@ -101,7 +102,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def _explain_misfit(error: Exception) -> str:
-    """PEFT's words; of tensors that have another size, how many and the first."""
+    """Shorten PEFT's words: of tensors of another size, give their number and the first."""
     said = " ".join(str(error).split())
     sizes = re.findall(
         r"size mismatch for (\S+): .*?Size\(\[([^]]*)\]\).*?Size\(\[([^]]*)\]\)", said
@@ -114,8 +115,8 @@ def _explain_misfit(error: Exception) -> str:
 
 
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
-    """PEFT warns of tensors that match nothing and leaves B zero; here it is an error, as is a
-    tensor not finite."""
+    """Raise LoraError for tensors that are missing, not placed, or not finite: PEFT only warns, and
+    leaves B at zero."""
     stored = load_peft_weights(str(folder), device="cpu")
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # An adapter may carry whole embeddings and heads as well, under the names the model has for
@@ -131,8 +132,8 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
 
 
 def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: set[str]) -> None:
-    """LoraError unless the adapter's tensors are those the model has places for: `loaded`, and any
-    of its `whole`."""
+    """Raise LoraError unless the adapter's tensors are those the model has places for: `loaded`,
+    and any of its `whole`."""
     unplaced = stored - loaded - whole
     for keys, what in (
         (unplaced, "the model has no place for"),
@@ -147,12 +148,12 @@ def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: s
 
 
 def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
-    """The adapted modules by name."""
+    """Return the adapted modules by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def walk_trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    """Names and tensors of what training changes."""
+    """Yield the names and tensors that training changes."""
     return (
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     )

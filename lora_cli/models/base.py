@@ -185,8 +185,8 @@ class Base:
     def _refuse_conv1d(self) -> None:
         if any(isinstance(module, Conv1D) for module in self.build_empty().modules()):
             raise LoraError(
-                f"{self.name} keeps its weights the other way round (Conv1D), and comes back from "
-                "4 bits wrongly",
+                f"{self.name} stores its weights transposed (Conv1D), and 4-bit storage "
+                "reads them back wrongly",
                 "--set method=lora, or method=dora",
             )
 
@@ -205,14 +205,14 @@ class Base:
 
 
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on the GPU where there is one. Not for 4-bit weights: `Base.load` has put those
-    where they run."""
+    """Move the model to the GPU where there is one. Not for 4-bit weights: `Base.load` has put
+    those where they run."""
     accelerator = torch.accelerator.current_accelerator()
     return model if accelerator is None else model.to(accelerator)
 
 
 def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
-    """LoraError naming the first tensor of the base `name` that holds NaN or an infinity."""
+    """Raise LoraError naming the first tensor of the base `name` that holds NaN or an infinity."""
     bad = list(
         dict.fromkeys(
             key for key, tensor in _walk_numbers(network) if not tensors.is_finite(tensor)
@@ -228,8 +228,8 @@ def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
 
 
 def _walk_numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight with its name; of one in 4 bits the scales, which are not finite where a weight
-    was not."""
+    """Yield each weight with its name; of a 4-bit one its scales, which are not finite where a
+    weight was not."""
     for key, parameter in network.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None:
@@ -240,7 +240,8 @@ def _walk_numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def convert_to_float32(base: PreTrainedModel) -> PreTrainedModel:
-    """Every weight in float32, exactly; buffers such as rotary frequencies as they are."""
+    """Convert every weight to float32, exactly; buffers such as rotary frequencies stay as they
+    are."""
     for parameter in base.parameters():
         parameter.data = parameter.data.float()
     base.config.dtype = torch.float32

@@ -1,5 +1,4 @@
-"""Chat templates: programs of other people's, compiled once and rendered within limits of time,
-output and memory.
+"""Compile chat templates, and render them within limits of time, output and memory.
 
 jinja's sandbox keeps them from running code of their own; it does not keep them from running for
 ever.
@@ -44,8 +43,8 @@ class TemplateLimit(LoraError):
 
 @lru_cache(16)
 def compile_template(source: str) -> Template:
-    """The template in transformers' own environment, in which products are looked at before they
-    are made."""
+    """Compile the template in transformers' own environment, with a limit on the size of
+    products."""
     environment = _compile_jinja_template("").environment.overlay()
     environment.intercepted_binops = frozenset(["*", "**"])
     environment.call_binop = _limit_product
@@ -78,8 +77,8 @@ def render(
     add_generation_prompt: bool = False,
     source: str | None = None,
 ) -> str:
-    """As `apply_chat_template(tokenize=False)`, within the limits; `source` stands for the
-    tokenizer's own template."""
+    """Render as `apply_chat_template(tokenize=False)` does, within the limits; `source` stands for
+    the tokenizer's own template."""
     template = compile_template(source or tokenizer.get_chat_template(tools=tools))
     given = {
         **template.globals,
@@ -94,7 +93,7 @@ def render(
 
 
 def join_output(pieces: Iterator[str]) -> str:
-    """The text of a template's pieces. TemplateLimit where it grows over CHARACTERS."""
+    """Join the pieces that a template yields. Raises TemplateLimit where they exceed CHARACTERS."""
     kept, length = [], 0
     for piece in pieces:
         length += len(piece)
@@ -121,7 +120,7 @@ class Limits:
         return self
 
     def begin(self) -> None:
-        """Count from here."""
+        """Start counting time and memory."""
         if self.works:
             self.began, self.memory = time.thread_time(), 0
             signal.setitimer(signal.ITIMER_REAL, LOOK)
@@ -134,8 +133,8 @@ class Limits:
                 signal.signal(signal.SIGALRM, self.before)
 
     def _look(self, *_: object) -> None:
-        """Processor time of this thread: a machine that was asleep, or busy with others, is no
-        reason to stop."""
+        """Check this thread's processor time (not the clock: the machine may have been asleep or
+        busy) and memory."""
         now = psutil.Process().memory_info().rss
         self.memory = self.memory or now
         if time.thread_time() - self.began > SECONDS:

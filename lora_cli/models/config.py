@@ -1,4 +1,4 @@
-"""The configuration of a model, on the hub or in a folder."""
+"""Load the configuration of a model, on the hub or in a folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it agai
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a model on the hub or in a folder; where it names no type, with that of
-    the weights."""
+    """Load the configuration of a model on the hub or in a folder; where it does not name a type,
+    take that of the weights."""
     with library_errors.translate_file_errors(
         f"transformers cannot read the configuration of {name}", BROKEN_CONFIG
     ):

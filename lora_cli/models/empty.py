@@ -1,4 +1,4 @@
-"""Models without weights, for their modules' names and shapes."""
+"""Build models without weights, for their modules' names and shapes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Which base is this? A fingerprint of its configuration and tensors, quickly taken, and what
-differs from it.
+"""Tell one base from another by a fingerprint of its configuration and tensors.
 
 Of each tensor: type, shape, and a hash of some bytes at its start, middle and end. Weights that
 were trained further, or scaled, or cast, differ everywhere; a single changed value between the
@@ -24,8 +23,8 @@ VOLATILE = ("transformers_version", "_name_or_path", "dtype", "use_cache", "arch
 
 
 def fingerprint_model(name: str, revision: str | None, found: Tensors | None) -> dict[str, Any]:
-    """`config` (as its file has it) and `tensors` (name -> type, shape and hash) of a model on the
-    hub or in a folder.
+    """Return `config` (as its file has it) and `tensors` (name -> type, shape and hash) of a model
+    on the hub or in a folder.
 
     `found` are its tensors; None where it has no safetensors files.
     """
@@ -53,7 +52,7 @@ def _fingerprint_tensor(tensors: Tensors, name: str) -> str:
 
 
 def list_differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words; empty where they are of one model."""
+    """List what differs between two fingerprints, in words; empty where they are of one model."""
     return [
         f"{kind} {name}"
         + (f" ({kept[part].get(name)}, now {now[part].get(name)})" if part == "config" else "")

@@ -22,9 +22,9 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
 
 
 def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
-    """LoraError where bitsandbytes would read 4-bit weights wrongly: on some processors it gives
-    values the scale of another block when the length of a row is a multiple of 16, but not of 64
-    (measured with 0.50.2 and AVX512)."""
+    """Raise LoraError where bitsandbytes would read 4-bit weights wrongly: on some processors it
+    gives values the scale of another block when the length of a row is a multiple of 16, but not of
+    64 (measured with 0.50.2 and AVX512)."""
     from bitsandbytes.nn import Linear4bit
 
     layers = {

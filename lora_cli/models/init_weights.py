@@ -1,4 +1,4 @@
-"""What an adapter starts from, where that takes the data or the base's own weights.
+"""Compute an adapter's first A and B where that takes the data or the base's own weights.
 
 eva and corda look at activations of the first rows, lora_ga at their gradients, loftq at the error
 of 4-bit storage. pissa, olora, corda and lora_ga start from s·B₀A₀ ≠ 0 and take it off the base: W₀
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from lora_cli.common import UsageError
-from lora_cli.models import attach, targets
+from lora_cli.models import attach, peft_matching
 from lora_cli.models.base import Base
 from lora_cli.recipe import Recipe, find_initialisation
 
@@ -42,7 +42,7 @@ def prepare_base(
     """corda and lora_ga: leave in the base, for PEFT to find, what it computes A and B from."""
     if recipe.lora.init_lora_weights not in ("corda", "lora_ga"):
         return
-    config.target_modules = targets.resolve_targets(base, config).target_modules
+    config.target_modules = peft_matching.resolve_targets(base, config).target_modules
     if recipe.lora.init_lora_weights == "corda":
 
         def run_model() -> None:  # one row at a time: PEFT's statistics take no more
@@ -94,8 +94,8 @@ def prepare_adapter(
 
 
 def _batches(rows: Rows, collate: Collate, needed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of at least EVA_ROWS rows and `needed` tokens with loss each: with fewer, PEFT's eva
-    waits for ever."""
+    """Make batches of at least EVA_ROWS rows and `needed` tokens with loss each: with fewer, PEFT's
+    eva waits for ever."""
     batch: Rows = []
     for row in rows:
         batch.append(row)
@@ -114,8 +114,8 @@ def _on(network: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def _loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
-    """A and B such that s·BA is the best rank-r approximation of W − dequantize(NF4(W)) (LoftQ,
-    arXiv:2310.08659, with one iteration, which leaves the quantised base as it is).
+    """Compute A and B such that s·BA is the best rank-r approximation of W − dequantize(NF4(W))
+    (LoftQ, arXiv:2310.08659, with one iteration, which leaves the quantised base as it is).
 
     PEFT's own needs CUDA and leaves out the scaling s: at alpha = 2r it adds the correction twice.
     """

@@ -1,11 +1,11 @@
-"""What a name stands for, on the command line or in a file: a GGUF, an adapter, a model's folder, a
-name on the hub."""
+"""Find out what a name stands for: a GGUF, an adapter, a model's folder, a model on the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from lora_cli.common import LoraError, UsageError
@@ -15,12 +15,12 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def classify(path: str) -> str:
-    """Return `gguf`, `adapter`, `model` (a folder) or `hub`. Raises LoraError where the path is
-    none of these."""
+    """Return `gguf`, `adapter` (a folder or on the hub), `model` (a folder) or `hub` (a model
+    there). Raises LoraError where the path is none of these."""
     local = Path(path)
     if not path.strip():
         raise UsageError(
-            "an empty name is no model", "give a folder, a .gguf file or a model on the hub"
+            "the name of the model is empty", "give a folder, a .gguf file or a model on the hub"
         )
     if local.suffix == ".gguf":
         if not local.is_file():
@@ -40,10 +40,33 @@ def classify(path: str) -> str:
         raise LoraError(f"{path} is neither a model nor an adapter", hint)
     if local.exists() or not is_hub_name(path):
         raise LoraError(
-            f"{path} does not exist or is no model",
+            f"{path} does not exist or is not a model",
             "give a folder, a .gguf file or a model on the hub",
         )
-    return "hub"
+    return "adapter" if _is_adapter_on_hub(path) else "hub"
+
+
+def may_be_adapter_on_hub(path: Path) -> bool:
+    """Whether this is not a path here, and may be OWNER/NAME on the hub."""
+    return not path.exists() and "/" in str(path) and is_hub_name(str(path))
+
+
+def find_adapter_commit(name: str) -> str:
+    """Return the commit that the adapter `name` has on the hub now; offline, that in the cache.
+
+    Raises RemoteEntryNotFoundError for a repository that does not hold an adapter, and the hub's
+    other errors.
+    """
+    return Path(hf_hub_download(name, "adapter_config.json")).parent.name
+
+
+def _is_adapter_on_hub(name: str) -> bool:
+    """Whether the hub, or its cache, has an adapter of this name. Where it cannot be asked, what
+    loads a model of the name says why."""
+    try:
+        return may_be_adapter_on_hub(Path(name)) and bool(find_adapter_commit(name))
+    except (EntryNotFoundError, HfHubHTTPError):
+        return False
 
 
 def may_be_model(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Are two forms of one model the same function? Logits on probe prompts, compared."""
+"""Compare the logits of two forms of one model on probe prompts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Probe(NamedTuple):
 
 
 def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
-    """The probe prompts for this tokenizer."""
+    """Make the probe prompts for this tokenizer."""
     if tokenizer.chat_template is None:
         return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
     texts = [
@@ -73,8 +73,8 @@ def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
 
 
 def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Keep what the model says after each probe when training ends (float32, probes × vocabulary)
-    with the adapter."""
+    """Save the logits after each probe at the end of training (float32, probes × vocabulary) with
+    the adapter."""
     last = torch.stack([rows[-1] for rows in compute_logits(model, make_probes(tokenizer))])
     save_file({"logits": last}, folder / TRAINED)
 
@@ -104,8 +104,8 @@ def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtyp
 
 
 def compute_logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:
-    """Float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval mode,
-    on its own device."""
+    """Return float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval
+    mode, on its own device."""
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode():
@@ -116,8 +116,8 @@ def compute_logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torc
 
 
 def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:
-    """Differences of `after` from `before`, as `logits` gives them. LoraError if the vocabularies
-    differ."""
+    """Compare `after` with `before`, both from `compute_logits`. Raises LoraError if the
+    vocabularies differ."""
     sizes = [logits[0].shape[-1] for logits in (before, after)]
     if sizes[0] != sizes[1]:
         raise LoraError(
@@ -139,8 +139,8 @@ def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
 
 
 def _differ_by_position(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Of each position: largest difference, KL, and whether the same token is the likeliest, as (3,
-    positions)."""
+    """Return for each position the largest difference, the KL, and whether the likeliest token is
+    the same, as (3, positions)."""
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     same = first.argmax(-1) == second.argmax(-1)
     return torch.stack(
@@ -149,5 +149,6 @@ def _differ_by_position(first: torch.Tensor, second: torch.Tensor) -> torch.Tens
 
 
 def rounding_limit(difference: Difference, dtype: torch.dtype) -> float:
-    """The largest |Δlogit| that rounding weights to `dtype` explains for logits of this spread."""
+    """Return the largest |Δlogit| that rounding weights to `dtype` explains for logits of this
+    spread."""
     return TOLERANCE[dtype] * max(difference.spread, 1e-3)

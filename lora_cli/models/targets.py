@@ -1,8 +1,8 @@
-"""What a recipe's module names, patterns, layers and rows mean on a model: each must match
-something.
+"""Check that every module name, pattern, layer and row of a recipe means something on its model.
 
 PEFT ignores most of what matches nothing. Here every name, pattern and layer is asked for alone, by
-PEFT's own matching, before an adapter is attached; `limits.py` says what PEFT then could not do.
+PEFT's own matching, before an adapter is attached; `unsupported.py` finds what PEFT could not do
+with it.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.common import find_nearest, join_errors
 from lora_cli.models import patterns, unsupported
-from lora_cli.models.patterns import as_list
-from lora_cli.models.token_rows import matches_name
+from lora_cli.models.peft_matching import (
+    as_list,
+    find_targeted_modules,
+    find_targeted_parameters,
+    is_saved_whole,
+    list_parameter_names,
+    matches_ending,
+    matches_key,
+    resolve_targets,
+)
 from lora_cli.models.unsupported import Problem
 from lora_cli.recipe import Recipe
 
 
 def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
-    """UsageError with every part of the adapter's `config` that matches nothing in `model` or that
-    cannot be merged."""
+    """Raise UsageError with every part of the adapter's `config` that matches nothing in `model`,
+    or that cannot be merged."""
     modules = {name: module for name, module in model.named_modules() if name}
     patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
     resolved = resolve_targets(model, config)
@@ -39,6 +44,7 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
     parameters = find_targeted_parameters(resolved, model)
     problems = [
         *_find_unmatched_names(recipe, config, resolved, list(modules)),
+        *_find_unmatched_saved(recipe, config, list(modules)),
         *_find_left_out_targets(recipe, config, resolved, list(modules)),
         *_find_unmatched_layers(recipe, config, list(modules)),
         *_find_unmatched_parameters(recipe, config, model),
@@ -59,38 +65,8 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
         raise join_errors(f"with lora on {recipe.model.name_or_path}", problems)
 
 
-def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
-    """A copy of `config` as PEFT will apply it: `all-linear` spelt out, names of older model
-    definitions converted."""
-    resolved = copy.deepcopy(config)
-    convert_peft_config_for_transformers(
-        resolved, model=model, conversions=get_model_conversion_mapping(model)
-    )
-    return _maybe_include_all_linear_layers(resolved, model)
-
-
-def find_targeted_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
-    """The modules that PEFT will adapt."""
-    return [name for name in names if name and check_target_module_exists(config, name)]
-
-
-def find_targeted_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
-    """The parameters that PEFT will adapt through `target_parameters`."""
-    wanted = config.target_parameters or []
-    return [
-        name
-        for name in list_parameter_names(model)
-        if any(matches_name(name, target) for target in wanted)
-    ]
-
-
-def list_parameter_names(model: nn.Module) -> list[str]:
-    """Every name of every parameter: of a shared one all."""
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
-
-
 def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
-    """A hint that names the real module, or ending of a module's name, that `target` most likely
+    """Make a hint that names the module, or ending of a module's name, that `target` most likely
     meant."""
     parts = target.count(".") + 1
     guess = find_nearest(target, sorted({".".join(name.split(".")[-parts:]) for name in names}))
@@ -103,45 +79,49 @@ def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
 def _find_unmatched_names(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
+    """Find targets and exclusions that match no module; an expression must match a whole name."""
     kind = recipe.model.name_or_path
-    converted = (
-        isinstance(config.target_modules, (set, list))
-        and config.target_modules != resolved.target_modules
-    )
     for field in ("target_modules", "exclude_modules"):
         wanted, where = getattr(config, field), recipe.where("lora", field)
         if isinstance(wanted, str):
             if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
-                hint = "an expression must match the whole name"
-                if re.fullmatch(
-                    r"[\w.-]+", wanted
-                ):  # a name where a list, or the shorthand, was meant
-                    guess = find_nearest(wanted.lower(), ["all-linear"])
-                    hint = f"did you mean {guess}?" if guess else f"{field}: [{wanted}]"
+                hint = _explain_unmatched_expression(field, wanted)
                 yield f"{where}: no module of {kind} matches {wanted!r}", hint
-        elif not (field == "target_modules" and converted):
-            for target in sorted(wanted or []):
-                if not any(matches_name(name, target) for name in names):
+        elif wanted and wanted == getattr(resolved, field):  # else PEFT has converted old names
+            for target in sorted(wanted):
+                if not any(matches_ending(name, target) for name in names):
                     hint = _guess_target(target, names, "lora.target_modules: all-linear")
                     yield f"{where}: no module of {kind} is called {target}", hint
+
+
+def _explain_unmatched_expression(field: str, written: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", written):
+        return "an expression must match the whole name"
+    guess = find_nearest(written.lower(), ["all-linear"])  # a name, where a list was meant
+    return f"did you mean {guess}?" if guess else f"{field}: [{written}]"
+
+
+def _find_unmatched_saved(
+    recipe: Recipe, config: LoraConfig, names: Sequence[str]
+) -> Iterator[Problem]:
+    """Find items of modules_to_save that match nothing, or more than their last parts say."""
     where = recipe.where("lora", "modules_to_save")
     for name in config.modules_to_save or []:
-        if not any(matches_name(module, name) for module in names):
+        meant = [module for module in names if matches_ending(module, name)]
+        more = [m for m in names if is_saved_whole(m, name) and m not in meant]
+        if not meant:
             yield (
-                f"{where}: no module of {kind} is called {name}",
+                f"{where}: no module of {recipe.model.name_or_path} is called {name}",
                 _guess_target(name, names, "leave it out"),
             )
-        elif more := [
-            module for module in names if module.endswith(name) and not matches_name(module, name)
-        ]:
-            full = next(module for module in names if matches_name(module, name))
-            yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {full}"
+        elif more:
+            yield f"{where}: PEFT takes {name} for {more[0]} too", f"give the full name: {meant[0]}"
 
 
 def _find_left_out_targets(
     recipe: Recipe, config: LoraConfig, resolved: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
-    """Names in the list of targets that exist, and that another field takes away again."""
+    """Find targets that exist, but that another field takes away again."""
     if (
         not isinstance(config.target_modules, (set, list))
         or config.target_modules != resolved.target_modules
@@ -150,7 +130,7 @@ def _find_left_out_targets(
     alone, where = copy.copy(config), recipe.where("lora", "target_modules")
     for target in sorted(config.target_modules):
         alone.target_modules = [target]
-        if any(matches_name(name, target) for name in names) and not find_targeted_modules(
+        if any(matches_ending(name, target) for name in names) and not find_targeted_modules(
             alone, names
         ):
             others = ("exclude_modules", "modules_to_save", "layers_to_transform")
@@ -161,7 +141,7 @@ def _find_left_out_targets(
 def _find_unmatched_layers(
     recipe: Recipe, config: LoraConfig, names: Sequence[str]
 ) -> Iterator[Problem]:
-    """Layers and layer patterns that choose no module, and full names, for which PEFT forgets
+    """Find layers and layer patterns that choose no module, and full names, for which PEFT ignores
     them."""
     if config.layers_to_transform is None:
         return
@@ -198,7 +178,7 @@ def _find_unmatched_parameters(
 ) -> Iterator[Problem]:
     names, where = list_parameter_names(model), recipe.where("lora", "target_parameters")
     for target in config.target_parameters or []:
-        if not any(matches_name(name, target) for name in names):
+        if not any(matches_ending(name, target) for name in names):
             yield (
                 f"{where}: no parameter is called {target}",
                 _guess_target(target, names, "leave it out"),
@@ -215,14 +195,11 @@ def _find_unmatched_parameters(
 def _find_unmatched_patterns(
     recipe: Recipe, config: LoraConfig, targeted: Sequence[str]
 ) -> Iterator[Problem]:
-    """Keys that match no adapted module, and modules that two keys match: their order is lost in
-    the adapter's file."""
+    """Find keys that match no adapted module, and modules that two keys match: the adapter's file
+    does not keep their order."""
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        matched = {
-            key: [name for name in targeted if re.match(patterns.pattern_of_key(key), name)]
-            for key in keys
-        }
+        matched = {key: [name for name in targeted if matches_key(name, key)] for key in keys}
         for key in keys:
             if not matched[key]:
                 where = recipe.where("lora", field, key)
@@ -242,43 +219,42 @@ def _find_unmatched_patterns(
 def _find_wrong_token_ids(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel, targeted: Sequence[str]
 ) -> Iterator[Problem]:
-    given, where = (
-        config.trainable_token_indices or {},
-        recipe.where("lora", "trainable_token_indices"),
-    )
-    ends = [
-        end
-        for end in (model.get_input_embeddings(), model.get_output_embeddings())
-        if end is not None
-    ]
-    weights = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if any(module is end for end in ends)
-    }
+    """Find rows of embeddings that do not exist, are named twice, or are adapted as well."""
+    where = recipe.where("lora", "trainable_token_indices")
+    weights = _find_ends(model)
+    given: Any = config.trainable_token_indices or {}
+    if not isinstance(given, dict):
+        embeddings = model.get_input_embeddings()
+        given = {next(n for n, m in model.named_modules() if m is embeddings): given}
     seen: set[str] = set()
-    embeddings = next(
-        name for name, module in model.named_modules() if module is model.get_input_embeddings()
-    )
-    for name, ids in (given if isinstance(given, dict) else {embeddings: given}).items():
-        found = [full for full in weights if matches_name(full, name)]
-        if not found:
+    for name, ids in given.items():
+        found = next((full for full in weights if matches_ending(full, name)), None)
+        if found is None:
             yield (
                 f"{where}: no embedding or head is called {name}",
                 _guess_target(name, weights, "leave it out"),
             )
             continue
-        if found[0] in seen:
-            yield f"{where}: {found[0]} is named twice", "give all its rows under one name"
-        seen.add(found[0])
-        rows = weights[found[0]].shape[0]
+        if found in seen:
+            yield f"{where}: {found} is named twice", "give all its rows under one name"
+        seen.add(found)
+        rows = weights[found].shape[0]
         if wrong := [str(number) for number in ids if number >= rows]:
             yield f"{where}: {name} has no row {', '.join(wrong)}", f"its {rows} rows count from 0"
         if len(set(ids)) < len(ids):
             yield f"{where}: {name} has a row twice", "give each row once"
-        if ids and found[0] in targeted:
-            target = recipe.where("lora", "target_modules")
+        if ids and found in targeted:
             yield (
-                f"{target}: {found[0]} trains rows of its own already",
+                f"{recipe.where('lora', 'target_modules')}: {found} trains rows of its own already",
                 "leave it out, or use modules_to_save for both",
             )
+
+
+def _find_ends(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights of the embeddings and of the head, by the modules' names."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+    }

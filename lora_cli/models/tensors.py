@@ -1,5 +1,5 @@
-"""safetensors files read a few rows at a time and written in order, without holding or mapping a
-whole one.
+"""Read safetensors files a few rows at a time, and write them in order, without holding a whole
+one.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header
 with type, shape and offsets of each tensor, then the tensors' bytes. Mapped memory counts as the
@@ -114,12 +114,12 @@ class Tensors:
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
-    """The entries of one file."""
+    """Read the entries of one file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise SafetensorError(f"{path} is no safetensors file, or is cut off")
+            raise SafetensorError(f"{path} is not a safetensors file, or is cut off")
         try:
             header: dict[str, Any] = json.loads(file.read(min(length, LONGEST_HEADER)))
         except (ValueError, RecursionError):
@@ -130,7 +130,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
     unknown = {tensor["dtype"] for tensor in header.values()} - TYPES.keys()
     if unknown:
         raise LoraError(
-            f"{path} holds {sorted(unknown)[0]} weights, which are not merged into",
+            f"{path} holds {sorted(unknown)[0]} weights, which lora cannot merge into",
             "take a 16-bit base",
         )
     end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
@@ -166,7 +166,7 @@ def _is_entry(item: tuple[str, Any]) -> bool:
 
 
 def open_model(name: str, revision: str | None = None) -> Tensors | None:
-    """The weights of a model on the hub or in a folder; None where they are not in safetensors
+    """Open the weights of a model on the hub or in a folder; None where they are not in safetensors
     files."""
     single = _find_file(
         name, SINGLE, revision
@@ -183,7 +183,8 @@ def open_model(name: str, revision: str | None = None) -> Tensors | None:
 
 
 def _list_shards(index: Path) -> list[str]:
-    """The files that an index names, all of them beside it; LoraError for an index that is none."""
+    """List the files that an index names, all of them beside it. Raises LoraError for a broken
+    index."""
     found = files.read_json(index)
     named = found.get("weight_map") if isinstance(found, dict) else None
     if (
@@ -192,7 +193,7 @@ def _list_shards(index: Path) -> list[str]:
         or not all(isinstance(file, str) for file in named.values())
     ):
         raise LoraError(
-            f"{index} is no index of weights: it has no weight_map", "copy or download it again"
+            f"{index} is not an index of weights: it has no weight_map", "copy or download it again"
         )
     if outside := [file for file in named.values() if Path(file).name != file or "\\" in file]:
         raise LoraError(
@@ -217,8 +218,8 @@ def _find_file(name: str, file: str, revision: str | None, required: bool = Fals
 def create_file(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> dict[str, Entry]:
-    """A safetensors file with its header and room for these tensors (name -> type, shape); where
-    each is to go."""
+    """Create a safetensors file with its header and room for these tensors (name -> type, shape);
+    return where each goes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -273,8 +274,7 @@ def is_finite(rows: torch.Tensor) -> bool:
 
 
 def compute_checksum(rows: torch.Tensor) -> int:
-    """The sum of all bytes, taken eight at a time: any one value that is changed afterwards changes
-    it."""
+    """Sum all bytes, eight at a time: changing any one value afterwards changes the sum."""
     data = _view_bits(rows).view(np.uint8)
     whole = len(data) // 8 * 8
     return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int.from_bytes(
@@ -304,8 +304,8 @@ def give_back_memory() -> None:
 
 
 def find_changed(folder: Path, sums: Mapping[str, int]) -> str | None:
-    """The first tensor of a folder's files that is not what was written, by its checksum; None if
-    all are."""
+    """Return the first tensor of a folder's files that differs from what was written, by its
+    checksum; None if none does."""
     tensors = open_model(str(folder))
     assert tensors is not None, "written just now"
     if tensors.entries.keys() != sums.keys():
@@ -327,14 +327,14 @@ def find_changed(folder: Path, sums: Mapping[str, int]) -> str | None:
 
 
 def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
-    """The index of several shards."""
+    """Write the index of several shards."""
     size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in places.values())
     shard_of = {name: entry.file.name for name, entry in sorted(places.items())}
     files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
 
 
 def split_rows(shape: tuple[int, ...], size: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `size` bytes (`BLOCK`) in float32 that cover a tensor of this shape,
+    """Split a tensor of this shape into ranges of rows of about `size` bytes (`BLOCK`) in float32,
     in order.
 
     Each but the last has a multiple of eight values, so that checksums do not depend on the ranges.

@@ -1,5 +1,4 @@
-"""Tokens added to a base: the tokenizer takes them, the embeddings grow up to them, and their rows
-are trained.
+"""Add tokens to a base: grow its embeddings to the tokenizer, and train the new rows.
 
 Growing never shrinks: many bases have more rows than tokens. A trained row is kept whole in the
 adapter, so that what the new rows started from is of no matter afterwards.
@@ -16,6 +15,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from lora_cli.common import LoraError, files
+from lora_cli.models.peft_matching import matches_ending
 
 MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""
@@ -42,18 +42,13 @@ def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> No
     given: Any = config.trainable_token_indices or {}
     rows = dict(given) if isinstance(given, dict) else {names[0].rpartition(".")[2]: given}
     for name in names:
-        if not any(matches_name(name, saved) for saved in config.modules_to_save or ()):
-            key = next((key for key in rows if matches_name(name, key)), name.rpartition(".")[2])
+        if not any(matches_ending(name, saved) for saved in config.modules_to_save or ()):
+            key = next((key for key in rows if matches_ending(name, key)), name.rpartition(".")[2])
             rows[key] = [
                 *rows.get(key, []),
                 *(number for number in ids if number not in rows.get(key, [])),
             ]
     config.trainable_token_indices = rows or None
-
-
-def matches_name(name: str, ending: str) -> bool:
-    """PEFT's rule for names in lists: the whole name, or its last parts."""
-    return name == ending or name.endswith(f".{ending}")
 
 
 def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
@@ -65,7 +60,7 @@ def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
     there = model.get_input_embeddings().num_embeddings
     if rows > there + MOST_ADDED:
         raise LoraError(
-            f"{folder} speaks of row {rows - 1} of the embeddings, and its base has {there}",
+            f"{folder} needs row {rows - 1} of the embeddings, but its base has only {there}",
             "copy the adapter again",
         )
     if there < rows:
@@ -75,7 +70,7 @@ def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
 def count_rows_trained(
     model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """How many rows of embeddings the adapter in `folder` speaks of; `shapes` are those of its
+    """Count the rows of embeddings that the adapter in `folder` needs; `shapes` are those of its
     tensors, by key."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)

@@ -1,5 +1,4 @@
-"""A base model's tokenizer: loaded, changed as a recipe says, given a chat template and a system
-prompt, written."""
+"""Load a base's tokenizer, change it as the recipe says, and save it."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def load_recipe_tokenizer(
     recipe: Recipe, base: Base
 ) -> tuple[PreTrainedTokenizerBase, list[int], str]:
-    """The base's tokenizer as the recipe changes it, the ids of the tokens added, and its chat
-    template in words."""
+    """Load the base's tokenizer as the recipe changes it; return it, the ids of the added tokens,
+    and its chat template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
     tokenizer = base.load_tokenizer(**roles)
     new_ids = add_tokens(recipe, tokenizer)
@@ -40,8 +39,8 @@ def load_recipe_tokenizer(
 def load_tokenizer(
     name: str, revision: str | None = None, **roles: str | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token` replaced
-    where given.
+    """Load the tokenizer of a model on the hub or in a folder, with `eos_token` or `pad_token`
+    replaced where given.
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
@@ -52,9 +51,7 @@ def load_tokenizer(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
         )
     if not tokenizer.is_fast:
-        raise LoraError(
-            f"the tokenizer of {name} has no fast version", "convert it to tokenizer.json first"
-        )
+        raise LoraError(f"{name} has only a slow tokenizer", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()
     for kind, token in roles.items():
         if token is not None:
@@ -71,7 +68,7 @@ def load_tokenizer(
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None
 ) -> None:
-    """The tokenizer with its template, and the base's `tokenizer.model` where there is one:
+    """Save the tokenizer with its template, and the base's `tokenizer.model` where there is one:
     llama.cpp's converter reads a SentencePiece vocabulary from it, and tokens beyond it from
     `added_tokens_decoder`; transformers 5 writes neither."""
     tokenizer.save_pretrained(str(folder))

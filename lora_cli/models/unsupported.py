@@ -1,9 +1,7 @@
-"""What PEFT's LoRA cannot do on a model though a recipe says so: it would fail late, not train, or
-not merge."""
+"""Refuse what PEFT's LoRA cannot do on a model: it would fail late, not train, or not merge."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.models import patterns
-from lora_cli.models.token_rows import matches_name
+from lora_cli.models.peft_matching import matches_ending, matches_key
 from lora_cli.recipe import Recipe, find_initialisation
 
 Problem = tuple[str, str | None]
@@ -28,7 +25,7 @@ def find_problems(
     targeted: dict[str, nn.Module],
     parameters: Sequence[str],
 ) -> Iterator[Problem]:
-    """All of them, for the modules and parameters that `config` adapts."""
+    """Find all problems of the modules and parameters that `config` adapts."""
     yield from _find_wrong_kinds(recipe, targeted)
     yield from _find_wrong_parameters(recipe, config, model, parameters)
     yield from _find_wrong_biases(recipe, config, model, targeted)
@@ -38,8 +35,8 @@ def find_problems(
 
 
 def _find_wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterator[Problem]:
-    """Modules without a weight that LoRA knows, and those whose own way of using it an adapter
-    would pass by."""
+    """Find modules without a weight that LoRA knows, and those that use theirs in a way an adapter
+    would bypass."""
     where = recipe.where("lora", "target_modules")
     for why, names in _group_by_reason(targeted, _explain_unlike_peft).items():
         more = f" ({len(names)} such modules)" if len(names) > 1 else ""
@@ -60,7 +57,7 @@ def _group_by_reason(
 
 
 def _explain_unlike_peft(module: Any) -> str | None:
-    """Why PEFT's adapter would not be, or not merge into, what the module computes."""
+    """Explain why PEFT's adapter would not compute, or not merge into, what the module computes."""
     if isinstance(module, nn.Embedding):
         own = type(module).forward is not nn.Embedding.forward and not hasattr(
             module, "embed_scale"
@@ -84,8 +81,8 @@ def _explain_unlike_peft(module: Any) -> str | None:
 def _find_wrong_parameters(
     recipe: Recipe, config: LoraConfig, model: nn.Module, parameters: Sequence[str]
 ) -> Iterator[Problem]:
-    """What does not go with adapters on parameters (which `all-linear` means too where experts are
-    fused)."""
+    """Find what does not work with adapters on parameters (which `all-linear` includes where
+    experts are fused)."""
     if not parameters:
         return
     such = f"parameters such as {parameters[0]}"
@@ -133,8 +130,8 @@ def _find_wrong_biases(
 def _find_wrong_starts(
     recipe: Recipe, config: LoraConfig, targeted: dict[str, nn.Module]
 ) -> Iterator[Problem]:
-    """Initialisations that a module's kind, shape or rank does not allow, and what else eva does
-    not go with."""
+    """Find initialisations that a module's kind, shape or rank does not allow, and what else eva
+    does not work with."""
     initial = str(config.init_lora_weights).partition("_niter")[0]
     where = recipe.where("lora", "init_lora_weights")
     if initial == "eva" and config.trainable_token_indices:
@@ -150,11 +147,7 @@ def _find_wrong_starts(
             )
             return
         rank, field = next(
-            (
-                (rank, key)
-                for key, rank in config.rank_pattern.items()
-                if re.match(patterns.pattern_of_key(key), name)
-            ),
+            ((rank, key) for key, rank in config.rank_pattern.items() if matches_key(name, key)),
             (config.r, None),
         )
         place = recipe.where("lora", "rank_pattern", field) if field else recipe.where("lora", "r")
@@ -173,44 +166,36 @@ def _find_wrong_starts(
 def _find_wrong_copies(
     recipe: Recipe, config: LoraConfig, model: PreTrainedModel
 ) -> Iterator[Problem]:
-    """Whole modules that cannot be trained: stored in 4 bits, or with rows that are to be trained
-    by themselves."""
-    where, given = recipe.where("lora", "modules_to_save"), config.trainable_token_indices or {}
+    """Find modules that cannot be trained whole: in 4 bits, or with rows trained by themselves."""
+    where = recipe.where("lora", "modules_to_save")
     modules = dict(model.named_modules())
-    ends = {name for name, module in modules.items() if module is model.get_input_embeddings()}
-    rows = list(given) if isinstance(given, dict) else list(ends)
+    given: Any = config.trainable_token_indices or {}
+    embeddings = model.get_input_embeddings()
+    rows = given if isinstance(given, dict) else [n for n, m in modules.items() if m is embeddings]
+    added = recipe.model.add_tokens or recipe.model.add_special_tokens
     for saved in config.modules_to_save or []:
-        for name in [name for name in modules if name and matches_name(name, saved)]:
-            inside = [
-                path
-                for path, module in modules[name].named_modules()
-                if hasattr(module, "quant_state")
-            ]
-            if inside:
+        for name in [name for name in modules if name and matches_ending(name, saved)]:
+            if any(hasattr(module, "quant_state") for module in modules[name].modules()):
                 yield (
                     f"{where}: {name} is stored in 4 bits and cannot be trained",
                     "quantization.llm_int8_skip_modules",
                 )
                 return
-            weight = getattr(modules[name], "weight", None)
-            shared = {
-                other
-                for other, module in modules.items()
-                if getattr(module, "weight", None) is weight
-            }
-            if weight is not None and any(
-                matches_name(other, row) for other in shared for row in rows
-            ):
-                both = (
-                    "model.add_tokens"
-                    if recipe.model.add_tokens or recipe.model.add_special_tokens
-                    else "its rows"
-                )
+            shared = _find_sharing(modules, getattr(modules[name], "weight", None))
+            if any(matches_ending(other, row) for other in shared for row in rows):
                 yield (
-                    f"{where}: {name} is trained whole, and {both} by themselves",
+                    f"{where}: {name} is trained whole, and "
+                    f"{'model.add_tokens' if added else 'its rows'} by themselves",
                     "take it out of modules_to_save, or give every module with this weight there: "
                     + ", ".join(sorted(shared)),
                 )
+
+
+def _find_sharing(modules: dict[str, nn.Module], weight: torch.Tensor | None) -> list[str]:
+    """Return the modules that have this very tensor as their weight."""
+    if weight is None:
+        return []
+    return [name for name, module in modules.items() if getattr(module, "weight", None) is weight]
 
 
 def _find_tied(
@@ -220,8 +205,8 @@ def _find_tied(
     targeted: Sequence[str],
     parameters: Sequence[str],
 ) -> Iterator[Problem]:
-    """Adapters on a weight that serves as embedding and head: it can be merged into neither without
-    changing the other.
+    """Find adapters on a weight that serves as embedding and head: it cannot be merged into one
+    without changing the other.
 
     `modules_to_save` and `trainable_token_indices` are sound there, but for rows of the head alone.
     """
@@ -230,28 +215,20 @@ def _find_tied(
         return
     if head.weight is not model.get_input_embeddings().weight:
         return
-    shared = [
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "weight", None) is head.weight
-    ]
+    shared = _find_sharing(dict(model.named_modules()), head.weight)
     both = " and ".join(shared)
     instead = "use modules_to_save or trainable_token_indices, or leave them out"
     for name in shared:
-        if name in targeted:
-            yield (
-                f"{recipe.where('lora', 'target_modules')}: {name} shares its weight ({both})",
-                instead,
-            )
-        if f"{name}.weight" in parameters:
-            yield (
-                f"{recipe.where('lora', 'target_parameters')}: {name} shares its weight ({both})",
-                instead,
-            )
+        for field, adapted in (
+            ("target_modules", name in targeted),
+            ("target_parameters", f"{name}.weight" in parameters),
+        ):
+            if adapted:
+                yield f"{recipe.where('lora', field)}: {name} shares its weight ({both})", instead
     given = config.trainable_token_indices
     rows = given if isinstance(given, dict) else {}
-    of_head = [ids for name, ids in rows.items() if matches_name(shared[-1], name)]
-    of_embeddings = [ids for name, ids in rows.items() if matches_name(shared[0], name)]
+    of_head = [ids for name, ids in rows.items() if matches_ending(shared[-1], name)]
+    of_embeddings = [ids for name, ids in rows.items() if matches_ending(shared[0], name)]
     if of_head and of_head != of_embeddings:
         yield (
             f"{recipe.where('lora', 'trainable_token_indices')}: {shared[-1]} shares its weight "

@@ -15,13 +15,14 @@ Its doors, in the order a reader needs them:
 """
 
 from lora_cli.recipe.initialisations import find_initialisation
-from lora_cli.recipe.keys import Data, Model, Recipe, Rows, Training
+from lora_cli.recipe.keys import Data, Lora, Model, Recipe, Rows, Training
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 
 __all__ = [
     "DEFAULT_TASK",
     "Data",
+    "Lora",
     "Model",
     "Recipe",
     "Rows",
@@ -31,6 +32,7 @@ __all__ = [
     "find_initialisation",
     "find_task",
     "load_recipe",
+    "messages",
     "schema",
     "shipped_recipes",
     "strict_yaml",

@@ -35,6 +35,7 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         strict=True,
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
@@ -232,13 +233,13 @@ class TrainingFields(Section):
     """The run: every field of TRL's `SFTConfig`, which extends transformers'
     `TrainingArguments`."""
 
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate; adapters want about ten times that of full fine-tuning."""
     lr_scheduler_type: str = "cosine"
     """Schedule after warm-up: linear, cosine, constant, …"""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
     """Steps of linear warm-up; below 1 a share of all steps."""
-    num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
     max_steps: Literal[-1] | Annotated[int, Field(ge=1)] = -1
     """Stop after this many optimiser steps; -1: as num_train_epochs says."""
@@ -293,7 +294,7 @@ class TrainingFields(Section):
     """Token that fills short rows, where it is not the tokenizer's own."""
     dataset_num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that prepare the rows."""
-    stop_on_loss_above: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    stop_on_loss_above: Annotated[float, Field(gt=0)] | None = None
     """Stop the run at the first step whose loss is higher, since it diverges. A loss that is not a
     number stops it in any case."""
     on_oom: Literal["stop", "reduce"] = "stop"

@@ -26,12 +26,9 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
     it."""
     by_key: dict[Keys, list[Any]] = {}
     for detail in error.errors():
-        keys: Keys = ()
-        for part in detail["loc"]:  # beyond the data, loc goes on with names of union members
-            if detail["type"] != "missing" and (*keys, part) not in document.places:
-                break
-            keys = (*keys, part)
-        by_key.setdefault(keys, []).append(detail)
+        by_key.setdefault(_find_keys(detail, document), []).append(detail)
+    for keys in [outer for outer in by_key if any(outer in _parents(inner) for inner in by_key)]:
+        del by_key[keys]  # the alternative of the type that got further says what is wrong
     for keys, details in sorted(
         by_key.items(), key=lambda item: _find_place(item[0], document).line
     ):
@@ -42,12 +39,28 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
         elif details[0]["type"] == "missing":
             yield f"{place}: {name} is missing", f"add {name}"
         else:
-            allowed = " or ".join(dict.fromkeys(_describe_allowed(detail) for detail in details))
+            words = dict.fromkeys(_describe_allowed(detail) for detail in details)
+            if words.keys() & {"a number", "a finite number"}:
+                words.pop("a whole number", None)
+            allowed = " or ".join(words)
             wrong = details[0]["input"]
             yield (
                 f"{place}: {name} is {_show(wrong)}, but must be {allowed}",
                 _suggest_value(keys, wrong, details),
             )
+
+
+def _find_keys(detail: Any, document: Document) -> Keys:
+    """The keys of the data in an error's location, which also names the members of unions."""
+    keys: Keys = ()
+    for part in detail["loc"]:
+        if (*keys, part) in document.places:
+            keys = (*keys, part)
+    return (*keys, detail["loc"][-1]) if detail["type"] == "missing" else keys
+
+
+def _parents(keys: Keys) -> list[Keys]:
+    return [keys[:depth] for depth in range(len(keys))]
 
 
 def _spell_key(key: str | int) -> str:

@@ -343,7 +343,7 @@ BAD: dict[str, Case] = {
     "data: an address": typed(
         "train", "r.yaml", "--set", "data.path=https://x.org/rows.jsonl", make=lambda d: [base(d), recipe(d)]),
     # The base
-    "model: no such folder": lambda d: [recipe(d), ["train", "r.yaml"]][1],
+    "model: no such folder": typed("train", "r.yaml", "--set", "model.name_or_path=./base", make=recipe),
     "model: a longer path": typed("train", "r.yaml", "--set", "model.name_or_path=models/llama/base", make=recipe),
     "model: an address": typed("train", "r.yaml", "--set", "model.name_or_path=https://hf.co/a/b", make=recipe),
     "model: a file": typed("train", "r.yaml", "--set", "model.name_or_path=rows.jsonl", make=recipe),
@@ -536,11 +536,11 @@ BAD: dict[str, Case] = {
     "combine: one": typed("combine", "a", "out"),
     "combine: no such rank": typed("combine", "a", "b", "out", "--r", "0"),
     "extract: two only": typed("extract", "a", "b"),
-    "extract: no models": typed("extract", "a", "b", "out"),
+    "extract: no models": typed("extract", "./a", "./b", "out"),
     "convert: one only": typed("convert", "a"),
     "convert: no adapter": typed("convert", "a", "out"),
     "verify: one only": typed("verify", "a"),
-    "verify: neither is there": typed("verify", "a", "b"),
+    "verify: neither is there": typed("verify", "./a", "./b"),
     "verify: GGUFs that are none": lambda d: [gguf(d), ["verify", "model.gguf", "model.gguf"]][1],
     "export-gguf: nothing here": typed("export-gguf"),
     "export-gguf: the adapter's folder is missing": typed("export-gguf", "--adapter-only"),
@@ -549,7 +549,7 @@ BAD: dict[str, Case] = {
         base(d), ["export-gguf", "base", "-q", "f16", "--llama-cpp", "gone"]][1],
     "generate: no model": typed("generate"),
     "generate: no prompt": lambda d: [base(d), ["generate", "base"]][1],
-    "generate: no such model": typed("generate", "gone", "-p", "x"),
+    "generate: no such model": typed("generate", "./gone", "-p", "x"),
     "generate: no tokens": typed("generate", "base", "-p", "x", "--max-new-tokens", "0"),
     "generate: cold": typed("generate", "base", "-p", "x", "--temperature", "-1"),
     "generate: not a temperature": lambda d: [base(d), ["generate", "base", "-p", "x", "--temperature", "nan"]][1],
@@ -561,11 +561,16 @@ BAD: dict[str, Case] = {
         written(d / "p.jsonl", "[" * 100_000), ["generate", "base", "-f", "p.jsonl"]][1],
     "generate: prompts of no known kind": lambda d: [
         written(d / "p.jsonl", '{"ask": 1}\n'), ["generate", "base", "-f", "p.jsonl"]][1],
-    "generate: binary prompts": lambda d: [written(d / "p", bytes(range(256))), ["generate", "base", "-f", "p"]][1],
-    "generate: no prompts in the file": lambda d: [written(d / "p", "\n\n"), ["generate", "base", "-f", "p"]][1],
+    "generate: binary prompts": lambda d: [
+        written(d / "p.txt", bytes(range(256))), ["generate", "base", "-f", "p.txt"]][1],
+    "generate: prompts of an unknown ending": lambda d: [written(d / "p", "x"), ["generate", "base", "-f", "p"]][1],
+    "generate: an empty prompt in a table": lambda d: [
+        written(d / "p.csv", "prompt,completion\nWhy?,because\n,nothing\n"), ["generate", "base", "-f", "p.csv"]][1],
+    "generate: no prompts in the file": lambda d: [
+        written(d / "p.txt", "\n\n"), ["generate", "base", "-f", "p.txt"]][1],
     "generate: a GGUF that is none": lambda d: [gguf(d), ["generate", "model.gguf", "-p", "x"]][1],
     "chat: no model": typed("chat"),
-    "chat: no such model": typed("chat", "gone"),
+    "chat: no such model": typed("chat", "./gone"),
     "doctor: an argument": typed("doctor", "please"),
     "schema: an argument": typed("schema", "please"),
     "recipes: no such command": typed("recipes", "cpoy"),

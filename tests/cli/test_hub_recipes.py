@@ -187,7 +187,7 @@ def test_the_other_hub_recipes_work_too(lora, tmp_path: Path, config: str) -> No
         ("data.split=foo", 'Unknown split "foo"'),
         (
             "model.name_or_path=build/nothing/here",
-            "build/nothing/here does not exist or is no model",
+            "build/nothing/here does not exist or is not a model",
         ),
     ],
 )

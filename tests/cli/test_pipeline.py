@@ -173,7 +173,7 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
         ),
         (["generate", "build/tiny/model"], 2, "error: no prompt was given"),
         (["generate", "nothing.gguf", "-p", "x"], 1, "error: nothing.gguf does not exist"),
-        (["chat", "./nothing"], 1, "error: ./nothing does not exist or is no model"),
+        (["chat", "./nothing"], 1, "error: ./nothing does not exist or is not a model"),
     ],
 )
 def test_mistakes_get_a_message_and_a_status(

@@ -163,9 +163,7 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(
     monkeypatch.setattr("lora_cli.models.base.load_config", opened)
     with pytest.raises(KeyboardInterrupt):
         merge(made, tmp_path / "out")
-    assert (
-        heard[0] == f"{made} was made elsewhere: by its own word, its base is {tmp_path / 'base'}"
-    )
+    assert heard[0] == f"{made} was made elsewhere; it names as its base {tmp_path / 'base'}"
 
 
 def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path) -> None:

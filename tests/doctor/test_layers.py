@@ -52,8 +52,7 @@ def test_a_wrong_scaling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = oracle.LoraModel.save_adapter
 
     def without_rslora(self, folder):
-        for settings in self.settings.values():
-            settings.pop("use_rslora", None)
+        self.settings.pop("use_rslora", None)
         right(self, folder)
 
     monkeypatch.setattr(oracle.LoraModel, "save_adapter", without_rslora)
@@ -73,7 +72,6 @@ def test_the_number_of_parameters_is_the_formulas(kind: str, method: str) -> Non
     assert (
         sum(tensor.numel() for tensor in adapted.parameters() if tensor.requires_grad) == expected
     )
-    assert f"trainable: {expected} of " in adapted.summary()
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian"])

@@ -88,7 +88,7 @@ def test_another_chat_template_is_another_model(forms: dict[str, str], tmp_path:
         (forms["merged"], str(tmp_path / "other")),
         (str(tmp_path / "other"), forms["adapter"]),
     ):
-        with pytest.raises(RejectedError, match="has another chat template"):
+        with pytest.raises(RejectedError, match="the chat templates differ"):
             verify.verify(*pair, None)
 
 

@@ -102,5 +102,5 @@ def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> N
 
 def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(LoraError, match=r"x.gguf is no GGUF file"):
+    with pytest.raises(LoraError, match=r"x.gguf is not a GGUF file"):
         GGUFModel(tmp_path / "x.gguf")

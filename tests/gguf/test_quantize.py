@@ -194,7 +194,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     )
     with pytest.raises(
         LoraError,
-        match="Q1_0 is not for this model: rows of .* have 576 elements, no multiple of 128",
+        match="Q1_0 is not for this model: rows of .* have 576 elements, not a multiple of 128",
     ):
         made(tmp_path, "Q1_0", "rows of 576")
 
@@ -233,13 +233,13 @@ def break_architecture(path: Path) -> None:
     [
         (break_values, "holds values that are not finite"),
         (break_end, "holds fewer bytes than it should"),
-        (break_header, "model.gguf is no GGUF that can be quantised: the header is damaged"),
+        (break_header, "model.gguf cannot be quantised: the header is damaged"),
         (
             break_start,
-            "model.gguf is no GGUF that can be quantised: it starts with b'GGML', version 3",
+            "model.gguf cannot be quantised: it starts with b'GGML', version 3",
         ),
         (break_type, r"the model is already quantised \(output.weight is Q8_0\)"),
-        (break_architecture, "llama.cpp has a rule of its own for Q4_K_M of nanbeige"),
+        (break_architecture, "llama.cpp treats nanbeige specially in Q4_K_M"),
         (Path.unlink, "model.gguf is missing or empty"),
     ],
 )
@@ -279,10 +279,12 @@ def test_another_model_s_importance_matrix_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_importance_matrix_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "imatrix.gguf"
     ggufs.write_model(path, "untied")
-    with pytest.raises(LoraError, match="imatrix.gguf is no importance matrix: it holds no sums"):
+    with pytest.raises(
+        LoraError, match="imatrix.gguf is not an importance matrix: it holds no sums"
+    ):
         quantize.read_weights(path)
     path.write_bytes(b"\x01\0\0\0some text that is none either")
-    with pytest.raises(LoraError, match=r"imatrix.gguf is no importance matrix: "):
+    with pytest.raises(LoraError, match=r"imatrix.gguf is not an importance matrix: "):
         quantize.read_weights(path)
     ggufs.write_imatrix(path, "untied")
     path.write_bytes(path.read_bytes().replace(b"imatrix.chunk_size", b"imatrix.chunk_Size"))

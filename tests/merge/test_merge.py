@@ -171,7 +171,7 @@ def test_what_is_no_adapter_is_refused(tiny: Path, adapter: Path, tmp_path: Path
     for folder, said, hint in (
         (
             tiny / "model",
-            "is no adapter: it has no adapter_config.json",
+            "is not an adapter: it has no adapter_config.json",
             "give the adapter's folder",
         ),
         (adapter.parent, "is no adapter", f"did you mean {adapter}?"),

@@ -146,8 +146,13 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {layers_to_transform: [0, -1], target_modules: [q_proj]}\n",
-            "r.yaml:3: lora.layers_to_transform is [0, -1], but must be a whole number or "
-            "greater than or equal to 0 | leave it out",
+            "r.yaml:3: lora.layers_to_transform.1 is -1, but must be greater than or equal to 0 | "
+            "lora schema --markdown describes every key",
+        ),
+        (
+            MINIMAL + "lora: {lora_alpha: .inf}\n",
+            "r.yaml:3: lora.lora_alpha is inf, but must be a finite number | "
+            "leave it out for its default, 32",
         ),
         (
             MINIMAL + "training: {loraplus_lr_embedding: 1e-5}\n",

@@ -36,7 +36,7 @@ from lora_cli.models import (
     four_bit,
     init_weights,
     patterns,
-    targets,
+    peft_matching,
     token_rows,
 )
 from lora_cli.models.base import Base
@@ -355,7 +355,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         "lora.target_parameters: lm_head shares its weight (model.embed_tokens and lm_head)",
         "use modules_to_save or trainable_token_indices, or leave them out"),
     "no regex": ("target_modules: '*q_proj'", "tiny",
-                 "lora.target_modules: '*q_proj' is no regular expression: nothing to repeat at position 3",
+                 "lora.target_modules: '*q_proj' is not a regular expression: nothing to repeat at position 3",
                  "lists take names"),
     "exclude": ("exclude_modules: [mlp.donw_proj]", "tiny",
                 "lora.exclude_modules: no module of {base} is called mlp.donw_proj", "did you mean mlp.down_proj?"),
@@ -503,10 +503,10 @@ def test_what_is_checked_is_what_peft_adapts(bases, base: str, settings: dict[st
     network = AutoModelForCausalLM.from_pretrained(bases(base))
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
     names = [name for name, _ in network.named_modules()]
-    resolved = targets.resolve_targets(network, config)
+    resolved = peft_matching.resolve_targets(network, config)
     expected = (
-        targets.find_targeted_modules(resolved, names),
-        targets.find_targeted_parameters(resolved, network),
+        peft_matching.find_targeted_modules(resolved, names),
+        peft_matching.find_targeted_parameters(resolved, network),
     )
     if not expected[0]:
         with pytest.raises(ValueError, match="not found in the base model"):
@@ -637,7 +637,7 @@ def test_eva_counts_the_largest_rank(write_recipe) -> None:
 
 def test_conv1d_is_not_stored_in_4_bits(write_recipe, bases) -> None:
     path = write_recipe("method: qlora\n")
-    with pytest.raises(LoraError, match=r"keeps its weights the other way round \(Conv1D\)"):
+    with pytest.raises(LoraError, match=r"stores its weights transposed \(Conv1D\)"):
         run.train(load.load_recipe(path, [f"model.name_or_path={bases('gpt2')}"]))
 
 

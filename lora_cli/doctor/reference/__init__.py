@@ -1,5 +1,4 @@
-"""LoRA, rsLoRA, DoRA and NF4 as published, in plain torch: what PEFT and bitsandbytes are held
-against.
+"""LoRA, rsLoRA, DoRA and NF4 as published, in plain torch, to compare PEFT and bitsandbytes with.
 
 Written from the papers' formulas, for reading; not for speed. Nothing that trains, merges or
 exports imports it: `oracle.py` compares the installed libraries with it, for the tests and for
@@ -7,7 +6,7 @@ exports imports it: `oracle.py` compares the installed libraries with it, for th
 
     layers.py   LoRALinear, LoRAEmbedding, LoRAConv2d and the three DoRA ones
     nf4.py      NF4Tensor and QLoRALinear
-    tree.py     LoraModel: a whole module tree adapted, merged, saved, its adapters swapped
+    tree.py     LoraModel: a whole module tree adapted, saved, swapped, merged
 
 Throughout, a layer with weight W₀ and input x computes
 

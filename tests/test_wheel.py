@@ -3,7 +3,7 @@
 The wheel is built here and installed into an environment of its own, in which the libraries are
 those of the environment that runs the tests; the source tree is not importable there. Hermetic: no
 network; the tiny model; the managed copy of llama.cpp's converters.
-Alone: pytest tests/test_install.py; the quick part: -m "not slow"
+Alone: pytest tests/test_wheel.py; the quick part: -m "not slow"
 """
 
 from __future__ import annotations

@@ -1,0 +1,103 @@
+"""An adapter on the hub is used by its name wherever a folder is: merged, compared, asked, exported.
+
+Hermetic: a loopback hub serves a small random model and an adapter that PEFT saved; offline, the
+cache does. Alone: pytest tests/cli/test_hub_adapters.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_bad_artefacts import TOKENIZER, adapter, base, named
+
+from tests.hub import LoopbackHub
+
+MODEL, ADAPTER = "org/base", "org/tuned"
+
+
+@pytest.fixture(scope="module")
+def hub(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    folder = tmp_path_factory.mktemp("served")
+    made = named(adapter(base(folder)), MODEL)
+    for file in TOKENIZER:
+        shutil.copy(folder / "base" / file, made)
+    (made / "optimizer.pt").write_bytes(b"a pickle")
+    (made / "checkpoint-1").mkdir()
+    shutil.copy(made / "adapter_model.safetensors", made / "checkpoint-1")
+    with LoopbackHub() as served:
+        served.add_model(MODEL, {"main": folder / "base"})
+        served.add_model(ADAPTER, {"main": made})
+        served.add_model("org/closed", {"main": made}, gated=True)
+        yield served
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hf")
+
+
+@pytest.fixture(scope="module")
+def merged(hub: LoopbackHub, cache: Path, lora, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "out"
+    done = lora("merge", ADAPTER, out, env=hub.environ(cache), cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    assert f"{ADAPTER} was made elsewhere; it names as its base {MODEL}" in done.stderr
+    assert f"merging {ADAPTER} into {MODEL}" in done.stderr
+    assert "4 of 4 modules merged" in done.stderr
+    return out
+
+
+def test_only_the_adapter_is_fetched_all_of_one_commit(merged: Path, hub: LoopbackHub) -> None:
+    fetched = [path for method, path in hub.requests if path.startswith(f"/{ADAPTER}/resolve/")]
+    assert any(path.endswith("/adapter_model.safetensors") for path in fetched)
+    assert not [path for path in fetched if "optimizer" in path or "checkpoint" in path]
+    first, *rest = fetched
+    assert first.endswith("/resolve/main/adapter_config.json")
+    commits = {path.split("/")[4] for path in rest} - {"main"}
+    assert len(commits) == 1
+    assert not hub.strays
+
+
+def test_what_is_merged_is_the_adapter_on_the_hub_and_in_its_cache(
+    merged: Path, hub: LoopbackHub, cache: Path, lora
+) -> None:
+    environ, offline = hub.environ(cache), hub.environ(cache, offline=True)
+    same = lora("verify", ADAPTER, merged, env=offline, cwd=merged.parent)
+    assert same.returncode == 0, same.stderr
+    asked = lora("generate", ADAPTER, merged, MODEL, "-p", "red dog", "--json", env=environ)
+    assert asked.returncode == 0, asked.stderr
+    answers = {row["model"]: row["answer"] for row in map(json.loads, asked.stdout.splitlines())}
+    assert answers[ADAPTER] == answers[str(merged)] != answers[MODEL]
+
+
+def test_a_gguf_of_it_is_written_here(
+    merged: Path, hub: LoopbackHub, cache: Path, lora, tmp_path: Path
+) -> None:
+    done = lora("export-gguf", ADAPTER, "--adapter-only", env=hub.environ(cache), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "tuned-lora-f16.gguf\n"
+    assert (tmp_path / "tuned-lora-f16.gguf").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "offline", "said"),
+    [
+        ("org/nothing", False, "org/nothing does not exist, neither here nor on the hub"),
+        ("org/nothing", True, "org/nothing does not exist here, and the hub cannot be reached"),
+        (MODEL, False, f"{MODEL} is not an adapter: it has no adapter_config.json"),
+        ("org/closed", False, "Cannot access gated repo for url"),
+    ],
+)
+def test_what_is_not_an_adapter_there_is_said(
+    hub: LoopbackHub, cache: Path, lora, tmp_path: Path, name: str, offline: bool, said: str
+) -> None:
+    done = lora("merge", name, "out", env=hub.environ(cache, offline=offline), cwd=tmp_path)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "\nhint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,90 @@
+"""`lora generate --file` reads what `lora train` reads: one row, one question, whatever the file.
+
+Hermetic: small files. Alone: pytest tests/evaluate/test_generate.py
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from lora_cli.common.errors import LoraError
+from lora_cli.evaluate.generate import read_questions
+
+ROWS = [
+    {"prompt": "Name a river,\nplease.", "completion": "The Elbe."},
+    {"prompt": "And another?", "completion": ""},
+]
+
+
+def write_table(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, ROWS[0], delimiter=delimiter)
+        table.writeheader()
+        table.writerows(ROWS)
+
+
+def write_arrow(path: Path) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table)
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "q.jsonl": lambda path: path.write_text(LINES),
+    "q.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "q.csv": lambda path: write_table(path, ","),
+    "q.tsv": lambda path: write_table(path, "\t"),
+    "q.parquet": lambda path: parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
+    "q.arrow": write_arrow,
+    "q.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_questions(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    questions = read_questions(["Hi."], tmp_path / name)
+    assert [question.text for question in questions] == ["Hi.", *(row["prompt"] for row in ROWS)]
+    assert [question.expected for question in questions] == [None, "The Elbe.", None]
+
+
+def test_a_line_of_text_is_a_prompt(tmp_path: Path) -> None:
+    for name, write in (
+        ("q.txt", Path.write_bytes),
+        ("q.txt.gz", lambda p, d: p.write_bytes(gzip.compress(d))),
+    ):
+        write(tmp_path / name, b"One, two?\r\n\n  Three? \n")
+        questions = read_questions([], tmp_path / name)
+        assert [question.text for question in questions] == ["One, two?", "  Three? "]
+        assert [question.place for question in questions] == [
+            f"{tmp_path / name}:{n}" for n in (1, 3)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("q.jsonl", '{"prompt": "a"}\n{"prompt": 7}\n', ":2: a row needs prompt, instruction"),
+        ("q.jsonl", '{"prompt": "a", "completion": 7}\n', ":1: completion is a number (7)"),
+        ("q.json", '[{"prompt": "a"}, 3]', ", row 2: it is 3, not a mapping of columns"),
+        ("q.csv", "prompt\na\nb,c\n", ":3: 2 columns, but the header has 1"),
+        ("q.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', ":1: no turn is the"),
+    ],
+)
+def test_what_cannot_be_asked_is_named_by_its_place(
+    name: str, content: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LoraError) as caught:
+        read_questions([], tmp_path / name)
+    assert caught.value.message.startswith(f"{tmp_path / name}{said}")
+    assert "--set" not in str(caught.value.hint)
