@@ -37,7 +37,8 @@ MADE_HERE = ("record.json", "lora_record.json")
 SMALL = 2**24
 """The largest configuration file that is read, in bytes."""
 _passing = set[Path]()
-os.register_at_fork(after_in_child=_passing.clear)  # a child makes its own
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_passing.clear)  # a child makes its own
 
 
 @contextmanager

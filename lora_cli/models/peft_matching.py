@@ -74,10 +74,11 @@ def walk_patterns(config: LoraConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a field that takes one value or several as a list."""
-    if value is None:
+    """Return a field that takes one value or several as a list; empty for anything empty, a mapping
+    too, as PEFT takes it."""
+    if value is None or value == "":
         return []
-    return list(value) if isinstance(value, (list, tuple, set)) else [value]
+    return list(value) if isinstance(value, (list, tuple, set, dict)) else [value]
 
 
 def resolve_targets(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:

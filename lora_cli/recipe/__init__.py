@@ -5,12 +5,13 @@ Its doors, in the order a reader needs them:
 
     load_recipe                   a file with what it extends and overrides, checked, as a Recipe
     Recipe                        the whole recipe, frozen, knowing where each value was written
-    Data, Model, Training         its sections; Rows is one data set of data.mix
+    Data, Lora, Model, Training   its sections; Rows is one data set of data.mix
     shipped_recipes               the recipes that come with lora
     TASKS, DEFAULT_TASK, Task     what a model does with its input
     find_task                     … found by PEFT's name of it
     find_initialisation           the table of values of lora.init_lora_weights
     upstream                      builds PEFT's, TRL's and transformers' objects; imports torch
+    messages                      a validation error as the problems a user mends
     schema, strict_yaml           the keys for editors and readers; the YAML parser
 """
 

@@ -98,7 +98,7 @@ def save(folder: Path) -> None:
 
 
 def rotate(folder: Path) -> None:
-    checkpoints.delete_old(folder, "run", 1, newest=9, best=None)
+    checkpoints.delete_old(folder, "run", 1, last=9, best=None)
 
 
 def old_checkpoint(folder: Path) -> None:

@@ -604,6 +604,7 @@ import os, signal, sys
 from pathlib import Path
 from lora_cli import cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 owner, name, number = {"made": (Path, "mkdir", 1), "written": (os, "fsync", 2)}[sys.argv.pop(1)]
 act, calls = getattr(owner, name), []
 

@@ -106,3 +106,15 @@ def test_one_expression_is_matched_to_the_whole_name(written: str) -> None:
     [(_, _, pattern)] = peft_matching.walk_patterns(config)
     theirs = [name for name in NAMES if check_target_module_exists(config, name)]
     assert [name for name in NAMES if re.match(pattern, name)] == theirs
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_an_empty_field_holds_nothing(empty) -> None:
+    assert peft_matching.as_list(empty) == []
+    config = LoraConfig(layers_pattern=empty)
+    assert list(peft_matching.walk_patterns(config)) == []
+
+
+@pytest.mark.parametrize("value", [0, "layers"])
+def test_one_value_is_a_list_of_one(value) -> None:
+    assert peft_matching.as_list(value) == [value]

@@ -261,7 +261,7 @@ class Data:
     rows."""
 
     def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(ROOT / "tests" / "unit"))
+        sys.path.insert(0, str(ROOT / "tests" / "data"))
         import test_bad_data
 
         from lora_cli.recipe.load import load_recipe
