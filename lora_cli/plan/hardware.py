@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,5 +115,9 @@ def measure_peak_memory() -> int:
     """The most bytes this process has had: of CUDA's allocator if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if not find_spec("resource"):  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
