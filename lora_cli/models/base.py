@@ -70,9 +70,9 @@ class Base:
             )
         if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
             return self
-        return replace(
-            self, revision=str(resolve_revision(self.name, revision=self.revision).resolved)
-        )
+        with names.explain_hub_failure(self.name):
+            found = resolve_revision(self.name, revision=self.revision)
+        return replace(self, revision=str(found.resolved))
 
     @property
     def is_folder(self) -> bool:

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from lora_cli.common import library_errors, remote_code
-from lora_cli.models import tensors
+from lora_cli.models import names, tensors
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
 
@@ -20,8 +20,11 @@ BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it agai
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """Load the configuration of a model on the hub or in a folder; where it does not name a type,
     take that of the weights."""
-    with library_errors.translate_file_errors(
-        f"transformers cannot read the configuration of {name}", BROKEN_CONFIG
+    with (
+        names.explain_hub_failure(name),
+        library_errors.translate_file_errors(
+            f"transformers cannot read the configuration of {name}", BROKEN_CONFIG
+        ),
     ):
         remote_code.refuse_disallowed_code(
             name, PretrainedConfig.get_config_dict(name, revision=revision)[0]
@@ -40,8 +43,8 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 def num_experts(config: PretrainedConfig) -> int:
     """How many experts a layer of the base's text model chooses among; 0 where it has none."""
     text = config.get_text_config()
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((found for name in names if (found := getattr(text, name, None))), 0)
+    fields = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((found for name in fields if (found := getattr(text, name, None))), 0)
 
 
 def get_checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lora_cli.common import LoraError, UsageError
+from lora_cli.common import LoraError, UsageError, library_errors
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Endings of files that may run code when they are loaded."""
@@ -67,6 +69,25 @@ def _is_adapter_on_hub(name: str) -> bool:
         return may_be_adapter_on_hub(Path(name)) and bool(find_adapter_commit(name))
     except (EntryNotFoundError, HfHubHTTPError):
         return False
+
+
+@contextmanager
+def explain_hub_failure(name: str) -> Iterator[None]:
+    """Add to a failure which name was asked for, and that no folder has it: a mistyped folder is
+    asked for on the hub, and the hub's errors need not name it.
+
+    Raises LoraError instead of an exception that the table of library_errors knows.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = None if Path(name).exists() else library_errors.translate(error)
+        if known is None:
+            raise
+        raise LoraError(
+            f"{name} is not a folder here, and reading it from the hub failed: {known.message}",
+            known.hint,
+        ) from error
 
 
 def may_be_model(name: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from lora_cli.common import LoraError, UsageError, files, find_nearest, library_errors, remote_code
-from lora_cli.models import chat_template
+from lora_cli.models import chat_template, names
 from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -44,8 +44,11 @@ def load_tokenizer(
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
-    with library_errors.translate_file_errors(
-        f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"
+    with (
+        names.explain_hub_failure(name),
+        library_errors.translate_file_errors(
+            f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"
+        ),
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()

@@ -36,14 +36,16 @@ def hub(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopba
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hf")
 
 
 @pytest.fixture(scope="module")
-def merged(hub: LoopbackHub, cache: Path, lora, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(
+    hub: LoopbackHub, hub_cache: Path, lora, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("made") / "out"
-    done = lora("merge", ADAPTER, out, env=hub.environ(cache), cwd=out.parent)
+    done = lora("merge", ADAPTER, out, env=hub.environ(hub_cache), cwd=out.parent)
     assert done.returncode == 0, done.stderr
     assert f"{ADAPTER} was made elsewhere; it names as its base {MODEL}" in done.stderr
     assert f"merging {ADAPTER} into {MODEL}" in done.stderr
@@ -63,9 +65,9 @@ def test_only_the_adapter_is_fetched_all_of_one_commit(merged: Path, hub: Loopba
 
 
 def test_what_is_merged_is_the_adapter_on_the_hub_and_in_its_cache(
-    merged: Path, hub: LoopbackHub, cache: Path, lora
+    merged: Path, hub: LoopbackHub, hub_cache: Path, lora
 ) -> None:
-    environ, offline = hub.environ(cache), hub.environ(cache, offline=True)
+    environ, offline = hub.environ(hub_cache), hub.environ(hub_cache, offline=True)
     same = lora("verify", ADAPTER, merged, env=offline, cwd=merged.parent)
     assert same.returncode == 0, same.stderr
     asked = lora("generate", ADAPTER, merged, MODEL, "-p", "red dog", "--json", env=environ)
@@ -75,9 +77,9 @@ def test_what_is_merged_is_the_adapter_on_the_hub_and_in_its_cache(
 
 
 def test_a_gguf_of_it_is_written_here(
-    merged: Path, hub: LoopbackHub, cache: Path, lora, tmp_path: Path
+    merged: Path, hub: LoopbackHub, hub_cache: Path, lora, tmp_path: Path
 ) -> None:
-    done = lora("export-gguf", ADAPTER, "--adapter-only", env=hub.environ(cache), cwd=tmp_path)
+    done = lora("export-gguf", ADAPTER, "--adapter-only", env=hub.environ(hub_cache), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tuned-lora-f16.gguf\n"
     assert (tmp_path / "tuned-lora-f16.gguf").is_file()
@@ -93,9 +95,9 @@ def test_a_gguf_of_it_is_written_here(
     ],
 )
 def test_what_is_not_an_adapter_there_is_said(
-    hub: LoopbackHub, cache: Path, lora, tmp_path: Path, name: str, offline: bool, said: str
+    hub: LoopbackHub, hub_cache: Path, lora, tmp_path: Path, name: str, offline: bool, said: str
 ) -> None:
-    done = lora("merge", name, "out", env=hub.environ(cache, offline=offline), cwd=tmp_path)
+    done = lora("merge", name, "out", env=hub.environ(hub_cache, offline=offline), cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
     assert "\nhint: " in done.stderr
