@@ -165,7 +165,7 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
         (["train"], 2, "error: Missing argument 'RECIPE'.\n\nhint: lora train --help"),
         (["frobnicate"], 2, "error: No such command 'frobnicate'."),
         (["merge", "nothing", "out"], 1, "error: nothing does not exist"),
-        (["merge", "build/tiny/model", "out"], 1, "error: build/tiny/model is no adapter"),
+        (["merge", "build/tiny/model", "out"], 1, "error: build/tiny/model is not an adapter"),
         (
             ["export-gguf", "build/tiny/model", "-q", "Q4_K_X"],
             2,

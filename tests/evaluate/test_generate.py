@@ -75,9 +75,13 @@ def test_a_line_of_text_is_a_prompt(tmp_path: Path) -> None:
     [
         ("q.jsonl", '{"prompt": "a"}\n{"prompt": 7}\n', ":2: a row needs prompt, instruction"),
         ("q.jsonl", '{"prompt": "a", "completion": 7}\n', ":1: completion is a number (7)"),
-        ("q.json", '[{"prompt": "a"}, 3]', ", row 2: it is 3, not a mapping of columns"),
+        ("q.json", '[{"prompt": "a"}, 3]', ", row 2: the row is 3, not a mapping of columns"),
         ("q.csv", "prompt\na\nb,c\n", ":3: 2 columns, but the header has 1"),
-        ("q.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', ":1: no turn is the"),
+        (
+            "q.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            ":1: the assistant has no turn",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_named_by_its_place(
