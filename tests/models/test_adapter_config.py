@@ -58,7 +58,7 @@ SAVED = [
 ]
 
 
-@pytest.mark.parametrize("settings", SAVED, ids=str)
+@pytest.mark.parametrize("settings", SAVED)  # not named: a set has no order
 def test_what_peft_saves_passes(settings: dict, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the settings are PEFT's business here
