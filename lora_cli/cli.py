@@ -84,6 +84,21 @@ Density = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+GGUFTypes = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--quantize",
+        "-q",
+        metavar="TYPE",
+        help="f32, f16, bf16, q8_0, Q4_K_M, …; may be repeated.",
+    ),
+]
+ImportanceMatrix = Annotated[
+    Optional[str],
+    typer.Option(
+        "--imatrix", metavar="FILE|DATA", help="An importance matrix, or rows to measure one on."
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -323,28 +338,13 @@ def export_gguf(
             help="A merged model or an adapter; default: the newest result under this folder."
         ),
     ] = None,
-    quantize: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--quantize",
-            "-q",
-            metavar="TYPE",
-            help="f32, f16, bf16, q8_0, Q4_K_M, …; may be repeated.",
-        ),
-    ] = None,
+    quantize: GGUFTypes = None,
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; default: PATH."),
     ] = None,
     base: BaseModel = None,
-    imatrix: Annotated[
-        Optional[str],
-        typer.Option(
-            "--imatrix",
-            metavar="FILE|DATA",
-            help="An importance matrix, or rows to measure one on.",
-        ),
-    ] = None,
+    imatrix: ImportanceMatrix = None,
     adapter_only: Annotated[
         bool,
         typer.Option(
@@ -357,26 +357,31 @@ def export_gguf(
     """Convert a model, or an adapter merged on the way, to GGUF with llama.cpp's own converter and
     quantiser."""
     _quiet_libraries()
+    types = quantize or ["f16"]
     if adapter_only:
         from lora_cli.gguf import adapter
 
-        if imatrix is not None:
-            raise UsageError(
-                "--imatrix is for the quantiser's types, which an adapter has none of",
-                "leave it out",
-            )
-        if path is None:
-            raise UsageError(
-                "--adapter-only needs the adapter's folder",
-                "lora export-gguf ADAPTER --adapter-only",
-            )
-        files = adapter.export_adapter(path, quantize or ["f16"], output, base, llama_cpp)
+        folder = _require_adapter_alone(path, imatrix)
+        files = adapter.export_adapter(folder, types, output, base, llama_cpp)
     else:
         from lora_cli.gguf import export
 
-        files = export.export(path, quantize or ["f16"], output, base, llama_cpp, imatrix)
+        files = export.export(path, types, output, base, llama_cpp, imatrix)
     for file in files:
         typer.echo(file)
+
+
+def _require_adapter_alone(path: Path | None, imatrix: str | None) -> Path:
+    """Return the adapter's folder; raise UsageError for options that --adapter-only cannot have."""
+    if imatrix is not None:
+        raise UsageError(
+            "--imatrix is for the quantiser's types, which an adapter has none of", "leave it out"
+        )
+    if path is None:
+        raise UsageError(
+            "--adapter-only needs the adapter's folder", "lora export-gguf ADAPTER --adapter-only"
+        )
+    return path
 
 
 @app.command("setup-llama-cpp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from datetime import date
+from functools import reduce
 from itertools import chain, pairwise, zip_longest
 
 import numpy as np
@@ -87,24 +88,11 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
     They stand one after another, since training draws rows at random. Streams are drawn from at
     random, the more often the more they weigh.
     """
-    parts: list[prepare.Prepared] = []
-    for number, rows in enumerate(mix):
-        own = recipe.data.model_copy(update={**dict(rows), "mix": None})
-        part = _load_one(
-            recipe.model_copy(update={"data": own}),
-            renderer,
-            f"mix.{number}.path",
-            rows.path,
-            rows.split,
-        )
-        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summarise()}")
-        parts.append(part)
+    parts = [_load_part(recipe, renderer, number, rows) for number, rows in enumerate(mix)]
     seed = recipe.training.seed
     weights = [rows.weight for rows in mix]
     streams = [part.stream for part in parts if part.stream is not None]
-    counts = parts[0].counts
-    for part in parts[1:]:
-        counts = counts.add(part.counts)
+    counts = reduce(Counts.add, (part.counts for part in parts))
     if not streams:
         parts = [
             _repeat_by_weight(part, weight, [seed, number])
@@ -125,6 +113,15 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
     return prepare.Prepared(
         rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn
     )
+
+
+def _load_part(recipe: Recipe, renderer: Renderer, number: int, rows: Rows) -> prepare.Prepared:
+    """Return one data set of a mix, and say what it holds."""
+    own = recipe.data.model_copy(update={**dict(rows), "mix": None})
+    alone = recipe.model_copy(update={"data": own})
+    part = _load_one(alone, renderer, f"mix.{number}.path", rows.path, rows.split)
+    ui.say(f"  {rows.path} x {rows.weight:g}: {part.summarise()}")
+    return part
 
 
 def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:

@@ -119,17 +119,19 @@ def compare_layers(
         ours.swap_adapter(folder / "theirs")
     ours.eval(), theirs.eval()
     result["exchange"] = measure_deviation(ours(x), theirs(x))
+    return result | _compare_merging(ours, theirs, base)
+
+
+def _compare_merging(ours: LoraModel, theirs: PeftModel, base: nn.Module) -> dict[str, float]:
+    """Compare what unmerging leaves with the base, and both sides' merged weights."""
     theirs.merge_adapter()
     theirs.unmerge_adapter()
-    result["unmerged"] = measure_deviation(
-        base.target.weight, theirs.get_submodule("base_model.model.target.base_layer").weight
-    )
+    left = theirs.get_submodule("base_model.model.target.base_layer").weight
+    unmerged = measure_deviation(base.get_submodule("target").weight, left)
     plain, peft_plain = ours.merge().state_dict(), theirs.merge_and_unload().state_dict()
     _require_same_keys(plain, peft_plain)
-    result["merged"] = find_largest(
-        measure_deviation(plain[name], peft_plain[name]) for name in plain
-    )
-    return result
+    merged = find_largest(measure_deviation(plain[name], peft_plain[name]) for name in plain)
+    return {"unmerged": unmerged, "merged": merged}
 
 
 def find_largest(values: Iterable[float]) -> float:
@@ -232,6 +234,31 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
     Not `protected`: without what `model.keep_4bit_weights_unpacked` does, and without a bias (which
     raises then).
     """
+    ours, theirs = _make_qlora_pair(device, protected)
+    adapted = theirs.get_submodule("base_model.model.0")
+    x = torch.randn(64, 128, device=device)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    theirs.eval()
+    with torch.no_grad():
+        theirs(x)
+    theirs.train()
+    outputs = [ours(1 * inputs[0]), theirs(1 * inputs[1])]
+    for output in outputs:
+        output.pow(2).mean().backward()
+    pairs = [(inputs[0], inputs[1])]
+    pairs += [
+        (getattr(ours, name), getattr(adapted, name)["default"].weight)
+        for name in ("lora_A", "lora_B")
+    ]
+    return {
+        "forward": measure_deviation(*outputs),
+        "gradients": find_largest(measure_relative(one.grad, other.grad) for one, other in pairs),
+        "merged": measure_deviation(ours.merged_weight(), merge_4bit(theirs)),
+    }
+
+
+def _make_qlora_pair(device: str, protected: bool) -> tuple[nf4.QLoRALinear, PeftModel]:
+    """Return LoRA on the reference's 4-bit layer and on bitsandbytes', with the same values."""
     from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(0)
@@ -254,25 +281,7 @@ def compare_qlora(device: str = "cpu", protected: bool = True) -> dict[str, floa
     for name in ("lora_A", "lora_B"):
         getattr(ours, name).data = 0.1 * torch.randn_like(getattr(ours, name))
         getattr(adapted, name)["default"].weight.data = getattr(ours, name).data.clone()
-    x = torch.randn(64, 128, device=device)
-    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    theirs.eval()
-    with torch.no_grad():
-        theirs(x)
-    theirs.train()
-    outputs = [ours(1 * inputs[0]), theirs(1 * inputs[1])]
-    for output in outputs:
-        output.pow(2).mean().backward()
-    pairs = [(inputs[0], inputs[1])]
-    pairs += [
-        (getattr(ours, name), getattr(adapted, name)["default"].weight)
-        for name in ("lora_A", "lora_B")
-    ]
-    return {
-        "forward": measure_deviation(*outputs),
-        "gradients": find_largest(measure_relative(one.grad, other.grad) for one, other in pairs),
-        "merged": measure_deviation(ours.merged_weight(), merge_4bit(theirs)),
-    }
+    return ours, theirs
 
 
 def measure_relative(ours: Tensor, theirs: Tensor) -> float:

@@ -28,6 +28,11 @@ from lora_cli.models import (
     read_adapter,
 )
 
+FOUR_BIT = (
+    "trained on 4-bit weights: on a GGUF of the original base it computes something else; "
+    "merge it to get what was trained"
+)
+
 
 def export_adapter(
     path: Path,
@@ -49,17 +54,12 @@ def export_adapter(
     adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)
     folder = output or (Path() if adapter.hub_name else path.parent)
-    stem = files.name_artefact(path)
-    targets = {
-        name: folder / f"{stem}-lora-{name}.gguf" for name in dict.fromkeys(map(str.lower, types))
-    }
+    stem, names = f"{files.name_artefact(path)}-lora", dict.fromkeys(map(str.lower, types))
+    targets = {name: folder / f"{stem}-{name}.gguf" for name in names}
     files.refuse_existing(targets.values())
     ui.say(f"exporting the adapter {adapter} with the converter {converter}")
     if adapter.quantization:
-        ui.warn(
-            "trained on 4-bit weights: on a GGUF of the original base it computes something else; "
-            "merge it to get what was trained"
-        )
+        ui.warn(FOUR_BIT)
     files.make_folder(folder)
     with files.scratch_folder(".lora-export-", folder) as scratch:
         scaled = scratch / "scaled"

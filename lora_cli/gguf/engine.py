@@ -28,6 +28,21 @@ from lora_cli.common import LoraError
 from lora_cli.gguf import tools
 
 
+def _make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
+    """Return llama.cpp's parameters for a model; `exact`: with a float32 KV cache, without flash
+    attention, and every tensor checked."""
+    params = xlc.CommonParams()
+    params.model.path = str(path)
+    params.warmup = False
+    if exact:
+        params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.check_tensors = True
+    if adapter is not None:
+        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    return params
+
+
 class GGUFModel:
     """A loaded GGUF. Use as a context manager, or `close()` it: it holds the model in memory, a
     port and threads."""
@@ -44,28 +59,19 @@ class GGUFModel:
 
         `n_ctx`: tokens of prompt and answer together (0: what the model was trained for, which can
         be a lot of memory). `gpu_layers`: layers put on the GPU by a GPU build of xllamacpp (-1:
-        all). `exact`: float32 KV cache and no flash attention, to compare a model with a reference:
-        flash attention reads K and V as float16, which alone moves log-probabilities of a float32
-        model by 1e-2 (6e-5 with `exact`). Every tensor is also looked through for values that are
-        not finite. `adapter`: a GGUF of a LoRA adapter, applied at full strength. Raises LoraError
-        when xllamacpp is not installed or llama.cpp cannot load the file.
+        all). `exact`: to compare a model with a reference, since flash attention reads K and V as
+        float16, which alone moves log-probabilities of a float32 model by 1e-2 (6e-5 with `exact`);
+        values that are not finite are then refused. `adapter`: a GGUF of a LoRA adapter, applied at
+        full strength. Raises LoraError when xllamacpp is not installed or llama.cpp cannot load the
+        file.
         """
         if not tools.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is not a GGUF file", "copy it again, or export it again")
         xlc = import_xllamacpp()
-        params = xlc.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = n_ctx
-        params.n_gpu_layers = gpu_layers
-        params.warmup = False
+        params = _make_params(xlc, path, exact, adapter)
+        params.n_ctx, params.n_gpu_layers = n_ctx, gpu_layers
         self._key = secrets.token_hex()
         params.api_keys = [self._key]
-        if exact:
-            params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
-            params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.check_tensors = True
-        if adapter is not None:
-            params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.path = path
         self._server = _load_server(xlc, params)
         # A proxy set in the environment must not get the requests to this process.

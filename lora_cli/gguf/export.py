@@ -45,9 +45,7 @@ def export(
     """
     wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
-    kind = names.classify(str(path))
-    if kind not in ("adapter", "model"):
-        raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
+    kind = _classify(path)
     wants_quantizer = _check_quantizer(wanted, weighted)
     converter = find_converter(llama_cpp_dir)
     beside = path if kind == "model" else path.parent if path.exists() else Path()
@@ -69,6 +67,14 @@ def export(
         modelfile.write_modelfile(folder, list(targets.values()), merged)
     modelfile.say_how(list(targets.values()), path if kind == "model" else None, adapter)
     return list(targets.values())
+
+
+def _classify(path: Path) -> str:
+    """Return `adapter` or `model`; raise UsageError for anything else."""
+    kind = names.classify(str(path))
+    if kind not in ("adapter", "model"):
+        raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
+    return kind
 
 
 def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> bool:

@@ -62,11 +62,7 @@ def compare_gguf(
     with GGUFModel(gguf, exact=True, adapter=adapter) as engine:
         if source is not None:
             _check_metadata(engine, judged, source)
-        for probe in probes:
-            if engine.tokenize(probe.text, add_special=probe.plain) != probe.ids:
-                raise LoraError(
-                    f"{judged}: llama.cpp splits {probe.text!r} into other tokens", SPLITS
-                )
+        _check_tokens(engine, judged, probes)
         given = torch.tensor([engine.logprobs(probe.ids) for probe in probes], dtype=torch.float64)
     wanted = torch.stack(list(expected)).double().log_softmax(-1)
     if given.shape != wanted.shape:
@@ -84,6 +80,13 @@ def compare_gguf(
             REPORT,
         )
     return report
+
+
+def _check_tokens(engine: GGUFModel, name: str, probes: Sequence[Probe]) -> None:
+    """Raise LoraError unless llama.cpp splits every probe into the model's own tokens."""
+    for probe in probes:
+        if engine.tokenize(probe.text, add_special=probe.plain) != probe.ids:
+            raise LoraError(f"{name}: llama.cpp splits {probe.text!r} into other tokens", SPLITS)
 
 
 def _check_metadata(engine: GGUFModel, name: str, source: Source) -> None:

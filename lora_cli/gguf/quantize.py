@@ -122,28 +122,21 @@ def quantize(
     that are not finite, for an importance matrix of another model, for one that is missing, and
     where there is no ggml; `target` is then untouched.
     """
-    ggml, data = Ggml(), mapped(source)
+    ggml, data = Ggml(), map_file(source)
     weights = read_weights(imatrix) if imatrix else None
-    model = _read(source, data)
+    model = _read_model(source, data)
     choices = mixture.choose(model, kind, weights is not None, ggml.block)
-    by_tensor = _columns(choices, kind, weights)
+    by_tensor = _find_columns(choices, kind, weights)
     _refuse_quantized(ggml, choices)
     target.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch_folder(".lora-gguf-", target.parent.resolve()) as folder:
         made = folder / "model.gguf"
         with made.open("wb") as file, ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            file.write(_header(ggml, model, choices, kind, weights))
-            progress = Progress()
+            file.write(_make_header(ggml, model, choices, kind, weights))
+            progress, tensors = Progress(), data[model.data_start :]
             for done, choice in enumerate(choices):
                 progress.update(f"quantising to {kind}: {100 * done // len(choices)}%")
-                _write(
-                    file,
-                    ggml,
-                    data[model.data_start :],
-                    choice,
-                    by_tensor.get(choice.tensor.name),
-                    pool,
-                )
+                _write_tensor(file, ggml, tensors, choice, by_tensor.get(choice.tensor.name), pool)
             progress.clear()
         made.replace(target)
     if narrower := sum(choice.narrower for choice in choices):
@@ -153,7 +146,7 @@ def quantize(
         )
 
 
-def mapped(path: Path) -> np.ndarray:
+def map_file(path: Path) -> np.ndarray:
     """Map the bytes of `path` (uint8), read from disk as they are used. Raises LoraError where
     there are none."""
     if not path.is_file() or not path.stat().st_size:
@@ -167,12 +160,12 @@ def read_weights(path: Path) -> Weights:
 
     Raises LoraError for a file that is neither, and for values that are not finite.
     """
-    data = mapped(path)
+    data = map_file(path)
     try:
         found = (
-            _weights_of_gguf(data, path)
+            _read_gguf_weights(data, path)
             if bytes(data[:4]) == b"GGUF"
-            else _weights_of_dat(data, path)
+            else _read_dat_weights(data, path)
         )
     except (ValueError, struct.error, KeyError) as error:
         raise LoraError(
@@ -187,7 +180,7 @@ def read_weights(path: Path) -> Weights:
     return found
 
 
-def _weights_of_gguf(data: np.ndarray, path: Path) -> Weights:
+def _read_gguf_weights(data: np.ndarray, path: Path) -> Weights:
     stored = header.read_header(data.data)
     arrays = {tensor.name: _float32(data[stored.data_start :], tensor) for tensor in stored.tensors}
     names = sorted(
@@ -213,7 +206,7 @@ def _weights_of_gguf(data: np.ndarray, path: Path) -> Weights:
     return Weights(by_tensor, str(datasets[0]) if datasets else None, num_chunks, path.name)
 
 
-def _weights_of_dat(data: np.ndarray, path: Path) -> Weights:
+def _read_dat_weights(data: np.ndarray, path: Path) -> Weights:
     """Entries of (name, number of calls, sums), then the number of chunks and the data set's name,
     if at all."""
     view, at, by_tensor = data.data, 4, {}
@@ -241,14 +234,16 @@ def _float32(weights: np.ndarray, tensor: Tensor) -> np.ndarray:
     return np.frombuffer(weights, "<f4", num, tensor.offset)
 
 
-def _read(source: Path, data: np.ndarray) -> Header:
+def _read_model(source: Path, data: np.ndarray) -> Header:
     try:
         return header.read_header(data.data)
     except ValueError as error:
         raise LoraError(f"{source} cannot be quantised: {error}", "export it again") from error
 
 
-def _columns(choices: list[Choice], kind: str, weights: Weights | None) -> dict[str, np.ndarray]:
+def _find_columns(
+    choices: list[Choice], kind: str, weights: Weights | None
+) -> dict[str, np.ndarray]:
     """Find the importance matrix's part for each tensor that is quantised. Raises LoraError where
     it does not fit."""
     found = {}
@@ -283,7 +278,7 @@ def _refuse_quantized(ggml: Ggml, choices: list[Choice]) -> None:
             )
 
 
-def _header(
+def _make_header(
     ggml: Ggml, model: Header, choices: list[Choice], kind: str, weights: Weights | None
 ) -> bytes:
     """Make all that comes before the tensors. The keys that quantising changes come last, as
@@ -315,7 +310,7 @@ def _header(
     return header.header(kept | changed, tensors)
 
 
-def _write(
+def _write_tensor(
     file: BinaryIO,
     ggml: Ggml,
     weights: np.ndarray,

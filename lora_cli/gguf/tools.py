@@ -121,18 +121,7 @@ def convert(
     or leaves no GGUF; `outfile` is then untouched.
     """
     outtype = spell_converter_type(outtype)
-    script, wanted = converter.path, "config.json"
-    if base is not None:
-        script, wanted = converter.path.with_name(LORA_CONVERTER), "adapter_config.json"
-    if not (model_dir / wanted).is_file():
-        raise LoraError(
-            f"{model_dir} is not a model: it has no {wanted}", "pass the folder of a merged model"
-        )
-    if not script.is_file():
-        raise LoraError(
-            f"{converter} has no {script.name} beside it",
-            "leave out --llama-cpp: lora setup-llama-cpp",
-        )
+    script = _choose_script(model_dir, converter, is_adapter=base is not None)
     outfile.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch_folder(".lora-gguf-", outfile.parent.resolve()) as folder:
         made = folder / "base.gguf"
@@ -153,6 +142,24 @@ def convert(
             shown = [part.replace(str(made), str(outfile.resolve())) for part in command]
             raise _failure_error(code, lines, shown)
         made.replace(outfile)
+
+
+def _choose_script(folder: Path, converter: Found, is_adapter: bool) -> Path:
+    """Return the converter for a model or an adapter; raise LoraError where `folder` holds no such
+    thing, or that converter is missing."""
+    script, wanted = converter.path, "config.json"
+    if is_adapter:
+        script, wanted = converter.path.with_name(LORA_CONVERTER), "adapter_config.json"
+    if not (folder / wanted).is_file():
+        raise LoraError(
+            f"{folder} is not a model: it has no {wanted}", "pass the folder of a merged model"
+        )
+    if not script.is_file():
+        raise LoraError(
+            f"{converter} has no {script.name} beside it",
+            "leave out --llama-cpp: lora setup-llama-cpp",
+        )
+    return script
 
 
 def try_vocabulary(model_dir: Path, converter: Found) -> None:

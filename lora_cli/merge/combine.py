@@ -67,11 +67,7 @@ def combine(
     """
     numbers = _parse_weights(weights, len(folders))
     _check_combination(combination, density, r)
-    adapters = [read_adapter(folder, base) for folder in folders]
-    _refuse_other_bases(adapters)
-    for adapter in adapters:
-        adapter_contents.refuse_beyond(adapter.folder)
-        adapter.refuse_other_base()
+    adapters = _read_all(folders, base)
     first = adapters[0]
     with files.staged_folder(out) as staging:
         tokenizer = _load_tokenizer(adapters)
@@ -81,25 +77,24 @@ def combine(
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
         rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
         attach.load_adapter(first.base.build_zero(), staging)
-        derived.finish_folder(
-            staging,
-            tokenizer,
-            "combine",
-            adapters,
-            weights=numbers,
-            combination=combination,
-            density=density,
-            seed=SEED,
-            distance=distance,
-        )
-    ui.say(
-        f"{combination} of {len(adapters)} adapters of {first.base}: {len(made)} modules, rank "
-        f"{rank}"
-    )
-    ui.say(
-        "  relative distance from the weighted sum of their updates: "
-        f"{distance:.1e}{_explain_distance(combination)}"
-    )
+        options = {"combination": combination, "density": density, "seed": SEED}
+        contents = {"weights": numbers, **options, "distance": distance}
+        derived.finish_folder(staging, tokenizer, "combine", adapters, **contents)
+    kind = f"{combination} of {len(adapters)} adapters of {first.base}"
+    ui.say(f"{kind}: {len(made)} modules, rank {rank}")
+    explained = f"{distance:.1e}{_explain_distance(combination)}"
+    ui.say(f"  relative distance from the weighted sum of their updates: {explained}")
+
+
+def _read_all(folders: Sequence[Path], base: str | None) -> list[Adapter]:
+    """Return the adapters; raise LoraError where they have no base in common, or hold more than
+    linear updates."""
+    adapters = [read_adapter(folder, base) for folder in folders]
+    _refuse_other_bases(adapters)
+    for adapter in adapters:
+        adapter_contents.refuse_beyond(adapter.folder)
+        adapter.refuse_other_base()
+    return adapters
 
 
 def _parse_weights(text: str | None, count: int) -> list[float]:

@@ -62,22 +62,25 @@ def compare_weights(adapter: Adapter, merged: Base) -> str | None:
             distances |= some
     for name, distance in distances.items():
         if not distance.off <= OFF:
-            how = (
-                "differs from the base, though the adapter does not change it"
-                if math.isinf(distance.off)
-                else f"is off by {distance.off:.0%} of the adapter's change"
-            )
-            kept = (
-                ", or was it merged with --base-weights original?" if adapter.quantization else ""
-            )
-            raise RejectedError(
-                f"{name} in {merged} {how} (compared with {adapter.folder} merged again)",
-                f"merge again{kept}",
-            )
+            raise _explain_distance(name, distance.off, adapter, merged)
     all_weights = sum(distance.size for distance in distances.values())
     share = sum(distance.unequal for distance in distances.values()) / all_weights
     equal = sum(not distance.unequal for distance in distances.values())
     return f"{equal} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
+
+
+def _explain_distance(name: str, off: float, adapter: Adapter, merged: Base) -> RejectedError:
+    """Return the error that says how far off one tensor is."""
+    how = (
+        "differs from the base, though the adapter does not change it"
+        if math.isinf(off)
+        else f"is off by {off:.0%} of the adapter's change"
+    )
+    kept = ", or was it merged with --base-weights original?" if adapter.quantization else ""
+    return RejectedError(
+        f"{name} in {merged} {how} (compared with {adapter.folder} merged again)",
+        f"merge again{kept}",
+    )
 
 
 def _measure_distance(plan: Plan, written: Tensors, name: str, dtype: torch.dtype) -> Distance:

@@ -3,7 +3,8 @@ adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,15 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         before = convert_to_float32(first.load())
         after = convert_to_float32(second.load())
         linear, others = _find_changed(before, after, base, finetuned)
-        cut = {
-            name: low_rank.truncate(_measure_delta(before, after, name), r)
-            for name in _show_progress(linear)
-        }
+        deltas = {name: partial(_measure_delta, before, after, name) for name in linear}
         fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
-        low_rank.save(
-            {name: each[:2] for name, each in cut.items()}, staging, first, fan_in_fan_out
-        )
+        cut = _save_closest(deltas, r, staging, first, fan_in_fan_out)
         if others:
             ui.warn(f"not in the adapter, since they are not linear weights: {_name_some(others)}")
         tokenizer = second.load_tokenizer()
         probes = make_probes(tokenizer)
         wanted = compute_logits(after, probes)
-        meant = ((name, _measure_delta(before, after, name), each) for name, each in cut.items())
-        given = compute_logits(low_rank.check_saved(before, staging, meant), probes)
+        given = compute_logits(_load_saved(before, staging, deltas, cut), probes)
         if given[0].shape == wanted[0].shape:
             difference = str(compare_logits(wanted, given))
         else:
@@ -94,22 +89,15 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         adapted = attach.load_adapter(convert_to_float32(network), adapter.folder)
         probes = make_probes(tokenizer)
         wanted = compute_logits(adapted, probes)
-        layers = {
-            name.removeprefix(PREFIX): layer
-            for name, layer in attach.find_lora_layers(adapted).items()
-        }
+        layers = attach.find_lora_layers(adapted)
         rank = r or max(layer.r["default"] for layer in layers.values())
-        cut = {
-            name: low_rank.truncate(_measure_merged_delta(layers[name]), rank)
-            for name in _show_progress(list(layers))
+        deltas = {
+            name.removeprefix(PREFIX): partial(_measure_merged_delta, layer)
+            for name, layer in layers.items()
         }
         fan_in_fan_out = adapted.peft_config["default"].fan_in_fan_out
-        low_rank.save(
-            {name: each[:2] for name, each in cut.items()}, staging, adapter.base, fan_in_fan_out
-        )
-        # one at a time, as they are asked for: all of them in float64 are larger than the model
-        meant = ((name, _measure_merged_delta(layer), cut[name]) for name, layer in layers.items())
-        given = compute_logits(low_rank.check_saved(adapted.unload(), staging, meant), probes)
+        cut = _save_closest(deltas, rank, staging, adapter.base, fan_in_fan_out)
+        given = compute_logits(_load_saved(adapted.unload(), staging, deltas, cut), probes)
         difference = str(compare_logits(wanted, given))
         derived.finish_folder(
             staging,
@@ -122,6 +110,34 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
         )
     ui.say(low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
+
+
+def _save_closest(
+    deltas: Mapping[str, Callable[[], torch.Tensor]],
+    r: int,
+    folder: Path,
+    base: Base,
+    fan_in_fan_out: bool,
+) -> dict[str, low_rank.Factors]:
+    """Write the adapter of rank `r` closest to the changes of weights; return its factors.
+
+    A change is computed when it is asked for: all of them in float64 are larger than the model.
+    """
+    cut = {name: low_rank.truncate(deltas[name](), r) for name in _show_progress(list(deltas))}
+    low_rank.save({name: each[:2] for name, each in cut.items()}, folder, base, fan_in_fan_out)
+    return cut
+
+
+def _load_saved(
+    network: PreTrainedModel,
+    folder: Path,
+    deltas: Mapping[str, Callable[[], torch.Tensor]],
+    cut: Mapping[str, low_rank.Factors],
+) -> Any:
+    """Return `network` with the adapter in `folder`, each update compared with its change."""
+    return low_rank.check_saved(
+        network, folder, ((name, deltas[name](), each) for name, each in cut.items())
+    )
 
 
 def _find_changed(

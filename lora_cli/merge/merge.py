@@ -74,9 +74,7 @@ def merge_adapter(
     with files.staged_folder(out, rejected) as staging:
         tokenizer = adapter.load_tokenizer()
         way = choose_way(adapter, stream, original)
-        probes = make_probes(tokenizer)
-        if not (adapter.folder / TRAINED).is_file():  # whole probes are for comparing with that
-            probes = [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
+        probes = _make_probes(adapter, tokenizer)
         expected = way.compute_expected(probes) if check else None
         if expected is not None:
             check_against_training(adapter, way, probes, expected, original)
@@ -92,6 +90,15 @@ def merge_adapter(
             if expected and given:
                 difference = refuse_different(adapter, given, expected, dtype, way.arithmetic)
     return Merged(modules, dtype, difference)
+
+
+def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+    """Return the probe prompts: whole where training left its logits of them, else their
+    beginnings, which take less time."""
+    probes = make_probes(tokenizer)
+    if (adapter.folder / TRAINED).is_file():
+        return probes
+    return [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
 
 
 def add_tokenizer_and_record(
