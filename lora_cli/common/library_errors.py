@@ -42,6 +42,11 @@ class Known(NamedTuple):
     hint: str
 
 
+def _share(kinds: str, message: str, hint: str) -> list[Known]:
+    """Return a row for each kind of failure that is told in the same words."""
+    return [Known(kind, "", message, hint) for kind in kinds.split()]
+
+
 TABLE = (
     # huggingface_hub
     Known("GatedRepoError", "", "{line}", "ask for access on its page, then: hf auth login"),
@@ -84,8 +89,7 @@ TABLE = (
         "hf cache rm, and run it again",
     ),
     # the network under it
-    Known("ConnectError", "", "no connection: {line}", CONNECTION),
-    Known("TimeoutException", "", "no connection: {line}", CONNECTION),
+    *_share("ConnectError TimeoutException gaierror", "no connection: {line}", CONNECTION),
     Known("ProxyError", "", "the proxy does not answer: {line}", "check HTTPS_PROXY"),
     Known(
         "SSLError",
@@ -93,25 +97,11 @@ TABLE = (
         "no secure connection: {line}",
         "check the machine's clock and certificates (SSL_CERT_FILE)",
     ),
-    Known(
-        "RemoteProtocolError",
-        "",
+    *_share(
+        "RemoteProtocolError ReadError ChunkedEncodingError",
         "the connection broke off: {line}",
         "run it again: files already fetched are kept",
     ),
-    Known(
-        "ReadError",
-        "",
-        "the connection broke off: {line}",
-        "run it again: files already fetched are kept",
-    ),
-    Known(
-        "ChunkedEncodingError",
-        "",
-        "the connection broke off: {line}",
-        "run it again: files already fetched are kept",
-    ),
-    Known("gaierror", "", "no connection: {line}", CONNECTION),
     Known("ConnectionError", "", "{line}", CONNECTION),
     # datasets
     Known(
@@ -212,8 +202,7 @@ TABLE = (
         "is it a model's README.md, or a data set's?",
     ),
     # torch
-    Known("OutOfMemoryError", "", "out of memory: {line}", SMALLER),
-    Known("MemoryError", "", "out of memory: {line}", SMALLER),
+    *_share("OutOfMemoryError MemoryError", "out of memory: {line}", SMALLER),
     Known(
         "RuntimeError",
         r"out of memory|can't allocate memory|not enough memory",

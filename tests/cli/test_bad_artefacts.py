@@ -3,7 +3,7 @@ extract and convert.
 
 Nothing may be left behind, whatever went wrong. Compared with bad_artefacts.txt. Hermetic: small
 random models with the tiny model's tokenizer. Alone: pytest tests/cli/test_bad_artefacts.py. After
-a change of a message: python tests/cli/test_bad_artefacts.py > tests/cli/bad_artefacts.txt
+a change of a message: python -m tests.cli.test_bad_artefacts > tests/cli/bad_artefacts.txt
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import json
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,7 @@ from lora_cli.merge.combine import combine, join_adapters
 from lora_cli.merge.extract import convert, extract
 from lora_cli.merge.merge import merge
 from lora_cli.models import attach
+from tests import snapshots
 
 SNAPSHOT = Path(__file__).parent / "bad_artefacts.txt"
 TINY = Path(__file__).parent.parent.parent / "build" / "tiny" / "model"
@@ -327,18 +327,9 @@ def said(name: str, folder: Path) -> str:
     )
 
 
-def snapshot() -> Iterator[str]:
-    """Every case's name and message."""
-    for name in BAD:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"## {name}\n{said(name, Path(folder).resolve())}\n"
-
-
 def test_the_snapshot_covers_every_case() -> None:
     assert len(BAD) >= 70
-    assert [
-        line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")
-    ] == list(BAD)
+    assert snapshots.list_names(SNAPSHOT) == list(BAD)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -346,9 +337,8 @@ def test_what_is_said_of_bad_input_and_that_nothing_is_left(
     name: str, tiny: Path, tmp_path: Path
 ) -> None:
     assert tiny / "model" == TINY
-    expected = SNAPSHOT.read_text().partition(f"## {name}\n")[2].partition("\n\n## ")[0].rstrip()
     found = said(name, tmp_path)
-    assert found == expected
+    assert found == snapshots.find(SNAPSHOT, name)
     assert found.startswith("error: ")
     assert "\nhint: " in found
     assert len(found.splitlines()) <= 4
@@ -362,4 +352,4 @@ def test_what_is_said_of_bad_input_and_that_nothing_is_left(
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(snapshot()))
+    sys.stdout.write(snapshots.render(BAD, said))

@@ -5,7 +5,7 @@ Recipes, models, chat templates, adapters, outputs, launchers, and every command
 bad data sets are in tests/data/test_bad_data.py, more of merging and exporting in
 test_bad_artefacts.py. Each case is a whole call of `lora` in this process. Hermetic: small random
 models with the tiny model's tokenizer, no network. Alone: pytest tests/cli/test_bad_inputs.py.
-After a change of a message: python tests/cli/test_bad_inputs.py > tests/cli/bad_inputs.txt
+After a change of a message: python -m tests.cli.test_bad_inputs > tests/cli/bad_inputs.txt
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -42,6 +42,7 @@ from transformers import BertConfig
 from lora_cli import cli
 from lora_cli.gguf.tools import find_managed_home
 from lora_cli.models import adapter_config
+from tests import snapshots
 
 SNAPSHOT = Path(__file__).parent / "bad_inputs.txt"
 ROWS = '{"prompt": "ask", "completion": "answer"}\n' * 4
@@ -613,18 +614,9 @@ def said(name: str, folder: Path) -> str:
     return text.replace(f"{folder}/", "").replace(str(folder), ".").replace(str(TINY), "TINY")
 
 
-def snapshot() -> Iterator[str]:
-    """Every case's name and message."""
-    for name in BAD:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"## {name}\n{said(name, Path(folder).resolve())}\n"
-
-
 def test_the_snapshot_covers_every_case() -> None:
     assert len(BAD) >= 265
-    assert [
-        line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")
-    ] == list(BAD)
+    assert snapshots.list_names(SNAPSHOT) == list(BAD)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -632,9 +624,8 @@ def test_what_is_said_of_bad_input_and_that_nothing_is_silent(
     name: str, tiny: Path, tmp_path: Path
 ) -> None:
     assert tiny / "model" == TINY
-    expected = SNAPSHOT.read_text().partition(f"## {name}\n")[2].partition("\n\n## ")[0].rstrip()
     found = said(name, tmp_path)
-    assert found == expected
+    assert found == snapshots.find(SNAPSHOT, name)
     lines = found.splitlines()
     assert lines[1].startswith("error: ")
     assert lines[-1] in ("(exit 1)", "(exit 2)")
@@ -648,4 +639,4 @@ if __name__ == "__main__":
         (Path(fresh) / "lora-cli").mkdir()
         (Path(fresh) / "lora-cli" / find_managed_home().name).symlink_to(find_managed_home())
         os.environ["LORA_CACHE_DIR"] = fresh
-        sys.stdout.write("\n".join(snapshot()))
+        sys.stdout.write(snapshots.render(BAD, said))

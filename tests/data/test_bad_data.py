@@ -2,7 +2,7 @@
 bad_data.txt.
 
 Hermetic: files in a temporary folder. Alone: pytest tests/data/test_bad_data.py. After a change of
-a message: python tests/data/test_bad_data.py > tests/data/bad_data.txt
+a message: python -m tests.data.test_bad_data > tests/data/bad_data.txt
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import random
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -28,6 +27,7 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import load
 from lora_cli.recipe.load import load_recipe
+from tests import snapshots
 
 SNAPSHOT = Path(__file__).parent / "bad_data.txt"
 GOOD = '{"prompt": "ask", "completion": "answer"}\n'
@@ -178,29 +178,19 @@ def said(name: str, folder: Path) -> str:
     return "\n".join(heard).replace(f"{folder}/", "").replace(str(folder), ".")
 
 
-def snapshot() -> Iterator[str]:
-    """Every data set's name and message."""
-    for name in BAD:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"## {name}\n{said(name, Path(folder))}\n"
-
-
 def test_the_snapshot_covers_every_data_set() -> None:
     assert len(BAD) >= 75
-    assert [
-        line[3:] for line in SNAPSHOT.read_text().splitlines() if line.startswith("## ")
-    ] == list(BAD)
+    assert snapshots.list_names(SNAPSHOT) == list(BAD)
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_said_of_a_bad_data_set(name: str, tmp_path: Path) -> None:
-    expected = SNAPSHOT.read_text().partition(f"## {name}\n")[2].partition("\n\n## ")[0].rstrip()
     found = said(name, tmp_path)
-    assert found == expected
+    assert found == snapshots.find(SNAPSHOT, name)
     assert found.startswith(("error: ", "warning: "))
     assert len(found.splitlines()) <= 3
 
 
 if __name__ == "__main__":
     os.environ["LORA_CACHE_DIR"] = tempfile.mkdtemp()
-    sys.stdout.write("\n".join(snapshot()))
+    sys.stdout.write(snapshots.render(BAD, said))

@@ -21,19 +21,10 @@ from lora_cli.common import LoraError
 from lora_cli.gguf import install, tools
 from lora_cli.gguf.tools import CONVERTER, Found
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 TOP = f"llama_cpp_python-{tools.VERSION}/vendor/llama.cpp/"
 CONVERTER_SOURCE = b"import torch\nfrom conversion import ModelBase\n"
-
-
-@pytest.fixture(autouse=True)
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without llama.cpp: empty cache, empty PATH. Returns the only folder on the PATH."""
-    on_path = tmp_path / "path"
-    on_path.mkdir()
-    monkeypatch.setenv("PATH", str(on_path))
-    monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
-    return on_path
 
 
 def sdist(path: Path, extra: str = TOP + "conversion/llama.py") -> str:

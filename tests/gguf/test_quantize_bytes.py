@@ -27,10 +27,12 @@ from tests import ggufs
 
 PROGRAM = Path(__file__).parent.parent.parent / "build" / "llama-quantize" / "llama-quantize"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PROGRAM.is_file(), reason="llama-quantize is not built: make quantizer"),
-]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program() -> None:
+    assert PROGRAM.is_file(), "llama-quantize is not built: make quantizer"
 
 
 def compare(folder: Path, kind: str, imatrix: Path | None) -> str:

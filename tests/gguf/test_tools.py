@@ -18,6 +18,8 @@ from lora_cli.common import LoraError, UsageError
 from lora_cli.gguf import mixture, tools
 from lora_cli.gguf.tools import CONVERTER, Found, convert, find_converter, run_command
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
 
 
@@ -36,17 +38,6 @@ def checkout(root: Path) -> Path:
     (root / "gguf-py").mkdir()
     program(root / CONVERTER, "from conversion import ModelBase")
     return root
-
-
-@pytest.fixture(autouse=True)
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without llama.cpp: empty cache, empty PATH. Returns the only folder on the PATH."""
-    on_path = tmp_path / "path"
-    on_path.mkdir()
-    monkeypatch.setenv("PATH", str(on_path))
-    monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
-    return on_path
 
 
 def test_each_place_is_searched_in_order(

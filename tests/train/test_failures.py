@@ -8,12 +8,11 @@ pytest tests/train/test_failures.py
 from __future__ import annotations
 
 import errno
-import gc
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,6 @@ from lora_cli.train.resume import Resumable
 from tests.units import STEADY_ADAM, assert_same_training
 
 SAVING = "save_strategy: steps, save_steps: 1"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Trainer collects garbage when it begins; it need not look at all that the libraries have
-    made."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def weights(adapter: Path) -> dict[str, torch.Tensor]:

@@ -7,14 +7,13 @@ run (`rows`). Hermetic: the tiny model and its data, CPU. Alone: pytest tests/tr
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +74,6 @@ def covering() -> list[dict[str, str]]:
 COMBINATIONS = [
     {"point": POINTS[number % len(POINTS)], **row} for number, row in enumerate(covering())
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Trainer collects garbage when it begins; it need not look at all that the libraries have
-    made."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def recipe_text(row: dict[str, str], tiny: Path, folder: Path) -> str:
