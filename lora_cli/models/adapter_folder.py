@@ -24,6 +24,7 @@ from lora_cli.models import adapter_config, fingerprint, names, tokenizer
 from lora_cli.models.base import Base
 from lora_cli.models.probes import TRAINED
 
+UNSAFE = "which may run code when it is loaded"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -118,7 +119,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     hub_name = str(path) if names.may_be_adapter_on_hub(path) else None
     folder = _download(hub_name) if hub_name else path
     _refuse_no_adapter(folder)
-    shapes = _check_weights(folder)
+    shapes = _check_weights(folder, hub_name)
     config = _read_config(folder, shapes)
     record = _read_record(folder)
     named = _choose_base(hub_name or str(folder), base, config, record)
@@ -227,7 +228,7 @@ def _changes_base(config: dict[str, Any]) -> bool:
     )
 
 
-def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+def _check_weights(folder: Path, hub_name: str | None) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapter's tensors. Raises LoraError unless its weights are complete,
     and not pickled."""
     weights = folder / "adapter_model.safetensors"
@@ -237,9 +238,10 @@ def _check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
         )
         hint = "copy it again"
         if pickled:
-            hint = f"{pickled.name} is a pickle, which may run code when it is loaded: "
-            hint += "have it converted to safetensors"
-        raise LoraError(f"{folder} has no adapter_model.safetensors", hint)
+            hint = f"{pickled.name} is a pickle, {UNSAFE}: have it converted to safetensors"
+        elif hub_name:
+            hint = f"if the hub has it as a pickle (.bin), {UNSAFE}: ask its owner for safetensors"
+        raise LoraError(f"{hub_name or folder} has no adapter_model.safetensors", hint)
     try:
         with safe_open(weights, framework="pt") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from huggingface_hub.utils._validators import validate_repo_id
 
 from lora_cli.common import LoraError, UsageError, library_errors
@@ -63,10 +68,21 @@ def find_adapter_commit(name: str) -> str:
 
 
 def _is_adapter_on_hub(name: str) -> bool:
-    """Whether the hub, or its cache, has an adapter of this name. Where it cannot be asked, what
-    loads a model of the name says why."""
+    """Whether the hub, or its cache, has an adapter of this name. What the hub refuses, the loader
+    of a model of the name is told again.
+
+    Raises LoraError where the hub cannot be asked and the cache has no model of the name either:
+    the loader would wait for the hub as long again (half a minute).
+    """
+    if not may_be_adapter_on_hub(Path(name)):
+        return False
     try:
-        return may_be_adapter_on_hub(Path(name)) and bool(find_adapter_commit(name))
+        return bool(find_adapter_commit(name))
+    except LocalEntryNotFoundError:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return False
+        with explain_hub_failure(name):
+            raise
     except (EntryNotFoundError, HfHubHTTPError):
         return False
 

@@ -28,10 +28,15 @@ def hub(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopba
     (made / "optimizer.pt").write_bytes(b"a pickle")
     (made / "checkpoint-1").mkdir()
     shutil.copy(made / "adapter_model.safetensors", made / "checkpoint-1")
+    pickled = folder / "pickled"
+    pickled.mkdir()
+    shutil.copy(made / "adapter_config.json", pickled)
+    (pickled / "adapter_model.bin").write_bytes(b"a pickle")
     with LoopbackHub() as served:
         served.add_model(MODEL, {"main": folder / "base"})
         served.add_model(ADAPTER, {"main": made})
         served.add_model("org/closed", {"main": made}, gated=True)
+        served.add_model("org/pickled", {"main": pickled})
         yield served
 
 
@@ -91,6 +96,8 @@ def test_a_gguf_of_it_is_written_here(
         ("org/nothing", False, "org/nothing does not exist, neither here nor on the hub"),
         ("org/nothing", True, "org/nothing does not exist here, and the hub cannot be reached"),
         (MODEL, False, f"{MODEL} is not an adapter: it has no adapter_config.json"),
+        ("org/pickled", False, "org/pickled has no adapter_model.safetensors"),
+        ("org/pickled", False, "hint: if the hub has it as a pickle (.bin), which may run code"),
         ("org/closed", False, "Cannot access gated repo for url"),
     ],
 )
