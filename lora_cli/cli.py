@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
@@ -30,11 +30,12 @@ app = typer.Typer(
 )
 
 BUG = 70
+INTERRUPTED = 128 + signal.SIGINT
 """Exit status of a bug: EX_SOFTWARE of sysexits.h."""
 
 
 def _find_base(error: type[Exception], name: str) -> type[Exception]:
-    """The class of this name that `error` derives from. ImportError where there is none."""
+    """Return the class of this name that `error` derives from. ImportError where there is none."""
     for base in error.__mro__:
         if base.__name__ == name:
             return base
@@ -528,7 +529,7 @@ def _load_recipe(
 
 
 def _two_or_more(paths: list[Path], usage: str) -> list[Path]:
-    """The paths; UsageError for a single one."""
+    """Return the paths; UsageError for a single one."""
     if len(paths) < 2:
         raise UsageError("the folder to write to is missing", usage)
     return paths
@@ -552,23 +553,39 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _terminate(*_: object) -> NoReturn:
-    """SIGTERM: what is half made is removed, as after an interruption by hand."""
-    ui.say("terminated")
-    sys.exit(128 + signal.SIGTERM)
+def _end(number: int, *_: object) -> NoReturn:
+    """SIGTERM, or SIGHUP by a terminal that is closed: what is half made is removed, as after an
+    interruption by hand."""
+    with suppress(OSError):  # the terminal may be gone
+        ui.say("terminated" if number == signal.SIGTERM else "hung up")
+    sys.exit(128 + number)
+
+
+def _listen() -> None:
+    """Let the signals that end a program end it in order, but for those that it was started to
+    ignore (nohup)."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end)
 
 
 def main() -> NoReturn:
-    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 130 when
-    interrupted, 143 by SIGTERM."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 129 by
+    SIGHUP, 130 when interrupted, 143 by SIGTERM."""
+    _listen()
     try:
-        sys.exit(app(prog_name="lora", standalone_mode=False))
+        if sys.stdout is None:
+            raise LoraError("standard output is closed", "leave it open, or > /dev/null")
+        status = app(prog_name="lora", standalone_mode=False)
+        if status == INTERRUPTED:  # typer makes that of KeyboardInterrupt
+            ui.say("interrupted")
+        sys.exit(status)
     except LoraError as error:
         _fail(error)
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         ui.say("interrupted")
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -589,7 +606,7 @@ def main() -> NoReturn:
 
 
 def _report(error: Exception) -> NoReturn:
-    """What nobody has thought of is a bug: its traceback, and how to report it."""
+    """Return what nobody has thought of is a bug: its traceback, and how to report it."""
     lines = "".join(traceback.format_exception(error))
     ui.say(privacy.replace_home(lines).rstrip())
     ui.say(

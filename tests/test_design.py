@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import itertools
 import re
 import subprocess
 import sys
@@ -197,6 +198,33 @@ def test_no_function_is_over_forty_lines() -> None:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 40:
                 long.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
     assert not long
+
+
+SHOWN_COMMAND = re.compile(
+    r"\b(rm|rm -r|ls|ls -l|ls -ld|less|head|lora (merge|convert|export-gguf|verify|chat|generate)|vllm serve) $"
+)
+
+
+def test_a_path_in_a_command_that_is_shown_is_quoted() -> None:
+    bare = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            for before, after in itertools.pairwise(
+                node.values if isinstance(node, ast.JoinedStr) else []
+            ):
+                command = isinstance(before, ast.Constant) and SHOWN_COMMAND.search(
+                    str(before.value)
+                )
+                if (
+                    command
+                    and isinstance(after, ast.FormattedValue)
+                    and not (
+                        isinstance(after.value, ast.Call)
+                        and ast.unparse(after.value.func) == "quote"
+                    )
+                ):
+                    bare.append(f"{path.relative_to(PACKAGE)}:{after.lineno} {ast.unparse(after)}")
+    assert not bare
 
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy"}

@@ -148,4 +148,4 @@ def test_rows_are_checked_without_what_windows_lacks(tiny: Path, tmp_path: Path)
 def test_signals_are_those_that_there_are(tmp_path: Path) -> None:
     code = "from lora_cli.train import signals\nprint([number.name for number in signals.LISTENED])"
     assert run(f"{LIBRARIES}{WITHOUT_POSIX}{code}", tmp_path).stdout == "['SIGINT', 'SIGTERM']\n"
-    assert run(code, tmp_path).stdout == "['SIGINT', 'SIGTERM', 'SIGUSR1']\n"
+    assert run(code, tmp_path).stdout == "['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1']\n"

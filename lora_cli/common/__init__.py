@@ -5,6 +5,7 @@ Its doors, in the order a reader needs them:
 
     LoraError, UsageError, RejectedError   what is raised where a user can do something about it
     join_errors, find_nearest              several problems as one error; "did you mean …?"
+    quote                                  a path in a command line that is shown
     say, warn, Progress, format_duration   prose and the progress line, on stderr
     read_json, write_json, write_text      files read within limits, written whole or not at all
     refuse_link, refuse_occupied           folders that must not be written into
@@ -15,7 +16,14 @@ Its doors, in the order a reader needs them:
     remote_code                            whether a model's own code may run
 """
 
-from lora_cli.common.errors import LoraError, RejectedError, UsageError, find_nearest, join_errors
+from lora_cli.common.errors import (
+    LoraError,
+    RejectedError,
+    UsageError,
+    find_nearest,
+    join_errors,
+    quote,
+)
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text
 from lora_cli.common.library_errors import translate_refusals
 from lora_cli.common.ui import Progress, format_duration, say, warn
@@ -32,6 +40,7 @@ __all__ = [
     "library_errors",
     "privacy",
     "provenance",
+    "quote",
     "read_json",
     "refuse_link",
     "refuse_occupied",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Self
 
@@ -12,12 +13,17 @@ SHOWN = 4
 """How many problems one error lists."""
 
 
+def quote(path: object) -> str:
+    """Quote a path for a command line that is shown, so that it can be pasted into a shell."""
+    return shlex.quote(str(path))
+
+
 class LoraError(Exception):
     """A problem that the user can cause and mend.
 
     `message` says what is wrong (with file, line and field where there is one); `hint` says what to
-    type. The command line renders both and exits with `exit_code`; nothing else in the package
-    catches it.
+    type. The command line renders both and exits with `exit_code`. Other code catches it only to
+    add what it knows, or where it has another way.
     """
 
     exit_code = 1

@@ -4,9 +4,12 @@ complete."""
 from __future__ import annotations
 
 import atexit
+import errno
+import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import stat
@@ -16,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import privacy
-from lora_cli.common.errors import LoraError, RejectedError
+from lora_cli.common import privacy, ui
+from lora_cli.common.errors import LoraError, RejectedError, quote
 
 
 def find_cache_home() -> Path:
@@ -74,6 +77,27 @@ def _remove_the_rest() -> None:
         _remove(_passing.pop())
 
 
+def _stamp() -> str:
+    """Return what tells this process from all others, on this machine and on those that share its
+    disks."""
+    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    return f"{os.getpid()}-{host}"
+
+
+def remove_leftovers(parent: Path, pattern: str) -> None:
+    """Remove what a process of this machine that was killed had in the making in `parent`: names
+    that `pattern` matches, its first group a stamp."""
+    import psutil  # 20 ms, which light commands need not spend
+
+    ours = _stamp().partition("-")[2]
+    for path in parent.iterdir() if parent.is_dir() else ():
+        found = re.fullmatch(pattern, path.name)
+        number, _, host = found[1].partition("-") if found else ("", "", "")
+        if host == ours and number.isdigit() and not psutil.pid_exists(int(number)):
+            ui.say(f"removing {path}, which a process that was killed had left")
+            _remove(path)
+
+
 @contextmanager
 def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """A new folder of our own in `parent`, or among the system's temporary ones, that goes away
@@ -81,7 +105,9 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
     Not tempfile's, which names a folder to nobody before it has made it.
     """
-    folder = (parent or Path(tempfile.gettempdir())) / f"{prefix}{secrets.token_hex(8)}"
+    parent = parent or Path(tempfile.gettempdir())
+    remove_leftovers(parent, rf"{re.escape(prefix)}(.+)-[0-9a-f]{{16}}")
+    folder = parent / f"{prefix}{_stamp()}-{secrets.token_hex(8)}"
     with passing(folder):
         folder.mkdir(mode=0o700)
         yield folder
@@ -95,22 +121,24 @@ def read_small(path: Path, most: int = SMALL) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise LoraError(f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {path}")
+            raise LoraError(
+                f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {quote(path)}"
+            )
         if status.st_size > most:
             raise LoraError(
                 f"{path} is too large: {status.st_size} bytes, and at most {most} are read",
-                f"less {path}",
+                f"less {quote(path)}",
             )
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise LoraError(f"{path} does not exist", f"ls {path.parent}") from None
+        raise LoraError(f"{path} does not exist", f"ls {quote(path.parent)}") from None
     except UnicodeDecodeError as error:
         raise LoraError(
             f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         said = error.strerror if isinstance(error, OSError) else str(error)
-        raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {path}") from None
+        raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {quote(path)}") from None
 
 
 def _name_kind(mode: int) -> str:
@@ -130,7 +158,7 @@ def write_text(path: Path, text: str) -> None:
 
     A symbolic link of that name is replaced, not followed.
     """
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging = path.with_name(f".{path.name}.{_stamp()}.tmp")
     with passing(staging):
         with staging.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -162,11 +190,13 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise LoraError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {path}"
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {quote(path)}"
         ) from None
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         said = str(error).partition(";")[0]
-        raise LoraError(f"{path}: JSON that cannot be read: {said}", f"less {path}") from None
+        raise LoraError(
+            f"{path}: JSON that cannot be read: {said}", f"less {quote(path)}"
+        ) from None
 
 
 @contextmanager
@@ -178,7 +208,8 @@ def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
     """
     for folder in [final, *([rejected] if rejected else [])]:
         refuse_occupied(folder)
-    staging = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    remove_leftovers(final.parent, rf"\.{re.escape(final.name)}\.(.+)\.tmp")
+    staging = final.with_name(f".{final.name}.{_stamp()}.tmp")
     with passing(staging):
         make_folder(staging, final)
         try:
@@ -196,7 +227,7 @@ def refuse_existing(targets: Iterable[Path]) -> None:
     """Raise LoraError for the first of these files that exists."""
     for target in targets:
         if target.exists() or target.is_symlink():
-            raise LoraError(f"{target} already exists", f"rm {target}")
+            raise LoraError(f"{target} already exists", f"rm {quote(target)}")
 
 
 def name_artefact(folder: Path) -> str:
@@ -216,8 +247,41 @@ def make_folder(folder: Path, final: Path | None = None) -> None:
     except OSError as error:
         named = final or folder
         raise LoraError(
-            f"{named} cannot be made: {error.strerror}", f"ls -ld {named.parent}"
+            f"{named} cannot be made: {error.strerror}", f"ls -ld {quote(named.parent)}"
         ) from error
+
+
+def refuse_unmakable(folder: Path) -> None:
+    """Raise LoraError where `folder` cannot be made, by making what is missing of it for a
+    moment."""
+    missing = folder.absolute()
+    while not os.path.lexists(missing.parent):
+        missing = missing.parent
+    try:
+        if folder.is_dir():
+            return
+        if os.path.lexists(missing):
+            raise FileExistsError(errno.EEXIST, "a file has that name")
+        with passing(missing):
+            folder.mkdir(parents=True)
+    except OSError as error:
+        raise LoraError(
+            f"{folder} cannot be made: {error.strerror}", f"ls -ld {quote(missing.parent)}"
+        ) from error
+
+
+@contextmanager
+def scratch_beside_results(prefix: str, folder: Path) -> Iterator[Path]:
+    """Make `folder` for results, and yield a scratch folder in it. Where `folder` was not there
+    before and stays empty, it goes as well."""
+    was_there = folder.exists()
+    make_folder(folder)
+    try:
+        with scratch_folder(prefix, folder) as scratch:
+            yield scratch
+    finally:
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def refuse_link(folder: Path) -> None:
@@ -226,7 +290,7 @@ def refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise LoraError(
             f"{folder} is a link, to {folder.readlink()}",
-            f"give that folder itself, or remove it: rm {folder}",
+            f"give that folder itself, or remove it: rm {quote(folder)}",
         )
 
 
@@ -242,5 +306,5 @@ def refuse_occupied(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
         hint = "choose another output"
         if folder.is_dir() and any((folder / name).is_file() for name in MADE_HERE):
-            hint += f", or remove it: rm -r {folder}"
+            hint += f", or remove it: rm -r {quote(folder)}"
         raise LoraError(f"{folder} already exists", hint)

@@ -7,6 +7,7 @@ compare. What is not in the table is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common.errors import LoraError
+from lora_cli.common.errors import LoraError, quote
 
 LONGEST = 400
 """How many characters of another library's message are shown."""
@@ -86,7 +87,7 @@ TABLE = (
         "CorruptedCacheException",
         "",
         "the hub's cache is damaged: {line}",
-        "hf cache rm, and run it again",
+        "hf cache ls lists it, hf cache rm NAME removes it; then run it again",
     ),
     # the network under it
     *_share("ConnectError TimeoutException gaierror", "no connection: {line}", CONNECTION),
@@ -297,7 +298,10 @@ def translate(error: BaseException) -> LoraError | None:
                     "cause": _first_telling_line(chain[-1]),
                     "match": found[found.re.groups and 1],
                 }
-                return LoraError(known.message.format(**parts), known.hint.format(**parts))
+                hint = known.hint
+                if hint == CONNECTION and os.environ.get("HF_HUB_OFFLINE", "0") != "0":
+                    hint = "unset HF_HUB_OFFLINE, or fetch it where there is a connection"
+                return LoraError(known.message.format(**parts), hint.format(**parts))
     return _translate_os_error(error) if isinstance(error, OSError) else None
 
 
@@ -365,7 +369,8 @@ def _translate_os_error(error: OSError) -> LoraError | None:
         return LoraError(SYSTEM[error.errno], f"{ROOM[error.errno]}, make room, and run it again")
     if error.errno in SYSTEM:
         hint = REMEDIES.get(
-            error.errno, f"ls -ld {error.filename}" if error.filename else "choose another place"
+            error.errno,
+            f"ls -ld {quote(error.filename)}" if error.filename else "choose another place",
         )
         return LoraError(
             f"{SYSTEM[error.errno]}: {error.filename or _first_telling_line(error)}", hint

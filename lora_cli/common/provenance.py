@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_cli import __version__
 from lora_cli.common import privacy, remote_code
-from lora_cli.common.errors import LoraError
+from lora_cli.common.errors import LoraError, quote
 from lora_cli.common.files import read_json
 
 RUN_RECORD = "record.json"
@@ -47,7 +47,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(
         isinstance(record.get(key), kind) for key, kind in kinds.items()
     ):
-        raise LoraError(f"{path} is not the record of a run", f"remove it: rm {path}")
+        raise LoraError(f"{path} is not the record of a run", f"remove it: rm {quote(path)}")
     return record
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from lora_cli.common import LoraError, find_nearest, ui
+from lora_cli.common import LoraError, find_nearest, quote, ui
 from lora_cli.data import cache, formats, readers, selection
 from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
@@ -150,7 +150,9 @@ def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
     learn from."""
     if counts.read == 0:
         where = f"split {source.split} of " if source.split != "train" else ""
-        raise LoraError(f"data.path: {where}{source.name} holds no rows", f"head {source.name}")
+        raise LoraError(
+            f"data.path: {where}{source.name} holds no rows", f"head {quote(source.name)}"
+        )
     selection.refuse_bad_rows(recipe.data, counts)
     selection.refuse_nothing(counts)
 

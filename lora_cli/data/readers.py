@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import pyarrow
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, quote
 from lora_cli.data.formats import BadRow
 from lora_cli.recipe import Data
 
@@ -42,7 +42,7 @@ def guess_kind(file: Path) -> str | None:
 
 
 def refuse_missing_files(data: Data) -> None:
-    """LoraError for the first file that `data` names and that is missing, before a model is
+    """Raise LoraError for the first file that `data` names and that is missing, before a model is
     loaded."""
     named = {"path": data.path, "eval_path": data.eval_path}
     named |= {f"mix.{number}.path": rows.path for number, rows in enumerate(data.mix or [])}
@@ -55,9 +55,9 @@ def refuse_missing_files(data: Data) -> None:
 
 
 def missing_file(field: str, file: Path) -> LoraError:
-    """The error for a file that data.`field` names and that is not there."""
+    """Return the error for a file that data.`field` names and that is not there."""
     can_be_set = field in ("path", "eval_path")
-    hint = f"put it there, or --set data.{field}=FILE" if can_be_set else f"ls {file.parent}"
+    hint = f"put it there, or --set data.{field}=FILE" if can_be_set else f"ls {quote(file.parent)}"
     return LoraError(f"data.{field}: {file} does not exist", hint)
 
 
@@ -104,7 +104,7 @@ def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
                 f"{file}:{number}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
             )
             encoding = "UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
-            return LoraError(said, f"iconv -f {encoding} -t UTF-8 {file}")
+            return LoraError(said, f"iconv -f {encoding} -t UTF-8 {quote(file)}")
     raise AssertionError("it was read as UTF-8 and refused")
 
 
@@ -227,7 +227,7 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
     except pyarrow.ArrowInvalid as error:
         raise LoraError(
             f"{file} is not a readable {kind} file: {' '.join(str(error).split())[:200]}",
-            f"ls -l {file}",
+            f"ls -l {quote(file)}",
         ) from None
 
 

@@ -28,9 +28,10 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import resolve_revision
 
-from lora_cli.common import LoraError, find_nearest, library_errors
+from lora_cli.common import LoraError, find_nearest, library_errors, quote
 from lora_cli.data import readers
 from lora_cli.recipe import Data
 
@@ -127,15 +128,12 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
                 if not matched:
                     raise LoraError(
                         f"data.{field}: {name} is not a file; a list must name local files",
-                        f"ls {Path(name).parent}",
+                        f"ls {quote(Path(name).parent)}",
                     )
             files = [file for some in found.values() for file in some]
             return _open_files(field, files, split)
         if Path(paths[0]).is_dir():
-            with library_errors.translate_file_errors(
-                f"data.{field}: the folder {paths[0]} cannot be read", "name its files instead"
-            ):
-                return _open_folder(data, Path(paths[0]), split)
+            return _open_folder(field, data, Path(paths[0]), split)
         return _open_hub(data, paths[0], split)
     except (ValueError, IndexError) as error:
         if library_errors.translate(error) is not None:
@@ -152,7 +150,9 @@ def _find_files(field: str, name: str) -> list[Path]:
     if glob.has_magic(name) and not Path(name).is_file():
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207 – absolute patterns too
         if not found:
-            raise LoraError(f"data.{field}: no file matches {name}", f"ls {Path(name).parent}")
+            raise LoraError(
+                f"data.{field}: no file matches {name}", f"ls {quote(Path(name).parent)}"
+            )
         return [file for file in found if file.is_file()]
     path = Path(name)
     if path.is_file() or (readers.guess_kind(path) is not None and not path.is_dir()):
@@ -170,13 +170,14 @@ def _open_files(field: str, files: list[Path], split: str) -> Source:
             raise LoraError(
                 f"data.{field}: {file} is not one of {', '.join(readers.KINDS)}, with or without "
                 ".gz",
-                f"mv {file} {file}.jsonl",
+                "a file of rows is JSON lines, JSON, CSV or Parquet, and its name says which",
             )
         if file.stat().st_size == 0:
-            raise LoraError(f"data.{field}: {file} is empty", f"ls -l {file}")
+            raise LoraError(f"data.{field}: {file} is empty", f"ls -l {quote(file)}")
     if not re.fullmatch(r"train(\[.*\])?(\+train(\[.*\])?)*", split):
         raise LoraError(
-            f"data.{field}: local files have the split train only, not {split!r}",
+            f"data.{field.replace('path', 'split')}: local files have the split train only, not "
+            f"{split!r}",
             "split: train, or train[:1000]",
         )
     ReadInstruction.from_spec(split)
@@ -194,11 +195,18 @@ def _refuse_unreadable(field: str, name: str) -> None:
         )
 
 
-def _open_folder(data: Data, folder: Path, split: str) -> Source:
+def _open_folder(field: str, data: Data, folder: Path, split: str) -> Source:
     """Return a folder that `datasets` saved, or one of files, as a source.
 
     Files are read anew each time, since `datasets` would go by their times.
     """
+    refused = f"data.{field}: the folder {folder} cannot be read as rows"
+    hint = f"name its files of rows: data.{field}: [{folder}/NAME.jsonl]"
+    with library_errors.translate_file_errors(refused, hint):
+        return _read_folder(data, folder, split, refused, hint)
+
+
+def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) -> Source:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(str(folder))
         parts = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
@@ -209,9 +217,9 @@ def _open_folder(data: Data, folder: Path, split: str) -> Source:
             str(folder), data.name, split=split, streaming=data.streaming, download_mode=rebuilt
         )
     except RuntimeError as error:  # a script among the files: datasets does not run it
-        raise LoraError(
-            f"{folder} cannot be read: {' '.join(str(error).split())}", "name its files instead"
-        ) from None
+        raise LoraError(f"{refused}: {' '.join(str(error).split())}", hint) from None
+    except DatasetGenerationError as error:
+        raise LoraError(f"{refused}: {error.__cause__ or error}", hint) from error
     return Source([], table, split)
 
 

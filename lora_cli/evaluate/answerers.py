@@ -80,7 +80,7 @@ class Bases:
 
     @staticmethod
     def key(adapter: Adapter) -> Stored:
-        """What the adapter's base is loaded as."""
+        """Return what the adapter's base is loaded as."""
         quantization = str(adapter.quantization) if adapter.quantization else None
         alone = None if adapter.shares_base else adapter.folder
         return Stored(adapter.base, adapter.trained_dtype, quantization, alone)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
-from lora_cli.common import UsageError, ui
+from lora_cli.common import UsageError, quote, ui
 from lora_cli.data import formats, readers
 from lora_cli.evaluate.answerers import Asked, Sampling, open_models
 
@@ -52,12 +52,14 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
         if file.is_file() and readers.guess_kind(file) is None:
             raise UsageError(
                 f"{file} is none of {', '.join(readers.KINDS)}, nor one of them with .gz",
-                f"mv {file} {file}.txt, if each line is a prompt",
+                "rows as for data.path, or a file NAME.txt with a prompt on each line",
             )
         try:
             questions += [_make_question(place, row) for place, row in readers.read(file)]
         except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}", f"ls -l {file}") from None
+            raise UsageError(
+                f"{file} cannot be read: {error.strerror}", f"ls -l {quote(file)}"
+            ) from None
     if not questions:
         raise UsageError("no prompt was given", "--prompt TEXT, or --file FILE")
     return questions

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lora_cli.common import UsageError, files, provenance, ui
+from lora_cli.common import UsageError, files, provenance, quote, ui
 from lora_cli.gguf import parity, tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import (
@@ -60,8 +60,7 @@ def export_adapter(
     ui.say(f"exporting the adapter {adapter} with the converter {converter}")
     if adapter.quantization:
         ui.warn(FOUR_BIT)
-    files.make_folder(folder)
-    with files.scratch_folder(".lora-export-", folder) as scratch:
+    with files.scratch_beside_results(".lora-export-", folder) as scratch:
         scaled = scratch / "scaled"
         made = {name: scratch / file.name for name, file in targets.items()}
         base_folder = adapter.base.download()
@@ -71,7 +70,7 @@ def export_adapter(
         reports = _compare_all(adapter, base_folder, made, converter, scratch)
         for name, target in targets.items():
             _finish_file(made[name], target, name, reports[name], adapter)
-    ui.say(f"to run it: llama-server -m BASE.gguf --lora {next(iter(targets.values()))}")
+    ui.say(f"to run it: llama-server -m BASE.gguf --lora {quote(next(iter(targets.values())))}")
     return list(targets.values())
 
 

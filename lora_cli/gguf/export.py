@@ -53,8 +53,7 @@ def export(
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")
-    files.make_folder(folder)
-    with files.scratch_folder(".lora-export-", folder) as scratch:
+    with files.scratch_beside_results(".lora-export-", folder) as scratch:
         merged, adapter = path, read_adapter(path, base) if kind == "adapter" else None
         config = _check_first(path, adapter, converter, scratch)
         model = adapter.base if adapter else Base(str(path))

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, quote, ui
 from lora_cli.data import encode, prepare, sources
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
@@ -34,7 +34,7 @@ FILES = (".gguf", ".dat", ".imatrix")
 def refuse_missing_file(given: str) -> None:
     """Raise LoraError where `--imatrix` names a file that does not exist."""
     if Path(given).suffix and not Path(given).exists():
-        raise LoraError(f"--imatrix {given} does not exist", f"ls {Path(given).parent}")
+        raise LoraError(f"--imatrix {given} does not exist", f"ls {quote(Path(given).parent)}")
 
 
 def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) -> None:

@@ -270,10 +270,30 @@ class Choice(NamedTuple):
     narrower: bool = False
 
 
+OTHER_NAMES = {
+    "fp32": "f32",
+    "float32": "f32",
+    "fp16": "f16",
+    "float16": "f16",
+    "half": "f16",
+    "bfloat16": "bf16",
+    "int8": "q8_0",
+    "8bit": "q8_0",
+    "q8": "q8_0",
+    "int4": "Q4_K_M",
+    "4bit": "Q4_K_M",
+    "q4": "Q4_K_M",
+    "nf4": "Q4_K_M",
+}
+"""What other tools call types."""
+
+
 def pick(name: str, weighted: bool) -> str:
     """Return the kind of KINDS that `name` means, in any case. Raises UsageError, also for one that
     needs an importance matrix where there is none."""
-    picked = tools.pick(name, KINDS)
+    if meant := OTHER_NAMES.get(name.lower().replace("_", "")):
+        raise UsageError(f"unknown GGUF type {name!r}; did you mean {meant}?", f"-q {meant}")
+    picked = tools.pick(name, [*tools.CONVERTER_TYPES, *KINDS])
     if picked in NEEDS_IMATRIX and not weighted:
         raise UsageError(
             f"{picked} needs an importance matrix, measured on text like that the model is for",
@@ -284,7 +304,7 @@ def pick(name: str, weighted: bool) -> str:
 
 
 def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -> list[Choice]:
-    """What becomes of each tensor of `model` in a file of `kind`, in the order in which
+    """Return what becomes of each tensor of `model` in a file of `kind`, in the order in which
     llama-quantize writes them.
 
     `weighted`: there is an importance matrix. `block`: elements in a block of each type. Raises
@@ -302,7 +322,7 @@ def choose(model: Header, kind: str, weighted: bool, block: Mapping[str, int]) -
 
 
 def needs_weights(name: str, type_name: str | None, kind: str) -> bool:
-    """Whether a tensor of this name must not be made into `type_name` without an importance
+    """Return whether a tensor of this name must not be made into `type_name` without an importance
     matrix."""
     if name in EMBEDDINGS or name == "output.weight":
         return False
@@ -337,7 +357,7 @@ class _Mixture:
         self.seen: Counter[str] = Counter()
 
     def choose(self, tensor: Tensor) -> Choice:
-        """The type of the next tensor, of which the file's order is that of the calls."""
+        """Return the type of the next tensor, of which the file's order is that of the calls."""
         if (
             len(trimmed(tensor.shape)) < 2
             or not tensor.name.endswith("weight")
@@ -412,5 +432,5 @@ def _part(name: str) -> str | None:
 
 
 def _first_of(value: int | list[int]) -> int:
-    """The first layer's, where each has its own."""
+    """Return the first layer's, where each has its own."""
     return value[0] if isinstance(value, list) else value

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, quote, ui
 from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_template
 
 MADE_BY = "# made by lora export-gguf"
@@ -32,8 +32,8 @@ class Pieces(NamedTuple):
     system: str | None
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt for an answer to `conversation`, without BOS: what the Go template renders in
-        Ollama."""
+        """Return the prompt for an answer to `conversation`, without BOS: what the Go template
+        renders in Ollama."""
         given = conversation[0]["role"] == "system"
         default = (
             [] if given or self.system is None else [{"role": "system", "content": self.system}]
@@ -185,15 +185,17 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     """Print how to run the files with llama.cpp and Ollama, and the model they came from with
     vLLM."""
     ui.say("to run it:")
-    ui.say(f"  llama-server -m {ggufs[0]}")
-    ui.say(f"  ollama create {ggufs[0].stem.lower()} -f {ggufs[0].parent / 'Modelfile'}")
+    ui.say(f"  llama-server -m {quote(ggufs[0])}")
+    ui.say(
+        f"  ollama create {quote(ggufs[0].stem.lower())} -f {quote(ggufs[0].parent / 'Modelfile')}"
+    )
     if merged is not None:
-        ui.say(f"  vllm serve {merged}")
+        ui.say(f"  vllm serve {quote(merged)}")
     if adapter is None:
         return
     if more := adapter_contents.list_beyond(adapter.folder):
         ui.say(f"  vLLM and llama-server cannot load {adapter}: {', '.join(more)}; merge it:")
-        ui.say(f"  lora merge {adapter} OUT && vllm serve OUT")
+        ui.say(f"  lora merge {quote(adapter)} OUT && vllm serve OUT")
         return
     config = files.read_json(adapter.folder / "adapter_config.json")
     ranks = config.get("rank_pattern") or {}
@@ -201,13 +203,12 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     if ranks or config.get("alpha_pattern"):
         ui.say(
             "  vLLM scales every module by lora_alpha/r, whatever rank_pattern and alpha_pattern "
-            f"say: lora convert {adapter} OUT, and serve OUT"
+            f"say: lora convert {quote(adapter)} OUT, and serve OUT"
         )
+    wide = f"--max-lora-rank {1 << (rank - 1).bit_length()}"
+    named = quote(f"{files.name_artefact(Path(str(adapter)))}={adapter}")
+    ui.say(f"  vllm serve {quote(adapter.base)} --enable-lora {wide} --lora-modules {named}")
     ui.say(
-        f"  vllm serve {adapter.base} --enable-lora --max-lora-rank {1 << (rank - 1).bit_length()}"
-        f" --lora-modules {files.name_artefact(Path(str(adapter)))}={adapter}"
-    )
-    ui.say(
-        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {adapter} "
+        f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {quote(adapter)} "
         "--adapter-only"
     )

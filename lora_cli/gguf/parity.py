@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 def find_engine() -> bool:
-    """Whether xllamacpp is installed; a warning where it is not."""
+    """Return whether xllamacpp is installed; a warning where it is not."""
     if importlib.util.find_spec("xllamacpp") is None:
         ui.warn(
             "not compared with the Hugging Face model: no llama.cpp engine here (pip install "

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lora_cli.common import LoraError, Progress, files, warn
+from lora_cli.common import LoraError, Progress, files, quote, warn
 from lora_cli.gguf import engine, header, mixture
 from lora_cli.gguf.header import Header, Tensor
 from lora_cli.gguf.mixture import KINDS, Choice
@@ -100,7 +100,7 @@ class Ggml:
         return made
 
     def is_valid(self, data: np.ndarray, type_name: str) -> bool:
-        """Whether every number in `data`, bytes of `type_name`, is finite."""
+        """Return whether every number in `data`, bytes of `type_name`, is finite."""
         return self.lib.ggml_validate_row_data(
             self.numbers[type_name], data.ctypes.data, data.nbytes
         )
@@ -150,7 +150,7 @@ def map_file(path: Path) -> np.ndarray:
     """Map the bytes of `path` (uint8), read from disk as they are used. Raises LoraError where
     there are none."""
     if not path.is_file() or not path.stat().st_size:
-        raise LoraError(f"{path} is missing or empty", f"ls -l {path}")
+        raise LoraError(f"{path} is missing or empty", f"ls -l {quote(path)}")
     return np.memmap(path, np.uint8, "r")
 
 

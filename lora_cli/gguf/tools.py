@@ -291,7 +291,8 @@ def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> L
 
 
 def is_gguf(path: Path, with_tensors: bool = True) -> bool:
-    """Whether `path` starts as a GGUF (magic, version), by default as one that holds tensors."""
+    """Return whether `path` starts as a GGUF (magic, version), by default as one that holds
+    tensors."""
     if not path.is_file() or path.stat().st_size < 24:
         return False
     with path.open("rb") as file:

@@ -105,7 +105,8 @@ def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:
     it left one out."""
     layers = attach.find_lora_layers(adapted)
     try:
-        plain = adapted.merge_and_unload()
+        with attach.quiet_peft():
+            plain = adapted.merge_and_unload()
     except streaming.REFUSALS as error:
         raise streaming.explain_refusal(error) from error
     left = [name for name, layer in layers.items() if not layer.merged] + list(

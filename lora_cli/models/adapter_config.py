@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -37,11 +38,23 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> None:
         places = dict.fromkeys(_walk_keys(given), strict_yaml.Place(str(file), 0))
         message, _ = next(messages.list_problems(error, strict_yaml.Document(given, places)))
         raise LoraError(message, "copy the adapter again, or mend the file") from None
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if others := sorted(name for name, value in config.items() if name not in known and value):
+        warn_of_unknown_fields(file, *others)
+
+
+@cache
+def warn_of_unknown_fields(file: Path, *names: str) -> None:
+    """Warn, once, of fields that are set and that the installed PEFT does not know."""
+    ui.warn(
+        f"{file}: the installed PEFT does not know {', '.join(names)}: what that does to the "
+        "adapter is left out (pip install -U peft)"
+    )
 
 
 def _is_unset(name: str, value: Any) -> bool:
-    """Whether the field is empty, and PEFT's default is too: PEFT saves an empty list, mapping or
-    text as it was given, where a recipe leaves the key out."""
+    """Return whether the field is empty, and PEFT's default is too: PEFT saves an empty list,
+    mapping or text as it was given, where a recipe leaves the key out."""
     nothing: tuple[Any, ...] = (None, [], {})
     return value in (*nothing, "") and getattr(LoraConfig, name, None) in nothing
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from lora_cli.common import LoraError, files
+from lora_cli.common import LoraError, files, quote
 from lora_cli.recipe import find_initialisation
 
 DORA = "DoRA magnitudes"
@@ -43,8 +43,8 @@ def refuse_beyond(folder: Path, accepted: Sequence[str] = ()) -> None:
     more = [what for what in list_beyond(folder) if what not in accepted]
     if more:
         hint = (
-            f"lora convert {folder} OUT"
+            f"lora convert {quote(folder)} OUT"
             if more == [DORA]
-            else f"merge it instead: lora merge {folder} OUT"
+            else f"merge it instead: lora merge {quote(folder)} OUT"
         )
         raise LoraError(f"{folder} holds more than LoRA on linear weights: {', '.join(more)}", hint)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, UsageError, privacy, provenance, read_json
+from lora_cli.common import LoraError, UsageError, privacy, provenance, quote, read_json
 from lora_cli.models import adapter_config, fingerprint, names, tokenizer
 from lora_cli.models.base import Base
 from lora_cli.models.probes import TRAINED
@@ -139,11 +139,12 @@ def _download(name: str) -> Path:
         raise
     except RepositoryNotFoundError as error:
         raise LoraError(
-            f"{name} does not exist, neither here nor on the hub", f"ls {Path(name).parent}"
+            f"{name} does not exist, neither here nor on the hub", f"ls {quote(Path(name).parent)}"
         ) from error
     except LocalEntryNotFoundError as error:
         raise LoraError(
-            f"{name} does not exist here, and the hub cannot be reached", f"ls {Path(name).parent}"
+            f"{name} does not exist here, and the hub cannot be reached",
+            f"ls {quote(Path(name).parent)}",
         ) from error
     wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, provenance.ARTEFACT_RECORD, TRAINED]
     return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
@@ -152,9 +153,11 @@ def _download(name: str) -> Path:
 def _refuse_no_adapter(folder: Path) -> None:
     """Raise LoraError where the path is not a folder with an adapter's configuration."""
     if folder.is_file():
-        raise LoraError(f"{folder} is a file, and an adapter is a folder", f"ls {folder.parent}")
+        raise LoraError(
+            f"{folder} is a file, and an adapter is a folder", f"ls {quote(folder.parent)}"
+        )
     if not folder.is_dir():
-        raise LoraError(f"{folder} does not exist", f"ls {folder.parent}")
+        raise LoraError(f"{folder} does not exist", f"ls {quote(folder.parent)}")
     if not (folder / "adapter_config.json").is_file():
         inside = folder / "adapter"
         hint = (
@@ -219,7 +222,7 @@ def _choose_base(
 
 
 def _changes_base(config: dict[str, Any]) -> bool:
-    """Whether the adapter changes the base's own weights or size while it is on it."""
+    """Return whether the adapter changes the base's own weights or size while it is on it."""
     starts_otherwise = isinstance(config.get("init_lora_weights"), str)
     return (
         config.get("bias", "none") != "none"

@@ -34,6 +34,10 @@ def quiet_peft() -> Iterator[None]:
             "Adapter '.*LoRA tensor\\(s\\) have invalid shape",
             "lora with eva initialization used with low_cpu_mem_usage",
             "Full backward hook is firing",
+            "Unexpected keyword arguments",  # adapter_config.py warns of them
+            "`lora_bias=True` was passed but",  # refused, or merged
+            "Could not find a config file|Unable to fetch remote file",
+            "Input and output embeddings are no longer tied",  # as config.json then says
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -95,9 +99,10 @@ def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
 def read_adapter_config(folder: Path) -> LoraConfig:
     """Read the adapter's configuration with PEFT. Raises LoraError with PEFT's words where it
     refuses."""
-    with library_errors.translate_file_errors(
+    refusal = library_errors.translate_file_errors(
         f"PEFT cannot read {folder / 'adapter_config.json'}", "copy the adapter again"
-    ):
+    )
+    with quiet_peft(), refusal:
         return LoraConfig.from_pretrained(str(folder))
 
 
@@ -114,6 +119,7 @@ def _explain_misfit(error: Exception) -> str:
     return f"{len(sizes)} tensors are of another size, the first {first}"
 
 
+@quiet_peft()
 def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
     """Raise LoraError for tensors that are missing, not placed, or not finite: PEFT only warns, and
     leaves B at zero."""

@@ -41,7 +41,8 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
 
 def num_experts(config: PretrainedConfig) -> int:
-    """How many experts a layer of the base's text model chooses among; 0 where it has none."""
+    """Return how many experts a layer of the base's text model chooses among; 0 where it has
+    none."""
     text = config.get_text_config()
     fields = ("num_local_experts", "num_experts", "n_routed_experts")
     return next((found for name in fields if (found := getattr(text, name, None))), 0)

@@ -47,8 +47,8 @@ def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
 
 
 def misreads_rows(length: int) -> bool:
-    """Whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the same
-    numbers in one row."""
+    """Return whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the
+    same numbers in one row."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.linspace(0.01, 1, 8 * length).reshape(8, length)  # every block has another scale

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lora_cli.common import LoraError, UsageError, library_errors
+from lora_cli.common import LoraError, UsageError, library_errors, quote
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Endings of files that may run code when they are loaded."""
@@ -31,7 +31,7 @@ def classify(path: str) -> str:
         )
     if local.suffix == ".gguf":
         if not local.is_file():
-            raise LoraError(f"{path} does not exist", f"ls {local.parent}")
+            raise LoraError(f"{path} does not exist", f"ls {quote(local.parent)}")
         return "gguf"
     if local.is_dir():
         if (local / "adapter_config.json").is_file():
@@ -54,7 +54,7 @@ def classify(path: str) -> str:
 
 
 def may_be_adapter_on_hub(path: Path) -> bool:
-    """Whether this is not a path here, and may be OWNER/NAME on the hub."""
+    """Return whether this is not a path here, and may be OWNER/NAME on the hub."""
     return not path.exists() and "/" in str(path) and is_hub_name(str(path))
 
 
@@ -68,8 +68,8 @@ def find_adapter_commit(name: str) -> str:
 
 
 def _is_adapter_on_hub(name: str) -> bool:
-    """Whether the hub, or its cache, has an adapter of this name. What the hub refuses, the loader
-    of a model of the name is told again.
+    """Return whether the hub, or its cache, has an adapter of this name. What the hub refuses, the
+    loader of a model of the name is told again.
 
     Raises LoraError where the hub cannot be asked and the cache has no model of the name either:
     the loader would wait for the hub as long again (half a minute).
@@ -107,7 +107,7 @@ def explain_hub_failure(name: str) -> Iterator[None]:
 
 
 def may_be_model(name: str) -> bool:
-    """Whether `name` is a model's folder, or may be a name on the hub."""
+    """Return whether `name` is a model's folder, or may be a name on the hub."""
     path = Path(name)
     if path.exists():
         return (path / "config.json").is_file()
@@ -115,7 +115,8 @@ def may_be_model(name: str) -> bool:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether the hub's rules allow this name: OWNER/NAME, or a canonical NAME such as gpt2."""
+    """Return whether the hub's rules allow this name: OWNER/NAME, or a canonical NAME such as
+    gpt2."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 
 def matches_ending(name: str, ending: str) -> bool:
-    """Whether an item of a list of targets means this module or parameter: its whole name, or its
-    last parts.
+    """Return whether an item of a list of targets means this module or parameter: its whole name,
+    or its last parts.
 
     tuners/tuners_utils.py, check_target_module_exists and BaseTuner._inject_parameters.
     """
@@ -31,8 +31,8 @@ def matches_ending(name: str, ending: str) -> bool:
 
 
 def is_saved_whole(name: str, saved: str) -> bool:
-    """Whether an item of `modules_to_save` means this module: unlike elsewhere, an ending may begin
-    in the middle of a part of the name.
+    """Return whether an item of `modules_to_save` means this module: unlike elsewhere, an ending
+    may begin in the middle of a part of the name.
 
     utils/other.py, _set_trainable.
     """
@@ -40,7 +40,7 @@ def is_saved_whole(name: str, saved: str) -> bool:
 
 
 def matches_key(name: str, key: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` means this module.
+    """Return whether a key of `rank_pattern` or `alpha_pattern` means this module.
 
     utils/other.py, get_pattern_key.
     """

@@ -80,7 +80,7 @@ def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
-    """Whether base with adapter, whose probe logits are `given`, is still the function that
+    """Return whether base with adapter, whose probe logits are `given`, is still the function that
     training left behind.
 
     Returns the distance in words, None for an adapter that was saved without logits. LoraError when

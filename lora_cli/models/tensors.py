@@ -83,7 +83,7 @@ class Tensors:
                 self.entries[name] = entry
 
     def names(self, path: Path) -> list[str]:
-        """The tensors of one file."""
+        """Return the tensors of one file."""
         return [name for name, entry in self.entries.items() if entry.file == path]
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -148,8 +148,8 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 
 def _is_entry(item: tuple[str, Any]) -> bool:
-    """Whether a header says of this tensor what safetensors' format asks for, sizes that agree
-    among it."""
+    """Return whether a header says of this tensor what safetensors' format asks for, sizes that
+    agree among it."""
     name, entry = item
     if name == "__metadata__":
         return True

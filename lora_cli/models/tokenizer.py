@@ -168,7 +168,7 @@ IGNORED = -100
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it puts its BOS before a text."""
+    """Return whether it puts its BOS before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
         tokenizer.bos_token_id
     ]

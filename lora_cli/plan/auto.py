@@ -53,7 +53,7 @@ class Situation(NamedTuple):
 def settle(
     recipe: Recipe, config: PretrainedConfig | None = None, device: Hardware | None = None
 ) -> tuple[Recipe, list[Choice]]:
-    """The recipe with every `auto` replaced, and the choices made.
+    """Return the recipe with every `auto` replaced, and the choices made.
 
     `config` is the base's. Without it a checkpoint in float32 is assumed, and what the memory plan
     has to say to is chosen by the kind of device alone. `device` is what the recipe is to run on,
@@ -76,7 +76,8 @@ def settle(
 
 
 def _read_key(recipe: Recipe, key: str) -> Any:
-    """The value of `trainer` or `section.name`; None for 4-bit storage without a 4-bit method."""
+    """Return the value of `trainer` or `section.name`; None for 4-bit storage without a 4-bit
+    method."""
     section, _, name = key.rpartition(".")
     if section == "quantization" and not recipe.quantized:
         return None
@@ -84,7 +85,7 @@ def _read_key(recipe: Recipe, key: str) -> Any:
 
 
 def _make_choice(recipe: Recipe, key: str, chosen: Chosen, choices: list[Choice]) -> Recipe:
-    """The recipe with a value chosen for `key`, which is added to `choices`.
+    """Return the recipe with a value chosen for `key`, which is added to `choices`.
 
     None leaves the key open: it is transformers' choice, and recorded when the model is loaded.
     """
@@ -98,14 +99,14 @@ def _make_choice(recipe: Recipe, key: str, chosen: Chosen, choices: list[Choice]
 
 
 def choose_trainer(given: Situation) -> Chosen:
-    """The objective's trainer of TRL, unless it refuses what the recipe adapts."""
+    """Return the objective's trainer of TRL, unless it refuses what the recipe adapts."""
     if given.recipe.adapts_head:
         return "trainer", f"{given.recipe.objective.trainer} cannot adapt the output head"
     return given.recipe.objective.name, "rows and labels are the same for both"
 
 
 def choose_dtype(given: Situation) -> Chosen:
-    """The type of the base's weights, and of the arithmetic."""
+    """Return the type of the base's weights, and of the arithmetic."""
     checkpoint = torch.float32 if given.config is None else get_checkpoint_dtype(given.config)
     on_disk = str(checkpoint).removeprefix("torch.")
     if given.device.kind == "cuda":
@@ -129,18 +130,18 @@ def choose_attention(given: Situation) -> Chosen:
 
 
 def choose_compute_dtype(given: Situation) -> Chosen:
-    """The type that 4-bit weights are dequantised to."""
+    """Return the type that 4-bit weights are dequantised to."""
     return given.recipe.model.dtype, "as model.dtype"
 
 
 def choose_autocast(given: Situation) -> Chosen:
-    """Whether Trainer computes in bfloat16."""
+    """Return whether Trainer computes in bfloat16."""
     dtype = given.recipe.model.dtype
     return dtype == "bfloat16", f"model.dtype is {dtype}"
 
 
 def choose_loss_head(given: Situation) -> Chosen:
-    """The loss at tokens with a label only, unless an option of the stock loss is given."""
+    """Return the loss at tokens with a label only, unless an option of the stock loss is given."""
     training = given.recipe.training.collect_values()
     for name, usual in (
         ("label_smoothing_factor", 0.0),
@@ -258,7 +259,7 @@ def choose_optimizer(device: Hardware, outlook: Outlook) -> Chosen:
 
 
 def is_far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bool:
-    """Whether several times what any method takes is a small part of the device's memory.
+    """Return whether several times what any method takes is a small part of the device's memory.
 
     Saves small runs the second that a rehearsal takes.
     """
@@ -299,7 +300,8 @@ def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
 
 
 def _refuse_unknown_attention(recipe: Recipe) -> None:
-    """UsageError for an attention that transformers does not know, or whose code is not allowed."""
+    """Raise UsageError for an attention that transformers does not know, or whose code is not
+    allowed."""
     given = recipe.model.attn_implementation
     where = recipe.where("model", "attn_implementation")
     if remote_code.is_repository(given):

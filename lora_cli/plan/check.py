@@ -12,10 +12,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.common import files
 from lora_cli.data import load, prepare, selection
 from lora_cli.models import IGNORED, Base, load_recipe_tokenizer
 from lora_cli.plan import auto, hardware, sizes
@@ -32,6 +34,7 @@ BARS = 10
 def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
     auto.try_configurations(recipe)
+    files.refuse_unmakable(Path(recipe.output_dir))
     base = Base.of_recipe(recipe)
     device = hardware.detect_device()
     recipe, choices = auto.settle(recipe, base.config, device)
@@ -95,7 +98,7 @@ def _format_histogram(lengths: Counter[int], limit: int) -> str:
 
 
 def _format_quantiles(lengths: Counter[int]) -> str:
-    """What to choose training.max_length by.
+    """Return what to choose training.max_length by.
 
     `half of the rows have up to 83 tokens, 95% up to 210, all up to 512`.
     """
@@ -113,7 +116,8 @@ def _format_quantiles(lengths: Counter[int]) -> str:
 def _split_by_loss(
     row: selection.Kept, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[bool, str]]:
-    """The row's text in parts, each with whether it carries loss; special tokens are spelt out."""
+    """Return the row's text in parts, each with whether it carries loss; special tokens are spelt
+    out."""
     runs: list[tuple[bool, list[int]]] = []
     for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
         learned = label != IGNORED

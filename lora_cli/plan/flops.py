@@ -27,7 +27,8 @@ class Work(NamedTuple):
     peak: float | None
 
     def used(self, tokens_per_second: float) -> float | None:
-        """The share of the device's peak that a speed reaches (MFU); None for an unknown peak."""
+        """Return the share of the device's peak that a speed reaches (MFU); None for an unknown
+        peak."""
         return self.each * tokens_per_second / self.peak if self.peak else None
 
 
@@ -64,7 +65,7 @@ def _count_weights(parameter: nn.Parameter) -> int:
 
 
 def _active_share(parameter: nn.Parameter, config: Any) -> float:
-    """The share of a parameter that works on one token: experts work on some tokens only."""
+    """Return the share of a parameter that works on one token: experts work on some tokens only."""
     experts = num_experts(config)
     if parameter.dim() == 3 and experts == parameter.shape[0]:
         return float(config.num_experts_per_tok) / experts
@@ -72,6 +73,7 @@ def _active_share(parameter: nn.Parameter, config: Any) -> float:
 
 
 def find_peak(device: str, dtype: str) -> float | None:
-    """The device's peak in operations per second in this type, by TRL's table if it has it."""
+    """Return the device's peak in operations per second in this type, by TRL's table if it has
+    it."""
     found = get_peak_flops(device, dtype)
     return None if found is None else float(found)

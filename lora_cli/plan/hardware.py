@@ -89,30 +89,40 @@ def detect_device() -> Hardware:
 
 
 def _measure_ram() -> int:
-    """The machine's memory, or the container's share of it."""
+    """Return the machine's memory, or the container's share of it."""
     texts = [Path(path).read_text().strip() for path in CGROUP_LIMITS if Path(path).is_file()]
     limits = [int(text) for text in texts if text.isdigit()]
     return min([psutil.virtual_memory().total, *limits])
 
 
 def parse_gpu(text: str) -> Hardware:
-    """A GPU by size (`24GB`), name (`H100`) or both (`A100-40GB`); UsageError for others."""
-    size = re.search(r"(\d+(?:\.\d+)?)\s*Gi?B?$", text, re.IGNORECASE)
-    if size:
-        return Hardware("cuda", text, int(float(size[1]) * GIB), (8, 0), bf16=True)
+    """Return a GPU by size (`24GB`), name (`H100`) or both (`A100-40GB`); UsageError for others."""
+    parts = re.fullmatch(r"(?:(.*[^\s-])[\s-]+)?(\d+(?:\.\d+)?)\s*Gi?B?\s*", text, re.IGNORECASE)
+    named, size = (parts[1], int(float(parts[2]) * GIB)) if parts else (text, None)
+    if size == 0:
+        raise UsageError(f"--gpu: {text!r} has no memory", "give its size: --gpu 24GB")
+    if not named and size:
+        return Hardware("cuda", text, size, (8, 0), bf16=True)
     plain = {re.sub(r"\W", "", name).casefold(): name for name in CARDS}
-    wanted = re.sub(r"\W|^(NVIDIA|GeForce|AMD)", "", text).casefold()
+    wanted = re.sub(r"\W|^(NVIDIA|GeForce|AMD)", "", named).casefold()
     if wanted not in plain:
         guess = find_nearest(wanted, plain)
         hint = f"did you mean {plain[guess]}?" if guess else "give its size: --gpu 24GB"
         raise UsageError(f"--gpu: {text!r} is neither a size nor a GPU known here", hint)
     name = plain[wanted]
     card = CARDS[name]
-    return Hardware("cuda", name, card.memory_mib << 20, card.capability, bf16=card.bf16)
+    return Hardware(
+        "cuda",
+        text if size else name,
+        size or card.memory_mib << 20,
+        card.capability,
+        bf16=card.bf16,
+    )
 
 
 def measure_peak_memory() -> int:
-    """The most bytes this process has had: of CUDA's allocator if there is one, else resident."""
+    """Return the most bytes this process has had: of CUDA's allocator if there is one, else
+    resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if not find_spec("resource"):  # Windows

@@ -66,29 +66,35 @@ class Need(NamedTuple):
         return f"{format_bytes(self.total)} ({listed})"
 
 
+LONGEST = 1 << 20
+"""Tokens of the longest row that is rehearsed: the time of a rehearsal grows with them, to seconds
+at this length."""
+
+
 def format_bytes(size: float) -> str:
     """`12.3 GiB`, or `123 MiB` below one."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):,.0f} MiB"
 
 
 def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch:
-    """The largest forward pass of a settled recipe.
+    """Return the largest forward pass of a settled recipe.
 
-    Without rows, all are taken to be as long as training.max_length allows.
+    Without rows, all are taken to be as long as training.max_length allows, but no longer than
+    LONGEST.
     """
     training = recipe.training
     size = training.per_device_train_batch_size
-    longest = training.max_length
+    longest = most = min(training.max_length, LONGEST)
     if rows is not None and len(rows.rows):
         lengths = compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
         longest = compute.max(lengths).as_py()
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
         together = longest * size * training.gradient_accumulation_steps
-        room = max(longest, min(training.max_length, step_packing.SEQUENCE))
+        room = max(longest, min(most, step_packing.SEQUENCE))
         return Batch(1, min(together, room), waiting=together > room)
     if training.packing in (True, "dataset"):
-        return Batch(1, size * training.max_length, waiting)
+        return Batch(1, size * most, waiting)
     if getattr(training, "padding_free", False):
         return Batch(1, size * longest, waiting)
     return Batch(size, longest, waiting)
@@ -114,7 +120,7 @@ class Forecast:
         return self.need(batch).total <= self.device.memory
 
     def largest(self, grown: Callable[[int], Batch], start: int, limit: int) -> int:
-        """The largest n up to `limit` for which `grown(n)` fits; 0 if not even 1 does.
+        """Return the largest n up to `limit` for which `grown(n)` fits; 0 if not even 1 does.
 
         Memory is at most quadratic in n, so a few rehearsed steps suffice.
         """
@@ -133,7 +139,7 @@ class Forecast:
 
 
 def _find_crossing(tried: dict[int, int], limit: int) -> int:
-    """Where the parabola through the three tried points nearest the limit crosses the limit.
+    """Return where the parabola through the three tried points nearest the limit crosses the limit.
 
     With fewer points, twice the largest that fits or half the smallest that does not.
     """
@@ -148,7 +154,7 @@ def _find_crossing(tried: dict[int, int], limit: int) -> int:
 
 
 def add_surroundings(rehearsal: Rehearsal, peaks: Peaks, device: Hardware) -> dict[str, int]:
-    """A rehearsed step's bytes with what surrounds them on the device.
+    """Return a rehearsed step's bytes with what surrounds them on the device.
 
     On a CPU glibc's heap keeps what it ever had, so the peak of the small storages is added to that
     of the large ones, whenever each was. The files of a checkpoint in the run's own type stay
@@ -166,12 +172,13 @@ def add_surroundings(rehearsal: Rehearsal, peaks: Peaks, device: Hardware) -> di
 
 
 def make_forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> Forecast:
-    """A settled recipe's forecast from its base's configuration."""
+    """Return a settled recipe's forecast from its base's configuration."""
     return Forecast(recipe, build_adapted(recipe, config), device)
 
 
 def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
-    """What a recipe that ran out of memory was expected to need, and what to `--set` instead."""
+    """Return what a recipe that ran out of memory was expected to need, and what to `--set`
+    instead."""
     device = device or hardware.detect_device()
     config = Base.of_recipe(recipe).config
     batch = largest_batch(recipe)
@@ -209,7 +216,7 @@ def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
 
 
 def settle_quantization(recipe: Recipe) -> Any:
-    """The recipe's 4-bit storage, with the compute type that its `auto` becomes."""
+    """Return the recipe's 4-bit storage, with the compute type that its `auto` becomes."""
     given = recipe.quantization
     if given.bnb_4bit_compute_dtype != "auto":
         return given

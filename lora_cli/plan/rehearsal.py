@@ -176,7 +176,7 @@ class Live(TorchDispatchMode):
 def build_adapted(
     recipe: Recipe, config: PretrainedConfig, vocabulary: int = 0, new_ids: list[int] | None = None
 ) -> PeftModel:
-    """The settled recipe's base with its adapter on the `meta` device.
+    """Return the settled recipe's base with its adapter on the `meta` device.
 
     Where there are `new_ids`, the embeddings have at least `vocabulary` rows. UsageError where the
     recipe's names match nothing in the base.

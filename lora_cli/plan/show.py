@@ -82,7 +82,8 @@ def show_plan(
 
 
 def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the rows are counted in a moment: small local files, or rows prepared before."""
+    """Return whether the rows are counted in a moment: small local files, or rows prepared
+    before."""
     data = recipe.data
     size = 0
     for given in [part.path for part in data.mix] if data.mix else [data.path]:
@@ -121,7 +122,7 @@ def count_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
 
 
 def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[str, int | None]:
-    """The largest batch size and the largest length that fit, the other as it is.
+    """Return the largest batch size and the largest length that fit, the other as it is.
 
     None for the batch size where it does not matter.
     """
@@ -154,7 +155,8 @@ def _estimate_time(
     steps: sizes.Steps | None,
     tokens_per_second: float | None,
 ) -> Time | None:
-    """How long the run takes at the given speed, or at an assumed share of the device's peak.
+    """Return how long the run takes at the given speed, or at an assumed share of the device's
+    peak.
 
     None where neither is known, or the rows are not counted.
     """

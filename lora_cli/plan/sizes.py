@@ -44,7 +44,7 @@ class Steps(NamedTuple):
 def measure_adapter(
     recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
 ) -> Size:
-    """The adapter's size; UsageError where the recipe's names match nothing in the base."""
+    """Return the adapter's size; UsageError where the recipe's names match nothing in the base."""
     network = base.build_empty()
     config = upstream.build_lora_config(recipe)
     if new_ids:
@@ -61,7 +61,8 @@ def measure_adapter(
 def refuse_unknown_ids(
     recipe: Recipe, base: Base, rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """LoraError where rows, or what pads them, have a token for which the base lacks an embedding.
+    """Raise LoraError where rows, or what pads them, have a token for which the base lacks an
+    embedding.
 
     Some tokenizers have more tokens than their model; that is fine as long as none of them is used.
     """
@@ -83,7 +84,8 @@ def refuse_unknown_ids(
 
 
 def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
-    """How many steps the rows make; of a stream, its first rows show how full the batches are."""
+    """Return how many steps the rows make; of a stream, its first rows show how full the batches
+    are."""
     training = recipe.training
     packed = training.packing in (True, "dataset")
     rows = len(train.rows)
@@ -110,7 +112,7 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
 
 
 def estimate_padded_fill(lengths: dict[int, int], size: int) -> float:
-    """The expected share of text in batches of `size` rows drawn at random.
+    """Return the expected share of text in batches of `size` rows drawn at random.
 
     Each batch is as long as its longest row. `lengths` counts the rows of each length.
     """

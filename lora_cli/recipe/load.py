@@ -103,7 +103,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
 
 
 def _find_extended(path: Path, parent: str, place: Place) -> Path:
-    """The file that `extends: parent` in `path` means: one beside it, or a shipped recipe by
+    """Return the file that `extends: parent` in `path` means: one beside it, or a shipped recipe by
     name."""
     base = path.parent / parent
     if not shipped_recipes.is_name(parent) or base.exists():
@@ -135,6 +135,8 @@ def _parse_override(text: str) -> Document:
         raise UsageError(
             f"--set {text}: expected section.key=value", "--set training.learning_rate=1e-4"
         )
+    if not value.strip():
+        raise UsageError(f"--set {text}: the value is missing", f"{key}=null for none")
     document = strict_yaml.parse(value, f"--set {text}", first_line=0)
     data, keys = document.data if document.places else value, tuple(key.split("."))
     places: dict[Keys, Place] = {(*keys, *inner): place for inner, place in document.places.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_cli.common import find_nearest
@@ -51,7 +52,8 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
 
 
 def _find_keys(detail: Any, document: Document) -> Keys:
-    """The keys of the data in an error's location, which also names the members of unions."""
+    """Return the keys of the data in an error's location, which also names the members of
+    unions."""
     keys: Keys = ()
     for part in detail["loc"]:
         if (*keys, part) in document.places:
@@ -120,6 +122,8 @@ def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
     if isinstance(wrong, str) and (guess := find_nearest(wrong, words)):
         return f"did you mean {guess}?"
     field = _find_field(keys)
+    if isinstance(wrong, str) and field is not None and (meant := _reread(field, wrong)):
+        return f"write {'.'.join(map(str, keys))}: {meant}"
     if field is None or field.is_required():
         return "lora schema --markdown describes every key"
     default = field.get_default(call_default_factory=True)
@@ -128,6 +132,27 @@ def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
     if default is None:
         return "leave it out"
     return f"leave it out for its default, {_show(default)}"
+
+
+WORDS = {"yes": True, "on": True, "no": False, "off": False}
+"""Words that YAML 1.1 and other tools take for true and false."""
+
+
+def _reread(field: FieldInfo, wrong: str) -> str | None:
+    """Return how to write a value that was given as text, where the text means one of the field's
+    type: a number in quotes, `yes`."""
+    meant: Any = WORDS.get(wrong.lower())
+    if meant is None:
+        try:
+            meant = json.loads(wrong.lower())
+        except ValueError:
+            return None
+    try:
+        kind: Any = field.annotation
+        made = TypeAdapter(kind).validate_python(meant, strict=True)
+    except ValidationError:
+        return None
+    return json.dumps(made) if isinstance(made, (bool, int, float)) else None
 
 
 def _find_field(keys: Keys) -> FieldInfo | None:

@@ -3,6 +3,7 @@ docstrings."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -68,7 +69,7 @@ def make_markdown() -> str:
     ]
     for name, section in sections.items():
         if _is_section(section):
-            parts += [f"## {name}\n", f"{(section.__doc__ or '').strip()}\n"]
+            parts += [f"## {name}\n", f"{inspect.cleandoc(section.__doc__ or '')}\n"]
             parts += [_format_rows(section, lambda field: field.json_schema_extra != TAKEN_OVER)]
         if section in (Lora, Training):
             parts += [f"### {name}: further fields, as upstream documents them\n"]
@@ -114,7 +115,7 @@ def _format_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
-        return "`{}`"
+        return f"`{json.dumps(field.get_default(call_default_factory=True), default=lambda _: {})}`"
     return _format_cell(f"`{json.dumps(field.default)}`") if field.default != "" else "–"
 
 

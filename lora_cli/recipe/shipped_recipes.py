@@ -36,7 +36,7 @@ def _read_purpose(path: Path) -> str:
 
 
 def find_recipe(path: Path) -> Path:
-    """The file that a recipe argument means: itself, or the shipped recipe whose name it is.
+    """Return the file that a recipe argument means: itself, or the shipped recipe whose name it is.
 
     UsageError for a bare word that is neither, with the nearest name, and for a path to a missing
     file that has a shipped recipe's name. Any other path is handed back as it is.
@@ -68,7 +68,7 @@ def is_name(text: str) -> bool:
 
 
 def get_file(name: str, otherwise: str = "not a shipped recipe") -> Path:
-    """The file of the shipped recipe of this name.
+    """Return the file of the shipped recipe of this name.
 
     UsageError naming the nearest where there is none; `otherwise` is what it says of the name.
     """

@@ -97,7 +97,7 @@ def _make_manifest(run_id: str, step: int, described: dict[str, Any]) -> str:
 
 
 def read_checkpoint(folder: Path, run_id: str) -> Checkpoint | Unusable:
-    """What the folder `checkpoint-N` is for this run; every file is read and compared."""
+    """Return what the folder `checkpoint-N` is for this run; every file is read and compared."""
     step = _parse_step(folder)
     assert step is not None, folder
     if folder.is_symlink():
@@ -127,7 +127,7 @@ def read_checkpoint(folder: Path, run_id: str) -> Checkpoint | Unusable:
 
 
 def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
-    """How the folder's files differ from those described; None if they are the same."""
+    """Return how the folder's files differ from those described; None if they are the same."""
     present = {name for name in _list_names(folder) if not Path(name).name.startswith(".")} - {
         MANIFEST
     }
@@ -154,7 +154,8 @@ def walk_checkpoints(folder: Path, run_id: str) -> Iterator[Checkpoint | Unusabl
 
 
 def find_newest(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest checkpoint to resume from, or None; says on the screen which it skips and why."""
+    """Return the newest checkpoint to resume from, or None; says on the screen which it skips and
+    why."""
     for each in walk_checkpoints(folder, run_id):
         reason = each.reason if isinstance(each, Unusable) else _explain_incomplete(each, run_id)
         if reason is None and isinstance(each, Checkpoint):
@@ -179,7 +180,8 @@ def _explain_incomplete(checkpoint: Checkpoint, run_id: str) -> str | None:
 
 
 def find_last_step(folder: Path, run_id: str) -> int:
-    """The step of the newest checkpoint to resume from, by the manifests alone; 0 without one.
+    """Return the step of the newest checkpoint to resume from, by the manifests alone; 0 without
+    one.
 
     Resuming reads and compares every file; a message after Ctrl-C does not have to wait for that.
     """
@@ -211,7 +213,8 @@ def delete_old(folder: Path, run_id: str, keep: int | None, last: int, best: int
 
 
 def _read_own_manifest(folder: Path, run_id: str) -> dict[str, Any] | None:
-    """The manifest in `folder`, if it is one of this run for the step in the folder's name."""
+    """Return the manifest in `folder`, if it is one of this run for the step in the folder's
+    name."""
     step = _parse_step(folder)
     if step is None or folder.is_symlink():
         return None
@@ -228,7 +231,7 @@ def _read_own_manifest(folder: Path, run_id: str) -> dict[str, Any] | None:
 
 
 def _is_resumable(described: Collection[str]) -> bool:
-    """Whether these files of a checkpoint suffice for the same run to go on."""
+    """Return whether these files of a checkpoint suffice for the same run to go on."""
     generators = any(name.startswith("rng_state") for name in described)
     return generators and all(name in described for name in NEEDED)
 
@@ -261,7 +264,7 @@ def _parse_step(path: Path) -> int | None:
 
 
 def _list_names(folder: Path) -> list[str]:
-    """The files and links below the folder, as paths within it."""
+    """Return the files and links below the folder, as paths within it."""
     found = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     return sorted(str(path.relative_to(folder)) for path in found)
 

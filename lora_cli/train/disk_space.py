@@ -40,7 +40,8 @@ class Need(NamedTuple):
 
 
 def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
-    """What a run of `steps` steps writes that trains `trained` parameters, for `tokens` tokens."""
+    """Return what a run of `steps` steps writes that trains `trained` parameters, for `tokens`
+    tokens."""
     training = recipe.training
     per_parameter = (
         2 if "8bit" in training.optim else 4 if training.optim in ("sgd", "lion_32bit") else 8
@@ -60,7 +61,7 @@ def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need
 
 
 def refuse_too_little(folder: Path, needed: Need) -> None:
-    """LoraError where the disk of the run's folder lacks room for what is not written yet."""
+    """Raise LoraError where the disk of the run's folder lacks room for what is not written yet."""
     written = sum(
         path.stat().st_size
         for path in folder.rglob("*")
@@ -99,7 +100,7 @@ def translate_full_disk(folder: Path, needed: Need) -> Iterator[None]:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that the disk is full."""
+    """Return whether an error, or one that caused it, says that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
             return True

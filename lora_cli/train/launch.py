@@ -30,7 +30,8 @@ TURNED_ON = {
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """UsageError for variables that are not numbers or contradictory, and for several processes."""
+    """Raise UsageError for variables that are not numbers or contradictory, and for several
+    processes."""
     numbers = {
         name: _parse_number(name, environment[name])
         for name in (*VARIABLES, *SIZES)
@@ -85,5 +86,5 @@ def _parse_number(name: str, text: str) -> int:
 
 
 def _explain_unset(environment: Mapping[str, str]) -> str:
-    """What to type where the variables are a launcher's leftovers."""
+    """Return what to type where the variables are a launcher's leftovers."""
     return f"unset {' '.join(name for name in VARIABLES if name in environment)}"

@@ -63,7 +63,8 @@ class Pieces(NamedTuple):
 
 
 def read_pieces(recipe: Recipe, run: Run) -> Pieces:
-    """The pieces of the recipe, or the smaller ones that the run's record says they became."""
+    """Return the pieces of the recipe, or the smaller ones that the run's record says they
+    became."""
     if run.reductions:
         return Pieces(**run.reductions[-1]["pieces"])
     training = recipe.training
@@ -75,7 +76,7 @@ def read_pieces(recipe: Recipe, run: Run) -> Pieces:
 
 
 def apply_pieces(recipe: Recipe, pieces: Pieces) -> Recipe:
-    """The recipe with these pieces; it does not have a key for the sequence's length."""
+    """Return the recipe with these pieces; it does not have a key for the sequence's length."""
     changes = {
         "per_device_train_batch_size": pieces.per_device_train_batch_size,
         "gradient_accumulation_steps": pieces.gradient_accumulation_steps,
@@ -84,7 +85,7 @@ def apply_pieces(recipe: Recipe, pieces: Pieces) -> Recipe:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the accelerator's or the host's memory is used up."""
+    """Return whether an error means that the accelerator's or the host's memory is used up."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_ERRORS)

@@ -56,7 +56,7 @@ class Watch(TrainerCallback):
         """Of metrics.jsonl."""
 
     def capture_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; flushes metrics.jsonl to the disk first."""
+        """Return what a checkpoint keeps; flushes metrics.jsonl to the disk first."""
         if self.lines:
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())

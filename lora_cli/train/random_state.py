@@ -15,7 +15,8 @@ State = dict[str, Any]
 
 
 def capture_state() -> State:
-    """The generators' states as lists, numbers and hexadecimal digits, which JSON holds exactly."""
+    """Return the generators' states as lists, numbers and hexadecimal digits, which JSON holds
+    exactly."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: State = {
@@ -40,7 +41,7 @@ def restore_state(state: State) -> None:
 
 
 def _find_accelerator() -> str | None:
-    """The accelerator's kind as torch names it, such as `cuda`; None without one."""
+    """Return the accelerator's kind as torch names it, such as `cuda`; None without one."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None else str(device.type)
 

@@ -156,7 +156,7 @@ class Resumable(TypedTrainer):
             super()._load_best_model()
 
     def is_at_edge(self) -> bool:
-        """Whether the last step was the last of its epoch."""
+        """Return whether the last step was the last of its epoch."""
         return float(self.state.epoch).is_integer()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -50,10 +50,10 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     with lock.hold_folder(folder):
         checkpoints.remove_leftovers(folder)
         run = run_folder.begin_run(folder, recipe.to_data(), contents, resume, allowed)
-        ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
-        for choice in choices:
-            ui.say(f"  {choice}")
         with _record_ending(run):
+            ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
+            for choice in choices:
+                ui.say(f"  {choice}")
             return _run(recipe, base, run, resume)
 
 
@@ -128,7 +128,7 @@ def _say_packed(recipe: Recipe, trainer: Watched, train_rows: prepare.Prepared) 
 
 
 def _find_checkpoint(run: Run) -> Path | None:
-    """The newest checkpoint to resume from; None to begin at the first step."""
+    """Return the newest checkpoint to resume from; None to begin at the first step."""
     checkpoint = checkpoints.find_newest(run.folder, run.id)
     ui.say(
         f"  resuming from {checkpoint.folder}"

@@ -14,6 +14,7 @@ from lora_cli.common import (
     LoraError,
     privacy,
     provenance,
+    quote,
     refuse_link,
     refuse_occupied,
     ui,
@@ -49,7 +50,7 @@ EXTENDING = (
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """LoraError where `folder` holds something that is not a run of ours.
+    """Raise LoraError where `folder` holds something that is not a run of ours.
 
     What is left of a run that was killed as it started may stay.
     """
@@ -163,14 +164,14 @@ def _clear_failed(folder: Path) -> None:
         for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
             (folder / name).unlink(missing_ok=True)
         return
-    hint = f"--set output_dir=… starts another, rm -r {folder} removes it"
+    hint = f"--set output_dir=… starts another, rm -r {quote(folder)} removes it"
     if status != "finished":
         hint = f"--resume continues it, {hint}"
     raise LoraError(f"{folder} already holds a run ({status})", hint)
 
 
 def _saved_nothing(folder: Path) -> bool:
-    """Whether the folder holds only what a run writes before its first checkpoint."""
+    """Return whether the folder holds only what a run writes before its first checkpoint."""
     early = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
     return {path.name for path in folder.iterdir()} <= early
 
@@ -182,22 +183,25 @@ def _refuse_other_run(
     base: dict[str, Any],
     allowed: Sequence[str],
 ) -> None:
-    """LoraError unless the run of the record `before` goes on with these changes and this base."""
+    """Raise LoraError unless the run of the record `before` goes on with these changes and this
+    base."""
     extended = changes and all(change.key in EXTENDING for change in changes)
     if before["status"] == "finished" and not (extended or allowed):
-        raise LoraError(f"the run in {folder} is finished", f"lora merge {folder / 'adapter'} OUT")
+        raise LoraError(
+            f"the run in {folder} is finished", f"lora merge {quote(folder / 'adapter')} OUT"
+        )
     _check_changes(folder, changes, allowed)
     if "fingerprint" in before["base"] and (
         others := _list_differences(before["base"], base, "base.")
     ):
         raise LoraError(
             f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
-            f"give the same base, or rm -r {folder} to start again",
+            f"give the same base, or rm -r {quote(folder)} to start again",
         )
 
 
 def _keep_from_before(before: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
-    """What a resumed run keeps of the record `before`, with this resumption added to it.
+    """Return what a resumed run keeps of the record `before`, with this resumption added to it.
 
     Warns where the run began with other versions of the libraries.
     """
@@ -214,7 +218,7 @@ def _keep_from_before(before: dict[str, Any], changes: list[Change]) -> dict[str
 
 
 def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) -> None:
-    """LoraError unless every change is allowed, and is one that a resumed run can make."""
+    """Raise LoraError unless every change is allowed, and is one that a resumed run can make."""
     if fixed := sorted(set(allowed) - set(EXTENDING)):
         message = f"--allow-changes {fixed[0]}: a resumed run cannot change it"
         raise LoraError(message, f"it may change {', '.join(EXTENDING)}")

@@ -59,7 +59,7 @@ def prepare_inputs(recipe: Recipe, base: Base, run: Run) -> Inputs:
 
 
 def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a run's record keeps of the rows it trains on."""
+    """Return what a run's record keeps of the rows it trains on."""
     return {
         "fingerprint": rows.fingerprint,
         "commit": rows.commit,
@@ -88,7 +88,7 @@ def _refuse_other_rows(
 
 
 def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
-    """The base as the recipe wants it stored."""
+    """Return the base as the recipe wants it stored."""
     set_seed(recipe.training.seed)
     network = base.load(
         getattr(torch, recipe.model.dtype),
@@ -120,7 +120,8 @@ def set_attention(recipe: Recipe, base: PreTrainedModel, run: Run) -> None:
 
 
 def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
-    """The recipe, with padded batches for a base in which rows of a sequence see each other."""
+    """Return the recipe, with padded batches for a base in which rows of a sequence see each
+    other."""
     why = step_packing.find_unsuitable(base) if recipe.training.packing == "step" else None
     if why is None:
         return recipe
@@ -131,7 +132,7 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
 def attach_adapter(
     recipe: Recipe, base: Base, network: PreTrainedModel, run: Run, inputs: Inputs
 ) -> PeftModel:
-    """The base with the recipe's adapter as training starts it."""
+    """Return the base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
     config = upstream.build_lora_config(recipe)
     config.revision = base.revision  # so that other programs load the same base
@@ -159,7 +160,7 @@ def _find_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -> Watched:
-    """The trainer the recipe names, around the adapted model."""
+    """Return the trainer the recipe names, around the adapted model."""
     train_rows, eval_rows = inputs.train_rows, inputs.eval_rows
     pieces = out_of_memory.read_pieces(recipe, run)
     arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
@@ -180,7 +181,7 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
 def make_options(
     recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared, run: Run
 ) -> RunOptions:
-    """What the recipe asks of the trainer that upstream's arguments cannot say."""
+    """Return what the recipe asks of the trainer that upstream's arguments cannot say."""
     training = recipe.training
     loraplus = {
         name: getattr(training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")
@@ -202,7 +203,7 @@ def make_options(
 def _make_collator(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pieces: out_of_memory.Pieces
 ) -> Any:
-    """The collator that makes batches of rows; None where TRL has its own."""
+    """Return the collator that makes batches of rows; None where TRL has its own."""
     if recipe.training.packing == "step":
         return step_packing.StepCollator(pieces.sequence)
     if not recipe.uses_trl:
@@ -211,7 +212,7 @@ def _make_collator(
 
 
 def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared) -> flops.Work:
-    """What training on one of these tokens costs, and what the device can do at most."""
+    """Return what training on one of these tokens costs, and what the device can do at most."""
     counts = train_rows.counts
     device = hardware.detect_device()
     context = counts.tokens / max(len(train_rows.rows), 1)

@@ -1,7 +1,8 @@
 """Listen to signals while training.
 
-SIGINT and SIGTERM end the run after its step and a checkpoint; SIGUSR1 saves a checkpoint and goes
-on. Windows has no SIGUSR1: there a run saves as its recipe says, and when it is ended.
+SIGINT, SIGTERM and SIGHUP end the run after its step and a checkpoint; SIGUSR1 saves a checkpoint
+and goes on. Windows has neither SIGHUP nor SIGUSR1: there a run saves as its recipe says, and when
+it is ended. A signal that the process was started to ignore (nohup) is left alone.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 from lora_cli.common import ui
 
 SAVE: signal.Signals | None = getattr(signal, "SIGUSR1", None)
-LISTENED = tuple(number for number in (signal.SIGINT, signal.SIGTERM, SAVE) if number is not None)
+HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+ENDING = tuple(each for each in (signal.SIGINT, signal.SIGTERM, HANG_UP) if each is not None)
+LISTENED = (*ENDING, *([SAVE] if SAVE else []))
 
 
 class Signals:
@@ -37,7 +40,11 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.before = {number: signal.signal(number, self._note) for number in LISTENED}
+        self.before = {
+            number: signal.signal(number, self._note)
+            for number in LISTENED
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -54,15 +61,17 @@ class Signals:
             self.save = True
             return
         self.stopping = kind
-        self._restore(signal.SIGINT, signal.SIGTERM)  # a second one does what it did before
-        ui.say(f"\n{kind.name}: ends after this step and a checkpoint; once more ends at once")
+        self._restore(*ENDING)  # a second one does what it did before
+        with suppress(OSError):  # the terminal may be gone
+            ui.say(f"\n{kind.name}: ends after this step and a checkpoint; once more ends at once")
 
     def _restore(self, *numbers: signal.Signals) -> None:
         for number in numbers:
-            signal.signal(number, self.before[number])
+            if number in self.before:
+                signal.signal(number, self.before[number])
 
     def end(self) -> NoReturn:
-        """Leave as the signal would have: with KeyboardInterrupt (130) or exit status 143."""
+        """Leave as the signal would have: by KeyboardInterrupt (130), or exit status 143 or 129."""
         assert self.stopping is not None
         if self.stopping is signal.SIGINT:
             raise KeyboardInterrupt

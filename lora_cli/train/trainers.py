@@ -71,7 +71,7 @@ class Watched(Resumable):
         return self.watch.gradient_norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """What a step's tokens take; Trainer's own count is that of full training."""
+        """Return what a step's tokens take; Trainer's own count is that of full training."""
         return float(self.options.work.each * inputs["input_ids"].numel())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -171,5 +171,5 @@ class Watched(Resumable):
 
 
 def _split_parts(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sequences of a step that is packed by `step`, or the batch as it is."""
+    """Return the sequences of a step that is packed by `step`, or the batch as it is."""
     return step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]

@@ -25,7 +25,13 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_bad_artefacts import (
+from transformers import BertConfig
+
+from lora_cli import cli
+from lora_cli.gguf.tools import find_managed_home
+from lora_cli.models import adapter_config
+from tests import snapshots
+from tests.cli.test_bad_artefacts import (
     TINY,
     adapter,
     base,
@@ -37,12 +43,6 @@ from test_bad_artefacts import (
     tensors,
     without,
 )
-from transformers import BertConfig
-
-from lora_cli import cli
-from lora_cli.gguf.tools import find_managed_home
-from lora_cli.models import adapter_config
-from tests import snapshots
 
 SNAPSHOT = Path(__file__).parent / "bad_inputs.txt"
 ROWS = '{"prompt": "ask", "completion": "answer"}\n' * 4

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_bad_artefacts import TOKENIZER, adapter, base, named
 
+from tests.cli.test_bad_artefacts import TOKENIZER, adapter, base, named
 from tests.hub import LoopbackHub
 
 MODEL, ADAPTER = "org/base", "org/tuned"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bad_artefacts import adapter, base, changed, named
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common import files, privacy, provenance, remote_code, ui
@@ -27,6 +26,7 @@ from lora_cli.models import adapter_folder, attach, chat_template, config, patte
 from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.train import run_folder
+from tests.cli.test_bad_artefacts import adapter, base, changed, named
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = """

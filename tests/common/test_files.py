@@ -208,8 +208,63 @@ def test_a_forked_child_leaves_its_parent_s_folders_alone(tmp_path: Path) -> Non
 
 
 def test_a_dead_process_s_folder_of_the_same_number_is_not_taken_over(tmp_path: Path) -> None:
-    left = tmp_path / f".out.{os.getpid()}.tmp"
+    left = tmp_path / f".out.{files._stamp()}.tmp"
     left.mkdir()
     (left / "stale").write_text("of another run")
     stage(tmp_path)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one", "two"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lora_cli.common import files
+
+with files.staged_folder(Path(sys.argv[1]) / "out"), files.scratch_folder(".scratch-", Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_when_the_same_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 2
+    host = files._stamp().partition("-")[2]
+    alive, elsewhere = f".out.{os.getppid()}-{host}.tmp", ".out.999999999-01234567.tmp"
+    for name in (alive, elsewhere):
+        (tmp_path / name).mkdir()
+    stage(tmp_path)
+    scratch(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", alive, elsewhere}
+    assert capsys.readouterr().err.count("which a process that was killed had left") == 2
+
+
+def test_a_folder_for_results_goes_where_there_are_none(tmp_path: Path) -> None:
+    with suppress(LoraError), files.scratch_beside_results(".scratch-", tmp_path / "new"):
+        raise LoraError("no", "again")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old").mkdir()
+    for name in ("old", "filled"):
+        with files.scratch_beside_results(".scratch-", tmp_path / name):
+            if name == "filled":
+                (tmp_path / name / "one").write_text("1")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["filled", "old", "one"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_is_not_made(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for wrong in ("file", "file/below", "link", "link/below", "n" * 300, "new/" + "n" * 300):
+        with pytest.raises(LoraError, match="cannot be made: "):
+            files.refuse_unmakable(tmp_path / wrong)
+    files.refuse_unmakable(tmp_path / "a" / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert (tmp_path / "file").read_text() == "kept"

@@ -605,6 +605,7 @@ from pathlib import Path
 from lora_cli import cli
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does one of nohup
 owner, name, number = {"made": (Path, "mkdir", 1), "written": (os, "fsync", 2)}[sys.argv.pop(1)]
 act, calls = getattr(owner, name), []
 
@@ -623,7 +624,11 @@ cli.main()
 
 @pytest.mark.parametrize(
     ("instant", "number", "status"),
-    [("made", signal.SIGTERM, 143), ("written", signal.SIGINT, 130)],
+    [
+        ("made", signal.SIGTERM, 143),
+        ("written", signal.SIGINT, 130),
+        ("written", signal.SIGHUP, 129),
+    ],
 )
 def test_a_merge_that_is_ended_leaves_nothing(
     made, tmp_path: Path, instant: str, number: int, status: int
@@ -647,6 +652,7 @@ def test_a_merge_that_is_ended_leaves_nothing(
     }
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == status, done.stderr
+    assert done.stderr.splitlines()[-1] in ("terminated", "interrupted", "hung up")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 

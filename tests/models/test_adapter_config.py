@@ -115,3 +115,13 @@ def test_a_wrong_field_is_named(field: str, value: object, said: str) -> None:
     with pytest.raises(LoraError) as caught:
         adapter_config.check_fields(Path("a.json"), {**SAVED_FIELDS, field: value})
     assert str(caught.value.message) == f"a.json: {said}"
+
+
+def test_fields_of_a_newer_peft_are_told_where_they_are_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    for _ in range(2):
+        adapter_config.check_fields(file, {"r": 8, "brand_new": 3, "unset": None, "off": False})
+    said = capsys.readouterr().err
+    assert said.count("the installed PEFT does not know brand_new: ") == 1

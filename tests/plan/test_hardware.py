@@ -27,6 +27,14 @@ def test_a_gpu_is_named_by_size_or_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         hardware.parse_gpu("H10O")
     assert caught.value.hint == "did you mean H100?"
+    small = hardware.parse_gpu("T4-16GB")
+    assert (small.memory, small.capability, small.bf16) == (16 * GIB, (7, 5), False)
+
+
+@pytest.mark.parametrize("text", ["-3GB", "0GB", "banana 3GB", "24GB of memory", ""])
+def test_what_is_no_gpu_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--gpu: "):
+        hardware.parse_gpu(text)
 
 
 def test_this_machine_s_memory_is_at_most_what_it_has() -> None:

@@ -217,7 +217,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "lora: {r: '16'}\n",
-            "r.yaml:3: lora.r is '16', but must be a whole number | leave it out for its default, 16",
+            "r.yaml:3: lora.r is '16', but must be a whole number | write lora.r: 16",
         ),
         (
             MINIMAL + "lora: {lora_dropout: 7}\n",
@@ -379,3 +379,31 @@ def test_more_problems_than_six_lines_hold_are_counted(tmp_path: Path) -> None:
     assert lines[0] == "6 problems in r.yaml"
     assert len(lines) == 5
     assert lines[4].startswith("  … and 3 more")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("lora: {use_rslora: yes}", "write lora.use_rslora: true"),
+        ("lora: {use_rslora: 'False'}", "write lora.use_rslora: false"),
+        ("training: {learning_rate: '1e-4'}", "write training.learning_rate: 0.0001"),
+        ("lora: {r: '4'}", "write lora.r: 4"),
+        ("lora: {r: many}", "leave it out for its default, 16"),
+    ],
+)
+def test_a_value_that_is_meant_but_written_as_text_is_told(
+    text: str, hint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{name_or_path: x}}\ndata: {{path: y}}\n{text}\n")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    assert caught.value.hint == hint
+
+
+def test_a_set_without_a_value_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
+    with pytest.raises(UsageError, match=r"--set data.path=: the value is missing") as caught:
+        load_recipe(path, ["data.path="])
+    assert caught.value.hint == "data.path=null for none"

@@ -322,10 +322,28 @@ def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
     assert signal.signal(signal.SIGINT, inherited) is before
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As nohup and a shell's background jobs ask for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = Signals()
+        with signals.listen():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.stopping is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def take_signals() -> None:
+    """Let a process begin with no signal ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> None:
     """On the command line, in processes of their own."""
     path, started = write_recipe("training: {max_steps: 100000, logging_steps: 1}\n"), {}
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         folder = tmp_path / str(status)
         arguments = [
             sys.executable,
@@ -337,7 +355,7 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
             f"output_dir={folder}",
         ]
         started[folder, number, status] = subprocess.Popen(
-            arguments, stderr=subprocess.PIPE, text=True
+            arguments, stderr=subprocess.PIPE, text=True, preexec_fn=take_signals
         )
     for (folder, number, status), process in started.items():
         assert process.stderr is not None

@@ -76,7 +76,7 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def apply_weight(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The base's operation on x with this weight and no bias."""
+        """Return the base's operation on x with this weight and no bias."""
         raise NotImplementedError
 
     def apply_adapter(self, x: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def drop(self, x: Tensor) -> Tensor:
-        """The adapter's input: dropout while training."""
+        """Return the adapter's input: dropout while training."""
         return self.dropout(x)
 
     def merged_weight(self) -> Tensor:
-        """The weight of the plain layer that computes the same function: W₀ + ΔW."""
+        """Return the weight of the plain layer that computes the same function: W₀ + ΔW."""
         return self.weight + self.delta_weight()
 
     def forward(self, x: Tensor) -> Tensor:

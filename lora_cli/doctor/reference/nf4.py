@@ -15,7 +15,7 @@ SCALE_BLOCK = 256
 
 
 def nf4_codebook() -> Tensor:
-    """The 16 values of NF4, float32, rising from −1 to 1 (QLoRA, section 3 and appendix E).
+    """Return the 16 values of NF4, float32, rising from −1 to 1 (QLoRA, section 3 and appendix E).
 
     Quantiles Φ⁻¹ of the standard normal at probabilities evenly spaced from δ to ½, 8 of them above
     zero and 7 below, zero itself, divided by the largest. δ = ½·((1 − 1/32) + (1 − 1/30)), written
@@ -29,8 +29,8 @@ def nf4_codebook() -> Tensor:
 
 
 def dynamic_codebook() -> Tensor:
-    """The 256 values that scales are quantised to, float32, rising: 8-bit dynamic type (Dettmers
-    2015, 1511.04561).
+    """Return the 256 values that scales are quantised to, float32, rising: 8-bit dynamic type
+    (Dettmers 2015, 1511.04561).
 
     For each decade from 10⁻⁶ to 1, twice as many values as for the one below, evenly spaced between
     a tenth and all of it, of both signs; and 0 and 1.
@@ -44,7 +44,7 @@ def dynamic_codebook() -> Tensor:
 
 
 def blocks(values: Tensor, size: int) -> Tensor:
-    """A flat tensor as rows of `size`, the last one filled with zeros."""
+    """Return a flat tensor as rows of `size`, the last one filled with zeros."""
     return nn.functional.pad(values, (0, -values.numel() % size)).reshape(-1, size)
 
 
@@ -98,7 +98,7 @@ class NF4Tensor(nn.Module):
         ] + self.offset
 
     def dequantize(self) -> Tensor:
-        """The values that the codes stand for, in the shape and type the weight had."""
+        """Return the values that the codes stand for, in the shape and type the weight had."""
         codes = torch.stack([self.packed >> 4, self.packed & 15], dim=1).flatten().long()
         rows = blocks(self.codebook[codes][: self.shape.numel()], BLOCK) * self.absmax().unsqueeze(
             1

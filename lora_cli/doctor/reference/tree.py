@@ -64,7 +64,7 @@ class LoraModel(nn.Module):
         return self.model(*args, **kwargs)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What trains, by its names in PEFT's files."""
+        """Return what trains, by its names in PEFT's files."""
         tensors = {}
         for name, tensor in self.model.named_parameters():
             path, _, last = name.rpartition(".")
@@ -85,7 +85,7 @@ class LoraModel(nn.Module):
 
     @torch.no_grad()
     def remove_adapter(self) -> nn.Module:
-        """The base as it was before."""
+        """Return the base as it was before."""
         for path, layer in self.layers.items():
             self.model.set_submodule(path, layer.base)
         for name, tensor in self.biases.items():
@@ -109,7 +109,8 @@ class LoraModel(nn.Module):
             tensor.copy_(stored[name])
 
     def merge(self) -> nn.Module:
-        """The plain model with the adapter merged into its weights; this object is then used up."""
+        """Return the plain model with the adapter merged into its weights; this object is then used
+        up."""
         for path, layer in self.layers.items():
             layer.merge()
             self.model.set_submodule(path, layer.base)
