@@ -225,7 +225,7 @@ def test_a_run_that_failed_before_saving_does_not_keep_its_folder(
         ("model: {attn_implementation: zzz}", "attn_implementation: there is no zzz"),
         ("trainer: sft\nlora: {target_modules: '.*(q_proj|m_head)'}", "`lm_head`"),
         ("data: {split: 'train[:0]'}", "split train[:0] of "),
-        ("data: {split: 'train[bad'}", "data.path: "),
+        ("data: {split: 'train[bad'}", "data.split: "),
     ],
 )
 def test_what_upstream_refuses_is_an_error_of_ours(write_recipe, text: str, said: str) -> None:
