@@ -26,27 +26,25 @@ TURN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders made with the same seed, at the same time."""
-    folders = [tmp_path_factory.mktemp("tiny") / name for name in ("one", "two")]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, folder, "--steps", "3"], stderr=subprocess.PIPE, text=True
-        )
-        for folder in folders
-    ]
-    for run in runs:
-        _, stderr = run.communicate(timeout=1800)
-        assert run.returncode == 0, stderr
-        assert "step 3/3" in stderr
-        assert stderr.splitlines()[-1].startswith("exact match on held-out rows: Copy ")
-    return folders[0], folders[1]
+def make(folder: Path) -> Path:
+    """A model of three steps, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, folder, "--steps", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("exact match on held-out rows: Copy ")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(made: tuple[Path, Path]):
-    return AutoTokenizer.from_pretrained(made[0] / "model")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("tiny") / "one")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(made: Path):
+    return AutoTokenizer.from_pretrained(made / "model")
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -62,40 +60,38 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
 
 
-def test_same_seed_same_bytes(made: tuple[Path, Path]) -> None:
-    first, second = map(hashes, made)
-    assert first == second
+@pytest.mark.slow
+def test_same_seed_same_bytes(made: Path, tmp_path: Path) -> None:
+    assert hashes(make(tmp_path / "two")) == hashes(made)
 
 
-def test_files(made: tuple[Path, Path]) -> None:
+def test_files(made: Path) -> None:
     model = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
     model |= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
-    assert set(hashes(made[0])) == {f"model/{name}" for name in model} | {
+    assert set(hashes(made)) == {f"model/{name}" for name in model} | {
         "train.jsonl",
         "eval.jsonl",
         "DONE",
     }
-    assert [path.name for path in made[0].parent.iterdir()] == ["one"], (
-        "the folder beside it is gone"
-    )
-    done = json.loads((made[0] / "DONE").read_text())
+    assert [path.name for path in made.parent.iterdir()] == ["one"], "the folder beside it is gone"
+    done = json.loads((made / "DONE").read_text())
     assert (done["seed"], done["steps"]) == (0, 3)
     assert done["script_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     assert set(done["exact_match"]) == {"Copy", "Sort", "First", "Last", "Count", "Reverse"}
 
 
-def test_a_folder_with_files_is_left_alone(made: tuple[Path, Path], monkeypatch, capsys) -> None:
-    before = hashes(made[0])
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(made[0]), "--steps", "3"])
+def test_a_folder_with_files_is_left_alone(made: Path, monkeypatch, capsys) -> None:
+    before = hashes(made)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(made), "--steps", "3"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 2
     assert "is not empty" in capsys.readouterr().err
-    assert hashes(made[0]) == before
+    assert hashes(made) == before
 
 
-def test_held_out_rows(made: tuple[Path, Path]) -> None:
-    train, evaluation = rows(made[0], "train.jsonl"), rows(made[0], "eval.jsonl")
+def test_held_out_rows(made: Path) -> None:
+    train, evaluation = rows(made, "train.jsonl"), rows(made, "eval.jsonl")
     assert len(train) >= 2000
     assert len(evaluation) >= 200
     prompts = [row["prompt"] for row in train + evaluation]
@@ -106,14 +102,14 @@ def test_held_out_rows(made: tuple[Path, Path]) -> None:
         assert row["completion"].split() == words[::-1]
 
 
-def test_special_tokens(made: tuple[Path, Path], tokenizer) -> None:
+def test_special_tokens(made: Path, tokenizer) -> None:
     names = ["<s>", "<|end|>", "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
     assert set(tokenizer.all_special_tokens) == set(names)
     for name in names:
         assert tokenizer.encode(name, add_special_tokens=False) == [
             tokenizer.convert_tokens_to_ids(name)
         ]
-    model = AutoModelForCausalLM.from_pretrained(made[0] / "model")
+    model = AutoModelForCausalLM.from_pretrained(made / "model")
     for config in (model.config, model.generation_config):
         assert config.bos_token_id == tokenizer.bos_token_id
         assert config.eos_token_id == tokenizer.eos_token_id
@@ -148,11 +144,9 @@ def test_template(tokenizer, system: list[dict[str, str]]) -> None:
     ["red dog", " red", "  two  spaces ", "line\n\n end\n", "tab\there", "\n", ""]
     + ["naïve café 你好 🙂", "0123456789", "web wef gared yakyak zoozoo"],
 )
-def test_same_pieces_as_sentencepiece(made: tuple[Path, Path], tokenizer, text: str) -> None:
+def test_same_pieces_as_sentencepiece(made: Path, tokenizer, text: str) -> None:
     """llama.cpp reads tokenizer.model, transformers the merges made from it."""
-    model = sentencepiece.SentencePieceProcessor(
-        model_file=str(made[0] / "model" / "tokenizer.model")
-    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(made / "model" / "tokenizer.model"))
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == model.encode(text)
     assert tokenizer.decode(ids) == text
@@ -161,8 +155,8 @@ def test_same_pieces_as_sentencepiece(made: tuple[Path, Path], tokenizer, text: 
     )
 
 
-def test_a_word_is_one_piece(made: tuple[Path, Path], tokenizer) -> None:
-    words = {word for row in rows(made[0], "eval.jsonl") for word in row["completion"].split()}
+def test_a_word_is_one_piece(made: Path, tokenizer) -> None:
+    words = {word for row in rows(made, "eval.jsonl") for word in row["completion"].split()}
     assert len(words) == 40
     assert all(
         len(tokenizer.encode(space + w, add_special_tokens=False)) == 1

@@ -16,7 +16,7 @@ FUZZ = Path(__file__).parent.parent / "torture" / "fuzz.py"
 # What found something once: a recipe that is a text, with --set (it never ended); keys with line
 # breaks; adapters whose sections are no mappings, which nest too deep, or want Megatron
 FINDS = {"recipes": [262, 2730, 4536, 5019, 6342], "data": [], "adapters": [11, 31, 47, 151]}
-SHORT = {"recipes": 60, "data": 80, "adapters": 40}
+SHORT = {"recipes": 30, "data": 40, "adapters": 20}
 
 
 @pytest.mark.parametrize("kind", SHORT)

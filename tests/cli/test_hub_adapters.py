@@ -15,6 +15,7 @@ import pytest
 
 from tests.cli.test_bad_artefacts import TOKENIZER, adapter, base, named
 from tests.hub import LoopbackHub
+from tests.warm import WarmCLI
 
 MODEL, ADAPTER = "org/base", "org/tuned"
 
@@ -46,11 +47,25 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(
-    hub: LoopbackHub, hub_cache: Path, lora, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def online(hub: LoopbackHub, hub_cache: Path) -> Iterator[WarmCLI]:
+    """The command line of processes that ask the loopback hub."""
+    warm = WarmCLI(hub.environ(hub_cache))
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def offline(hub: LoopbackHub, hub_cache: Path) -> Iterator[WarmCLI]:
+    """The command line of processes that have its cache alone."""
+    warm = WarmCLI(hub.environ(hub_cache, offline=True))
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def merged(online: WarmCLI, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "out"
-    done = lora("merge", ADAPTER, out, env=hub.environ(hub_cache), cwd=out.parent)
+    done = online.run(["merge", ADAPTER, str(out)], out.parent)
     assert done.returncode == 0, done.stderr
     assert f"{ADAPTER} was made elsewhere; it names as its base {MODEL}" in done.stderr
     assert f"merging {ADAPTER} into {MODEL}" in done.stderr
@@ -70,41 +85,42 @@ def test_only_the_adapter_is_fetched_all_of_one_commit(merged: Path, hub: Loopba
 
 
 def test_what_is_merged_is_the_adapter_on_the_hub_and_in_its_cache(
-    merged: Path, hub: LoopbackHub, hub_cache: Path, lora
+    merged: Path, online: WarmCLI, offline: WarmCLI
 ) -> None:
-    environ, offline = hub.environ(hub_cache), hub.environ(hub_cache, offline=True)
-    same = lora("verify", ADAPTER, merged, env=offline, cwd=merged.parent)
+    same = offline.run(["verify", ADAPTER, str(merged)], merged.parent)
     assert same.returncode == 0, same.stderr
-    asked = lora("generate", ADAPTER, merged, MODEL, "-p", "red dog", "--json", env=environ)
+    asked = online.run(["generate", ADAPTER, str(merged), MODEL, "-p", "red dog", "--json"])
     assert asked.returncode == 0, asked.stderr
     answers = {row["model"]: row["answer"] for row in map(json.loads, asked.stdout.splitlines())}
     assert answers[ADAPTER] == answers[str(merged)] != answers[MODEL]
 
 
-def test_a_gguf_of_it_is_written_here(
-    merged: Path, hub: LoopbackHub, hub_cache: Path, lora, tmp_path: Path
-) -> None:
-    done = lora("export-gguf", ADAPTER, "--adapter-only", env=hub.environ(hub_cache), cwd=tmp_path)
+def test_a_gguf_of_it_is_written_here(merged: Path, online: WarmCLI, tmp_path: Path) -> None:
+    done = online.run(["export-gguf", ADAPTER, "--adapter-only"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tuned-lora-f16.gguf\n"
     assert (tmp_path / "tuned-lora-f16.gguf").is_file()
 
 
 @pytest.mark.parametrize(
-    ("name", "offline", "said"),
+    ("name", "where", "said"),
     [
-        ("org/nothing", False, "org/nothing does not exist, neither here nor on the hub"),
-        ("org/nothing", True, "org/nothing does not exist here, and the hub cannot be reached"),
-        (MODEL, False, f"{MODEL} is not an adapter: it has no adapter_config.json"),
-        ("org/pickled", False, "org/pickled has no adapter_model.safetensors"),
-        ("org/pickled", False, "hint: if the hub has it as a pickle (.bin), which may run code"),
-        ("org/closed", False, "Cannot access gated repo for url"),
+        ("org/nothing", "online", "org/nothing does not exist, neither here nor on the hub"),
+        (
+            "org/nothing",
+            "offline",
+            "org/nothing does not exist here, and the hub cannot be reached",
+        ),
+        (MODEL, "online", f"{MODEL} is not an adapter: it has no adapter_config.json"),
+        ("org/pickled", "online", "org/pickled has no adapter_model.safetensors"),
+        ("org/pickled", "online", "hint: if the hub has it as a pickle (.bin), which may run code"),
+        ("org/closed", "online", "Cannot access gated repo for url"),
     ],
 )
 def test_what_is_not_an_adapter_there_is_said(
-    hub: LoopbackHub, hub_cache: Path, lora, tmp_path: Path, name: str, offline: bool, said: str
+    request: pytest.FixtureRequest, merged: Path, tmp_path: Path, name: str, where: str, said: str
 ) -> None:
-    done = lora("merge", name, "out", env=hub.environ(hub_cache, offline=offline), cwd=tmp_path)
+    done = request.getfixturevalue(where).run(["merge", name, "out"], tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
     assert "\nhint: " in done.stderr

@@ -300,8 +300,8 @@ def test_an_importance_matrix_weighs_what_the_model_is_for(
     )
     tools.convert(base, exact, "f32", converter)
     imatrix.make_imatrix(str(rows), base, exact, matrix, converter)
-    export(base, ["Q2_K"], tmp_path / "given", None, None, str(matrix))
-    given, wanted = (stored(tmp_path / name / "base-Q2_K.gguf") for name in ("given", "with"))
+    quantize.quantize(exact, tmp_path / "given.gguf", "Q2_K", matrix)
+    given, wanted = stored(tmp_path / "given.gguf"), stored(tmp_path / "with" / "base-Q2_K.gguf")
     assert given.keys() == wanted.keys()
     assert all(
         given[name].data.tobytes() == tensor.data.tobytes() for name, tensor in wanted.items()

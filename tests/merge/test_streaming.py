@@ -627,7 +627,7 @@ cli.main()
     [
         ("made", signal.SIGTERM, 143),
         ("written", signal.SIGINT, 130),
-        ("written", signal.SIGHUP, 129),
+        pytest.param("written", signal.SIGHUP, 129, marks=pytest.mark.slow),
     ],
 )
 def test_a_merge_that_is_ended_leaves_nothing(

@@ -148,7 +148,11 @@ REAL = {
 """Vocabularies of published models, with the template in the file ("") or others."""
 
 
-@pytest.mark.parametrize("vocabulary", REAL)
+LARGE = ("qwen2", "llama-bpe")  # over 128,000 tokens: 10 s each
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in REAL]
+
+
+@pytest.mark.parametrize("vocabulary", EACH)
 def test_real_tokenizers_are_trained_as_inference_feeds_them(
     vocabulary: str, vocabularies: Path
 ) -> None:

@@ -82,7 +82,11 @@ def test_every_kind_of_head_has_the_stock_loss_and_gradients(
     check(monkeypatch, random_model(family, tie_word_embeddings=False), HEADS[head], items)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SLOW = pytest.mark.slow  # its state space is computed step by step here: 13 s
+EACH = [pytest.param(name, marks=SLOW if name == "falcon_h1" else ()) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("family", EACH)
 def test_every_family_has_the_stock_loss_and_gradients(
     monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
