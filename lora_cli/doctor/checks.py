@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lora_cli import __version__
-from lora_cli.common import LoraError, ui
-from lora_cli.gguf import quantize, tools
+from lora_cli.common import LoraError, threads, ui
+from lora_cli.gguf import ggml, tools
 
 PACKAGE = "lora-cli"
 TESTED = Path(__file__).parent.parent / "constraints.txt"
 LITTLE_DISK = 5e9
+BUSY = 50
+"""Percent of the processors that other work takes, above which a run is far slower."""
 """Bytes of free disk below which a run may not get through: checkpoints, a merged model, a GGUF."""
 
 
@@ -106,6 +108,7 @@ def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[C
     yield from _try_check("llama.cpp", check_tools)
     yield from _try_check("disk", check_disk)
     yield from _try_check("memory", check_memory)
+    yield from _try_check("threads", check_threads)
 
 
 def _try_check(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
@@ -381,7 +384,7 @@ def check_tools() -> Iterator[Check]:
         yield Check(
             "llama.cpp engine", "ok", f"xllamacpp {getattr(engine, '__version__', '')}".strip()
         )
-        quantize.Ggml()
+        ggml.Ggml()
         yield Check("llama.cpp quantiser", "ok", "ggml's, in xllamacpp")
     except ImportError as error:
         said = f"GGUF files can be neither verified nor run, and K-quants not be made: {error}"
@@ -427,5 +430,20 @@ def check_memory() -> Iterator[Check]:
     yield Check(
         "memory",
         "ok",
-        f"{ram.available / 1e9:.1f} of {ram.total / 1e9:.1f} GB free, {os.cpu_count()} processors",
+        f"{ram.available / 1e9:.1f} of {ram.total / 1e9:.1f} GB free",
     )
+
+
+def check_threads() -> Iterator[Check]:
+    """Report torch's threads, how they wait, and whether other work keeps the processors busy."""
+    import psutil
+    import torch
+
+    num, waiting = torch.get_num_threads(), threads.describe_waiting()
+    said = f"{num} on {os.cpu_count()} processors, waiting {waiting}"
+    busy = psutil.cpu_percent(interval=0.5)
+    if busy < BUSY:
+        yield Check("threads", "ok", said)
+        return
+    fix = "OMP_NUM_THREADS=1 lora train …, or end the other work"
+    yield Check("threads", "note", f"{said}; other work takes {busy:.0f}% of them", fix)

@@ -1,8 +1,7 @@
 """`lora verify`: compare two forms of a model, any two of adapter, model and GGUF file.
 
-Each answers the same probe prompts, in constant memory where that is possible. Between Hugging Face
-models the logits after the last tokens of each probe are compared; with a GGUF file, the
-distribution after the very last, in llama.cpp.
+Each answers the same probe prompts, in constant memory where that is possible. The logits after the
+last tokens of each probe are compared; those of a GGUF file are llama.cpp's.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, RejectedError, ui
-from lora_cli.gguf import engine
+from lora_cli.gguf import engine, llama_api, parity
 from lora_cli.merge import compare_weights, layerwise_logits, merge
 from lora_cli.models import (
-    KL_LIMIT,
     PROBES,
     Base,
     Difference,
@@ -39,11 +37,6 @@ class Form(NamedTuple):
     logits: list[torch.Tensor]
     type: str
 
-    @property
-    def last(self) -> list[torch.Tensor]:
-        """Log-probabilities after the last token of each probe: llama.cpp gives no others."""
-        return [rows[-1:].double().log_softmax(-1) for rows in self.logits]
-
 
 def verify(first: str, second: str, base: str | None) -> str:
     """Compare two forms and return the difference in words. Raises RejectedError where it is more
@@ -62,7 +55,7 @@ def verify(first: str, second: str, base: str | None) -> str:
     )
     one, other = (_load_form(path, kinds[path], base, probes) for path in (first, second))
     gguf = "gguf" in kinds.values()
-    difference = compare_logits(*((one.last, other.last) if gguf else (one.logits, other.logits)))
+    difference = compare_logits(one.logits, other.logits)
     said = f"{first} ({one.type}) and {second} ({other.type}): {difference}"
     limit, value = _choose_limit(difference, one, other, gguf)
     if limit is None:
@@ -94,11 +87,7 @@ def _choose_limit(
     if not gguf:
         limits = [rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
         return max(limits), difference.max_abs
-    # Hugging Face models are compared in float32
-    known = [
-        KL_LIMIT.get(form.type, 1e-3 if hasattr(torch, form.type) else None)
-        for form in (one, other)
-    ]
+    known = [parity.limit_any_kl(form.type) for form in (one, other)]
     return (
         None if None in known else max(limit for limit in known if limit is not None)
     ), difference.mean_kl
@@ -155,8 +144,9 @@ def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:
     with engine.GGUFModel(path, exact=True) as model:
         for probe in probes:
             _require_same_ids(str(path), probe, model.tokenize(probe.text, add_special=probe.plain))
-        given = [torch.tensor([model.logprobs(probe.ids)]) for probe in probes]
-        return Form(given, str(model.metadata["ftype"]).lower().removeprefix("all "))
+        type_name = str(model.metadata["ftype"]).lower().removeprefix("all ")
+    given = llama_api.compute_logits(path, [probe.ids for probe in probes])
+    return Form([rows[-layerwise_logits.KEPT :] for rows in given], type_name)
 
 
 def _require_same_ids(path: str, probe: Probe, ids: Sequence[int]) -> None:

@@ -5,8 +5,10 @@ Its doors, in the order a reader needs them:
 
     export    `lora export-gguf`: a model becomes GGUF files that were opened in llama.cpp
     adapter   `--adapter-only`: a LoRA adapter becomes a GGUF to lay over its base
-    quantize  a GGUF quantised with ggml's own quantiser
+    ggml      ggml's types and its quantiser
     engine    a GGUF opened in llama.cpp
+    llama_api its logits at every position
+    parity    whether they are those of the model it was made from
     tools     llama.cpp's converters, found and run
     install   … installed
 """
@@ -15,7 +17,9 @@ __all__ = [
     "adapter",
     "engine",
     "export",
+    "ggml",
     "install",
-    "quantize",
+    "llama_api",
+    "parity",
     "tools",
 ]

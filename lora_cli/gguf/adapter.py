@@ -17,7 +17,6 @@ from lora_cli.common import UsageError, files, provenance, quote, ui
 from lora_cli.gguf import parity, tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import (
-    KL_LIMIT,
     Adapter,
     adapter_contents,
     attach,
@@ -119,12 +118,14 @@ def _compare_all(
     base = convert_to_float32(adapter.base.load(dtype))
     exact = scratch / "base.gguf"
     tools.convert(base_folder, exact, tools.EXACT[str(dtype).removeprefix("torch.")], converter)
-    probes = make_probes(adapter.load_tokenizer())
+    tokenizer = adapter.load_tokenizer()
+    probes = make_probes(tokenizer)
     without = compute_logits(base, probes)
-    given = compute_logits(attach.load_adapter(base, adapter.folder), probes)
+    adapted = attach.load_adapter(base, adapter.folder)
+    given = compute_logits(adapted, probes)
     ui.say(f"  what the adapter does to the base here: {compare_logits(without, given)}")
-    expected = [rows[-1] for rows in given]
+    reference = parity.make_reference(adapted, adapter.base.config, tokenizer, None)
     return {
-        name: parity.compare_gguf(exact, probes, expected, KL_LIMIT[name], adapter=file)
+        name: f"in llama.cpp: {parity.compare_gguf(exact, name, reference, adapter=file)}"
         for name, file in made.items()
     }

@@ -4,27 +4,18 @@ in llama.cpp."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
-from lora_cli.common import LoraError, UsageError, files, provenance, ui
-from lora_cli.gguf import imatrix, mixture, modelfile, parity, preflight, quantize
+from lora_cli.common import LoraError, UsageError, files, privacy, provenance, ui
+from lora_cli.gguf import check, ggml, imatrix, mixture, modelfile, parity, preflight, quantize
 from lora_cli.gguf.tools import CONVERTER_TYPES, EXACT, VERSION, Found, convert, find_converter
 from lora_cli.merge import merge
-from lora_cli.models import (
-    KL_LIMIT,
-    Adapter,
-    Base,
-    compute_logits,
-    convert_to_float32,
-    make_probes,
-    names,
-    read_adapter,
-    save_tokenizer,
-)
+from lora_cli.models import Adapter, Base, names, read_adapter, save_tokenizer
 
 
 def export(
@@ -41,12 +32,12 @@ def export(
     `path` is a merged model or an adapter (`base` overrides the base it names); None takes the
     newest result below the current folder. Files are named after the folder, in `output` or beside
     the weights. Raises LoraError for missing tools and files in the way before anything is
-    converted, and when a file's answers differ; nothing is left then.
+    converted, and for a file that is not what it should be; those finished before it are kept.
     """
     wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
     kind = _classify(path)
-    wants_quantizer = _check_quantizer(wanted, weighted)
+    _check_quantizer(wanted, weighted)
     converter = find_converter(llama_cpp_dir)
     beside = path if kind == "model" else path.parent if path.exists() else Path()
     folder, stem = output or beside, files.name_artefact(path)
@@ -54,18 +45,48 @@ def export(
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")
     with files.scratch_beside_results(".lora-export-", folder) as scratch:
-        merged, adapter = path, read_adapter(path, base) if kind == "adapter" else None
-        config = _check_first(path, adapter, converter, scratch)
-        model = adapter.base if adapter else Base(str(path))
-        exact = _choose_exact_type(model.dtype) if wants_quantizer else None
-        preflight.check_disk(folder, config, wanted, adapter.base.dtype if adapter else None, exact)
-        if adapter is not None:
-            merged = scratch / stem
-            merge.merge_adapter(adapter, merged)
-        _convert_all(merged, targets, converter, scratch, weighted)
-        modelfile.write_modelfile(folder, list(targets.values()), merged)
-    modelfile.say_how(list(targets.values()), path if kind == "model" else None, adapter)
-    return list(targets.values())
+        means = Means(converter, scratch, weighted, parity.find_engine())
+        adapter = read_adapter(path, base) if kind == "adapter" else None
+        merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem)
+        made = []
+        try:
+            for file in _make_each(merged, targets, means, _find_base(merged, adapter)):
+                made.append(file)
+        finally:
+            if made:
+                modelfile.write_modelfile(folder, made, merged)
+    modelfile.say_how(made, path if kind == "model" else None, adapter)
+    return made
+
+
+class Means(NamedTuple):
+    """What the files of one export are made with: the converter, a folder for what is needed for a
+    while, `--imatrix`, and whether there is an engine to open them in."""
+
+    converter: Found
+    scratch: Path
+    weighted: str | None
+    has_engine: bool
+
+
+def _merge_on_the_way(
+    path: Path, adapter: Adapter | None, targets: dict[str, Path], means: Means, merged: Path
+) -> Path:
+    """Refuse what can be refused before weights are read; return the folder of the model to be
+    converted: `path`, or `merged`, where the adapter is merged."""
+    config = _check_first(path, adapter, means)
+    base = adapter.base if adapter else Base(str(path))
+    exact = _choose_exact_type(base.dtype)
+    passing = [exact] if _needs_exact(targets, means) and exact not in targets else []
+    rounded = [name for name in targets if is_rounded(name)]
+    if means.has_engine and rounded and _find_base(path, adapter):
+        passing += [exact, max(rounded, key=preflight.estimate_bits_per_weight)]  # the base's
+    folder = next(iter(targets.values())).parent
+    preflight.check_disk(folder, config, [*targets, *passing], base.dtype if adapter else None)
+    if adapter is None:
+        return path
+    merge.merge_adapter(adapter, merged)
+    return merged
 
 
 def _classify(path: Path) -> str:
@@ -76,9 +97,9 @@ def _classify(path: Path) -> str:
     return kind
 
 
-def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> bool:
-    """Return whether one of the types is the quantiser's. Raise LoraError where it is not
-    installed, UsageError for an importance matrix that does not exist or is not needed."""
+def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> None:
+    """Raise LoraError where one of the types is the quantiser's and that is not installed,
+    UsageError for an importance matrix that does not exist or is not needed."""
     if weighted is not None:
         imatrix.refuse_missing_file(weighted)
     wants_quantizer = any(name not in CONVERTER_TYPES for name in wanted)
@@ -87,8 +108,7 @@ def _check_quantizer(wanted: Sequence[str], weighted: str | None) -> bool:
             f"--imatrix is for the quantiser's types, not for {', '.join(wanted)}", "-q Q4_K_M"
         )
     if wants_quantizer:
-        quantize.Ggml()  # loading it raises LoraError where it is not installed
-    return wants_quantizer
+        ggml.Ggml()  # loading it raises LoraError where it is not installed
 
 
 def _choose_exact_type(dtype: torch.dtype) -> str:
@@ -97,22 +117,20 @@ def _choose_exact_type(dtype: torch.dtype) -> str:
     return EXACT[str(dtype).removeprefix("torch.")]
 
 
-def _check_first(
-    path: Path, adapter: Adapter | None, converter: Found, scratch: Path
-) -> PretrainedConfig:
+def _check_first(path: Path, adapter: Adapter | None, means: Means) -> PretrainedConfig:
     """Refuse what can be refused before weights are read; return the configuration of the model to
     be converted."""
     if adapter is None:
         model = Base(str(path))
-        preflight.check_convertible(path, model.config, model.load_tokenizer(), converter)
+        preflight.check_convertible(path, model.config, model.load_tokenizer(), means.converter)
         return model.config
     config, tokenizer = copy.deepcopy(adapter.base.config), adapter.load_tokenizer()
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
-    unmerged = scratch / "unmerged"
+    unmerged = means.scratch / "unmerged"
     config.save_pretrained(str(unmerged))
     save_tokenizer(tokenizer, unmerged, adapter.base.name, adapter.base.revision)
-    preflight.check_convertible(unmerged, config, tokenizer, converter)
+    preflight.check_convertible(unmerged, config, tokenizer, means.converter)
     return config
 
 
@@ -141,66 +159,115 @@ def find_newest_result() -> Path:
     return newest
 
 
-def _convert_all(
-    merged: Path, targets: dict[str, Path], converter: Found, scratch: Path, weighted: str | None
-) -> None:
-    """Convert and quantise inside `scratch`; a file gets its final name once llama.cpp has answered
-    from it rightly."""
-    model = Base(str(merged))
-    made = {name: scratch / target.name for name, target in targets.items()}
-    exact: Path | None = None
-    matrix: Path | None = None
-    for name, file in made.items():
-        if name in CONVERTER_TYPES:
-            convert(merged, file, name, converter)
-            continue
-        if exact is None:
-            exact = scratch / "exact.gguf"
-            convert(merged, exact, _choose_exact_type(model.dtype), converter)
-            matrix = _find_imatrix(weighted, merged, exact, converter)
-        quantize.quantize(exact, file, name, matrix)
-    reports = _compare_all(model, made)
-    parent = (
-        files.read_json(merged / provenance.ARTEFACT_RECORD)
-        if (merged / provenance.ARTEFACT_RECORD).is_file()
-        else None
-    )
+class Exact(NamedTuple):
+    """The GGUF that holds the model's weights as they are, from which others are rounded and with
+    which they are compared; and the importance matrix for rounding."""
+
+    file: Path
+    type: str
+    matrix: Path | None
+
+
+def _make_each(
+    merged: Path, targets: dict[str, Path], means: Means, base: Base | None
+) -> Iterator[Path]:
+    """Make each file inside the scratch folder, check it, give it its final name and yield that.
+    Files that were yielded stay where a later one is refused; `base` is what the model was merged
+    into."""
+    exact, checker = None, None
+    if _needs_exact(targets, means):
+        exact = _make_exact(Base(str(merged)), f"{merged.name}.gguf", means)
+        checker = _make_checker(merged, exact, targets, means, base)
     for name, target in targets.items():
-        contents = provenance.new_record(
-            "export-gguf",
-            type=name,
-            llama_cpp=VERSION,
-            imatrix=weighted,
-            checked=reports[name],
-            parent=parent,
-        )
-        files.write_json(target.with_name(f"{target.name}.json"), contents)
-        made[name].rename(target)
-        ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, {reports[name]}")
+        made, digests = _make(name, means.scratch / target.name, exact, merged, means)
+        report = parity.NO_ENGINE
+        if checker and exact:
+            report = checker.check(made, name, digests, exact.file)
+        _write_record(target, name, report, merged, means)
+        made.rename(target)
+        if exact and made == exact.file:
+            exact = exact._replace(file=target)
+        ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, {report}")
+        yield target
 
 
-def _find_imatrix(weighted: str | None, merged: Path, exact: Path, converter: Found) -> Path | None:
-    """Find the importance matrix of `--imatrix`, or measure it where that names data."""
-    if weighted is None:
+def _needs_exact(types: Iterable[str], means: Means) -> bool:
+    """Whether a GGUF is needed that holds the weights as they are: to be rounded from, or to be
+    compared with."""
+    return means.has_engine or any(name not in CONVERTER_TYPES for name in types)
+
+
+def is_rounded(name: str) -> bool:
+    """Whether weights of a GGUF type are rounded to blocks."""
+    return name not in EXACT.values()
+
+
+def _make_exact(model: Base, name: str, means: Means) -> Exact:
+    """Convert the model as it is to the file `name`, and find or measure the importance matrix of
+    `--imatrix`."""
+    type_name = _choose_exact_type(model.dtype)
+    file, merged = means.scratch / "exact" / name, Path(model.name)
+    convert(merged, file, type_name, means.converter)
+    return Exact(file, type_name, _find_imatrix(means, merged, file))
+
+
+def _make_checker(
+    merged: Path, exact: Exact, targets: Iterable[str], means: Means, base: Base | None
+) -> check.Checker | None:
+    """Return what checks the files; None without an engine."""
+    if not means.has_engine:
         return None
-    if Path(weighted).suffix in imatrix.FILES:
-        return Path(weighted)
+    checker = check.Checker(Base(str(merged)), exact.file, exact.type)
+    rounded = [name for name in targets if is_rounded(name)]
+    if base is not None and rounded:
+        checker.measure_base(base, rounded, means.converter, means.scratch, exact.matrix)
+    return checker
+
+
+def _make(
+    name: str, file: Path, exact: Exact | None, merged: Path, means: Means
+) -> tuple[Path, dict[str, str]]:
+    """Make a GGUF of type `name` as `file`, or take the exact one. Return it, and digests of the
+    tensors that our quantiser made."""
+    if exact and name == exact.type:
+        return exact.file, {}
+    if name in CONVERTER_TYPES:
+        convert(merged, file, name, means.converter)
+        return file, {}
+    assert exact is not None, "the quantiser starts from the exact file"
+    return file, quantize.quantize(exact.file, file, name, exact.matrix)
+
+
+def _write_record(target: Path, name: str, report: str, merged: Path, means: Means) -> None:
+    """Write what a file is, how it was checked, and the record of the model it was made from."""
+    parent = merged / provenance.ARTEFACT_RECORD
+    contents = provenance.new_record(
+        "export-gguf",
+        type=name,
+        llama_cpp=VERSION,
+        imatrix=means.weighted,
+        checked=report,
+        parent=files.read_json(parent) if parent.is_file() else None,
+    )
+    files.write_json(target.with_name(f"{target.name}.json"), contents)
+
+
+def _find_base(merged: Path, adapter: Adapter | None) -> Base | None:
+    """Find the base that a model was merged into, where it is on this machine."""
+    if adapter is not None:
+        return adapter.base
+    file = merged / provenance.ARTEFACT_RECORD
+    record = files.read_json(file) if file.is_file() else {}
+    name = privacy.expand_home(record.get("base") or "")
+    return Base(name) if name and (Path(name) / "config.json").is_file() else None
+
+
+def _find_imatrix(means: Means, merged: Path, exact: Path) -> Path | None:
+    """Find the importance matrix of `--imatrix`, or measure it where that names data."""
+    if means.weighted is None:
+        return None
+    if Path(means.weighted).suffix in imatrix.FILES:
+        return Path(means.weighted)
     made = exact.with_name("imatrix.gguf")
-    imatrix.make_imatrix(weighted, merged, exact, made, converter)
+    imatrix.make_imatrix(means.weighted, merged, exact, made, means.converter)
     return made
-
-
-def _compare_all(model: Base, made: dict[str, Path]) -> dict[str, str]:
-    """Compare each file with the Hugging Face model and report by type. Raises LoraError if one may
-    not be handed over."""
-    if not parity.find_engine():
-        return dict.fromkeys(made, parity.NO_ENGINE)
-    tokenizer = model.load_tokenizer()
-    probes = make_probes(tokenizer)
-    weights = convert_to_float32(model.load())
-    expected = [logits[-1] for logits in compute_logits(weights, probes)]
-    source = parity.Source(model.config, tokenizer, weights.num_parameters())
-    return {
-        name: parity.compare_gguf(file, probes, expected, KL_LIMIT.get(name), source)
-        for name, file in made.items()
-    }

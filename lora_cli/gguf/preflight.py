@@ -64,17 +64,12 @@ def check_disk(
     config: PretrainedConfig,
     types: Iterable[str],
     merged: torch.dtype | None,
-    exact: str | None,
 ) -> None:
     """Raise LoraError naming the megabytes that `folder` lacks for GGUFs of `types`, estimated from
-    the parameters.
-
-    `merged`: a merged model of that type is written there first; `exact`: so is a GGUF of that
-    type.
-    """
+    the parameters. `merged`: a merged model of that type is written there first."""
     num_params = empty.build_empty(config, DEFAULT_TASK).num_parameters()
     bits = sum(estimate_bits_per_weight(name) for name in types)
-    bits += (8 * merged.itemsize if merged else 0) + (BITS[exact] if exact else 0)
+    bits += 8 * merged.itemsize if merged else 0
     needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1

@@ -8,20 +8,20 @@ under its C name, `ggml_quantize_chunk` (ggml/include/ggml.h). Which type a tens
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
 import math
 import os
 import struct
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from lora_cli.common import LoraError, Progress, files, quote, warn
-from lora_cli.gguf import engine, header, mixture
+from lora_cli.gguf import header, mixture
+from lora_cli.gguf.ggml import EXACT, Ggml
 from lora_cli.gguf.header import Header, Tensor
 from lora_cli.gguf.mixture import KINDS, Choice
 
@@ -29,8 +29,8 @@ QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION."""
 CHUNK = 2**20
 """Elements that one thread quantises at a time: 4 MB in float32."""
-EXACT = ("F32", "F16", "BF16")
-"""Types that tensors can be quantised from."""
+DIGEST = 16
+"""Bytes of the digest of a tensor."""
 LONGEST_TEXT = 127
 """Bytes of a text that llama-quantize writes into the metadata."""
 
@@ -45,100 +45,47 @@ class Weights(NamedTuple):
     file: str
 
 
-class Ggml:
-    """ggml's types and its quantiser, by ctypes. Raises LoraError where xllamacpp is not installed
-    or hides them."""
-
-    def __init__(self) -> None:
-        types = engine.import_xllamacpp().ggml_type
-        known = [each for each in types if each != types.GGML_TYPE_COUNT]
-        self.numbers = {each.name.removeprefix("GGML_TYPE_"): int(each) for each in known}
-        self.names = {number: name for name, number in self.numbers.items()}
-        self.lib: Any = ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)
-        whole, place, size = ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t
-        try:
-            self.lib.ggml_quantize_chunk.argtypes = [
-                ctypes.c_int,
-                place,
-                place,
-                whole,
-                whole,
-                whole,
-                place,
-            ]
-            self.lib.ggml_quantize_chunk.restype = size
-            self.lib.ggml_row_size.argtypes = [ctypes.c_int, whole]
-            self.lib.ggml_row_size.restype = size
-            self.lib.ggml_validate_row_data.argtypes = [ctypes.c_int, place, size]
-            self.lib.ggml_validate_row_data.restype = ctypes.c_bool
-            self.lib.ggml_blck_size.restype = whole
-        except AttributeError as error:
-            said = f"this xllamacpp does not let others use ggml's quantiser ({error})"
-            raise LoraError(
-                said, "pip install -U xllamacpp; -q q8_0, f16, bf16 and f32 need no quantiser"
-            ) from error
-        self.block = {
-            name: int(self.lib.ggml_blck_size(number)) for name, number in self.numbers.items()
-        }
-
-    def num_bytes(self, type_name: str, shape: tuple[int, ...]) -> int:
-        """Return the size of a tensor of this type and shape (innermost first)."""
-        return math.prod(shape[1:]) * self.lib.ggml_row_size(self.numbers[type_name], shape[0])
-
-    def quantize(self, rows: np.ndarray, type_name: str, weights: np.ndarray | None) -> np.ndarray:
-        """float32 `rows` (number, width) in blocks of `type_name`, as bytes; `weights`: one for
-        each column."""
-        rows, made = (
-            np.ascontiguousarray(rows),
-            np.empty(self.num_bytes(type_name, rows.shape[::-1]), np.uint8),
-        )
-        columns = None if weights is None else np.ascontiguousarray(weights, np.float32)
-        address = None if columns is None else columns.ctypes.data
-        self.lib.ggml_quantize_chunk(
-            self.numbers[type_name], rows.ctypes.data, made.ctypes.data, 0, *rows.shape, address
-        )
-        return made
-
-    def is_valid(self, data: np.ndarray, type_name: str) -> bool:
-        """Return whether every number in `data`, bytes of `type_name`, is finite."""
-        return self.lib.ggml_validate_row_data(
-            self.numbers[type_name], data.ctypes.data, data.nbytes
-        )
-
-
 def quantize(
     source: Path,
     target: Path,
     kind: str,
     imatrix: Path | None = None,
     num_threads: int | None = None,
-) -> None:
+    announced: bool = True,
+) -> dict[str, str]:
     """Write the GGUF `source` (f32, f16 or bf16) as `target`, of `kind` (one of KINDS), all at once
-    or not at all.
+    or not at all; return a digest of each tensor that was quantised, by name.
 
     `imatrix` is an importance matrix as llama.cpp writes it. The bytes do not depend on
     `num_threads` (all processors). Warns of tensors that take a larger type because their rows do
-    not divide into blocks. Raises LoraError for a source that is quantised already or holds values
-    that are not finite, for an importance matrix of another model, for one that is missing, and
-    where there is no ggml; `target` is then untouched.
+    not divide into blocks, where that is to be `announced`. Raises LoraError for a source that is
+    quantised already or holds values that are not finite, for an importance matrix of another
+    model, for one that is missing, and where there is no ggml; `target` is then untouched.
     """
-    ggml, data = Ggml(), map_file(source)
-    weights = read_weights(imatrix) if imatrix else None
+    ggml, data, weights = Ggml(), map_file(source), read_weights(imatrix) if imatrix else None
     model = _read_model(source, data)
     choices = mixture.choose(model, kind, weights is not None, ggml.block)
     by_tensor = _find_columns(choices, kind, weights)
     _refuse_quantized(ggml, choices)
     target.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch_folder(".lora-gguf-", target.parent.resolve()) as folder:
-        made = folder / "model.gguf"
+        made, digests = folder / "model.gguf", {}
         with made.open("wb") as file, ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
             file.write(_make_header(ggml, model, choices, kind, weights))
             progress, tensors = Progress(), data[model.data_start :]
             for done, choice in enumerate(choices):
                 progress.update(f"quantising to {kind}: {100 * done // len(choices)}%")
-                _write_tensor(file, ggml, tensors, choice, by_tensor.get(choice.tensor.name), pool)
+                name = choice.tensor.name
+                columns = by_tensor.get(name)
+                digests[name] = _write_tensor(file, ggml, tensors, choice, columns, pool)
             progress.clear()
         made.replace(target)
+    if announced:
+        _announce_narrower(choices, kind)
+    return digests
+
+
+def _announce_narrower(choices: list[Choice], kind: str) -> None:
     if narrower := sum(choice.narrower for choice in choices):
         warn(
             f"{narrower} of {len(choices)} tensors take a larger type: their rows do not fit "
@@ -317,8 +264,9 @@ def _write_tensor(
     choice: Choice,
     columns: np.ndarray | None,
     pool: ThreadPoolExecutor,
-) -> None:
-    """Write one tensor and its padding; `weights` are all the source's bytes after its header."""
+) -> str:
+    """Write one tensor and its padding, and return its digest; `weights` are all the source's bytes
+    after its header."""
     tensor, stored = choice.tensor, ggml.names[choice.tensor.type]
     size = ggml.num_bytes(stored, tensor.shape)
     given = weights[tensor.offset : tensor.offset + size]
@@ -327,28 +275,35 @@ def _write_tensor(
         raise LoraError(
             f"{tensor.name} holds {said}", "merge again; lora verify looks for what is wrong"
         )
-    written = 0
-    if choice.type in (None, stored):
-        written += file.write(given.data)
-    else:
-        for blocks in pool.map(
-            lambda part: ggml.quantize(*part), _parts(given, tensor, stored, choice.type, columns)
-        ):
-            if not ggml.is_valid(blocks, choice.type):
-                raise LoraError(
-                    f"{tensor.name} has values too large for {choice.type}",
-                    "another type, or -q bf16",
-                )
-            written += file.write(blocks.data)
+    pieces: Iterable[np.ndarray] = [given]
+    if choice.type not in (None, stored):
+        pieces = pool.map(
+            lambda part: ggml.quantize(*part),
+            _parts(ggml, given, tensor, stored, choice.type, columns),
+        )
+    hashed, written = hashlib.blake2b(digest_size=DIGEST), 0
+    for blocks in pieces:
+        if not ggml.is_valid(blocks, choice.type or stored):
+            raise LoraError(
+                f"{tensor.name} has values too large for {choice.type}", "another type, or -q bf16"
+            )
+        hashed.update(blocks.data)
+        written += file.write(blocks.data)
     file.write(bytes(header.padding(written)))
+    return hashed.hexdigest()
 
 
 def _parts(
-    given: np.ndarray, tensor: Tensor, stored: str, type_name: str, columns: np.ndarray | None
+    ggml: Ggml,
+    given: np.ndarray,
+    tensor: Tensor,
+    stored: str,
+    type_name: str,
+    columns: np.ndarray | None,
 ) -> Iterator[tuple[np.ndarray, str, np.ndarray | None]]:
     """Yield some rows at a time, never of two experts, since each has its own part of the
     importance matrix."""
-    width, per_expert = tensor.shape[0], tensor.shape[1]
+    width, per_expert = tensor.shape[:2]
     rows = given.reshape(-1, given.size // math.prod(tensor.shape[1:]))
     step = max(1, CHUNK // width)
     for first in range(0, len(rows), per_expert):
@@ -356,14 +311,7 @@ def _parts(
         mine = None if columns is None else columns[expert * width : (expert + 1) * width]
         for start in range(first, first + per_expert, step):
             yield (
-                _widened(rows[start : min(start + step, first + per_expert)], stored),
+                ggml.dequantize(rows[start : min(start + step, first + per_expert)], stored, width),
                 type_name,
                 mine,
             )
-
-
-def _widened(rows: np.ndarray, stored: str) -> np.ndarray:
-    """Return bytes of rows as float32."""
-    if stored == "BF16":
-        return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return rows.view("<f2" if stored == "F16" else "<f4").astype(np.float32, copy=False)

@@ -35,15 +35,16 @@ class Distance(NamedTuple):
     infinite where only the change is 0."""
 
 
-def compare_weights(adapter: Adapter, merged: Base) -> str | None:
+def compare_weights(adapter: Adapter, merged: Base, original: bool = False) -> str | None:
     """Return how the files of a merged model, a folder or on the hub, differ from `adapter` merged
-    anew.
+    anew; `original`: into the base's own weights, though it was trained on them in 4 bits.
 
     None where the adapter cannot be merged tensor by tensor. Raise RejectedError naming a tensor
     that is not the merged one.
     """
     try:
-        plan, _ = streaming_plan.make_plan(adapter, adapter.trained_dtype, adapter.quantization)
+        stored = None if original else adapter.quantization
+        plan, _ = streaming_plan.make_plan(adapter, adapter.trained_dtype, stored)
     except streaming_plan.Unstreamable:
         return None
     written = merged.tensors

@@ -19,10 +19,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, ui
-from lora_cli.merge import in_memory, streamed, streaming_plan
+from lora_cli.merge import compare_weights, in_memory, streamed, streaming_plan
 from lora_cli.models import (
     TRAINED,
     Adapter,
+    Base,
     Difference,
     Probe,
     check_trained,
@@ -83,13 +84,28 @@ def merge_adapter(
         ui.say(f"  {modules} of {modules} modules merged")
         add_tokenizer_and_record(adapter, tokenizer, staging)
         if check:
-            way.check_files(staging)
+            _check_files(way, adapter, staging, original)
+        given = way.compute_merged(staging, dtype, probes) if expected else None
         difference = None
-        if expected is not None:
-            given = way.compute_merged(staging, dtype, probes)
-            if expected and given:
-                difference = refuse_different(adapter, given, expected, dtype, way.arithmetic)
+        if expected and given:
+            difference = refuse_different(adapter, given, expected, dtype, way.arithmetic)
     return Merged(modules, dtype, difference)
+
+
+def _check_files(
+    way: streamed.Streamed | in_memory.Whole, adapter: Adapter, folder: Path, original: bool
+) -> None:
+    """Check what was written; merge each tensor again and compare it with the one there, and say
+    so: logits may hide a module that was left out."""
+    way.check_files(folder)
+    try:
+        found = compare_weights.compare_weights(adapter, Base(str(folder)), original)
+    except RejectedError as error:
+        raise error.with_message(error.message.replace(str(folder), "the merged model")) from error
+    if found is None:
+        ui.say("  the weights cannot be merged again one by one, to be compared")
+    else:
+        ui.say(f"  merged again: {found}")
 
 
 def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:

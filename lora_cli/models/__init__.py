@@ -19,9 +19,10 @@ Its doors, in the order a reader needs them:
                                    safetensors files read and written some rows at a time
     convert_to_float32, to_accelerator, refuse_not_finite
                                    a loaded model made ready
-    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit, KL_LIMIT
+    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit
                                    whether two forms of a model are the same function
-    save_trained, check_trained, TRAINED
+    passages                       … and how much a form that is rounded more has lost
+    save_trained, check_trained, TRAINED, TRAINED_KL
                                    what training left behind, for later comparison
 """
 
@@ -29,9 +30,9 @@ from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
 from lora_cli.models.config import get_checkpoint_dtype, num_experts
 from lora_cli.models.probes import (
-    KL_LIMIT,
     PROBES,
     TRAINED,
+    TRAINED_KL,
     Difference,
     Probe,
     check_trained,
@@ -55,10 +56,10 @@ __all__ = [
     "Base",
     "Difference",
     "IGNORED",
-    "KL_LIMIT",
     "PROBES",
     "Probe",
     "TRAINED",
+    "TRAINED_KL",
     "Tensors",
     "adapter_contents",
     "adds_bos",
@@ -78,6 +79,7 @@ __all__ = [
     "make_probes",
     "names",
     "num_experts",
+    "passages",
     "read_adapter",
     "refuse_not_finite",
     "rounding_limit",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,11 +27,6 @@ PROBES = (
 # type. Measured on tiny Llamas: float32 1e-6, bfloat16 and float16 a tenth of these bounds; an
 # adapter that was not merged exceeds them all.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
-
-
-# Mean KL of the next token that a GGUF type may cost against the Hugging Face model; others are
-# reported, not judged
-KL_LIMIT = {"f32": 1e-3, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
 
 
 class Difference(NamedTuple):
@@ -103,7 +98,14 @@ def check_trained(folder: Path, given: Sequence[torch.Tensor], dtype: torch.dtyp
     return str(difference)
 
 
-def compute_logits(model: torch.nn.Module, probes: Sequence[Probe]) -> list[torch.Tensor]:
+class Tokens(Protocol):
+    """What can be fed: token ids."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
+def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[torch.Tensor]:
     """Return float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval
     mode, on its own device."""
     model.eval()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.evaluate import verify
-from lora_cli.gguf import tools
+from lora_cli.gguf import quantize, tools
 from lora_cli.merge.merge import merge
 
 
@@ -59,7 +59,7 @@ def test_forms_of_one_model_are_the_same_function(
     said = verify.verify(forms[one], forms[other], None)
     assert said.startswith(forms[one])
     assert (
-        "(limit: mean KL 1.00e-03)" in said
+        "(limit: mean KL 3.13e-04)" in said
         if "gguf" in (one, other)
         else "(limit: |Δlogit| " in said
     )
@@ -69,6 +69,20 @@ def test_forms_of_one_model_are_the_same_function(
 def test_another_model_is_another_function(forms: dict[str, str], other: str) -> None:
     with pytest.raises(RejectedError, match="not the same function: "):
         verify.verify(forms["base"], forms[other], None)
+
+
+def test_a_quantised_file_is_judged_by_how_many_bits_it_has(
+    forms: dict[str, str], tmp_path: Path
+) -> None:
+    files = {}
+    for kind in ("Q4_K_M", "Q2_K"):
+        files[kind] = tmp_path / f"{kind}.gguf"
+        quantize.quantize(Path(forms["gguf"]), files[kind], kind)
+    said = verify.verify(forms["adapter"], str(files["Q4_K_M"]), None)
+    assert "(limit: mean KL 5.00e-01)" in said
+    with pytest.raises(RejectedError, match="not the same function: "):
+        verify.verify(forms["base"], str(files["Q4_K_M"]), None)
+    assert "has no limit" in verify.verify(forms["adapter"], str(files["Q2_K"]), None)
 
 
 def test_another_tokenizer_is_another_model(forms: dict[str, str], tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ tests/gguf/test_engine.py
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import parity, tools
+from lora_cli.gguf import llama_api, parity, tools
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models.probes import compute_logits, make_probes
+from lora_cli.models import passages
 from tests.networks import greedy
 
 TEXTS = [
@@ -87,17 +89,42 @@ def test_distributions_and_answers_agree_with_transformers(
         assert "".join(engine.stream(engine.render(messages), 16)) == answer
 
 
+def test_every_position_agrees_with_transformers(gguf: Path, tiny: Path, tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32).eval()
+    made = passages.make_passages(tokenizer, 512)
+    assert len({len(passage.ids) for passage in made}) > 1
+    texts = [passage.ids for passage in made]
+    for ids, given in zip(texts, llama_api.compute_logits(gguf, texts), strict=True):
+        with torch.no_grad():
+            wanted = model(input_ids=torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(given.log_softmax(-1), wanted.log_softmax(-1), rtol=0, atol=2e-3)
+
+
+def test_another_layout_of_llama_cpp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Moved(llama_api.ContextParams):
+        _fields_ = (("more", ctypes.c_uint8 * 64),)
+
+    lib = SimpleNamespace(**dict.fromkeys(llama_api.SIGNATURES, SimpleNamespace()))
+    lib.llama_context_default_params = Moved
+    monkeypatch.setattr(llama_api.ggml, "load_library", lambda: lib)
+    with pytest.raises(LoraError, match="lays out llama.cpp's parameters otherwise"):
+        llama_api.load_api.__wrapped__()
+    del lib.llama_decode
+    with pytest.raises(LoraError, match="does not let others use llama.cpp .*llama_decode"):
+        llama_api.load_api.__wrapped__()
+
+
 def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> None:
-    probes = make_probes(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
-    right = [logits[-1] for logits in compute_logits(model, probes)]
-    assert "of 4 probes" in parity.compare_gguf(gguf, probes, right, 1e-3)
-    model.lm_head.weight.data = model.lm_head.weight.data.roll(
-        1, 0
-    )  # another token's likelihood for each
-    wrong = [logits[-1] for logits in compute_logits(model, probes)]
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32).eval()
+    right = parity.make_reference(model, model.config, tokenizer, None)
+    assert parity.compare_gguf(gguf, "f16", right).top1 > 0.99
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32).eval()
+    # the likelihood of another token for each
+    model.lm_head.weight.data = model.lm_head.weight.data.roll(1, 0)
+    wrong = parity.make_reference(model, model.config, tokenizer, None)
     with pytest.raises(LoraError, match="differs from the model it was made from"):
-        parity.compare_gguf(gguf, probes, wrong, 1e-3)
+        parity.compare_gguf(gguf, "f16", wrong)
+    assert parity.compare_gguf(gguf, "q8_0", wrong).mean_kl > 0.1  # reported
 
 
 def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from lora_cli.gguf.modelfile import find_pieces, say_how, write_modelfile
 from lora_cli.models import adapter_folder, attach
 from lora_cli.models.base import Base
 from lora_cli.models.config import load_config
-from lora_cli.models.probes import compute_logits, make_probes
 from lora_cli.models.tokenizer import set_chat_template
 
 SCALED = {
@@ -173,18 +172,16 @@ def test_a_disk_that_is_too_small_is_said_in_megabytes(
         LoraError,
         match=rf"about {(needed >> 20) + 1} MB in .*, {(needed - free >> 20) + 1} MB more than",
     ):
-        preflight.check_disk(tmp_path, config, ["f16"], merged=torch.float32, exact="f32")
-    preflight.check_disk(tmp_path, config, ["Q2_K"], merged=None, exact=None)
+        preflight.check_disk(tmp_path, config, ["f16", "f32"], merged=torch.float32)
+    preflight.check_disk(tmp_path, config, ["Q2_K"], merged=None)
     assert preflight.estimate_bits_per_weight("Q4_K_M") == 5.5
 
 
 def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> None:
-    probes = make_probes(AutoTokenizer.from_pretrained(base))
+    tokenizer = AutoTokenizer.from_pretrained(base)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    expected = [rows[-1] for rows in compute_logits(network, probes)]
-    source = parity.Source(
-        network.config, AutoTokenizer.from_pretrained(base), network.num_parameters()
-    )
+    source = parity.Source(network.config, tokenizer, network.num_parameters())
+    reference = parity.make_reference(network, network.config, tokenizer, source)
     converter = tools.find_converter()
     # NaN, which the converter writes with exit 0
     weights = load_file(base / "model.safetensors")
@@ -201,13 +198,13 @@ def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> No
     )
     tools.convert(nan, tmp_path / "nan.gguf", "f16", converter)
     with pytest.raises(LoraError, match=r"cannot load .*nan.gguf"):
-        parity.compare_gguf(tmp_path / "nan.gguf", probes, expected, None)
+        parity.compare_gguf(tmp_path / "nan.gguf", "f16", reference)
     # another context length, end token and template
     other = damaged(base, tmp_path / "other", max_position_embeddings=64)
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     tools.convert(other, tmp_path / "other.gguf", "f16", converter)
     with pytest.raises(LoraError, match=r"its chat template is .*; its context length is 64, not"):
-        parity.compare_gguf(tmp_path / "other.gguf", probes, expected, None, source)
+        parity.compare_gguf(tmp_path / "other.gguf", "f16", reference)
 
 
 def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: Path, capfd) -> None:

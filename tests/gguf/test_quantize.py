@@ -18,6 +18,7 @@ import pytest
 
 from lora_cli.common import LoraError, UsageError
 from lora_cli.gguf import header, mixture, quantize
+from lora_cli.gguf.ggml import Ggml
 from tests import ggufs
 
 UNREAD = {"Q1_0", "Q2_0"}
@@ -128,7 +129,7 @@ def test_the_rule_is_the_one_that_was_compared(name: str, tmp_path: Path) -> Non
     equal."""
     ggufs.write_model(tmp_path / "model.gguf", name)
     model = header.read_header(memoryview((tmp_path / "model.gguf").read_bytes()))
-    block, types = quantize.Ggml().block, []
+    block, types = Ggml().block, []
     for kind in mixture.KINDS:
         for weighted in (False, True):
             try:
@@ -175,7 +176,7 @@ def test_each_expert_has_its_own_weights(tmp_path: Path) -> None:
     )
     given, stacked = (read(file)[name].data for file in (tmp_path / "model.gguf", path))
     columns = quantize.read_weights(tmp_path / "imatrix.gguf").by_tensor[name].reshape(8, 256)
-    ggml = quantize.Ggml()
+    ggml = Ggml()
     for expert in range(8):
         alone = ggml.quantize(given[expert], "Q4_K", columns[expert])
         assert np.array_equal(alone, stacked[expert].reshape(-1))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common import provenance
-from lora_cli.common.errors import LoraError
+from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.merge import in_memory
 from lora_cli.merge.merge import merge
 from lora_cli.models import adapter_folder
@@ -160,7 +160,9 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
     (adapter / TRAINED).unlink()  # which would have noticed the damage already
     monkeypatch.setattr(in_memory, "fold_adapter", unmerged)
     with pytest.raises(
-        LoraError, match="the merged model differs from base with adapter.*; left in .*out.rejected"
+        RejectedError,
+        match=r"proj.weight in the merged model is off by 100% of the adapter's change "
+        r".*; left in .*out.rejected",
     ):
         merge(adapter, tmp_path / "out", stream=False)
     assert not (tmp_path / "out").exists()

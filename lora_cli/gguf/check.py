@@ -1,0 +1,62 @@
+"""What is checked of each file of an export, and what is reported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_cli.gguf import llama_api, parity, quantize, tensor_check
+from lora_cli.gguf.tools import EXACT, Found, convert
+from lora_cli.models import Base, compute_logits, convert_to_float32, passages
+
+
+class Checker:
+    """Compares the files of an export with the Hugging Face model, and tensor by tensor with the
+    exact GGUF that they were rounded from."""
+
+    def __init__(self, model: Base, exact: Path, exact_type: str) -> None:
+        """Compute what the model says, and compare the exact GGUF with it. Raises LoraError where
+        that says something else."""
+        weights, tokenizer = convert_to_float32(model.load()), model.load_tokenizer()
+        source = parity.Source(model.config, tokenizer, weights.num_parameters())
+        self._reference = parity.make_reference(weights, model.config, tokenizer, source)
+        self._exact_type = exact_type
+        self._likeness = {exact_type: parity.compare_gguf(exact, exact_type, self._reference)}
+        self._base: dict[str, passages.Likeness] = {}
+
+    def measure_base(
+        self,
+        base: Base,
+        types: Sequence[str],
+        converter: Found,
+        scratch: Path,
+        matrix: Path | None,
+    ) -> None:
+        """Measure what each of `types` costs the base, for the reports to name beside what it costs
+        the model. Nothing is measured where the base lacks tokens of the model."""
+        made = self._reference.passages
+        rows = base.config.get_text_config().vocab_size
+        if not types or any(number >= rows for passage in made for number in passage.ids):
+            return
+        logits = compute_logits(convert_to_float32(base.load()), made)
+        exact = scratch / "base" / "base.gguf"
+        convert(base.download(), exact, EXACT[str(base.dtype).removeprefix("torch.")], converter)
+        for name in types:
+            file = exact.with_name(f"{name}.gguf")
+            quantize.quantize(exact, file, name.upper(), matrix, announced=False)
+            given = llama_api.compute_logits(file, [passage.ids for passage in made])
+            self._base[name] = passages.compare_passages(made, logits, list(given))
+            file.unlink()
+        exact.unlink()
+
+    def check(self, file: Path, name: str, digests: Mapping[str, str], exact: Path) -> str:
+        """Check a file of type `name` and report in words; `digests` are those of the tensors that
+        our quantiser made. Raises LoraError for a file that may not be handed over."""
+        said = ""
+        if name != self._exact_type:
+            said = f"{tensor_check.compare_tensors(file, exact, digests)}; "
+            self._likeness[name] = parity.compare_gguf(file, name, self._reference)
+        said += f"in llama.cpp: {self._likeness[name]}"
+        if cost := self._base.get(name):
+            said += f" (the base as {name}: mean KL {cost.mean_kl:.1e}, top-1 {cost.top1:.1%})"
+        return said
