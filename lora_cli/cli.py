@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 
 from lora_cli import __version__
-from lora_cli.common import LoraError, UsageError, library_errors, privacy, remote_code, ui
+from lora_cli.common import LoraError, UsageError, library_errors, privacy, remote_code, threads, ui
 from lora_cli.train import launch
 
 if TYPE_CHECKING:
@@ -574,6 +574,7 @@ def main() -> NoReturn:
     """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 129 by
     SIGHUP, 130 when interrupted, 143 by SIGTERM."""
     _listen()
+    threads.bound_spinning()
     try:
         if sys.stdout is None:
             raise LoraError("standard output is closed", "leave it open, or > /dev/null")

@@ -36,6 +36,7 @@ NAMES = {
 }
 GUARDED = {
     "common/files.py": {"os.register_at_fork"},
+    "common/threads.py": {"os.getloadavg"},
     "models/chat_template.py": {
         "signal.ITIMER_REAL",
         "signal.SIGALRM",

@@ -14,6 +14,7 @@ Its doors, in the order a reader needs them:
     privacy                                keeps secrets and the home path out of files and messages
     provenance                             the record of what produced an artefact
     remote_code                            whether a model's own code may run
+    threads                                how threads wait, and what other work takes
 """
 
 from lora_cli.common.errors import (
@@ -46,6 +47,7 @@ __all__ = [
     "refuse_occupied",
     "remote_code",
     "say",
+    "threads",
     "translate_refusals",
     "ui",
     "warn",

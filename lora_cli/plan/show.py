@@ -14,10 +14,11 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import ui
+from lora_cli.common import threads, ui
 from lora_cli.data import cache, load, prepare, sources
 from lora_cli.models import Base, attach, load_recipe_tokenizer
 from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
@@ -198,6 +199,8 @@ def _format_lines(
     )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"
+    if device.kind == "cpu":
+        yield f"threads: {torch.get_num_threads()}, waiting {threads.describe_waiting()}"
     yield from _format_limits(recipe, report["largest"])
     yield from _format_duration(report)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, files, provenance, translate_refusals, ui
+from lora_cli.common import LoraError, files, provenance, threads, translate_refusals, ui
 from lora_cli.data import prepare
 from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
 from lora_cli.plan import auto, hardware
@@ -93,7 +92,7 @@ def _run(recipe: Recipe, base: Base, run: Run, resume: bool) -> Path:
     modules = len(attach.find_lora_layers(adapted))
     ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {modules} modules")
     _say_packed(recipe, trainer, inputs.train_rows)
-    started = time.monotonic()
+    began = threads.look()
     checkpoint = _find_checkpoint(run) if resume else None
     with (
         disk_space.translate_full_disk(run.folder, inputs.disk),
@@ -111,9 +110,18 @@ def _run(recipe: Recipe, base: Base, run: Run, resume: bool) -> Path:
     with disk_space.translate_full_disk(run.folder, inputs.disk):
         _save(adapted, inputs.tokenizer, adapter, run)
         run.save()
-    duration = ui.format_duration(time.monotonic() - started)
+    duration = _measure_duration(began)
     ui.say(f"trained {steps} steps in {duration}, mean loss {mean_loss:.4f}; adapter in {adapter}")
     return adapter
+
+
+def _measure_duration(began: threads.Moment) -> str:
+    """Return in words how long it was since `began`; warn where other work made it longer."""
+    ended = threads.look()
+    slow = threads.explain_slowness(began, ended, torch.get_num_threads())
+    if slow and not torch.cuda.is_available():
+        ui.warn(slow)
+    return ui.format_duration(ended.clock - began.clock)
 
 
 def _say_packed(recipe: Recipe, trainer: Watched, train_rows: prepare.Prepared) -> None:
