@@ -39,6 +39,9 @@ class Encoded(NamedTuple):
     begins_inside: bool = False
     """Whether an answer begins inside a token, which inference would split, since it does not know
     the answer."""
+    unread: tuple[str, ...] = ()
+    """What the row has for the chat template that this one does not read: keys of its turns,
+    tools."""
 
 
 class Piece(NamedTuple):
@@ -48,6 +51,7 @@ class Piece(NamedTuple):
     text: str
     spans: list[Span]
     control_in_text: bool
+    unread: tuple[str, ...]
 
 
 class Tokenising(NamedTuple):
@@ -79,6 +83,7 @@ class Renderer:
         # what they know beside the conversation
         self.templates = dict[bool, Any]()
         self.variables = dict[str, Any]()
+        self.words = dict[bool, frozenset[str]]()
         self.special_tokens = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
         self.added_ids = np.array(sorted(added), np.int64)
@@ -138,12 +143,44 @@ class Renderer:
             text = self.render_text(row)
             rendered = [(text, [(0, len(text))])]
             control_in_text = self._has_control(row)
+            unread: tuple[str, ...] = ()
         else:
-            rendered = self.render_conversation(row)
+            row = self._fit_roles(row)
+            rendered, unread = self.render_conversation(row), self._find_unread(row)
             control_in_text = any(map(self._has_control, _walk_message_texts(row)))
         for text, _ in rendered:
             _refuse_half_characters(text)
-        return [Piece(number, text, spans, control_in_text) for text, spans in rendered]
+        return [Piece(number, text, spans, control_in_text, unread) for text, spans in rendered]
+
+    def _fit_roles(self, row: Conversation) -> Conversation:
+        """Return the conversation with `system` for `developer` where the template has no such
+        role."""
+        roles = {message["role"] for message in row.messages}
+        if "developer" not in roles or self._is_read("developer", bool(row.tools)):
+            return row
+        messages = [
+            {**message, "role": "system"} if message["role"] == "developer" else message
+            for message in row.messages
+        ]
+        return row._replace(messages=messages)
+
+    def _find_unread(self, row: Conversation) -> tuple[str, ...]:
+        """Return what the template does not read of the conversation: keys of turns, tools."""
+        keys = {key for message in row.messages if len(message) > 2 for key in message}
+        keys -= {"role", "content"}
+        has_tools = bool(row.tools)
+        if has_tools:
+            keys.add("tools")
+        return tuple(sorted(key for key in keys if not self._is_read(key, has_tools)))
+
+    def _is_read(self, name: str, with_tools: bool) -> bool:
+        """Return whether the template has this word."""
+        known = self.words.get(with_tools)
+        if known is None:
+            tools: list[Any] | None = [{}] if with_tools else None
+            source = self.tokenizer.get_chat_template(tools=tools)
+            known = self.words[with_tools] = frozenset(re.findall(r"\w+", source))
+        return name in known
 
     def _label_pieces(self, waiting: Tokenising) -> Made:
         """Return what the rows of a batch became, with its tokenised texts labelled."""
@@ -162,7 +199,7 @@ class Renderer:
                 if last > first and ends[last - 1] > end and ids[last - 1] not in self.added_ids:
                     last -= 1
                 labels[first:last] = ids[first:last]
-            found.append(Encoded(ids, labels, piece.control_in_text, begins_inside))
+            found.append(Encoded(ids, labels, piece.control_in_text, begins_inside, piece.unread))
         return waiting.made
 
     def render_conversation(self, row: Conversation) -> list[tuple[str, list[Span]]]:

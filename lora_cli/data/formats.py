@@ -19,7 +19,28 @@ FORMATS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-ROLES = ("system", "user", "assistant", "tool")
+# Columns under other names: ours -> theirs. The first set that is there whole is taken.
+COLUMN_SETS: tuple[dict[str, str], ...] = (
+    {"instruction": "instruction", "input": "context", "output": "response"},  # Dolly
+    {"system": "system_prompt", "prompt": "question", "completion": "response"},  # OpenOrca
+    {"instruction": "instruction", "input": "input", "output": "response"},
+    {"instruction": "instruction", "output": "response"},
+    {"instruction": "instruction", "output": "completion"},
+    {"instruction": "instruction", "output": "answer"},
+    {"prompt": "question", "completion": "answer"},  # GSM8K
+    {"prompt": "question", "completion": "response"},
+    {"prompt": "query", "completion": "response"},  # MetaMathQA
+    {"prompt": "query", "completion": "answer"},
+    {"prompt": "problem", "completion": "solution"},  # MATH, NuminaMath
+    {"prompt": "prompt", "completion": "response"},
+    {"prompt": "prompt", "completion": "answer"},
+    {"prompt": "input", "completion": "output"},
+    {"messages": "conversation"},
+    {"messages": "dialogue"},
+)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FIRST = ("system", "developer")
+"""Roles of a message that comes before the conversation."""
 # ShareGPT's names of the speakers, as its data sets spell them
 SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
@@ -30,7 +51,10 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "function_response": "tool",
     "observation": "tool",
+    "function": "tool",
 }
+OURS = {"role", "content", "train", "weight", "tool_calls", "function_call"}
+"""Keys of a message that are made into something else, or have their own checks."""
 MEND = "mend or remove the row, or --set data.on_bad_row=skip"
 
 
@@ -66,6 +90,27 @@ def recognise_format(columns: Iterable[str]) -> str | None:
     """Return the first format whose columns are all there, or None."""
     there = set(columns)
     return next((style for style, needed in FORMATS.items() if there.issuperset(needed)), None)
+
+
+def guess_columns(columns: Iterable[str]) -> dict[str, str]:
+    """Return which columns hold what a known format needs, as `ours: theirs`; empty where the
+    columns are a format's own, or no set that is known."""
+    there = set(columns)
+    if recognise_format(there):
+        return {}
+    return next((names for names in COLUMN_SETS if there.issuperset(names.values())), {})
+
+
+def rename_columns(row: Mapping[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
+    """Return the row under our column names (`columns` is ours: theirs).
+
+    A column of theirs that already has one of our names is left out.
+    """
+    theirs = set(columns.values())
+    kept = {
+        name: value for name, value in row.items() if name not in theirs and name not in columns
+    }
+    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
 def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
@@ -169,10 +214,17 @@ def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation
 
 
 def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
-    """Return a prompt and completion, texts or lists of turns, as a conversation."""
+    """Return a prompt and completion, texts or lists of turns, as a conversation whose completion
+    alone carries loss."""
     prompt, completion = _get_value(row, "prompt"), _get_value(row, "completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _make_conversation([*prompt, *completion], row)
+    if isinstance(prompt, list):
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if not isinstance(completion, list):
+            raise BadRow("prompt is a list, and completion is neither text nor a list")
+        made = _make_conversation([*prompt, *completion], row)
+        earlier = len(made.messages) - len(completion)
+        return made._replace(trained=[False] * earlier + made.trained[earlier:])
     return _make_two_turns(
         _get_filled_text(row, "prompt"), _get_filled_text(row, "completion"), row
     )
@@ -203,25 +255,25 @@ def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation
         message, learned = _make_turn(turn, number)
         messages.append(message)
         trained.append(learned)
-    if messages[0]["role"] != "system":
+    if messages[0]["role"] not in FIRST:
         messages, trained = _get_system(row) + messages, [False] * len(_get_system(row)) + trained
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise BadRow("the assistant has no turn")
-    if next(role for role in roles if role != "system") == "assistant":
+    if next(role for role in roles if role not in FIRST) == "assistant":
         raise BadRow("the assistant speaks first", hint="begin with a turn of the user")
     return Conversation(messages, _get_tools(row), trained)
 
 
 def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
-    """Return one message as templates take it, and whether it may carry loss (not with `train:
-    false` or `weight: 0`)."""
+    """Return one message as templates take it, with all that its author gave it for the template to
+    read, and whether it may carry loss (not with `train: false` or `weight: 0`)."""
     if not isinstance(turn, dict):
         raise BadRow(
             "a turn is not a mapping",
             f"turn {number} is {json.dumps(turn, default=str)[:40]}, not {{role, content}}",
         )
-    role = turn.get("role")
+    role = "tool" if turn.get("role") == "function" else turn.get("role")
     if role not in ROLES:
         guess = find_nearest(str(role), ROLES)
         hint = f"did you mean {guess}?" if guess else f"roles are {', '.join(ROLES)}"
@@ -237,19 +289,38 @@ def _make_turn(turn: Any, number: int) -> tuple[dict[str, Any], bool]:
             f"turn {number}: train must be true or false, weight 0 or 1",
         )
     message = {"role": role}
-    calls = turn.get("tool_calls")
+    old = turn.get("function_call")  # OpenAI's, before there were several in a turn
+    calls = turn.get("tool_calls") or ([old] if old else None)
     if calls:
         message["tool_calls"] = _convert_calls(calls, number)
-    if calls and not turn.get("content"):
-        message["content"] = ""
-    elif role in ("assistant", "user"):
-        message["content"] = _get_filled_text(turn, "content", f"the {role}'s content")
-    else:
-        message["content"] = _get_text(turn, "content", f"the {role}'s content")
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if turn.get(key) is not None:
-            message[key] = turn[key]
+    message["content"] = _get_content(turn, role, number, bool(calls))
+    others = {key: turn[key] for key in turn.keys() - OURS if turn[key] is not None}
+    message |= dict(sorted(others.items()))
     return message, role == "assistant" and train is not False and weight != 0
+
+
+def _get_content(turn: dict[str, Any], role: str, number: int, may_be_empty: bool) -> str:
+    """Return a turn's text; a list of text parts is joined. Raise BadRow for parts of other
+    kinds."""
+    name, content = f"the {role}'s content", turn.get("content")
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else "text"
+            text = part.get("text") if isinstance(part, dict) else part
+            if kind != "text" or not isinstance(text, str):
+                raise BadRow(
+                    f"{name} has parts that are not text",
+                    f"turn {number}: {name} has a part of the type {kind!r}, and only text is "
+                    "trained on",
+                )
+            texts.append(text)
+        turn = {**turn, "content": "".join(texts)}
+    if may_be_empty and not turn.get("content"):
+        return ""
+    if role in ("assistant", "user"):
+        return _get_filled_text(turn, "content", name)
+    return _get_text(turn, "content", name)
 
 
 def _convert_calls(calls: Any, number: int) -> list[Any]:
@@ -286,7 +357,17 @@ def _convert_calls(calls: Any, number: int) -> list[Any]:
 
 def _get_tools(row: Mapping[str, Any]) -> list[Any] | None:
     """Return the tools that the row's turns may call, or None."""
-    return _get_list(row, "tools") if row.get("tools") else None
+    if not row.get("tools"):
+        return None
+    tools = []
+    for tool in _get_list(row, "tools"):
+        if isinstance(tool, str):  # data sets of one type for a column keep each as JSON
+            try:
+                tool = json.loads(tool)
+            except (ValueError, RecursionError):
+                raise BadRow("a tool is text that is not JSON") from None
+        tools.append(tool)
+    return tools
 
 
 def _convert_sharegpt_turn(turn: Any) -> Any:
@@ -294,7 +375,7 @@ def _convert_sharegpt_turn(turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     speaker, value = turn["from"], turn.get("value")
-    others = {key: turn[key] for key in ("train", "weight") if key in turn}
+    others = {key: given for key, given in turn.items() if key not in ("from", "value")}
     if speaker == "function_call":
         try:
             calls = json.loads(str(value))

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow
@@ -24,7 +24,7 @@ from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
-from lora_cli.recipe import Data, Recipe
+from lora_cli.recipe import Column, Data, Recipe
 
 COLUMNS_FROM = 100
 """How many rows, from the first, tell the format by their columns."""
@@ -181,9 +181,9 @@ def _encode_rows(
     columns = list(
         dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row)
     )
-    style = _choose_format(data, columns) if columns else "text"
+    style, names = _choose_format(data, columns) if columns else ("text", {})
     convert = formats.find_converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
-    batches = _convert_rows(chain(first, rows), convert, data, counts)
+    batches = _convert_rows(chain(first, rows), convert, names, data, counts)
     for batch, made in renderer.encode(batches):
         for (place, _), found in zip(batch, made):
             if isinstance(found, BadRow):
@@ -193,9 +193,14 @@ def _encode_rows(
 
 
 def _convert_rows(
-    rows: Iterator[tuple[str, readers.Row]], convert: formats.Converter, data: Data, counts: Counts
+    rows: Iterator[tuple[str, readers.Row]],
+    convert: formats.Converter,
+    names: Mapping[str, str],
+    data: Data,
+    counts: Counts,
 ) -> Iterator[Batch]:
-    """Yield the usable rows in batches; none any more once a bad row is an error."""
+    """Yield the usable rows in batches, their columns renamed by `names` (ours: theirs); none any
+    more once a bad row is an error."""
     while read := list(islice(rows, readers.BATCH)):
         counts.read += len(read)
         batch: Batch = []
@@ -203,7 +208,7 @@ def _convert_rows(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                ours = _rename_columns(row, data.columns) if data.columns else row
+                ours = formats.rename_columns(row, names) if names else row
                 batch.append((place, convert(ours)))
             except BadRow as bad:
                 counts.count_bad(place, bad)
@@ -211,31 +216,24 @@ def _convert_rows(
             yield batch
 
 
-def _rename_columns(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
-    """Return the row under our column names (`columns` is ours: theirs).
-
-    A column of theirs that already has one of our names is left out.
-    """
-    theirs = set(columns.values())
-    kept = {
-        name: value for name, value in row.items() if name not in theirs and name not in columns
-    }
-    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
-
-
-def _choose_format(data: Data, columns: list[str]) -> str:
-    """Return the format of the rows: the recipe's, or the one that their columns tell."""
+def _choose_format(data: Data, columns: list[str]) -> tuple[str, Mapping[str, str]]:
+    """Return the format of the rows, the recipe's or the one that their columns tell, and the names
+    of its columns as `ours: theirs`."""
     for theirs in data.columns.values():
         if theirs not in columns:
             raise _explain_missing_column(theirs, columns, "data.columns")
-    named = list(_rename_columns(dict.fromkeys(columns), data.columns))
+    names: Mapping[Any, str] = data.columns
+    if not names and data.format == "auto":
+        names = formats.guess_columns(columns)
+    named = list(formats.rename_columns(dict.fromkeys(columns), names))
     if data.format != "auto":
         for column in formats.FORMATS[data.format]:
             if column not in named:
                 raise _explain_missing_column(column, named, f"data.format: {data.format}")
-        return data.format
+        return data.format, names
     if style := formats.recognise_format(named):
-        return style
+        _say_columns(names, named, by_hand=bool(data.columns))
+        return style, names
     likely = [name for name in columns if name in ("chosen", "answer", "response")]
     answer = likely[0] if likely else columns[-1]
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
@@ -243,6 +241,16 @@ def _choose_format(data: Data, columns: list[str]) -> str:
         f"data.path: the columns {', '.join(columns)} match no known format ({shapes})",
         f"--set data.columns='{{prompt: {columns[0]}, completion: {answer}}}'",
     )
+
+
+def _say_columns(names: Mapping[Any, str], named: list[str], by_hand: bool) -> None:
+    """Say which columns are read as ours; where a user has named some, which are not read."""
+    if names and not by_hand:
+        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in names.items())
+        ui.say(f"  columns: {read}")
+    unread = [name for name in named if name not in get_args(Column)]
+    if by_hand and unread:
+        ui.say(f"  columns that are not read: {', '.join(unread)}")
 
 
 def _explain_missing_column(column: str, columns: list[str], where: str) -> LoraError:

@@ -46,6 +46,8 @@ class Counts:
     """Conversations that became one row for each answer."""
     control_in_text: int = 0
     """Rows whose author wrote control tokens in their text."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows with something that the chat template does not read, by its name."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Lengths of all encoded rows, in tokens."""
     ends: Counter[int] = field(default_factory=Counter)
@@ -67,7 +69,8 @@ class Counts:
     def from_data(cls, data: dict[str, Any]) -> Counts:
         """Return the counts that `to_data` gave, after JSON made their keys text and tuples
         lists."""
-        counters: dict[str, Any] = {name: Counter(data[name]) for name in ("left_out", "bad")}
+        plain = ("left_out", "bad", "unread")
+        counters: dict[str, Any] = {name: Counter(data[name]) for name in plain}
         for name in ("lengths", "ends"):
             counters[name] = Counter({int(key): number for key, number in data[name].items()})
         first = data["first_bad"]
@@ -94,6 +97,7 @@ def select_rows(
         for row in found:
             counts.lengths[len(row.input_ids)] += 1
             counts.control_in_text += row.control_in_text
+            counts.unread.update(row.unread)
             learned = row.labels != IGNORED
             if row.begins_inside:
                 counts.left_out[BEGINS_INSIDE] += 1
@@ -214,6 +218,8 @@ def warn_of_counts(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
             f"{counts.control_in_text} rows have control tokens in their text; they are encoded as "
             "control tokens"
         )
+    for name, number in counts.unread.items():
+        ui.warn(f"{number} rows have {name}, which the chat template does not read: it is left out")
     if counts.by_turn:
         ui.say(
             f"  {counts.by_turn} conversations became one row for each answer: the template "

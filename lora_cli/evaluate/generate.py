@@ -71,6 +71,7 @@ def _make_question(place: str, row: readers.Row) -> Question:
         raise _refuse_row(place, row)
     if row.keys() == {"text"}:  # a line of a .txt file
         row = {"prompt": row["text"]}
+    row = formats.rename_columns(row, formats.guess_columns(row))
     for style, asked, answer in (
         ("prompt_completion", "prompt", "completion"),
         ("alpaca", "instruction", "output"),

@@ -5,7 +5,8 @@ Its doors, in the order a reader needs them:
 
     load_recipe                   a file with what it extends and overrides, checked, as a Recipe
     Recipe                        the whole recipe, frozen, knowing where each value was written
-    Data, Lora, Model, Training   its sections; Rows is one data set of data.mix
+    Data, Lora, Model, Training   its sections; Rows is one data set of data.mix, Column a name
+                                  of a column
     shipped_recipes               the recipes that come with lora
     TASKS, DEFAULT_TASK, Task     what a model does with its input
     find_task                     … found by PEFT's name of it
@@ -16,12 +17,13 @@ Its doors, in the order a reader needs them:
 """
 
 from lora_cli.recipe.initialisations import find_initialisation
-from lora_cli.recipe.keys import Data, Lora, Model, Recipe, Rows, Training
+from lora_cli.recipe.keys import Column, Data, Lora, Model, Recipe, Rows, Training
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 
 __all__ = [
     "DEFAULT_TASK",
+    "Column",
     "Data",
     "Lora",
     "Model",

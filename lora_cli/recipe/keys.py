@@ -206,7 +206,9 @@ class Data(Section):
     """The part to evaluate on (default `train` when eval_path is given)."""
     format: Auto | Format = "auto"
     """Shape of a row; `auto` goes by the columns: instruction/input/output, prompt/completion,
-    OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels."""
+    OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels; also
+    instruction/context/response (Dolly), question/answer, query/response, problem/solution,
+    input/output and the like, which is said."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"

@@ -101,7 +101,7 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "no assistant": ("rows.jsonl", turns(USER), ""),
     "assistant first": ("rows.jsonl", turns(ANSWER, USER), ""),
     "content is null": ("rows.jsonl", turns(USER, {"role": "assistant", "content": None}), ""),
-    "content in parts": ("rows.jsonl", turns(USER | {"content": [{"type": "text", "text": "ask"}]}, ANSWER), ""),
+    "content in parts": ("rows.jsonl", turns(USER | {"content": [{"type": "text", "text": "ask"}, {"type": "image_url"}]}, ANSWER), ""),
     "empty turn": ("rows.jsonl", turns(USER, {"role": "assistant", "content": ""}), ""),
     "train is text": ("rows.jsonl", turns(USER, ANSWER | {"train": "no"}), ""),
     "nothing to train": ("rows.jsonl", turns(USER, ANSWER | {"train": False}), ""),
