@@ -113,6 +113,14 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
         yield folder
 
 
+def make_passing_folder(prefix: str) -> Path:
+    """Make a folder among the system's temporary ones that goes away with the process."""
+    folder = Path(tempfile.gettempdir()) / f"{prefix}{_stamp()}-{secrets.token_hex(8)}"
+    _passing.add(folder)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
 def read_small(path: Path, most: int = SMALL) -> str:
     """Return the text of a plain file of at most `most` bytes.
 

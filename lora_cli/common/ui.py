@@ -7,14 +7,29 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError
 
+_shown_as: dict[str, str] = {}
+
+
+def show_as(copy: Path, given: Path) -> None:
+    """Let messages name `given` where they would name `copy`, which stands for it in this
+    process."""
+    _shown_as[str(copy)] = str(given)
+
 
 def say(text: str = "") -> None:
     """Print one line of prose to stderr, with secrets masked."""
-    print(privacy.mask_secrets(text), file=sys.stderr, flush=True)
+    print(privacy.mask_secrets(_name_given(text)), file=sys.stderr, flush=True)
+
+
+def _name_given(text: str) -> str:
+    for copy, given in _shown_as.items():
+        text = text.replace(copy, given)
+    return text
 
 
 def warn(text: str) -> None:
@@ -25,7 +40,7 @@ def warn(text: str) -> None:
 def render_error(error: LoraError) -> str:
     """Return `error: …`, a blank line and `hint: …`, the form of every failure."""
     text = f"error: {error.message}"
-    return f"{text}\n\nhint: {error.hint}" if error.hint else text
+    return _name_given(f"{text}\n\nhint: {error.hint}" if error.hint else text)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +20,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, UsageError, privacy, provenance, quote, read_json
-from lora_cli.models import adapter_config, fingerprint, names, tokenizer
+from lora_cli.common import LoraError, UsageError, privacy, provenance, quote, read_json, ui
+from lora_cli.models import adapter_config, adapter_names, fingerprint, names, tokenizer
 from lora_cli.models.base import Base
 from lora_cli.models.probes import TRAINED
 
@@ -50,9 +51,11 @@ class Adapter:
     weights as they are."""
     hub_name: str | None = None
     """What it is called on the hub, where `folder` is in the hub's cache."""
+    given: Path | None = None
+    """The folder that was given, where `folder` is a copy of it with other names of tensors."""
 
     def __str__(self) -> str:
-        return self.hub_name or str(self.folder)
+        return self.hub_name or str(self.given or self.folder)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -120,10 +123,36 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     folder = _download(hub_name) if hub_name else path
     _refuse_no_adapter(folder)
     shapes = _check_weights(folder, hub_name)
-    config = _read_config(folder, shapes)
+    respelled = _respell(folder, (folder / ADAPTER_FILES[1]).stat().st_mtime_ns)
+    config = _read_config(
+        folder, {adapter_names.respell(name): shape for name, shape in shapes.items()}
+    )
     record = _read_record(folder)
     named = _choose_base(hub_name or str(folder), base, config, record)
-    return Adapter(folder, named, record, not _changes_base(config), hub_name)
+    given = folder if respelled != folder else None
+    found = Adapter(respelled, named, record, not _changes_base(config), hub_name, given)
+    _warn_of_no_change(respelled, str(found))
+    return found
+
+
+@cache
+def _respell(folder: Path, _written: int) -> Path:
+    """Return the folder with PEFT's names of tensors; a copy is made once for weights that were
+    written at a time."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+        return adapter_names.respell_folder(folder, list(stored.keys()))
+
+
+@cache
+def _warn_of_no_change(folder: Path, name: str) -> None:
+    """Warn, once, of an adapter that leaves its base as it is: every B is zero, and there is
+    nothing but A and B."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+        for key in stored.keys():  # noqa: SIM118
+            plain = re.search(r"\.lora_(embedding_)?([AB])(\.weight)?$", key)
+            if plain is None or (plain[2] == "B" and stored.get_tensor(key).any()):
+                return
+    ui.warn(f"{name} changes nothing: every B is zero, so that it equals its base")
 
 
 @cache
@@ -159,12 +188,8 @@ def _refuse_no_adapter(folder: Path) -> None:
     if not folder.is_dir():
         raise LoraError(f"{folder} does not exist", f"ls {quote(folder.parent)}")
     if not (folder / "adapter_config.json").is_file():
-        inside = folder / "adapter"
-        hint = (
-            f"did you mean {inside}?"
-            if (inside / "adapter_config.json").is_file()
-            else "give the adapter's folder"
-        )
+        inside = names.find_adapter_inside(folder)
+        hint = f"did you mean {inside}?" if inside else "give the adapter's folder"
         raise LoraError(f"{folder} is not an adapter: it has no adapter_config.json", hint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,10 +39,10 @@ def classify(path: str) -> str:
             return "adapter"
         if (local / "config.json").is_file():
             return "model"
-        inside = local / "adapter"
+        inside = find_adapter_inside(local)
         hint = (
             f"did you mean {inside}?"
-            if inside.is_dir()
+            if inside
             else "give a folder with config.json or adapter_config.json"
         )
         raise LoraError(f"{path} is neither a model nor an adapter", hint)
@@ -51,6 +52,18 @@ def classify(path: str) -> str:
             "give a folder, a .gguf file or a model on the hub",
         )
     return "adapter" if _is_adapter_on_hub(path) else "hub"
+
+
+def find_adapter_inside(folder: Path) -> Path | None:
+    """Return the adapter one level below `folder`, if there is one: a run's, one that PEFT saved
+    under a name, else the newest checkpoint's."""
+    found = [file.parent for file in folder.glob("*/adapter_config.json")]
+
+    def rank(path: Path) -> tuple[bool, bool, int, str]:
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        return path.name == "adapter", step is None, int(step[1]) if step else 0, path.name
+
+    return max(found, key=rank, default=None)
 
 
 def may_be_adapter_on_hub(path: Path) -> bool:

@@ -215,7 +215,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "merge: a deeper base": lambda d: _merge(d, adapter(base(d)), str(base(d, "deep", num_hidden_layers=3))),
     "merge: a wider base": lambda d: _merge(d, adapter(base(d)), str(base(d, "wide", hidden_size=64))),
     "merge: wrong key prefix": lambda d: _merge(d, tensors(
-        adapter(base(d)), lambda t: {f"model.{key}": value for key, value in t.items()})),
+        adapter(base(d)), lambda t: {f"net.{key[17:]}": value for key, value in t.items()})),
     "merge: no module of that name": lambda d: _merge(d, changed(
         adapter(base(d)) / "adapter_config.json", target_modules=["query"]).parent),
     "merge: half the tensors": lambda d: _merge(d, tensors(
