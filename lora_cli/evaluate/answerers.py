@@ -7,7 +7,7 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -172,6 +172,8 @@ class HFAnswerer:
     def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
         """Generate left-padded, with the pads masked; cut at the token that ends a turn."""
         weights, tokenizer = self.bases.loaded[self.key], self.tokenizer
+        positions = getattr(weights.config.get_text_config(), "max_position_embeddings", None)
+        room = limit_answer(max(map(len, prompts)), positions, sampling.max_new_tokens)
         pad = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
@@ -191,7 +193,7 @@ class HFAnswerer:
             output = weights.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=room,
                 eos_token_id=self._ends(weights),
                 pad_token_id=pad,
                 **drawing,
@@ -221,6 +223,26 @@ class HFAnswerer:
         return nullcontext()
 
 
+class TooLongError(LoraError):
+    """A conversation that leaves no room for an answer in what the model can read."""
+
+
+def limit_answer(longest: int, positions: int | None, wanted: int) -> int:
+    """Return how many tokens an answer may have, `wanted` at most, after a prompt of `longest`
+    tokens: beyond its `positions` a model answers at random, and does not say so.
+
+    Raises TooLongError where the prompt fills them.
+    """
+    if positions is None:
+        return wanted
+    if longest >= positions:
+        raise TooLongError(
+            f"the prompt has {longest} tokens, and the model reads {positions} with the answer",
+            "shorten it, or take a model that reads more",
+        )
+    return min(wanted, positions - longest)
+
+
 class GGUFAnswerer:
     """A GGUF file in llama.cpp, with the chat template embedded in the file."""
 
@@ -234,22 +256,22 @@ class GGUFAnswerer:
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One after the other."""
-        return [
-            self.model.complete(
-                self.model.render(*asked), sampling.max_new_tokens, sampling.temperature
-            )
-            for asked in conversations
-        ]
+        return ["".join(self._stream(asked, sampling)) for asked in conversations]
 
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
         pieces = []
-        prompt = self.model.render(*conversation)
-        for piece in self.model.stream(prompt, sampling.max_new_tokens, sampling.temperature):
+        for piece in self._stream(conversation, sampling):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
         return "".join(pieces)
+
+    def _stream(self, asked: Asked, sampling: Sampling) -> Iterator[str]:
+        prompt = self.model.render(*asked)
+        positions = min(self.model.metadata["n_ctx_train"], engine.CONTEXT)
+        room = limit_answer(len(self.model.tokenize(prompt)), positions, sampling.max_new_tokens)
+        return self.model.stream(prompt, room, sampling.temperature)
 
 
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:

@@ -6,7 +6,14 @@ import sys
 from collections.abc import Iterator
 
 from lora_cli.common import UsageError, ui
-from lora_cli.evaluate.answerers import Asked, Messages, Sampling, open_models
+from lora_cli.evaluate.answerers import (
+    Answerer,
+    Asked,
+    Messages,
+    Sampling,
+    TooLongError,
+    open_models,
+)
 
 
 def chat(
@@ -25,8 +32,23 @@ def chat(
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = answerer.stream(Asked(messages), Sampling(max_new_tokens, temperature))
+            answer = _answer(
+                answerer, messages, len(opening), Sampling(max_new_tokens, temperature)
+            )
             messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(answerer: Answerer, messages: Messages, first: int, sampling: Sampling) -> str:
+    """Stream the answer to the conversation, whose turns begin at `first`. Where it is longer than
+    the model reads, its oldest question and answer are taken out of it, which is said."""
+    while True:
+        try:
+            return answerer.stream(Asked(messages), sampling)
+        except TooLongError as error:
+            if len(messages) < first + 3:
+                raise
+            del messages[first : first + 2]
+            ui.warn(f"the oldest question and answer are left out: {error.message}")
 
 
 def _read_lines() -> Iterator[str]:

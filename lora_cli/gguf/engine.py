@@ -27,6 +27,9 @@ from typing import IO, Any
 from lora_cli.common import LoraError
 from lora_cli.gguf import tools
 
+CONTEXT = 4096
+"""Tokens of prompt and answer together, unless more are asked for."""
+
 
 def _make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
     """Return llama.cpp's parameters for a model; `exact`: with a float32 KV cache, without flash
@@ -50,7 +53,7 @@ class GGUFModel:
     def __init__(
         self,
         path: Path,
-        n_ctx: int = 4096,
+        n_ctx: int = CONTEXT,
         gpu_layers: int = 0,
         exact: bool = False,
         adapter: Path | None = None,

@@ -1,0 +1,75 @@
+"""What is longer than a model reads is refused, cut short or, in a chat, loses its oldest turns: no
+model answers beyond its positions in silence.
+
+Hermetic: the tiny model, which reads 512 tokens. Alone: pytest tests/evaluate/test_long_prompts.py
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_cli.evaluate import chat
+from lora_cli.evaluate.answerers import Asked, Sampling, TooLongError, limit_answer, open_models
+from lora_cli.gguf import tools
+
+LONG = [{"role": "user", "content": "red dog " * 400}]
+NEARLY = [{"role": "user", "content": "Copy: " + "red " * 480}]
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tools.convert(tiny / "model", file, "f16", tools.find_converter())
+    return file
+
+
+def test_an_answer_has_the_room_that_is_left() -> None:
+    assert limit_answer(10, None, 128) == 128
+    assert limit_answer(10, 512, 128) == 128
+    assert limit_answer(500, 512, 128) == 12
+    for longest in (512, 802):
+        with pytest.raises(TooLongError, match=rf"the prompt has {longest} tokens, .* 512"):
+            limit_answer(longest, 512, 128)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "llama.cpp"])
+def test_both_engines_keep_to_it(kind: str, tiny: Path, gguf: Path) -> None:
+    path = str(gguf if kind == "llama.cpp" else tiny / "model")
+    (answerer,) = open_models([path]).values()
+    with pytest.raises(TooLongError):
+        answerer.answer([Asked(LONG)], Sampling(8, 0.0))
+    (answer,) = answerer.answer([Asked(NEARLY)], Sampling(500, 0.0))
+    assert len(answer.split()) <= 512 - 480
+
+
+def test_a_chat_drops_its_oldest_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard = []
+
+    class Short:
+        """Reads four messages."""
+
+        def stream(self, conversation: Asked, sampling: Sampling) -> str:
+            limit_answer(len(conversation.messages), 5, 1)
+            heard.append([message["content"] for message in conversation.messages])
+            return f"answer {len(heard)}"
+
+    monkeypatch.setattr(chat, "open_models", lambda paths, base: {paths[0]: Short()})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\nthree\n"))
+    chat.chat("model", "be brief", 8, 0.0, None)
+    assert heard == [
+        ["be brief", "one"],
+        ["be brief", "one", "answer 1", "two"],
+        ["be brief", "two", "answer 2", "three"],
+    ]
+    said = capsys.readouterr().err
+    assert said.count("the oldest question and answer are left out") == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
+    monkeypatch.setattr(Short, "stream", lambda *given: limit_answer(9, 5, 1))
+    with pytest.raises(TooLongError):
+        chat.chat("model", None, 8, 0.0, None)
