@@ -7,6 +7,7 @@ compare. What is not in the table is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import linecache
 import os
 import re
 import traceback
@@ -355,12 +356,38 @@ def translate_refusals(
             raise
         library = str(frame.f_globals.get("__name__")).partition(".")[0]
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        if len(passed_on) == 1:
+        blamed = _find_blamed(error, passed_on)
+        if len(blamed) == 1:
             raise LoraError(
-                f"{passed_on[0]} was rejected by {library}: {said}", "change or remove it"
+                f"{blamed[0]} was rejected by {library}: {said}", "change or remove it"
             ) from error
-        hint = f"change or remove {' or '.join(passed_on[:SHOWN])}" if passed_on else "lora doctor"
+        hint = f"change or remove {' or '.join(blamed[:SHOWN])}" if blamed else "lora doctor"
         raise LoraError(f"{library} rejected this recipe: {said}", hint) from error
+
+
+def _find_blamed(error: Exception, passed_on: Sequence[str]) -> list[str]:
+    """Return those of the values `passed_on` that the error speaks of, or that a call on the way to
+    it passes by name; where there are none, those that a function on the way reads."""
+    said = [str(error)]
+    for each in traceback.extract_tb(error.__traceback__):
+        if PACKAGE in Path(each.filename).parents:
+            continue
+        first, last = each.lineno or 0, each.end_lineno or each.lineno or 0
+        said += [linecache.getline(each.filename, number) for number in range(first, last + 1)]
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    theirs = [code for code in codes if PACKAGE not in Path(code.co_filename).parents]
+    for words in (
+        set(re.findall(r"\w+", " ".join(said))),
+        {name for code in theirs for name in code.co_names},
+    ):
+        fields = {key: key.rpartition(".")[2] for key in passed_on}
+        # torch calls its loader's options without the prefix that Trainer gives them
+        blamed = [
+            key for key, name in fields.items() if {name, name.removeprefix("dataloader_")} & words
+        ]
+        if blamed:
+            return blamed
+    return []
 
 
 def _translate_os_error(error: OSError) -> LoraError | None:

@@ -22,16 +22,19 @@ CHUNK = 2**22
 """Elements that are compared at a time by one thread: 16 MB in float32, some times over."""
 BLOCK = 32
 """Weights that share a scale in q8_0."""
+TOO_LARGE = "weights too large"
 REPORT = "report it, with the model's name"
 
 
 class Rounded(NamedTuple):
     """How far some rows lie from the exact ones: `wrong` weights are farther than their type's
-    rounding puts them; the sums of squares are of the error and of the exact weights."""
+    rounding puts them; the sums of squares are of the error and of the exact weights. `infinite`:
+    some are over the type's range."""
 
     wrong: int
-    error: float
-    size: float
+    error: float = 0.0
+    size: float = 0.0
+    infinite: bool = False
 
 
 def compare_tensors(file: Path, exact: Path, digests: Mapping[str, str]) -> str:
@@ -58,6 +61,11 @@ def compare_tensors(file: Path, exact: Path, digests: Mapping[str, str]) -> str:
             if said:
                 wrong.append(f"{tensor.name} {said}")
     progress.clear()
+    if any(TOO_LARGE in said for said in wrong):
+        raise LoraError(
+            f"{file.name} cannot hold the model: {'; '.join(wrong[:3])}",
+            "-q bf16, whose range is that of float32",
+        )
     if wrong:
         raise LoraError(
             f"{file.name} does not hold the weights it was made from: {'; '.join(wrong[:3])} "
@@ -108,6 +116,8 @@ def _judge(
         )
 
     parts = list(pool.map(compare, range(0, len(rows), step)))
+    if any(part.infinite for part in parts):
+        return f"has {TOO_LARGE} for {name}"
     if num_wrong := sum(part.wrong for part in parts):
         return f"has {num_wrong} of {rows.shape[0] * width} weights off"
     if name in EXACT or name == "Q8_0":
@@ -125,14 +135,14 @@ def _compare_rows(given: np.ndarray, exact: np.ndarray, name: str) -> Rounded:
     """Compare rows in float32 with the exact ones."""
     if name in EXACT:
         rounded = torch.tensor(exact).to(_TORCH[name]).float().numpy()
-        return Rounded(int((given != rounded).sum()), 0.0, 0.0)
+        return Rounded(int((given != rounded).sum()), infinite=not np.isfinite(given).all())
     error = np.abs(given - exact)
     if name != "Q8_0":
         return Rounded(0, float((error.astype(np.float64) ** 2).sum()), float((exact**2).sum()))
     largest = np.abs(exact).reshape(-1, BLOCK).max(1)
     # half a step; and the scale, a 127th of the largest, rounded to float16
     limit = largest / 254 * (1 + 2**-10) + np.maximum(largest * 2**-11, 127 * 2**-25)
-    return Rounded(int((error.reshape(-1, BLOCK) > limit[:, None]).sum()), 0.0, 0.0)
+    return Rounded(int((error.reshape(-1, BLOCK) > limit[:, None]).sum()))
 
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

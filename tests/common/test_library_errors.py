@@ -14,6 +14,8 @@ import pickle
 import re
 import socket
 import ssl
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -152,3 +154,43 @@ def test_what_a_library_raises_while_it_reads_is_its_refusal() -> None:
         library_errors.translate_file_errors("it cannot be read", "h"),
     ):
         raise LoraError("ours")
+
+
+def library(source: str) -> dict[str, Any]:
+    """A module of another program."""
+    made: dict[str, Any] = {"__name__": "elsewhere.part"}
+    exec(compile(source, "elsewhere.py", "exec"), made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("source", "blamed"),
+    [
+        (
+            "def run(args):\n    raise ValueError('save_strategy is odd')",
+            "training.save_strategy was",
+        ),
+        (
+            "def run(args):\n    if args.optim_args:\n        raise KeyError('x')",
+            "training.optim_args was",
+        ),
+        (
+            "def run(args):\n    raise ValueError('num_workers is 0, no persistent_workers')",
+            "training.dataloader_persistent_workers was",
+        ),
+        (
+            "def run(args):\n    raise ValueError('a file has no header')",
+            "elsewhere rejected this recipe",
+        ),
+    ],
+)
+def test_a_value_is_blamed_by_what_the_error_says_or_read(source: str, blamed: str) -> None:
+    passed_on = [
+        f"training.{name}"
+        for name in ("save_strategy", "optim_args", "dataloader_persistent_workers")
+    ]
+    run, args = library(source)["run"], SimpleNamespace(optim_args="x")
+    for given in (passed_on, [key for key in passed_on if key in blamed] or passed_on[:1]):
+        with pytest.raises(LoraError) as caught, library_errors.translate_refusals(given):
+            run(args)
+        assert caught.value.message.startswith(blamed)

@@ -126,3 +126,12 @@ def test_one_step_of_q8_0_is_seen(tmp_path: Path) -> None:
     )
     with pytest.raises(LoraError, match=rf"{NAME} has 1 of 2048 weights off"):
         tensor_check.compare_tensors(file, exact, digests)
+
+
+def test_what_float16_cannot_hold_is_sent_to_bfloat16(tmp_path: Path) -> None:
+    file, exact, _ = make(tmp_path, "F16")
+    write_over(exact, NAME, 4 * 5, np.float32(1e6).tobytes())
+    write_over(file, NAME, 2 * 5, np.float16(np.inf).tobytes())
+    with pytest.raises(LoraError, match=rf"{NAME} has weights too large for F16") as caught:
+        tensor_check.compare_tensors(file, exact, {})
+    assert (caught.value.hint or "").startswith("-q bf16")
