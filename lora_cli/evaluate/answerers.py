@@ -237,7 +237,7 @@ def limit_answer(longest: int, positions: int | None, wanted: int) -> int:
         return wanted
     if longest >= positions:
         raise TooLongError(
-            f"the prompt has {longest} tokens, and the model reads {positions} with the answer",
+            f"the prompt has {longest} tokens, and prompt and answer together may have {positions}",
             "shorten it, or take a model that reads more",
         )
     return min(wanted, positions - longest)
