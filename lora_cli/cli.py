@@ -574,6 +574,7 @@ def main() -> NoReturn:
     """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 129 by
     SIGHUP, 130 when interrupted, 143 by SIGTERM."""
     _listen()
+    ui.fit_to_encoding()
     threads.bound_spinning()
     try:
         if sys.stdout is None:

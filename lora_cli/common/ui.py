@@ -3,6 +3,8 @@ data."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import time
@@ -11,6 +13,47 @@ from pathlib import Path
 
 from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError
+
+TWINS = {
+    "…": "...",
+    "·": "*",
+    "×": "x",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "→": "->",
+    "≠": "!=",
+    "≤": "<=",
+    "≥": ">=",
+    "⟦": "[[",
+    "⟧": "]]",
+    "Δ": "delta ",
+    "‖": "||",
+    "²": "^2",
+    "█": "#",
+    "▁": "_",
+}
+"""What our own marks become where the output's encoding has none of them."""
+
+
+def fit_to_encoding() -> None:
+    """Let stdout and stderr take any text, whatever their encoding: our marks as their twins, other
+    characters as escapes."""
+    codecs.register_error("twins", _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="twins")
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for the characters that cannot be encoded, and where to go on."""
+    assert isinstance(error, UnicodeEncodeError), "it is for output alone"
+    failed = error.object[error.start : error.end]
+    spelled = (
+        TWINS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in failed
+    )
+    return "".join(spelled), error.end
+
 
 _shown_as: dict[str, str] = {}
 
