@@ -35,8 +35,7 @@ def test_marks_have_twins_and_the_rest_is_escaped(encoding: str, shown: str) -> 
     assert done.stderr.decode(encoding).rstrip() == shown
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
-def test_check_shows_its_rows(lora, write_recipe, encoding: str, tiny: Path) -> None:
-    done = lora("check", write_recipe(), env={"PYTHONIOENCODING": encoding}, encoding="latin-1")
+def test_check_shows_its_rows(lora, write_recipe) -> None:
+    done = lora("check", write_recipe(), env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert "[[" in done.stdout
