@@ -132,7 +132,7 @@ def damage(adapter: Path, change) -> None:
     ("change", "said"),
     [
         (
-            lambda t: {f"wrong.{name}": tensor for name, tensor in t.items()},
+            lambda t: {name.replace("model.", "model.wrong.", 1): each for name, each in t.items()},
             "the model has no place for",
         ),
         (lambda t: dict(list(t.items())[1:]), "the adapter lacks 1 tensors"),
