@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,11 @@ def _remove_the_rest() -> None:
 
 def _stamp() -> str:
     """Return what tells this process from all others, on this machine and on those that share its
-    disks."""
-    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    disks. Containers may share a machine's name, but each numbers its own processes."""
+    numbering = ""
+    with suppress(OSError):  # Linux alone has it
+        numbering = str(Path("/proc/self/ns/pid").readlink())
+    host = hashlib.sha256(f"{platform.node()} {numbering}".encode()).hexdigest()[:8]
     return f"{os.getpid()}-{host}"
 
 
@@ -94,8 +97,9 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
         found = re.fullmatch(pattern, path.name)
         number, _, host = found[1].partition("-") if found else ("", "", "")
         if host == ours and number.isdigit() and not psutil.pid_exists(int(number)):
-            ui.say(f"removing {path}, which a process that was killed had left")
             _remove(path)
+            if not path.exists():  # it may be another user's
+                ui.say(f"removed {path}, which a process that was killed had left")
 
 
 @contextmanager
@@ -106,16 +110,21 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     Not tempfile's, which names a folder to nobody before it has made it.
     """
     parent = parent or Path(tempfile.gettempdir())
-    remove_leftovers(parent, rf"{re.escape(prefix)}(.+)-[0-9a-f]{{16}}")
-    folder = parent / f"{prefix}{_stamp()}-{secrets.token_hex(8)}"
+    folder = _name_scratch(prefix, parent)
     with passing(folder):
         folder.mkdir(mode=0o700)
         yield folder
 
 
+def _name_scratch(prefix: str, parent: Path) -> Path:
+    """Return a name that no scratch folder in `parent` has, and remove those that were left."""
+    remove_leftovers(parent, rf"{re.escape(prefix)}(.+)-[0-9a-f]{{16}}")
+    return parent / f"{prefix}{_stamp()}-{secrets.token_hex(8)}"
+
+
 def make_passing_folder(prefix: str) -> Path:
     """Make a folder among the system's temporary ones that goes away with the process."""
-    folder = Path(tempfile.gettempdir()) / f"{prefix}{_stamp()}-{secrets.token_hex(8)}"
+    folder = _name_scratch(prefix, Path(tempfile.gettempdir()))
     _passing.add(folder)
     folder.mkdir(mode=0o700)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_cli.common import LoraError, ui
 from lora_cli.gguf import llama_api, parity, quantize, tensor_check
 from lora_cli.gguf.tools import EXACT, Found, convert
 from lora_cli.models import Base, compute_logits, convert_to_float32, passages
@@ -33,11 +34,29 @@ class Checker:
         matrix: Path | None,
     ) -> None:
         """Measure what each of `types` costs the base, for the reports to name beside what it costs
-        the model. Nothing is measured where the base lacks tokens of the model."""
-        made = self._reference.passages
+        the model.
+
+        Nothing is measured where the base lacks tokens of the model. A base that cannot be measured
+        is said, and does not keep the model's own files back.
+        """
         rows = base.config.get_text_config().vocab_size
-        if not types or any(number >= rows for passage in made for number in passage.ids):
+        ids = {number for passage in self._reference.passages for number in passage.ids}
+        if max(ids) >= rows:
             return
+        try:
+            self._measure_base(base, types, converter, scratch, matrix)
+        except LoraError as error:
+            ui.warn(f"what these types cost the base {base} was not measured: {error.message}")
+
+    def _measure_base(
+        self,
+        base: Base,
+        types: Sequence[str],
+        converter: Found,
+        scratch: Path,
+        matrix: Path | None,
+    ) -> None:
+        made = self._reference.passages
         logits = compute_logits(convert_to_float32(base.load()), made)
         exact = scratch / "base" / "base.gguf"
         convert(base.download(), exact, EXACT[str(base.dtype).removeprefix("torch.")], converter)

@@ -88,6 +88,7 @@ class Batch(Structure):
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
+    "llama_log_get": (None, [c_void_p, c_void_p]),
     "llama_log_set": (None, [c_void_p, c_void_p]),
     "llama_model_default_params": (ModelParams, []),
     "llama_context_default_params": (ContextParams, []),
@@ -133,7 +134,6 @@ def load_api() -> Any:
             "pip install 'xllamacpp==2026.10.11549'",
         )
     lib.silent = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda *said: None)
-    lib.llama_log_set(ctypes.cast(lib.silent, c_void_p), None)
     lib.llama_backend_init()
     return lib
 
@@ -148,9 +148,22 @@ def compute_logits(
     llama.cpp cannot load or compute it.
     """
     lib, longest = load_api(), max(map(len, texts))
-    with _open_context(lib, path, longest, adapter) as (context, num_tokens):
+    with _silence(lib), _open_context(lib, path, longest, adapter) as (context, num_tokens):
         for ids in texts:
             yield _decode(lib, context, ids, num_tokens)
+
+
+@contextmanager
+def _silence(lib: Any) -> Iterator[None]:
+    """Keep llama.cpp from printing; afterwards its log goes where it went before, since the server
+    says there why it cannot load a file."""
+    callback, data = c_void_p(), c_void_p()
+    lib.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    lib.llama_log_set(ctypes.cast(lib.silent, c_void_p), None)
+    try:
+        yield
+    finally:
+        lib.llama_log_set(callback, data)
 
 
 @contextmanager

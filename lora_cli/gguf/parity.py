@@ -38,12 +38,17 @@ class Source(NamedTuple):
 
 
 def find_engine() -> bool:
-    """Return whether xllamacpp is installed; a warning where it is not."""
+    """Return whether xllamacpp is installed and lets others use llama.cpp; warn where not."""
     if importlib.util.find_spec("xllamacpp") is None:
         ui.warn(
             "not compared with the Hugging Face model: no llama.cpp engine here (pip install "
             "'lora-cli[gguf]')"
         )
+        return False
+    try:
+        llama_api.load_api()
+    except LoraError as error:
+        ui.warn(f"not compared with the Hugging Face model: {error.message} ({error.hint})")
         return False
     return True
 
@@ -92,8 +97,8 @@ def limit_any_kl(type_name: str) -> float | None:
     """Return the mean KL that a form of this type, a GGUF's or torch's, may lie from its model in
     float32, whatever the model; None for types of fewer than four bits, which may cost anything.
 
-    Where it was made, `limit_kl` is tighter. A type of four bits or more costs real models under
-    0.1 (SmolLM2-135M: Q4_K_M 0.08); another model's file lies several nats away.
+    Where it was made, `limit_kl` is tighter. A type of four bits or more has cost SmolLM2-135M
+    under 0.1 (Q4_K_M 0.03 to 0.08); the limit is six times that, to tell another model's file.
     """
     # Hugging Face models, whose types have torch's names, are computed in float32
     exact = dict.fromkeys(("f32", "float32", "float16", "bfloat16"), TRAINED_KL[torch.float32])

@@ -114,6 +114,27 @@ def test_another_layout_of_llama_cpp_is_refused(monkeypatch: pytest.MonkeyPatch)
         llama_api.load_api.__wrapped__()
 
 
+def test_the_server_still_says_why_it_cannot_load(gguf: Path, tmp_path: Path) -> None:
+    list(llama_api.compute_logits(gguf, [[1, 2]]))  # in silence
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
+    with pytest.raises(LoraError, match=r"cannot load .*cut.gguf: .*(not within|data|bounds)"):
+        GGUFModel(cut)
+
+
+def test_without_llama_cpp_s_functions_nothing_is_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hidden() -> None:
+        raise LoraError("this xllamacpp hides them", "pip install -U xllamacpp")
+
+    monkeypatch.setattr(llama_api, "load_api", hidden)
+    assert not parity.find_engine()
+    assert "not compared with the Hugging Face model: this xllamacpp hides them" in (
+        capsys.readouterr().err
+    )
+
+
 def test_another_model_s_file_is_refused(gguf: Path, tiny: Path, tokenizer) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32).eval()
     right = parity.make_reference(model, model.config, tokenizer, None)

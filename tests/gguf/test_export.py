@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import adapter as export_adapter
-from lora_cli.gguf import imatrix, parity, preflight, quantize, tools
+from lora_cli.gguf import check, imatrix, parity, preflight, quantize, tools
 from lora_cli.gguf.export import export
 from lora_cli.gguf.modelfile import find_pieces, say_how, write_modelfile
 from lora_cli.models import adapter_folder, attach
@@ -344,3 +344,19 @@ def test_the_quantiser_keeps_nearer_what_the_matrix_says_matters(
 def stored(file: Path) -> dict[str, ReaderTensor]:
     """The tensors of a GGUF file."""
     return {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+
+
+def test_a_base_that_cannot_be_measured_keeps_nothing_back(
+    base: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    adapter = make_adapter(base, tmp_path / "plain")
+
+    def refuse(*given) -> None:
+        raise LoraError("the base cannot be read", "")
+
+    monkeypatch.setattr(check.Checker, "_measure_base", refuse)
+    (file,) = export(adapter, ["q8_0"], tmp_path / "out", None, None)
+    assert file.is_file()
+    said = capfd.readouterr().err
+    assert "what these types cost the base" in said
+    assert "was not measured: the base cannot be read" in said
