@@ -20,9 +20,17 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from lora_cli.common import ui
-from lora_cli.merge import streaming_plan
+from lora_cli.merge import streaming_plan, unread
 from lora_cli.merge.streaming import Changed, Plan, fill_module, limit_threads, strip_peft_steps
-from lora_cli.models import Base, Probe, Tensors, compute_logits, convert_to_float32, split_rows
+from lora_cli.models import (
+    Base,
+    Probe,
+    Tensors,
+    compute_logits,
+    convert_to_float32,
+    split_rows,
+    token_rows,
+)
 
 # How many positions at the end of each probe keep their logits: with a large vocabulary, those of
 # every position take much memory
@@ -46,10 +54,13 @@ def walk_logits(
     ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
     kept = [range(max(0, len(probe.ids) - KEPT), len(probe.ids)) for probe in probes]
     wanted = [(row, position) for row, positions in enumerate(kept) for position in positions]
-    head = _limit_head(model.get_output_embeddings(), wanted)
+    head = _limit_head(model.get_output_embeddings(), wanted, ids.shape)
     with torch.inference_mode(), limit_threads(), _hook_modules(model, read, plan), head:
-        rows = model.eval()(input_ids=ids, use_cache=False).logits
-    return list(rows.reshape(len(wanted), -1).float().split([len(positions) for positions in kept]))
+        made = model.eval()(input_ids=ids, use_cache=False).logits
+    if made.shape[:2] != (1, len(wanted)):  # the model uses its head's weight, not the head
+        made = made[tuple(torch.tensor(wanted).T)]
+    rows = made.reshape(len(wanted), -1).float()
+    return list(rows.split([len(positions) for positions in kept]))
 
 
 def walk_logits_of(
@@ -102,10 +113,18 @@ def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
 
 
 @contextmanager
-def _limit_head(head: nn.Module, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """Let the head see only these (row, position) of the hidden states."""
+def _limit_head(
+    head: nn.Module, wanted: Sequence[tuple[int, int]], shape: torch.Size
+) -> Iterator[None]:
+    """Let the head see only these (row, position) of the hidden states of `shape` (rows × length ×
+    width)."""
     rows, positions = torch.tensor(wanted).T
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions][None],))
+
+    def choose(_: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        usual = given[0].shape[:2] == shape
+        return (given[0][rows, positions][None],) if usual else None
+
+    hook = head.register_forward_pre_hook(choose)
     try:
         yield
     finally:
@@ -132,7 +151,8 @@ def _hook_modules(model: nn.Module, read: Read, plan: Plan | None) -> Iterator[N
             module.forward = forward
             done.append(module)
     try:
-        yield
+        with unread.replace_meta(model, lambda tensor: read(names[id(tensor)], 0, None)):
+            yield
     finally:
         for module in done:
             del module.forward  # the class's own shows again
@@ -158,7 +178,7 @@ def _make_forward(
         return None
     if type(module) is nn.Linear:
         return _make_linear(module, forward, own, read)
-    if isinstance(module, nn.Embedding):
+    if token_rows.looks_up_ids(module):
         return _make_embedding(module, forward, own["weight"], read)
 
     def with_all(*given: Any, **options: Any) -> Any:

@@ -5,7 +5,7 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
-    get_checkpoint_dtype, num_experts
+    get_checkpoint_dtype, num_experts, num_active_experts
                                    what a configuration says
     names                          what a name on the command line stands for
     attach                         a new or a trained adapter on a base; its LoRA layers
@@ -14,6 +14,7 @@ Its doors, in the order a reader needs them:
     chat_template                  chat templates rendered within limits
     targets, init_weights          which modules a recipe means; what an adapter starts from
     token_rows, adapter_contents   added tokens; what an adapter holds beside linear updates
+    causality                      whether tokens see later ones, as an encoder's do
     empty, four_bit                models without weights; guards around 4-bit weights
     tensors, Tensors, is_finite, split_rows
                                    safetensors files read and written some rows at a time
@@ -28,7 +29,7 @@ Its doors, in the order a reader needs them:
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
-from lora_cli.models.config import get_checkpoint_dtype, num_experts
+from lora_cli.models.config import get_checkpoint_dtype, num_active_experts, num_experts
 from lora_cli.models.probes import (
     PROBES,
     TRAINED,
@@ -64,6 +65,7 @@ __all__ = [
     "adapter_contents",
     "adds_bos",
     "attach",
+    "causality",
     "chat_template",
     "check_trained",
     "compare_logits",
@@ -78,6 +80,7 @@ __all__ = [
     "load_tokenizer",
     "make_probes",
     "names",
+    "num_active_experts",
     "num_experts",
     "passages",
     "read_adapter",

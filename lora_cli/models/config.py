@@ -48,6 +48,15 @@ def num_experts(config: PretrainedConfig) -> int:
     return next((found for name in fields if (found := getattr(text, name, None))), 0)
 
 
+def num_active_experts(config: PretrainedConfig) -> int:
+    """Return how many experts of a layer work on a token; all of them where the configuration does
+    not say."""
+    text = config.get_text_config()
+    fields = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    found = (getattr(text, name, None) for name in fields)
+    return next((number for number in found if isinstance(number, int)), num_experts(config))
+
+
 def get_checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
     """Return the type the weights have on disk (float32 when the configuration does not say)."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -40,6 +40,17 @@ def build_zero(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     return network
 
 
+def build_random(config: PretrainedConfig, task: Task) -> PreTrainedModel:
+    """Build it in float32 with random weights, without a trace in torch's random numbers."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
+    ):
+        return task.find_auto_class().from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
+        )
+
+
 def build_unweighted(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build it in float32 without its parameters; buffers that are computed, such as rotary
     frequencies, are real."""

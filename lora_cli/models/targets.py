@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.common import find_nearest, join_errors
-from lora_cli.models import patterns, unsupported
+from lora_cli.models import all_linear, patterns, unsupported
 from lora_cli.models.peft_matching import (
     as_list,
     find_targeted_modules,
@@ -34,12 +34,19 @@ from lora_cli.models.unsupported import Problem
 from lora_cli.recipe import Recipe
 
 
-def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> None:
-    """Raise UsageError with every part of the adapter's `config` that matches nothing in `model`,
-    or that cannot be merged."""
+def settle_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> str:
+    """Spell `all-linear` out in `config` where some linear modules of `model` are no part of it,
+    and return in words which (empty where there are none).
+
+    Raises UsageError with every part of `config` that matches nothing, or that cannot be merged.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
     patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
     resolved = resolve_targets(model, config)
+    left_out = all_linear.find_left_out(model, config, resolved)
+    if left_out:
+        resolved.target_modules -= {name for names in left_out.values() for name in names}
+        config.target_modules = resolved.target_modules
     targeted = find_targeted_modules(resolved, modules)
     parameters = find_targeted_parameters(resolved, model)
     problems = [
@@ -63,6 +70,7 @@ def check_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) ->
         ]
     if problems:
         raise join_errors(f"with lora on {recipe.model.name_or_path}", problems)
+    return all_linear.describe_left_out(left_out)
 
 
 def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:

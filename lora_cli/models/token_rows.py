@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils import load_peft_weights
+from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.common import LoraError, files
@@ -85,3 +86,13 @@ def count_rows_trained(
         else given
     )
     return max([*carried, *(number + 1 for number in ids)], default=0)
+
+
+def looks_up_ids(module: nn.Module) -> bool:
+    """Whether the module is an embedding whose forward takes the numbers of rows and nothing else.
+
+    Learned positions are embeddings, too, but find out themselves which rows they need.
+    """
+    if not isinstance(module, nn.Embedding):
+        return False
+    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")

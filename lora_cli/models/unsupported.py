@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.models import token_rows
 from lora_cli.models.peft_matching import matches_ending, matches_key
 from lora_cli.recipe import Recipe, find_initialisation
 
@@ -59,10 +60,8 @@ def _group_by_reason(
 def _explain_unlike_peft(module: Any) -> str | None:
     """Explain why PEFT's adapter would not compute, or not merge into, what the module computes."""
     if isinstance(module, nn.Embedding):
-        own = type(module).forward is not nn.Embedding.forward and not hasattr(
-            module, "embed_scale"
-        )
-        return f"a {type(module).__name__}, which looks its rows up in its own way" if own else None
+        own = f"a {type(module).__name__}, which looks its rows up in its own way"
+        return None if token_rows.looks_up_ids(module) else own
     if isinstance(module, (nn.Linear, Conv1D)):
         return None
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

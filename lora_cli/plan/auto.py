@@ -268,11 +268,15 @@ def is_far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> 
     text = config.get_text_config()
     batch = memory.largest_batch(recipe)
     tokens = batch.rows * batch.length
-    width = max(text.hidden_size, getattr(text, "intermediate_size", 0) or 0)
-    layers = text.num_hidden_layers
-    weights = 4 * (2 * text.vocab_size * text.hidden_size + layers * 8 * text.hidden_size * width)
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+    sizes = [getattr(text, name, None) for name in names]
+    hidden, layers, vocabulary, inner = (size if isinstance(size, int) else 0 for size in sizes)
+    if not (hidden and layers and vocabulary):  # a family that gives its sizes otherwise
+        return False
+    width = max(hidden, inner or 8 * hidden)
+    weights = 4 * (2 * vocabulary * hidden + layers * 8 * hidden * width)
     activations = 4 * layers * (tokens * 64 * width + 2 * batch.rows * batch.length**2)
-    logits = 12 * tokens * text.vocab_size
+    logits = 12 * tokens * vocabulary
     return bool(4 * weights + activations + logits < FAR_BELOW * device.memory)
 
 

@@ -59,7 +59,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     for choice in choices:
         print(f"  {choice}")
     print(f"  chat template: {template}")
-    print(f"  adapter: {adapter.trainable:,} parameters in {adapter.modules} modules")
+    print(f"  adapter: {adapter}")
     print(f"  data: {train.summarise()}")
     if evaluation:
         print(f"  evaluation: {evaluation.summarise()}")

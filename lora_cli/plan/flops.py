@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from trl.trainer.utils import get_peak_flops
 
-from lora_cli.models import num_experts
+from lora_cli.models import num_active_experts, num_experts
 
 FROZEN = 4
 TRAINED = 6
@@ -52,9 +52,20 @@ def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -
             seen.add(id(parameter))
             share = labelled if id(parameter) in inside else _active_share(parameter, config)
             total += (TRAINED if parameter.requires_grad else FROZEN) * share * weights
-    heads = config.num_attention_heads
+    return float(total + 6 * _sum_attention_widths(config) * context)
+
+
+def _sum_attention_widths(config: Any) -> int:
+    """Return the widths of all heads of all layers with attention over the whole context; 0 for a
+    model without attention."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or not heads:
+        return 0
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return float(total + config.num_hidden_layers * 6 * width * context)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return config.num_hidden_layers * width
+    return width * sum("attention" in kind and "linear" not in kind for kind in kinds)
 
 
 def _count_weights(parameter: nn.Parameter) -> int:
@@ -68,7 +79,7 @@ def _active_share(parameter: nn.Parameter, config: Any) -> float:
     """Return the share of a parameter that works on one token: experts work on some tokens only."""
     experts = num_experts(config)
     if parameter.dim() == 3 and experts == parameter.shape[0]:
-        return float(config.num_experts_per_tok) / experts
+        return num_active_experts(config) / experts
     return 1.0
 
 

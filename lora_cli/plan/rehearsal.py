@@ -190,7 +190,7 @@ def build_adapted(
     if new_ids:
         token_rows.grow_embeddings(base, vocabulary)
         token_rows.train_rows(base, lora_config, new_ids)
-    targets.check_targets(recipe, base, lora_config)
+    targets.settle_targets(recipe, base, lora_config)
     lora_config.init_lora_weights = True  # other initialisations need the base's weights
     with translate_unforeseen(), torch.device("meta"), attach.quiet_peft():
         if recipe.quantized:

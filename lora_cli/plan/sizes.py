@@ -16,7 +16,7 @@ from trl import pack_dataset
 
 from lora_cli.common import LoraError
 from lora_cli.data import prepare
-from lora_cli.models import Base, attach, targets, token_rows
+from lora_cli.models import Base, attach, causality, targets, token_rows
 from lora_cli.recipe import Recipe, upstream
 
 
@@ -27,6 +27,12 @@ class Size(NamedTuple):
     """Parameters."""
     modules: int
     """Those that have an adapter."""
+    left_out: str
+    """Linear modules that `all-linear` leaves out, in words."""
+
+    def __str__(self) -> str:
+        left_out = f"; all-linear leaves out {self.left_out}" if self.left_out else ""
+        return f"{self.trainable:,} parameters in {self.modules} modules{left_out}"
 
 
 class Steps(NamedTuple):
@@ -45,17 +51,18 @@ def measure_adapter(
     recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
 ) -> Size:
     """Return the adapter's size; UsageError where the recipe's names match nothing in the base."""
+    causality.refuse_encoder_by_config(base.config, base.task, base.name)
     network = base.build_empty()
     config = upstream.build_lora_config(recipe)
     if new_ids:
         token_rows.grow_embeddings(network, len(tokenizer))
         token_rows.train_rows(network, config, new_ids)
-    targets.check_targets(recipe, network, config)
+    left_out = targets.settle_targets(recipe, network, config)
     config.init_lora_weights = True  # others need the weights
     with torch.device("meta"), attach.quiet_peft():
         adapted = attach.attach_adapter(network, config)
     trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
-    return Size(trainable, len(attach.find_lora_layers(adapted)))
+    return Size(trainable, len(attach.find_lora_layers(adapted)), left_out)
 
 
 def refuse_unknown_ids(

@@ -14,6 +14,9 @@ that its loss needs nothing else.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lora_cli.models import IGNORED
@@ -172,24 +176,94 @@ def install(model: PreTrainedModel) -> str | None:
         count = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
-    difference = _compare_losses(model, forward)
+    difference = _explain_difference(model, forward)
     if difference is None:
         model.forward = forward
     return difference
 
 
-def _compare_losses(model: PreTrainedModel, forward: Any) -> str | None:
-    """Return how the model's own loss on a few tokens differs from ours, or None where it does
-    not."""
+def _explain_difference(model: PreTrainedModel, forward: Any) -> str | None:
+    """Return how the loss of `forward` on a few tokens differs from the stock one; None where it
+    does not."""
+    with _evaluate(model):
+        wanted, _ = _find_wanted(model)
+        found = _try(forward, _make_tokens(model))
+    if found is None:
+        return "its decoder and head do not follow each other"
+    near = _is_near(model, found, wanted)
+    return None if near else f"its own loss differs: {wanted:.5f}, not {found:.5f}"
+
+
+class Stock(NamedTuple):
+    """Which of the stock ways compute the loss of a model, tried on a few tokens."""
+
+    own: bool
+    """Its own, over as many labels as it is told. False of those that compare each token with
+    itself, as BART's does, whose labels are another text, and of those that ignore the number."""
+    fused: bool
+    """TRL's head. False where it skips a part of the model's: BERT's transforms its input."""
+
+
+def try_stock(model: PreTrainedModel) -> Stock:
+    """Try the stock ways on a model; TRL's where it has put its head on."""
+    with _evaluate(model):
+        wanted, own = _find_wanted(model)
+        found = _try(model.forward, _make_tokens(model), fused_lm_head=True)
+    takes_number = any(
+        parameter.kind is parameter.VAR_KEYWORD or parameter.name == "num_items_in_batch"
+        for parameter in inspect.signature(type(model).forward).parameters.values()
+    )
+    return Stock(own and takes_number, found is not None and _is_near(model, found, wanted))
+
+
+def compute_from_logits(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Return the cross entropy of a model's logits (batch × length × vocabulary) with the next
+    tokens among its `labels`, as transformers computes it."""
+    size = outputs.logits.shape[-1]
+    return ForCausalLMLoss(outputs.logits, labels, size, num_items_in_batch=num_items_in_batch)
+
+
+def _find_wanted(model: PreTrainedModel) -> tuple[float, bool]:
+    """Return the right loss on a few tokens, and whether it is the model's own."""
+    ids = _make_tokens(model)
+    logits = model.forward(input_ids=ids, use_cache=False).logits.float()
+    next_tokens = float(functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+    same_tokens = float(functional.cross_entropy(logits[0], ids[0]))
+    own = _try(model.forward, ids)
+    if own is None or _is_near(model, own, same_tokens):
+        return next_tokens, False
+    return own, True
+
+
+def _try(forward: Any, ids: Tensor, **options: Any) -> float | None:
+    """Return the loss of `forward` on these tokens; None where it gives none, or is none for such a
+    model."""
+    try:
+        loss = forward(input_ids=ids, labels=ids, use_cache=False, **options).loss
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ):  # tried to find out: then it is no way
+        return None
+    return None if loss is None else float(loss)
+
+
+def _is_near(model: PreTrainedModel, found: float, wanted: float) -> bool:
+    return abs(wanted - found) <= TOLERANCE[model.dtype] * max(1.0, abs(wanted))
+
+
+def _make_tokens(model: PreTrainedModel) -> Tensor:
     size = min(model.config.get_text_config().vocab_size, 1000)
-    ids = (torch.arange(16, device=model.device) * 37 % size)[None]
+    return (torch.arange(16, device=model.device) * 37 % size)[None]
+
+
+@contextmanager
+def _evaluate(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation, without gradients, while the block runs."""
     training = model.training
     with torch.no_grad():
         model.eval()
-        theirs, ours = (
-            float(run(input_ids=ids, labels=ids, use_cache=False).loss)
-            for run in (model.forward, forward)
-        )
+        yield
         model.train(training)
-    near = abs(theirs - ours) <= TOLERANCE[model.dtype] * max(1.0, abs(theirs))
-    return None if near else f"its own loss differs: {theirs:.5f}, not {ours:.5f}"

@@ -14,6 +14,7 @@ from lora_cli.data import load, prepare, selection
 from lora_cli.models import (
     Base,
     attach,
+    causality,
     init_weights,
     load_recipe_tokenizer,
     refuse_not_finite,
@@ -46,6 +47,8 @@ def prepare_inputs(recipe: Recipe, base: Base, run: Run) -> Inputs:
     tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
     ui.say(f"  chat template: {template}")
     size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
+    if size.left_out:
+        ui.say(f"  lora.target_modules: all-linear leaves out {size.left_out}")
     train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.started)
     ui.say(f"  data: {train_rows.summarise()}")
     if eval_rows:
@@ -100,6 +103,7 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
         ),
     )
     refuse_not_finite(network, base.name)
+    causality.refuse_encoder(network, base.name)
     network.config.use_cache = False
     return network
 
@@ -139,7 +143,7 @@ def attach_adapter(
     if inputs.new_ids:
         token_rows.grow_embeddings(network, len(inputs.tokenizer))
         token_rows.train_rows(network, config, inputs.new_ids)
-    targets.check_targets(recipe, network, config)
+    targets.settle_targets(recipe, network, config)
     rows = inputs.train_rows.rows
     first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
     collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))

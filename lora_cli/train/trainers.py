@@ -41,8 +41,8 @@ class Watched(Resumable):
 
     def __init__(self, options: RunOptions, **given: Any) -> None:
         super().__init__(options, **given)
-        if options.own_loss_head:
-            self._install_loss_head()
+        if not (options.own_loss_head and self._install_loss_head()):
+            self._settle_stock_loss()
         self.watch = Watch(
             Path(self.args.output_dir), options.work, options.loss_limit, self.describe_step
         )
@@ -50,14 +50,35 @@ class Watched(Resumable):
         self.add_callback(self.watch)
         self.add_callback(Boundaries(self))
 
-    def _install_loss_head(self) -> None:
-        """After Trainer's constructor: SFTTrainer puts a head of its own on the model there."""
+    def _install_loss_head(self) -> bool:
+        """Let the model compute the loss at trained tokens, and return whether it does.
+
+        After Trainer's constructor: SFTTrainer puts a head of its own on the model there.
+        """
         other = loss_head.install(self.model.get_base_model())
         if other:
             ui.say(f"  training.loss_head = stock: {other}")
-        else:
-            self.own_loss = True
-            self.model_accepts_loss_kwargs = True
+            return False
+        self.own_loss = True
+        self.model_accepts_loss_kwargs = True
+        return True
+
+    def _settle_stock_loss(self) -> None:
+        """Take the first of TRL's head, the model's own loss and that of its logits which is the
+        loss of this model's next tokens."""
+        stock = loss_head.try_stock(self.model.get_base_model())
+        if stock.fused and not self.own_loss:
+            return
+        if getattr(self.args, "loss_type", "nll") not in ("nll", None):
+            raise LoraError(
+                f"training.loss_type: {self.args.loss_type} is computed by TRL's head, which skips "
+                "a part of this model's",
+                "--set training.loss_type=nll",
+            )
+        self.own_loss = True
+        self.model_accepts_loss_kwargs = stock.own
+        if not stock.own and self.label_smoother is None:
+            self.compute_loss_func = loss_head.compute_from_logits
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         half = self.args.bf16 or self.args.fp16

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         control: TrainerControl
         callback_handler: CallbackHandler
         model_accepts_loss_kwargs: bool
+        label_smoother: Any
+        compute_loss_func: Any
         _tr_loss: torch.Tensor
         _globalstep_last_logged: int
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lora_cli.data.load import load_rows
 from lora_cli.recipe import load
 from lora_cli.speed import loss_head
 from lora_cli.train import run
-from tests import networks
+from tests import architectures, networks
 
 VOCABULARY = 307
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -220,3 +221,40 @@ def test_training_is_the_same_with_either_head(
     assert found["trained_tokens"] == pytest.approx(
         found["stock"], rel=2e-2 if "bf16" in more else 1e-5
     )
+
+
+ODD = {
+    # its head transforms what comes in, which TRL's skips
+    "bert": {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "modernbert-decoder": {},  # … and its decoder is not what its head comes after
+    "bart": {"dropout": 0.0},  # its own loss compares each token with itself
+    "llama": {},
+}
+
+
+@pytest.mark.parametrize("trainer", ["sft", "trainer"])
+@pytest.mark.parametrize("head", ["stock", "trained_tokens"])
+@pytest.mark.parametrize("family", ODD)
+def test_the_loss_is_that_of_the_next_tokens_by_the_models_own_logits(
+    write_recipe, tmp_path: Path, tiny: Path, family: str, head: str, trainer: str
+) -> None:
+    base = architectures.make_folder(family, tmp_path / "base", tiny / "model", **ODD[family])
+    text = (
+        f"trainer: {trainer}\nmodel: {{name_or_path: {base}}}\ndata: {{max_rows: 8}}\n"
+        f"training: {{loss_head: {head}, max_steps: 1, logging_steps: 1, "
+        "per_device_train_batch_size: 4, gradient_accumulation_steps: 2}\n"
+    )
+    recipe = load.load_recipe(write_recipe(text))
+    run.train(recipe)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    logged = next(line["loss"] for line in lines if "loss" in line)
+    network = AutoModelForCausalLM.from_pretrained(base).eval()
+    rows, _ = load_rows(recipe, AutoTokenizer.from_pretrained(base))
+    total, count = 0.0, 0
+    for row in rows.rows:
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = network(input_ids=ids[None]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
+        count += int((labels[1:] != -100).sum())
+    assert logged == pytest.approx(total / count, rel=2e-5)
