@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lora_cli.recipe import DEFAULT_TASK
 
 LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
@@ -158,7 +159,8 @@ def make_config(family: str, vocabulary: int, **more: Any) -> PretrainedConfig:
 def make_model(family: str, vocabulary: int = 300, **more: Any) -> PreTrainedModel:
     """Return a small random model of a family."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(make_config(family, vocabulary, **more))
+    config = make_config(family, vocabulary, **more)
+    return DEFAULT_TASK.find_auto_class(config).from_config(config)
 
 
 def make_folder(family: str, folder: Path, tokenizer: Path, **more: Any) -> Path:

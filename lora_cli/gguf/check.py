@@ -8,7 +8,13 @@ from pathlib import Path
 from lora_cli.common import LoraError, ui
 from lora_cli.gguf import llama_api, parity, quantize, tensor_check
 from lora_cli.gguf.tools import EXACT, Found, convert
-from lora_cli.models import Base, compute_logits, convert_to_float32, passages
+from lora_cli.models import (
+    Base,
+    compute_logits,
+    convert_to_float32,
+    count_text_parameters,
+    passages,
+)
 
 
 class Checker:
@@ -19,7 +25,7 @@ class Checker:
         """Compute what the model says, and compare the exact GGUF with it. Raises LoraError where
         that says something else."""
         weights, tokenizer = convert_to_float32(model.load()), model.load_tokenizer()
-        source = parity.Source(model.config, tokenizer, weights.num_parameters())
+        source = parity.Source(model.config, tokenizer, count_text_parameters(weights))
         self._reference = parity.make_reference(weights, model.config, tokenizer, source)
         self._exact_type = exact_type
         self._likeness = {exact_type: parity.compare_gguf(exact, exact_type, self._reference)}

@@ -44,19 +44,31 @@ def check_convertible(
 def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:
     """Raise LoraError where the configuration ties the head to the embeddings, but the files hold
     another head."""
-    if not config.get_text_config().tie_word_embeddings:
+    model = empty.build_empty(config, DEFAULT_TASK)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embeddings.weight is not head.weight:
         return
     ends: dict[str, torch.Tensor] = {}
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, framework="pt") as stored:
-            for name in ("model.embed_tokens.weight", "lm_head.weight"):
-                ends |= {name: stored.get_tensor(name)} if name in stored.keys() else {}  # noqa: SIM118
+    for module in (embeddings, head):
+        name = next(name for name, each in model.named_modules() if each is module)
+        # files may name the parts around it as an older transformers did
+        ends |= _read_endings(folder, f".{name.rpartition('.')[2]}.weight")
     if len(ends) == 2 and not torch.equal(*ends.values()):
         raise LoraError(
             f"config.json of {folder} ties the head to the embeddings, but its files hold a "
             "separate head",
             'set "tie_word_embeddings" in config.json to what was trained',
         )
+
+
+def _read_endings(folder: Path, ending: str) -> dict[str, torch.Tensor]:
+    """Read those tensors of a folder's files whose names end so, a dot before them."""
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            wanted = [key for key in stored.keys() if f".{key}".endswith(ending)]  # noqa: SIM118
+            found |= {key: stored.get_tensor(key) for key in wanted}
+    return found
 
 
 def check_disk(

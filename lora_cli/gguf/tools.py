@@ -125,15 +125,8 @@ def convert(
     outfile.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch_folder(".lora-gguf-", outfile.parent.resolve()) as folder:
         made = folder / "base.gguf"
-        command = [
-            sys.executable,
-            str(script),
-            str(model_dir.resolve()),
-            "--outfile",
-            str(made),
-            "--outtype",
-            outtype,
-        ]
+        command = _make_command(script, model_dir, made)
+        command += ["--outtype", outtype]
         command += ["--base", str(base.resolve())] if base else []
         code, lines = run_command(
             command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
@@ -162,12 +155,19 @@ def _choose_script(folder: Path, converter: Found, is_adapter: bool) -> Path:
     return script
 
 
+def _make_command(script: Path, folder: Path, outfile: Path) -> list[str]:
+    """Return the command line of a converter for a model or an adapter."""
+    runner = Path(__file__).with_name("run_converter.py")
+    words = (sys.executable, runner, script, folder.resolve(), "--outfile", outfile)
+    return [str(word) for word in words]
+
+
 def try_vocabulary(model_dir: Path, converter: Found) -> None:
     """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError
     for an architecture or a tokenizer that it does not know."""
     with files.scratch_folder("lora-vocabulary-") as folder:
-        command = [sys.executable, str(converter.path), str(model_dir.resolve()), "--vocab-only"]
-        command += ["--outfile", str(folder / "vocabulary.gguf")]
+        command = _make_command(converter.path, model_dir, folder / "vocabulary.gguf")
+        command += ["--vocab-only"]
         code, lines = run_command(
             command, "reading the vocabulary", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
         )
@@ -276,7 +276,7 @@ def _missing_error(directory: Path | None) -> LoraError:
 
 def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> LoraError:
     """Make the error of a converter that failed, in a user's words where they are known."""
-    tool, said = Path(command[1]).name, find_last_line(lines)
+    tool, said = Path(command[2]).name, find_last_line(lines)
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):
             return LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))

@@ -18,7 +18,7 @@ Its doors, in the order a reader needs them:
     empty, four_bit                models without weights; guards around 4-bit weights
     tensors, Tensors, is_finite, split_rows
                                    safetensors files read and written some rows at a time
-    convert_to_float32, to_accelerator, refuse_not_finite
+    convert_to_float32, to_accelerator, refuse_not_finite, count_text_parameters
                                    a loaded model made ready
     make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit
                                    whether two forms of a model are the same function
@@ -44,6 +44,7 @@ from lora_cli.models.probes import (
     save_trained,
 )
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
+from lora_cli.models.text_part import count_text_parameters
 from lora_cli.models.tokenizer import (
     IGNORED,
     adds_bos,
@@ -70,6 +71,7 @@ __all__ = [
     "check_trained",
     "compare_logits",
     "compute_logits",
+    "count_text_parameters",
     "convert_to_float32",
     "empty",
     "four_bit",

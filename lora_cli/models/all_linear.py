@@ -11,6 +11,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from transformers import PreTrainedModel
 
+from lora_cli.models.text_part import find_text_part
+
 ALL_LINEAR = "all-linear"
 NOT_TEXT = "which no text passes through"
 REFUSED = "which PEFT does not adapt in a state-space model"
@@ -24,7 +26,7 @@ def find_left_out(
     found: dict[str, list[str]] = {}
     if config.target_modules != ALL_LINEAR:
         return found
-    text = _find_text_part(model)
+    text = find_text_part(model)
     for name in sorted(resolved.target_modules):
         if not name.startswith(text):
             found.setdefault(NOT_TEXT, []).append(name)
@@ -49,15 +51,6 @@ def _name_part(name: str) -> str:
     """Return the part of a model that a module belongs to: `vision_tower` of
     `model.vision_tower.layers.0.fc1`."""
     return name.removeprefix("model.").partition(".")[0]
-
-
-def _find_text_part(model: PreTrainedModel) -> str:
-    """Return what the names of the text model's modules begin with; empty where all is text."""
-    text = model.get_decoder()
-    if model.config.get_text_config() is model.config:
-        return ""
-    inside = [name for name, module in model.named_modules() if module is text and name]
-    return f"{inside[0]}." if inside else ""
 
 
 def _is_refused(model: PreTrainedModel, name: str) -> bool:

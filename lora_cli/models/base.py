@@ -141,7 +141,7 @@ class Base:
             self._refuse_conv1d()
             if torch.cuda.is_available():
                 kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-        network, report = self.task.find_auto_class().from_pretrained(
+        network, report = self.task.find_auto_class(self.config).from_pretrained(
             self.name,
             revision=self.revision,
             dtype=dtype or self.dtype,

@@ -21,7 +21,7 @@ UNBUILDABLE = "transformers cannot build the model that its config.json describe
 def build_empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build the model of a configuration without weights (on the `meta` device)."""
     with torch.device("meta"), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
-        return task.find_auto_class().from_config(
+        return task.find_auto_class(config).from_config(
             copy.deepcopy(config), trust_remote_code=remote_code.is_allowed()
         )
 
@@ -46,7 +46,7 @@ def build_random(config: PretrainedConfig, task: Task) -> PreTrainedModel:
         torch.random.fork_rng(devices=[]),
         library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
     ):
-        return task.find_auto_class().from_config(
+        return task.find_auto_class(config).from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
         )
 
@@ -58,7 +58,7 @@ def build_unweighted(config: PretrainedConfig, task: Task) -> PreTrainedModel:
         init_empty_weights(include_buffers=False),
         library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
     ):
-        network = task.find_auto_class().from_config(
+        network = task.find_auto_class(config).from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
         )
     network.tie_weights()  # taking the weights away has parted them

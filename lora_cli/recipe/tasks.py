@@ -22,12 +22,18 @@ class Task:
     """PEFT's `task_type`."""
     auto_class: str
     """transformers' class that loads such a model."""
+    whole_class: str
+    """transformers' class that loads a base of which such a model is a part, with the rest."""
     does: str
     """What such models do, to complete the sentence `models that …`."""
 
-    def find_auto_class(self) -> Any:
-        """Return transformers' class that loads such a model."""
-        return getattr(importlib.import_module("transformers"), self.auto_class)
+    def find_auto_class(self, config: Any) -> Any:
+        """Return transformers' class that loads the base of a configuration, with all its parts:
+        `auto_class` would leave the tower for pictures of some bases out, and refuse others."""
+        transformers = importlib.import_module("transformers")
+        whole = getattr(transformers, self.whole_class)
+        is_part = config.get_text_config() is not config and type(config) in whole._model_mapping
+        return whole if is_part else getattr(transformers, self.auto_class)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,15 @@ class Objective:
         return read_fields(self.fields).keys() - read_fields(TRAINING_ARGUMENTS).keys()
 
 
-TASKS = (Task("causal_lm", "CAUSAL_LM", "AutoModelForCausalLM", "write text"),)
+TASKS = (
+    Task(
+        "causal_lm",
+        "CAUSAL_LM",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "write text",
+    ),
+)
 OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
 
