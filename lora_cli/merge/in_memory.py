@@ -51,11 +51,10 @@ class Whole:
 
     def _load(self, original: bool) -> PeftModel:
         """Return base with adapter, in float32 unless its weights are in 4 bits."""
-        base = self.adapter.load_base(original)
-        quantised = self.adapter.quantization and not original
-        return attach.load_adapter(
-            base if quantised else convert_to_float32(base), self.adapter.folder
-        )
+        if self.adapter.quantization and not original:
+            return attach.load_adapter(self.adapter.load_base(), self.adapter.folder)
+        base = convert_to_float32(self.adapter.load_plain_base(original))
+        return attach.load_adapter(base, self.adapter.folder)
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """Write PEFT's merge_and_unload, each weight rounded once, by save_pretrained; return how

@@ -22,7 +22,15 @@ from torch import nn
 from lora_cli.common import ui
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Changed, Plan, fill_module, limit_threads, strip_peft_steps
-from lora_cli.models import Base, Probe, Tensors, compute_logits, convert_to_float32, split_rows
+from lora_cli.models import (
+    Base,
+    Probe,
+    Tensors,
+    compute_logits,
+    convert_to_float32,
+    quantised,
+    split_rows,
+)
 
 # How many positions at the end of each probe keep their logits: with a large vocabulary, those of
 # every position take much memory
@@ -58,8 +66,11 @@ def walk_logits_of(
     """Return the same for a plain model, on the hub or in a folder, or None where they cannot be
     computed."""
 
+    if model.quantised:
+        quantised.refuse_undequantisable(model.name, model.quantised)
+
     def load() -> list[torch.Tensor]:
-        return compute_logits(convert_to_float32(model.load(dtype)), probes)
+        return compute_logits(convert_to_float32(model.load_plain(dtype)), probes)
 
     if model.tensors is None or not streaming_plan.has_own_names(model):
         return [rows[-KEPT:] for rows in load()]

@@ -19,7 +19,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, ui
-from lora_cli.merge import compare_weights, in_memory, streamed, streaming_plan
+from lora_cli.merge import (
+    compare_weights,
+    in_memory,
+    layerwise_logits,
+    source,
+    streamed,
+    streaming_plan,
+)
 from lora_cli.models import (
     TRAINED,
     Adapter,
@@ -29,7 +36,9 @@ from lora_cli.models import (
     check_trained,
     compare_logits,
     make_probes,
+    measure_trained,
     num_experts,
+    quantised,
     read_adapter,
     rounding_limit,
     save_tokenizer,
@@ -72,6 +81,7 @@ def merge_adapter(
     adapter = replace(adapter, base=adapter.base.resolve())  # what the record is to name
     refuse_unmergeable(adapter)
     adapter.refuse_other_base()
+    source.refuse_other_source(adapter)
     with files.staged_folder(out, rejected) as staging:
         tokenizer = adapter.load_tokenizer()
         way = choose_way(adapter, stream, original)
@@ -82,7 +92,7 @@ def merge_adapter(
         dtype = adapter.base.dtype
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
-        add_tokenizer_and_record(adapter, tokenizer, staging)
+        add_tokenizer_and_record(adapter, tokenizer, staging, original)
         if check:
             _check_files(way, adapter, staging, original)
         given = way.compute_merged(staging, dtype, probes) if expected else None
@@ -117,8 +127,17 @@ def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[P
     return [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
 
 
+def _describe_weights(adapter: Adapter, original: bool) -> str:
+    """Return which of the base's weights the adapter is merged into."""
+    if adapter.base.quantised:
+        return f"dequantised, from {adapter.base.quantised}"
+    if adapter.replaced:
+        return f"its own; trained on {adapter.replaced}, which is quantised"
+    return "dequantised, from 4 bits" if adapter.quantization and not original else "its own"
+
+
 def add_tokenizer_and_record(
-    adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path
+    adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path, original: bool
 ) -> None:
     """Write what belongs to a merged model beside weights and configurations: tokenizer, template
     and record."""
@@ -126,7 +145,11 @@ def add_tokenizer_and_record(
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
         provenance.new_record(
-            "merge", base=adapter.base.name, revision=adapter.base.revision, parent=adapter.record
+            "merge",
+            base=adapter.base.name,
+            revision=adapter.base.revision,
+            into=_describe_weights(adapter, original),
+            parent=adapter.record,
         ),
     )
     files.leave_out_home(folder)
@@ -164,6 +187,9 @@ def check_against_training(
     For an adapter trained on 4-bit weights, also say how far off the original weights are.
     """
     other = way.compute_on_other_weights(probes) if adapter.quantization else expected
+    if adapter.replaced:
+        _say_replaced(adapter, probes, expected)
+        return
     if other is None:
         return
     trained = other if original else expected
@@ -175,6 +201,27 @@ def check_against_training(
         into = "original weights, as asked" if original else "dequantised weights"
         which = "they lie" if original else "the original ones would lie"
         ui.say(f"  merged into the {into}; {which} this far from what was trained: {apart}")
+
+
+def _say_replaced(
+    adapter: Adapter, probes: Sequence[Probe], expected: Sequence[torch.Tensor]
+) -> None:
+    """Say how far the adapter on the base that takes a quantised one's place is from the function
+    that was trained."""
+    assert adapter.replaced is not None, "merge_adapter has looked"
+    trained = replace(adapter, base=adapter.replaced, replaced=None)
+    apart: Difference | None
+    if trained.base.is_readable():
+        logits = choose_way(trained, None, False).compute_expected(probes)
+        last = layerwise_logits.KEPT
+        both = ([rows[-last:] for rows in each] for each in (logits or [], expected))
+        apart = compare_logits(*both) if logits else None
+    else:
+        apart = measure_trained(adapter.folder, expected)
+    if apart is None:
+        ui.warn(f"how far it lies from what was trained is not known: {trained.base} is not here")
+    else:
+        ui.say(f"  merged into {adapter.base}; it lies this far from what was trained: {apart}")
 
 
 def refuse_different(
@@ -216,14 +263,34 @@ def _has_experts(adapter: Adapter) -> bool:
 def refuse_unmergeable(adapter: Adapter) -> None:
     """Raise LoraError for a base whose files hold weights in a form that nothing can be added
     to."""
-    stored = getattr(adapter.base.config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-        raise LoraError(
-            f"{adapter.base} keeps its weights quantised ({method}): an adapter cannot be merged "
-            "into them",
-            "give the 16-bit model it was made from with --base",
+    if adapter.base.quantised:
+        quantised.refuse_unmergeable(adapter.base.name, adapter.base.quantised)
+
+
+def _say_into(adapter: Adapter, original: bool) -> None:
+    """Say what the adapter is merged into where that is not simply its base; UsageError for
+    `--base-weights original` where there are no other weights."""
+    if adapter.base.quantised:
+        if original:
+            raise UsageError(
+                f"{adapter.base} is already quantised ({adapter.base.quantised}): it has no "
+                "original weights",
+                "--base MODEL, the 16-bit model it was made from",
+            )
+        ui.say(
+            f"  already quantised ({adapter.base.quantised}): merging into the dequantised base, "
+            "the function that was trained"
         )
+    elif adapter.replaced:
+        ui.say(
+            f"  trained on {adapter.replaced}, which is quantised: merging into {adapter.base}'s "
+            "own weights instead"
+        )
+    elif adapter.quantization:
+        into = "original weights" if original else "dequantised base, the function that was trained"
+        ui.say(f"  trained on 4-bit weights: merging into the {into}")
+    elif original:
+        raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
 
 
 def merge(
@@ -248,11 +315,8 @@ def merge(
         else " (it has no record, so its base is the one that adapter_config.json names)"
     )
     ui.say(f"merging {adapter} into {adapter.base}{made}")
-    if original and not adapter.quantization:
-        raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
-    if adapter.quantization:
-        into = "original weights" if original else "dequantised base, the function that was trained"
-        ui.say(f"  trained on 4-bit weights: merging into the {into}")
+    refuse_unmergeable(adapter)
+    _say_into(adapter, original)
     rejected = out.with_name(f"{out.name}.rejected")
     try:
         merged = merge_adapter(adapter, out, stream, original, rejected)

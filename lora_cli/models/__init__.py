@@ -14,6 +14,7 @@ Its doors, in the order a reader needs them:
     chat_template                  chat templates rendered within limits
     targets, init_weights          which modules a recipe means; what an adapter starts from
     token_rows, adapter_contents   added tokens; what an adapter holds beside linear updates
+    quantised                      what a configuration says of quantised weights, and what follows
     empty, four_bit                models without weights; guards around 4-bit weights
     tensors, Tensors, is_finite, split_rows
                                    safetensors files read and written some rows at a time
@@ -22,7 +23,7 @@ Its doors, in the order a reader needs them:
     make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit
                                    whether two forms of a model are the same function
     passages                       … and how much a form that is rounded more has lost
-    save_trained, check_trained, TRAINED, TRAINED_KL
+    save_trained, check_trained, measure_trained, TRAINED, TRAINED_KL
                                    what training left behind, for later comparison
 """
 
@@ -39,6 +40,7 @@ from lora_cli.models.probes import (
     compare_logits,
     compute_logits,
     make_probes,
+    measure_trained,
     rounding_limit,
     save_trained,
 )
@@ -77,9 +79,11 @@ __all__ = [
     "load_recipe_tokenizer",
     "load_tokenizer",
     "make_probes",
+    "measure_trained",
     "names",
     "num_experts",
     "passages",
+    "quantised",
     "read_adapter",
     "refuse_not_finite",
     "rounding_limit",
