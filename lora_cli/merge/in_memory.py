@@ -3,7 +3,6 @@ tensor by tensor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,11 +91,9 @@ class Whole:
 
 def say_needed(adapter: Adapter) -> None:
     """Say how much memory a merge of the whole model takes in float32."""
-    base = adapter.base.tensors
-    if base is not None:
-        needed = 4 * sum(math.prod(entry.shape) for entry in base.entries.values()) / 2**30
-        free = psutil.virtual_memory().available / 2**30
-        ui.say(f"  its weights take {needed:.1f} GiB of memory in float32; {free:.1f} GiB are free")
+    needed = 4 * adapter.base.build_empty().num_parameters() / 2**30
+    free = psutil.virtual_memory().available / 2**30
+    ui.say(f"  its weights take {needed:.1f} GiB of memory in float32; {free:.1f} GiB are free")
 
 
 def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:

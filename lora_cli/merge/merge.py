@@ -35,6 +35,7 @@ from lora_cli.models import (
     Probe,
     check_trained,
     compare_logits,
+    is_rounding,
     make_probes,
     measure_trained,
     num_experts,
@@ -93,20 +94,19 @@ def merge_adapter(
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
         add_tokenizer_and_record(adapter, tokenizer, staging, original)
-        if check:
-            _check_files(way, adapter, staging, original)
+        compared = check and _check_files(way, adapter, staging, original)
         given = way.compute_merged(staging, dtype, probes) if expected else None
         difference = None
         if expected and given:
-            difference = refuse_different(adapter, given, expected, dtype, way.arithmetic)
+            difference = refuse_different(adapter, given, expected, dtype, way.arithmetic, compared)
     return Merged(modules, dtype, difference)
 
 
 def _check_files(
     way: streamed.Streamed | in_memory.Whole, adapter: Adapter, folder: Path, original: bool
-) -> None:
+) -> bool:
     """Check what was written; merge each tensor again and compare it with the one there, and say
-    so: logits may hide a module that was left out."""
+    so: logits may hide a module that was left out. Return whether the tensors could be compared."""
     way.check_files(folder)
     try:
         found = compare_weights.compare_weights(adapter, Base(str(folder)), original)
@@ -116,6 +116,7 @@ def _check_files(
         ui.say("  the weights cannot be merged again one by one, to be compared")
     else:
         ui.say(f"  merged again: {found}")
+    return found is not None
 
 
 def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
@@ -230,8 +231,10 @@ def refuse_different(
     expected: Sequence[torch.Tensor],
     dtype: torch.dtype,
     arithmetic: torch.dtype,
+    compared: bool = False,
 ) -> Difference:
-    """Return the merged model's distance from base with adapter.
+    """Return the merged model's distance from base with adapter. `compared`: each of its weights
+    was merged again, and is the one in its files.
 
     Raise RejectedError where it is larger than rounding the weights to `dtype`, or computing
     `expected` in the type `arithmetic`, explains.
@@ -246,6 +249,8 @@ def refuse_different(
             "  over the limit at a few tokens only, as the mean KL shows: rounding sends those to "
             "another expert"
         )
+    elif over and compared and is_rounding(difference, dtype):
+        ui.say("  over the limit by rounding alone: each weight is the merged one")
     elif over:
         raise RejectedError(
             f"the merged model differs from base with adapter: {distance}",

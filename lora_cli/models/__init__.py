@@ -20,7 +20,8 @@ Its doors, in the order a reader needs them:
                                    safetensors files read and written some rows at a time
     convert_to_float32, to_accelerator, refuse_not_finite
                                    a loaded model made ready
-    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit
+    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit,
+    is_rounding
                                    whether two forms of a model are the same function
     passages                       … and how much a form that is rounded more has lost
     save_trained, check_trained, measure_trained, TRAINED, TRAINED_KL
@@ -39,6 +40,7 @@ from lora_cli.models.probes import (
     check_trained,
     compare_logits,
     compute_logits,
+    is_rounding,
     make_probes,
     measure_trained,
     rounding_limit,
@@ -76,6 +78,7 @@ __all__ = [
     "get_checkpoint_dtype",
     "init_weights",
     "is_finite",
+    "is_rounding",
     "load_recipe_tokenizer",
     "load_tokenizer",
     "make_probes",

@@ -199,8 +199,8 @@ class Base:
         `kwargs` go to from_pretrained. Raises LoraError where its files lack or misshape a weight,
         or transformers cannot load what they hold.
         """
-        self.refuse_without_safetensors()
         kwargs |= self._choose_storage(quantization)
+        self.refuse_without_safetensors()
         network, report = self.task.find_auto_class().from_pretrained(
             self.name,
             revision=self.revision,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora_cli.common import LoraError, UsageError, library_errors
 from lora_cli.recipe import Recipe
@@ -30,6 +31,8 @@ DEQUANTISED = ("fp8", "mxfp8", "mxfp4")
 UPPER = ("gptq", "awq", "hqq", "aqlm", "eetq", "vptq", "fp8", "mxfp4", "mxfp8", "nvfp4", "higgs")
 """Methods whose names are written in capitals."""
 RENAMED = {IN_8BIT: "bitsandbytes 8-bit", "": "in a way that config.json does not name"}
+SAID = ("bits", "load_in_4bit", "load_in_8bit")
+"""Settings that say that weights are quantised where the method is not named."""
 STORED = (
     "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant",
@@ -114,7 +117,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def find_quantised(config: PretrainedConfig) -> Quantised | None:
-    """Return how a configuration says that weights are quantised; None where it does not."""
+    """Return how a configuration says that weights are quantised; None where it does not. Raises
+    LoraError for settings that are none."""
     found = next(_walk_settings(config), None)
     if found is None:
         return None
@@ -123,7 +127,10 @@ def find_quantised(config: PretrainedConfig) -> Quantised | None:
     for bits in ("4bit", "8bit"):
         if settings.get(f"load_in_{bits}") and method in ("", "bitsandbytes"):
             method = f"bitsandbytes_{bits}"
-    return Quantised(method, settings)
+    stored = Quantised(method, settings)
+    if stored.in_4bit:
+        stored.read_stored()  # what is wrong with its settings is said here
+    return stored
 
 
 def _walk_settings(
@@ -131,13 +138,13 @@ def _walk_settings(
 ) -> Iterator[tuple[PretrainedConfig, str, Mapping[str, Any]]]:
     """Yield each settings of quantised weights, with the configuration and the field that have
     them."""
-    for owner in dict.fromkeys((id(config), id(config.get_text_config()))):
-        part = config if owner == id(config) else config.get_text_config()
+    text = config.get_text_config()
+    for part in [config] if text is config else [config, text]:
         for field in FIELDS:
             settings = getattr(part, field, None)
-            if settings is not None and not isinstance(settings, Mapping):
-                settings = settings.to_dict() if hasattr(settings, "to_dict") else {}
-            if settings:
+            if isinstance(settings, QuantizationConfigMixin):  # of a model that is loaded
+                settings = settings.to_dict()
+            if isinstance(settings, Mapping) and not {"quant_method", *SAID}.isdisjoint(settings):
                 yield part, field, settings
 
 
@@ -170,17 +177,16 @@ def refuse_untrainable(recipe: Recipe, name: str, found: Quantised) -> None:
     if not found.is_mergeable:
         raise LoraError(
             f"model.name_or_path: {already}, which lora does not train on",
-            "give the 16-bit model it was made from; method: qlora then keeps it in 4 bits",
+            "give the 16-bit model it was made from; method: qlora then keeps it in 4 bits "
+            f"({_explain_running(found)})",
         )
     dora = recipe.method in ("dora", "qdora")
     if found.in_4bit != recipe.quantized:
         wanted = ("qdora" if dora else "qlora") if found.in_4bit else ("dora" if dora else "lora")
-        why = "train on that" if found.in_4bit else "load it dequantised"
+        why = "trains on 4-bit weights" if found.in_4bit else "trains on it dequantised"
         raise LoraError(
             f"{recipe.where('method')} is {recipe.method}, but {already}",
-            f"--set method={wanted}; qlora and qdora {why}"
-            if found.in_4bit
-            else f"--set method={wanted}; lora and dora {why}",
+            f"--set method={wanted}, which {why}",
         )
     if not found.in_4bit:
         return
@@ -197,6 +203,14 @@ def refuse_untrainable(recipe: Recipe, name: str, found: Quantised) -> None:
             f"and {already}: what it lost is not in its files",
             "--set lora.init_lora_weights=true, or the 16-bit model it was made from",
         )
+
+
+def _explain_running(found: Quantised) -> str:
+    """Return whether transformers runs weights that are so quantised here, in words."""
+    why = found.explain_unloadable()
+    if why is None:
+        return "as it is, lora generate runs it"
+    return f"as it is, lora generate cannot run it here: {why}"
 
 
 def refuse_unloadable(name: str, found: Quantised) -> None:
