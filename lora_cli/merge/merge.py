@@ -23,7 +23,6 @@ from lora_cli.merge import (
     compare_weights,
     in_memory,
     layerwise_logits,
-    source,
     streamed,
     streaming_plan,
 )
@@ -82,7 +81,6 @@ def merge_adapter(
     adapter = replace(adapter, base=adapter.base.resolve())  # what the record is to name
     refuse_unmergeable(adapter)
     adapter.refuse_other_base()
-    source.refuse_other_source(adapter)
     with files.staged_folder(out, rejected) as staging:
         tokenizer = adapter.load_tokenizer()
         way = choose_way(adapter, stream, original)

@@ -27,6 +27,7 @@ from lora_cli.models import (
     fingerprint,
     names,
     quantised,
+    source,
     tokenizer,
 )
 from lora_cli.models.base import Base, is_quantised
@@ -96,9 +97,12 @@ class Adapter:
         trained on.
 
         An adapter made elsewhere, or before fingerprints were kept, says nothing of its base; one
-        that is in the place of a quantised one is another.
+        in the place of a quantised one must be what that was made from.
         """
-        kept = self.record["base"].get("fingerprint") if self.record and not self.replaced else None
+        if self.replaced:
+            source.refuse_other_source(self.replaced, self.base)
+            return
+        kept = self.record["base"].get("fingerprint") if self.record else None
         different = fingerprint.list_differences(kept, self.base.fingerprint) if kept else []
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""

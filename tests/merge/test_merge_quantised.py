@@ -2,7 +2,7 @@
 16-bit base that is named, with the distance measured.
 
 Hermetic: the tiny model, quantised here; adapters with B ≠ 0 made by PEFT. Alone: pytest
-tests/merge/test_quantised_bases.py
+tests/merge/test_merge_quantised.py
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_cli.common import LoraError, RejectedError, UsageError
+from lora_cli.evaluate.answerers import open_models
 from lora_cli.evaluate.verify import verify
 from lora_cli.merge import compare_weights
 from lora_cli.merge.combine import combine
@@ -124,14 +125,14 @@ def test_another_model_in_a_quantised_base_s_place_is_refused(
     with pytest.raises(LoraError, match=rf"was made from: {name} is off by 14\d%"):
         merge(nf4[1], tmp_path / "out", base=str(other))
     assert not (tmp_path / "out").exists()
-
-
-def test_where_the_quantised_base_is_gone_that_is_said(
-    nf4: tuple[Path, Path], tiny: Path, tmp_path: Path, capsys
-) -> None:
-    shutil.rmtree(nf4[0])
-    merge(nf4[1], tmp_path / "out", base=str(tiny / "model"))
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    for call in (
+        lambda: convert(nf4[1], tmp_path / "out", None, str(other)),
+        lambda: combine([nf4[1], nf4[1]], tmp_path / "out", None, "cat", None, None, str(other)),
+        lambda: verify(str(nf4[1]), str(other), str(other)),
+        lambda: open_models([str(nf4[1])], str(other)),
+    ):
+        with pytest.raises(LoraError, match="was made from"):
+            call()
 
 
 def test_a_quantised_base_has_no_original_weights(nf4: tuple[Path, Path], tmp_path: Path) -> None:

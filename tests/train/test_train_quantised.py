@@ -1,7 +1,7 @@
 """Training on bases that are quantised already: NF4 as it is, FP8 dequantised; stopped and resumed;
 merged, with what was trained checked.
 
-Hermetic: the tiny model, quantised here. Alone: pytest tests/train/test_quantised_bases.py
+Hermetic: the tiny model, quantised here. Alone: pytest tests/train/test_train_quantised.py
 """
 
 from __future__ import annotations
@@ -113,4 +113,6 @@ def test_a_named_16bit_base_is_measured_by_what_training_left_where_the_base_is_
     with pytest.raises(LoraError, match="is not here"):
         merge(trained, tmp_path / "out")
     merge(trained, tmp_path / "out", base=str(tiny / "model"))
-    assert "it lies this far from what was trained: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tiny / 'model'} is not compared with {base}" in said
+    assert "it lies this far from what was trained: " in said
