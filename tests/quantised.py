@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig
 
 NF4 = {"bnb_4bit_quant_type": "nf4"}
 DOUBLY = {**NF4, "bnb_4bit_use_double_quant": True}
@@ -65,6 +65,32 @@ def save_fp8(model: Path, folder: Path, block: tuple[int, int], powers: bool = F
         dtype="bfloat16",
     )
     save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def save_mxfp4(model: Path, folder: Path) -> Path:
+    """A tiny gpt-oss with random MXFP4 experts: two 4-bit numbers a byte, an exponent per 32."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=512,
+        hidden_size=64, intermediate_size=64, head_dim=32, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=32, max_position_embeddings=256,
+        layer_types=["sliding_attention", "full_attention"], dtype="bfloat16",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    network = AutoModelForCausalLM.from_config(config).bfloat16()
+    network.save_pretrained(folder)
+    copy_tokenizer(model, folder)
+    made = load_file(folder / "model.safetensors")
+    for name in [name for name in made if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = made.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        made[f"{name}_blocks"] = blocks
+        made[f"{name}_scales"] = torch.randint(118, 122, blocks.shape[:3], dtype=torch.uint8)
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": settings}))
     return folder
 
 

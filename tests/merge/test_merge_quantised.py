@@ -201,3 +201,18 @@ def test_a_rounding_over_the_limit_is_taken_only_where_each_weight_is_the_merged
     monkeypatch.setitem(probes.TOLERANCE, torch.bfloat16, 1e-6)
     with pytest.raises(RejectedError, match="not the same function"):
         verify(str(nf4[1]), str(tmp_path / "other"), None)
+
+
+def test_experts_in_mxfp4_are_dequantised_and_merged(tiny: Path, tmp_path: Path) -> None:
+    base = quantised.save_mxfp4(tiny / "model", tmp_path / "base")
+    adapter = quantised.save_adapter(
+        base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"]
+    )
+    merge(adapter, tmp_path / "out")
+    wanted = quantised.merge_plainly(base, adapter)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    merged = network.state_dict()
+    assert merged.keys() == wanted.keys()
+    assert merged["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    for name, weight in merged.items():
+        assert units.same_sum(weight, wanted[name]), name
