@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from lora_cli.common import UsageError, files, provenance, quote, ui
-from lora_cli.gguf import parity, tools
+from lora_cli.gguf import parity, preflight, tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import (
     Adapter,
@@ -59,6 +59,7 @@ def export_adapter(
     ui.say(f"exporting the adapter {adapter} with the converter {converter}")
     if adapter.quantization:
         ui.warn(FOUR_BIT)
+    preflight.refuse_quantised(adapter.base)
     with files.scratch_beside_results(".lora-export-", folder) as scratch:
         scaled = scratch / "scaled"
         made = {name: scratch / file.name for name, file in targets.items()}
@@ -114,8 +115,8 @@ def _compare_all(
     one differs."""
     if not parity.find_engine():
         return dict.fromkeys(made, parity.NO_ENGINE)
-    dtype = adapter.base.dtype
-    base = convert_to_float32(adapter.base.load(dtype))
+    dtype = adapter.base.exact_dtype
+    base = convert_to_float32(adapter.base.load_plain(dtype))
     exact = scratch / "base.gguf"
     tools.convert(base_folder, exact, tools.EXACT[str(dtype).removeprefix("torch.")], converter)
     tokenizer = adapter.load_tokenizer()

@@ -24,7 +24,10 @@ class Checker:
     def __init__(self, model: Base, exact: Path, exact_type: str) -> None:
         """Compute what the model says, and compare the exact GGUF with it. Raises LoraError where
         that says something else."""
-        weights, tokenizer = convert_to_float32(model.load()), model.load_tokenizer()
+        weights, tokenizer = (
+            convert_to_float32(model.load_plain(model.exact_dtype)),
+            model.load_tokenizer(),
+        )
         source = parity.Source(model.config, tokenizer, count_text_parameters(weights))
         self._reference = parity.make_reference(weights, model.config, tokenizer, source)
         self._exact_type = exact_type
@@ -63,9 +66,11 @@ class Checker:
         matrix: Path | None,
     ) -> None:
         made = self._reference.passages
-        logits = compute_logits(convert_to_float32(base.load()), made)
+        logits = compute_logits(convert_to_float32(base.load_plain(base.exact_dtype)), made)
         exact = scratch / "base" / "base.gguf"
-        convert(base.download(), exact, EXACT[str(base.dtype).removeprefix("torch.")], converter)
+        convert(
+            base.download(), exact, EXACT[str(base.exact_dtype).removeprefix("torch.")], converter
+        )
         for name in types:
             file = exact.with_name(f"{name}.gguf")
             quantize.quantize(exact, file, name.upper(), matrix, announced=False)

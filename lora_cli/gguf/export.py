@@ -3,7 +3,6 @@ in llama.cpp."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from lora_cli.common import LoraError, UsageError, files, privacy, provenance, u
 from lora_cli.gguf import check, ggml, imatrix, mixture, modelfile, parity, preflight, quantize
 from lora_cli.gguf.tools import CONVERTER_TYPES, EXACT, VERSION, Found, convert, find_converter
 from lora_cli.merge import merge
-from lora_cli.models import Adapter, Base, names, read_adapter, save_tokenizer
+from lora_cli.models import Adapter, Base, names, quantised, read_adapter, save_tokenizer
 
 
 def export(
@@ -76,7 +75,7 @@ def _merge_on_the_way(
     converted: `path`, or `merged`, where the adapter is merged."""
     config = _check_first(path, adapter, means)
     base = adapter.base if adapter else Base(str(path))
-    exact = _choose_exact_type(base.dtype)
+    exact = _choose_exact_type(base.dtype if adapter else base.exact_dtype)
     passing = [exact] if _needs_exact(targets, means) and exact not in targets else []
     rounded = [name for name in targets if is_rounded(name)]
     if means.has_engine and rounded and _find_base(path, adapter):
@@ -122,9 +121,12 @@ def _check_first(path: Path, adapter: Adapter | None, means: Means) -> Pretraine
     be converted."""
     if adapter is None:
         model = Base(str(path))
+        preflight.refuse_quantised(model)
         preflight.check_convertible(path, model.config, model.load_tokenizer(), means.converter)
         return model.config
-    config, tokenizer = copy.deepcopy(adapter.base.config), adapter.load_tokenizer()
+    merge.refuse_unmergeable(adapter)
+    config = quantised.without_quantisation(adapter.base.config)
+    tokenizer = adapter.load_tokenizer()
     # an adapter with tokens of its own grows the base to them
     config.get_text_config().vocab_size = max(config.get_text_config().vocab_size, len(tokenizer))
     unmerged = means.scratch / "unmerged"
@@ -205,7 +207,7 @@ def is_rounded(name: str) -> bool:
 def _make_exact(model: Base, name: str, means: Means) -> Exact:
     """Convert the model as it is to the file `name`, and find or measure the importance matrix of
     `--imatrix`."""
-    type_name = _choose_exact_type(model.dtype)
+    type_name = _choose_exact_type(model.exact_dtype)
     file, merged = means.scratch / "exact" / name, Path(model.name)
     convert(merged, file, type_name, means.converter)
     return Exact(file, type_name, _find_imatrix(means, merged, file))
@@ -253,13 +255,16 @@ def _write_record(target: Path, name: str, report: str, merged: Path, means: Mea
 
 
 def _find_base(merged: Path, adapter: Adapter | None) -> Base | None:
-    """Find the base that a model was merged into, where it is on this machine."""
-    if adapter is not None:
-        return adapter.base
-    file = merged / provenance.ARTEFACT_RECORD
-    record = files.read_json(file) if file.is_file() else {}
-    name = privacy.expand_home(record.get("base") or "")
-    return Base(name) if name and (Path(name) / "config.json").is_file() else None
+    """Find the base that a model was merged into, where it is on this machine and the converter
+    reads it."""
+    if adapter is None:
+        file = merged / provenance.ARTEFACT_RECORD
+        record = files.read_json(file) if file.is_file() else {}
+        name = privacy.expand_home(record.get("base") or "")
+        base = Base(name) if name and (Path(name) / "config.json").is_file() else None
+    else:
+        base = adapter.base
+    return base if base and preflight.is_convertible(base) else None
 
 
 def _find_imatrix(means: Means, merged: Path, exact: Path) -> Path | None:

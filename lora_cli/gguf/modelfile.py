@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import files, quote, ui
+from lora_cli.gguf import preflight
 from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_template
 
 MADE_BY = "# made by lora export-gguf"
@@ -208,6 +209,8 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     wide = f"--max-lora-rank {1 << (rank - 1).bit_length()}"
     named = quote(f"{files.name_artefact(Path(str(adapter)))}={adapter}")
     ui.say(f"  vllm serve {quote(adapter.base)} --enable-lora {wide} --lora-modules {named}")
+    if not preflight.is_convertible(adapter.base):
+        return
     ui.say(
         f"  llama-server -m BASE.gguf --lora LORA.gguf, from: lora export-gguf {quote(adapter)} "
         "--adapter-only"

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_cli.common import LoraError, ui
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import empty
+from lora_cli.models import Base, empty
 from lora_cli.recipe import DEFAULT_TASK
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
@@ -39,6 +39,24 @@ def check_convertible(
     if tokenizer.chat_template is None:
         ui.warn("the model has no chat template: llama.cpp will render chats as ChatML")
     tools.try_vocabulary(folder, converter)
+
+
+def is_convertible(model: Base) -> bool:
+    """Return whether the converter reads the model's weights: they are plain, or quantised in a
+    way that it dequantises exactly and lora can compare."""
+    return model.quantised is None or model.quantised.is_dequantised
+
+
+def refuse_quantised(model: Base) -> None:
+    """Raise LoraError for a model whose quantised weights the converter does not read."""
+    if is_convertible(model):
+        return
+    found = model.quantised
+    assert found is not None, "only quantised weights are not convertible"
+    hint = "export the 16-bit model it was made from; -q makes it small again"
+    if found.in_4bit:
+        hint = f"{hint}, or an adapter on it, which is merged into its dequantised weights"
+    raise LoraError(f"{model} is already quantised ({found}), which is not converted to GGUF", hint)
 
 
 def _refuse_head_of_its_own(folder: Path, config: PretrainedConfig) -> None:

@@ -28,12 +28,14 @@ def finish_folder(
     save_tokenizer(tokenizer, staging, first.base.name, first.base.revision)
     # an adapter made elsewhere may name its base without a commit
     base = first.base if first.base.revision else first.base.resolve()
+    # 4-bit storage is a base's that it replaces
+    kept = ("model",) if first.replaced else ("model", "quantization")
     stops = sorted({token for source in sources for token in source.stop_token_ids})
     made = provenance.new_record(
         command,
         status="finished",
         base={"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
-        recipe={key: first.recipe[key] for key in ("model", "quantization") if key in first.recipe},
+        recipe={key: first.recipe[key] for key in kept if key in first.recipe},
         data={"stop_token_ids": stops},
         **contents,
         parents=[

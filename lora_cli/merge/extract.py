@@ -42,8 +42,8 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     with files.staged_folder(out) as staging:
         first = Base(base).resolve()
         second = Base(finetuned).resolve()
-        before = convert_to_float32(first.load())
-        after = convert_to_float32(second.load())
+        before = convert_to_float32(first.load_plain())
+        after = convert_to_float32(second.load_plain())
         linear, others = _find_changed(before, after, base, finetuned)
         deltas = {name: partial(_measure_delta, before, after, name) for name in linear}
         fan_in_fan_out = any(isinstance(before.get_submodule(name), Conv1D) for name in linear)
@@ -83,10 +83,8 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     adapter.refuse_other_base()
     with files.staged_folder(out) as staging:
         tokenizer = adapter.load_tokenizer()
-        network = adapter.load_base()
-        if adapter.quantization:
-            network = network.dequantize()
-        adapted = attach.load_adapter(convert_to_float32(network), adapter.folder)
+        network = convert_to_float32(adapter.load_plain_base())
+        adapted = attach.load_adapter(network, adapter.folder)
         probes = make_probes(tokenizer)
         wanted = compute_logits(adapted, probes)
         layers = attach.find_lora_layers(adapted)

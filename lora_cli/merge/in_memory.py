@@ -3,7 +3,6 @@ tensor by tensor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,11 +50,10 @@ class Whole:
 
     def _load(self, original: bool) -> PeftModel:
         """Return base with adapter, in float32 unless its weights are in 4 bits."""
-        base = self.adapter.load_base(original)
-        quantised = self.adapter.quantization and not original
-        return attach.load_adapter(
-            base if quantised else convert_to_float32(base), self.adapter.folder
-        )
+        if self.adapter.quantization and not original:
+            return attach.load_adapter(self.adapter.load_base(), self.adapter.folder)
+        base = convert_to_float32(self.adapter.load_plain_base(original))
+        return attach.load_adapter(base, self.adapter.folder)
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """Write PEFT's merge_and_unload, each weight rounded once, by save_pretrained; return how
@@ -93,11 +91,9 @@ class Whole:
 
 def say_needed(adapter: Adapter) -> None:
     """Say how much memory a merge of the whole model takes in float32."""
-    base = adapter.base.tensors
-    if base is not None:
-        needed = 4 * sum(math.prod(entry.shape) for entry in base.entries.values()) / 2**30
-        free = psutil.virtual_memory().available / 2**30
-        ui.say(f"  its weights take {needed:.1f} GiB of memory in float32; {free:.1f} GiB are free")
+    needed = 4 * adapter.base.build_empty().num_parameters() / 2**30
+    free = psutil.virtual_memory().available / 2**30
+    ui.say(f"  its weights take {needed:.1f} GiB of memory in float32; {free:.1f} GiB are free")
 
 
 def fold_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, int]:

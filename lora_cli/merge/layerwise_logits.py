@@ -28,6 +28,7 @@ from lora_cli.models import (
     Tensors,
     compute_logits,
     convert_to_float32,
+    quantised,
     split_rows,
     token_rows,
 )
@@ -69,8 +70,11 @@ def walk_logits_of(
     """Return the same for a plain model, on the hub or in a folder, or None where they cannot be
     computed."""
 
+    if model.quantised:
+        quantised.refuse_undequantisable(model.name, model.quantised)
+
     def load() -> list[torch.Tensor]:
-        return compute_logits(convert_to_float32(model.load(dtype)), probes)
+        return compute_logits(convert_to_float32(model.load_plain(dtype)), probes)
 
     if model.tensors is None or not streaming_plan.has_own_names(model):
         return [rows[-KEPT:] for rows in load()]

@@ -19,7 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, ui
-from lora_cli.merge import compare_weights, in_memory, streamed, streaming_plan
+from lora_cli.merge import (
+    compare_weights,
+    in_memory,
+    layerwise_logits,
+    streamed,
+    streaming_plan,
+)
 from lora_cli.models import (
     TRAINED,
     Adapter,
@@ -28,8 +34,11 @@ from lora_cli.models import (
     Probe,
     check_trained,
     compare_logits,
+    is_rounding,
     make_probes,
+    measure_trained,
     num_experts,
+    quantised,
     read_adapter,
     rounding_limit,
     save_tokenizer,
@@ -82,21 +91,20 @@ def merge_adapter(
         dtype = adapter.base.dtype
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
-        add_tokenizer_and_record(adapter, tokenizer, staging)
-        if check:
-            _check_files(way, adapter, staging, original)
+        add_tokenizer_and_record(adapter, tokenizer, staging, original)
+        compared = check and _check_files(way, adapter, staging, original)
         given = way.compute_merged(staging, dtype, probes) if expected else None
         difference = None
         if expected and given:
-            difference = refuse_different(adapter, given, expected, dtype, way.arithmetic)
+            difference = refuse_different(adapter, given, expected, dtype, way.arithmetic, compared)
     return Merged(modules, dtype, difference)
 
 
 def _check_files(
     way: streamed.Streamed | in_memory.Whole, adapter: Adapter, folder: Path, original: bool
-) -> None:
+) -> bool:
     """Check what was written; merge each tensor again and compare it with the one there, and say
-    so: logits may hide a module that was left out."""
+    so: logits may hide a module that was left out. Return whether the tensors could be compared."""
     way.check_files(folder)
     try:
         found = compare_weights.compare_weights(adapter, Base(str(folder)), original)
@@ -106,6 +114,7 @@ def _check_files(
         ui.say("  the weights cannot be merged again one by one, to be compared")
     else:
         ui.say(f"  merged again: {found}")
+    return found is not None
 
 
 def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
@@ -117,8 +126,17 @@ def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[P
     return [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
 
 
+def _describe_weights(adapter: Adapter, original: bool) -> str:
+    """Return which of the base's weights the adapter is merged into."""
+    if adapter.base.quantised:
+        return f"dequantised, from {adapter.base.quantised}"
+    if adapter.replaced:
+        return f"its own; trained on {adapter.replaced}, which is quantised"
+    return "dequantised, from 4 bits" if adapter.quantization and not original else "its own"
+
+
 def add_tokenizer_and_record(
-    adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path
+    adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path, original: bool
 ) -> None:
     """Write what belongs to a merged model beside weights and configurations: tokenizer, template
     and record."""
@@ -126,7 +144,11 @@ def add_tokenizer_and_record(
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
         provenance.new_record(
-            "merge", base=adapter.base.name, revision=adapter.base.revision, parent=adapter.record
+            "merge",
+            base=adapter.base.name,
+            revision=adapter.base.revision,
+            into=_describe_weights(adapter, original),
+            parent=adapter.record,
         ),
     )
     files.leave_out_home(folder)
@@ -164,6 +186,9 @@ def check_against_training(
     For an adapter trained on 4-bit weights, also say how far off the original weights are.
     """
     other = way.compute_on_other_weights(probes) if adapter.quantization else expected
+    if adapter.replaced:
+        _say_replaced(adapter, probes, expected)
+        return
     if other is None:
         return
     trained = other if original else expected
@@ -177,14 +202,37 @@ def check_against_training(
         ui.say(f"  merged into the {into}; {which} this far from what was trained: {apart}")
 
 
+def _say_replaced(
+    adapter: Adapter, probes: Sequence[Probe], expected: Sequence[torch.Tensor]
+) -> None:
+    """Say how far the adapter on the base that takes a quantised one's place is from the function
+    that was trained."""
+    assert adapter.replaced is not None, "merge_adapter has looked"
+    trained = replace(adapter, base=adapter.replaced, replaced=None)
+    apart: Difference | None
+    if trained.base.is_readable():
+        logits = choose_way(trained, None, False).compute_expected(probes)
+        last = layerwise_logits.KEPT
+        both = ([rows[-last:] for rows in each] for each in (logits or [], expected))
+        apart = compare_logits(*both) if logits else None
+    else:
+        apart = measure_trained(adapter.folder, expected)
+    if apart is None:
+        ui.warn(f"how far it lies from what was trained is not known: {trained.base} is not here")
+    else:
+        ui.say(f"  merged into {adapter.base}; it lies this far from what was trained: {apart}")
+
+
 def refuse_different(
     adapter: Adapter,
     given: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
     dtype: torch.dtype,
     arithmetic: torch.dtype,
+    compared: bool = False,
 ) -> Difference:
-    """Return the merged model's distance from base with adapter.
+    """Return the merged model's distance from base with adapter. `compared`: each of its weights
+    was merged again, and is the one in its files.
 
     Raise RejectedError where it is larger than rounding the weights to `dtype`, or computing
     `expected` in the type `arithmetic`, explains.
@@ -199,6 +247,8 @@ def refuse_different(
             "  over the limit at a few tokens only, as the mean KL shows: rounding sends those to "
             "another expert"
         )
+    elif over and compared and is_rounding(difference, dtype):
+        ui.say("  over the limit by rounding alone: each weight is the merged one")
     elif over:
         raise RejectedError(
             f"the merged model differs from base with adapter: {distance}",
@@ -216,14 +266,34 @@ def _has_experts(adapter: Adapter) -> bool:
 def refuse_unmergeable(adapter: Adapter) -> None:
     """Raise LoraError for a base whose files hold weights in a form that nothing can be added
     to."""
-    stored = getattr(adapter.base.config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-        raise LoraError(
-            f"{adapter.base} keeps its weights quantised ({method}): an adapter cannot be merged "
-            "into them",
-            "give the 16-bit model it was made from with --base",
+    if adapter.base.quantised:
+        quantised.refuse_unmergeable(adapter.base.name, adapter.base.quantised)
+
+
+def _say_into(adapter: Adapter, original: bool) -> None:
+    """Say what the adapter is merged into where that is not simply its base; UsageError for
+    `--base-weights original` where there are no other weights."""
+    if adapter.base.quantised:
+        if original:
+            raise UsageError(
+                f"{adapter.base} is already quantised ({adapter.base.quantised}): it has no "
+                "original weights",
+                "--base MODEL, the 16-bit model it was made from",
+            )
+        ui.say(
+            f"  already quantised ({adapter.base.quantised}): merging into the dequantised base, "
+            "the function that was trained"
         )
+    elif adapter.replaced:
+        ui.say(
+            f"  trained on {adapter.replaced}, which is quantised: merging into {adapter.base}'s "
+            "own weights instead"
+        )
+    elif adapter.quantization:
+        into = "original weights" if original else "dequantised base, the function that was trained"
+        ui.say(f"  trained on 4-bit weights: merging into the {into}")
+    elif original:
+        raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
 
 
 def merge(
@@ -248,11 +318,8 @@ def merge(
         else " (it has no record, so its base is the one that adapter_config.json names)"
     )
     ui.say(f"merging {adapter} into {adapter.base}{made}")
-    if original and not adapter.quantization:
-        raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
-    if adapter.quantization:
-        into = "original weights" if original else "dequantised base, the function that was trained"
-        ui.say(f"  trained on 4-bit weights: merging into the {into}")
+    refuse_unmergeable(adapter)
+    _say_into(adapter, original)
     rejected = out.with_name(f"{out.name}.rejected")
     try:
         merged = merge_adapter(adapter, out, stream, original, rejected)

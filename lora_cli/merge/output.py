@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.common import LoraError
-from lora_cli.models import Adapter, Base
+from lora_cli.models import Adapter, Base, quantised
 
 
 def write_config(
@@ -26,6 +26,7 @@ def write_config(
         plain_model.generation_config = GenerationConfig.from_pretrained(
             adapter.base.name, revision=adapter.base.revision
         )
+    plain_model.config = quantised.without_quantisation(plain_model.config)
     plain_model.config.dtype = str(dtype).removeprefix("torch.")
     plain_model.config.architectures = [type(plain_model).__name__]
     plain_model.config.use_cache = True

@@ -15,15 +15,17 @@ Its doors, in the order a reader needs them:
     targets, init_weights          which modules a recipe means; what an adapter starts from
     token_rows, adapter_contents   added tokens; what an adapter holds beside linear updates
     causality                      whether tokens see later ones, as an encoder's do
+    quantised                      what a configuration says of quantised weights, and what follows
     empty, four_bit                models without weights; guards around 4-bit weights
     tensors, Tensors, is_finite, split_rows
                                    safetensors files read and written some rows at a time
     convert_to_float32, to_accelerator, refuse_not_finite, count_text_parameters
                                    a loaded model made ready
-    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit
+    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit,
+    is_rounding
                                    whether two forms of a model are the same function
     passages                       … and how much a form that is rounded more has lost
-    save_trained, check_trained, TRAINED, TRAINED_KL
+    save_trained, check_trained, measure_trained, TRAINED, TRAINED_KL
                                    what training left behind, for later comparison
 """
 
@@ -39,7 +41,9 @@ from lora_cli.models.probes import (
     check_trained,
     compare_logits,
     compute_logits,
+    is_rounding,
     make_probes,
+    measure_trained,
     rounding_limit,
     save_trained,
 )
@@ -78,13 +82,16 @@ __all__ = [
     "get_checkpoint_dtype",
     "init_weights",
     "is_finite",
+    "is_rounding",
     "load_recipe_tokenizer",
     "load_tokenizer",
     "make_probes",
+    "measure_trained",
     "names",
     "num_active_experts",
     "num_experts",
     "passages",
+    "quantised",
     "read_adapter",
     "refuse_not_finite",
     "rounding_limit",

@@ -21,8 +21,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, UsageError, privacy, provenance, quote, read_json, ui
-from lora_cli.models import adapter_config, adapter_names, fingerprint, names, tokenizer
-from lora_cli.models.base import Base
+from lora_cli.models import (
+    adapter_config,
+    adapter_names,
+    fingerprint,
+    names,
+    quantised,
+    source,
+    tokenizer,
+)
+from lora_cli.models.base import Base, is_quantised
 from lora_cli.models.probes import TRAINED
 
 UNSAFE = "which may run code when it is loaded"
@@ -53,6 +61,9 @@ class Adapter:
     """What it is called on the hub, where `folder` is in the hub's cache."""
     given: Path | None = None
     """The folder that was given, where `folder` is a copy of it with other names of tensors."""
+    replaced: Base | None = None
+    """The quantised base that it was trained on, where `base` is given in its place and is not
+    quantised."""
 
     def __str__(self) -> str:
         return self.hub_name or str(self.given or self.folder)
@@ -64,8 +75,10 @@ class Adapter:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The 4-bit storage of the base it was trained on."""
-        return self.recipe.get("quantization")
+        """The 4-bit storage that training put the base's weights into; None where it took them as
+        the files have them."""
+        kept = self.recipe.get("quantization")
+        return None if kept is None or self.replaced or self.base.quantised else kept
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -83,8 +96,12 @@ class Adapter:
         """Raise LoraError naming what differs where the base is not the one that the adapter was
         trained on.
 
-        An adapter made elsewhere, or before fingerprints were kept, says nothing of its base.
+        An adapter made elsewhere, or before fingerprints were kept, says nothing of its base; one
+        in the place of a quantised one must be what that was made from.
         """
+        if self.replaced:
+            source.refuse_other_source(self.replaced, self.base)
+            return
         kept = self.record["base"].get("fingerprint") if self.record else None
         different = fingerprint.list_differences(kept, self.base.fingerprint) if kept else []
         if different:
@@ -101,10 +118,18 @@ class Adapter:
         foreign one as its files are. `original` leaves the quantisation out. Raises LoraError where
         it is not the base that was trained on."""
         self.refuse_other_base()
-        settings = None
-        if self.quantization and not original:
-            settings = BitsAndBytesConfig(load_in_4bit=True, **self.quantization)
+        settings, kept = None, self.recipe.get("quantization")
+        if kept and (self.base.quantised or self.quantization and not original):
+            settings = BitsAndBytesConfig(load_in_4bit=True, **kept)
         return self.base.load(self.trained_dtype, settings)
+
+    def load_plain_base(self, original: bool = False) -> PreTrainedModel:
+        """Load the same base with plain weights: dequantised where it is quantised."""
+        if self.base.quantised:
+            self.refuse_other_base()
+            return self.base.load_plain(self.trained_dtype)
+        network = self.load_base(original)
+        return network.dequantize() if is_quantised(network) else network
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer saved with the adapter, with the template that was trained; else the
@@ -130,7 +155,8 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     record = _read_record(folder)
     named = _choose_base(hub_name or str(folder), base, config, record)
     given = folder if respelled != folder else None
-    found = Adapter(respelled, named, record, not _changes_base(config), hub_name, given)
+    replaced = _find_replaced(named, config, record) if base is not None else None
+    found = Adapter(respelled, named, record, not _changes_base(config), hub_name, given, replaced)
     _warn_of_no_change(respelled, str(found))
     return found
 
@@ -244,6 +270,22 @@ def _choose_base(
     if record is None and base is None:
         adapter_config.announce_base(adapter, name, revision)
     return Base(name, revision)
+
+
+def _find_replaced(
+    given: Base, config: Mapping[str, Any], record: Mapping[str, Any] | None
+) -> Base | None:
+    """Return the quantised base that an adapter was trained on where `given`, which is not
+    quantised, is to take its place; of one made elsewhere, if that base is at hand."""
+    name = privacy.expand_home(config.get("base_model_name_or_path") or "")
+    if record:
+        before = Base(name, record["base"]["commit"])
+        settings = (record["base"].get("fingerprint") or {}).get("config", {})
+        was_quantised = any(settings.get(field) for field in quantised.FIELDS)
+    else:
+        before = Base(name, config.get("revision"))
+        was_quantised = before.is_at_hand() and before.quantised is not None
+    return before if was_quantised and given.quantised is None else None
 
 
 def _changes_base(config: dict[str, Any]) -> bool:

@@ -37,6 +37,8 @@ def quiet_peft() -> Iterator[None]:
             "Unexpected keyword arguments",  # adapter_config.py warns of them
             "`lora_bias=True` was passed but",  # refused, or merged
             "Could not find a config file|Unable to fetch remote file",
+            # the base that --base gives, which is said
+            "The PEFT config's `base_model_name_or_path` was renamed",
             "Input and output embeddings are no longer tied",  # as config.json then says
         ):
             warnings.filterwarnings("ignore", message=message)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import resolve_revision, snapshot_download
+from huggingface_hub import resolve_revision, snapshot_download, try_to_load_from_cache
 from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -23,8 +23,18 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.common import LoraError, remote_code
-from lora_cli.models import empty, fingerprint, four_bit, names, tensors, tokenizer
+from lora_cli.models import (
+    dequantised,
+    empty,
+    fingerprint,
+    four_bit,
+    names,
+    quantised,
+    tensors,
+    tokenizer,
+)
 from lora_cli.models.config import get_checkpoint_dtype, load_config
+from lora_cli.models.quantised import Quantised
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import DEFAULT_TASK, Recipe, Task
 
@@ -44,14 +54,17 @@ class Base:
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Base:
         """Return the base of a recipe, its revision resolved and its configuration read; LoraError
-        names the key."""
+        names the key, and one for a base that is quantised so that the recipe's method does not
+        train on it."""
         try:
             base = cls(recipe.model.name_or_path, recipe.model.revision, recipe.task).resolve()
-            base.config  # noqa: B018 – read here, so that what is wrong with it is said of the recipe's key
+            stored = base.quantised  # what is wrong with its configuration is said of the key
         except LoraError as error:
             if error.message.startswith("model."):
                 raise
             raise error.with_message(f"model.name_or_path: {error.message}") from error
+        if stored is not None:
+            quantised.refuse_untrainable(recipe, base.name, stored)
         return base
 
     def resolve(self) -> Base:
@@ -91,20 +104,68 @@ class Base:
         return get_checkpoint_dtype(self.config)
 
     @cached_property
-    def tensors(self) -> Tensors | None:
-        """The headers of its safetensors files; None where it has no such files."""
+    def quantised(self) -> Quantised | None:
+        """How its files keep the weights quantised; None where they are plain."""
+        return quantised.find_quantised(self.config)
+
+    def describe(self) -> str:
+        """Return its name, and how it is quantised already."""
+        stored = self.quantised
+        if stored is None:
+            return self.name
+        loaded = ", dequantised as it is loaded" if stored.is_dequantised else ""
+        return f"{self.name}, already quantised ({stored}){loaded}"
+
+    @cached_property
+    def stored(self) -> Tensors | None:
+        """The tensors of its safetensors files, as they are; None where it has no such files."""
         return tensors.open_model(self.name, self.revision)
+
+    @cached_property
+    def tensors(self) -> Tensors | None:
+        """The same, dequantised as they are read where the files hold them quantised and that is
+        known here."""
+        if self.stored is None or self.quantised is None:
+            return self.stored
+        return dequantised.read_dequantised(self.stored, self.quantised)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What tells it from another base: its configuration, and a short hash of each tensor."""
-        return fingerprint.fingerprint_model(self.name, self.revision, self.tensors)
+        return fingerprint.fingerprint_model(self.name, self.revision, self.stored)
+
+    def is_at_hand(self) -> bool:
+        """Return whether its configuration and weights are on this machine."""
+        if self.is_folder:
+            return (Path(self.name) / "config.json").is_file()
+        if not names.is_hub_name(self.name):
+            return False
+        return all(
+            any(
+                isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str)
+                for file in files
+            )
+            for files in (["config.json"], [tensors.SINGLE, tensors.INDEX])
+        )
+
+    def is_readable(self) -> bool:
+        """Return whether it is on this machine, and its weights are plain or can be dequantised."""
+        if not self.is_at_hand() or self.tensors is None:
+            return False
+        return self.quantised is None or self.quantised.is_mergeable
 
     def download(self) -> Path:
         """Return the folder with its files: its own, or that of the hub's cache."""
         return Path(
             self.name if self.is_folder else snapshot_download(self.name, revision=self.revision)
         )
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """The type that holds the values of its weights: float32 where they are dequantised as
+        they are loaded, else the one they have on disk."""
+        stored = self.quantised
+        return torch.float32 if stored and stored.is_dequantised else self.dtype
 
     def build_empty(self) -> PreTrainedModel:
         """Build it without weights (on the `meta` device): its modules' names and shapes, in an
@@ -132,20 +193,18 @@ class Base:
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load it in `dtype` (default: its own), or in 4 bits with `dtype` for what is not
-        quantised.
+        quantised. A base that is quantised already stays as it is, or is dequantised on the way;
+        4-bit weights are computed in the type that `quantization` says.
 
-        `kwargs` go to from_pretrained. Raises LoraError where its files lack or misshape a weight.
+        `kwargs` go to from_pretrained. Raises LoraError where its files lack or misshape a weight,
+        or transformers cannot load what they hold.
         """
+        kwargs |= self._choose_storage(quantization)
         self.refuse_without_safetensors()
-        if quantization is not None:
-            self._refuse_conv1d()
-            if torch.cuda.is_available():
-                kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
         network, report = self.task.find_auto_class(self.config).from_pretrained(
             self.name,
             revision=self.revision,
             dtype=dtype or self.dtype,
-            quantization_config=quantization,
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=remote_code.is_allowed(),
@@ -153,10 +212,43 @@ class Base:
             **kwargs,
         )
         self._refuse_misfits(report)
-        if quantization is not None:
+        if is_quantised(network):
             four_bit.keep_4bit_weights_unpacked(network)
-            four_bit.refuse_misread_rows(network, self.name)
+            four_bit.refuse_misread_rows(network, self.name, self.quantised is not None)
         return network
+
+    def load_plain(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Load it with plain weights, dequantised where its files hold them quantised. Raises
+        LoraError where transformers cannot do that."""
+        if self.quantised is None:
+            return self.load(dtype)
+        quantised.refuse_undequantisable(self.name, self.quantised)
+        network = self.load(dtype)
+        if is_quantised(network):
+            network = network.dequantize()
+        network._weight_conversions = None  # save_pretrained would quantise the weights again
+        return network
+
+    def _choose_storage(self, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
+        """Return what from_pretrained is told of how weights are, or are to be, stored.
+
+        Not even None may be given for a base that is quantised: it would be loaded as if it were
+        not.
+        """
+        chosen: dict[str, Any] = {}
+        in_4bit = quantization is not None
+        if self.quantised is not None:
+            quantised.refuse_unloadable(self.name, self.quantised)
+            compute = quantization.bnb_4bit_compute_dtype if quantization else None
+            chosen["config"] = quantised.config_for_loading(self.config, compute)
+            in_4bit = not self.quantised.is_dequantised
+        elif quantization is not None:
+            chosen["quantization_config"] = quantization
+        if in_4bit:
+            self._refuse_conv1d()
+            if torch.cuda.is_available():
+                chosen["device_map"] = {"": torch.cuda.current_device()}
+        return chosen
 
     def refuse_without_safetensors(self) -> None:
         """Raise LoraError where its weights are absent or pickled, or where it is a base and an
@@ -204,11 +296,16 @@ class Base:
                 )
 
 
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Return whether weights of the loaded model are quantised."""
+    return getattr(model, "hf_quantizer", None) is not None  # only set where they are
+
+
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
-    """Move the model to the GPU where there is one. Not for 4-bit weights: `Base.load` has put
-    those where they run."""
+    """Move the model to the GPU where there is one; quantised weights are where they run
+    already."""
     accelerator = torch.accelerator.current_accelerator()
-    return model if accelerator is None else model.to(accelerator)
+    return model if accelerator is None or is_quantised(model) else model.to(accelerator)
 
 
 def refuse_not_finite(network: torch.nn.Module, name: str) -> None:

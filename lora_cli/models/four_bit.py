@@ -21,38 +21,42 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def refuse_misread_rows(model: torch.nn.Module, name: str) -> None:
+def refuse_misread_rows(model: torch.nn.Module, name: str, already: bool) -> None:
     """Raise LoraError where bitsandbytes would read 4-bit weights wrongly: on some processors it
     gives values the scale of another block when the length of a row is a multiple of 16, but not of
-    64 (measured with 0.50.2 and AVX512)."""
+    64 (measured with 0.50.2 and AVX512). `already`: its files hold them in 4 bits."""
     from bitsandbytes.nn import Linear4bit
 
     layers = {
         path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)
     }
-    lengths = {
-        module.in_features for module in layers.values() if module.weight.device.type == "cpu"
+    sizes = {
+        path: (module.in_features, module.weight.blocksize)
+        for path, module in layers.items()
+        if module.weight.device.type == "cpu"
     }
-    misread = {length for length in lengths if misreads_rows(length)}
-    paths = [path for path, module in layers.items() if module.in_features in misread]
+    misread = {size for size in set(sizes.values()) if misreads_rows(*size)}
+    paths = [path for path, size in sizes.items() if size in misread]
     if paths:
         endings = sorted({path.rpartition(".")[2] for path in paths})
         raise LoraError(
-            f"bitsandbytes reads 4-bit rows of {sorted(misread)[0]} weights wrongly on this "
+            f"bitsandbytes reads 4-bit rows of {min(misread)[0]} weights wrongly on this "
             f"processor; {name} has such "
             f"in {len(paths)} modules, the first {paths[0]}",
-            "--set method=lora, or --set 'quantization.llm_int8_skip_modules=[lm_head, "
+            "a GPU reads them rightly; or take the 16-bit model it was made from"
+            if already
+            else "--set method=lora, or --set 'quantization.llm_int8_skip_modules=[lm_head, "
             f"{', '.join(endings)}]'",
         )
 
 
-def misreads_rows(length: int) -> bool:
-    """Return whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length unlike the
-    same numbers in one row."""
+def misreads_rows(length: int, block: int = 64) -> bool:
+    """Return whether bitsandbytes reads a CPU's 4-bit matrix with rows of this length, and a scale
+    per `block` weights, unlike the same numbers in one row."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.linspace(0.01, 1, 8 * length).reshape(8, length)  # every block has another scale
-    packed, state = quantize_4bit(weight, quant_type="nf4")
+    packed, state = quantize_4bit(weight, blocksize=block, quant_type="nf4")
     rows = dequantize_4bit(packed, state)
     state.shape = torch.Size([1, weight.numel()])
     return not torch.equal(rows.flatten(), dequantize_4bit(packed, state).flatten())

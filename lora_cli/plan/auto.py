@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.common import LoraError, UsageError, find_nearest, remote_code
-from lora_cli.models import get_checkpoint_dtype, num_experts
+from lora_cli.models import get_checkpoint_dtype, num_experts, quantised
 from lora_cli.plan import hardware, memory
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import OPTIMIZER
@@ -61,6 +61,7 @@ def settle(
     """
     device = device or hardware.detect_device()
     choices: list[Choice] = []
+    recipe = _adopt_storage(recipe, config, choices)
     for key, choose in CHOOSERS.items():
         if _read_key(recipe, key) == "auto":
             recipe = _make_choice(recipe, key, choose(Situation(recipe, device, config)), choices)
@@ -73,6 +74,21 @@ def settle(
         if _read_key(recipe, key) == "auto":
             recipe = _make_choice(recipe, key, chosen, choices)
     return recipe, choices
+
+
+def _adopt_storage(
+    recipe: Recipe, config: PretrainedConfig | None, choices: list[Choice]
+) -> Recipe:
+    """Return the recipe with the 4-bit storage of a base that is quantised already, and add what
+    that changes to `choices`."""
+    found = quantised.find_quantised(config) if config and recipe.quantized else None
+    if found is None or not found.in_4bit:
+        return recipe
+    stored = found.read_stored()
+    for key, value in stored.items():
+        if getattr(recipe.quantization, key) != value:
+            choices.append(Choice(f"quantization.{key}", value, "the base is quantised so already"))
+    return recipe.replace(recipe.trainer, {"quantization": stored})
 
 
 def _read_key(recipe: Recipe, key: str) -> Any:

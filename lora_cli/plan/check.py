@@ -45,6 +45,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     steps = sizes.count_steps(recipe, train)
     if as_json:
         report = {
+            "base": base.describe(),
             "choices": [choice._asdict() for choice in choices],
             "chat_template": template,
             "adapter": adapter._asdict(),
@@ -55,7 +56,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         }
         print(json.dumps(report))
         return
-    print(f"{recipe.method} on {recipe.model.name_or_path}")
+    print(f"{recipe.method} on {base.describe()}")
     for choice in choices:
         print(f"  {choice}")
     print(f"  chat template: {template}")

@@ -35,7 +35,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli.common import LoraError
-from lora_cli.models import attach, empty, targets, token_rows
+from lora_cli.models import attach, empty, quantised, targets, token_rows
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import dora_norms, install, loss_head
 
@@ -265,7 +265,8 @@ class Rehearsal:
         self.base: Any = adapted.get_base_model()
         self.arguments = upstream.build_training_arguments(recipe)
         self.quantised_from = 0
-        """Bytes of the weights that 4-bit ones are made from, in the model's type."""
+        """Bytes of the weights that 4-bit ones are made from, in the model's type; none where the
+        base's files hold them in 4 bits."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake():
             self._prepare()
@@ -280,9 +281,10 @@ class Rehearsal:
         _materialise(self.adapted)
         packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
         size = getattr(torch, self.recipe.model.dtype).itemsize
-        self.quantised_from = size * sum(
-            module.in_features * module.out_features for module in packed
-        )
+        if quantised.find_quantised(self.base.config) is None:
+            self.quantised_from = size * sum(
+                module.in_features * module.out_features for module in packed
+            )
         self.trained = [parameter for _, parameter in attach.walk_trainable(self.adapted)]
         for parameter in self.trained:
             self.live.reassign(parameter, ADAPTERS)

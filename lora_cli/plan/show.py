@@ -63,6 +63,7 @@ def show_plan(
     batch = memory.largest_batch(recipe, rows)
     need = forecast.need(batch)
     report = {
+        "base": base.describe(),
         "choices": [choice._asdict() for choice in choices],
         "parameters": {"total": total, "trained": trained, "trained_by_kind": kinds},
         "batch": batch._asdict(),
@@ -184,7 +185,7 @@ def _format_lines(
     parameters = report["parameters"]
     found = report["memory"]
     batch = Batch(**report["batch"])
-    yield f"{recipe.method} on {recipe.model.name_or_path}"
+    yield f"{recipe.method} on {report['base']}"
     yield from (f"  {choice}" for choice in choices)
     total, trained = parameters["total"], parameters["trained"]
     yield f"\n{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"

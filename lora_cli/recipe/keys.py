@@ -142,7 +142,7 @@ class LoraFields(Section):
 
 class Quantization(Section):
     """4-bit storage of the base, for `qlora` and `qdora`: fields of transformers'
-    `BitsAndBytesConfig`."""
+    `BitsAndBytesConfig`. A base that is in 4 bits already keeps its own."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit code: NF4 is optimal for normally distributed weights."""

@@ -50,7 +50,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
         checkpoints.remove_leftovers(folder)
         run = run_folder.begin_run(folder, recipe.to_data(), contents, resume, allowed)
         with _record_ending(run):
-            ui.say(f"{recipe.method} on {recipe.model.name_or_path} -> {folder}")
+            ui.say(f"{recipe.method} on {base.describe()} -> {folder}")
             for choice in choices:
                 ui.say(f"  {choice}")
             return _run(recipe, base, run, resume)

@@ -104,6 +104,34 @@ def on(change: Callable[[Path], object], *options: str) -> Case:
     return make
 
 
+def already(folder: Path, method: str, **settings: object) -> Path:
+    """The base, with a config.json that says that it is quantised already; its weights, which no
+    command may reach, are gone."""
+    stored = {"quant_method": method, **settings}
+    without(folder, "model.safetensors")
+    return changed(folder / "config.json", quantization_config=stored).parent
+
+
+def in_4bit(folder: Path) -> Path:
+    return already(
+        folder, "bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+
+
+def asked(*words: object) -> Case:
+    """A command that meets a base that is quantised already, by GPTQ."""
+
+    def make(d: Path) -> Arguments:
+        adapter(base(d))
+        base(d, "plain")
+        already(d / "base", "gptq", bits=4, group_size=128)
+        recipe(d)
+        return list(words)
+
+    return make
+
+
 def merging(change: Callable[[Path], object], *options: str) -> Case:
     """`lora merge` of an adapter that `change` has spoilt; it is given the adapter's folder."""
 
@@ -404,6 +432,39 @@ BAD: dict[str, Case] = {
     "model: the tokenizer's configuration is cut off": on(lambda f: cut(f / "tokenizer_config.json", 30)),
     "model: the tokenizer is larger": on(trained_tokens),
     "model: fewer embeddings than tokens": lambda d: [base(d, vocab_size=60), recipe(d), ["train", "r.yaml"]][2],
+    # A base that is quantised already
+    "quantised: 4 bits, and lora": on(in_4bit),
+    "quantised: 4 bits, and dora": on(in_4bit, "--set", "method=dora"),
+    "quantised: 4 bits of another code": on(
+        in_4bit, "--set", "method=qlora", "--set", "quantization.bnb_4bit_quant_type=fp4"),
+    "quantised: 4 bits, and loftq": on(
+        in_4bit, "--set", "method=qlora", "--set", "lora.init_lora_weights=loftq"),
+    "quantised: 8 bits": on(lambda f: already(f, "bitsandbytes", load_in_8bit=True)),
+    "quantised: FP8, and qlora": on(lambda f: already(f, "fp8", weight_block_size=[128, 128]), "--set", "method=qlora"),
+    "quantised: by a method unknown": on(lambda f: already(f, "exl3", bits=3)),
+    "quantised: by MLX": on(lambda f: changed(f / "config.json", quantization={"group_size": 64, "bits": 4})),
+    "quantised: settings that are none": on(
+        lambda f: already(f, "bitsandbytes", load_in_4bit=True, bnb_4bit_compute_dtype=7), "--set", "method=qlora"),
+    "quantised: train": asked("train", "r.yaml"),
+    "quantised: check": asked("check", "r.yaml"),
+    "quantised: plan": asked("plan", "r.yaml"),
+    "quantised: merge": asked("merge", "adapter", "out"),
+    "quantised: merge of two": asked("merge", "adapter", "adapter", "out"),
+    "quantised: convert": asked("convert", "adapter", "out"),
+    "quantised: extract": asked("extract", "base", "plain", "out"),
+    "quantised: verify": asked("verify", "base", "plain"),
+    "quantised: verify an adapter": asked("verify", "adapter", "plain"),
+    "quantised: generate": lambda d: [
+        already(base(d), "exl3", bits=3), ["generate", "base", "-p", "x"]][1],
+    "quantised: generate with an adapter": lambda d: [
+        adapter(base(d)), already(d / "base", "exl3", bits=3), ["generate", "adapter", "-p", "x"]][2],
+    "quantised: chat": lambda d: [already(base(d), "exl3", bits=3), ["chat", "base"]][1],
+    "quantised: export-gguf": asked("export-gguf", "base"),
+    "quantised: export-gguf of an adapter": asked("export-gguf", "adapter"),
+    "quantised: export-gguf of the adapter alone": asked("export-gguf", "adapter", "--adapter-only"),
+    "quantised: export-gguf of 4 bits": lambda d: [in_4bit(base(d)), ["export-gguf", "base"]][1],
+    "quantised: no original weights": lambda d: [
+        adapter(base(d)), in_4bit(d / "base"), ["merge", "adapter", "out", "--base-weights", "original"]][2],
     # The chat template
     "template: it does not parse": templated("{% for m in messages %}"),
     "template: an unknown tag": templated("{% while true %}{% endwhile %}"),

@@ -32,6 +32,7 @@ from lora_cli.models import adapter_folder, attach
 from lora_cli.models.base import Base
 from lora_cli.models.config import load_config
 from lora_cli.models.tokenizer import set_chat_template
+from tests import quantised
 
 SCALED = {
     "lora_alpha": 8,
@@ -360,3 +361,41 @@ def test_a_base_that_cannot_be_measured_keeps_nothing_back(
     said = capfd.readouterr().err
     assert "what these types cost the base" in said
     assert "was not measured: the base cannot be read" in said
+
+
+def test_a_quantised_folder_is_refused_before_the_converter_is_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "run_command", None)  # nothing may be converted
+    kinds = {
+        "bitsandbytes NF4": {"quant_method": "bitsandbytes", "load_in_4bit": True, **quantised.NF4},
+        "bitsandbytes 8-bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "GPTQ, 4 bits": {"quant_method": "gptq", "bits": 4},
+        "AWQ, 4 bits": {"quant_method": "awq", "bits": 4},
+        "compressed-tensors": {"quant_method": "compressed-tensors"},
+    }
+    for number, (words, settings) in enumerate(kinds.items()):
+        folder = quantised.save_configured(tiny / "model", tmp_path / str(number), settings)
+        adapter = make_adapter(tiny / "model", tmp_path / f"adapter-{number}")
+        match = rf"already quantised \({words}\), which is not converted to GGUF"
+        with pytest.raises(LoraError, match=match):
+            export(folder, ["f16"], None, None, None)
+        with pytest.raises(LoraError, match=match):
+            export_adapter.export_adapter(adapter, ["f16"], None, str(folder), None)
+        if "NF4" not in words:
+            with pytest.raises(LoraError, match="an adapter cannot be merged into it"):
+                export(adapter, ["f16"], None, str(folder), None)
+
+
+def test_an_fp8_model_is_converted_to_the_values_that_transformers_dequantises(
+    tiny: Path, tmp_path: Path
+) -> None:
+    folder = quantised.save_fp8(tiny / "model", tmp_path / "base", (32, 32))
+    made = export(folder, ["f32"], tmp_path / "out", None, None)
+    tensor = next(
+        each for each in GGUFReader(made[0]).tensors if each.name == "blk.1.ffn_up.weight"
+    )
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = network.get_submodule("model.layers.1.mlp.up_proj").weight
+    given = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+    assert torch.equal(given, wanted.detach())

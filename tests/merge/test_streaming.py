@@ -447,7 +447,7 @@ def test_a_base_that_is_quantised_already_is_refused_at_once(
     (base / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with pytest.raises(LoraError, match=r"keeps its weights quantised \(gptq\)"):
+    with pytest.raises(LoraError, match=r"is already quantised \(GPTQ, 4 bits\)"):
         merge.merge(foreign, tmp_path / "out", str(base))
 
 

@@ -7,6 +7,7 @@ Hermetic: small random Llamas, the tiny model. Alone: pytest tests/plan/test_mem
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from lora_cli.plan.rehearsal import (
 )
 from lora_cli.recipe import keys, load, upstream
 from lora_cli.speed import install, loss_head
+from tests import quantised
 
 CONFIG = {
     "hidden_size": 256,
@@ -386,3 +388,28 @@ def test_the_share_of_the_peak_is_known_where_the_device_is() -> None:
         hardware.detect_device().kind == "cuda"
         or flops.find_peak(hardware.detect_device().name, "float32") is None
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [quantised.DOUBLY, {**quantised.NF4, "llm_int8_skip_modules": ["lm_head", "up_proj"]}],
+    ids=str,
+)
+def test_the_weights_of_a_4bit_base_are_those_of_its_files(
+    tiny: Path, tmp_path: Path, write_recipe, settings: dict[str, Any]
+) -> None:
+    """Nothing is quantised on the way, so that no 16-bit source is kept beside them."""
+    folder = quantised.save_bitsandbytes(tiny / "model", tmp_path / "base", **settings)
+    text = f"method: qlora\nmodel: {{name_or_path: {folder}, dtype: bfloat16}}\n"
+    recipe = load.load_recipe(write_recipe(text))
+    base = Base.of_recipe(recipe)
+    chosen, _ = auto.settle(recipe, base.config)
+    forecast = memory.make_forecast(chosen, base.config, hardware.detect_device())
+    assert base.stored is not None
+    stored = sum(
+        entry.dtype.itemsize * math.prod(entry.shape)
+        for name, entry in base.stored.entries.items()
+        if "quant_state" not in name
+    )
+    assert forecast.rehearsal.live.now.all[WEIGHTS] == pytest.approx(stored, rel=0.02)
+    assert memory.MAPPED not in forecast.need(memory.largest_batch(chosen)).items
