@@ -24,6 +24,7 @@ from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
+from lora_cli.models import chat_template
 from lora_cli.recipe import Column, Data, Recipe
 
 COLUMNS_FROM = 100
@@ -182,7 +183,9 @@ def _encode_rows(
         dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row)
     )
     style, names = _choose_format(data, columns) if columns else ("text", {})
-    convert = formats.find_converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
+    convert = formats.find_converter(
+        style, formats.uses_alpaca(chat_template.find_template(renderer.tokenizer))
+    )
     batches = _convert_rows(chain(first, rows), convert, names, data, counts)
     for batch, made in renderer.encode(batches):
         for (place, _), found in zip(batch, made):
