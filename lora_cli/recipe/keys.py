@@ -77,8 +77,9 @@ class Model(Section):
     """Attention kernel (`sdpa`, `eager`, `flash_attention_2`, …); null leaves the choice to
     transformers; `auto`: flash attention on a GPU where it is installed."""
     chat_template: str = "auto"
-    """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the
-    tokenizer's own template, else `alpaca`. It is saved with the adapter, the merged model and the
+    """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, the name of
+    one of the tokenizer's templates where it has several, or `auto`: the tokenizer's own template
+    (`default` of several), else `alpaca`. It is saved with the adapter, the merged model and the
     GGUF."""
     system_prompt: Name | None = None
     """What a conversation without a system message begins with. It becomes part of the chat
