@@ -16,11 +16,10 @@ from lora_cli.common import (
     UsageError,
     files,
     find_nearest,
-    library_errors,
     quote,
     remote_code,
 )
-from lora_cli.models import chat_template, names
+from lora_cli.models import chat_template, names, tokenizer_faults
 from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -54,9 +53,7 @@ def load_tokenizer(
     """
     with (
         names.explain_hub_failure(name),
-        library_errors.translate_file_errors(
-            f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"
-        ),
+        tokenizer_faults.explain_faults(name, revision),
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
