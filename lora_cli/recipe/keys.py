@@ -353,7 +353,7 @@ NOT_IN_TRAINING = {
     "do_predict": "use lora generate",
     "local_rank": "the launcher sets it",
     **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "lora trains in one process"
+        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "training runs in one process"
     ),
 }
 # What people type from older versions or other tools, and what it is called here.
