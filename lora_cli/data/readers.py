@@ -114,7 +114,7 @@ def _guess_encoding(start: bytes, line: bytes) -> str:
     a line is not UTF-8."""
     if start in (b"\xff\xfe", b"\xfe\xff"):
         return "UTF-16"
-    if b"\0" in start:
+    if re.fullmatch(rb"\0[!-~]|[!-~]\0", start):
         return "UTF-16BE" if start.startswith(b"\0") else "UTF-16LE"
     # Windows' own has quotation marks and dashes where Latin-1 has control characters
     return "CP1252" if re.search(rb"[\x80-\x9f]", line) else "LATIN1"
