@@ -177,7 +177,9 @@ def check(
     the run."""
     with _load_recipe(recipe, overrides) as loaded:
         from lora_cli.plan import check
+        from lora_cli.train import trial
 
+        trial.try_training(loaded)
         check.show_check(loaded, samples, as_json)
 
 

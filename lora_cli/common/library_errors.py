@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.common.errors import LoraError, quote
+from lora_cli.common.missing_packages import suggest_package
 
 LONGEST = 400
 """How many characters of another library's message are shown."""
@@ -152,12 +153,6 @@ TABLE = (
     Known("SafetensorError", "", "the weights cannot be read: {line}", COPY),
     # transformers
     Known("ValueError", r"contains custom code|references custom code", "{line}", CODE),
-    Known(
-        "ImportError",
-        r"requires .*?packages that were not found.*?: ?([\w, -]+)",
-        "{line}",
-        "pip install {match}",
-    ),
     Known(
         "ValueError",
         r"^Unrecognized model in|Should have a `model_type` key",
@@ -303,6 +298,8 @@ def translate(error: BaseException) -> LoraError | None:
                 if hint == CONNECTION and os.environ.get("HF_HUB_OFFLINE", "0") != "0":
                     hint = "unset HF_HUB_OFFLINE, or fetch it where there is a connection"
                 return LoraError(known.message.format(**parts), hint.format(**parts))
+        if isinstance(link, ImportError) and (command := suggest_package(link)):
+            return LoraError(f"a package is missing: {_first_telling_line(link)}", command)
     return _translate_os_error(error) if isinstance(error, OSError) else None
 
 
@@ -354,15 +351,27 @@ def translate_refusals(
         ours = PACKAGE in Path(frame.f_code.co_filename).parents
         if known or ours or has_begun() or not (passed_on or isinstance(error, ON_PURPOSE)):
             raise
-        library = str(frame.f_globals.get("__name__")).partition(".")[0]
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        blamed = _find_blamed(error, passed_on)
-        if len(blamed) == 1:
-            raise LoraError(
-                f"{blamed[0]} was rejected by {library}: {said}", "change or remove it"
-            ) from error
-        hint = f"change or remove {' or '.join(blamed[:SHOWN])}" if blamed else "lora doctor"
-        raise LoraError(f"{library} rejected this recipe: {said}", hint) from error
+        raise blame(error, _find_blamed(error, passed_on)) from error
+
+
+def blame(
+    error: Exception,
+    keys: Sequence[str],
+    hint: str | None = None,
+    kind: type[LoraError] = LoraError,
+) -> LoraError:
+    """Return a library's refusal as an error of the recipe's `keys` (`file:line: section.key`).
+
+    A package that is missing is the hint before any other.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    library = str(frame.f_globals.get("__name__")).partition(".")[0]
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    hint = suggest_package(error) or hint
+    if len(keys) == 1:
+        return kind(f"{keys[0]} was rejected by {library}: {said}", hint or "change or remove it")
+    listed = f"change or remove {' or '.join(keys[:SHOWN])}" if keys else "lora doctor"
+    return kind(f"{library} rejected this recipe: {said}", hint or listed)
 
 
 def _find_blamed(error: Exception, passed_on: Sequence[str]) -> list[str]:

@@ -8,7 +8,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_cli.common import privacy
@@ -64,8 +65,24 @@ def show_as(copy: Path, given: Path) -> None:
     _shown_as[str(copy)] = str(given)
 
 
+_hushed = False
+
+
+@contextmanager
+def hush() -> Iterator[None]:
+    """Say and show nothing inside."""
+    global _hushed
+    before, _hushed = _hushed, True
+    try:
+        yield
+    finally:
+        _hushed = before
+
+
 def say(text: str = "") -> None:
     """Print one line of prose to stderr, with secrets masked."""
+    if _hushed:
+        return
     print(privacy.mask_secrets(_name_given(text)), file=sys.stderr, flush=True)
 
 
@@ -116,7 +133,7 @@ class Progress:
     terminal."""
 
     def __init__(self, plain_interval: float = 10.0) -> None:
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and not _hushed
         self.plain_interval = plain_interval
         self.last_plain = float("-inf")
 

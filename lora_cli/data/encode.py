@@ -178,7 +178,7 @@ class Renderer:
         known = self.words.get(with_tools)
         if known is None:
             tools: list[Any] | None = [{}] if with_tools else None
-            source = self.tokenizer.get_chat_template(tools=tools)
+            source = chat_template.find_template(self.tokenizer, tools) or ""
             known = self.words[with_tools] = frozenset(re.findall(r"\w+", source))
         return name in known
 
@@ -315,7 +315,7 @@ class Renderer:
         """Return the compiled template for conversations with or without tools."""
         template = self.templates.get(bool(tools))
         if template is None:
-            source = self.tokenizer.get_chat_template(tools=tools)
+            source = chat_template.find_template(self.tokenizer, tools) or ""
             template = self.templates[bool(tools)] = chat_template.compile_template(source)
             self.variables = {
                 **template.globals,

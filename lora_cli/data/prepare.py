@@ -9,6 +9,8 @@ first rows are looked at before the run. Memory is constant either way.
 from __future__ import annotations
 
 import gc
+import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
@@ -19,13 +21,16 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from lora_cli.common import LoraError, find_nearest, quote, ui
-from lora_cli.data import cache, formats, readers, selection
+from lora_cli.data import cache, formats, readers, selection, tables
 from lora_cli.data.encode import Batch, Encoded, Renderer
 from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
+from lora_cli.models import chat_template
 from lora_cli.recipe import Column, Data, Recipe
 
+SHOWN = 20
+"""How many columns are listed."""
 COLUMNS_FROM = 100
 """How many rows, from the first, tell the format by their columns."""
 FIRST = 20
@@ -181,8 +186,13 @@ def _encode_rows(
     columns = list(
         dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row)
     )
-    style, names = _choose_format(data, columns) if columns else ("text", {})
-    convert = formats.find_converter(style, formats.uses_alpaca(renderer.tokenizer.chat_template))
+    try:
+        style, names = _choose_format(data, columns) if columns else ("text", {})
+    except UnknownColumns as error:
+        raise (tables.find_lack_of_names(source.files, columns) or error) from None
+    convert = formats.find_converter(
+        style, formats.uses_alpaca(chat_template.find_template(renderer.tokenizer))
+    )
     batches = _convert_rows(chain(first, rows), convert, names, data, counts)
     for batch, made in renderer.encode(batches):
         for (place, _), found in zip(batch, made):
@@ -216,6 +226,10 @@ def _convert_rows(
             yield batch
 
 
+class UnknownColumns(LoraError):
+    """Columns of which no format is made."""
+
+
 def _choose_format(data: Data, columns: list[str]) -> tuple[str, Mapping[str, str]]:
     """Return the format of the rows, the recipe's or the one that their columns tell, and the names
     of its columns as `ours: theirs`."""
@@ -234,13 +248,25 @@ def _choose_format(data: Data, columns: list[str]) -> tuple[str, Mapping[str, st
     if style := formats.recognise_format(named):
         _say_columns(names, named, by_hand=bool(data.columns))
         return style, names
-    likely = [name for name in columns if name in ("chosen", "answer", "response")]
-    answer = likely[0] if likely else columns[-1]
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
-    raise LoraError(
-        f"data.path: the columns {', '.join(columns)} match no known format ({shapes})",
-        f"--set data.columns='{{prompt: {columns[0]}, completion: {answer}}}'",
+    more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
+    raise UnknownColumns(
+        f"data.path: the columns {', '.join(columns[:SHOWN])}{more} match no known format "
+        f"({shapes})",
+        _suggest_columns(columns),
     )
+
+
+def _suggest_columns(columns: list[str]) -> str:
+    """Return the option that names a prompt and a completion among columns of other names."""
+    spelt = [name if re.fullmatch(r"[A-Za-z_]\w*", name) else json.dumps(name) for name in columns]
+    if len(columns) == 1:
+        return f"--set data.columns={quote(f'{{text: {spelt[0]}}}')}"
+    likely = [at for at, name in enumerate(columns) if name in ("chosen", "answer", "response")]
+    answer = likely[0] if likely else len(columns) - 1
+    asked = 1 if answer == 0 else 0
+    named = f"{{prompt: {spelt[asked]}, completion: {spelt[answer]}}}"
+    return f"--set data.columns={quote(named)}"
 
 
 def _say_columns(names: Mapping[Any, str], named: list[str], by_hand: bool) -> None:

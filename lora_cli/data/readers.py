@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow
 
 from lora_cli.common import LoraError, quote
+from lora_cli.data import tables
 from lora_cli.data.formats import BadRow
 from lora_cli.recipe import Data
 
@@ -77,14 +77,14 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
                 raise _find_bad_byte(file, raw) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise LoraError(
-            f"{file} is a truncated or damaged gzip file: {error}", f"gzip -t {file}"
+            f"{file} is a truncated or damaged gzip file: {error}", f"gzip -t {quote(file)}"
         ) from None
 
 
 def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a text file."""
     if how == "csv":
-        yield from _read_csv(file, stream)
+        yield from tables.read_table(file, stream)
     elif how == "text":
         lines = (
             (number, line.rstrip("\r\n")) for number, line in enumerate(stream, 1) if line.strip()
@@ -96,16 +96,28 @@ def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]
 
 def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
     """Return the error for the first byte that is not UTF-8."""
+    start = b""
     for number, line in enumerate(raw, 1):
+        start = start or line[:2]
         try:
             line.decode()
         except UnicodeDecodeError as error:
             said = (
                 f"{file}:{number}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
             )
-            encoding = "UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
-            return LoraError(said, f"iconv -f {encoding} -t UTF-8 {quote(file)}")
+            return LoraError(said, tables.suggest_conversion(file, _guess_encoding(start, line)))
     raise AssertionError("it was read as UTF-8 and refused")
+
+
+def _guess_encoding(start: bytes, line: bytes) -> str:
+    """Return the likeliest encoding of a file that begins with the two bytes `start`, and of which
+    a line is not UTF-8."""
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    if re.fullmatch(rb"\0[!-~]|[!-~]\0", start):
+        return "UTF-16BE" if start.startswith(b"\0") else "UTF-16LE"
+    # Windows' own has quotation marks and dashes where Latin-1 has control characters
+    return "CP1252" if re.search(rb"[\x80-\x9f]", line) else "LATIN1"
 
 
 def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
@@ -150,7 +162,7 @@ def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise LoraError(
-            f"{file}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}", f"jq . {file}"
+            f"{file}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}", f"jq . {quote(file)}"
         ) from None
     except (ValueError, RecursionError) as error:
         said = str(error).partition(";")[0]
@@ -167,38 +179,6 @@ def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
             yield place, bad
 
 
-def _read_csv(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """Yield the rows under a header line; the separator is the comma, tab or semicolon that is most
-    frequent in it."""
-    csv.field_size_limit(1 << 30)
-    first = stream.readline()
-    rows = csv.reader(chain([first], stream), delimiter=max(",\t;", key=first.count), strict=True)
-    try:
-        header = next(rows)
-        _refuse_equal_names(file, header)
-        for values in rows:
-            if not values:
-                continue
-            if len(values) != len(header):
-                bad = BadRow(
-                    "the number of columns differs from the header's",
-                    f"{len(values)} columns, but the header has {len(header)}",
-                )
-                yield f"{file}:{rows.line_num}", bad
-            else:
-                yield f"{file}:{rows.line_num}", dict(zip(header, values))
-    except csv.Error as error:
-        raise LoraError(
-            f"{file}:{rows.line_num}: invalid CSV: {error}", f"sed -n {rows.line_num}p {file}"
-        ) from None
-
-
-def _refuse_equal_names(file: Path, columns: list[str]) -> None:
-    """Raise LoraError where two columns have one name."""
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise LoraError(f"{file} has two columns named {twice[0]}", "rename one of them")
-
-
 def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a Parquet or Arrow file."""
     from pyarrow import ipc, parquet
@@ -206,7 +186,7 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
     try:
         if kind == "parquet":
             table = parquet.ParquetFile(file)
-            _refuse_equal_names(file, table.schema_arrow.names)
+            tables.refuse_equal_names(file, table.schema_arrow.names)
             batches = table.iter_batches(batch_size=BATCH)
         else:
             with file.open("rb") as stream:

@@ -140,7 +140,7 @@ class HFAnswerer:
     @property
     def chat_template(self) -> str | None:
         """That of the tokenizer."""
-        return self.tokenizer.chat_template
+        return chat_template.find_template(self.tokenizer)
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """Greedy or sampled answers, `BATCH` conversations at a time."""
@@ -157,12 +157,12 @@ class HFAnswerer:
 
     def _ids(self, asked: Asked) -> list[int]:
         messages = asked.messages
-        if self.tokenizer.chat_template is None and len(messages) > 1:
+        if self.chat_template is None and len(messages) > 1:
             raise LoraError(
                 "this model has no chat template: it cannot hold a conversation",
                 "lora generate PATH",
             )
-        if self.tokenizer.chat_template is None:
+        if self.chat_template is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
         text = chat_template.render(
             self.tokenizer, messages, asked.tools, add_generation_prompt=True
@@ -298,12 +298,15 @@ def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTok
     """Load the base's own tokenizer, with the template of an adapter on it where it has none, so
     that prompts compare."""
     tokenizer = load_tokenizer(name)
-    if tokenizer.chat_template is not None:
+    if chat_template.find_template(tokenizer) is not None:
         return tokenizer
     for other in others:
         if isinstance(other, HFAnswerer) and other.key.base.name == name:
             tokenizer.chat_template = other.tokenizer.chat_template
             ui.say(f"{name} has no chat template: it gets that of the adapter on it")
             return tokenizer
-    ui.say(f"{name} has no chat template: prompts are given as plain text")
+    what = "no chat template"
+    if tokenizer.chat_template is not None:
+        what = f"the chat templates {', '.join(sorted(tokenizer.chat_template))} and no default"
+    ui.say(f"{name} has {what}: prompts are given as plain text")
     return tokenizer

@@ -57,7 +57,7 @@ class Pieces(NamedTuple):
 def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
     """Take the tokenizer's chat template apart; None where it has none, or where the pieces render
     a probe conversation differently."""
-    if tokenizer.chat_template is None:
+    if chat_template.find_template(tokenizer) is None:
         return None
     try:
         found = _take_apart(tokenizer)

@@ -15,7 +15,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_cli.common import LoraError, ui
 from lora_cli.gguf import llama_api
 from lora_cli.gguf.engine import GGUFModel
-from lora_cli.models import TRAINED_KL, Probe, compute_logits, make_probes, passages
+from lora_cli.models import (
+    TRAINED_KL,
+    Probe,
+    chat_template,
+    compute_logits,
+    make_probes,
+    passages,
+)
 
 NO_ENGINE = "not compared: no llama.cpp engine"
 SPLITS = (
@@ -157,7 +164,7 @@ def _check_metadata(engine: GGUFModel, name: str, source: Source) -> None:
         "end-of-sequence token": (engine.eos_token, tokenizer.eos_token or engine.eos_token),
         "chat template": (
             engine.chat_template.strip(),
-            (tokenizer.chat_template or engine.chat_template).strip(),
+            (chat_template.find_template(tokenizer) or engine.chat_template).strip(),
         ),
         "context length": (engine.metadata["n_ctx_train"], config.max_position_embeddings),
     }

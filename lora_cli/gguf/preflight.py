@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_cli.common import LoraError, ui
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
-from lora_cli.models import Base, empty
+from lora_cli.models import Base, chat_template, empty
 from lora_cli.recipe import DEFAULT_TASK
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
@@ -36,7 +36,7 @@ def check_convertible(
             "merge the adapter with the tokenizer it was trained with, or resize the embeddings",
         )
     _refuse_head_of_its_own(folder, config)
-    if tokenizer.chat_template is None:
+    if chat_template.find_template(tokenizer) is None:
         ui.warn("the model has no chat template: llama.cpp will render chats as ChatML")
     tools.try_vocabulary(folder, converter)
 

@@ -70,6 +70,17 @@ def _limit_product(context: Any, operator: str, left: Any, right: Any) -> Any:
     return left * right
 
 
+def find_template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> str | None:
+    """Return the template that a conversation is rendered by: of several the one called `default`,
+    or with tools `tool_use` where there is one. None where there is no such template."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return templates
+    if tools is not None and "tool_use" in templates:
+        return str(templates["tool_use"])
+    return templates.get("default")
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
@@ -79,7 +90,9 @@ def render(
 ) -> str:
     """Render as `apply_chat_template(tokenize=False)` does, within the limits; `source` stands for
     the tokenizer's own template."""
-    template = compile_template(source or tokenizer.get_chat_template(tools=tools))
+    source = source or find_template(tokenizer, tools)
+    assert source is not None, "whoever renders has looked for a template"
+    template = compile_template(source)
     given = {
         **template.globals,
         **tokenizer.special_tokens_map,

@@ -59,13 +59,13 @@ def make_passages(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Pass
     made = []
     for question, answer in PASSAGES:
         asked = [{"role": "user", "content": question}]
-        if tokenizer.chat_template is None:
+        plain = chat_template.find_template(tokenizer) is None
+        if plain:
             prompt, whole = f"{question}\n\n", f"{question}\n\n{answer}"
         else:
             prompt = chat_template.render(tokenizer, asked, add_generation_prompt=True)
             answered = [*asked, {"role": "assistant", "content": answer}]
             whole = chat_template.render(tokenizer, answered)
-        plain = tokenizer.chat_template is None
         short, ids = (
             tokenizer(text, add_special_tokens=plain)["input_ids"] for text in (prompt, whole)
         )

@@ -54,7 +54,7 @@ class Probe(NamedTuple):
 
 def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     """Make the probe prompts for this tokenizer."""
-    if tokenizer.chat_template is None:
+    if chat_template.find_template(tokenizer) is None:
         return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
     texts = [
         chat_template.render(

@@ -93,20 +93,34 @@ def _find_unmatched_names(
         wanted, where = getattr(config, field), recipe.where("lora", field)
         if isinstance(wanted, str):
             if wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in names):
-                hint = _explain_unmatched_expression(field, wanted)
+                hint = _explain_unmatched_expression(field, wanted, names)
                 yield f"{where}: no module of {kind} matches {wanted!r}", hint
         elif wanted and wanted == getattr(resolved, field):  # else PEFT has converted old names
             for target in sorted(wanted):
                 if not any(matches_ending(name, target) for name in names):
-                    hint = _guess_target(target, names, "lora.target_modules: all-linear")
+                    hint = _guess_target(target, names, INSTEAD[field])
                     yield f"{where}: no module of {kind} is called {target}", hint
 
 
-def _explain_unmatched_expression(field: str, written: str) -> str:
+INSTEAD = {
+    "target_modules": "lora.target_modules: all-linear",
+    "exclude_modules": "leave lora.exclude_modules out",
+}
+"""What to write where no name is near the one that matches nothing."""
+
+
+def _explain_unmatched_expression(field: str, written: str, names: Sequence[str]) -> str:
+    """Return the hint for a text that is no module's whole name: a name in a list, as it stands or
+    as it is spelt, where it is one."""
     if not re.fullmatch(r"[\w.-]+", written):
         return "an expression must match the whole name"
-    guess = find_nearest(written.lower(), ["all-linear"])  # a name, where a list was meant
-    return f"did you mean {guess}?" if guess else f"{field}: [{written}]"
+    if any(matches_ending(name, written) for name in names):
+        return f"lora.{field}: [{written}]"
+    if find_nearest(written.lower(), ["all-linear"]):
+        return "did you mean all-linear?"
+    parts = written.count(".") + 1
+    guess = find_nearest(written, sorted({".".join(name.split(".")[-parts:]) for name in names}))
+    return f"lora.{field}: [{guess}]" if guess else INSTEAD[field]
 
 
 def _find_unmatched_saved(

@@ -11,8 +11,15 @@ from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import LoraError, UsageError, files, find_nearest, library_errors, remote_code
-from lora_cli.models import chat_template, names
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    files,
+    find_nearest,
+    quote,
+    remote_code,
+)
+from lora_cli.models import chat_template, names, tokenizer_faults
 from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,9 +53,7 @@ def load_tokenizer(
     """
     with (
         names.explain_hub_failure(name),
-        library_errors.translate_file_errors(
-            f"the tokenizer of {name} cannot be read", "its files are damaged: copy them again"
-        ),
+        tokenizer_faults.explain_faults(name, revision),
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
@@ -93,7 +98,11 @@ def save_tokenizer(
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
     """Give the tokenizer the chosen chat template (a name, a file, or `auto`) and return what was
     chosen, in words."""
-    if choice == "auto" and tokenizer.chat_template:
+    if isinstance(tokenizer.chat_template, dict):
+        chosen = _choose_of_several(tokenizer, tokenizer.chat_template, choice)
+        if chosen is not None:
+            return chosen
+    elif choice == "auto" and tokenizer.chat_template:
         return "the tokenizer's own"
     name = "alpaca" if choice == "auto" else choice
     known = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
@@ -115,6 +124,26 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:
         )  # the rendered text is tokenised without special tokens
     tokenizer.chat_template = template
     return f"{name} (the tokenizer has none)" if choice == "auto" else name
+
+
+def _choose_of_several(
+    tokenizer: PreTrainedTokenizerBase, templates: dict[str, str], choice: str
+) -> str | None:
+    """Let conversations be rendered by one of the tokenizer's templates and return which, in words;
+    None where none of them is chosen. LoraError where the choice is open."""
+    listed = ", ".join(sorted(templates))
+    if choice in templates:
+        tokenizer.chat_template = templates[choice]
+        return f"the tokenizer's own, {choice} of {listed}"
+    if choice != "auto":
+        return None
+    if "default" not in templates:
+        raise LoraError(
+            f"model.chat_template: the tokenizer has {listed}, and none is called default",
+            f"--set model.chat_template={quote(sorted(templates)[0])}",
+        )
+    tools = "; tool_use for rows with tools" if "tool_use" in templates else ""
+    return f"the tokenizer's own, default of {listed}{tools}"
 
 
 def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:

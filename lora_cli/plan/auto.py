@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.common import LoraError, UsageError, find_nearest, remote_code
@@ -26,6 +27,8 @@ Chosen = tuple[Any, str]
 """A value and the reason for it."""
 FASTEST_OPTIMIZER = "adamw_torch_fused"
 FAR_BELOW = 0.1
+REPORTERS = {"azure_ml": "azureml-core", "flyte": "flytekit", "neptune": "neptune-client"}
+"""Packages by the names under which transformers reports to them, where the two differ."""
 
 
 class Choice(NamedTuple):
@@ -308,15 +311,21 @@ def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
     arguments = upstream.build_training_arguments(settled)
     if arguments.use_cpu and (device is None or device.kind == "cpu"):
         _refuse_what_needs_a_gpu(recipe, arguments)
-    known = get_available_reporting_integrations()
-    for name in arguments.report_to:
-        if name not in known:
-            place = recipe.where("training", "report_to")
-            installed = ", ".join(known) or "none"
-            raise UsageError(
-                f"{place}: {name} is not installed or not known; there is {installed}",
-                f"pip install {name}",
-            )
+    _refuse_unknown_reporters(recipe, arguments.report_to)
+
+
+def _refuse_unknown_reporters(recipe: Recipe, names: list[str]) -> None:
+    """Raise UsageError for what transformers does not report to, or cannot without a package."""
+    place = recipe.where("training", "report_to")
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            guess = find_nearest(name, INTEGRATION_TO_CALLBACK)
+            listed = f"one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            hint = f"did you mean {guess}?" if guess else listed
+            raise UsageError(f"{place}: there is no {name}", hint)
+        if name not in get_available_reporting_integrations():
+            package = REPORTERS.get(name, name)
+            raise UsageError(f"{place}: {name} is not installed", f"pip install {package}")
 
 
 def _refuse_unknown_attention(recipe: Recipe) -> None:
@@ -336,8 +345,11 @@ def _refuse_unknown_attention(recipe: Recipe) -> None:
 
 def _refuse_what_needs_a_gpu(recipe: Recipe, arguments: Any) -> None:
     if arguments.fp16:
-        place = recipe.where("training", "fp16")
-        raise UsageError(f"{place}: float16 training needs a GPU", "--set model.dtype=float32")
+        asked = (
+            ("training", "fp16") if recipe.find_place("training", "fp16") else ("model", "dtype")
+        )
+        remedy = "model.dtype=float32" if asked[0] == "model" else "training.fp16=false"
+        raise UsageError(f"{recipe.where(*asked)}: float16 training needs a GPU", f"--set {remedy}")
     if getattr(arguments, "activation_offloading", False):
         place = recipe.where("training", "activation_offloading")
         raise UsageError(

@@ -33,11 +33,11 @@ BARS = 10
 
 def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
-    auto.try_configurations(recipe)
     files.refuse_unmakable(Path(recipe.output_dir))
     base = Base.of_recipe(recipe)
     device = hardware.detect_device()
     recipe, choices = auto.settle(recipe, base.config, device)
+    sizes.refuse_lack_of_experts(recipe, base)
     tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
     adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
     train, evaluation = load.load_rows(recipe, tokenizer)

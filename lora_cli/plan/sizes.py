@@ -14,7 +14,7 @@ from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, UsageError
 from lora_cli.data import prepare
 from lora_cli.models import Base, attach, causality, targets, token_rows
 from lora_cli.recipe import Recipe, upstream
@@ -63,6 +63,14 @@ def measure_adapter(
         adapted = attach.attach_adapter(network, config)
     trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
     return Size(trainable, len(attach.find_lora_layers(adapted)), left_out)
+
+
+def refuse_lack_of_experts(recipe: Recipe, base: Base) -> None:
+    """Raise UsageError for a loss of the router of a base that has none."""
+    coefficient = getattr(recipe.training, "router_aux_loss_coef", None)
+    if coefficient and not hasattr(base.config.get_text_config(), "output_router_logits"):
+        place = recipe.where("training", "router_aux_loss_coef")
+        raise UsageError(f"{place}: {base} is not a mixture of experts", "remove it")
 
 
 def refuse_unknown_ids(

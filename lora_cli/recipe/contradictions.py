@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lora_cli.recipe import initialisations
 from lora_cli.recipe.keys import Recipe, TrainingFields
@@ -22,6 +23,8 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_initialisation(recipe)
     yield from _check_output(recipe)
     yield from _check_evaluation(recipe)
+    yield from _check_best_model(recipe)
+    yield from _check_upload(recipe)
 
 
 def _check_method(recipe: Recipe) -> Iterator[Problem]:
@@ -94,11 +97,53 @@ def _check_output(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
-    """Evaluating needs data to evaluate on."""
-    given = recipe.data.eval_path or recipe.data.eval_split
-    if recipe.training.eval_strategy in ("steps", "epoch") and not given:
-        place = recipe.where("training", "eval_strategy")
-        yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
+    """Evaluating needs data to evaluate on, and telling the best model needs evaluations."""
+    training = recipe.training
+    data = bool(recipe.data.eval_path or recipe.data.eval_split)
+    for key, asks in (
+        ("eval_strategy", training.eval_strategy in ("steps", "epoch")),
+        ("eval_on_start", _read(recipe, "eval_on_start") is True),
+        ("load_best_model_at_end", _read(recipe, "load_best_model_at_end") is True),
+        ("save_strategy", _read(recipe, "save_strategy") == "best"),
+        ("lr_scheduler_type", training.lr_scheduler_type == "reduce_lr_on_plateau"),
+        ("metric_for_best_model", _read(recipe, "metric_for_best_model") is not None),
+    ):
+        place = recipe.where("training", key)
+        if asks and not data:
+            yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
+        elif asks and training.eval_strategy == "no" and key != "eval_on_start":
+            yield f"{place} needs evaluations", "training.eval_strategy: epoch"
+
+
+def _check_best_model(recipe: Recipe) -> Iterator[Problem]:
+    """Which of two models is the better one is told by one metric."""
+    metric, greater = (_read(recipe, key) for key in ("metric_for_best_model", "greater_is_better"))
+    best = _read(recipe, "save_strategy") == "best" or _read(recipe, "load_best_model_at_end")
+    name = str(metric or "loss").removeprefix("eval_")
+    place = recipe.where("training", "greater_is_better")
+    if greater and name in ("loss", "perplexity"):
+        yield f"{place}: a model of a lower {name} is better", "remove it"
+    elif greater is not None and metric is None and not best:
+        yield f"{place} has no effect", "add training.metric_for_best_model, or remove it"
+    if _read(recipe, "save_strategy") == "best" and metric is None:
+        place = recipe.where("training", "save_strategy")
+        yield f"{place} needs a metric", "add training.metric_for_best_model: loss"
+
+
+def _check_upload(recipe: Recipe) -> Iterator[Problem]:
+    """What is said of uploads needs uploads."""
+    if _read(recipe, "push_to_hub"):
+        return
+    for key in sorted(recipe.training.model_fields_set):
+        if key.startswith("hub_"):
+            place = recipe.where("training", key)
+            yield f"{place} has no effect", "add training.push_to_hub: true, or remove it"
+
+
+def _read(recipe: Recipe, key: str) -> Any:
+    """Return a field of TRL's or transformers' that the recipe sets, else None: which there are,
+    the installed versions say."""
+    return getattr(recipe.training, key) if key in recipe.training.model_fields_set else None
 
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:

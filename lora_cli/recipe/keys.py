@@ -8,7 +8,7 @@ imported here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
@@ -77,8 +77,9 @@ class Model(Section):
     """Attention kernel (`sdpa`, `eager`, `flash_attention_2`, …); null leaves the choice to
     transformers; `auto`: flash attention on a GPU where it is installed."""
     chat_template: str = "auto"
-    """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, or `auto`: the
-    tokenizer's own template, else `alpaca`. It is saved with the adapter, the merged model and the
+    """How a conversation becomes text: `alpaca`, `chatml`, a `.jinja` file, the name of
+    one of the tokenizer's templates where it has several, or `auto`: the tokenizer's own template
+    (`default` of several), else `alpaca`. It is saved with the adapter, the merged model and the
     GGUF."""
     system_prompt: Name | None = None
     """What a conversation without a system message begins with. It becomes part of the chat
@@ -307,6 +308,9 @@ class TrainingFields(Section):
     """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
 
 
+JUDGED_LATE = {"lr_scheduler_type", "optim", "use_liger_kernel"}
+"""Of the keys that are declared here, those that a library only judges when it uses them."""
+
 # Fields of upstream classes that a recipe says elsewhere, and where.
 NOT_IN_LORA = {
     "peft_type": "the method is always LoRA",
@@ -348,6 +352,9 @@ NOT_IN_TRAINING = {
     "do_eval": "use training.eval_strategy",
     "do_predict": "use lora generate",
     "local_rank": "the launcher sets it",
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "training runs in one process"
+    ),
 }
 # What people type from older versions or other tools, and what it is called here.
 RENAMED = {
@@ -469,13 +476,26 @@ class Recipe(Section):
     def list_passed_on(self) -> list[str]:
         """Return where the recipe sets fields of the libraries that lora itself does not use, as
         `file:line: section.key`."""
+        return [self.where(*keys) for keys in self._walk_passed_on()]
+
+    def _walk_passed_on(self) -> Iterator[tuple[str, str]]:
         sections = (("lora", self.lora, LoraFields), ("training", self.training, TrainingFields))
-        return [
-            self.where(name, key)
-            for name, section, own in sections
-            for key in sorted(section.model_fields_set - own.model_fields.keys())
-            if self.find_place(name, key)
-        ]
+        for name, section, own in sections:
+            for key in sorted(section.model_fields_set - (own.model_fields.keys() - JUDGED_LATE)):
+                if self.find_place(name, key):
+                    yield name, key
+
+    def list_untried(self) -> list[tuple[str, str]]:
+        """Return the keys that the recipe sets and whose values only a training can judge."""
+        keys = [keys for keys in self._walk_passed_on() if keys[0] == "training"]
+        attention = ("model", "attn_implementation")
+        return [*keys, attention] if self.find_place(*attention) else keys
+
+    def leave_out(self, section: str, key: str) -> Recipe:
+        """Return a copy as if it did not set a key that has a default."""
+        kept: Section = getattr(self, section)
+        given = {name: getattr(kept, name) for name in kept.model_fields_set - {key}}
+        return self.model_copy(update={section: type(kept).model_construct(**given)})
 
     def replace(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
         """Return a copy with the trainer and values of sections replaced: what `auto` resolved

@@ -20,7 +20,7 @@ from peft.tuners.lora.config import (
 from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from lora_cli.common import UsageError, find_nearest
+from lora_cli.common import UsageError, find_nearest, missing_packages
 from lora_cli.recipe import initialisations, upstream_fields
 from lora_cli.recipe.keys import Recipe
 
@@ -149,31 +149,48 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
 def _build(
     recipe: Recipe, section: str, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]
 ) -> Any:
-    """Return `build(values)`; raise UsageError naming the file and line of the value that it
-    refuses."""
+    """Return `build(values)`; raise UsageError naming the file and line of the values without which
+    it is not refused."""
     refusal = _find_refusal(build, values)
     if refusal is None:
         return build(values)
-    what, _, allowed = refusal.partition(", please select one of ")
-    # upstream's messages do not name the field: find the one that is refused on its own
-    for name, value in values.items():
-        if recipe.find_place(section, name) and _find_refusal(build, {name: value}) == refusal:
-            guess = find_nearest(str(value), re.findall(r"'([^']+)'", allowed))
-            listed = f"one of {allowed}" if allowed else "lora schema --markdown"
-            hint = f"did you mean {guess}?" if guess else listed
-            raise UsageError(f"{recipe.where(section, name)}: {what}", hint)
-    raise UsageError(
-        f"{recipe.where(section)}: {what}",
-        f"change the values of {section} that contradict each other",
-    )
+    said = _describe(refusal)
+    what, _, allowed = said.partition(", please select one of ")
+    given = [name for name in values if recipe.find_place(section, name)]
+    others = {name: _find_refusal(build, _without(values, name)) for name in given}
+    blamed = [name for name, other in others.items() if other is None] or [
+        name for name, other in others.items() if other and _describe(other) != said
+    ]
+    hint = missing_packages.suggest_package(refusal)
+    if len(blamed) == 1:
+        guess = find_nearest(str(values[blamed[0]]), re.findall(r"'([^']+)'", allowed))
+        listed = f"one of {allowed}" if allowed else "change or remove it"
+        hint = hint or (f"did you mean {guess}?" if guess else listed)
+        raise UsageError(f"{recipe.where(section, blamed[0])}: {what}", hint)
+    names = [f"{section}.{name}" for name in blamed]
+    pair = f"change or remove {' or '.join(names)}" if names else "lora schema --markdown"
+    raise UsageError(f"{recipe.where(section)}: {what}", hint or pair)
 
 
-def _find_refusal(build: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> str | None:
-    """Return what `build` objects to in `values`, on one line, or None if it accepts them."""
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _describe(refusal: Exception) -> str:
+    """Return an exception's text on one line, with its type where the text alone says little."""
+    text = " ".join(str(refusal).split())
+    short = isinstance(refusal, (LookupError, AttributeError))
+    return f"{type(refusal).__name__}: {text}" if short else text
+
+
+def _find_refusal(
+    build: Callable[[dict[str, Any]], Any], values: dict[str, Any]
+) -> Exception | None:
+    """Return what `build` raises for `values`, or None if it accepts them."""
     try:
-        build(values)
-    except (ValueError, TypeError, ImportError) as error:
-        return " ".join(str(error).split())
+        build(copy.deepcopy(values))  # PEFT writes into them
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        return error
     except (LookupError, AttributeError) as error:  # it is looked up, or taken for another type
-        return f"{type(error).__name__}: {error}"
+        return error
     return None

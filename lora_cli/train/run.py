@@ -21,7 +21,7 @@ from lora_cli.data import prepare
 from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
 from lora_cli.plan import auto, hardware
 from lora_cli.recipe import Recipe
-from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup
+from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup, trial
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.run_folder import Run
 from lora_cli.train.trainers import Watched
@@ -33,7 +33,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     Whatever happens, the run's record says how it ended. With `resume` the run in the recipe's
     folder goes on from its newest checkpoint; of the recipe, the keys `allowed` may have changed.
     """
-    auto.try_configurations(recipe)
+    trial.try_training(recipe)
     base = Base.of_recipe(recipe)
     device = hardware.detect_device()
     recipe, choices = auto.settle(recipe, base.config, device)

@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
 
 def prepare_inputs(recipe: Recipe, base: Base, run: Run) -> Inputs:
     """Tokenizer and rows; LoraError for what would waste the run, such as too small a disk."""
+    sizes.refuse_lack_of_experts(recipe, base)
     tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
     ui.say(f"  chat template: {template}")
     size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
@@ -178,7 +179,7 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
         train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
         eval_dataset=eval_rows.rows if eval_rows else None,
         processing_class=inputs.tokenizer,
-        data_collator=_make_collator(recipe, inputs.tokenizer, pieces),
+        data_collator=make_collator(recipe, inputs.tokenizer, pieces.sequence),
     )
 
 
@@ -187,11 +188,6 @@ def make_options(
 ) -> RunOptions:
     """Return what the recipe asks of the trainer that upstream's arguments cannot say."""
     training = recipe.training
-    loraplus = {
-        name: getattr(training, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")
-    }
-    if training.loraplus_lr_ratio is None:
-        loraplus = {}
     return RunOptions(
         run_id=run.id,
         work=count_work(recipe, adapted, train_rows),
@@ -199,17 +195,26 @@ def make_options(
         loss_limit=training.stop_on_loss_above,
         reduce_on_oom=training.on_oom == "reduce",
         own_loss_head=training.loss_head == "trained_tokens",
-        loraplus={name: value for name, value in loraplus.items() if value is not None},
+        loraplus=read_loraplus(recipe),
         dora_layers=dora_norms.find_layers(adapted),
     )
 
 
-def _make_collator(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pieces: out_of_memory.Pieces
-) -> Any:
-    """Return the collator that makes batches of rows; None where TRL has its own."""
+def read_loraplus(recipe: Recipe) -> dict[str, float]:
+    """Return the arguments of PEFT's optimiser of two learning rates; none where there is one."""
+    training = recipe.training
+    if training.loraplus_lr_ratio is None:
+        return {}
+    names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
+    values = {name: getattr(training, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sequence: int) -> Any:
+    """Return the collator that makes batches of rows, or where `packing: step` sequences of up to
+    `sequence` tokens; None where TRL has its own."""
     if recipe.training.packing == "step":
-        return step_packing.StepCollator(pieces.sequence)
+        return step_packing.StepCollator(sequence)
     if not recipe.uses_trl:
         return DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
     return None

@@ -15,7 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import ui
 from lora_cli.models import IGNORED
 from lora_cli.speed import dora_norms, loss_head, step_packing
 from lora_cli.train import checkpoints, random_state
@@ -96,14 +96,10 @@ class Watched(Resumable):
         return float(self.options.work.each * inputs["input_ids"].numel())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        try:
-            if self.options.loraplus:
-                self.optimizer = self._create_loraplus()
-                return self.optimizer
-            return super().create_optimizer(*args, **kwargs)
-        except (ImportError, ValueError, TypeError) as error:
-            words = " ".join(str(error).split())
-            raise LoraError(f"training.optim: {words}", "--set training.optim=auto") from error
+        if self.options.loraplus:
+            self.optimizer = self._create_loraplus()
+            return self.optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     def _create_loraplus(self) -> torch.optim.Optimizer:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)

@@ -131,6 +131,9 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "arrow whose texts lie outside the file": ("rows.arrow", outside(), ""),
     "no turns": ("rows.jsonl", '{"prompt": [], "completion": []}\n', ""),
     "no slice": ("rows.jsonl", GOOD, "'split': 'train[foo]'"),
+    "CSV without names": ("rows.csv", "What is it?,an answer\nask,answer\n", ""),
+    "one unknown column": ("rows.jsonl", '{"Was ist das?": "ask"}\n', ""),
+    "the answer first": ("rows.jsonl", '{"answer": "ask", "asked": "answer"}\n', ""),
     "a column twice": ("rows.csv", "prompt,completion,completion\nask,answer,other\n", ""),
     "a misspelt file in a list": ("rows.jsonl", GOOD, "path: [DIR/rows.jsonl, DIR/rows.jsnl]"),
     "preferences": ("rows.jsonl", '{"prompt": "ask", "chosen": "answer", "rejected": "user"}\n', ""),
@@ -175,6 +178,7 @@ def said(name: str, folder: Path) -> str:
         heard.append(ui.render_error(error).replace("\n\n", "\n"))
     finally:
         ui.say = say
+    heard = [line for line in heard if not line.startswith("  ")]  # what is read, and how
     return "\n".join(heard).replace(f"{folder}/", "").replace(str(folder), ".")
 
 

@@ -1,0 +1,78 @@
+"""Tokenizers that cannot be read: the file, the field, or the package that is missing is named.
+
+Hermetic: the tiny model's tokenizer, spoilt. Alone: pytest tests/models/test_tokenizer_faults.py
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_cli.common.errors import LoraError
+from lora_cli.models import tokenizer_faults
+from lora_cli.models.tokenizer import load_tokenizer
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+SPOILT: dict[str, tuple[str, object]] = {
+    "normalizer": ("tokenizer.json", {"type": "Replace", "pattern": None, "content": "_"}),
+    "pre_tokenizer": ("tokenizer.json", {**SPLIT, "pattern": None}),
+    "post_processor": ("tokenizer.json", {"type": "OfAnotherVersion"}),
+    "decoder": ("tokenizer.json", {"type": "OfAnotherVersion"}),
+    "padding": ("tokenizer.json", {"strategy": "longest"}),
+    "truncation": ("tokenizer.json", 512),
+    "added_tokens": ("tokenizer.json", None),
+    "model": ("tokenizer.json", {"type": "OfAnotherVersion"}),
+    "eos_token": ("tokenizer_config.json", 7),
+}
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny / "model", tmp_path / "a model"))
+
+
+@pytest.mark.parametrize("field", SPOILT)
+def test_the_field_that_cannot_be_read_is_named(copy: Path, field: str) -> None:
+    file, value = SPOILT[field]
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(LoraError) as refused:
+        load_tokenizer(str(copy))
+    assert refused.value.message.startswith(f"{path}: {field} cannot be read: ")
+    assert refused.value.hint.startswith(f"jq .{field} '{path}' shows it; pip install -U transf")
+
+
+def test_a_file_that_is_cut_off_is_to_be_copied_again(copy: Path) -> None:
+    (copy / "tokenizer.json").write_bytes((copy / "tokenizer.json").read_bytes()[:300])
+    with pytest.raises(LoraError, match="Unterminated string") as refused:
+        load_tokenizer(str(copy))
+    assert refused.value.hint == tokenizer_faults.COPY
+
+
+@pytest.mark.parametrize("module", tokenizer_faults.READERS)
+def test_a_package_that_is_missing_is_named(
+    copy: Path, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers falls back on tiktoken, and says that this is missing."""
+    (copy / "tokenizer.json").unlink()
+    top, imported = module.partition(".")[0], builtins.__import__
+    find: Callable = importlib.util.find_spec
+
+    def refuse(name: str, *args: object, **given: object) -> object:
+        if name.partition(".")[0] in (top, "tiktoken"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return imported(name, *args, **given)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == module else find(name, *a)
+    )
+    with pytest.raises(LoraError) as refused:
+        load_tokenizer(str(copy))
+    assert refused.value.hint == f"pip install {tokenizer_faults.READERS[module]}"
