@@ -15,7 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from lora_cli.common import ui
+from lora_cli.common import LoraError, ui
 from lora_cli.models import IGNORED
 from lora_cli.speed import dora_norms, loss_head, step_packing
 from lora_cli.train import checkpoints, random_state
