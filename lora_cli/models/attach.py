@@ -7,11 +7,17 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
+from safetensors import safe_open
 from transformers import (
     PreTrainedModel,
 )
@@ -58,10 +64,13 @@ def attach_adapter(
 
 
 def load_adapter(
-    model: PreTrainedModel | PeftModel, folder: Path, name: str = "default"
+    model: PreTrainedModel | PeftModel, folder: Path, name: str = "default", **trained: Any
 ) -> PeftModel:
     """Put the trained adapter of `folder` on `model`, beside those it has. Raises LoraError unless
-    every one of its tensors finds its place."""
+    every one of its tensors finds its place.
+
+    `trained`, for one that is trained on, are further arguments of `PeftModel.from_pretrained`.
+    """
     refuse_slow_patterns(model, folder)
     token_rows.fit_embeddings(model, folder)
     hint = "give the base it was trained on with --base"
@@ -76,7 +85,9 @@ def load_adapter(
                 peft_model = model
                 model.load_adapter(str(folder), adapter_name=name)
             else:
-                peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                peft_model = PeftModel.from_pretrained(
+                    model, str(folder), adapter_name=name, **trained
+                )
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise LoraError(
                 f"PEFT cannot put the adapter {folder} on its base: {_explain_misfit(error)}", hint
@@ -134,6 +145,24 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
         raise LoraError(
             f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)",
             "train again",
+        )
+
+
+def refuse_unfit(model: PeftModel, folder: Path) -> None:
+    """Raise LoraError unless the adapter in `folder` has the tensors, by name and shape, that are
+    trained on `model`, which needs no weights."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    whole = {key.replace(".default.", ".") for key in model.state_dict()}
+    refuse_incomplete(folder, set(stored), set(wanted), whole)
+    other = [key for key in sorted(wanted) if stored[key] != wanted[key]]
+    if other:
+        raise LoraError(
+            f"{folder} does not fit its base model: {len(other)} tensors are of another size, the "
+            f"first {other[0]}: {stored[other[0]]}, where {wanted[other[0]]} is wanted",
+            "give the base it was trained on with --base",
         )
 
 

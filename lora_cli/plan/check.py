@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files
 from lora_cli.data import load, prepare, selection
-from lora_cli.models import IGNORED, Base, load_recipe_tokenizer
-from lora_cli.plan import auto, hardware, sizes
+from lora_cli.models import IGNORED, load_recipe_tokenizer
+from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe
 
 TRAINED = "\x1b[1;32m"
@@ -33,19 +33,18 @@ BARS = 10
 
 def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
-    auto.try_configurations(recipe)
     files.refuse_unmakable(Path(recipe.output_dir))
-    base = Base.of_recipe(recipe)
-    device = hardware.detect_device()
-    recipe, choices = auto.settle(recipe, base.config, device)
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
-    adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
+    found = settled.settle_recipe(recipe)
+    recipe, base, parent = found.recipe, found.base, found.parent
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base, parent)
+    adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
     train, evaluation = load.load_rows(recipe, tokenizer)
-    sizes.refuse_unknown_ids(recipe, base, train, tokenizer)
+    sizes.refuse_unknown_ids(recipe, base, train, tokenizer, parent)
     steps = sizes.count_steps(recipe, train)
     if as_json:
         report = {
-            "choices": [choice._asdict() for choice in choices],
+            "choices": [choice._asdict() for choice in found.choices],
+            "parent": parent.to_record() if parent else None,
             "chat_template": template,
             "adapter": adapter._asdict(),
             "train": _count_numbers(train),
@@ -56,8 +55,8 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         print(json.dumps(report))
         return
     print(f"{recipe.method} on {recipe.model.name_or_path}")
-    for choice in choices:
-        print(f"  {choice}")
+    for line in found.list_lines():
+        print(f"  {line}")
     print(f"  chat template: {template}")
     print(f"  adapter: {adapter.trainable:,} parameters in {adapter.modules} modules")
     print(f"  data: {train.summarise()}")

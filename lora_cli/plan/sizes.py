@@ -16,8 +16,8 @@ from trl import pack_dataset
 
 from lora_cli.common import LoraError
 from lora_cli.data import prepare
-from lora_cli.models import Base, attach, targets, token_rows
-from lora_cli.recipe import Recipe, upstream
+from lora_cli.models import Base, Parent, attach, targets, token_rows
+from lora_cli.recipe import Recipe
 
 
 class Size(NamedTuple):
@@ -42,34 +42,45 @@ class Steps(NamedTuple):
 
 
 def measure_adapter(
-    recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
+    recipe: Recipe,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
+    parent: Parent | None = None,
 ) -> Size:
-    """Return the adapter's size; UsageError where the recipe's names match nothing in the base."""
+    """Return the adapter's size; UsageError where the recipe's names match nothing in the base,
+    LoraError where the adapter that is trained on does not fit it."""
     network = base.build_empty()
-    config = upstream.build_lora_config(recipe)
-    if new_ids:
-        token_rows.grow_embeddings(network, len(tokenizer))
-        token_rows.train_rows(network, config, new_ids)
-    targets.check_targets(recipe, network, config)
+    folder = parent.folder if parent else None
+    config = targets.make_config(recipe, network, len(tokenizer), new_ids, folder)
     config.init_lora_weights = True  # others need the weights
     with torch.device("meta"), attach.quiet_peft():
         adapted = attach.attach_adapter(network, config)
+    if parent is not None:
+        parent.refuse_unfit(adapted)
     trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
     return Size(trainable, len(attach.find_lora_layers(adapted)))
 
 
 def refuse_unknown_ids(
-    recipe: Recipe, base: Base, rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    base: Base,
+    rows: prepare.Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    parent: Parent | None = None,
 ) -> None:
     """Raise LoraError where rows, or what pads them, have a token for which the base lacks an
     embedding.
 
     Some tokenizers have more tokens than their model; that is fine as long as none of them is used.
     """
-    there = base.build_empty().get_input_embeddings().num_embeddings
+    network = base.build_empty()
+    if parent is not None:
+        token_rows.fit_embeddings(network, parent.folder)
+    there = network.get_input_embeddings().num_embeddings
     # the embeddings grow to all of the tokenizer's tokens where the recipe adds some
     added = recipe.model.add_tokens or recipe.model.add_special_tokens
-    if added or max(tokenizer.get_vocab().values(), default=-1) < there:
+    if (added and parent is None) or max(tokenizer.get_vocab().values(), default=-1) < there:
         return
     used = [tokenizer.pad_token_id or 0]
     for chunk in rows.rows.data.table.column("input_ids").chunks:
