@@ -40,6 +40,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
     train, evaluation = load.load_rows(recipe, tokenizer)
     sizes.refuse_unknown_ids(recipe, base, train, tokenizer, parent)
+    beyond = sizes.check_positions(recipe, base, tokenizer, [train, *filter(None, [evaluation])])
     steps = sizes.count_steps(recipe, train)
     if as_json:
         report = {
@@ -49,6 +50,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
             "adapter": adapter._asdict(),
             "train": _count_numbers(train),
             "eval": _count_numbers(evaluation) if evaluation else None,
+            "beyond_positions": beyond,
             "plan": steps._asdict(),
             "samples": [_describe_sample(row, tokenizer) for row in train.first[:samples]],
         }
@@ -62,6 +64,8 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     print(f"  data: {train.summarise()}")
     if evaluation:
         print(f"  evaluation: {evaluation.summarise()}")
+    if beyond:
+        print(f"  {beyond}")
     print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
     print("\n" + _format_quantiles(train.counts.lengths))
     print("\n".join(_format_steps(steps, train)))

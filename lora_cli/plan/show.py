@@ -53,6 +53,7 @@ def show_plan(
     rows = None
     if read_data or _are_rows_at_hand(recipe, tokenizer):
         rows, _ = load.load_rows(recipe, tokenizer)
+    beyond = sizes.check_positions(recipe, base, tokenizer, [rows] if rows else None)
     adapted = rehearsal.build_adapted(recipe, base.config, len(tokenizer), new_ids, parent)
     if parent is not None:
         parent.refuse_unfit(adapted)
@@ -75,6 +76,7 @@ def show_plan(
             "fits": forecast.fits(batch),
         },
         "largest": _find_largest(forecast, batch, base.config),
+        "beyond_positions": beyond,
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
     }
@@ -203,6 +205,8 @@ def _format_lines(
     yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"
     if device.kind == "cpu":
         yield f"threads: {torch.get_num_threads()}, waiting {threads.describe_waiting()}"
+    if report["beyond_positions"]:
+        yield report["beyond_positions"]
     yield from _format_limits(recipe, report["largest"])
     yield from _format_duration(report)
 

@@ -53,6 +53,9 @@ def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) 
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summarise()}")
     sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer, parent)
+    both = [train_rows, *filter(None, [eval_rows])]
+    if beyond := sizes.check_positions(recipe, base, tokenizer, both):
+        ui.warn(beyond)
     steps = sizes.count_steps(recipe, train_rows).steps
     disk = disk_space.estimate_need(recipe, size.trainable, len(tokenizer), steps)
     disk_space.refuse_too_little(run.folder, disk)
