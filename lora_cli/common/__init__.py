@@ -11,6 +11,7 @@ Its doors, in the order a reader needs them:
     refuse_link, refuse_occupied           folders that must not be written into
     translate_refusals                     a library's complaint about a recipe as a LoraError
     files, ui, library_errors              the rest of these three
+    library_warnings                       what the libraries warn of, as lines of ours
     privacy                                keeps secrets and the home path out of files and messages
     provenance                             the record of what produced an artefact
     remote_code                            whether a model's own code may run
@@ -39,6 +40,7 @@ __all__ = [
     "format_duration",
     "join_errors",
     "library_errors",
+    "library_warnings",
     "privacy",
     "provenance",
     "quote",

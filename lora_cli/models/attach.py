@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
     get_peft_model_state_dict,
@@ -29,19 +31,23 @@ from lora_cli.models.tensors import is_finite
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence PEFT's warnings about what lora checks itself."""
+    """Silence PEFT's warnings about what lora checks itself, each for the reason beside it."""
     with warnings.catch_warnings():
         for message in (
-            "Found missing adapter keys",
-            "The following (rank|alpha)_pattern keys",  # also where they did match, for experts
-            "fan_in_fan_out is set to",
-            ".*ensure_weight_tying",
+            "Found missing adapter keys",  # check_adapter_complete refuses
+            # also said where they did match, for experts; check_targets refuses, and of an adapter
+            # that is loaded the shapes tell
+            "The following (rank|alpha)_pattern keys",
+            "fan_in_fan_out is set to",  # PEFT sets it right itself
+            # unsupported.py refuses what cannot be merged, and the rest is sound
+            "Model has `tie_word_embeddings=True` and a tied layer",
             # lora_bias: its tensors have one dimension
             "Adapter '.*LoRA tensor\\(s\\) have invalid shape",
-            "lora with eva initialization used with low_cpu_mem_usage",
-            "Full backward hook is firing",
+            "lora with eva initialization used with low_cpu_mem_usage",  # of memory, which suffices
+            "Full backward hook is firing",  # lora_ga's, on inputs without a gradient
             "Unexpected keyword arguments",  # adapter_config.py warns of them
             "`lora_bias=True` was passed but",  # refused, or merged
+            # of saving embeddings, which are not saved
             "Could not find a config file|Unable to fetch remote file",
             "Input and output embeddings are no longer tied",  # as config.json then says
         ):
@@ -180,6 +186,18 @@ def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: s
                 f"{min(keys)}",
                 "give the base it was trained on with --base",
             )
+
+
+@contextmanager
+def keep_input_types(model: torch.nn.Module, active: bool) -> Iterator[None]:
+    """Inside, where `active`, adapters do not cast their inputs to their own type: PEFT's
+    `disable_input_dtype_casting`, which fails on trained rows of embeddings, as these cast
+    nothing."""
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            layer.cast_input_dtype_enabled = False
+    with disable_input_dtype_casting(model, active=active):
+        yield
 
 
 def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:

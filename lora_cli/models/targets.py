@@ -117,6 +117,9 @@ def _find_unmatched(
     yield from _find_unmatched_parameters(recipe, config, model)
     yield from _find_unmatched_patterns(recipe, config, [*targeted, *parameters])
     yield from _find_wrong_token_ids(recipe, config, model, targeted)
+    if config.ensure_weight_tying and len({id(w) for w in _find_ends(model).values()}) > 1:
+        where = recipe.where("lora", "ensure_weight_tying")
+        yield f"{where} has no effect: embeddings and head have weights of their own", "remove it"
 
 
 def _find_unmatched_names(

@@ -25,7 +25,6 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -346,7 +345,7 @@ class Rehearsal:
             mixed = self.arguments.bf16 or self.arguments.fp16
             with (
                 torch.autocast("cpu", half, enabled=mixed),
-                disable_input_dtype_casting(self.adapted, active=mixed),
+                attach.keep_input_types(self.adapted, mixed),
                 self._offload_activations(),
             ):
                 total = self._loss(batch)

@@ -54,9 +54,7 @@ def show_plan(
     if read_data or _are_rows_at_hand(recipe, tokenizer):
         rows, _ = load.load_rows(recipe, tokenizer)
     beyond = sizes.check_positions(recipe, base, tokenizer, [rows] if rows else None)
-    adapted = rehearsal.build_adapted(recipe, base.config, len(tokenizer), new_ids, parent)
-    if parent is not None:
-        parent.refuse_unfit(adapted)
+    adapted = _build_adapted(found, len(tokenizer), new_ids)
     trained, total = adapted.get_nb_trainable_parameters()
     kinds = count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
@@ -84,6 +82,16 @@ def show_plan(
         print(json.dumps(report))
     else:
         print("\n".join(_format_lines(recipe, device, report, found.list_lines())))
+
+
+def _build_adapted(found: settled.Settled, vocabulary: int, new_ids: list[int]) -> PeftModel:
+    """Return the base with its adapter, without weights; LoraError where the adapter that is
+    trained on does not fit it."""
+    config, parent = found.base.config, found.parent
+    adapted = rehearsal.build_adapted(found.recipe, config, vocabulary, new_ids, parent)
+    if parent is not None:
+        parent.refuse_unfit(adapted)
+    return adapted
 
 
 def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
