@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 
 from lora_cli import __version__
-from lora_cli.common import LoraError, UsageError, library_errors, privacy, remote_code, threads, ui
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    library_errors,
+    library_warnings,
+    privacy,
+    remote_code,
+    threads,
+    ui,
+)
 from lora_cli.train import launch
 
 if TYPE_CHECKING:
@@ -538,21 +547,16 @@ def _two_or_more(paths: list[Path], usage: str) -> list[Path]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' own chatter and bars off the screen; their errors still come through."""
+    """Keep the libraries' own chatter and bars off the screen; what they warn of is said."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import logging
-    import warnings
-
-    # bitsandbytes reports at import that an optional kernel package is absent
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    library_warnings.listen()
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    library_warnings.listen_to_transformers()
 
 
 def _end(number: int, *_: object) -> NoReturn:

@@ -12,6 +12,7 @@ Its doors, in the order a reader needs them:
     translate_refusals                     a library's complaint about a recipe as a LoraError
     files, ui, library_errors              the rest of these three
     missing_packages                       the package that an error says is not installed
+    library_warnings                       what the libraries warn of, as lines of ours
     privacy                                keeps secrets and the home path out of files and messages
     provenance                             the record of what produced an artefact
     remote_code                            whether a model's own code may run
@@ -41,6 +42,7 @@ __all__ = [
     "join_errors",
     "library_errors",
     "missing_packages",
+    "library_warnings",
     "privacy",
     "provenance",
     "quote",

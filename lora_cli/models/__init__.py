@@ -7,6 +7,9 @@ Its doors, in the order a reader needs them:
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
     get_checkpoint_dtype, num_experts, num_active_experts
                                    what a configuration says
+    take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
+                                   a run keeps it
+    find_positions                 how long a text a base reads
     names                          what a name on the command line stands for
     attach                         a new or a trained adapter on a base; its LoRA layers
     load_tokenizer, save_tokenizer, load_recipe_tokenizer, adds_bos, IGNORED
@@ -32,6 +35,8 @@ Its doors, in the order a reader needs them:
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
 from lora_cli.models.config import get_checkpoint_dtype, num_active_experts, num_experts
+from lora_cli.models.parent import PARENT_COPY, Parent, take_over
+from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
     PROBES,
     TRAINED,
@@ -62,7 +67,9 @@ __all__ = [
     "Base",
     "Difference",
     "IGNORED",
+    "PARENT_COPY",
     "PROBES",
+    "Parent",
     "Probe",
     "TRAINED",
     "TRAINED_KL",
@@ -78,6 +85,7 @@ __all__ = [
     "count_text_parameters",
     "convert_to_float32",
     "empty",
+    "find_positions",
     "four_bit",
     "get_checkpoint_dtype",
     "init_weights",
@@ -98,6 +106,7 @@ __all__ = [
     "save_tokenizer",
     "save_trained",
     "split_rows",
+    "take_over",
     "targets",
     "tensors",
     "to_accelerator",

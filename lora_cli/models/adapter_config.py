@@ -11,8 +11,17 @@ from typing import Any
 from peft import LoraConfig
 from pydantic import ConfigDict, ValidationError
 
-from lora_cli.common import LoraError, ui
-from lora_cli.recipe import TASKS, Lora, find_task, messages, strict_yaml
+from lora_cli.common import LoraError, quote, ui
+from lora_cli.recipe import (
+    INITIALISATION_SETTINGS,
+    NOT_IN_LORA,
+    TASKS,
+    Lora,
+    find_initialisation,
+    find_task,
+    messages,
+    strict_yaml,
+)
 
 
 class SavedConfig(Lora):
@@ -41,6 +50,56 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     if others := sorted(name for name, value in config.items() if name not in known and value):
         warn_of_unknown_fields(file, *others)
+
+
+def read_lora_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe's `lora:` says where it describes the adapter of this configuration,
+    which `check_fields` has passed; PEFT's default where a field is missing."""
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(LoraConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    given = {
+        name: value
+        for name, value in (defaults | dict(config)).items()
+        if name in Lora.model_fields and not _is_unset(name, value)
+    }
+    # an adapter may have parameters only: no targets are all-linear in a recipe alone
+    targets = given.get("target_modules", [])
+    given["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    if given.get("init_lora_weights") != "mica":  # which is also how it is trained
+        given["init_lora_weights"] = True
+    for settings in INITIALISATION_SETTINGS:
+        given.pop(settings, None)
+    return given
+
+
+def refuse_untrainable(adapter: str, config: Mapping[str, Any]) -> None:
+    """Raise LoraError for an adapter that no run of ours could go on training as what it is."""
+    written = str(config.get("init_lora_weights"))
+    start = find_initialisation(config.get("init_lora_weights"))
+    if start and start.changes_base_at_load:
+        raise LoraError(
+            f"{adapter} starts from {written}, which PEFT takes out of the base anew at each load",
+            f"lora merge {quote(adapter)} OUT, and a new adapter on that model",
+        )
+    fields = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    for name, value in config.items():
+        if not value or name in UNTRAINED or value == fields.get(name):
+            continue
+        if name not in fields:
+            raise LoraError(
+                f"{adapter} sets {name}, which the installed PEFT does not know, and would train "
+                "without it",
+                "pip install -U peft",
+            )
+        if name in NOT_IN_LORA:
+            raise LoraError(f"{adapter} sets {name}: {NOT_IN_LORA[name]}", "train a new adapter")
+
+
+UNTRAINED = ("peft_type", "task_type", "inference_mode", "runtime_config", "loftq_config")
+"""Fields that say nothing of how the adapter is trained."""
 
 
 @cache

@@ -131,12 +131,17 @@ class Adapter:
         network = self.load_base(original)
         return network.dequantize() if is_quantised(network) else network
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer was saved with it."""
+        return (self.folder / "tokenizer_config.json").is_file()
+
+    def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
         """Load the tokenizer saved with the adapter, with the template that was trained; else the
-        base's."""
-        if (self.folder / "tokenizer_config.json").is_file():
-            return tokenizer.load_tokenizer(str(self.folder))
-        return self.base.load_tokenizer()
+        base's. `roles` are those of `tokenizer.load_tokenizer`."""
+        if self.has_tokenizer:
+            return tokenizer.load_tokenizer(str(self.folder), **roles)
+        return self.base.load_tokenizer(**roles)
 
 
 def read_adapter(path: Path, base: str | None = None) -> Adapter:

@@ -7,11 +7,19 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
+from safetensors import safe_open
 from transformers import (
     PreTrainedModel,
 )
@@ -23,19 +31,23 @@ from lora_cli.models.tensors import is_finite
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence PEFT's warnings about what lora checks itself."""
+    """Silence PEFT's warnings about what lora checks itself, each for the reason beside it."""
     with warnings.catch_warnings():
         for message in (
-            "Found missing adapter keys",
-            "The following (rank|alpha)_pattern keys",  # also where they did match, for experts
-            "fan_in_fan_out is set to",
-            ".*ensure_weight_tying",
+            "Found missing adapter keys",  # check_adapter_complete refuses
+            # also said where they did match, for experts; check_targets refuses, and of an adapter
+            # that is loaded the shapes tell
+            "The following (rank|alpha)_pattern keys",
+            "fan_in_fan_out is set to",  # PEFT sets it right itself
+            # unsupported.py refuses what cannot be merged, and the rest is sound
+            "Model has `tie_word_embeddings=True` and a tied layer",
             # lora_bias: its tensors have one dimension
             "Adapter '.*LoRA tensor\\(s\\) have invalid shape",
-            "lora with eva initialization used with low_cpu_mem_usage",
-            "Full backward hook is firing",
+            "lora with eva initialization used with low_cpu_mem_usage",  # of memory, which suffices
+            "Full backward hook is firing",  # lora_ga's, on inputs without a gradient
             "Unexpected keyword arguments",  # adapter_config.py warns of them
             "`lora_bias=True` was passed but",  # refused, or merged
+            # of saving embeddings, which are not saved
             "Could not find a config file|Unable to fetch remote file",
             # the base that --base gives, which is said
             "The PEFT config's `base_model_name_or_path` was renamed",
@@ -60,10 +72,13 @@ def attach_adapter(
 
 
 def load_adapter(
-    model: PreTrainedModel | PeftModel, folder: Path, name: str = "default"
+    model: PreTrainedModel | PeftModel, folder: Path, name: str = "default", **trained: Any
 ) -> PeftModel:
     """Put the trained adapter of `folder` on `model`, beside those it has. Raises LoraError unless
-    every one of its tensors finds its place."""
+    every one of its tensors finds its place.
+
+    `trained`, for one that is trained on, are further arguments of `PeftModel.from_pretrained`.
+    """
     refuse_slow_patterns(model, folder)
     token_rows.fit_embeddings(model, folder)
     hint = "give the base it was trained on with --base"
@@ -78,7 +93,9 @@ def load_adapter(
                 peft_model = model
                 model.load_adapter(str(folder), adapter_name=name)
             else:
-                peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                peft_model = PeftModel.from_pretrained(
+                    model, str(folder), adapter_name=name, **trained
+                )
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise LoraError(
                 f"PEFT cannot put the adapter {folder} on its base: {_explain_misfit(error)}", hint
@@ -139,6 +156,24 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
         )
 
 
+def refuse_unfit(model: PeftModel, folder: Path) -> None:
+    """Raise LoraError unless the adapter in `folder` has the tensors, by name and shape, that are
+    trained on `model`, which needs no weights."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    whole = {key.replace(".default.", ".") for key in model.state_dict()}
+    refuse_incomplete(folder, set(stored), set(wanted), whole)
+    other = [key for key in sorted(wanted) if stored[key] != wanted[key]]
+    if other:
+        raise LoraError(
+            f"{folder} does not fit its base model: {len(other)} tensors are of another size, the "
+            f"first {other[0]}: {stored[other[0]]}, where {wanted[other[0]]} is wanted",
+            "give the base it was trained on with --base",
+        )
+
+
 def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: set[str]) -> None:
     """Raise LoraError unless the adapter's tensors are those the model has places for: `loaded`,
     and any of its `whole`."""
@@ -153,6 +188,18 @@ def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: s
                 f"{min(keys)}",
                 "give the base it was trained on with --base",
             )
+
+
+@contextmanager
+def keep_input_types(model: torch.nn.Module, active: bool) -> Iterator[None]:
+    """Inside, where `active`, adapters do not cast their inputs to their own type: PEFT's
+    `disable_input_dtype_casting`, which fails on trained rows of embeddings, as these cast
+    nothing."""
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            layer.cast_input_dtype_enabled = False
+    with disable_input_dtype_casting(model, active=active):
+        yield
 
 
 def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:

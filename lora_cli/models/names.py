@@ -57,7 +57,7 @@ def classify(path: str) -> str:
 def find_adapter_inside(folder: Path) -> Path | None:
     """Return the adapter one level below `folder`, if there is one: a run's, one that PEFT saved
     under a name, else the newest checkpoint's."""
-    found = [file.parent for file in folder.glob("*/adapter_config.json")]
+    found = [file.parent for file in folder.glob("[!.]*/adapter_config.json")]
 
     def rank(path: Path) -> tuple[bool, bool, int, str]:
         step = re.fullmatch(r"checkpoint-(\d+)", path.name)

@@ -11,6 +11,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli.common import find_nearest, join_errors
-from lora_cli.models import all_linear, patterns, unsupported
+from lora_cli.common import UsageError, find_nearest, join_errors
+from lora_cli.models import all_linear, patterns, token_rows, unsupported
 from lora_cli.models.peft_matching import (
     as_list,
     find_targeted_modules,
@@ -31,7 +32,32 @@ from lora_cli.models.peft_matching import (
     resolve_targets,
 )
 from lora_cli.models.unsupported import Problem
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, upstream
+
+
+def make_config(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    vocabulary: int = 0,
+    new_ids: Sequence[int] = (),
+    parent: Path | None = None,
+) -> tuple[LoraConfig, str]:
+    """Return PEFT's configuration of the recipe's adapter on `model`, and in words which linear
+    modules `all-linear` leaves out.
+
+    The model's embeddings grow to the tokens that the adapter has rows for: the `new_ids` of a
+    `vocabulary`, and those of the adapter in `parent` that is trained on.
+    UsageError where a name matches nothing, or what is adapted cannot be merged.
+    """
+    config = upstream.build_lora_config(recipe)
+    if parent is not None:
+        token_rows.fit_embeddings(model, parent)
+    elif recipe.model.adapter is not None:
+        token_rows.grow_to_trained(model, config)
+    if new_ids:
+        token_rows.grow_embeddings(model, vocabulary)
+        token_rows.train_rows(model, config, list(new_ids))
+    return config, settle_targets(recipe, model, config)
 
 
 def settle_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -> str:
@@ -39,6 +65,7 @@ def settle_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -
     and return in words which (empty where there are none).
 
     Raises UsageError with every part of `config` that matches nothing, or that cannot be merged.
+    What an adapter that is trained on names in vain is left: its tensors say what it has.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
@@ -49,18 +76,16 @@ def settle_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -
         config.target_modules = resolved.target_modules
     targeted = find_targeted_modules(resolved, modules)
     parameters = find_targeted_parameters(resolved, model)
-    problems = [
-        *_find_unmatched_names(recipe, config, resolved, list(modules)),
-        *_find_unmatched_saved(recipe, config, list(modules)),
-        *_find_left_out_targets(recipe, config, resolved, list(modules)),
-        *_find_unmatched_layers(recipe, config, list(modules)),
-        *_find_unmatched_parameters(recipe, config, model),
-        *_find_unmatched_patterns(recipe, config, [*targeted, *parameters]),
-        *_find_wrong_token_ids(recipe, config, model, targeted),
-        *unsupported.find_problems(
-            recipe, model, config, {name: modules[name] for name in targeted}, parameters
-        ),
-    ]
+    adapted = {name: modules[name] for name in targeted}
+    wrong = list(unsupported.find_problems(recipe, model, config, adapted, parameters))
+    if recipe.model.adapter is not None:
+        if wrong:
+            raise UsageError(
+                f"model.adapter: {recipe.model.adapter} cannot be trained on: {wrong[0][0]}",
+                "train a new adapter: leave model.adapter out",
+            )
+        return ""
+    problems = [*_find_unmatched(recipe, config, resolved, model), *wrong]
     if not problems and not targeted and not parameters:
         problems = [
             (
@@ -82,6 +107,25 @@ def _guess_target(target: str, names: Iterable[str], otherwise: str) -> str:
 
 
 # What matches nothing -----------------------------------------------------------------------------
+
+
+def _find_unmatched(
+    recipe: Recipe, config: LoraConfig, resolved: LoraConfig, model: PreTrainedModel
+) -> Iterator[Problem]:
+    """Find every name, pattern, layer and row that matches nothing."""
+    names = [name for name, _ in model.named_modules() if name]
+    targeted = find_targeted_modules(resolved, names)
+    parameters = find_targeted_parameters(resolved, model)
+    yield from _find_unmatched_names(recipe, config, resolved, names)
+    yield from _find_unmatched_saved(recipe, config, names)
+    yield from _find_left_out_targets(recipe, config, resolved, names)
+    yield from _find_unmatched_layers(recipe, config, names)
+    yield from _find_unmatched_parameters(recipe, config, model)
+    yield from _find_unmatched_patterns(recipe, config, [*targeted, *parameters])
+    yield from _find_wrong_token_ids(recipe, config, model, targeted)
+    if config.ensure_weight_tying and len({id(w) for w in _find_ends(model).values()}) > 1:
+        where = recipe.where("lora", "ensure_weight_tying")
+        yield f"{where} has no effect: embeddings and head have weights of their own", "remove it"
 
 
 def _find_unmatched_names(

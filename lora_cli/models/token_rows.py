@@ -29,6 +29,18 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
 
 
+def grow_to_trained(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Let the embeddings have at least the rows that `config`, of an adapter that was trained,
+    names."""
+    grow_embeddings(model, _count_named(config.trainable_token_indices))
+
+
+def _count_named(given: Any) -> int:
+    """Return the number of rows up to the last one of `trainable_token_indices`."""
+    listed = list(given.values()) if isinstance(given, dict) else [given or []]
+    return max((number + 1 for ids in listed for number in ids), default=0)
+
+
 def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> None:
     """Make `config` train the rows of `ids`, in the embeddings and in a head of its own, beside
     those it names.
@@ -79,13 +91,8 @@ def count_rows_trained(
         f"{name}{inner}.weight" for inner in ("", ".base_layer", ".token_adapter.base_layer")
     )
     carried = [shape[0] for key, shape in shapes.items() if key.endswith(ends)]
-    given = files.read_json(folder / "adapter_config.json").get("trainable_token_indices") or []
-    ids = (
-        [number for listed in given.values() for number in listed]
-        if isinstance(given, dict)
-        else given
-    )
-    return max([*carried, *(number + 1 for number in ids)], default=0)
+    config = files.read_json(folder / "adapter_config.json")
+    return max([*carried, _count_named(config.get("trainable_token_indices"))])
 
 
 def looks_up_ids(module: nn.Module) -> bool:

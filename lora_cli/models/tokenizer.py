@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,23 +25,60 @@ from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
     from lora_cli.models.base import Base
+    from lora_cli.models.parent import Parent
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def load_recipe_tokenizer(
-    recipe: Recipe, base: Base
+    recipe: Recipe, base: Base, parent: Parent | None = None
 ) -> tuple[PreTrainedTokenizerBase, list[int], str]:
-    """Load the base's tokenizer as the recipe changes it; return it, the ids of the added tokens,
-    and its chat template in words."""
+    """Load the base's tokenizer as the recipe changes it, or that of the adapter that it trains on;
+    return it, the ids of the added tokens, and its chat template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
-    tokenizer = base.load_tokenizer(**roles)
-    new_ids = add_tokens(recipe, tokenizer)
+    if parent is None:
+        tokenizer = base.load_tokenizer(**roles)
+        new_ids = add_tokens(recipe, tokenizer)
+        return tokenizer, new_ids, _apply_template(recipe, tokenizer)
+    own = replace(parent.adapter, base=base)
+    tokenizer = own.load_tokenizer(**roles)
+    _refuse_new_tokens(recipe, tokenizer, str(parent))
+    if not (own.has_tokenizer and tokenizer.chat_template):
+        return tokenizer, [], _apply_template(recipe, tokenizer)
+    if recipe.model.chat_template != "auto" or recipe.model.system_prompt:
+        other = base.load_tokenizer(**roles)
+        _apply_template(recipe, other)
+        if other.chat_template != tokenizer.chat_template:
+            key = "chat_template" if recipe.model.chat_template != "auto" else "system_prompt"
+            raise UsageError(
+                f"{recipe.where('model', key)} makes another chat template than the one of the "
+                f"adapter {parent}",
+                "leave it out, or take the template out of a copy of the adapter",
+            )
+    return tokenizer, [], "the adapter's own"
+
+
+def _apply_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Give the tokenizer the recipe's chat template and system prompt; return them in words."""
     template = set_chat_template(tokenizer, recipe.model.chat_template)
     if recipe.model.system_prompt:
         set_system_prompt(tokenizer, recipe.model.system_prompt)
         template += ", with the recipe's system prompt"
-    return tokenizer, new_ids, template
+    return template
+
+
+def _refuse_new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, parent: str) -> None:
+    """Raise UsageError for tokens that the recipe adds and the adapter it trains on has no rows
+    for."""
+    known = tokenizer.get_vocab()
+    for field in ("add_tokens", "add_special_tokens"):
+        for token in getattr(recipe.model, field):
+            if token not in known:
+                where = recipe.where("model", field)
+                raise UsageError(
+                    f"{where}: the adapter {parent} has no row for {token!r}",
+                    "leave it out, or train a new adapter",
+                )
 
 
 def load_tokenizer(

@@ -4,6 +4,7 @@ Its doors, in the order a reader needs them:
 
     hardware   the device a run is for
     auto       what each `auto` of a recipe becomes, and why
+    settled    … and all that a recipe becomes, with its base and the adapter it trains on
     sizes      the adapter's size, the steps, how full the batches are
     memory     what a recipe needs of a device's memory, item by item
     flops      operations of training on a token, and the share of a device's peak
@@ -17,6 +18,7 @@ __all__ = [
     "flops",
     "hardware",
     "memory",
+    "settled",
     "show",
     "sizes",
 ]

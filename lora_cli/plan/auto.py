@@ -168,7 +168,9 @@ def choose_loss_head(given: Situation) -> Chosen:
         ("use_liger_kernel", False),
     ):
         if training.get(name) not in (None, "auto", usual):
-            return "stock", f"training.{name} needs it"
+            twice = name == "label_smoothing_factor" and given.recipe.uses_trl
+            cost = ", and an extra forward pass in each step (trainer: trainer has none)"
+            return "stock", f"training.{name} needs it{cost if twice else ''}"
     return "trained_tokens", "the same loss for less time and memory"
 
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files
 from lora_cli.data import load, prepare, selection
-from lora_cli.models import IGNORED, Base, load_recipe_tokenizer
-from lora_cli.plan import auto, hardware, sizes
+from lora_cli.models import IGNORED, load_recipe_tokenizer
+from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe
 
 TRAINED = "\x1b[1;32m"
@@ -34,36 +34,40 @@ BARS = 10
 def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     """Print what training would do with `recipe`; LoraError for what would waste the run."""
     files.refuse_unmakable(Path(recipe.output_dir))
-    base = Base.of_recipe(recipe)
-    device = hardware.detect_device()
-    recipe, choices = auto.settle(recipe, base.config, device)
+    found = settled.settle_recipe(recipe)
+    recipe, base, parent = found.recipe, found.base, found.parent
     sizes.refuse_lack_of_experts(recipe, base)
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
-    adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base, parent)
+    adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
     train, evaluation = load.load_rows(recipe, tokenizer)
-    sizes.refuse_unknown_ids(recipe, base, train, tokenizer)
+    sizes.refuse_unknown_ids(recipe, base, train, tokenizer, parent)
+    beyond = sizes.check_positions(recipe, base, tokenizer, [train, *filter(None, [evaluation])])
     steps = sizes.count_steps(recipe, train)
     if as_json:
         report = {
             "base": base.describe(),
-            "choices": [choice._asdict() for choice in choices],
+            "choices": [choice._asdict() for choice in found.choices],
+            "parent": parent.to_record() if parent else None,
             "chat_template": template,
             "adapter": adapter._asdict(),
             "train": _count_numbers(train),
             "eval": _count_numbers(evaluation) if evaluation else None,
+            "beyond_positions": beyond,
             "plan": steps._asdict(),
             "samples": [_describe_sample(row, tokenizer) for row in train.first[:samples]],
         }
         print(json.dumps(report))
         return
     print(f"{recipe.method} on {base.describe()}")
-    for choice in choices:
-        print(f"  {choice}")
+    for line in found.list_lines():
+        print(f"  {line}")
     print(f"  chat template: {template}")
     print(f"  adapter: {adapter}")
     print(f"  data: {train.summarise()}")
     if evaluation:
         print(f"  evaluation: {evaluation.summarise()}")
+    if beyond:
+        print(f"  {beyond}")
     print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
     print("\n" + _format_quantiles(train.counts.lengths))
     print("\n".join(_format_steps(steps, train)))

@@ -17,7 +17,7 @@ import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli.common import LoraError
-from lora_cli.models import attach, empty, quantised, targets, token_rows
+from lora_cli.models import Parent, attach, empty, quantised, targets
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import dora_norms, install, loss_head
 
@@ -174,23 +173,24 @@ class Live(TorchDispatchMode):
 
 
 def build_adapted(
-    recipe: Recipe, config: PretrainedConfig, vocabulary: int = 0, new_ids: list[int] | None = None
+    recipe: Recipe,
+    config: PretrainedConfig,
+    vocabulary: int = 0,
+    new_ids: Sequence[int] = (),
+    parent: Parent | None = None,
 ) -> PeftModel:
     """Return the settled recipe's base with its adapter on the `meta` device.
 
-    Where there are `new_ids`, the embeddings have at least `vocabulary` rows. UsageError where the
-    recipe's names match nothing in the base.
+    Where there are `new_ids`, the embeddings have at least `vocabulary` rows; `parent` is the
+    adapter that is trained on. UsageError where the recipe's names match nothing in the base.
     """
     config = copy.deepcopy(config)
     config.dtype = getattr(torch, recipe.model.dtype)
     if recipe.model.attn_implementation == "eager":
         config._attn_implementation = "eager"
     base = empty.build_empty(config, recipe.task)
-    lora_config = upstream.build_lora_config(recipe)
-    if new_ids:
-        token_rows.grow_embeddings(base, vocabulary)
-        token_rows.train_rows(base, lora_config, new_ids)
-    targets.settle_targets(recipe, base, lora_config)
+    folder = parent.folder if parent else None
+    lora_config, _ = targets.make_config(recipe, base, vocabulary, new_ids, folder)
     lora_config.init_lora_weights = True  # other initialisations need the base's weights
     with translate_unforeseen(), torch.device("meta"), attach.quiet_peft():
         if recipe.quantized:
@@ -347,7 +347,7 @@ class Rehearsal:
             mixed = self.arguments.bf16 or self.arguments.fp16
             with (
                 torch.autocast("cpu", half, enabled=mixed),
-                disable_input_dtype_casting(self.adapted, active=mixed),
+                attach.keep_input_types(self.adapted, mixed),
                 self._offload_activations(),
             ):
                 total = self._loss(batch)

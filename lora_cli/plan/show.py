@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import threads, ui
 from lora_cli.data import cache, load, prepare, sources
-from lora_cli.models import Base, attach, load_recipe_tokenizer
-from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
+from lora_cli.models import attach, load_recipe_tokenizer
+from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe import Recipe
@@ -47,14 +47,14 @@ def show_plan(
 ) -> None:
     """Print the plan of a recipe; LoraError for what training refuses before its first step."""
     device = hardware.parse_gpu(gpu) if gpu else hardware.detect_device()
-    auto.try_configurations(recipe, device)
-    base = Base.of_recipe(recipe)
-    recipe, choices = auto.settle(recipe, base.config, device)
-    tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base)
+    found = settled.settle_recipe(recipe, device)
+    recipe, base, parent = found.recipe, found.base, found.parent
+    tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base, parent)
     rows = None
     if read_data or _are_rows_at_hand(recipe, tokenizer):
         rows, _ = load.load_rows(recipe, tokenizer)
-    adapted = rehearsal.build_adapted(recipe, base.config, len(tokenizer), new_ids)
+    beyond = sizes.check_positions(recipe, base, tokenizer, [rows] if rows else None)
+    adapted = _build_adapted(found, len(tokenizer), new_ids)
     trained, total = adapted.get_nb_trainable_parameters()
     kinds = count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
@@ -64,7 +64,8 @@ def show_plan(
     need = forecast.need(batch)
     report = {
         "base": base.describe(),
-        "choices": [choice._asdict() for choice in choices],
+        "choices": [choice._asdict() for choice in found.choices],
+        "parent": parent.to_record() if parent else None,
         "parameters": {"total": total, "trained": trained, "trained_by_kind": kinds},
         "batch": batch._asdict(),
         "memory": {
@@ -74,13 +75,24 @@ def show_plan(
             "fits": forecast.fits(batch),
         },
         "largest": _find_largest(forecast, batch, base.config),
+        "beyond_positions": beyond,
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
     }
     if as_json:
         print(json.dumps(report))
     else:
-        print("\n".join(_format_lines(recipe, device, report, [str(choice) for choice in choices])))
+        print("\n".join(_format_lines(recipe, device, report, found.list_lines())))
+
+
+def _build_adapted(found: settled.Settled, vocabulary: int, new_ids: list[int]) -> PeftModel:
+    """Return the base with its adapter, without weights; LoraError where the adapter that is
+    trained on does not fit it."""
+    config, parent = found.base.config, found.parent
+    adapted = rehearsal.build_adapted(found.recipe, config, vocabulary, new_ids, parent)
+    if parent is not None:
+        parent.refuse_unfit(adapted)
+    return adapted
 
 
 def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -180,13 +192,13 @@ def _estimate_time(
 
 
 def _format_lines(
-    recipe: Recipe, device: Hardware, report: dict[str, Any], choices: list[str]
+    recipe: Recipe, device: Hardware, report: dict[str, Any], settled_lines: list[str]
 ) -> Iterator[str]:
     parameters = report["parameters"]
     found = report["memory"]
     batch = Batch(**report["batch"])
     yield f"{recipe.method} on {report['base']}"
-    yield from (f"  {choice}" for choice in choices)
+    yield from (f"  {line}" for line in settled_lines)
     total, trained = parameters["total"], parameters["trained"]
     yield f"\n{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
     kinds = parameters["trained_by_kind"].items()
@@ -202,6 +214,8 @@ def _format_lines(
     yield f"{verdict}: {found['total'] / hardware.GIB:.1f} of {device}"
     if device.kind == "cpu":
         yield f"threads: {torch.get_num_threads()}, waiting {threads.describe_waiting()}"
+    if report["beyond_positions"]:
+        yield report["beyond_positions"]
     yield from _format_limits(recipe, report["largest"])
     yield from _format_duration(report)
 

@@ -7,6 +7,7 @@ names in the recipe that match nothing are refused at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,17 @@ from trl import pack_dataset
 
 from lora_cli.common import LoraError, UsageError
 from lora_cli.data import prepare
-from lora_cli.models import Base, attach, causality, targets, token_rows
-from lora_cli.recipe import Recipe, upstream
+from lora_cli.models import (
+    Base,
+    Parent,
+    attach,
+    causality,
+    find_positions,
+    make_probes,
+    targets,
+    token_rows,
+)
+from lora_cli.recipe import Recipe
 
 
 class Size(NamedTuple):
@@ -48,19 +58,23 @@ class Steps(NamedTuple):
 
 
 def measure_adapter(
-    recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
+    recipe: Recipe,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    new_ids: list[int],
+    parent: Parent | None = None,
 ) -> Size:
-    """Return the adapter's size; UsageError where the recipe's names match nothing in the base."""
+    """Return the adapter's size; UsageError where the recipe's names match nothing in the base,
+    LoraError where the adapter that is trained on does not fit it."""
     causality.refuse_encoder_by_config(base.config, base.task, base.name)
     network = base.build_empty()
-    config = upstream.build_lora_config(recipe)
-    if new_ids:
-        token_rows.grow_embeddings(network, len(tokenizer))
-        token_rows.train_rows(network, config, new_ids)
-    left_out = targets.settle_targets(recipe, network, config)
+    folder = parent.folder if parent else None
+    config, left_out = targets.make_config(recipe, network, len(tokenizer), new_ids, folder)
     config.init_lora_weights = True  # others need the weights
     with torch.device("meta"), attach.quiet_peft():
         adapted = attach.attach_adapter(network, config)
+    if parent is not None:
+        parent.refuse_unfit(adapted)
     trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
     return Size(trainable, len(attach.find_lora_layers(adapted)), left_out)
 
@@ -74,17 +88,24 @@ def refuse_lack_of_experts(recipe: Recipe, base: Base) -> None:
 
 
 def refuse_unknown_ids(
-    recipe: Recipe, base: Base, rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    base: Base,
+    rows: prepare.Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    parent: Parent | None = None,
 ) -> None:
     """Raise LoraError where rows, or what pads them, have a token for which the base lacks an
     embedding.
 
     Some tokenizers have more tokens than their model; that is fine as long as none of them is used.
     """
-    there = base.build_empty().get_input_embeddings().num_embeddings
+    network = base.build_empty()
+    if parent is not None:
+        token_rows.fit_embeddings(network, parent.folder)
+    there = network.get_input_embeddings().num_embeddings
     # the embeddings grow to all of the tokenizer's tokens where the recipe adds some
     added = recipe.model.add_tokens or recipe.model.add_special_tokens
-    if added or max(tokenizer.get_vocab().values(), default=-1) < there:
+    if (added and parent is None) or max(tokenizer.get_vocab().values(), default=-1) < there:
         return
     used = [tokenizer.pad_token_id or 0]
     for chunk in rows.rows.data.table.column("input_ids").chunks:
@@ -96,6 +117,61 @@ def refuse_unknown_ids(
             f"the base's embeddings end at {there - 1}",
             "take the model's own tokenizer, or a token that it has for training.pad_token",
         )
+
+
+def check_positions(
+    recipe: Recipe,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[prepare.Prepared] | None,
+) -> str | None:
+    """Return in words how far the rows reach beyond the positions that the base was made for; None
+    if they do not. LoraError for a row, or a prompt that is compared later, that it cannot read at
+    all.
+
+    Rows that share a sequence count from 0 each. Of rows that are not known (None, or a stream)
+    training.max_length tells.
+    """
+    positions = find_positions(base)
+    limit = recipe.training.max_length
+    if positions is None:
+        return None
+    prompts = max(len(probe.ids) for probe in make_probes(tokenizer))
+    if positions.ends and prompts > positions.number:
+        raise LoraError(
+            f"model.name_or_path: {base} reads {positions.number} tokens at most, and the prompts "
+            f"by which models are compared have up to {prompts}",
+            "take a model with more positions",
+        )
+    counted = f"the {positions.number:,} positions of {base}"
+    if rows is None:
+        over = f"training.max_length {limit:,} is over {counted}"
+        return over if limit > positions.number else None
+    lengths = [length for part in rows for length in _find_lengths(recipe, part, positions.ends)]
+    over_them = sum(length > positions.number for length in lengths)
+    if not over_them:
+        return None
+    found = f"rows longer than {counted}: {over_them:,}, up to {max(lengths):,} tokens"
+    hint = f"--set training.max_length={positions.number}"
+    if positions.ends:
+        raise LoraError(f"training.max_length: {found}", hint)
+    return f"{found} ({hint} limits them)"
+
+
+def _find_lengths(recipe: Recipe, part: prepare.Prepared, ends: bool) -> list[int]:
+    """Return the positions that each row takes, or the longest there may be."""
+    training = recipe.training
+    given = training.collect_values()
+    wrapped = given.get("packing_strategy") == "wrapped"
+    if part.stream is not None or (training.packing in (True, "dataset") and wrapped):
+        return [training.max_length]
+    found: list[int] = compute.list_value_length(
+        part.rows.with_format("arrow")[:]["input_ids"]
+    ).to_pylist()
+    multiple = given.get("pad_to_multiple_of") if ends else None
+    if multiple and training.packing is False:
+        return [math.ceil(length / multiple) * multiple for length in found]
+    return found
 
 
 def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:

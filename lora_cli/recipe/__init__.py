@@ -11,13 +11,26 @@ Its doors, in the order a reader needs them:
     TASKS, DEFAULT_TASK, Task     what a model does with its input
     find_task                     … found by PEFT's name of it
     find_initialisation           the table of values of lora.init_lora_weights
+    INITIALISATION_SETTINGS       the fields of LoraConfig that hold an initialisation's settings
+    list_contradictions           values that are right alone and wrong together
+    NOT_IN_LORA                   the fields of LoraConfig that no recipe sets, and why
     upstream                      builds PEFT's, TRL's and transformers' objects; imports torch
     messages                      a validation error as the problems a user mends
     schema, strict_yaml           the keys for editors and readers; the YAML parser
 """
 
-from lora_cli.recipe.initialisations import find_initialisation
-from lora_cli.recipe.keys import Column, Data, Lora, Model, Recipe, Rows, Training
+from lora_cli.recipe.contradictions import list_contradictions
+from lora_cli.recipe.initialisations import INITIALISATION_SETTINGS, find_initialisation
+from lora_cli.recipe.keys import (
+    NOT_IN_LORA,
+    Column,
+    Data,
+    Lora,
+    Model,
+    Recipe,
+    Rows,
+    Training,
+)
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 
@@ -25,8 +38,10 @@ __all__ = [
     "DEFAULT_TASK",
     "Column",
     "Data",
+    "INITIALISATION_SETTINGS",
     "Lora",
     "Model",
+    "NOT_IN_LORA",
     "Recipe",
     "Rows",
     "TASKS",
@@ -34,6 +49,7 @@ __all__ = [
     "Training",
     "find_initialisation",
     "find_task",
+    "list_contradictions",
     "load_recipe",
     "messages",
     "schema",

@@ -21,6 +21,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_data(recipe)
     yield from _check_checkpointing(recipe)
     yield from _check_initialisation(recipe)
+    yield from _check_parent(recipe)
     yield from _check_output(recipe)
     yield from _check_evaluation(recipe)
     yield from _check_best_model(recipe)
@@ -85,6 +86,29 @@ def _check_checkpointing(recipe: Recipe) -> Iterator[Problem]:
     if {"gradient_checkpointing", "activation_checkpointing"} <= recipe.training.model_fields_set:
         place = recipe.where("training", "activation_checkpointing")
         yield f"{place} and training.gradient_checkpointing are one setting", "give one of them"
+
+
+def _check_parent(recipe: Recipe) -> Iterator[Problem]:
+    """An adapter that is trained on has its A and B, and stays as it is."""
+    parent, name = recipe.model.adapter, recipe.model.name_or_path
+    if parent is None:
+        if name == "auto":
+            place = recipe.where("model", "name_or_path")
+            yield (
+                f"{place}: auto is the base of model.adapter, which is not given",
+                "name the model",
+            )
+        return
+    start = recipe.lora.init_lora_weights
+    if recipe.find_place("lora", "init_lora_weights") and start not in (True, "mica"):
+        place = recipe.where("lora", "init_lora_weights")
+        yield f"{place} has no effect: A and B are those of model.adapter", "leave it out"
+    folder, out = Path(parent).resolve(), Path(recipe.output_dir).resolve()
+    if (folder / "adapter_config.json").is_file() and folder in (out, *out.parents):
+        yield (
+            f"{recipe.where('output_dir')} is in the adapter {parent}, which is not written to",
+            "output_dir: runs/NAME",
+        )
 
 
 def _check_output(recipe: Recipe) -> Iterator[Problem]:

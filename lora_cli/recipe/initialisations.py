@@ -40,6 +40,8 @@ TABLE = (
 PATTERN = rf"^({'|'.join(each.name for each in TABLE)}|pissa_niter_[1-9]\d*)$"
 """A regular expression for the words that a recipe may write."""
 CONFIGS = {each.name: each.config for each in TABLE if each.config}
+INITIALISATION_SETTINGS = tuple(CONFIGS.values())
+"""The fields of LoraConfig that hold them."""
 
 
 def find_initialisation(written: object) -> Initialisation | None:

@@ -44,6 +44,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     document.data.pop("extends", None)
     _expand_home(document.data)
     document.data.setdefault("output_dir", f"runs/{path.stem}")
+    model = document.data.get("model")
+    if isinstance(model, dict) and model.get("adapter") is not None:
+        model.setdefault("name_or_path", "auto")
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
@@ -55,7 +58,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 HOME_PATHS = {
-    "model": ("name_or_path", "chat_template"),
+    "model": ("name_or_path", "adapter", "chat_template"),
     "data": ("path", "eval_path"),
     "": ("output_dir",),
 }

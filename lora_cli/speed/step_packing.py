@@ -89,7 +89,7 @@ def split_sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
 
 def find_unsuitable(model: PreTrainedModel) -> str | None:
     """Return None if documents in one sequence do not see each other in `model`, else how far they
-    do.
+    do; or that no sequence may be as long.
 
     Tried with the model's own attention kernel on three documents: other words in the first must
     leave the logits of the others the same, and those must be what they are alone, within the
@@ -113,7 +113,10 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
             model(input_ids=some[None], position_ids=positions, use_cache=False).logits[0].float()
             for some in (ids, changed)
         )
+    limited = _takes_no_longer(model)
     model.train(training)
+    if limited is not None:
+        return limited
     apart = torch.cat(alone, 1)[0].float()
     seen = (first - other)[ends[1] :].abs().max() / apart.std()
     moved = (first - apart).abs().max() / apart.std()
@@ -121,3 +124,19 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
         return None
     off = f"{max(seen, moved):.2g}"
     return f"documents in one sequence see each other in this model (logits differ by {off})"
+
+
+@torch.no_grad()
+def _takes_no_longer(model: PreTrainedModel) -> str | None:
+    """Return that `model` takes no sequence longer than its positions, even where each document
+    counts from 0 (GPT-Neo's table for its mask); None if it does."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or positions >= SEQUENCE:
+        return None
+    ids = torch.zeros(1, positions + 1, dtype=torch.long, device=model.device)
+    counted = torch.arange(positions + 1, device=model.device)[None] % positions
+    try:
+        model(input_ids=ids, position_ids=counted, use_cache=False)
+    except (RuntimeError, IndexError):
+        return f"this model takes no sequence of more than {positions} tokens"
+    return None

@@ -33,10 +33,12 @@ class Need(NamedTuple):
     checkpoint: int
     kept: int
     """The most checkpoints that are there at once."""
+    parent: int = 0
+    """The copy of the adapter that the run trains on."""
 
     @property
     def total(self) -> int:
-        return self.adapter + self.kept * self.checkpoint
+        return self.parent + self.adapter + self.kept * self.checkpoint
 
 
 def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need:
@@ -57,7 +59,8 @@ def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need
         saves = min(
             saves, training.save_total_limit + 1
         )  # the oldest goes after the newest is there
-    return Need(adapter, checkpoint, saves)
+    parent = 0 if recipe.model.adapter is None else adapter
+    return Need(adapter, checkpoint, saves, parent)
 
 
 def refuse_too_little(folder: Path, needed: Need) -> None:

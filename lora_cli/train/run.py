@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, files, provenance, threads, translate_refusals, ui
 from lora_cli.data import prepare
-from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
-from lora_cli.plan import auto, hardware
+from lora_cli.models import attach, init_weights, save_tokenizer, save_trained
+from lora_cli.plan import settled
 from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup, trial
 from lora_cli.train.progress import NonFiniteError
@@ -34,13 +34,13 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     folder goes on from its newest checkpoint; of the recipe, the keys `allowed` may have changed.
     """
     trial.try_training(recipe)
-    base = Base.of_recipe(recipe)
-    device = hardware.detect_device()
-    recipe, choices = auto.settle(recipe, base.config, device)
     folder = Path(recipe.output_dir)
+    found = settled.settle_recipe(recipe, run=folder if resume else None)
+    base, parent = found.base, found.parent
     contents = {
-        "choices": [choice._asdict() for choice in choices],
+        "choices": [choice._asdict() for choice in found.choices],
         "base": {"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
+        **({"parent": parent.to_record()} if parent else {}),
     }
     run_folder.refuse_foreign_folder(folder)
     if resume and not folder.is_dir():
@@ -48,12 +48,14 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     files.make_folder(folder)
     with lock.hold_folder(folder):
         checkpoints.remove_leftovers(folder)
-        run = run_folder.begin_run(folder, recipe.to_data(), contents, resume, allowed)
+        run = run_folder.begin_run(folder, found.recipe.to_data(), contents, resume, allowed)
         with _record_ending(run):
-            ui.say(f"{recipe.method} on {base.describe()} -> {folder}")
-            for choice in choices:
-                ui.say(f"  {choice}")
-            return _run(recipe, base, run, resume)
+            ui.say(f"{found.recipe.method} on {base.describe()} -> {folder}")
+            for line in found.list_lines():
+                ui.say(f"  {line}")
+            if parent is not None:
+                parent.keep(folder)
+            return _run(found, run, resume)
 
 
 @contextmanager
@@ -74,9 +76,10 @@ def _record_ending(run: Run) -> Iterator[None]:
         raise
 
 
-def _run(recipe: Recipe, base: Base, run: Run, resume: bool) -> Path:
+def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
+    recipe, base = found.recipe, found.base
     passed_on = recipe.list_passed_on()
-    inputs = setup.prepare_inputs(recipe, base, run)
+    inputs = setup.prepare_inputs(recipe, base, found.parent, run)
     with translate_refusals(passed_on):
         network = setup.load_recipe_base(recipe, base)
         setup.set_attention(recipe, network, run)
@@ -162,12 +165,20 @@ def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path,
         # no whole embeddings: those that changed are among the adapter's own tensors
         with attach.quiet_peft():
             trained.save_pretrained(str(staging), save_embedding_layers=False)
+        _name_parent(staging / "README.md", run)
         init_weights.save_as_plain(
             staging, trained.peft_config["default"], run.folder / init_weights.START
         )
         save_tokenizer(tokenizer, staging, run.base_name, run.commit)
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run.record)
+
+
+def _name_parent(card: Path, run: Run) -> None:
+    """Add to PEFT's model card which adapter this one was trained on from."""
+    if parent := run.record.get("parent"):
+        said = f"Trained on from the adapter `{parent['name']}` (sha256 `{parent['sha256']}`)."
+        files.write_text(card, f"{card.read_text(encoding='utf-8')}\n\n{said}\n")
 
 
 def _make_room(adapter: Path, run: Run) -> None:

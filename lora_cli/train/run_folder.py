@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lora_cli.common import (
     write_json,
     write_text,
 )
+from lora_cli.models import PARENT_COPY
 from lora_cli.plan import auto
 from lora_cli.recipe import strict_yaml
 
@@ -144,7 +146,7 @@ def begin_run(
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
         before = provenance.read_record(path)
         changes = _list_differences(before["recipe"], recipe)
-        _refuse_other_run(folder, before, changes, contents["base"], allowed)
+        _refuse_other_run(folder, before, changes, contents, allowed)
         kept = _keep_from_before(before, changes)
     elif path.is_file():
         _clear_failed(folder)
@@ -163,6 +165,7 @@ def _clear_failed(folder: Path) -> None:
     if status == "failed" and _saved_nothing(folder):
         for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / PARENT_COPY, ignore_errors=True)
         return
     hint = f"--set output_dir=… starts another, rm -r {quote(folder)} removes it"
     if status != "finished":
@@ -173,6 +176,7 @@ def _clear_failed(folder: Path) -> None:
 def _saved_nothing(folder: Path) -> bool:
     """Return whether the folder holds only what a run writes before its first checkpoint."""
     early = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
+    early.add(PARENT_COPY)
     return {path.name for path in folder.iterdir()} <= early
 
 
@@ -180,19 +184,24 @@ def _refuse_other_run(
     folder: Path,
     before: dict[str, Any],
     changes: list[Change],
-    base: dict[str, Any],
+    contents: dict[str, Any],
     allowed: Sequence[str],
 ) -> None:
-    """Raise LoraError unless the run of the record `before` goes on with these changes and this
-    base."""
+    """Raise LoraError unless the run of the record `before` goes on with these changes, and the
+    base and the adapter to train on that `contents` name."""
     extended = changes and all(change.key in EXTENDING for change in changes)
     if before["status"] == "finished" and not (extended or allowed):
         raise LoraError(
             f"the run in {folder} is finished", f"lora merge {quote(folder / 'adapter')} OUT"
         )
     _check_changes(folder, changes, allowed)
+    if before.get("parent", {}).get("sha256") != contents.get("parent", {}).get("sha256"):
+        raise LoraError(
+            f"the run in {folder} began with another adapter: model.adapter has changed since",
+            "put that back, or --set output_dir=… starts another run",
+        )
     if "fingerprint" in before["base"] and (
-        others := _list_differences(before["base"], base, "base.")
+        others := _list_differences(before["base"], contents["base"], "base.")
     ):
         raise LoraError(
             f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -13,13 +13,13 @@ from lora_cli.common import LoraError, ui
 from lora_cli.data import load, prepare, selection
 from lora_cli.models import (
     Base,
+    Parent,
     attach,
     causality,
     init_weights,
     load_recipe_tokenizer,
     refuse_not_finite,
     targets,
-    token_rows,
 )
 from lora_cli.plan import auto, flops, hardware, sizes
 from lora_cli.recipe import Recipe, upstream
@@ -37,29 +37,34 @@ class Inputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     new_ids: list[int]
     """Ids of the tokens that the recipe adds."""
+    parent: Parent | None
+    """The adapter that the run trains on."""
     train_rows: prepare.Prepared
     eval_rows: prepare.Prepared | None
     disk: disk_space.Need
 
 
-def prepare_inputs(recipe: Recipe, base: Base, run: Run) -> Inputs:
+def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) -> Inputs:
     """Tokenizer and rows; LoraError for what would waste the run, such as too small a disk."""
     sizes.refuse_lack_of_experts(recipe, base)
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base)
+    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base, parent)
     ui.say(f"  chat template: {template}")
-    size = sizes.measure_adapter(recipe, base, tokenizer, new_ids)
+    size = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
     if size.left_out:
         ui.say(f"  lora.target_modules: all-linear leaves out {size.left_out}")
     train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.started)
     ui.say(f"  data: {train_rows.summarise()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summarise()}")
-    sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer)
+    sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer, parent)
+    both = [train_rows, *filter(None, [eval_rows])]
+    if beyond := sizes.check_positions(recipe, base, tokenizer, both):
+        ui.warn(beyond)
     steps = sizes.count_steps(recipe, train_rows).steps
     disk = disk_space.estimate_need(recipe, size.trainable, len(tokenizer), steps)
     disk_space.refuse_too_little(run.folder, disk)
     _refuse_other_rows(run, train_rows, tokenizer)
-    return Inputs(tokenizer, new_ids, train_rows, eval_rows, disk)
+    return Inputs(tokenizer, new_ids, parent, train_rows, eval_rows, disk)
 
 
 def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -139,12 +144,28 @@ def attach_adapter(
 ) -> PeftModel:
     """Return the base with the recipe's adapter as training starts it."""
     set_seed(recipe.training.seed)
-    config = upstream.build_lora_config(recipe)
+    parent = inputs.parent
+    config, _ = targets.make_config(
+        recipe, network, len(inputs.tokenizer), inputs.new_ids, parent.folder if parent else None
+    )
     config.revision = base.revision  # so that other programs load the same base
-    if inputs.new_ids:
-        token_rows.grow_embeddings(network, len(inputs.tokenizer))
-        token_rows.train_rows(network, config, inputs.new_ids)
-    targets.settle_targets(recipe, network, config)
+    if parent is not None:
+        config.base_model_name_or_path = base.name
+        adapted = parent.put_on(network, config, recipe.lora.autocast_adapter_dtype)
+    else:
+        adapted = _attach_new(recipe, base, network, config, inputs)
+        init_weights.keep_start(recipe, adapted, run.folder)
+    install.install(adapted, adapted.device.type)
+    if (options := upstream.read_compile_options(recipe)) is not None:
+        compiled = install.compile_layers(adapted, options)
+        ui.say(f"  {compiled} layers are compiled at the first step")
+    return adapted
+
+
+def _attach_new(
+    recipe: Recipe, base: Base, network: PreTrainedModel, config: LoraConfig, inputs: Inputs
+) -> PeftModel:
+    """Return the base with a new adapter, initialised as the recipe says."""
     rows = inputs.train_rows.rows
     first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
     collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
@@ -152,11 +173,6 @@ def attach_adapter(
         init_weights.prepare_base(recipe, network, config, first, collate)
         adapted = attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
         init_weights.prepare_adapter(recipe, adapted, first, collate, base)
-    init_weights.keep_start(recipe, adapted, run.folder)
-    install.install(adapted, adapted.device.type)
-    if (options := upstream.read_compile_options(recipe)) is not None:
-        compiled = install.compile_layers(adapted, options)
-        ui.say(f"  {compiled} layers are compiled at the first step")
     return adapted
 
 

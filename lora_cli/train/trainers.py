@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from lora_cli.common import LoraError, ui
-from lora_cli.models import IGNORED
+from lora_cli.models import IGNORED, attach
 from lora_cli.speed import dora_norms, loss_head, step_packing
 from lora_cli.train import checkpoints, random_state
 from lora_cli.train.options import RunOptions
@@ -84,7 +83,7 @@ class Watched(Resumable):
         half = self.args.bf16 or self.args.fp16
         # PEFT casts inputs to the adapter's float32 and autocast casts them back: the same values,
         # for time and memory
-        with disable_input_dtype_casting(self.model, active=half):
+        with attach.keep_input_types(self.model, half):
             return super().train(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:

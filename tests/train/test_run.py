@@ -23,6 +23,7 @@ from lora_cli.merge.merge import merge
 from lora_cli.models import attach
 from lora_cli.models.base import Base
 from lora_cli.models.tokenizer import load_tokenizer
+from lora_cli.plan import show
 from lora_cli.recipe import keys, load
 from lora_cli.speed.fused_layer import FusedLinear
 from lora_cli.train import objectives
@@ -110,6 +111,16 @@ def test_every_method_trains_float32_adapters_and_leaves_a_complete_folder(
     ]
     assert lines[-1]["step"] == 3
     assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_rows_of_embeddings_train_under_autocast(write_recipe, tmp_path: Path, capsys) -> None:
+    """PEFT's helper that leaves out casts fails on layers that cast nothing."""
+    given = "model: {dtype: bfloat16, add_tokens: [lighthouse]}\ntraining: {bf16: true}\n"
+    path = write_recipe(given)
+    show.show_plan(load.load_recipe(path), None, None, False, False)
+    assert "of them trained" in capsys.readouterr().out
+    tensors = load_file(train.train(load.load_recipe(path)) / "adapter_model.safetensors")
+    assert sum("trainable_tokens_delta" in name for name in tensors) == 2
 
 
 def test_both_trainers_compute_the_same_loss(write_recipe, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Settle a recipe: find its base and the adapter it trains on, and replace every `auto`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_cli.models import Base, Parent, take_over
+from lora_cli.plan import auto, hardware
+from lora_cli.plan.hardware import Hardware
+from lora_cli.recipe import Recipe
+
+
+class Settled(NamedTuple):
+    """A recipe ready to be trained, and what it was settled by."""
+
+    recipe: Recipe
+    base: Base
+    parent: Parent | None
+    """The adapter that it trains on."""
+    device: Hardware
+    choices: list[auto.Choice]
+
+    def list_lines(self) -> list[str]:
+        """Say what was found and chosen, a line each."""
+        found = []
+        if self.parent is not None:
+            found = [f"trains on: {self.parent.describe()}", *self.parent.notes]
+        return [*found, *map(str, self.choices)]
+
+
+def settle_recipe(
+    recipe: Recipe, device: Hardware | None = None, run: Path | None = None
+) -> Settled:
+    """Settle a recipe for a device, by default this machine's; LoraError for what no run could do.
+
+    `run` is the folder of a run that is resumed.
+    """
+    asked_base = recipe.model.name_or_path
+    recipe, parent = take_over(recipe, run)
+    auto.try_configurations(recipe, device)
+    base = Base.of_recipe(recipe)
+    device = device or hardware.detect_device()
+    recipe, choices = auto.settle(recipe, base.config, device)
+    if parent is not None:
+        parent.refuse_other_base(base)
+        if asked_base == "auto":
+            reason = f"the base that {parent} names"
+            choices.insert(0, auto.Choice("model.name_or_path", base.name, reason))
+    return Settled(recipe, base, parent, device, choices)
