@@ -59,15 +59,26 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         print(json.dumps(report))
         return
     print(f"{recipe.method} on {base.describe()}")
-    for line in found.list_lines():
-        print(f"  {line}")
-    print(f"  chat template: {template}")
-    print(f"  adapter: {adapter}")
-    print(f"  data: {train.summarise()}")
-    if evaluation:
-        print(f"  evaluation: {evaluation.summarise()}")
-    if beyond:
-        print(f"  {beyond}")
+    found_lines = [
+        *found.list_lines(),
+        f"chat template: {template}",
+        f"adapter: {adapter}",
+        f"data: {train.summarise()}",
+        f"evaluation: {evaluation.summarise()}" if evaluation else "",
+        beyond or "",
+    ]
+    print("\n".join(f"  {line}" for line in found_lines if line))
+    _print_rows(recipe, train, steps, tokenizer, samples)
+
+
+def _print_rows(
+    recipe: Recipe,
+    train: prepare.Prepared,
+    steps: sizes.Steps,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+) -> None:
+    """Print the rows' lengths, the steps they make, and the first `samples` of them."""
     print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
     print("\n" + _format_quantiles(train.counts.lengths))
     print("\n".join(_format_steps(steps, train)))

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import threads, ui
 from lora_cli.data import cache, load, prepare, sources
-from lora_cli.models import attach, load_recipe_tokenizer
+from lora_cli.models import Base, attach, load_recipe_tokenizer
 from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
@@ -59,22 +59,12 @@ def show_plan(
     kinds = count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
     time = _estimate_time(recipe, adapted, device, rows, steps, tokens_per_second)
-    forecast = memory.Forecast(recipe, adapted, device)
-    batch = memory.largest_batch(recipe, rows)
-    need = forecast.need(batch)
     report = {
         "base": base.describe(),
         "choices": [choice._asdict() for choice in found.choices],
         "parent": parent.to_record() if parent else None,
         "parameters": {"total": total, "trained": trained, "trained_by_kind": kinds},
-        "batch": batch._asdict(),
-        "memory": {
-            "items": need.items,
-            "total": need.total,
-            "device": device._asdict(),
-            "fits": forecast.fits(batch),
-        },
-        "largest": _find_largest(forecast, batch, base.config),
+        **_foresee(memory.Forecast(recipe, adapted, device), rows, base),
         "beyond_positions": beyond,
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
@@ -83,6 +73,24 @@ def show_plan(
         print(json.dumps(report))
     else:
         print("\n".join(_format_lines(recipe, device, report, found.list_lines())))
+
+
+def _foresee(
+    forecast: memory.Forecast, rows: prepare.Prepared | None, base: Base
+) -> dict[str, Any]:
+    """Return what the largest batch needs of the memory, and which larger ones fit."""
+    batch = memory.largest_batch(forecast.recipe, rows)
+    need = forecast.need(batch)
+    return {
+        "batch": batch._asdict(),
+        "memory": {
+            "items": need.items,
+            "total": need.total,
+            "device": forecast.device._asdict(),
+            "fits": forecast.fits(batch),
+        },
+        "largest": _find_largest(forecast, batch, base.config),
+    }
 
 
 def _build_adapted(found: settled.Settled, vocabulary: int, new_ids: list[int]) -> PeftModel:

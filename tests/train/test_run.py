@@ -354,7 +354,7 @@ def test_joined_documents_do_not_see_each_other(
         tuple(row)
         for row in load_rows(recipe, load_tokenizer(str(tiny / "model")))[0].rows["input_ids"]
     }
-    batch = {name: tensor.to(device) for name, tensor in batches[0].items()}
+    batch = {name: tensor.to(device) for name, tensor in batches[-1].items()}
     assert "attention_mask" not in batch  # with one, position_ids would not keep them apart
     with torch.no_grad():
         together = base(
