@@ -214,6 +214,12 @@ def _find_contradictions(
             f"{recipe.where('method')} is {recipe.method}, but the adapter {name} is {kind}",
             f"method: {fitting[recipe.method]}",
         )
+    if recipe.lora.use_dora not in (None, dora):
+        where = recipe.where("lora", "use_dora")
+        yield (
+            f"{where} is {recipe.lora.use_dora}, but the adapter {name} has {dora}",
+            "leave it out",
+        )
     taken = _read_lora(config)
     for key in sorted(recipe.lora.model_fields_set - {*FREE}):
         given, there = getattr(recipe.lora, key), getattr(taken, key)

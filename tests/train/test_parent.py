@@ -403,6 +403,16 @@ def test_what_cannot_be_trained_on_is_refused(
     assert not list((tmp_path / "run").glob("adapter*"))
 
 
+def test_dora_is_not_taken_over_against_the_recipe(write_recipe, parent) -> None:
+    folder = parent(**KINDS["dora"])
+    for text, said in (
+        ("lora: {use_dora: false}", "lora.use_dora is False, but the adapter .* has True"),
+        ("method: qlora", "method is qlora, but the adapter .* is DoRA"),
+    ):
+        with pytest.raises(LoraError, match=said):
+            onward(write_recipe, folder, f"{text}\n")
+
+
 def test_another_base_is_refused_by_its_fingerprint(
     write_recipe, tiny: Path, tmp_path: Path
 ) -> None:
