@@ -5,11 +5,10 @@ Hermetic: the tiny model's tokenizer, spoilt. Alone: pytest tests/models/test_to
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,24 +54,36 @@ def test_a_file_that_is_cut_off_is_to_be_copied_again(copy: Path) -> None:
     assert refused.value.hint == tokenizer_faults.COPY
 
 
+WITHOUT = """
+import builtins, importlib.util, sys
+
+module, folder = sys.argv[1:]
+find, load = importlib.util.find_spec, builtins.__import__
+
+def refuse(name, *args, **given):
+    if name.partition(".")[0] in (module.partition(".")[0], "tiktoken"):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return load(name, *args, **given)
+
+builtins.__import__ = refuse
+importlib.util.find_spec = lambda name, *rest: None if name == module else find(name, *rest)
+
+from lora_cli.common import LoraError
+from lora_cli.models import load_tokenizer
+
+try:
+    load_tokenizer(folder)
+except LoraError as error:
+    print(error.hint)
+"""
+
+
 @pytest.mark.parametrize("module", tokenizer_faults.READERS)
-def test_a_package_that_is_missing_is_named(
-    copy: Path, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers falls back on tiktoken, and says that this is missing."""
+def test_a_package_that_is_missing_is_named(copy: Path, module: str) -> None:
+    """transformers falls back on tiktoken, and says that this is missing. In a process of its own,
+    since it remembers what it has found."""
     (copy / "tokenizer.json").unlink()
-    top, imported = module.partition(".")[0], builtins.__import__
-    find: Callable = importlib.util.find_spec
-
-    def refuse(name: str, *args: object, **given: object) -> object:
-        if name.partition(".")[0] in (top, "tiktoken"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return imported(name, *args, **given)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == module else find(name, *a)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, module, copy], capture_output=True, text=True, check=True
     )
-    with pytest.raises(LoraError) as refused:
-        load_tokenizer(str(copy))
-    assert refused.value.hint == f"pip install {tokenizer_faults.READERS[module]}"
+    assert done.stdout.strip() == f"pip install {tokenizer_faults.READERS[module]}"
