@@ -352,6 +352,13 @@ def export_gguf(
             "--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base."
         ),
     ] = False,
+    base_cost: Annotated[
+        bool,
+        typer.Option(
+            "--base-cost/--no-base-cost",
+            help="Measure what a quantised type costs the base as well; as long again.",
+        ),
+    ] = True,
     llama_cpp: LlamaCpp = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -367,7 +374,7 @@ def export_gguf(
     else:
         from lora_cli.gguf import export
 
-        files = export.export(path, types, output, base, llama_cpp, imatrix)
+        files = export.export(path, types, output, base, llama_cpp, imatrix, base_cost)
     for file in files:
         typer.echo(file)
 

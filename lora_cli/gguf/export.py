@@ -25,14 +25,16 @@ def export(
     base: str | None,
     llama_cpp_dir: Path | None,
     weighted: str | None = None,
+    base_cost: bool = True,
 ) -> list[Path]:
     """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns
     their paths.
 
     `path` is a merged model or an adapter (`base` overrides the base it names); None takes the
     newest result below the current folder. Files are named after the folder, in `output` or beside
-    the weights. Raises LoraError for missing tools and files in the way before anything is
-    converted, and for a file that is not what it should be; those finished before it are kept.
+    the weights. `base_cost`: measure what a quantised type costs the base, too. Raises LoraError
+    for missing tools and files in the way before anything is converted, and for a file that is not
+    what it should be; those finished before it are kept.
     """
     wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
@@ -47,10 +49,11 @@ def export(
     with files.scratch_beside_results(".lora-export-", folder) as scratch:
         means = Means(converter, scratch, weighted, parity.find_engine())
         adapter = read_adapter(path, base) if kind == "adapter" else None
-        merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem)
+        measured = _find_base(path, adapter) if base_cost and means.has_engine else None
+        merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem, measured)
         made = []
         try:
-            for file in _make_each(merged, targets, means, _find_base(merged, adapter)):
+            for file in _make_each(merged, targets, means, measured):
                 made.append(file)
         finally:
             if made:
@@ -70,16 +73,22 @@ class Means(NamedTuple):
 
 
 def _merge_on_the_way(
-    path: Path, adapter: Adapter | None, targets: dict[str, Path], means: Means, merged: Path
+    path: Path,
+    adapter: Adapter | None,
+    targets: dict[str, Path],
+    means: Means,
+    merged: Path,
+    measured: Base | None,
 ) -> Path:
     """Refuse what can be refused before weights are read; return the folder of the model to be
-    converted: `path`, or `merged`, where the adapter is merged."""
+    converted: `path`, or `merged`, where the adapter is merged. `measured`: a base whose own cost
+    is measured, which takes room on the disk."""
     config = _check_first(path, adapter, means)
     base = adapter.base if adapter else Base(str(path))
     exact = _choose_exact_type(base.dtype)
     passing = [exact] if _needs_exact(targets, means) and exact not in targets else []
     rounded = [name for name in targets if is_rounded(name)]
-    if means.has_engine and rounded and _find_base(path, adapter):
+    if measured is not None and rounded:
         passing += [exact, max(rounded, key=preflight.estimate_bits_per_weight)]  # the base's
     folder = next(iter(targets.values())).parent
     preflight.check_disk(folder, config, [*targets, *passing], base.dtype if adapter else None)

@@ -360,3 +360,19 @@ def test_a_base_that_cannot_be_measured_keeps_nothing_back(
     said = capfd.readouterr().err
     assert "what these types cost the base" in said
     assert "was not measured: the base cannot be read" in said
+
+
+def test_the_base_s_own_cost_may_be_left_out(
+    base: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    adapter = make_adapter(base, tmp_path / "plain")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        preflight, "check_disk", lambda folder, config, types, merged: asked.append([*types])
+    )
+    for base_cost in (True, False):
+        export(adapter, ["q8_0"], tmp_path / f"{base_cost}", None, None, base_cost=base_cost)
+        said = capfd.readouterr().err
+        assert "in llama.cpp: mean KL" in said
+        assert ("the base as q8_0" in said) == base_cost
+    assert asked == [["q8_0", "f32", "f32", "q8_0"], ["q8_0", "f32"]], "room on the disk"
