@@ -65,6 +65,13 @@ BaseModel = Annotated[
         "--base", metavar="MODEL", help="Use this base instead of the one the adapter names."
     ),
 ]
+BaseCost = Annotated[
+    bool,
+    typer.Option(
+        "--base-cost/--no-base-cost",
+        help="Measure what a quantised type costs the base as well: a third of the time.",
+    ),
+]
 LlamaCpp = Annotated[
     Optional[Path],
     typer.Option(
@@ -352,13 +359,7 @@ def export_gguf(
             "--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base."
         ),
     ] = False,
-    base_cost: Annotated[
-        bool,
-        typer.Option(
-            "--base-cost/--no-base-cost",
-            help="Measure what a quantised type costs the base as well; as long again.",
-        ),
-    ] = True,
+    base_cost: BaseCost = True,
     llama_cpp: LlamaCpp = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

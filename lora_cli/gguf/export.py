@@ -27,22 +27,20 @@ def export(
     weighted: str | None = None,
     base_cost: bool = True,
 ) -> list[Path]:
-    """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns
-    their paths.
+    """Write one GGUF per type, each compared in llama.cpp with the model; returns their paths.
 
     `path` is a merged model or an adapter (`base` overrides the base it names); None takes the
     newest result below the current folder. Files are named after the folder, in `output` or beside
     the weights. `base_cost`: measure what a quantised type costs the base, too. Raises LoraError
-    for missing tools and files in the way before anything is converted, and for a file that is not
-    what it should be; those finished before it are kept.
+    for missing tools and files in the way before anything is converted, and for a wrong file; those
+    finished before it are kept.
     """
     wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
     kind = _classify(path)
     _check_quantizer(wanted, weighted)
     converter = find_converter(llama_cpp_dir)
-    beside = path if kind == "model" else path.parent if path.exists() else Path()
-    folder, stem = output or beside, files.name_artefact(path)
+    folder, stem = output or _find_folder(path, kind), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")
@@ -60,6 +58,13 @@ def export(
                 modelfile.write_modelfile(folder, made, merged)
     modelfile.say_how(made, path if kind == "model" else None, adapter)
     return made
+
+
+def _find_folder(path: Path, kind: str) -> Path:
+    """Return the folder beside the weights; the current one for an adapter on the hub."""
+    if kind == "model":
+        return path
+    return path.parent if path.exists() else Path()
 
 
 class Means(NamedTuple):

@@ -19,7 +19,8 @@ Its doors, in the order a reader needs them:
                                    safetensors files read and written some rows at a time
     convert_to_float32, to_accelerator, refuse_not_finite
                                    a loaded model made ready
-    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit
+    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, choose_limit,
+    Limit
                                    whether two forms of a model are the same function
     passages                       … and how much a form that is rounded more has lost
     save_trained, check_trained, TRAINED, TRAINED_KL
@@ -34,12 +35,13 @@ from lora_cli.models.probes import (
     TRAINED,
     TRAINED_KL,
     Difference,
+    Limit,
     Probe,
     check_trained,
+    choose_limit,
     compare_logits,
     compute_logits,
     make_probes,
-    rounding_limit,
     save_trained,
 )
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
@@ -56,6 +58,7 @@ __all__ = [
     "Base",
     "Difference",
     "IGNORED",
+    "Limit",
     "PROBES",
     "Probe",
     "TRAINED",
@@ -66,6 +69,7 @@ __all__ = [
     "attach",
     "chat_template",
     "check_trained",
+    "choose_limit",
     "compare_logits",
     "compute_logits",
     "convert_to_float32",
@@ -82,7 +86,6 @@ __all__ = [
     "passages",
     "read_adapter",
     "refuse_not_finite",
-    "rounding_limit",
     "save_tokenizer",
     "save_trained",
     "split_rows",
