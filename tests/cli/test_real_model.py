@@ -121,8 +121,7 @@ def test_what_a_real_model_learned_is_in_every_form(
         assert abs(exact[gguf] - exact[str(merged)]) <= APART[name], exact
 
     assert "272 of 272 tensors equal" in run("verify", adapter, merged)[0]
-    for gguf in ggufs:
-        assert "mean KL" in run("verify", merged, gguf)[0]
+    assert "mean KL" in run("verify", merged, ggufs[-1])[0]
     check_by_transformers(real, merged)
 
 
