@@ -1,12 +1,13 @@
 # make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
 # make test   sets everything up, and passes the tests
-# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once
+# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once, and fetches a real model
 # make test-lesser-cpu   passes them as a processor without AVX-512 would, and as one without AVX
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TINY = build/tiny/DONE
+REAL = build/smollm2/DONE
 
 .DEFAULT_GOAL := test
 .PHONY: demo methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k clean
@@ -19,6 +20,10 @@ $(READY): pyproject.toml lora_cli/constraints.txt
 $(TINY): scripts/make_tiny_model.py | $(READY)
 	rm -rf build/tiny
 	$(BIN)/python scripts/make_tiny_model.py build/tiny
+
+$(REAL): scripts/real_model.py | $(READY)
+	rm -rf build/smollm2
+	$(BIN)/python scripts/real_model.py build/smollm2
 
 demo: $(READY) $(TINY)  ## train, merge, export and compare, with LoRA
 	$(BIN)/python scripts/demo.py lora
@@ -42,7 +47,7 @@ test: $(READY) lint $(TINY)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-slow: $(READY) $(TINY) build/llama-quantize/llama-quantize  ## what takes minutes: other methods end to end, kills, every type of llama-quantize's (a C++ compiler)
+test-slow: $(READY) $(TINY) $(REAL) build/llama-quantize/llama-quantize  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 

@@ -74,6 +74,13 @@ BaseModel = Annotated[
         "--base", metavar="MODEL", help="Use this base instead of the one the adapter names."
     ),
 ]
+BaseCost = Annotated[
+    bool,
+    typer.Option(
+        "--base-cost/--no-base-cost",
+        help="Measure what a quantised type costs the base as well: a third of the time.",
+    ),
+]
 LlamaCpp = Annotated[
     Optional[Path],
     typer.Option(
@@ -363,6 +370,7 @@ def export_gguf(
             "--adapter-only", help="Write the adapter alone, for llama.cpp to lay over its base."
         ),
     ] = False,
+    base_cost: BaseCost = True,
     llama_cpp: LlamaCpp = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -378,7 +386,7 @@ def export_gguf(
     else:
         from lora_cli.gguf import export
 
-        files = export.export(path, types, output, base, llama_cpp, imatrix)
+        files = export.export(path, types, output, base, llama_cpp, imatrix, base_cost)
     for file in files:
         typer.echo(file)
 

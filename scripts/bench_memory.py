@@ -1,11 +1,12 @@
 """Planned against measured memory of training: methods, checkpointing, packing, lengths.
 
     python scripts/bench_memory.py [--width 512] [--layers 8] [--only qlora]
+    python scripts/bench_memory.py --model build/smollm2/model [--only lora]
 
-A random Llama (60 million parameters unless told otherwise) is trained for three steps by `lora
-train`'s own code, each combination in a process of its own. Measured on a CPU: the highest resident
-memory over what the process had after its imports; on CUDA: the allocator's peak. Planned: what
-`lora plan` says of the same recipe and rows.
+A random Llama (60 million parameters unless told otherwise), or the given model, is trained for
+three steps by `lora train`'s own code, each combination in a process of its own. Measured on a CPU:
+the highest resident memory over what the process had after its imports; on CUDA: the allocator's
+peak. Planned: what `lora plan` says of the same recipe and rows.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", type=Path, help="a model's folder, instead of a random one")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -164,7 +166,10 @@ def main() -> None:
     ]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            make_model(folder / "model", options)
+            if options.model:
+                (folder / "model").symlink_to(options.model.resolve())
+            else:
+                make_model(folder / "model", options)
             write_rows(folder / "rows.jsonl", case)
             (folder / "r.yaml").write_text(case.recipe(folder))
             planned, measured = asked("plan", folder), asked("measure", folder)

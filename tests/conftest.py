@@ -19,6 +19,7 @@ from tests.warm import WarmCLI
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"
+REAL = ROOT / "build" / "smollm2"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +43,17 @@ def tiny() -> Path:
             [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(TINY)], check=True
         )
     return TINY
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """Folder of SmolLM2-135M-Instruct; `make test-slow` has made it, a bare `pytest` makes it
+    here."""
+    if not (REAL / "DONE").is_file():
+        script = ROOT / "scripts" / "real_model.py"
+        done = subprocess.run([sys.executable, script, REAL], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return REAL / "model"
 
 
 @pytest.fixture(scope="session")

@@ -20,26 +20,25 @@ from lora_cli.models import (
     PROBES,
     Base,
     Difference,
+    Limit,
     Probe,
+    choose_limit,
     compare_logits,
-    is_rounding,
     load_tokenizer,
     make_probes,
     names,
+    num_layers,
     read_adapter,
-    rounding_limit,
 )
-
-# Before what a comparison of weights found
-EQUAL = "; merged again: "
 
 
 class Form(NamedTuple):
-    """What one form says: logits of some positions per probe, and the type that its weights
-    have."""
+    """What one form says: logits of some positions per probe, the type that its weights have, and
+    the number of its layers (0 for a GGUF)."""
 
     logits: list[torch.Tensor]
     type: str
+    layers: int = 0
 
 
 def verify(first: str, second: str, base: str | None) -> str:
@@ -58,24 +57,17 @@ def verify(first: str, second: str, base: str | None) -> str:
         else _plain_probes(Path(first))
     )
     one, other = (_load_form(path, kinds[path], base, probes) for path in (first, second))
-    gguf = "gguf" in kinds.values()
     difference = compare_logits(one.logits, other.logits)
     said = f"{first} ({one.type}) and {second} ({other.type}): {difference}"
-    limit, value = _choose_limit(difference, one, other, gguf)
+    limit = _choose_limit(difference, one, other, "gguf" in kinds.values())
     if limit is None:
         return f"{said} (reported: {' and '.join(sorted({one.type, other.type}))} has no limit)"
-    said = f"{said} (limit: {'mean KL' if gguf else '|Δlogit|'} {limit:.2e})"
-    over = not value <= limit
-    rounded = not gguf and any(
-        is_rounding(difference, getattr(torch, form.type)) for form in (one, other)
-    )
-    # what lies over the limit is only right where the weights themselves are
-    compared = "" if over and not rounded else _compare_weights(kinds, base)
-    if over and not compared.startswith(EQUAL):
+    said = f"{said} ({limit})"
+    if not limit.kept:
         raise RejectedError(
             f"not the same function: {said}", "merge or export again; lora generate shows answers"
         )
-    return f"{said}{compared}{', so that rounding alone is over the limit' if over else ''}"
+    return said + _compare_weights(kinds, base)
 
 
 def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
@@ -86,21 +78,19 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     if not adapters or not models:
         return ""
     found = compare_weights.compare_weights(read_adapter(Path(adapters[0]), base), Base(models[0]))
-    return f"{EQUAL}{found}" if found else "; the weights cannot be compared one by one"
+    return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
-def _choose_limit(
-    difference: Difference, one: Form, other: Form, gguf: bool
-) -> tuple[float | None, float]:
-    """Choose the limit, and the figure it is for: KL where a GGUF takes part, else the largest
-    |Δlogit|."""
+def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) -> Limit | None:
+    """Choose the limit; None where a type is rounded so far that there is none."""
     if not gguf:
-        limits = [rounding_limit(difference, getattr(torch, form.type)) for form in (one, other)]
-        return max(limits), difference.max_abs
+        types = [getattr(torch, form.type) for form in (one, other)]
+        coarser = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+        return choose_limit(difference, coarser, one.layers)
     known = [parity.limit_any_kl(form.type) for form in (one, other)]
-    return (
-        None if None in known else max(limit for limit in known if limit is not None)
-    ), difference.mean_kl
+    if None in known:
+        return None
+    return Limit("mean KL", max(limit for limit in known if limit), difference.mean_kl)
 
 
 def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
@@ -135,7 +125,8 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
     if kind == "adapter":
         adapter = read_adapter(Path(path), base)
         adapter.refuse_other_base()
-        ui.say(f"{path}: on {adapter.base}")
+        model = adapter.base
+        ui.say(f"{path}: on {model}")
         dtype = adapter.trained_dtype
         logits = merge.choose_way(adapter, stream=None, original=False).compute_expected(probes)
         logits = logits and [rows[-layerwise_logits.KEPT :] for rows in logits]
@@ -147,7 +138,8 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         raise LoraError(
             f"{path} could not be read weight by weight", "compare it where there is more memory"
         )
-    return Form(logits, str(dtype).removeprefix("torch."))
+    layers = num_layers(model.config)
+    return Form(logits, str(dtype).removeprefix("torch."), layers)
 
 
 def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:

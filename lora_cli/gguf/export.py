@@ -24,38 +24,46 @@ def export(
     base: str | None,
     llama_cpp_dir: Path | None,
     weighted: str | None = None,
+    base_cost: bool = True,
 ) -> list[Path]:
-    """Write one GGUF per type and compare each, in llama.cpp, with the Hugging Face model; returns
-    their paths.
+    """Write one GGUF per type, each compared in llama.cpp with the model; returns their paths.
 
     `path` is a merged model or an adapter (`base` overrides the base it names); None takes the
     newest result below the current folder. Files are named after the folder, in `output` or beside
-    the weights. Raises LoraError for missing tools and files in the way before anything is
-    converted, and for a file that is not what it should be; those finished before it are kept.
+    the weights. `base_cost`: measure what a quantised type costs the base, too. Raises LoraError
+    for missing tools and files in the way before anything is converted, and for a wrong file; those
+    finished before it are kept.
     """
     wanted = list(dict.fromkeys(_spell_type(name, weighted is not None) for name in types))
     path = path or find_newest_result()
     kind = _classify(path)
     _check_quantizer(wanted, weighted)
     converter = find_converter(llama_cpp_dir)
-    beside = path if kind == "model" else path.parent if path.exists() else Path()
-    folder, stem = output or beside, files.name_artefact(path)
+    folder, stem = output or _find_folder(path, kind), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     files.refuse_existing(targets.values())
     ui.say(f"exporting {path} with the converter {converter}")
     with files.scratch_beside_results(".lora-export-", folder) as scratch:
         means = Means(converter, scratch, weighted, parity.find_engine())
         adapter = read_adapter(path, base) if kind == "adapter" else None
-        merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem)
+        measured = _find_base(path, adapter) if base_cost and means.has_engine else None
+        merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem, measured)
         made = []
         try:
-            for file in _make_each(merged, targets, means, _find_base(merged, adapter)):
+            for file in _make_each(merged, targets, means, measured):
                 made.append(file)
         finally:
             if made:
                 modelfile.write_modelfile(folder, made, merged)
     modelfile.say_how(made, path if kind == "model" else None, adapter)
     return made
+
+
+def _find_folder(path: Path, kind: str) -> Path:
+    """Return the folder beside the weights; the current one for an adapter on the hub."""
+    if kind == "model":
+        return path
+    return path.parent if path.exists() else Path()
 
 
 class Means(NamedTuple):
@@ -69,16 +77,22 @@ class Means(NamedTuple):
 
 
 def _merge_on_the_way(
-    path: Path, adapter: Adapter | None, targets: dict[str, Path], means: Means, merged: Path
+    path: Path,
+    adapter: Adapter | None,
+    targets: dict[str, Path],
+    means: Means,
+    merged: Path,
+    measured: Base | None,
 ) -> Path:
     """Refuse what can be refused before weights are read; return the folder of the model to be
-    converted: `path`, or `merged`, where the adapter is merged."""
+    converted: `path`, or `merged`, where the adapter is merged. `measured`: a base whose own cost
+    is measured, which takes room on the disk."""
     config = _check_first(path, adapter, means)
     base = adapter.base if adapter else Base(str(path))
     exact = _choose_exact_type(base.dtype if adapter else base.exact_dtype)
     passing = [exact] if _needs_exact(targets, means) and exact not in targets else []
     rounded = [name for name in targets if is_rounded(name)]
-    if means.has_engine and rounded and _find_base(path, adapter):
+    if measured is not None and rounded:
         passing += [exact, max(rounded, key=preflight.estimate_bits_per_weight)]  # the base's
     folder = next(iter(targets.values())).parent
     preflight.check_disk(folder, config, [*targets, *passing], base.dtype if adapter else None)

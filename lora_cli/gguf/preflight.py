@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, ui
 from lora_cli.gguf import tools
@@ -19,6 +19,10 @@ from lora_cli.models import Base, chat_template, empty
 from lora_cli.recipe import DEFAULT_TASK
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+Q6_K = 6.5625
+WIDE = 256
+BLOCKED = re.compile(r"_K|^IQ[1-3]|^IQ4_XS|^TQ")
+"""Types whose blocks are of WIDE weights."""
 
 
 def check_convertible(
@@ -97,10 +101,10 @@ def check_disk(
 ) -> None:
     """Raise LoraError naming the megabytes that `folder` lacks for GGUFs of `types`, estimated from
     the parameters. `merged`: a merged model of that type is written there first."""
-    num_params = empty.build_empty(config, DEFAULT_TASK).num_parameters()
-    bits = sum(estimate_bits_per_weight(name) for name in types)
-    bits += 8 * merged.itemsize if merged else 0
-    needed, free = int(1.02 * num_params * bits / 8), shutil.disk_usage(folder).free
+    network = empty.build_empty(config, DEFAULT_TASK)
+    bits = sum(estimate_bits(network, name) for name in types)
+    bits += 8 * merged.itemsize * network.num_parameters() if merged else 0
+    needed, free = int(1.02 * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         megabytes, missing = (needed >> 20) + 1, (needed - free >> 20) + 1
         raise LoraError(
@@ -109,8 +113,29 @@ def check_disk(
         )
 
 
+def estimate_bits(network: PreTrainedModel, name: str) -> float:
+    """Estimate the bits of a model's weights in a type, from above.
+
+    llama.cpp's mixtures put the head, and embeddings tied to it, into Q6_K at least, and rows that
+    do not divide into blocks of 256 into the next larger type of smaller blocks: Q8_0 at most.
+    """
+    if name in BITS:
+        return BITS[name] * network.num_parameters()
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
+    large = {id(end.weight) for end in ends if end is not None}
+    total = 0.0
+    for weight in network.parameters():
+        bits, fits = estimate_bits_per_weight(name), weight.shape[-1] % WIDE == 0
+        if BLOCKED.search(name) and not fits:
+            bits = max(bits, min(bits + 1, BITS["q8_0"]))
+        if id(weight) in large:
+            bits = max(bits, Q6_K if fits else BITS["q8_0"])
+        total += bits * weight.numel()
+    return total
+
+
 def estimate_bits_per_weight(name: str) -> float:
-    """Estimate a type's size from above: llama.cpp's mixtures (Q4_K_M) hold some tensors in more
+    """Estimate a type's bits from above: llama.cpp's mixtures (Q4_K_M) hold some tensors in more
     bits than the name says."""
     number = re.search(r"\d", name)
     return BITS.get(name, (float(number[0]) if number else 16.0) + 1.5)

@@ -35,9 +35,12 @@ class Distance(NamedTuple):
     infinite where only the change is 0."""
 
 
-def compare_weights(adapter: Adapter, merged: Base, original: bool = False) -> str | None:
+def compare_weights(
+    adapter: Adapter, merged: Base, original: bool = False, repeated: bool = False
+) -> str | None:
     """Return how the files of a merged model, a folder or on the hub, differ from `adapter` merged
-    anew; `original`: into the base's own weights, though it was trained on them in 4 bits.
+    anew; `original`: into the base's own weights, though it was trained on them in 4 bits;
+    `repeated`: the same arithmetic on the same machine wrote them, so that every bit must be equal.
 
     None where the adapter cannot be merged tensor by tensor. Raise RejectedError naming a tensor
     that is not the merged one.
@@ -62,20 +65,23 @@ def compare_weights(adapter: Adapter, merged: Base, original: bool = False) -> s
         for some in pool.map(distances_of, group_by_layer(plan, plan.parameters)):
             distances |= some
     for name, distance in distances.items():
-        if not distance.off <= OFF:
-            raise _explain_distance(name, distance.off, adapter, merged)
+        if not distance.off <= OFF or repeated and distance.unequal:
+            raise _explain_distance(name, distance, adapter, merged)
     all_weights = sum(distance.size for distance in distances.values())
     share = sum(distance.unequal for distance in distances.values()) / all_weights
     equal = sum(not distance.unequal for distance in distances.values())
     return f"{equal} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
 
 
-def _explain_distance(name: str, off: float, adapter: Adapter, merged: Base) -> RejectedError:
+def _explain_distance(
+    name: str, distance: Distance, adapter: Adapter, merged: Base
+) -> RejectedError:
     """Return the error that says how far off one tensor is."""
     how = (
         "differs from the base, though the adapter does not change it"
-        if math.isinf(off)
-        else f"is off by {off:.0%} of the adapter's change"
+        if math.isinf(distance.off)
+        else f"is off by {distance.off:.1%} of the adapter's change, in {distance.unequal} of its "
+        f"{distance.size} weights"
     )
     kept = ", or was it merged with --base-weights original?" if adapter.quantization else ""
     return RejectedError(

@@ -21,7 +21,7 @@ from lora_cli.models import (
     compute_logits,
     convert_to_float32,
     is_finite,
-    split_rows,
+    tensors,
 )
 
 SHARD_SIZE = "5GB"
@@ -30,13 +30,15 @@ SHARD_SIZE = "5GB"
 class Whole:
     """The way to merge with the whole model in memory."""
 
+    is_repeatable = False
+    """Merging again goes by blocks of rows, which may take another kernel than the whole tensor."""
+
     def __init__(self, adapter: Adapter, original: bool) -> None:
         self.adapter, self.original = adapter, original
-        # 4-bit weights answer in the type of training
-        self.arithmetic = (
-            adapter.trained_dtype if adapter.quantization and not original else torch.float32
-        )
         self.adapted: PeftModel | None = None
+        self.folded: tuple[PreTrainedModel, int] | None = None
+        self.sums: dict[str, int] = {}
+        self.loaded: PreTrainedModel | None = None
 
     def compute_expected(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
         """Return logits of base with adapter, on the weights that are merged into; both stay in
@@ -49,44 +51,68 @@ class Whole:
         return compute_logits(self._load(original=not self.original), probes)
 
     def _load(self, original: bool) -> PeftModel:
-        """Return base with adapter, in float32 unless its weights are in 4 bits."""
-        if self.adapter.quantization and not original:
-            return attach.load_adapter(self.adapter.load_base(), self.adapter.folder)
+        """Return base with adapter in float32, quantised weights dequantised."""
         base = convert_to_float32(self.adapter.load_plain_base(original))
         return attach.load_adapter(base, self.adapter.folder)
 
-    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
-        """Write PEFT's merge_and_unload, each weight rounded once, by save_pretrained; return how
-        many modules were merged."""
+    def compute_unrounded(self, probes: Sequence[Probe]) -> list[torch.Tensor]:
+        """Return logits of the merged model before its weights are rounded; it stays in memory for
+        `write`."""
+        self.folded = self._fold()
+        return compute_logits(self.folded[0], probes)
+
+    def _fold(self) -> tuple[PreTrainedModel, int]:
+        """Return PEFT's merge_and_unload in float32, and how many modules it merged."""
         adapted = self.adapted or self._load(original=self.original)
         self.adapted = None
-        if self.adapter.quantization and not self.original:
-            adapted = attach.load_adapter(
-                convert_to_float32(adapted.unload().dequantize()), self.adapter.folder
-            )
         output.refuse_tied(adapted, self.adapter.base)
-        plain, modules = fold_adapter(adapted)
+        return fold_adapter(adapted)
+
+    def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
+        """Write the merged model, each weight rounded once, by save_pretrained; return how many
+        modules were merged."""
+        plain, modules = self.folded or self._fold()
+        self.folded = None
         round_once(plain, dtype)
+        self.sums = sum_parameters(plain, dtype)
         plain.config.use_cache = True
         output.end_where_trained(plain, ends)
         plain.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
         return modules
 
-    def check_files(self, folder: Path) -> None:
-        """Raise RejectedError where a value is not finite; every value is checked."""
-        tensors = Base(str(folder)).tensors
-        assert tensors is not None, "save_pretrained writes safetensors"
-        for name, entry in tensors.entries.items():
-            if not all(is_finite(tensors.rows(name, *block)) for block in split_rows(entry.shape)):
+    def check_files(self, folder: Path, dtype: torch.dtype) -> None:
+        """Load the model as anybody would. Raise RejectedError where a parameter is not the one
+        that was written, or not finite."""
+        self.loaded = Base(str(folder)).load(dtype)
+        for name, parameter in self.loaded.named_parameters():
+            if not is_finite(parameter.data):
                 raise RejectedError(
                     f"{name} of the merged model holds values that are not finite", "train again"
                 )
+        given = sum_parameters(self.loaded, dtype)
+        changed = sorted(name for name, total in self.sums.items() if given.get(name) != total)
+        if changed:
+            raise RejectedError(
+                f"{changed[0]} in the merged model's files is not what was written",
+                "check the disk",
+            )
 
     def compute_merged(
         self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]
     ) -> list[torch.Tensor]:
-        """Return logits of the model that was written, loaded as anybody would load it."""
-        return compute_logits(convert_to_float32(Base(str(folder)).load(dtype)), probes)
+        """Return logits of the model that was written."""
+        loaded = self.loaded or Base(str(folder)).load(dtype)
+        self.loaded = None
+        return compute_logits(convert_to_float32(loaded), probes)
+
+
+def sum_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
+    """Return a checksum of each parameter in `dtype`: a few modules are loaded in float32
+    whatever their files hold."""
+    return {
+        name: tensors.compute_checksum(parameter.data.to(dtype))
+        for name, parameter in model.named_parameters()
+    }
 
 
 def say_needed(adapter: Adapter) -> None:

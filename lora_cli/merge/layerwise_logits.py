@@ -104,6 +104,23 @@ def walk_or_load(
     return [rows[-KEPT:] for rows in loaded()]
 
 
+def walk_unrounded(plan: Plan, base: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
+    """Return the logits of the merged model before its weights are rounded: each is merged, in
+    float32, as the forward pass comes to it."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def read(name: str, start: int, stop: int | None) -> torch.Tensor:
+        changed = plan.layers.get(name)
+        if changed is None or changed.by_rows:
+            return plan.read_merged(name, start, stop)
+        if name not in kept:  # merged whole, and read some rows at a time
+            kept.clear()
+            kept[name] = plan.read_merged(name, 0, None)
+        return kept[name][start:stop]
+
+    return walk_logits(base.build_unweighted(), read, None, probes)
+
+
 def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
     """Return the logits of a plain model whose files name its tensors as it does."""
     tensors = model.tensors

@@ -33,14 +33,14 @@ from lora_cli.models import (
     Difference,
     Probe,
     check_trained,
+    choose_limit,
     compare_logits,
-    is_rounding,
     make_probes,
     measure_trained,
     num_experts,
+    num_layers,
     quantised,
     read_adapter,
-    rounding_limit,
     save_tokenizer,
 )
 
@@ -52,12 +52,22 @@ SHORT = 32
 
 
 class Merged(NamedTuple):
-    """What a merge did: how many modules it folded, and the merged model's distance from base with
-    adapter, if measured."""
+    """What a merge did: how many modules it folded, into weights of what type, and how that was
+    checked."""
 
     modules: int
     dtype: torch.dtype
-    difference: Difference | None
+    checked: Checked | None
+
+
+class Checked(NamedTuple):
+    """How a merged model was checked. `exact`: the distance of its logits from those of base with
+    adapter before the weights were rounded, both in float32, and `rounded` after, None where it was
+    not measured; `weights`: the files against the adapter merged again."""
+
+    exact: Difference | None
+    weights: str
+    rounded: Difference | None
 
 
 def merge_adapter(
@@ -74,9 +84,8 @@ def merge_adapter(
     `original`: an adapter trained on 4-bit weights goes into the base's own weights, not the
     dequantised ones. `check`: read what was written again, and compare logits.
 
-    Raise LoraError when `out` is occupied or PEFT cannot merge. Raise RejectedError when the merged
-    model's logits on the probe prompts lie further from base with adapter than rounding explains;
-    what was made is then left in `rejected`, if that is given.
+    Raise LoraError when `out` is occupied or PEFT cannot merge. Raise RejectedError when what was
+    made is not base with adapter; it is then left in `rejected`, if that is given.
     """
     adapter = replace(adapter, base=adapter.base.resolve())  # what the record is to name
     refuse_unmergeable(adapter)
@@ -85,36 +94,74 @@ def merge_adapter(
         tokenizer = adapter.load_tokenizer()
         way = choose_way(adapter, stream, original)
         probes = _make_probes(adapter, tokenizer)
+        dtype = adapter.base.dtype
         expected = way.compute_expected(probes) if check else None
+        exact = None
         if expected is not None:
             check_against_training(adapter, way, probes, expected, original)
-        dtype = adapter.base.dtype
+            exact = _check_exact(adapter, way, probes, expected)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
         ui.say(f"  {modules} of {modules} modules merged")
-        add_tokenizer_and_record(adapter, tokenizer, staging, original)
-        compared = check and _check_files(way, adapter, staging, original)
-        given = way.compute_merged(staging, dtype, probes) if expected else None
-        difference = None
-        if expected and given:
-            difference = refuse_different(adapter, given, expected, dtype, way.arithmetic, compared)
-    return Merged(modules, dtype, difference)
+        checked = None
+        if check:
+            weights = _check_files(way, adapter, staging, original)
+            rounded = _check_rounded(adapter, way, probes, expected, staging)
+            checked = Checked(exact, weights, rounded)
+        add_tokenizer_and_record(adapter, tokenizer, staging, original, checked)
+    return Merged(modules, dtype, checked)
+
+
+def _check_exact(
+    adapter: Adapter,
+    way: streamed.Streamed | in_memory.Whole,
+    probes: Sequence[Probe],
+    expected: Sequence[torch.Tensor],
+) -> Difference | None:
+    """Return how far the merged model lies from base with adapter before its weights are rounded,
+    None where that cannot be computed, or nothing is rounded and the files will tell as much.
+
+    Both are computed in float32, where only the order of sums differs: a module left out, or merged
+    with another strength, shows, which the rounding of every weight to 16 bits would hide. Raise
+    RejectedError for such.
+    """
+    unrounded = None if adapter.base.dtype == torch.float32 else way.compute_unrounded(probes)
+    if unrounded is None:
+        return None
+    return refuse_different(adapter, unrounded, expected, torch.float32, "before rounding, ")
+
+
+def _check_rounded(
+    adapter: Adapter,
+    way: streamed.Streamed | in_memory.Whole,
+    probes: Sequence[Probe],
+    expected: Sequence[torch.Tensor] | None,
+    folder: Path,
+) -> Difference | None:
+    """Return how far the model that was written lies from base with adapter, None where that cannot
+    be computed. Raise RejectedError for another function."""
+    dtype = adapter.base.dtype
+    given = None if expected is None else way.compute_merged(folder, dtype, probes)
+    if expected is None or given is None:
+        return None
+    when = "" if dtype == torch.float32 else "rounded, "
+    return refuse_different(adapter, given, expected, dtype, when)
 
 
 def _check_files(
     way: streamed.Streamed | in_memory.Whole, adapter: Adapter, folder: Path, original: bool
-) -> bool:
-    """Check what was written; merge each tensor again and compare it with the one there, and say
-    so: logits may hide a module that was left out. Return whether the tensors could be compared."""
-    way.check_files(folder)
+) -> str:
+    """Check what was written; merge each tensor again, compare it with the one there, and return
+    what that found, which is said."""
+    way.check_files(folder, adapter.base.dtype)
     try:
-        found = compare_weights.compare_weights(adapter, Base(str(folder)), original)
+        found = compare_weights.compare_weights(
+            adapter, Base(str(folder)), original, repeated=way.is_repeatable
+        )
     except RejectedError as error:
         raise error.with_message(error.message.replace(str(folder), "the merged model")) from error
-    if found is None:
-        ui.say("  the weights cannot be merged again one by one, to be compared")
-    else:
-        ui.say(f"  merged again: {found}")
-    return found is not None
+    said = f"merged again: {found}" if found else "read again: every weight is the one written"
+    ui.say(f"  {said}")
+    return said
 
 
 def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
@@ -136,10 +183,19 @@ def _describe_weights(adapter: Adapter, original: bool) -> str:
 
 
 def add_tokenizer_and_record(
-    adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path, original: bool
+    adapter: Adapter,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    original: bool,
+    checked: Checked | None,
 ) -> None:
     """Write what belongs to a merged model beside weights and configurations: tokenizer, template
     and record."""
+    found = checked and {
+        "before_rounding": checked.exact and checked.exact._asdict(),
+        "weights": checked.weights,
+        "rounded": checked.rounded and checked.rounded._asdict(),
+    }
     save_tokenizer(tokenizer, folder, adapter.base.name, adapter.base.revision)
     files.write_json(
         folder / provenance.ARTEFACT_RECORD,
@@ -148,6 +204,7 @@ def add_tokenizer_and_record(
             base=adapter.base.name,
             revision=adapter.base.revision,
             into=_describe_weights(adapter, original),
+            checked=found,
             parent=adapter.record,
         ),
     )
@@ -228,30 +285,29 @@ def refuse_different(
     given: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
     dtype: torch.dtype,
-    arithmetic: torch.dtype,
-    compared: bool = False,
+    when: str = "",
 ) -> Difference:
-    """Return the merged model's distance from base with adapter. `compared`: each of its weights
-    was merged again, and is the one in its files.
+    """Return how far a merged model, its weights of type `dtype`, lies from base with adapter, and
+    say it.
 
-    Raise RejectedError where it is larger than rounding the weights to `dtype`, or computing
-    `expected` in the type `arithmetic`, explains.
+    Raise RejectedError where float32 lies further than the order of sums explains; or 16 bits
+    further than any arithmetic in them would: what rounding does is what a user will see, and no
+    measure of whether the merge is right, which has been seen before rounding.
     """
     difference = compare_logits(expected, given)
-    limit = max(rounding_limit(difference, each) for each in (dtype, arithmetic))
-    distance = f"{difference} (limit {limit:.2e})"
-    ui.say(f"  merged against base with adapter: {distance}")
-    over = not difference.max_abs <= limit
+    layers = num_layers(adapter.base.config)
+    limit = choose_limit(difference, dtype, layers)
+    distance = f"{difference} ({limit})"
+    ui.say(f"  {when}merged against base with adapter: {distance}")
+    over = not limit.kept
     if over and _has_experts(adapter) and difference.mean_kl <= ROUTED_KL:
         ui.say(
             "  over the limit at a few tokens only, as the mean KL shows: rounding sends those to "
             "another expert"
         )
-    elif over and compared and is_rounding(difference, dtype):
-        ui.say("  over the limit by rounding alone: each weight is the merged one")
     elif over:
         raise RejectedError(
-            f"the merged model differs from base with adapter: {distance}",
+            f"{when}the merged model differs from base with adapter: {distance}",
             f"is {adapter.base} the base it was trained on? --base gives another",
         )
     return difference

@@ -18,10 +18,12 @@ LARGE = 500
 class Streamed:
     """The way to merge in constant memory."""
 
+    is_repeatable = True
+    """Whether merging a tensor again gives the same bits."""
+
     def __init__(self, adapter: Adapter, trained: torch.dtype, original: bool) -> None:
         """Plan the merge; raise streaming_plan.Unstreamable where it is not possible."""
         self.adapter, self.trained, self.original = adapter, trained, original
-        self.arithmetic = torch.float32
         self.plan, self.adapted = streaming_plan.make_plan(
             adapter, trained, None if original else adapter.quantization
         )
@@ -49,6 +51,15 @@ class Streamed:
             plan.weights.base,
         )
 
+    def compute_unrounded(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
+        """Return logits of the merged model before its weights are rounded, or None where they
+        cannot be computed."""
+        return layerwise_logits.walk_or_load(
+            lambda: layerwise_logits.walk_unrounded(self.plan, self.adapter.base, probes),
+            lambda: in_memory.Whole(self.adapter, self.original).compute_unrounded(probes),
+            self.plan.weights.base,
+        )
+
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """Write the base's files again, merged tensor by tensor; return how many modules were
         merged.
@@ -64,7 +75,7 @@ class Streamed:
         output.write_config(self.adapter, folder, dtype, ends)
         return modules
 
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, folder: Path, dtype: torch.dtype) -> None:
         """Raise RejectedError where the files hold something else than was written. Writing has
         checked that all of it is finite."""
         changed = tensors.find_changed(folder, self.sums)

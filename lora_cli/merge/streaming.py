@@ -201,13 +201,35 @@ class Plan(NamedTuple):
         if untouched and exact:
             blocks = split_rows(stored.shape)
             return (weights.base.rows(name, start, stop) for start, stop in blocks)
-        if changed is None:
-            pieces = self._read_unchanged(name)
-        elif isinstance(changed.layer, TrainableTokensLayer):
-            pieces = self._merge_token_rows(name, changed)
+        return (rows.to(chosen) for rows in self._merge_pieces(name))
+
+    def _merge_pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the pieces of a tensor of the merged model, before rounding."""
+        changed = self.layers.get(name)
+        if changed is None or not isinstance(changed.layer, LoraLayer):
+            blocks = list(split_rows(self.weights.base.entries[name].shape))
+        elif changed.by_rows:
+            blocks = changed.blocks
         else:
-            pieces = self._merge_through_layer(name, changed)
-        return (rows.to(chosen) for rows in pieces)
+            blocks = [(0, self._count_rows(name, changed))]
+        adapter = changed.read_adapter(self.weights) if changed is not None else {}
+        for start, stop in blocks:
+            yield self._merge_rows(name, adapter, start, stop)
+
+    def _count_rows(self, name: str, changed: Changed) -> int:
+        """Return the number of rows of the weight that a tensor is, or is the bias of."""
+        return self.weights.base.entries[changed.base.get("base_layer.weight", name)].shape[0]
+
+    def read_merged(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+        """Return rows of a tensor of the merged model before rounding, in float32; integers and
+        booleans keep their type."""
+        changed = self.layers.get(name)
+        if changed is None:
+            return self.weights.rows(name, start, stop)
+        adapter, rows = changed.read_adapter(self.weights), self._count_rows(name, changed)
+        if changed.by_rows:
+            return self._merge_rows(name, adapter, start, rows if stop is None else stop)
+        return self._merge_rows(name, adapter, 0, rows)[start:stop]
 
     def measure_largest_whole(self) -> int:
         """Return the most bytes that a tensor needs which has to be merged whole: it, its change,
@@ -221,45 +243,61 @@ class Plan(NamedTuple):
         stored = self.weights.base.entries[name].dtype
         return dtype if self.parameters[name] and stored.is_floating_point else stored
 
-    def _read_unchanged(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the pieces of a tensor that no layer changes."""
-        for start, stop in split_rows(self.weights.base.entries[name].shape):
-            yield self.weights.rows(name, start, stop)
+    def _merge_rows(
+        self, name: str, adapter: Mapping[str, torch.Tensor], start: int, stop: int
+    ) -> torch.Tensor:
+        """Return rows of a tensor merged in float32, by the layer that changes it, if any, whose
+        own tensors are `adapter`; all rows where they depend on each other."""
+        changed = self.layers.get(name)
+        if changed is None:
+            return self.weights.rows(name, start, stop)
+        if isinstance(changed.layer, TrainableTokensLayer):
+            return self._merge_token_rows(name, changed, adapter, start, stop)
+        return self._merge_through_layer(name, changed, adapter, start, stop)
 
-    def _merge_token_rows(self, name: str, changed: Changed) -> Iterator[torch.Tensor]:
-        """Yield the pieces of embeddings of which some rows were trained."""
+    def _merge_token_rows(
+        self,
+        name: str,
+        changed: Changed,
+        adapter: Mapping[str, torch.Tensor],
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        """Return rows of embeddings of which some were trained."""
         layer, ids = changed.layer, changed.layer.token_indices[NAME]
         (inside,) = changed.base
-        trained = changed.read_adapter(self.weights)
-        for start, stop in split_rows(self.weights.base.entries[name].shape):
-            rows = self.weights.rows(name, start, stop)
-            here = [number for number, token in enumerate(ids) if start <= token < stop]
-            if here:
-                layer.token_indices[NAME] = [ids[number] - start for number in here]
-                new = {path: tensor[here] for path, tensor in trained.items()}
-                with fill_module(layer, {inside: rows, **new}):
-                    layer.merge()
-                    layer.merged_adapters.clear()
-                    rows = layer.get_base_layer().weight.data
-                layer.token_indices[NAME] = ids
-            yield rows
+        rows = self.weights.rows(name, start, stop)
+        here = [number for number, token in enumerate(ids) if start <= token < stop]
+        if not here:
+            return rows
+        layer.token_indices[NAME] = [ids[number] - start for number in here]
+        new = {path: tensor[here] for path, tensor in adapter.items()}
+        with fill_module(layer, {inside: rows, **new}):
+            layer.merge()
+            layer.merged_adapters.clear()
+            rows = layer.get_base_layer().weight.data
+        layer.token_indices[NAME] = ids
+        return rows
 
-    def _merge_through_layer(self, name: str, changed: Changed) -> Iterator[torch.Tensor]:
-        """Yield the pieces of a tensor that a layer merges."""
+    def _merge_through_layer(
+        self,
+        name: str,
+        changed: Changed,
+        adapter: Mapping[str, torch.Tensor],
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        """Return rows of a tensor that a layer merges."""
         inside = next(path for path, own in changed.base.items() if own == name)
-        rows = self.weights.base.entries[changed.base.get("base_layer.weight", name)].shape
-        adapter = changed.read_adapter(self.weights)
-        for start, stop in changed.blocks if changed.by_rows else [(0, rows[0])]:
-            with fill_module(
-                changed.layer, changed.select_tensors(self.weights, adapter, start, stop)
-            ):
-                try:
-                    changed.layer.merge()
-                except REFUSALS as error:
-                    raise explain_refusal(error) from error
-                changed.layer.merged_adapters.clear()
-                owner, leaf = _locate(changed.layer, inside)
-                yield getattr(owner, leaf).data
+        given = changed.select_tensors(self.weights, adapter, start, stop)
+        with fill_module(changed.layer, given):
+            try:
+                changed.layer.merge()
+            except REFUSALS as error:
+                raise explain_refusal(error) from error
+            changed.layer.merged_adapters.clear()
+            owner, leaf = _locate(changed.layer, inside)
+            return getattr(owner, leaf).data
 
 
 def explain_refusal(error: Exception) -> LoraError:

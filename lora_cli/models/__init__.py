@@ -5,7 +5,7 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
-    get_checkpoint_dtype, num_experts, num_active_experts
+    get_checkpoint_dtype, num_experts, num_active_experts, num_layers
                                    what a configuration says
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
                                    a run keeps it
@@ -24,8 +24,8 @@ Its doors, in the order a reader needs them:
                                    safetensors files read and written some rows at a time
     convert_to_float32, to_accelerator, refuse_not_finite, count_text_parameters
                                    a loaded model made ready
-    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, rounding_limit,
-    is_rounding
+    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, choose_limit,
+    Limit
                                    whether two forms of a model are the same function
     passages                       … and how much a form that is rounded more has lost
     save_trained, check_trained, measure_trained, TRAINED, TRAINED_KL
@@ -34,7 +34,7 @@ Its doors, in the order a reader needs them:
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
-from lora_cli.models.config import get_checkpoint_dtype, num_active_experts, num_experts
+from lora_cli.models.config import get_checkpoint_dtype, num_active_experts, num_experts, num_layers
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
@@ -42,14 +42,14 @@ from lora_cli.models.probes import (
     TRAINED,
     TRAINED_KL,
     Difference,
+    Limit,
     Probe,
     check_trained,
+    choose_limit,
     compare_logits,
     compute_logits,
-    is_rounding,
     make_probes,
     measure_trained,
-    rounding_limit,
     save_trained,
 )
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
@@ -67,6 +67,7 @@ __all__ = [
     "Base",
     "Difference",
     "IGNORED",
+    "Limit",
     "PARENT_COPY",
     "PROBES",
     "Parent",
@@ -80,6 +81,7 @@ __all__ = [
     "causality",
     "chat_template",
     "check_trained",
+    "choose_limit",
     "compare_logits",
     "compute_logits",
     "count_text_parameters",
@@ -90,7 +92,6 @@ __all__ = [
     "get_checkpoint_dtype",
     "init_weights",
     "is_finite",
-    "is_rounding",
     "load_recipe_tokenizer",
     "load_tokenizer",
     "make_probes",
@@ -98,11 +99,11 @@ __all__ = [
     "names",
     "num_active_experts",
     "num_experts",
+    "num_layers",
     "passages",
     "quantised",
     "read_adapter",
     "refuse_not_finite",
-    "rounding_limit",
     "save_tokenizer",
     "save_trained",
     "split_rows",

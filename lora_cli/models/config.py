@@ -48,6 +48,13 @@ def num_experts(config: PretrainedConfig) -> int:
     return next((found for name in fields if (found := getattr(text, name, None))), 0)
 
 
+def num_layers(config: PretrainedConfig) -> int:
+    """Return how many layers the base's text model has; 1 where the configuration does not say."""
+    text = config.get_text_config()
+    fields = ("num_hidden_layers", "num_layers", "num_blocks")
+    return next((found for name in fields if (found := getattr(text, name, None))), 1)
+
+
 def num_active_experts(config: PretrainedConfig) -> int:
     """Return how many experts of a layer work on a token; all of them where the configuration does
     not say."""

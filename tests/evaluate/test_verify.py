@@ -150,7 +150,7 @@ def test_one_module_left_unmerged_in_16_bits_is_found_by_its_weights(
     tensors[changed] = before[changed]
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        RejectedError, match=f"{changed} in .* is off by 100% of the adapter's change"
+        RejectedError, match=f"{changed} in .* is off by 100.0% of the adapter's change"
     ):
         verify.verify(str(tmp_path / "adapter"), str(tmp_path / "merged"), None)
 

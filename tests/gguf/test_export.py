@@ -21,17 +21,23 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.gguf import adapter as export_adapter
 from lora_cli.gguf import check, imatrix, parity, preflight, quantize, tools
 from lora_cli.gguf.export import export
 from lora_cli.gguf.modelfile import find_pieces, say_how, write_modelfile
-from lora_cli.models import adapter_folder, attach
+from lora_cli.models import adapter_folder, attach, empty
 from lora_cli.models.base import Base
 from lora_cli.models.config import load_config
 from lora_cli.models.tokenizer import set_chat_template
+from lora_cli.recipe import DEFAULT_TASK
 from tests import quantised
 
 SCALED = {
@@ -176,6 +182,21 @@ def test_a_disk_that_is_too_small_is_said_in_megabytes(
         preflight.check_disk(tmp_path, config, ["f16", "f32"], merged=torch.float32)
     preflight.check_disk(tmp_path, config, ["Q2_K"], merged=None)
     assert preflight.estimate_bits_per_weight("Q4_K_M") == 5.5
+
+
+SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536}
+SMOLLM2 |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "megabytes"), [("Q4_K_M", 105.5), ("q8_0", 144.8), ("f16", 270.9)]
+)
+def test_the_room_for_rows_that_no_block_divides_is_foreseen(kind: str, megabytes: float) -> None:
+    """The sizes are those of SmolLM2-135M's files."""
+    config = LlamaConfig(**SMOLLM2, tie_word_embeddings=True)
+    network = empty.build_empty(config, DEFAULT_TASK)
+    foreseen = preflight.estimate_bits(network, kind) / 8e6
+    assert 0.98 * megabytes < foreseen < 1.15 * megabytes
 
 
 def test_a_gguf_that_lost_something_is_refused(base: Path, tmp_path: Path) -> None:
@@ -399,3 +420,19 @@ def test_an_fp8_model_is_converted_to_the_values_that_transformers_dequantises(
     wanted = network.get_submodule("model.layers.1.mlp.up_proj").weight
     given = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
     assert torch.equal(given, wanted.detach())
+
+
+def test_the_base_s_own_cost_may_be_left_out(
+    base: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    adapter = make_adapter(base, tmp_path / "plain")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        preflight, "check_disk", lambda folder, config, types, merged: asked.append([*types])
+    )
+    for base_cost in (True, False):
+        export(adapter, ["q8_0"], tmp_path / f"{base_cost}", None, None, base_cost=base_cost)
+        said = capfd.readouterr().err
+        assert "in llama.cpp: mean KL" in said
+        assert ("the base as q8_0" in said) == base_cost
+    assert asked == [["q8_0", "f32", "f32", "q8_0"], ["q8_0", "f32"]], "room on the disk"

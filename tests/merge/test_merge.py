@@ -161,7 +161,7 @@ def test_a_merge_that_did_not_take_is_refused(adapter: Path, tmp_path: Path, mon
     monkeypatch.setattr(in_memory, "fold_adapter", unmerged)
     with pytest.raises(
         RejectedError,
-        match=r"proj.weight in the merged model is off by 100% of the adapter's change "
+        match=r"proj.weight in the merged model is off by 100.0% of the adapter's change, in "
         r".*; left in .*out.rejected",
     ):
         merge(adapter, tmp_path / "out", stream=False)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lora_cli.models.tokenizer import IGNORED
 from lora_cli.recipe import load
@@ -119,6 +120,22 @@ def test_models_that_do_not_are_padded(family: str, more: dict, dtype: torch.dty
     assert "see each other" in str(
         step_packing.find_unsuitable(random_model(family, **more).to(dtype))
     )
+
+
+@pytest.mark.parametrize(("layers", "vocab_size"), [(2, 300), (30, 262_144)])
+def test_rounding_is_not_taken_for_another_document(layers: int, vocab_size: int) -> None:
+    """In bfloat16, the more layers and tokens there are, the further the largest of the differences
+    lies out."""
+    network = random_model("llama", torch.bfloat16, num_hidden_layers=layers, vocab_size=vocab_size)
+    for parameter in network.parameters():  # larger than at the start of a training
+        parameter.data *= 1.5 if parameter.dim() > 1 else 1
+    assert step_packing.find_unsuitable(network) is None
+
+
+@pytest.mark.slow
+def test_a_real_model_in_16_bits_is_packed(real: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(real, dtype=torch.bfloat16)
+    assert step_packing.find_unsuitable(network) is None
 
 
 def test_a_run_on_such_a_model_says_so(
