@@ -57,7 +57,7 @@ def refuse_quantised(model: Base) -> None:
         return
     found = model.quantised
     assert found is not None, "only quantised weights are not convertible"
-    hint = "export the 16-bit model it was made from; -q makes it small again"
+    hint = "export the 16-bit model it was made from (-q makes it small again)"
     if found.in_4bit:
         hint = f"{hint}, or an adapter on it, which is merged into its dequantised weights"
     raise LoraError(f"{model} is already quantised ({found}), which is not converted to GGUF", hint)

@@ -207,6 +207,19 @@ def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def find_untrained(model: torch.nn.Module) -> list[str]:
+    """Return the adapted modules whose every B is still zero, so that they are the base's."""
+    return [
+        name
+        for name, layer in find_lora_layers(model).items()
+        if not any(
+            weight.any()
+            for key, weight in layer.named_parameters()
+            if key.startswith(("lora_B.", "lora_embedding_B."))
+        )
+    ]
+
+
 def walk_trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """Yield the names and tensors that training changes."""
     return (

@@ -52,6 +52,11 @@ LARGE = 32 << 20
 """Bytes from which glibc gives memory back as soon as it is freed."""
 OFFLOADED = 1024
 """Bytes from which TRL offloads what is kept for the backward pass."""
+MOST_OPERATIONS = 100_000
+"""Operations of a step that are followed. A layer takes some hundred, whatever the length of the
+rows, but in a network that goes through them token by token, as Mamba's does on a CPU."""
+LENGTHS = (8, 16)
+"""Tokens of the rows from which longer ones are foreseen in such a network."""
 UNFORESEEN = (
     RuntimeError,
     NotImplementedError,
@@ -69,6 +74,10 @@ class Batch(NamedTuple):
     length: int
     waiting: bool
     """Whether gradients of earlier passes of the same optimiser step are there already."""
+
+
+class TooManyOperations(Exception):
+    """A step takes more operations than are followed."""
 
 
 class Unforeseen(LoraError):
@@ -122,8 +131,11 @@ class Live(TorchDispatchMode):
         """The highest of each field so far."""
         self.owner: dict[int, tuple[str, int]] = {}
         """The item and the bytes of each storage."""
+        self.operations = 0
+        """Of the step that is rehearsed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         if func is GROUPED and args[0].dtype == torch.float32:
             # torch's fake version of this operation takes bfloat16 only
             first, second, *others = args
@@ -264,6 +276,10 @@ class Rehearsal:
         self.live = Live()
         self.base: Any = adapted.get_base_model()
         self.arguments = upstream.build_training_arguments(recipe)
+        self.by_token = False
+        """Whether the network goes through the tokens one by one."""
+        self.first: tuple[int, int] | None = None
+        """The length of the first rows that were rehearsed, and its operations."""
         self.quantised_from = 0
         """Bytes of the weights that 4-bit ones are made from, in the model's type; none where the
         base's files hold them in 4 bits."""
@@ -291,6 +307,8 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(self._count_gradient)
         self._prepare_network()
         self._make_optimizer()
+        for module in self.adapted.modules():
+            module.register_forward_pre_hook(self._count_operations)
 
     def _prepare_network(self) -> None:
         """Change the network as training does: faster layers, the loss head, checkpointing."""
@@ -322,6 +340,12 @@ class Rehearsal:
         self.optimizer.step()
         self._drop_gradients()
 
+    def _count_operations(self, *_: Any) -> None:
+        """Raise TooManyOperations before a module runs. Where torch itself calls Python, as in
+        `Live`, an exception would end the process."""
+        if self.live.operations > MOST_OPERATIONS:
+            raise TooManyOperations
+
     def _count_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self.live.reassign(parameter.grad, GRADIENTS)
@@ -336,7 +360,32 @@ class Rehearsal:
             parameter.grad = None
 
     def step(self, batch: Batch) -> Peaks:
-        """Bytes by item in one forward and backward pass, each at its highest."""
+        """Bytes by item in one forward and backward pass, each at its highest.
+
+        What a network that goes through the tokens one by one keeps grows with their number, and is
+        foreseen from shorter rows.
+        """
+        if not self.by_token:
+            try:
+                peaks = self._step(batch)
+            except TooManyOperations:
+                self.by_token = True
+            else:
+                self._compare_operations(batch.length)
+                return peaks
+        short, longer = (self._step(batch._replace(length=length)) for length in LENGTHS)
+        share = (batch.length - LENGTHS[0]) / (LENGTHS[1] - LENGTHS[0])
+        return Peaks(*(_extend(*each, share) for each in zip(short, longer)))
+
+    def _compare_operations(self, length: int) -> None:
+        """Find out from rows of another length whether each token takes operations of its own."""
+        before, first = self.first or (length, self.live.operations)
+        more, tokens = self.live.operations - first, length - before
+        self.by_token = tokens != 0 and more / tokens >= 2
+        self.first = before, first
+
+    def _step(self, batch: Batch) -> Peaks:
+        self.live.operations = 0
         with self._fake():
             self._drop_gradients()
             if batch.waiting:
@@ -392,3 +441,11 @@ class Rehearsal:
         head = self.base.get_output_embeddings()
         total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base))
         return total / len(where)
+
+
+def _extend(short: Counter[str], longer: Counter[str], share: float) -> Counter[str]:
+    """Return the bytes by item on the line through two rehearsals, `share` times as far from the
+    first as the second is."""
+    items = short.keys() | longer.keys()
+    grown = {item: short[item] + (longer[item] - short[item]) * share for item in items}
+    return Counter({item: max(0, round(size)) for item, size in grown.items()})

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, files, provenance, threads, translate_refusals, ui
 from lora_cli.data import prepare
-from lora_cli.models import attach, init_weights, save_tokenizer, save_trained
+from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
 from lora_cli.plan import settled
 from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup, trial
@@ -81,10 +81,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     passed_on = recipe.list_passed_on()
     inputs = setup.prepare_inputs(recipe, base, found.parent, run)
     with translate_refusals(passed_on):
-        network = setup.load_recipe_base(recipe, base)
-        setup.set_attention(recipe, network, run)
-        recipe = setup.settle_packing(recipe, network)
-        adapted = setup.attach_adapter(recipe, base, network, run, inputs)
+        recipe, adapted = _load_adapted(recipe, base, run, inputs)
 
     def make() -> Watched:
         return setup.make_trainer(recipe, adapted, inputs, run)
@@ -104,6 +101,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
         steps, mean_loss, effort = out_of_memory.train_through(
             trainer, make, checkpoint, recipe, inputs.train_rows, run
         )
+    _warn_of_untrained(adapted)
     adapter = run.folder / "adapter"
     run.add(
         status="finished",
@@ -116,6 +114,27 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     duration = _measure_duration(began)
     ui.say(f"trained {steps} steps in {duration}, mean loss {mean_loss:.4f}; adapter in {adapter}")
     return adapter
+
+
+def _load_adapted(
+    recipe: Recipe, base: Base, run: Run, inputs: setup.Inputs
+) -> tuple[Recipe, PeftModel]:
+    """Return the base with the adapter that is to be trained, and the recipe as that base allows
+    it."""
+    network = setup.load_recipe_base(recipe, base)
+    setup.set_attention(recipe, network, run)
+    recipe = setup.settle_packing(recipe, network)
+    return recipe, setup.attach_adapter(recipe, base, network, run, inputs)
+
+
+def _warn_of_untrained(adapted: PeftModel) -> None:
+    """Warn of adapted modules that training has left as they were."""
+    untrained, total = attach.find_untrained(adapted), len(attach.find_lora_layers(adapted))
+    if not untrained:
+        return
+    kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in untrained))
+    why = "their B is zero: nothing passed through them, or no step had a learning rate"
+    ui.warn(f"{len(untrained)} of {total} adapted modules were not trained ({kinds}): {why}")
 
 
 def _measure_duration(began: threads.Moment) -> str:

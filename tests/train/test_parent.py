@@ -30,6 +30,7 @@ from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.plan import check, settled, show
 from lora_cli.recipe import load
 from lora_cli.train import run as train
+from lora_cli.train import trial
 from lora_cli.train.progress import Watch
 from tests.units import STEADY_ADAM, assert_same_training
 
@@ -206,6 +207,7 @@ def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
         if state.global_step == at:
             raise KeyboardInterrupt
 
+    patch.setattr(trial, "try_training", lambda recipe: None)  # it ends a step, too
     patch.setattr(Watch, "on_step_end", interrupted)
 
 

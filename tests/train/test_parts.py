@@ -61,3 +61,18 @@ def test_the_text_model_is_adapted_and_the_rest_is_kept(
     assert all(same_sum(merged[name], tensor) for name, tensor in wanted.items())
     changed = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
     assert len(changed) == len(names)
+
+
+def test_adapted_modules_that_training_left_as_they_were_are_named(
+    lora, write_recipe, tiny: Path, tmp_path: Path
+) -> None:
+    base = architectures.make_folder("llava", tmp_path / "base", tiny / "model")
+    recipe = write_recipe(
+        f"model: {{name_or_path: {base}}}\nlora: {{target_modules: [gate_proj, fc1]}}\n"
+        "training: {max_steps: 2, learning_rate: 1e-2, lr_scheduler_type: constant}\n"
+    )
+    done = lora("train", recipe)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 4 adapted modules were not trained (fc1): their B is zero" in done.stderr
+    trained = write_recipe("training: {max_steps: 2}\noutput_dir: " + str(tmp_path / "other"), "b")
+    assert "were not trained" not in lora("train", trained).stderr
