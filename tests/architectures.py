@@ -22,6 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lora_cli.recipe import DEFAULT_TASK
 
+ROOT = Path(__file__).parent.parent
+
 LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "depth", "num_blocks",
@@ -78,6 +80,10 @@ OWN: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16, "n_head": 4},
     "zamba2": {"mamba_headdim": 16},
     "zaya": {"num_experts_per_tok": 1},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "rwkv": {"attention_hidden_size": 64},
     "reformer": DECODER
     | {
         "axial_pos_embds_dim": (32, 32),
@@ -85,6 +91,33 @@ OWN: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
 }
+UNBUILT = {
+    "bailing_hybrid": "groups of experts that do not shrink",
+    "blt": "sizes that do not shrink",
+    "cohere_compass_text": "its own defaults raise KeyError",
+    "dbrx": "its own defaults raise AttributeError",
+    "dots1": "its own defaults raise TypeError",
+    "dots3_note": "layers named by number",
+    "dots3_note_text": "layers named by number",
+    "emu3": "needs a table of pictures' tokens",
+    "flint": "its loss needs layers of experts, which do not shrink",
+    "gemma3n": "needs timm",
+    "gemma4": "layers named by number",
+    "gemma4_assistant": "a part of another model",
+    "gemma4_unified": "layers named by number",
+    "gemma4_unified_assistant": "a part of another model",
+    "git": "needs a picture",
+    "hrm_text": "its cache does not shrink",
+    "marian": "sizes that do not shrink",
+    "musicgen": "writes sound",
+    "musicgen_melody": "writes sound",
+    "qwen4_exp": "its own defaults raise TypeError",
+    "qwen4_exp_text": "its own defaults raise TypeError",
+    "xlstm": "its kernel's state does not shrink",
+    "zamba": "ties that do not shrink",
+    "zamba2": "sizes that do not shrink",
+}
+"""Families that are not tried, and why."""
 GIVEN: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "gemma4_text": {
@@ -178,6 +211,11 @@ def make_folder(family: str, folder: Path, tokenizer: Path, **more: Any) -> Path
     if (tokenizer / "tokenizer.model").is_file():
         shutil.copy(tokenizer / "tokenizer.model", folder)
     return folder
+
+
+def list_buildable() -> list[str]:
+    """List the families that can be built small."""
+    return [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in UNBUILT]
 
 
 def main() -> None:

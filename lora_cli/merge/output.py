@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.common import LoraError
-from lora_cli.models import Adapter, Base, quantised
+from lora_cli.models import Adapter, Base, quantised, read_field
 
 
 def write_config(
@@ -39,7 +39,9 @@ def refuse_tied(adapted: PeftModel, base: Base) -> None:
     """Raise LoraError where one weight serves as embedding and head and an adapter changes only one
     of the two."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    if adapted.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+    if read_field(adapted.config, "tie_word_embeddings") and any(
+        isinstance(end, LoraLayer) for end in ends
+    ):
         raise LoraError(
             f"{base} uses one weight for its embeddings and its head, and the adapter changes one "
             "of the two: a plain model cannot hold both",

@@ -25,6 +25,7 @@ from lora_cli.models import (
     attach,
     four_bit,
     is_finite,
+    read_field,
     token_rows,
 )
 from lora_cli.recipe import find_initialisation
@@ -228,7 +229,7 @@ def _describe_layer(
 
 def _check_tied(adapted: PeftModel) -> None:
     """Raise Unstreamable where tied embeddings and head get separate weights."""
-    if not adapted.config.tie_word_embeddings:
+    if not read_field(adapted.config, "tie_word_embeddings"):
         return
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     saved = {

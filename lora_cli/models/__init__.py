@@ -5,7 +5,7 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
-    get_checkpoint_dtype, num_experts, num_active_experts, num_layers
+    get_checkpoint_dtype, num_experts, num_active_experts, num_layers, read_field
                                    what a configuration says
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
                                    a run keeps it
@@ -34,7 +34,13 @@ Its doors, in the order a reader needs them:
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
-from lora_cli.models.config import get_checkpoint_dtype, num_active_experts, num_experts, num_layers
+from lora_cli.models.config import (
+    get_checkpoint_dtype,
+    num_active_experts,
+    num_experts,
+    num_layers,
+    read_field,
+)
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
@@ -103,6 +109,7 @@ __all__ = [
     "passages",
     "quantised",
     "read_adapter",
+    "read_field",
     "refuse_not_finite",
     "save_tokenizer",
     "save_trained",

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.common import LoraError, library_errors
+from lora_cli.common import LoraError, library_errors, ui
 from lora_cli.models import patterns, token_rows
 from lora_cli.models.tensors import is_finite
 
@@ -143,6 +143,7 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
     """Raise LoraError for tensors that are missing, not placed, or not finite: PEFT only warns, and
     leaves B at zero."""
     stored = load_peft_weights(str(folder), device="cpu")
+    _load_missed(model, folder, name, stored)
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # An adapter may carry whole embeddings and heads as well, under the names the model has for
     # them.
@@ -171,6 +172,30 @@ def refuse_unfit(model: PeftModel, folder: Path) -> None:
             f"{folder} does not fit its base model: {len(other)} tensors are of another size, the "
             f"first {other[0]}: {stored[other[0]]}, where {wanted[other[0]]} is wanted",
             "give the base it was trained on with --base",
+        )
+
+
+@torch.no_grad()
+def _load_missed(
+    model: PeftModel, folder: Path, name: str, stored: dict[str, torch.Tensor]
+) -> None:
+    """Load tensors that PEFT has missed, and warn of them.
+
+    It renames tensors as transformers does those of old checkpoints; where a name of today holds
+    one of before (`shared_expert` in `shared_experts`), the tensor finds no place, in silence.
+    """
+    own, missed = dict(model.named_parameters()), []
+    for key, tensor in stored.items():
+        place = own.get(f"{key.removesuffix('.weight')}.{name}.weight")
+        if place is None or place.shape != tensor.shape or place.is_meta:
+            continue
+        if not torch.equal(place.cpu(), tensor.to(place.dtype)):
+            place.copy_(tensor)
+            missed.append(key)
+    if missed:
+        ui.warn(
+            f"PEFT does not load {len(missed)} tensors of {folder}, such as {missed[0]}: they are "
+            "loaded here, and other programs lose them"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import torch
 from transformers import (
@@ -38,6 +39,14 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
             sizes[entry.dtype] += math.prod(entry.shape) if entry.dtype.is_floating_point else 0
         config.dtype = sizes.most_common(1)[0][0]
     return config
+
+
+def read_field(config: PretrainedConfig, name: str) -> Any:
+    """Return a field of a configuration; None where it has none, or another for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return None
 
 
 def num_experts(config: PretrainedConfig) -> int:

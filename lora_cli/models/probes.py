@@ -27,7 +27,7 @@ PROBES = (
 FAR = 1e-2
 """Largest |Δlogit| per unit of logit spread that float32 on other hardware may come to: a hundred
 times what two orders of the sums do here."""
-SUMS = 128
+SUMS = 512
 """See `choose_limit`."""
 
 

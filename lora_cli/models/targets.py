@@ -70,11 +70,12 @@ def settle_targets(recipe: Recipe, model: PreTrainedModel, config: LoraConfig) -
     modules = {name: module for name, module in model.named_modules() if name}
     patterns.refuse_slow_patterns(config, list(modules), lambda field: recipe.where("lora", field))
     resolved = resolve_targets(model, config)
-    left_out = all_linear.find_left_out(model, config, resolved)
-    if left_out:
-        resolved.target_modules -= {name for names in left_out.values() for name in names}
-        config.target_modules = resolved.target_modules
     targeted = find_targeted_modules(resolved, modules)
+    left_out = all_linear.find_left_out(model, config, targeted)
+    if left_out:
+        without = {name for names in left_out.values() for name in names}
+        targeted = [name for name in targeted if name not in without]
+        config.target_modules = resolved.target_modules = set(targeted)
     parameters = find_targeted_parameters(resolved, model)
     adapted = {name: modules[name] for name in targeted}
     wrong = list(unsupported.find_problems(recipe, model, config, adapted, parameters))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.models import token_rows
+from lora_cli.models import all_linear, token_rows
 from lora_cli.models.peft_matching import matches_ending, matches_key
 from lora_cli.recipe import Recipe, find_initialisation
 
@@ -62,6 +62,8 @@ def _explain_unlike_peft(module: Any) -> str | None:
     if isinstance(module, nn.Embedding):
         own = f"a {type(module).__name__}, which looks its rows up in its own way"
         return None if token_rows.looks_up_ids(module) else own
+    if all_linear.computes_more(module):
+        return f"a {type(module).__name__}, which returns more than a product"
     if isinstance(module, (nn.Linear, Conv1D)):
         return None
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from trl.trainer.utils import get_peak_flops
 
-from lora_cli.models import num_active_experts, num_experts
+from lora_cli.models import num_active_experts, num_experts, read_field
 
 FROZEN = 4
 TRAINED = 6
@@ -58,10 +58,10 @@ def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -
 def _sum_attention_widths(config: Any) -> int:
     """Return the widths of all heads of all layers with attention over the whole context; 0 for a
     model without attention."""
-    heads = getattr(config, "num_attention_heads", None)
+    heads = read_field(config, "num_attention_heads")
     if not isinstance(heads, int) or not heads:
         return 0
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = heads * (read_field(config, "head_dim") or config.hidden_size // heads)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return config.num_hidden_layers * width

@@ -41,6 +41,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 the same."""
 
 
+UNFIT = (TypeError, ValueError, AttributeError, RuntimeError, LookupError)
+"""What a way to compute the loss raises that is none for a model."""
+
+
 class Shape(NamedTuple):
     """What becomes of the head's output z: cap · tanh(scale · z / cap), or scale · z without a
     cap."""
@@ -240,12 +244,7 @@ def _try(forward: Any, ids: Tensor, **options: Any) -> float | None:
     model."""
     try:
         loss = forward(input_ids=ids, labels=ids, use_cache=False, **options).loss
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ):  # tried to find out: then it is no way
+    except UNFIT:
         return None
     return None if loss is None else float(loss)
 
