@@ -23,7 +23,17 @@ from tests.cli import test_bad_artefacts, test_bad_inputs
 from tests.data import test_bad_data
 
 FILES = (test_bad_inputs.SNAPSHOT, test_bad_artefacts.SNAPSHOT, test_bad_data.SNAPSHOT)
-VERBS = {"merge", "combine", "extract", "convert", "export", "verify", "generate", "chat", "check"}
+VERBS = {
+    "merge",
+    "combine",
+    "extract",
+    "convert",
+    "export-gguf",
+    "verify",
+    "generate",
+    "chat",
+    "check",
+}
 BEGINS = re.compile(
     r"^(?:if [^:]*: |merge it instead: |leave out \S+ and install it: )?(?=lora |--|-\w )"
 )
@@ -52,8 +62,9 @@ def split(hint: str) -> list[str]:
 def find_commands(name: str, message: str, hint: str) -> list[list[str]]:
     """The command lines in a hint, without `lora`; options alone are those of the case's verb."""
     called = re.match(r"\$ (?:\w+=\S+ )*lora (\S+)", message)
-    kind = called[1] if called else name.partition(":")[0]
-    verb = {"export": "export-gguf"}.get(kind, kind if kind in VERBS else "train")
+    named = [called[1]] if called else re.findall(r"[\w-]+", name)
+    kinds = [{"export": "export-gguf"}.get(word, word) for word in named]
+    verb = next((kind for kind in kinds if kind in VERBS), "train")
     made = []
     for part in split(hint):
         begins = BEGINS.match(part)

@@ -152,7 +152,11 @@ def a_state_space_model_is_planned(place: Place) -> Made:
 @case
 def a_tower_for_pictures_is_left_out(place: Place) -> Made:
     recipe = place.write_recipe("", place.make_base("llava"))
-    return ["check", recipe], 0, ["vision_tower, which no text passes through"]
+    return (
+        ["check", recipe],
+        0,
+        ["of vision_tower, multi_modal_projector, which no text passes through"],
+    )
 
 
 @case
