@@ -107,7 +107,8 @@ class LoraFields(Section):
     """Dropout on the adapter's input while training."""
     target_modules: Name | list[Name] = "all-linear"
     """Modules that get an adapter: name endings, one regular expression, or `all-linear` (all but
-    the output head)."""
+    the output head, what no text passes through, such as a tower for pictures, and what PEFT does
+    not adapt)."""
     exclude_modules: Name | Names | None = None
     """Modules that do not get an adapter although target_modules names them: endings or one regular
     expression."""
