@@ -45,7 +45,10 @@ values."""
 
 
 def add_old_names(config: Config) -> Config:
-    """Add to a configuration what a converter reads under a name of before; return it."""
+    """Add to a configuration, and to that of its text model, what a converter reads under a name of
+    before; return it."""
+    if isinstance(config.get("text_config"), dict):
+        add_old_names(config["text_config"])
     for name, find in OLD_NAMES.get(str(config.get("model_type")), {}).items():
         if config.get(name) is None:
             config[name] = find(config)

@@ -48,7 +48,7 @@ def walk_logits(
 
     `model` has no weights; `read(name, start, stop)` returns rows of its tensors in float32. `plan`
     says which of its modules are PEFT's layers. Raises RuntimeError or NotImplementedError where a
-    module reads weights that are not its own.
+    module's code does not stand weights that are read as it runs.
     """
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing
@@ -86,13 +86,14 @@ def walk_or_load(
     loaded: Callable[[], list[torch.Tensor]],
     tensors: Tensors,
 ) -> list[torch.Tensor] | None:
-    """Return `walked()`, or `loaded()` for a model whose modules read each other's weights.
+    """Return `walked()`, or `loaded()` for a model whose code does not stand weights that are read
+    as it runs.
 
     Loading has to fit a quarter of the free memory: else warn and return None.
     """
     try:
         return walked()
-    except (RuntimeError, NotImplementedError) as error:  # it read a tensor that has no data
+    except (RuntimeError, NotImplementedError) as error:
         needed = 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
         if needed > psutil.virtual_memory().available / 4:
             ui.warn(

@@ -65,6 +65,8 @@ def test_old_names_are_added_where_they_are_missing_only() -> None:
     config = {"model_type": "gpt_neox", "rope_parameters": {"partial_rotary_factor": 0.25}}
     assert run_converter.add_old_names(dict(config))["rotary_pct"] == 0.25
     assert run_converter.add_old_names(config | {"rotary_pct": 0.5})["rotary_pct"] == 0.5
+    whole = {"model_type": "cohere2_vision", "text_config": {"model_type": "cohere2"}}
+    assert run_converter.add_old_names(whole)["text_config"]["rotary_pct"] == 1.0
     assert run_converter.add_old_names({"model_type": "llama"}) == {"model_type": "llama"}
     assert run_converter.add_old_names({"model_type": "gpt2", "n_positions": 7})["n_ctx"] == 7
 
