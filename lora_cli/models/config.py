@@ -12,7 +12,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from lora_cli.common import library_errors, remote_code
+from lora_cli.common import LoraError, library_errors, remote_code
 from lora_cli.models import names, tensors
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
@@ -33,6 +33,13 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
         )
+    try:
+        config.get_text_config()
+    except ValueError as error:  # such as MusicGen, which reads with one and writes sound
+        raise LoraError(
+            f"{name} has several text models, of which none writes text",
+            "give a causal language model",
+        ) from error
     if config.dtype is None and (found := tensors.open_model(name, revision)):
         sizes = Counter[torch.dtype]()
         for entry in found.entries.values():

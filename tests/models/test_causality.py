@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MusicgenConfig
 
 from lora_cli.common import LoraError
 from lora_cli.models import causality
 from lora_cli.recipe import DEFAULT_TASK
-from tests import architectures
+from tests import architectures, quantised
 
 CAUSAL = ("llama", "gpt2", "mamba", "bart", "opt", "xglm", "mixtral", "recurrent_gemma", "bloom")
 ENCODERS = ("bert", "roberta", "electra", "xlm-roberta-xl", "rembert", "xlnet", "cpmant")
@@ -50,6 +51,14 @@ def test_an_encoder_is_known_by_its_configuration_and_becomes_causal_by_it(famil
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_causal_configuration_passes(family: str) -> None:
     causality.refuse_encoder_by_config(architectures.make_config(family, 300), DEFAULT_TASK, "it")
+
+
+def test_a_base_with_several_text_models_is_refused(lora, write_recipe, tiny, tmp_path) -> None:
+    quantised.copy_tokenizer(tiny / "model", tmp_path)
+    MusicgenConfig().save_pretrained(tmp_path)
+    done = lora("check", write_recipe(f"model: {{name_or_path: {tmp_path}}}\n"))
+    assert done.returncode == 1
+    assert "has several text models, of which none writes text" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["check", "train"])
