@@ -33,8 +33,16 @@ ENCODER = (
 
 
 def refuse_encoder(network: PreTrainedModel, name: str) -> None:
-    """Raise LoraError where a later token moves the logits of earlier ones, in a loaded model."""
-    if _sees_later_tokens(network):
+    """Raise LoraError where a later token moves the logits of earlier ones, in a loaded model, or
+    where it does not run on a text alone."""
+    try:
+        sees = _sees_later_tokens(network)
+    except (TypeError, ValueError) as error:  # it asks for pictures, or for a second text
+        said = " ".join(str(error).split())
+        raise LoraError(
+            f"{name} does not run on a text alone: {said}", "give a causal language model"
+        ) from error
+    if sees:
         _refuse(network.config, name)
 
 

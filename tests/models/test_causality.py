@@ -53,6 +53,12 @@ def test_a_causal_configuration_passes(family: str) -> None:
     causality.refuse_encoder_by_config(architectures.make_config(family, 300), DEFAULT_TASK, "it")
 
 
+@pytest.mark.parametrize("family", ["blip", "pix2struct"])
+def test_a_base_that_asks_for_pictures_is_refused(family: str) -> None:
+    with pytest.raises(LoraError, match="it does not run on a text alone: .*(pixel|patches)"):
+        causality.refuse_encoder(architectures.make_model(family), "it")
+
+
 def test_a_base_with_several_text_models_is_refused(lora, write_recipe, tiny, tmp_path) -> None:
     quantised.copy_tokenizer(tiny / "model", tmp_path)
     MusicgenConfig().save_pretrained(tmp_path)
