@@ -57,6 +57,22 @@ SMALL = {name: size for size, names in SIZES.items() for name in names}
 LATENT = {"num_key_value_heads": 4}
 """Multi-head latent attention has as many heads for keys."""
 DECODER = {"is_decoder": True}
+TINY_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+    }
+}
+FOURTH, SIXTH = (
+    {
+        "num_hidden_layers": count,
+        "layer_types": [*["sliding_attention"] * (count - 1), "full_attention"],
+    }
+    for count in (4, 6)
+)
+"""llama.cpp knows some families' pattern of layers by heart."""
 OWN: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT,
@@ -64,12 +80,12 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
     "glm4_moe_lite": LATENT,
-    "glm_moe_dsa": LATENT,
+    "glm_moe_dsa": LATENT | {"first_k_dense_replace": 1},
     "longcat_flash": LATENT,
     "minicpm3": LATENT,
     "youtu": LATENT,
     "bailing_hybrid": LATENT,
-    "kimi_linear": LATENT,
+    "kimi_linear": LATENT | {"linear_num_heads": 4, "linear_head_dim": 16},
     "bamba": {"attn_layer_indices": [1]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -82,6 +98,43 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    # what llama.cpp takes for granted of a family
+    "bitnet": {"tie_word_embeddings": True},
+    "ernie4_5_moe": {"intermediate_size": 128},
+    "exaone4": {"layer_types": ["full_attention"] * 2, "sliding_window": None},
+    "falcon": {"ffn_hidden_size": 256},
+    "falcon_mamba": {"intermediate_size": 128},
+    "mamba": {"intermediate_size": 128},
+    "gemma3": SIXTH | {"query_pre_attn_scalar": 16},
+    "gemma3_text": SIXTH | {"query_pre_attn_scalar": 16},
+    "phi": {"num_key_value_heads": 4, "intermediate_size": 256},
+    "cohere2": FOURTH,
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "smollm3": {
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 1, 1, 0],
+        "layer_types": ["full_attention"] * 4,
+    },
+    "afmoe": FOURTH | {"mup_enabled": True},
+    "mellum": {
+        "num_hidden_layers": 4,
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        "mlp_layer_types": ["sparse"] * 4,
+    },
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention"]},
+    "olmoe": LATENT,
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_5": TINY_SECTIONS,
+    "qwen3_5_text": TINY_SECTIONS,
+    "qwen3_5_moe": TINY_SECTIONS,
+    "qwen3_5_moe_text": TINY_SECTIONS,
+    "laguna": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3],
+        "mlp_layer_types": ["dense", *["sparse"] * 3],
+        "num_attention_heads_per_layer": [4] * 4,
+    },
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rwkv": {"attention_hidden_size": 64},
     "reformer": DECODER
@@ -193,7 +246,11 @@ def make_model(family: str, vocabulary: int = 300, **more: Any) -> PreTrainedMod
     """Return a small random model of a family."""
     torch.manual_seed(0)
     config = make_config(family, vocabulary, **more)
-    return DEFAULT_TASK.find_auto_class(config).from_config(config)
+    model = DEFAULT_TASK.find_auto_class(config).from_config(config)
+    for tensor in model.parameters():
+        if tensor.ndim > 1 and not tensor.any():  # a router of zeros prefers no expert
+            torch.nn.init.normal_(tensor, std=0.02)
+    return model
 
 
 def make_folder(family: str, folder: Path, tokenizer: Path, **more: Any) -> Path:

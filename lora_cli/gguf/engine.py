@@ -12,38 +12,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import secrets
 import sys
-import tempfile
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from lora_cli.common import LoraError
-from lora_cli.gguf import tools
+from lora_cli.gguf import opening, tools
 
 CONTEXT = 4096
 """Tokens of prompt and answer together, unless more are asked for."""
-
-
-def _make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
-    """Return llama.cpp's parameters for a model; `exact`: with a float32 KV cache, without flash
-    attention, and every tensor checked."""
-    params = xlc.CommonParams()
-    params.model.path = str(path)
-    params.warmup = False
-    if exact:
-        params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.check_tensors = True
-    if adapter is not None:
-        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    return params
 
 
 class GGUFModel:
@@ -70,15 +52,14 @@ class GGUFModel:
         """
         if not tools.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is not a GGUF file", "copy it again, or export it again")
-        xlc = import_xllamacpp()
-        params = _make_params(xlc, path, exact, adapter)
+        xlc = opening.import_xllamacpp()
+        opening.refuse_unopenable(path, exact, adapter)
+        params = opening.make_params(xlc, path, exact, adapter)
         params.n_ctx, params.n_gpu_layers = n_ctx, gpu_layers
         self._key = secrets.token_hex()
         params.api_keys = [self._key]
         self.path = path
         self._server = _load_server(xlc, params)
-        # A proxy set in the environment must not get the requests to this process.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         props = self._ask("/props")
         self.metadata: Mapping[str, Any] = {
             "ftype": props["model_ftype"],
@@ -203,59 +184,31 @@ class GGUFModel:
     def _open(self, route: str, body: Mapping[str, Any] | None = None) -> Any:
         """Open the reply to a GET, or to a POST of `body`."""
         assert self._server is not None, "used after close()"
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         try:
-            return self._opener.open(
-                urllib.request.Request(self._server.listening_address + route, data, headers)
-            )
+            return opening.ask(self._server.listening_address, self._key, route, body)
         except urllib.error.HTTPError as error:
             raise LoraError(f"llama.cpp refused: {_read_message(json.load(error))}") from error
 
 
-def import_xllamacpp() -> Any:
-    """Import the engine's package. Raises LoraError where it is not installed."""
-    try:
-        import xllamacpp
-    except ModuleNotFoundError as error:
-        if error.name != "xllamacpp":
-            raise
-        raise LoraError(
-            "running a GGUF needs xllamacpp, which is not installed", "pip install 'lora-cli[gguf]'"
-        ) from error
-    return xllamacpp
-
-
 def _load_server(xlc: Any, params: Any) -> Any:
-    """Start the server. A silent llama.cpp does not say why it fails, so a failure is repeated
-    aloud, into a file."""
-    for params.verbosity in (-1, 1):
-        with _capture_stderr() as file:
-            try:
-                return xlc.Server(params)
-            except RuntimeError as error:
-                failure = error
-            file.seek(0)
-            said = file.read().decode(errors="replace")
-    reason = re.search(r" E (?:\w+: )?(.+)", said)
-    raise LoraError(
-        f"llama.cpp cannot load {params.model.path}: {reason[1] if reason else failure}",
-        "export it again; if it was made by a newer llama.cpp: pip install -U xllamacpp",
-    ) from failure
+    """Start the server, without a word on stderr."""
+    params.verbosity = -1
+    with _silence_stderr():
+        return xlc.Server(params)
 
 
 @contextmanager
-def _capture_stderr() -> Iterator[IO[bytes]]:
-    """Send file descriptor 2, where C++ writes, into a temporary file for a while."""
+def _silence_stderr() -> Iterator[None]:
+    """Send file descriptor 2, where C++ writes, nowhere for a while."""
     sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield file
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def _read_message(reply: Mapping[str, Any]) -> str:

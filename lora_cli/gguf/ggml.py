@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.common import LoraError
-from lora_cli.gguf import engine
+from lora_cli.gguf import opening
 
 EXACT = ("F32", "F16", "BF16")
 """Types that hold numbers one by one: what is quantised from."""
@@ -22,7 +22,7 @@ class Ggml:
     or hides them."""
 
     def __init__(self) -> None:
-        types = engine.import_xllamacpp().ggml_type
+        types = opening.import_xllamacpp().ggml_type
         known = [each for each in types if each != types.GGML_TYPE_COUNT]
         self.numbers = {each.name.removeprefix("GGML_TYPE_"): int(each) for each in known}
         self.names = {number: name for name, number in self.numbers.items()}
@@ -94,5 +94,5 @@ def _spell(type_name: str) -> str:
 def load_library() -> Any:
     """Load the library of xllamacpp, whose C names are llama.cpp's and ggml's. Raises LoraError
     where it is not installed."""
-    engine.import_xllamacpp()
+    opening.import_xllamacpp()
     return ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from lora_cli.common import LoraError
-from lora_cli.gguf import ggml
+from lora_cli.gguf import ggml, opening
 
 F16, F32 = 1, 0
 """ggml's numbers of two types of a KV cache."""
@@ -147,6 +147,7 @@ def compute_logits(
     strength. Keys and values are kept in float32, without flash attention. Raises LoraError where
     llama.cpp cannot load or compute it.
     """
+    opening.refuse_unopenable(path, True, adapter)
     lib, longest = load_api(), max(map(len, texts))
     with _silence(lib), _open_context(lib, path, longest, adapter) as (context, num_tokens):
         for ids in texts:

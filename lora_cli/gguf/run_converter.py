@@ -2,7 +2,7 @@
 
 A program of its own, which imports nothing of lora. The converters ask for some fields of a
 configuration that transformers 5 writes under other names, and they take for granted that a
-family's layers for guessing several tokens ahead are in the files.
+family's layers for guessing several tokens ahead are in the files, and that embeddings are padded.
 """
 
 from __future__ import annotations
@@ -29,30 +29,172 @@ def _find_head_width(config: Config) -> int:
     return config["hidden_size"] // config["num_attention_heads"]
 
 
+def _mark_layers(config: Config, field: str, kind: str) -> list[int]:
+    """Return 1 for each layer that is of a kind, else 0."""
+    return [int(each == kind) for each in config[field]]
+
+
+def _describe_kimi_layers(config: Config) -> Config:
+    full = _mark_layers(config, "layer_types", "full_attention")
+    return {
+        "full_attn_layers": [layer for layer, is_full in enumerate(full, 1) if is_full],
+        "kda_layers": [layer for layer, is_full in enumerate(full, 1) if not is_full],
+        "num_heads": config["linear_num_heads"],
+        "head_dim": config["linear_head_dim"],
+        "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+    }
+
+
+def _count_leading_dense(config: Config) -> int:
+    return (*_mark_layers(config, "mlp_layer_types", "dense"), 0).index(0)
+
+
+def _repeat_by_layer(config: Config, value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] * config["num_hidden_layers"]
+
+
+def _count_falcon_key_heads(config: Config) -> int:
+    """Count the heads for keys as transformers' FalconAttention does, whatever the field says."""
+    if config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads") or config["num_attention_heads"]
+    return 1 if config.get("multi_query", True) else config["num_attention_heads"]
+
+
+def _name_layers(*names: tuple[str, str]) -> Callable[[Config], list[str]]:
+    """Return what gives the kinds of layers the names of before."""
+    old = dict(names)
+    return lambda config: [old.get(kind, kind) for kind in config["layer_types"]]
+
+
+def _spell_nemotron_layers(config: Config) -> str:
+    letters = {"mamba": "M", "attention": "*", "moe": "E", "mlp": "-"}
+    letters |= {"linear_attention": "M", "full_attention": "*"}
+    return "".join(letters[kind] for kind in config.get("layers_block_type") or ())
+
+
+def _drop_without_experts(name: str) -> Callable[[Config], Any]:
+    """Return what leaves a field as it is, or takes it from a network that has no experts."""
+
+    def find(config: Config) -> Any:
+        return config.get(name) if "moe" in config.get("layers_block_type", ["moe"]) else None
+
+    return find
+
+
+SIGMOID: dict[str, Callable[[Config], Any]] = {"scoring_func": lambda _: "sigmoid"}
+"""How experts are chosen, where transformers knows one way only and does not write it."""
+DENSE_FIRST: dict[str, Callable[[Config], Any]] = {"first_k_dense_replace": _count_leading_dense}
+"""How many layers come before the first with experts."""
 OLD_NAMES: dict[str, dict[str, Callable[[Config], Any]]] = {
     "gpt2": {"n_ctx": lambda config: config["n_positions"]},
     "gpt_neox": {"rotary_pct": _find_rotary_share},
     "cohere2": {"rotary_pct": _find_rotary_share},
     "falcon_h1": {"head_dim": _find_head_width},
-    "minimax_m2": {
+    "bamba": {
+        "attn_rotary_emb": lambda config: int(_find_rotary_share(config) * _find_head_width(config))
+    },
+    "glm": {
+        "seq_length": lambda config: config["max_position_embeddings"],
+        "layernorm_epsilon": lambda config: config["rms_norm_eps"],
+        "rope_ratio": lambda config: config["rope_parameters"]["rope_theta"] / 10_000,
+    },
+    "glm4_moe_lite": DENSE_FIRST | SIGMOID,
+    "glm_moe_dsa": DENSE_FIRST,
+    "afmoe": SIGMOID | {"route_norm": lambda _: True},
+    "exaone_moe": SIGMOID,
+    "solar_open": SIGMOID,
+    "minimax_m2": SIGMOID
+    | {
         "rotary_dim": lambda config: int(
             _find_rotary_share(config) * (config.get("head_dim") or _find_head_width(config))
         )
     },
+    "kimi_linear": SIGMOID
+    | DENSE_FIRST
+    | {
+        "linear_attn_config": _describe_kimi_layers,
+        "norm_topk_prob": lambda config: config["moe_renormalize"],
+    },
+    "nemotron_h": {"hybrid_override_pattern": _spell_nemotron_layers},
+    "hunyuan_v1_moe": {
+        "moe_intermediate_size": lambda config: _repeat_by_layer(
+            config, config["intermediate_size"]
+        ),
+        "num_shared_expert": lambda config: _repeat_by_layer(config, 1),
+    },
+    "mimo_v2_flash": SIGMOID
+    | {
+        "swa_head_dim": lambda config: config["head_dim"],
+        "swa_v_head_dim": lambda config: config["v_head_dim"],
+        "swa_num_attention_heads": lambda config: config["num_attention_heads"],
+        "swa_num_key_value_heads": lambda config: config["num_key_value_heads"],
+        "hybrid_layer_pattern": lambda config: _mark_layers(
+            config, "layer_types", "sliding_attention"
+        ),
+        "topk_method": lambda _: "noaux_tc",
+        "layernorm_epsilon": lambda config: config["rms_norm_eps"],
+    },
 }
 """By model_type: fields that a converter reads and transformers 5 does not write, with their
 values."""
+OTHER_FORMS: dict[str, dict[str, Callable[[Config], Any]]] = {
+    "falcon": {"num_kv_heads": _count_falcon_key_heads},
+    "solar_open": {
+        "rope_parameters": lambda config: {
+            "partial_rotary_factor": 1.0,  # the converter's default is GLM's, a half
+            **(config.get("rope_parameters") or {}),
+        }
+    },
+    # a count of experts is taken for having some
+    "nemotron_h": {
+        name: _drop_without_experts(name)
+        for name in (
+            "n_group",
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "topk_group",
+        )
+    },
+    "granitemoehybrid": {
+        "layer_types": _name_layers(("linear_attention", "mamba"), ("full_attention", "attention"))
+    },
+    "hunyuan_v1_moe": {"moe_topk": lambda config: _repeat_by_layer(config, config["moe_topk"])},
+}
+"""By model_type: fields that transformers 5 writes in another form than a converter reads them in;
+None takes one away."""
+
+
+OLD_TENSORS = {"kimi_linear": (r"\.block_sparse_moe\.(\w+_proj)\.", r".mlp.\1.")}
+"""By model_type: names of tensors that transformers 5 writes, and those of before."""
 
 
 def add_old_names(config: Config) -> Config:
-    """Add to a configuration, and to that of its text model, what a converter reads under a name of
-    before; return it."""
+    """Add to a configuration, and to that of its text model, what a converter reads under a name or
+    in a form of before; return it."""
     if isinstance(config.get("text_config"), dict):
         add_old_names(config["text_config"])
-    for name, find in OLD_NAMES.get(str(config.get("model_type")), {}).items():
+    family = str(config.get("model_type"))
+    for name, find in OLD_NAMES.get(family, {}).items():
         if config.get(name) is None:
             config[name] = find(config)
+    for name, find in OTHER_FORMS.get(family, {}).items():
+        config[name] = find(config)
+        if config[name] is None:
+            del config[name]
     return config
+
+
+class Unpadded(Config):
+    """A configuration whose vocabulary is not padded. The converters of networks with a state pad
+    the tokens to a round number, as the first checkpoints did with their embeddings; transformers'
+    have one row for each token."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__({**config, "pad_vocab_size_multiple": 1})
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, 1 if name == "pad_vocab_size_multiple" else value)
 
 
 def has_ahead_layers(model: Path) -> bool:
@@ -106,6 +248,11 @@ def _prepare_converter(model: Path) -> None:
         if named.get("hparams"):  # some read config.json themselves
             add_old_names(named["hparams"])
         make(self, *given, **named)
+        self.hparams = Unpadded(self.hparams)
+        if renamed := OLD_TENSORS.get(str(self.hparams.get("model_type"))):
+            self.model_tensors = {
+                re.sub(*renamed, name): tensor for name, tensor in self.model_tensors.items()
+            }
 
     ModelBase.load_hparams = staticmethod(load_with_old_names)
     ModelBase.__init__ = make_with_old_names

@@ -32,9 +32,11 @@ from lora_cli.models import (
     Base,
     Difference,
     Probe,
+    attach,
     check_trained,
     choose_limit,
     compare_logits,
+    compute_logits,
     make_probes,
     measure_trained,
     num_experts,
@@ -249,7 +251,12 @@ def check_against_training(
     if other is None:
         return
     trained = other if original else expected
-    kept = check_trained(adapter.folder, trained, adapter.trained_dtype)
+    kept = check_trained(
+        adapter.folder,
+        trained,
+        adapter.trained_dtype,
+        lambda: compute_logits(attach.load_adapter(adapter.load_base(), adapter.folder), probes),
+    )
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
     if adapter.quantization:

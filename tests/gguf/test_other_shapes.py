@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lora_cli.gguf import run_converter
+from lora_cli.common import LoraError
+from lora_cli.gguf import llama_api, opening, run_converter, tools
+from lora_cli.gguf.engine import GGUFModel
 from tests import architectures
 
 SLOW = pytest.mark.slow
 FAMILIES = (
     "gpt_neox",  # rotary_pct
-    pytest.param("gpt2", marks=SLOW),  # n_ctx, and a head tied to the embeddings
-    pytest.param("cohere2", marks=SLOW),  # rotary_pct
-    pytest.param("falcon_h1", marks=SLOW),  # head_dim
-    pytest.param("qwen3_next", marks=SLOW),  # layers for guessing ahead
     pytest.param("llava", marks=SLOW),
 )
 
@@ -69,6 +68,80 @@ def test_old_names_are_added_where_they_are_missing_only() -> None:
     assert run_converter.add_old_names(whole)["text_config"]["rotary_pct"] == 1.0
     assert run_converter.add_old_names({"model_type": "llama"}) == {"model_type": "llama"}
     assert run_converter.add_old_names({"model_type": "gpt2", "n_positions": 7})["n_ctx"] == 7
+
+
+def test_layers_get_the_names_of_before() -> None:
+    kinds = ["linear_attention", "full_attention"]
+    granite = {"model_type": "granitemoehybrid", "layer_types": kinds}
+    assert run_converter.add_old_names(granite)["layer_types"] == ["mamba", "attention"]
+    assert run_converter.add_old_names(granite)["layer_types"] == ["mamba", "attention"]
+    kimi = run_converter.add_old_names(
+        {
+            "model_type": "kimi_linear", "layer_types": kinds, "linear_num_heads": 2,
+            "linear_head_dim": 8, "linear_conv_kernel_dim": 4, "moe_renormalize": True,
+            "mlp_layer_types": ["dense", "sparse"],
+        }
+    )  # fmt: skip
+    assert kimi["linear_attn_config"]["full_attn_layers"] == [2]
+    assert kimi["linear_attn_config"]["kda_layers"] == [1]
+    assert (kimi["first_k_dense_replace"], kimi["scoring_func"]) == (1, "sigmoid")
+
+
+def test_a_nemotron_without_experts_counts_none() -> None:
+    counts = {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 1}
+    dense = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "attention", "mlp"]}
+    made = run_converter.add_old_names(dense | counts)
+    assert made["hybrid_override_pattern"] == "M*-"
+    assert not counts.keys() & made.keys()
+    experts = dense | {"layers_block_type": ["linear_attention", "full_attention", "moe"]}
+    made = run_converter.add_old_names(experts | counts)
+    assert made["hybrid_override_pattern"] == "M*E"
+    assert counts.items() <= made.items()
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ({}, 1),  # as falcon-7b, for which transformers writes 71
+        ({"multi_query": False}, 71),
+        ({"new_decoder_architecture": True, "num_kv_heads": 8}, 8),  # as falcon-40b
+    ],
+)
+def test_falcon_s_heads_for_keys_are_counted_as_transformers_does(more: dict, count: int) -> None:
+    config = {"model_type": "falcon", "num_attention_heads": 71, "num_kv_heads": 71} | more
+    assert run_converter.add_old_names(config)["num_kv_heads"] == count
+
+
+def test_a_vocabulary_is_not_padded() -> None:
+    config = run_converter.Unpadded({"vocab_size": 50257})
+    config["pad_vocab_size_multiple"] = 8  # as Granite's converter does
+    assert config["pad_vocab_size_multiple"] == 1
+    assert config["vocab_size"] == 50257
+
+
+def test_what_ends_llama_cpp_is_a_message(known_tokenizer: Path, tmp_path: Path) -> None:
+    whole = {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["sparse"] * 2}
+    model = architectures.make_folder(
+        "mellum", tmp_path / "model", known_tokenizer, num_hidden_layers=2, **whole
+    )
+    tools.convert(model, tmp_path / "mellum.gguf", "f32", tools.find_converter())
+    said = r"cannot load .*mellum.gguf: GGML_ASSERT\(hparams.is_swa_any\(\)\) failed"
+    with pytest.raises(LoraError, match=said):
+        GGUFModel(tmp_path / "mellum.gguf")
+    with pytest.raises(LoraError, match=said):
+        next(llama_api.compute_logits(tmp_path / "mellum.gguf", [[1, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "reason"),
+    [
+        ("x\nsrc/llama-graph.cpp:2116: fatal error\n", -6, "llama-graph.cpp:2116: fatal error"),
+        ("", -9, "its process was ended by signal 9"),
+        ("hello", 3, "it ended with exit 3"),
+    ],
+)
+def test_the_reason_is_found_in_what_llama_cpp_said(said: str, code: int, reason: str) -> None:
+    assert opening.find_reason(said, subprocess.CompletedProcess([], code)) == reason
 
 
 @pytest.mark.parametrize(

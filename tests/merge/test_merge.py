@@ -24,6 +24,7 @@ from lora_cli.models import adapter_folder
 from lora_cli.models.probes import TRAINED, compute_logits, make_probes
 from lora_cli.recipe import load
 from lora_cli.train import run
+from tests import architectures
 
 
 def randomised(base: torch.nn.Module, config: LoraConfig) -> PeftModel:
@@ -231,6 +232,27 @@ def test_a_base_that_has_changed_since_training_is_refused(
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(LoraError, match="the base of .* is not here"):
         merge(adapter, tmp_path / "out")
+
+
+def test_a_model_whose_own_arithmetic_is_rough_is_still_told_from_another(
+    write_recipe, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # large weights: bfloat16 moves the logits by some ten times TRAINED_KL
+    base = architectures.make_folder(
+        "llama", tmp_path / "base", tiny / "model", initializer_range=0.8, num_hidden_layers=4
+    )
+    recipe = f"model: {{name_or_path: {base}, dtype: bfloat16}}\ntraining: {{max_steps: 1}}\n"
+    adapter = run.train(load.load_recipe(write_recipe(recipe)))
+    merge(adapter, tmp_path / "out")
+    assert "what its arithmetic comes to here: mean KL" in capfd.readouterr().err
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    kept = json.loads((adapter / provenance.ARTEFACT_RECORD).read_text())
+    del kept["base"]["fingerprint"]
+    (adapter / provenance.ARTEFACT_RECORD).write_text(json.dumps(kept))
+    with pytest.raises(LoraError, match="is not the model that was trained: .*its arithmetic"):
+        merge(adapter, tmp_path / "other")
 
 
 def test_a_base_whose_weights_do_not_fit_its_config_is_refused(

@@ -1,0 +1,125 @@
+"""Open a GGUF in llama.cpp in a process of its own: `python opening.py FILE fast|exact [ADAPTER]`.
+
+llama.cpp ends the process it runs in where it meets what it holds impossible: a shape that its code
+for an architecture does not know, or a file that was damaged. So each file is opened once where
+that costs nothing, and what is said there is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lora_cli.common import LoraError
+
+MEND = "export it again; if it was made by a newer llama.cpp: pip install -U xllamacpp"
+REASONS = (
+    r" E (?:\w+: )?(.+)",
+    r"(GGML_ASSERT\(.+)",
+    r"([\w-]+\.(?:cpp|c|h):\d+: .+)",
+    r"what\(\): +(.+)",
+    r"RuntimeError: (.+)",
+)
+"""How llama.cpp says why it fails, the most telling first."""
+
+
+def import_xllamacpp() -> Any:
+    """Import the engine's package. Raises LoraError where it is not installed."""
+    try:
+        import xllamacpp
+    except ModuleNotFoundError as error:
+        if error.name != "xllamacpp":
+            raise
+        raise LoraError(
+            "running a GGUF needs xllamacpp, which is not installed", "pip install 'lora-cli[gguf]'"
+        ) from error
+    return xllamacpp
+
+
+def make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
+    """Return llama.cpp's parameters for a model; `exact`: with a float32 KV cache, without flash
+    attention, and every tensor checked."""
+    params = xlc.CommonParams()
+    params.model.path = str(path)
+    params.warmup = False
+    if exact:
+        params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.check_tensors = True
+    if adapter is not None:
+        params.lora_adapters = [xlc.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    return params
+
+
+def refuse_unopenable(path: Path, exact: bool, adapter: Path | None = None) -> None:
+    """Raise LoraError, with llama.cpp's own words, where it cannot open a GGUF, or ends its process
+    over it; `exact`: where it cannot compute a token with it, either."""
+    import_xllamacpp()
+    about = [each.stat() for each in (path, adapter) if each is not None]
+    _try_once(path, exact, adapter, *[(each.st_mtime_ns, each.st_size) for each in about])
+
+
+@cache
+def _try_once(path: Path, exact: bool, adapter: Path | None, *_state: tuple[int, int]) -> None:
+    words = [path, "exact" if exact else "fast", *([adapter] if adapter else [])]
+    done = subprocess.run(
+        [sys.executable, "-P", __file__, *map(str, words)],
+        # ggml's own way of showing where it stopped is a debugger
+        env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUTF8": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        judged = adapter or path
+        raise LoraError(f"llama.cpp cannot load {judged}: {find_reason(done.stderr, done)}", MEND)
+
+
+def find_reason(said: str, done: subprocess.CompletedProcess[str]) -> str:
+    """Find in what llama.cpp said why it failed."""
+    for pattern in REASONS:
+        if found := re.search(pattern, said):
+            return found[1].strip()
+    if done.returncode < 0:
+        return f"its process was ended by signal {-done.returncode}"
+    return f"it ended with exit {done.returncode}"
+
+
+def ask(address: str, key: str, route: str, body: Mapping[str, Any] | None = None) -> Any:
+    """Open the reply of llama.cpp's server to a GET, or to a POST of `body`. Raises
+    urllib.error.HTTPError."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    # a proxy set in the environment must not get the requests to this machine
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(urllib.request.Request(address + route, data, headers))
+
+
+def main() -> None:
+    """Load the file and, where it must be exact, compute a token."""
+    path, how, *adapter = sys.argv[1:]
+    xlc = import_xllamacpp()
+    params = make_params(xlc, Path(path), how == "exact", Path(adapter[0]) if adapter else None)
+    key = secrets.token_hex()
+    params.api_keys = [key]
+    params.n_ctx, params.verbosity = 64, 1
+    server = xlc.Server(params)
+    if how == "exact":
+        with ask(server.listening_address, key, "/completion", {"prompt": [0], "n_predict": 1}):
+            pass
+
+
+if __name__ == "__main__":
+    main()
