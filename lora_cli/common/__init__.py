@@ -16,6 +16,7 @@ Its doors, in the order a reader needs them:
     privacy                                keeps secrets and the home path out of files and messages
     provenance                             the record of what produced an artefact
     remote_code                            whether a model's own code may run
+    devices                                the device that models train and answer on
     threads                                how threads wait, and what other work takes
 """
 
@@ -36,6 +37,7 @@ __all__ = [
     "Progress",
     "RejectedError",
     "UsageError",
+    "devices",
     "files",
     "find_nearest",
     "format_duration",

@@ -217,7 +217,7 @@ def list_device_names() -> list[str]:
     """List `cpu` and every accelerator, as torch names them."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator is not None else 0
     return ["cpu", *(f"{accelerator.type}:{index}" for index in range(count))]
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, remote_code
+from lora_cli.common import LoraError, devices, remote_code
 from lora_cli.models import (
     dequantised,
     empty,
@@ -190,16 +190,18 @@ class Base:
         self,
         dtype: torch.dtype | None = None,
         quantization: BitsAndBytesConfig | None = None,
+        device: torch.device | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load it in `dtype` (default: its own), or in 4 bits with `dtype` for what is not
-        quantised. A base that is quantised already stays as it is, or is dequantised on the way;
+        quantised, straight to `device` (default: 4 bits where they are computed, else the CPU).
+        A base that is quantised already stays as it is, or is dequantised on the way;
         4-bit weights are computed in the type that `quantization` says.
 
         `kwargs` go to from_pretrained. Raises LoraError where its files lack or misshape a weight,
         or transformers cannot load what they hold.
         """
-        kwargs |= self._choose_storage(quantization)
+        kwargs |= self._choose_storage(quantization, device)
         self.refuse_without_safetensors()
         network, report = self.task.find_auto_class(self.config).from_pretrained(
             self.name,
@@ -229,8 +231,10 @@ class Base:
         network._weight_conversions = None  # save_pretrained would quantise the weights again
         return network
 
-    def _choose_storage(self, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
-        """Return what from_pretrained is told of how weights are, or are to be, stored.
+    def _choose_storage(
+        self, quantization: BitsAndBytesConfig | None, device: torch.device | None
+    ) -> dict[str, Any]:
+        """Return what from_pretrained is told of how weights are, or are to be, stored, and where.
 
         Not even None may be given for a base that is quantised: it would be loaded as if it were
         not.
@@ -246,8 +250,9 @@ class Base:
             chosen["quantization_config"] = quantization
         if in_4bit:
             self._refuse_conv1d()
-            if torch.cuda.is_available():
-                chosen["device_map"] = {"": torch.cuda.current_device()}
+            device = device or devices.find_device(in_4bit=True)
+        if device is not None and device.type != "cpu":
+            chosen["device_map"] = {"": device}
         return chosen
 
     def refuse_without_safetensors(self) -> None:
@@ -304,8 +309,7 @@ def is_quantised(model: PreTrainedModel) -> bool:
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     """Move the model to the GPU where there is one; quantised weights are where they run
     already."""
-    accelerator = torch.accelerator.current_accelerator()
-    return model if accelerator is None or is_quantised(model) else model.to(accelerator)
+    return model if is_quantised(model) else model.to(devices.find_device())
 
 
 def refuse_not_finite(network: torch.nn.Module, name: str) -> None:

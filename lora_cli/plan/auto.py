@@ -62,7 +62,7 @@ def settle(
     has to say to is chosen by the kind of device alone. `device` is what the recipe is to run on,
     by default this machine's.
     """
-    device = device or hardware.detect_device()
+    device = device or hardware.detect_device(hardware.find_training_device(recipe))
     choices: list[Choice] = []
     recipe = _adopt_storage(recipe, config, choices)
     for key, choose in CHOOSERS.items():
@@ -131,7 +131,12 @@ def choose_dtype(given: Situation) -> Chosen:
     if given.device.kind == "cuda":
         if given.device.bf16:
             return "bfloat16", "this GPU computes it natively"
-        return "float32", "this GPU has no native bfloat16"
+        if given.device.capability >= (7, 0):
+            return (
+                "float16",
+                "this GPU has no native bfloat16, but float16",
+            )
+        return "float32", "this GPU computes neither bfloat16 nor float16 faster"
     if on_disk == "bfloat16" and given.device.bf16:
         return "bfloat16", "the checkpoint's type, which this CPU computes natively"
     return "float32", f"without CUDA the safe choice for a {on_disk} checkpoint"

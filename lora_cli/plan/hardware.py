@@ -11,7 +11,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from lora_cli.common import UsageError, find_nearest
+from lora_cli.common import UsageError, devices, find_nearest
+from lora_cli.recipe import Recipe
 
 GIB = 1 << 30
 FLASH_ATTENTION = {2: "flash_attn", 3: "flash_attn_interface"}
@@ -23,7 +24,7 @@ class Hardware(NamedTuple):
     """A device and what it can compute with."""
 
     kind: str
-    """As torch names it: `cpu` or `cuda`."""
+    """As torch names it: `cpu`, `cuda` or `mps`."""
     name: str
     memory: int
     """In bytes."""
@@ -69,14 +70,24 @@ CARDS = {
 }
 
 
-def detect_device() -> Hardware:
-    """This machine's first CUDA device, or its processor and memory."""
-    if not torch.cuda.is_available():
+def find_training_device(recipe: Recipe) -> torch.device:
+    """Find the device of this machine that a recipe trains on."""
+    values = recipe.training.collect_values()
+    return devices.find_device(recipe.quantized, bool(values.get("use_cpu")))
+
+
+def detect_device(device: torch.device | None = None) -> Hardware:
+    """Describe a device of this machine, by default the one that models train on."""
+    device = device or devices.find_device()
+    if device.type == "mps":
+        # bfloat16 since macOS 14; memory is the processor's as well
+        return Hardware("mps", "Apple's GPU", torch.mps.recommended_max_memory(), bf16=True)
+    if device.type != "cuda":
         native = (
             torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
         return Hardware("cpu", "this machine's memory", _measure_ram(), bf16=bool(native))
-    index = torch.cuda.current_device()
+    index = device.index
     return Hardware(
         "cuda",
         torch.cuda.get_device_name(index),

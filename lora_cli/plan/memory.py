@@ -179,7 +179,7 @@ def make_forecast(recipe: Recipe, config: PretrainedConfig, device: Hardware) ->
 def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
     """Return what a recipe that ran out of memory was expected to need, and what to `--set`
     instead."""
-    device = device or hardware.detect_device()
+    device = device or hardware.detect_device(hardware.find_training_device(recipe))
     config = Base.of_recipe(recipe).config
     batch = largest_batch(recipe)
     try:

@@ -40,7 +40,7 @@ def settle_recipe(
     recipe, parent = take_over(recipe, run)
     auto.try_configurations(recipe, device)
     base = Base.of_recipe(recipe)
-    device = device or hardware.detect_device()
+    device = device or hardware.detect_device(hardware.find_training_device(recipe))
     recipe, choices = auto.settle(recipe, base.config, device)
     if parent is not None:
         parent.refuse_other_base(base)

@@ -46,9 +46,8 @@ def show_plan(
     recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool
 ) -> None:
     """Print the plan of a recipe; LoraError for what training refuses before its first step."""
-    device = hardware.parse_gpu(gpu) if gpu else hardware.detect_device()
-    found = settled.settle_recipe(recipe, device)
-    recipe, base, parent = found.recipe, found.base, found.parent
+    found = settled.settle_recipe(recipe, hardware.parse_gpu(gpu) if gpu else None)
+    recipe, base, parent, device = found.recipe, found.base, found.parent, found.device
     tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base, parent)
     rows = None
     if read_data or _are_rows_at_hand(recipe, tokenizer):

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.config import (
     BdLoraConfig,
@@ -20,7 +19,7 @@ from peft.tuners.lora.config import (
 from pydantic import TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from lora_cli.common import UsageError, find_nearest, missing_packages
+from lora_cli.common import UsageError, devices, find_nearest, missing_packages
 from lora_cli.recipe import initialisations, upstream_fields
 from lora_cli.recipe.keys import Recipe
 
@@ -115,9 +114,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     values = recipe.training.collect_values()
     values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s
     values.setdefault("fp16", recipe.model.dtype == "float16")
-    # bitsandbytes' 4-bit weights run on CUDA and CPU, not on Apple's GPU
-    apple = torch.backends.mps.is_available() and not recipe.quantized
-    values.setdefault("use_cpu", not (torch.cuda.is_available() or apple))
+    values.setdefault("use_cpu", devices.find_device(recipe.quantized).type == "cpu")
     known = upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS)
     for new in NEWER_NAMES:
         old = new.replace("activation", "gradient")
@@ -135,15 +132,27 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         # max_length and the like, which lora itself acts on for both trainers
         for name in recipe.objective.list_own_fields():
             values.pop(name, None)
-        return _build(
-            recipe, "training", values, lambda given: TrainingArguments(recipe.output_dir, **given)
+        return _use_one_gpu(
+            _build(
+                recipe,
+                "training",
+                values,
+                lambda given: TrainingArguments(recipe.output_dir, **given),
+            )
         )
     if not values.get("packing"):
         values["max_length"] = None  # long rows are already cut or dropped
     config_class = recipe.objective.find_config_class()
-    return _build(
-        recipe, "training", values, lambda given: config_class(recipe.output_dir, **given)
+    return _use_one_gpu(
+        _build(recipe, "training", values, lambda given: config_class(recipe.output_dir, **given))
     )
+
+
+def _use_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """Let one process use one GPU. Of several, transformers would make nn.DataParallel, which
+    multiplies the batch by their number, and the loss with it."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _build(

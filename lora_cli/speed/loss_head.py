@@ -83,7 +83,9 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: Shape
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        # the loss scale comes from above, after float16 would have lost what is small
+        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        gradient = torch.empty_like(hidden, dtype=kept) if hidden.requires_grad else None
         rows = max(1, CHUNK // len(weight))
         block = min(rows, max(1, BLOCK // len(weight))) if hidden.device.type == "cpu" else rows
         scratch = hidden.new_empty(min(block, len(hidden)), len(weight), dtype=torch.float32)
@@ -102,12 +104,13 @@ class _FrozenHead(torch.autograd.Function):
                     mean - slopes * weight[wanted[:, 0]]
                 ) * shape.scale
         ctx.save_for_backward(gradient)
+        ctx.type = hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above[0].to(gradient.dtype), None, None, None, None
+        return (gradient * above[0].to(gradient.dtype)).to(ctx.type), None, None, None, None
 
 
 def _fill_probabilities(
@@ -174,9 +177,11 @@ def install(model: PreTrainedModel) -> str | None:
             return own(*args, **kwargs)
         hidden = decoder(*args, **kwargs).last_hidden_state
         wanted = functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
-        where = wanted != IGNORED
-        targets = wanted[where]
-        total = sum_loss(hidden[where], model.get_output_embeddings(), targets, shape)
+        # one wait for the device; a mask would be one for each tensor, and one more on the way back
+        at = (wanted.flatten() != IGNORED).nonzero()[:, 0]
+        targets = wanted.flatten().index_select(0, at)
+        rows = hidden.flatten(0, -2).index_select(0, at)
+        total = sum_loss(rows, model.get_output_embeddings(), targets, shape)
         count = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 

@@ -20,10 +20,16 @@ from lora_cli.recipe import Recipe
 from lora_cli.speed import step_packing
 from lora_cli.train.run_folder import Run
 
-HOST_ERRORS = (
+SPELLINGS = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory: you tried to allocate",
+    "CUDA error: out of memory",  # pinned memory, and bitsandbytes' own
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS found no room for its workspace
+    "HIP error: out of memory",
+    "MPS backend out of memory",
 )
+"""What the accelerators and the host say that is no torch.OutOfMemoryError."""
 
 
 class Pieces(NamedTuple):
@@ -88,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the accelerator's or the host's memory is used up."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_ERRORS)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SPELLINGS)
 
 
 def explain_out_of_memory(

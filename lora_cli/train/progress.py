@@ -17,6 +17,10 @@ from lora_cli.common import LoraError, files, ui
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
 
+SKIPPED = 20
+"""Steps in a row that a loss scaler may skip: it starts at 2^16 and halves, so that from 2^-4 on it
+is not the scale that overflows."""
+
 
 class NonFiniteError(LoraError):
     """The loss or a gradient is NaN or infinite: nothing more is trained or saved."""
@@ -38,6 +42,11 @@ class Watch(TrainerCallback):
         self.loss = float("nan")
         self.gradient_norm: torch.Tensor | float = 0.0
         """Of the step's gradients before they are clipped."""
+        self.has_scaler = False
+        """Whether losses are scaled for float16: a step whose gradients overflow is then skipped by
+        the scaler, which starts high and looks for the largest scale in that way."""
+        self.skipped = 0
+        """Steps in a row that were."""
         self.began = 0.0
         self.began_step = 0
         self.began_tokens = 0
@@ -95,9 +104,11 @@ class Watch(TrainerCallback):
         self.step_loss = 0.0
         self.loss_sum += self.loss
         reason = None
+        overflows = not math.isfinite(self.gradient_norm)
+        self.skipped = self.skipped + 1 if overflows else 0
         if not math.isfinite(self.loss):
             reason = f"the loss is {self.loss}"
-        elif not math.isfinite(self.gradient_norm):
+        elif overflows and (not self.has_scaler or self.skipped > SKIPPED):
             reason = f"a gradient is not finite (loss {self.loss:.4g})"
         elif self.limit is not None and self.loss > self.limit:
             reason = (

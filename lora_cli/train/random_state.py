@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_cli.common import devices
+
 State = dict[str, Any]
 
 
@@ -42,8 +44,8 @@ def restore_state(state: State) -> None:
 
 def _find_accelerator() -> str | None:
     """Return the accelerator's kind as torch names it, such as `cuda`; None without one."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return None if device is None else str(device.type)
+    kind = devices.find_device().type
+    return None if kind == "cpu" else kind
 
 
 def _hex(state: torch.Tensor) -> str:

@@ -97,11 +97,18 @@ def _refuse_other_rows(
 
 
 def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
-    """Return the base as the recipe wants it stored."""
+    """Return the base as the recipe wants it stored, on the device that trains it: what looks at it
+    or installs something chooses by where it is."""
     set_seed(recipe.training.seed)
+    device = hardware.find_training_device(recipe)
+    visible = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if visible > 1:
+        ui.say(f"  one of the {visible} visible GPUs is used: {device}")
+        ui.say("    (another one: CUDA_VISIBLE_DEVICES=1)")
     network = base.load(
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),
+        device,
         **(
             {"attn_implementation": recipe.model.attn_implementation}
             if recipe.model.attn_implementation
@@ -239,7 +246,7 @@ def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sequence: 
 def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared) -> flops.Work:
     """Return what training on one of these tokens costs, and what the device can do at most."""
     counts = train_rows.counts
-    device = hardware.detect_device()
+    device = hardware.detect_device(hardware.find_training_device(recipe))
     context = counts.tokens / max(len(train_rows.rows), 1)
     each = flops.count_per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
     return flops.Work(

@@ -88,6 +88,7 @@ class Watched(Resumable):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self.watch.gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        self.watch.has_scaler = self.accelerator.scaler is not None
         return self.watch.gradient_norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:

@@ -258,3 +258,21 @@ def test_the_loss_is_that_of_the_next_tokens_by_the_models_own_logits(
         total += torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
         count += int((labels[1:] != -100).sum())
     assert logged == pytest.approx(total / count, rel=2e-5)
+
+
+def test_float16_s_gradient_is_formed_before_it_is_too_small_or_too_large() -> None:
+    # the loss scale comes from above: 2^16 over one label, or over many
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).half().requires_grad_(False)
+    hidden = (0.01 * torch.randn(64, 8)).half().requires_grad_()
+    targets = torch.randint(50, (64,))
+    shape = loss_head.Shape(1e-4, None)  # small gradients: under 2^-24 without the scale
+    for scale in (1.0, 2.0**16):
+        hidden.grad = None
+        (loss_head.sum_loss(hidden, head, targets, shape) * scale).backward()
+        exact = hidden.detach().double().requires_grad_()
+        logits = 1e-4 * exact @ head.weight.double().T
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").mul(scale).backward()
+        assert torch.isfinite(hidden.grad).all()
+        if scale > 1:
+            torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=5e-3, atol=1e-3)

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from lora_cli.data.load import load_rows
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import load
 from lora_cli.speed import step_packing
-from lora_cli.train import checkpoints, disk_space
+from lora_cli.train import checkpoints, disk_space, out_of_memory
 from lora_cli.train import run as train
 from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.train.progress import NonFiniteError, Watch
@@ -246,6 +247,59 @@ def test_out_of_memory_is_one_message_with_what_would_fit(
     said = f"{caught.value.message} {caught.value.hint}"
     assert re.search(way, said), said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "HIP error: out of memory",
+        "MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 MB)",
+    ],
+)
+def test_memory_runs_out_in_other_words(said: str) -> None:
+    assert out_of_memory.is_out_of_memory(RuntimeError(said))
+    assert not out_of_memory.is_out_of_memory(RuntimeError("CUDA error: device-side assert"))
+
+
+def step_with(watch: Watch, loss: float, norm: float) -> None:
+    """Let a watch see a step of this loss and gradient."""
+    watch.step_loss, watch.gradient_norm = loss, norm
+    watch.on_pre_optimizer_step(
+        SimpleNamespace(learning_rate=1e-3), SimpleNamespace(global_step=0), None,
+        model=torch.nn.Linear(1, 1),
+    )  # fmt: skip
+
+
+def test_a_step_that_a_loss_scaler_skips_is_no_failure(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, None, None, lambda: "")
+    infinite = float("inf")
+    with pytest.raises(NonFiniteError, match="a gradient is not finite"):
+        step_with(watch, 1.0, infinite)
+    watch.has_scaler, watch.skipped = True, 0
+    # torch's own: starts at 2^16, halves at each overflow
+    scaler = torch.amp.GradScaler("cpu")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for overflows in (True, True, False, True):
+        scaler.scale(weight.sum()).backward()
+        weight.grad *= infinite if overflows else 1
+        scaler.unscale_(optimizer)
+        step_with(watch, 1.0, float(weight.grad.norm()))
+        before = weight.item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (weight.item() == before) is overflows
+    assert (scaler.get_scale(), watch.skipped) == (2.0**13, 1)
+    with pytest.raises(NonFiniteError, match="a gradient is not finite"):
+        for _ in range(30):
+            step_with(watch, 1.0, infinite)
+    watch.skipped = 0
+    with pytest.raises(NonFiniteError, match="the loss is inf"):
+        step_with(watch, infinite, 1.0)
 
 
 @pytest.mark.parametrize(("trainer", "packing"), [("sft", "step"), ("trainer", "false")])
