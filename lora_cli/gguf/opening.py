@@ -13,6 +13,7 @@ import re
 import secrets
 import subprocess
 import sys
+import traceback
 import urllib.request
 from collections.abc import Mapping
 from functools import cache
@@ -107,8 +108,8 @@ def ask(address: str, key: str, route: str, body: Mapping[str, Any] | None = Non
     return opener.open(urllib.request.Request(address + route, data, headers))
 
 
-def main() -> None:
-    """Load the file and, where it must be exact, compute a token."""
+def open_alone() -> None:
+    """Load the file that the command line names and, where it must be exact, compute a token."""
     path, how, *adapter = sys.argv[1:]
     xlc = import_xllamacpp()
     params = make_params(xlc, Path(path), how == "exact", Path(adapter[0]) if adapter else None)
@@ -119,6 +120,18 @@ def main() -> None:
     if how == "exact":
         with ask(server.listening_address, key, "/completion", {"prompt": [0], "n_predict": 1}):
             pass
+    # a server that is closed before its threads have begun waits for them for ever
+    os._exit(0)
+
+
+def main() -> None:
+    """Open the file, and end at once in any case."""
+    try:
+        open_alone()
+    except Exception:  # noqa: BLE001 – its words are read by the process that asked
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def detect_device(device: torch.device | None = None) -> Hardware:
     return Hardware(
         "cuda",
         torch.cuda.get_device_name(index),
-        torch.cuda.get_device_properties(index).total_memory,
+        # what a screen or another job holds is not there for this one
+        torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index),
         torch.cuda.get_device_capability(index),
         torch.cuda.is_bf16_supported(including_emulation=False),
         tuple(version for version, module in FLASH_ATTENTION.items() if find_spec(module)),

@@ -6,12 +6,13 @@ They are Python's, numpy's, and torch's on the CPU and on the accelerator.
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_cli.common import devices
+from lora_cli.common import devices, ui
 
 State = dict[str, Any]
 
@@ -32,14 +33,28 @@ def capture_state() -> State:
 
 
 def restore_state(state: State) -> None:
-    """Set every generator to its state. KeyError for a state from another kind of device."""
+    """Set every generator to its state. One of an accelerator that the state knows nothing of is
+    seeded as the processor's was; it is said that the run cannot be the same from there on."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_tensor(state["torch"]["cpu"]))
-    if kind := _find_accelerator():
+    kind = _find_accelerator()
+    if kind and kind in state["torch"]:
         torch.get_device_module(kind).set_rng_state(_tensor(state["torch"][kind]))
+    elif kind:
+        torch.get_device_module(kind).manual_seed(torch.initial_seed())
+    if {*state["torch"], "cpu"} != {kind or "cpu", "cpu"}:
+        _warn_of_other_device(" and ".join(sorted(state["torch"])), kind or "cpu")
+
+
+@cache
+def _warn_of_other_device(before: str, now: str) -> None:
+    ui.warn(
+        f"this run was on {before} and goes on on {now}: the steps are the same, but not the "
+        "numbers that dropout draws, nor the order in which products are summed"
+    )
 
 
 def _find_accelerator() -> str | None:

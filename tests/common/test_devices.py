@@ -16,7 +16,7 @@ from lora_cli.common import devices
 from lora_cli.models import Base
 from lora_cli.plan import auto, hardware
 from lora_cli.recipe import load, upstream
-from lora_cli.train import run, setup
+from lora_cli.train import random_state, run, setup
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, kind: str | None, index: int = 0) -> None:
@@ -113,3 +113,34 @@ def test_a_card_without_bfloat16_trains_in_float16() -> None:
         for name in ("T4", "V100", "L4", "24GB")
     }
     assert found == {"T4": "float16", "V100": "float16", "L4": "bfloat16", "24GB": "bfloat16"}
+
+
+def test_a_run_goes_on_on_another_kind_of_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = random_state.capture_state()
+    random_state.restore_state(state)
+    assert "goes on on" not in capsys.readouterr().err
+    pretend(monkeypatch, "cuda")
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    for _ in range(2):
+        random_state.restore_state(state)
+    assert seeds == [torch.initial_seed()] * 2
+    assert capsys.readouterr().err.count("was on cpu and goes on on cuda") == 1
+    pretend(monkeypatch, None)
+    random_state.restore_state({**state, "torch": {**state["torch"], "cuda": ""}})
+    assert "was on cpu and cuda and goes on on cpu" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_gpu_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "get_device_name": "H100",
+        "mem_get_info": (60 << 30, 80 << 30),
+        "memory_reserved": 4 << 30,
+        "get_device_capability": (9, 0),
+        "is_bf16_supported": True,
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    assert hardware.detect_device(torch.device("cuda:0")).memory == 64 << 30
