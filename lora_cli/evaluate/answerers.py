@@ -28,6 +28,7 @@ from lora_cli.models import (
     read_adapter,
     to_accelerator,
 )
+from lora_cli.speed import dora_norms
 
 Messages = list[dict[str, Any]]
 BATCH = 16
@@ -103,6 +104,7 @@ class Bases:
             attach.check_adapter_complete(base, adapter.folder, name)
         else:
             base = attach.load_adapter(base, adapter.folder, name)
+        dora_norms.install(base)
         self.loaded[key] = base.eval()
         return key
 
@@ -189,7 +191,9 @@ class HFAnswerer:
             if sampling.temperature
             else {"do_sample": False}
         )
-        with torch.inference_mode(), self._switched(weights):
+        # a token is computed with the same norms as the one before
+        norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
+        with torch.inference_mode(), self._switched(weights), norms:
             output = weights.generate(
                 input_ids=ids,
                 attention_mask=mask,

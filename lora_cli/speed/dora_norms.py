@@ -104,7 +104,7 @@ def install(adapted: PeftModel) -> int:
     return installed
 
 
-def find_layers(adapted: PeftModel) -> list[FactoredDora]:
+def find_layers(adapted: nn.Module) -> list[FactoredDora]:
     """Return the layers that `install` changed, for `keep_norms`."""
     return [module for module in adapted.modules() if isinstance(module, FactoredDora)]
 

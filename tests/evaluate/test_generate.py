@@ -1,6 +1,7 @@
-"""`lora generate --file` reads what `lora train` reads: one row, one question, whatever the file.
+"""`lora generate --file` reads what `lora train` reads: one row, one question, whatever the file;
+a DoRA's norms are computed once an answer.
 
-Hermetic: small files. Alone: pytest tests/evaluate/test_generate.py
+Hermetic: small files, the tiny model. Alone: pytest tests/evaluate/test_generate.py
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from pyarrow import parquet
 
 from lora_cli.common.errors import LoraError
+from lora_cli.evaluate import answerers
+from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.generate import read_questions
+from lora_cli.recipe import load
+from lora_cli.speed import dora_norms
+from lora_cli.train import run
 
 ROWS = [
     {"prompt": "Name a river,\nplease.", "completion": "The Elbe."},
@@ -92,3 +100,26 @@ def test_what_cannot_be_asked_is_named_by_its_place(
         read_questions([], tmp_path / name)
     assert caught.value.message.startswith(f"{tmp_path / name}{said}")
     assert "--set" not in str(caught.value.hint)
+
+
+def test_an_answer_of_a_dora_computes_its_norms_once(
+    write_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = run.train(load.load_recipe(write_recipe("method: dora\n")))
+    (answerer,) = answerers.open_models([str(adapter)]).values()
+    asked, sampling = [answerers.Asked([{"role": "user", "content": "red"}])], Sampling(4, 0.0)
+    model = answerer.bases.loaded[answerer.key]
+    layers = dora_norms.find_layers(model)
+    counted: list[object] = []
+    compute = dora_norms.FactoredDora.compute_norms
+
+    def count(self: dora_norms.FactoredDora, *given: torch.Tensor) -> torch.Tensor:
+        counted.append(self)
+        return compute(self, *given)
+
+    monkeypatch.setattr(dora_norms.FactoredDora, "compute_norms", count)
+    answer = answerer.answer(asked, sampling)
+    assert len(counted) == len(layers) == 14
+    for layer in layers:
+        layer.__class__ = DoraLinearLayer  # PEFT's own
+    assert answerer.answer(asked, sampling) == answer
