@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -37,12 +38,17 @@ class WarmCLI:
         )
 
     def run(
-        self, arguments: list[str], cwd: Path | None = None, input: str = ""
+        self,
+        arguments: list[str],
+        cwd: Path | None = None,
+        input: str = "",
+        program: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run one command to its end."""
+        """Run one command to its end: of `lora`, or of the Python file `program`."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "0").write_text(input, encoding="utf-8")
             call = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "folder": folder}
+            call |= {"program": program} if program else {}
             assert self.process.stdin is not None
             assert self.process.stdout is not None
             self.process.stdin.write(json.dumps(call) + "\n")
@@ -50,7 +56,7 @@ class WarmCLI:
             answer = self.process.stdout.readline()
             assert answer, "the warm process died"
             out, err = ((Path(folder) / name).read_text(encoding="utf-8") for name in "12")
-        command = ["lora", *arguments]
+        command = [program or "lora", *arguments]
         return subprocess.CompletedProcess(command, int(answer), out, err)
 
     def close(self) -> None:
@@ -89,8 +95,11 @@ def run_command(call: dict) -> None:
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.argv = ["lora", *call["arguments"]]
-    main()
+    sys.argv = [call.get("program", "lora"), *call["arguments"]]
+    if "program" in call:
+        runpy.run_path(call["program"], run_name="__main__")
+    else:
+        main()
 
 
 if __name__ == "__main__":

@@ -82,9 +82,21 @@ def make_reference(
     made = passages.make_passages(tokenizer, min(longest, LONGEST))
     logits = compute_logits(model, made)
     # PEFT's layers cast to their adapters' type, so those change with the base
-    rough = compute_logits(model.to(torch.bfloat16), made)
+    _round_weights(model)
+    rough = compute_logits(model, made)
     noise = passages.compare_passages(made, logits, rough).mean_kl
     return Reference(source, make_probes(tokenizer), made, logits, noise)
+
+
+def _round_weights(model: torch.nn.Module) -> None:
+    """Round what a model's files hold to bfloat16, as loading it in that type would. What it
+    computes of its configuration, such as rotary frequencies, stays as it is."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.bfloat16)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(torch.bfloat16))
 
 
 def limit_kl(type_name: str, noise: float) -> float | None:
@@ -97,11 +109,9 @@ def limit_kl(type_name: str, noise: float) -> float | None:
     tests/cli/test_architectures.py: up to 1 / 100 of bfloat16's noise where the function is the
     same, and from 1 / 3 on where rotation, scale or experts' weights are another's.
     """
-    fine, least = 4 * noise / FINER, 1e-9
-    limits = {"f32": fine, "f16": fine, "bf16": 4 * noise}
-    if type_name in limits:
-        return max(limits[type_name], least)
-    return None
+    fine, least = 4 * noise / FINER, 1e-5
+    limits = {"f32": max(fine, 1e-9), "f16": max(fine, least), "bf16": max(4 * noise, least)}
+    return limits.get(type_name)
 
 
 def limit_any_kl(type_name: str) -> float | None:

@@ -83,6 +83,8 @@ def _drop_without_experts(name: str) -> Callable[[Config], Any]:
 
 SIGMOID: dict[str, Callable[[Config], Any]] = {"scoring_func": lambda _: "sigmoid"}
 """How experts are chosen, where transformers knows one way only and does not write it."""
+ROPE_THETA = 10_000
+"""What ChatGLM multiplied by its `rope_ratio`."""
 DENSE_FIRST: dict[str, Callable[[Config], Any]] = {"first_k_dense_replace": _count_leading_dense}
 """How many layers come before the first with experts."""
 OLD_NAMES: dict[str, dict[str, Callable[[Config], Any]]] = {
@@ -96,7 +98,7 @@ OLD_NAMES: dict[str, dict[str, Callable[[Config], Any]]] = {
     "glm": {
         "seq_length": lambda config: config["max_position_embeddings"],
         "layernorm_epsilon": lambda config: config["rms_norm_eps"],
-        "rope_ratio": lambda config: config["rope_parameters"]["rope_theta"] / 10_000,
+        "rope_ratio": lambda config: config["rope_parameters"]["rope_theta"] / ROPE_THETA,
     },
     "glm4_moe_lite": DENSE_FIRST | SIGMOID,
     "glm_moe_dsa": DENSE_FIRST,
@@ -177,12 +179,22 @@ def add_old_names(config: Config) -> Config:
     family = str(config.get("model_type"))
     for name, find in OLD_NAMES.get(family, {}).items():
         if config.get(name) is None:
-            config[name] = find(config)
+            _set(config, name, find)
     for name, find in OTHER_FORMS.get(family, {}).items():
-        config[name] = find(config)
-        if config[name] is None:
-            del config[name]
+        _set(config, name, find)
     return config
+
+
+def _set(config: Config, name: str, find: Callable[[Config], Any]) -> None:
+    """Set a field to what is found, or take it away. A configuration that lacks what it is found
+    from is of an older transformers, whose fields the converter reads itself."""
+    try:
+        value = find(config)
+    except KeyError:
+        return
+    config[name] = value
+    if value is None:
+        del config[name]
 
 
 class Unpadded(Config):

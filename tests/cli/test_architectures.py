@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from lora_cli.recipe import load
 from lora_cli.train import run
 from tests import architectures
 from tests.units import same_sum
+from tests.warm import WarmCLI
 
 LOST = (".shared_expert.", "_sconv.weight_proj")
 """Tensors in Laguna and Inkling 2 whose adapters PEFT 0.21 saves and does not load: it takes their
@@ -181,6 +183,21 @@ def compare_with_peft(base: Path, adapter: Path, merged: Path) -> str:
     changed = sum(not torch.equal(given[name], before[name]) for name in given)
     assert changed
     return f"{changed} of {len(given)} tensors merged"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_converter() -> Iterator[None]:
+    """Run the converter without its imports, two seconds of three, each time."""
+    warm = WarmCLI()
+
+    def run_command(command: list[str], *_: object) -> tuple[int, list[str]]:
+        done = warm.run(command[2:], program=command[1])
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools, "run_command", run_command)
+        yield
+    warm.close()
 
 
 @pytest.mark.slow

@@ -70,6 +70,14 @@ def test_old_names_are_added_where_they_are_missing_only() -> None:
     assert run_converter.add_old_names({"model_type": "gpt2", "n_positions": 7})["n_ctx"] == 7
 
 
+@pytest.mark.parametrize("family", [*run_converter.OLD_NAMES, *run_converter.OTHER_FORMS])
+def test_an_older_configuration_is_left_to_the_converter(family: str) -> None:
+    old = {"model_type": family, "n_positions": 8, "hidden_size": 64, "num_attention_heads": 4}
+    made = run_converter.add_old_names(dict(old))
+    assert made.items() >= old.items()
+    assert run_converter.add_old_names(dict(made)) == made
+
+
 def test_layers_get_the_names_of_before() -> None:
     kinds = ["linear_attention", "full_attention"]
     granite = {"model_type": "granitemoehybrid", "layer_types": kinds}

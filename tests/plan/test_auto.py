@@ -29,7 +29,9 @@ def situation(device: Hardware, on_disk: str = "float32", dtype: str = "auto") -
 
 def test_types_follow_device_and_checkpoint() -> None:
     assert auto.choose_dtype(situation(HOPPER, "float32"))[0] == "bfloat16"
-    assert auto.choose_dtype(situation(TURING, "bfloat16"))[0] == "float32"
+    assert auto.choose_dtype(situation(TURING, "bfloat16"))[0] == "float16"
+    pascal = TURING._replace(capability=(6, 1))
+    assert auto.choose_dtype(situation(pascal, "bfloat16"))[0] == "float32"
     assert auto.choose_dtype(situation(CPU, "bfloat16"))[0] == "float32"
     assert auto.choose_dtype(situation(CPU._replace(bf16=True), "bfloat16"))[0] == "bfloat16"
     assert auto.choose_dtype(situation(CPU._replace(bf16=True), "float16"))[0] == "float32"

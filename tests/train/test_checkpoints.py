@@ -368,7 +368,7 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
                 process.send_signal(number)
         assert process.wait() == status
         saved = [int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")]
-        assert len(saved) == 2
+        assert len(saved) in (1, 2)  # one, where the second signal comes before the next step
         recipe = folder / "recipe.yaml"
         assert (
             f"stopped; from step {max(saved)} it goes on with: lora train {recipe} --resume\n"
