@@ -49,7 +49,7 @@ test: $(READY) lint $(TINY)
 
 test-slow: $(READY) $(TINY) $(REAL) build/llama-quantize/llama-quantize  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
 	$(BIN)/lora setup-llama-cpp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(if $(WITHOUT),-k "not ($(WITHOUT))")
 
 # What torch, oneDNN and MKL use of the processor is read when they start. Each time the tiny model is made anew, of another
 # seed and by those kernels: no test may hang on what one pretraining came to. The next target makes the usual one again.
