@@ -194,7 +194,13 @@ def _load_server(xlc: Any, params: Any) -> Any:
     """Start the server, without a word on stderr."""
     params.verbosity = -1
     with _silence_stderr():
-        return xlc.Server(params)
+        try:
+            return xlc.Server(params)
+        except RuntimeError as error:
+            raise LoraError(
+                f"llama.cpp cannot load {params.model.path} for {params.n_ctx} tokens: {error}",
+                "it was opened for fewer: ask for less, or free memory",
+            ) from error
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
     attention, and every tensor checked."""
     params = xlc.CommonParams()
     params.model.path = str(path)
-    params.warmup = False
+    params.warmup, params.n_gpu_layers = False, 0
     if exact:
         params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -66,16 +66,19 @@ def refuse_unopenable(path: Path, exact: bool, adapter: Path | None = None) -> N
     over it; `exact`: where it cannot compute a token with it, either."""
     import_xllamacpp()
     about = [each.stat() for each in (path, adapter) if each is not None]
+    if adapter is not None:
+        refuse_unopenable(path, exact)
     _try_once(path, exact, adapter, *[(each.st_mtime_ns, each.st_size) for each in about])
 
 
 @cache
 def _try_once(path: Path, exact: bool, adapter: Path | None, *_state: tuple[int, int]) -> None:
+    # ggml's own way of showing where it stopped is a debugger
+    plain = {"PYTHONPATH": _find_search_path(), "GGML_NO_BACKTRACE": "1", "PYTHONUTF8": "1"}
     words = [path, "exact" if exact else "fast", *([adapter] if adapter else [])]
     done = subprocess.run(
         [sys.executable, "-P", __file__, *map(str, words)],
-        # ggml's own way of showing where it stopped is a debugger
-        env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUTF8": "1"},
+        env={**os.environ, **plain},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -88,6 +91,12 @@ def _try_once(path: Path, exact: bool, adapter: Path | None, *_state: tuple[int,
         raise LoraError(f"llama.cpp cannot load {judged}: {find_reason(done.stderr, done)}", MEND)
 
 
+def _find_search_path() -> str:
+    """Return PYTHONPATH for a process that finds this package, installed or not."""
+    here = str(Path(__file__).parent.parent.parent)
+    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+
+
 def find_reason(said: str, done: subprocess.CompletedProcess[str]) -> str:
     """Find in what llama.cpp said why it failed."""
     for pattern in REASONS:
@@ -95,7 +104,8 @@ def find_reason(said: str, done: subprocess.CompletedProcess[str]) -> str:
             return found[1].strip()
     if done.returncode < 0:
         return f"its process was ended by signal {-done.returncode}"
-    return f"it ended with exit {done.returncode}"
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"it ended with exit {done.returncode}"
 
 
 def ask(address: str, key: str, route: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -266,6 +266,16 @@ def _prepare_converter(model: Path) -> None:
                 re.sub(*renamed, name): tensor for name, tensor in self.model_tensors.items()
             }
 
+    phi = importlib.import_module("conversion.phi").Phi3MiniModel
+    set_vocabulary = phi.set_vocab
+
+    @wraps(set_vocabulary)
+    def set_vocabulary_of_files(self: Any) -> None:
+        # it asks for the name of the tokenizer's class, which transformers 5 may save as another
+        has_pieces = (self.dir_model / "tokenizer.model").is_file()
+        set_vocabulary(self) if has_pieces else self._set_vocab_gpt2()
+
+    phi.set_vocab = set_vocabulary_of_files
     ModelBase.load_hparams = staticmethod(load_with_old_names)
     ModelBase.__init__ = make_with_old_names
     ModelBase.no_mtp = not has_ahead_layers(model)

@@ -251,7 +251,9 @@ class Base:
         if in_4bit:
             self._refuse_conv1d()
             device = device or devices.find_device(in_4bit=True)
-        if device is not None and device.type != "cpu":
+        # left to itself, bitsandbytes takes a GPU that is there
+        stays = in_4bit and torch.accelerator.is_available()
+        if device is not None and (device.type != "cpu" or stays):
             chosen["device_map"] = {"": device}
         return chosen
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
@@ -111,38 +111,26 @@ def load_tokenizer(
     return tokenizer
 
 
-GENERIC = "TokenizersBackend"
-"""The class that transformers reads a tokenizer with whose own it does not take for its model's."""
-
-
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, revision: str | None
 ) -> None:
-    """Save the tokenizer with its template, and what transformers 5 leaves out though llama.cpp's
-    converter reads it: the base's `tokenizer.model` with a SentencePiece vocabulary, tokens beyond
-    it in `added_tokens_decoder`, and the name that the base gives the tokenizer's class."""
+    """Save the tokenizer with its template, and the base's `tokenizer.model` where there is one:
+    llama.cpp's converter reads a SentencePiece vocabulary from it, and tokens beyond it from
+    `added_tokens_decoder`; transformers 5 writes neither."""
     tokenizer.save_pretrained(str(folder))
-    settings = files.read_json(folder / "tokenizer_config.json")
-    more: dict[str, Any] = {}
-    if settings.get("tokenizer_class") == GENERIC:
-        told = _find_file(base, "tokenizer_config.json", revision)
-        named = files.read_json(told).get("tokenizer_class") if told else None
-        more |= {"tokenizer_class": named} if named else {}
-    pieces = _find_file(base, "tokenizer.model", revision)
+    pieces = cached_file(
+        base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     if pieces is not None:
         shutil.copyfile(pieces, folder / "tokenizer.model")
-        more["added_tokens_decoder"] = {
+        settings = files.read_json(folder / "tokenizer_config.json")
+        added = {
             str(number): token.__getstate__()
             for number, token in tokenizer.added_tokens_decoder.items()
         }
-    if more:
-        files.write_json(folder / "tokenizer_config.json", settings | more)
-
-
-def _find_file(base: str, name: str, revision: str | None) -> Path | None:
-    """Find a file of a base, on this machine or the hub; None where it has none."""
-    found = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
+        files.write_json(
+            folder / "tokenizer_config.json", settings | {"added_tokens_decoder": added}
+        )
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str:

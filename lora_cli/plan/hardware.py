@@ -80,8 +80,9 @@ def detect_device(device: torch.device | None = None) -> Hardware:
     """Describe a device of this machine, by default the one that models train on."""
     device = device or devices.find_device()
     if device.type == "mps":
-        # bfloat16 since macOS 14; memory is the processor's as well
-        return Hardware("mps", "Apple's GPU", torch.mps.recommended_max_memory(), bf16=True)
+        # its memory is the processor's as well
+        bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+        return Hardware("mps", "Apple's GPU", torch.mps.recommended_max_memory(), bf16=bf16)
     if device.type != "cuda":
         native = (
             torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -47,6 +47,8 @@ class Watch(TrainerCallback):
         the scaler, which starts high and looks for the largest scale in that way."""
         self.skipped = 0
         """Steps in a row that were."""
+        self.overflowed = 0
+        """Steps of this process that were."""
         self.began = 0.0
         self.began_step = 0
         self.began_tokens = 0
@@ -106,6 +108,7 @@ class Watch(TrainerCallback):
         reason = None
         overflows = not math.isfinite(self.gradient_norm)
         self.skipped = self.skipped + 1 if overflows else 0
+        self.overflowed += overflows
         if not math.isfinite(self.loss):
             reason = f"the loss is {self.loss}"
         elif overflows and (not self.has_scaler or self.skipped > SKIPPED):
@@ -161,7 +164,17 @@ class Watch(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn of tensors without gradient: models may read a weight without calling its module."""
+        """Warn of tensors without gradient: models may read a weight without calling its module;
+        and of steps that a loss scaler skipped. NonFiniteError where it skipped all of them."""
+        steps = state.global_step - self.began_step
+        if self.has_scaler and 0 < self.overflowed == steps:
+            raise NonFiniteError(
+                f"each of the {steps} steps overflowed float16 and was skipped: nothing is trained",
+                "--set model.dtype=float32, or more steps",
+            )
+        if self.has_scaler and self.overflowed:
+            self.progress.clear()
+            ui.warn(f"{self.overflowed} of {steps} steps overflowed float16, and were skipped")
         if self.untouched:
             self.progress.clear()
             number, first = len(self.untouched), min(self.untouched)
@@ -186,7 +199,12 @@ class Watch(TrainerCallback):
             logs["train_loss"] = self.loss_sum / max(1, state.global_step)
         del state.log_history[:-1]  # it grows with the run, in memory and in every checkpoint
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            # JSON knows no infinity
+            plain = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in logs.items()
+            }
+            file.write(json.dumps({"step": state.global_step, **plain}) + "\n")
         self.lines += 1
         if "eval_loss" in logs:
             self.progress.clear()

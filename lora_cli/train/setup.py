@@ -162,6 +162,9 @@ def attach_adapter(
     else:
         adapted = _attach_new(recipe, base, network, config, inputs)
         init_weights.keep_start(recipe, adapted, run.folder)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()  # whole copies: no scaler takes them in 16 bits
     install.install(adapted, adapted.device.type)
     if (options := upstream.read_compile_options(recipe)) is not None:
         compiled = install.compile_layers(adapted, options)

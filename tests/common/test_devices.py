@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from lora_cli.common import devices
@@ -78,6 +80,22 @@ def test_every_method_s_base_is_loaded_where_it_trains(
         setup.load_recipe_base(recipe, base)
     wanted = {"": torch.device(device)} if device else None
     assert told.value.args[0] == wanted
+
+
+def test_what_is_trained_whole_is_float32_beside_a_float16_base(write_recipe) -> None:
+    # a loss scaler refuses gradients of float16
+    recipe = load.load_recipe(
+        write_recipe("model: {dtype: float16}\nlora: {modules_to_save: [lm_head]}\n")
+    )
+    base = Base.of_recipe(recipe)
+    recipe, _ = auto.settle(recipe, base.config, hardware.parse_gpu("T4"))
+    network = setup.load_recipe_base(recipe, base)
+    inputs = SimpleNamespace(tokenizer=base.load_tokenizer(), new_ids=[], parent=None)
+    inputs.train_rows = SimpleNamespace(rows=Dataset.from_list([]))
+    adapted = setup.attach_adapter(recipe, base, network, SimpleNamespace(folder=None), inputs)
+    trained = {each.dtype for each in adapted.parameters() if each.requires_grad}
+    assert trained == {torch.float32}
+    assert network.dtype == torch.float16
 
 
 def test_two_visible_gpus_are_no_other_run(

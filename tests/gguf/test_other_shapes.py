@@ -145,7 +145,8 @@ def test_what_ends_llama_cpp_is_a_message(known_tokenizer: Path, tmp_path: Path)
     [
         ("x\nsrc/llama-graph.cpp:2116: fatal error\n", -6, "llama-graph.cpp:2116: fatal error"),
         ("", -9, "its process was ended by signal 9"),
-        ("hello", 3, "it ended with exit 3"),
+        ("hello\nbad file\n", 3, "bad file"),
+        ("", 3, "it ended with exit 3"),
     ],
 )
 def test_the_reason_is_found_in_what_llama_cpp_said(said: str, code: int, reason: str) -> None:

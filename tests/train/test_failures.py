@@ -273,7 +273,9 @@ def step_with(watch: Watch, loss: float, norm: float) -> None:
     )  # fmt: skip
 
 
-def test_a_step_that_a_loss_scaler_skips_is_no_failure(tmp_path: Path) -> None:
+def test_a_step_that_a_loss_scaler_skips_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     watch = Watch(tmp_path, None, None, lambda: "")
     infinite = float("inf")
     with pytest.raises(NonFiniteError, match="a gradient is not finite"):
@@ -300,6 +302,11 @@ def test_a_step_that_a_loss_scaler_skips_is_no_failure(tmp_path: Path) -> None:
     watch.skipped = 0
     with pytest.raises(NonFiniteError, match="the loss is inf"):
         step_with(watch, infinite, 1.0)
+    watch.overflowed, watch.untouched = 2, set()
+    with pytest.raises(NonFiniteError, match="each of the 2 steps overflowed float16 and"):
+        watch.on_train_end(None, SimpleNamespace(global_step=2), None)
+    watch.on_train_end(None, SimpleNamespace(global_step=3), None)
+    assert "2 of 3 steps overflowed float16, and were skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("trainer", "packing"), [("sft", "step"), ("trainer", "false")])
