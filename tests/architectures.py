@@ -195,8 +195,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "blt": {},
 }
-"""What a family's configuration is built from, where what it derives of its defaults does not shrink."""
-"""What else a family's configuration needs to be small or to be consistent."""
+"""What a family's configuration is built from, where what it derives of its defaults does not
+shrink. OWN is what else it needs to be small, or to be consistent."""
 
 
 def shrink(config: PretrainedConfig, vocabulary: int) -> None:

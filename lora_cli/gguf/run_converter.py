@@ -260,25 +260,37 @@ def _prepare_converter(model: Path) -> None:
         if named.get("hparams"):  # some read config.json themselves
             add_old_names(named["hparams"])
         make(self, *given, **named)
-        self.hparams = Unpadded(self.hparams)
         if renamed := OLD_TENSORS.get(str(self.hparams.get("model_type"))):
             self.model_tensors = {
                 re.sub(*renamed, name): tensor for name, tensor in self.model_tensors.items()
             }
 
+    prepare = ModelBase.prepare_metadata
+
+    @wraps(prepare)
+    def prepare_unpadded(self: Any, *given: Any, **named: Any) -> None:
+        self.hparams = Unpadded(self.hparams)  # here, since some classes make theirs anew
+        prepare(self, *given, **named)
+
+    ModelBase.prepare_metadata = prepare_unpadded
+    _let_phi_look_at_files()
+    ModelBase.load_hparams = staticmethod(load_with_old_names)
+    ModelBase.__init__ = make_with_old_names
+    ModelBase.no_mtp = not has_ahead_layers(model)
+
+
+def _let_phi_look_at_files() -> None:
+    """Let Phi-3's converter see by its files which tokenizer a model has. It asks for the name of
+    the tokenizer's class, which transformers 5 may save as another."""
     phi = importlib.import_module("conversion.phi").Phi3MiniModel
     set_vocabulary = phi.set_vocab
 
     @wraps(set_vocabulary)
     def set_vocabulary_of_files(self: Any) -> None:
-        # it asks for the name of the tokenizer's class, which transformers 5 may save as another
         has_pieces = (self.dir_model / "tokenizer.model").is_file()
         set_vocabulary(self) if has_pieces else self._set_vocab_gpt2()
 
     phi.set_vocab = set_vocabulary_of_files
-    ModelBase.load_hparams = staticmethod(load_with_old_names)
-    ModelBase.__init__ = make_with_old_names
-    ModelBase.no_mtp = not has_ahead_layers(model)
 
 
 if __name__ == "__main__":

@@ -94,15 +94,24 @@ def walk_or_load(
     try:
         return walked()
     except (RuntimeError, NotImplementedError) as error:
-        needed = 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
-        if needed > psutil.virtual_memory().available / 4:
+        if not fits_memory(tensors):
             ui.warn(
                 "logits were not compared: that needs the whole model in memory "
-                f"({needed / 2**30:.0f} GiB), because "
+                f"({measure_float32(tensors) / 2**30:.0f} GiB), because "
                 f"{' '.join(str(error).split())[:100]}"
             )
             return None
     return [rows[-KEPT:] for rows in loaded()]
+
+
+def fits_memory(tensors: Tensors) -> bool:
+    """Return whether a model in float32 takes no more than a quarter of the free memory."""
+    return measure_float32(tensors) <= psutil.virtual_memory().available / 4
+
+
+def measure_float32(tensors: Tensors) -> int:
+    """Return the bytes that a model takes in float32."""
+    return 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
 
 
 def walk_unrounded(plan: Plan, base: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:

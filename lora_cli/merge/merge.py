@@ -255,7 +255,7 @@ def check_against_training(
         adapter.folder,
         trained,
         adapter.trained_dtype,
-        lambda: compute_logits(attach.load_adapter(adapter.load_base(), adapter.folder), probes),
+        lambda: _compute_rough(adapter, probes),
     )
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
@@ -264,6 +264,15 @@ def check_against_training(
         into = "original weights, as asked" if original else "dequantised weights"
         which = "they lie" if original else "the original ones would lie"
         ui.say(f"  merged into the {into}; {which} this far from what was trained: {apart}")
+
+
+def _compute_rough(adapter: Adapter, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
+    """Return logits of base with adapter in the type it was trained in; None where that would take
+    more memory than there may be, since the way to merge was to need little."""
+    stored = adapter.base.tensors
+    if stored is None or not layerwise_logits.fits_memory(stored):
+        return None
+    return compute_logits(attach.load_adapter(adapter.load_base(), adapter.folder), probes)
 
 
 def _say_replaced(

@@ -93,15 +93,15 @@ def check_trained(
     folder: Path,
     given: Sequence[torch.Tensor],
     dtype: torch.dtype,
-    compute_rough: Callable[[], Sequence[torch.Tensor]],
+    compute_rough: Callable[[], Sequence[torch.Tensor] | None],
 ) -> str | None:
     """Return whether base with adapter, whose probe logits in float32 are `given`, is still the
     function that training left behind.
 
     Where 16 bits lie further off than most models' arithmetic, this model's own is measured:
-    `compute_rough` gives its logits in training's type. Returns the distance in words, None for an
-    adapter that was saved without logits. LoraError when it is another function: the base has
-    changed, or was loaded otherwise than for training.
+    `compute_rough` gives its logits in training's type, or None where they cannot be had. Returns
+    the distance in words, None for an adapter that was saved without logits. LoraError when it is
+    another function: the base has changed, or was loaded otherwise than for training.
     """
     difference = measure_trained(folder, given)
     if difference is None:
@@ -109,8 +109,9 @@ def check_trained(
     # one wrong row of a vocabulary hides in the mean; in float32 no logit may be far off
     far = dtype == torch.float32 and not difference.max_abs <= FAR * difference.spread
     kept, said = difference.mean_kl <= TRAINED_KL[dtype], str(difference)
-    if not kept and dtype != torch.float32:
-        last = [[rows[-1:] for rows in each] for each in (given, compute_rough())]
+    rough = None if kept or dtype == torch.float32 else compute_rough()
+    if rough is not None:
+        last = [[rows[-1:] for rows in each] for each in (given, rough)]
         noise = compare_logits(*last).mean_kl
         kept = difference.mean_kl <= ARITHMETIC * noise
         said += f" (what its arithmetic comes to here: mean KL {noise:.2e})"

@@ -132,13 +132,11 @@ def choose_dtype(given: Situation) -> Chosen:
         if given.device.bf16:
             return "bfloat16", "this GPU computes it natively"
         if given.device.capability >= (7, 0):
-            return (
-                "float16",
-                "this GPU has no native bfloat16, but float16",
-            )
+            return "float16", "this GPU has no native bfloat16, but float16"
         return "float32", "this GPU computes neither bfloat16 nor float16 faster"
     if on_disk == "bfloat16" and given.device.bf16:
-        return "bfloat16", "the checkpoint's type, which this CPU computes natively"
+        here = "CPU" if given.device.kind == "cpu" else "GPU"
+        return "bfloat16", f"the checkpoint's type, which this {here} computes natively"
     return "float32", f"without CUDA the safe choice for a {on_disk} checkpoint"
 
 

@@ -120,6 +120,8 @@ class Watch(TrainerCallback):
         if reason:
             step = state.global_step + 1
             lower = f"--set training.learning_rate={args.learning_rate / 10:g}"
+            if args.fp16:
+                lower = f"--set model.dtype=float32, since some models overflow float16; {lower}"
             raise NonFiniteError(
                 f"stopped at step {step}: {reason}{self.where()}; nothing was saved from this step",
                 f"{lower}, or look at the data and the base's weights",

@@ -30,7 +30,7 @@ CASES = {
     "lora, stock head": {"method": "lora", "training": {"loss_head": "stock"}},
     "dora": {"method": "dora"},
     "dora, dropout": {"method": "dora", "lora": {"lora_dropout": 0.05}},
-    "rslora, embeddings": {
+    "q_proj and embeddings": {
         "method": "lora",
         "lora": {"target_modules": ["q_proj", "embed_tokens"]},
     },

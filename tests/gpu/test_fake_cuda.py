@@ -26,7 +26,7 @@ KERNELS = {
     "lora, stock head": (210, 232),
     "dora": (458, 402),
     "dora, dropout": (486, 424),
-    "rslora, embeddings": (168, 169),
+    "q_proj and embeddings": (168, 169),
 }
 """Of two layers, the head and the loss: forward, and backward. Fewer are welcome, and to be written
 here."""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common import provenance
 from lora_cli.common.errors import LoraError, RejectedError
-from lora_cli.merge import in_memory
+from lora_cli.merge import in_memory, layerwise_logits
 from lora_cli.merge.merge import merge
 from lora_cli.models import adapter_folder
 from lora_cli.models.probes import TRAINED, compute_logits, make_probes
@@ -235,7 +235,11 @@ def test_a_base_that_has_changed_since_training_is_refused(
 
 
 def test_a_model_whose_own_arithmetic_is_rough_is_still_told_from_another(
-    write_recipe, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    write_recipe,
+    tiny: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # large weights: bfloat16 moves the logits by some ten times TRAINED_KL
     base = architectures.make_folder(
@@ -253,6 +257,11 @@ def test_a_model_whose_own_arithmetic_is_rough_is_still_told_from_another(
     (adapter / provenance.ARTEFACT_RECORD).write_text(json.dumps(kept))
     with pytest.raises(LoraError, match="is not the model that was trained: .*its arithmetic"):
         merge(adapter, tmp_path / "other")
+    # nothing is loaded whole where there may not be room for it
+    monkeypatch.setattr(layerwise_logits, "fits_memory", lambda _: False)
+    with pytest.raises(LoraError, match="is not the model that was trained: largest") as refused:
+        merge(adapter, tmp_path / "other")
+    assert "its arithmetic" not in refused.value.message
 
 
 def test_a_base_whose_weights_do_not_fit_its_config_is_refused(

@@ -268,7 +268,7 @@ def step_with(watch: Watch, loss: float, norm: float) -> None:
     """Let a watch see a step of this loss and gradient."""
     watch.step_loss, watch.gradient_norm = loss, norm
     watch.on_pre_optimizer_step(
-        SimpleNamespace(learning_rate=1e-3), SimpleNamespace(global_step=0), None,
+        SimpleNamespace(learning_rate=1e-3, fp16=True), SimpleNamespace(global_step=0), None,
         model=torch.nn.Linear(1, 1),
     )  # fmt: skip
 
@@ -300,8 +300,9 @@ def test_a_step_that_a_loss_scaler_skips_is_no_failure(
         for _ in range(30):
             step_with(watch, 1.0, infinite)
     watch.skipped = 0
-    with pytest.raises(NonFiniteError, match="the loss is inf"):
+    with pytest.raises(NonFiniteError, match="the loss is inf") as stopped:
         step_with(watch, infinite, 1.0)
+    assert "--set model.dtype=float32, since some models overflow float16" in stopped.value.hint
     watch.overflowed, watch.untouched = 2, set()
     with pytest.raises(NonFiniteError, match="each of the 2 steps overflowed float16 and"):
         watch.on_train_end(None, SimpleNamespace(global_step=2), None)
