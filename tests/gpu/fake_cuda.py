@@ -10,6 +10,7 @@ kernels' own memory, speed, and whether a kernel exists, but for those whose nam
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib.util
 import json
 import os
@@ -252,6 +253,7 @@ def compute_loss(adapted: nn.Module) -> torch.Tensor:
 
 def main() -> None:
     """Print what each named case does, or all of them."""
+    faulthandler.enable()
     torch.nn.functional.scaled_dot_product_attention = attend_on_cuda
     base, *names = sys.argv[1:]
     moved_last = "MOVED_LAST" in os.environ
@@ -262,6 +264,9 @@ def main() -> None:
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = {"breaks": f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"}
         print(json.dumps({"case": name} | found), file=sys.__stdout__, flush=True)
+    # autograd's thread of a device, which CPU builds never start, may want Python after it has ended,
+    # and is then aborted with the program
+    os._exit(0)
 
 
 if __name__ == "__main__":
