@@ -439,7 +439,7 @@ class Rehearsal:
         where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
         rows = hidden.flatten(0, 1)[where]
         head = self.base.get_output_embeddings()
-        total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base))
+        total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base), self.kind)
         return total / len(where)
 
 

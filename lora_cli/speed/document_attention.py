@@ -1,22 +1,32 @@
 """Let each document of a packed sequence attend by itself.
 
-On a CPU, torch's attention does not know documents: a mask keeps them apart, and the work is that
-of one long text, quadratic in the sequence's length. Here each document goes through it alone,
-causal and without a mask, which is the same function for the work of the documents. On CUDA, flash
-attention does so itself, given `position_ids`.
+torch's attention does not know documents: a mask keeps them apart, and the work is that of one long
+text, quadratic in the sequence's length. On a CPU each document goes through it alone here, causal
+and without a mask, which is the same function for the work of the documents. On CUDA one kernel of
+torch's takes them all, where they begin in one tensor: that of flash attention for texts of various
+lengths. Flash attention from its own package takes the same.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_by_document"
+VARLEN = "varlen"
+TAKE_BOUNDS = (VARLEN, "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Names of attention that is given where documents begin."""
+OTHER = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments of attention that is more than a product, a softmax and a product."""
+DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""A configuration's fields for dropout in attention."""
 # Tokens up to which the backward pass is faster in float32 than in bfloat16, which torch's kernel
 # keeps converting (5 heads of 64, one thread: 0.17 against 0.54 ms at 32 tokens, 0.87 against 2.2
 # at 126, 2.4 against 3.1 at 256)
@@ -104,9 +114,14 @@ def _find_documents(
     begins = (positions[0].diff() != 1).nonzero()[:, 0] + 1
     cuts = [0, *begins.tolist(), positions.shape[1]]
     lengths = [end - start for start, end in zip(cuts, cuts[1:])]
-    limits = [getattr(module.config, name, None) for name in REACHES]
-    reach = min((limit for limit in limits if limit), default=max(lengths))
+    reach = _find_reach(module.config, max(lengths))
     return lengths if len(lengths) > 1 and max(lengths) <= reach else None
+
+
+def _find_reach(config: Any, length: int) -> int:
+    """Return how far attention reaches that may be limited, in tokens; `length` where it is not."""
+    limits = [getattr(config, name, None) for name in REACHES]
+    return min((limit for limit in limits if limit), default=length)
 
 
 # Fields of a model's configuration that limit how far its attention reaches: a document within the
@@ -114,12 +129,97 @@ def _find_documents(
 REACHES = ("sliding_window", "attention_chunk_size", "local_attention")
 
 
-def install(model: PreTrainedModel) -> bool:
-    """Let a model on a CPU that uses sdpa attend by document; return whether it does."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+def attend_in_one_kernel(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return what transformers' sdpa returns for (1, heads, tokens, width), from one kernel that is
+    told where documents begin (`describe_documents`).
+
+    Without that the tokens are one document. Raise ValueError for attention that is more.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None:
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+    given = [name for name in OTHER if kwargs.get(name) is not None]
+    if given or kwargs.get("dropout") or kwargs.get("is_causal") is False:
+        raise ValueError(f"attention with {', '.join(given) or 'dropout or without an order'}")
+    options: dict[str, Any] = {"scale": kwargs.get("scaling")} | CAUSAL
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in TAKEN:
+            options["enable_gqa"] = True
+        else:
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    longest = kwargs["max_length_q"]
+    rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
+    made = varlen_attn(*rows, bounds, bounds, longest, longest, **options)
+    return made[None], None
+
+
+TAKEN = inspect.signature(varlen_attn).parameters
+CAUSAL = {"window_size": (-1, 0)} if "window_size" in TAKEN else {"is_causal": True}
+
+
+def describe_documents(bounds: Tensor, longest: int) -> dict[str, Any]:
+    """Return what attention that takes bounds is given of a sequence: where its documents begin,
+    and the end (int32), and the longest one's length."""
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def takes_bounds(model: PreTrainedModel) -> bool:
+    """Return whether a model's attention is to be told where documents begin."""
+    return model.config._attn_implementation in TAKE_BOUNDS
+
+
+def install(model: PreTrainedModel, longest: int | None = None) -> bool:
+    """Let a model that uses sdpa attend by document; return whether it does.
+
+    On CUDA only where all it will see are packed sequences (`step_packing`) of documents of up to
+    `longest` tokens: no mask is made.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return False
+    if model.device.type == "cuda" and longest is not None and _suits_kernel(model, longest):
+        use_kernel(model)
+        return True
+    if model.device.type != "cpu":
         return False
     # compiled, it would be compiled again for each set of lengths
     AttentionInterface.register(NAME, torch.compiler.disable(attend_by_document))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True
+
+
+def use_kernel(model: PreTrainedModel) -> None:
+    """Let a model attend through `attend_in_one_kernel`; no mask is made then."""
+    AttentionInterface.register(VARLEN, attend_in_one_kernel)
+    model.set_attn_implementation(VARLEN)
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Undo `install`."""
+    model.set_attn_implementation("sdpa")
+
+
+def _suits_kernel(model: PreTrainedModel, longest: int) -> bool:
+    """Return whether flash attention's kernel may do for a model on CUDA, to be tried."""
+    config = model.config.get_text_config()
+    if model.dtype not in (torch.bfloat16, torch.float16) or _read_capability(model) < (8, 0):
+        return False
+    if any(getattr(config, name, None) for name in DROPOUT):
+        return False
+    return _find_reach(config, longest) >= longest
+
+
+def _read_capability(model: PreTrainedModel) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(model.device)

@@ -5,8 +5,9 @@ PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensor
 output, which a CPU writes and reads one after the other, and DoRA and dropout add their own. Here
 one product is added to the other, in the backward pass too, and f and b take one more pass. Kept
 for the gradients are x, A x̃, where dropout put zeros, and for DoRA what f multiplies.
-docs/benchmarks.md has what that gains on a CPU; on a GPU nothing was measured. PEFT computes what a
-layer has beyond that: several adapters, DoRA with dropout, types that differ.
+docs/benchmarks.md has what that gains on a CPU; for a GPU tests/gpu counts the kernels, and nothing
+was timed. PEFT computes what a layer has beyond that: several adapters, DoRA with dropout, types
+that differ.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes import nn as bnb
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from peft import PeftModel
@@ -28,8 +30,8 @@ from lora_cli.models import attach
 from lora_cli.speed import dora_norms
 from lora_cli.speed.cpu import columns, dropout
 
-ONE_PASS = ("cpu",)
-"""Kinds of device on which `speed.cpu` does in one pass what takes torch several."""
+SUMMED = 1 << 26
+"""How many products are in float32 at a time before they are summed, where torch makes them."""
 
 
 class Frozen(NamedTuple):
@@ -47,6 +49,13 @@ class Frozen(NamedTuple):
         if self.state is None:
             return transpose(self.weight, self.turned)
         return dequantize_4bit(self.weight, self.state).to(self.dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return W x + b for x (… × in), of its type. Of a 4-bit weight, bitsandbytes chooses
+        whether it is dequantised first."""
+        if self.state is None:
+            return functional.linear(x, self.read_matrix(), bias)
+        return matmul_4bit(x, self.weight, self.state, bias=bias)
 
 
 class _Adapted(torch.autograd.Function):
@@ -68,73 +77,82 @@ class _Adapted(torch.autograd.Function):
         norms: dora_norms.FactoredDora | None,
         scaling: float,
         p: float,
+        one_pass: bool,
     ) -> Tensor:
         kind = base.dtype
-        weight = base.read_matrix()
         scale = scaling / (1 - p)
         seen = x.to(kind)
         first = lora_A.to(kind)
         second = (lora_B * scale).to(kind)
-        dropped = _draw_dropped(x, p)
+        dropped = _draw_dropped(x, p, one_pass)
         # inside the call, so that what is left of x is freed before the output is made
         low = functional.linear(_drop(seen, dropped), first)
         shift = None if bias is None else bias.float()
         added_here = None if shift is None or norms is not None else shift.to(kind)
-        made = functional.linear(low, second, added_here)
-        made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
+        if one_pass:
+            weight = base.read_matrix()
+            made = functional.linear(low, second, added_here)
+            made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
+        else:
+            made = base.multiply(seen, added_here)
+            made.flatten(0, -2).addmm_(low.flatten(0, -2), second.T)
         # models add to what they get and clip it in place: it must not be a view, or kept
         given = made
         kept: tuple[Tensor | None, ...] = (None, None, None)
         if norms is not None:
-            found = norms.get_norms(lambda: weight, lora_A, lora_B, scaling)
+            read = (lambda: weight) if one_pass else base.read_matrix
+            found = norms.get_norms(read, lora_A, lora_B, scaling)
             factor = norms.weight.float() / found
-            given = _scale_columns(made, factor, shift)
+            given = _scale_columns(made, factor, shift, one_pass)
             kept = (factor, found, made)
         ctx.save_for_backward(seen, low, first, second, dropped, *kept)
-        ctx.given = x.dtype, lora_A.dtype, base, scale
+        ctx.given = x.dtype, lora_A.dtype, base, scale, one_pass
         return given
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         seen, low, first, second, dropped, factor, found, made = ctx.saved_tensors
-        dtype, kind, base, scale = ctx.given
+        dtype, kind, base, scale, one_pass = ctx.given
         gradient = above[0].flatten(0, -2)
         rows = seen.flatten(0, -2)
         by_x = by_bias = by_magnitude = None
         if ctx.needs_input_grad[3]:
             by_bias = gradient.sum(0, dtype=torch.float32).to(kind)
         if factor is not None:
-            by_magnitude = _sum_products(gradient, made) / found
-            gradient = _scale_columns(gradient, factor)
+            by_magnitude = _sum_products(gradient, made.flatten(0, -2), one_pass) / found
+            gradient = _scale_columns(gradient, factor, None, one_pass)
         by_low = gradient @ second
         if ctx.needs_input_grad[0]:
             by_x = _drop(by_low @ first, dropped)
             by_x = by_x.addmm_(gradient, base.read_matrix()).to(dtype).view_as(seen)
         by_A = (by_low.T @ _drop(rows, dropped)).to(kind)
         by_B = (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
-        return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None
+        return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None, None
 
 
-def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
+def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None, one_pass: bool) -> Tensor:
     """Return f x + b of x's type, for x (… × out), f and b (out, float32)."""
-    if x.device.type in ONE_PASS:
+    if one_pass:
         return columns.scale_columns(x, factor, shift)
     made = torch.mul(x, factor, out=torch.empty_like(x))
     return made if shift is None else made.add_(shift)
 
 
-def _sum_products(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the sum of g x over the rows (out, float32), for g and x (… × out): what f learns."""
-    if x.device.type in ONE_PASS:
+def _sum_products(gradient: Tensor, x: Tensor, one_pass: bool) -> Tensor:
+    """Return the sum of g x over the rows (out, float32), for g, x (rows × out): what f learns."""
+    if one_pass:
         return columns.sum_products(gradient, x)
-    return (gradient.flatten(0, -2).float() * x.flatten(0, -2)).sum(0)
+    rows = max(1, SUMMED // x.shape[-1])
+    parts = zip(gradient.split(rows), x.split(rows))
+    sums = [(some.float() * others).sum(0) for some, others in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-def _draw_dropped(x: Tensor, p: float) -> Tensor | None:
+def _draw_dropped(x: Tensor, p: float, one_pass: bool) -> Tensor | None:
     """Draw which elements of x are dropped: their positions on a CPU, else a mask as large as x."""
     if not p:
         return None
-    if x.device.type in ONE_PASS:
+    if one_pass:
         return dropout.draw_positions(x.numel(), p)
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
 
@@ -151,6 +169,9 @@ def _drop(x: Tensor, dropped: Tensor | None) -> Tensor:
 class _Fused:
     """The forward pass of an adapted layer; PEFT's own where the layer is more than this
     operation."""
+
+    one_pass: bool
+    """Whether `speed.cpu` does in one pass what takes torch several: on a CPU."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (… × out) for x (… × in), as PEFT's does."""
@@ -169,7 +190,8 @@ class _Fused:
         second = self.lora_B[name].weight
         bias = self.get_base_layer().bias
         magnitude = None if norms is None else norms.weight
-        return _Adapted.apply(x, first, second, bias, magnitude, base, norms, self.scaling[name], p)
+        scaling, one_pass = self.scaling[name], self.one_pass
+        return _Adapted.apply(x, first, second, bias, magnitude, base, norms, scaling, p, one_pass)
 
 
 class FusedLinear(_Fused, Linear):
@@ -200,12 +222,14 @@ def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
     return Frozen(base.weight, kind, layer.fan_in_fan_out, state)
 
 
-def install(adapted: PeftModel) -> int:
-    """Let LoRA and DoRA on linear layers of a model use it; return how many layers do."""
+def install(adapted: PeftModel, device: str) -> int:
+    """Let LoRA and DoRA on linear layers of a model that trains on `device`, as torch names its
+    kind, use it; return how many layers do."""
     installed = 0
     for layer in attach.find_lora_layers(adapted).values():
         if type(layer) in (Linear, Linear4bit) and _is_suitable(layer):
             layer.__class__ = FusedLinear if type(layer) is Linear else Fused4bit
+            layer.one_pass = device == "cpu"
             installed += 1
     return installed
 

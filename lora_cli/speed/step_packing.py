@@ -21,8 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.models import IGNORED, num_layers
+from lora_cli.speed import document_attention, loss_head
+from lora_cli.speed.loss_head import LABELLED
 
 CUTS = "cuts"
+"""Where each sequence of a step begins, and the end of the last."""
+BOUNDS = "bounds"
+"""Where each document of a sequence begins, and the end of the last (int32)."""
+LONGEST = "longest"
+"""The length of each sequence's longest document."""
+BY_TOKEN = ("input_ids", "labels", "position_ids")
 SEQUENCE = 1024
 """The longest sequence that rows are joined to, in tokens: longer ones spend more on attention than
 on the rest."""
@@ -41,7 +49,10 @@ class StepCollator(NamedTuple):
     """Joins rows with `input_ids` and `labels` into sequences of at most `length` tokens.
 
     A longer row has one to itself. The sequences stand one after another in tensors of shape (1,
-    tokens); `cuts` holds where each begins, and the end.
+    tokens); `cuts` holds where each begins, and the end. What their labels and documents are is
+    found here, where the numbers are at hand: `labelled` and `bounds` stand one after another as
+    well, each with its own cuts, and `longest` holds the length of each sequence's longest
+    document.
     """
 
     length: int
@@ -50,19 +61,36 @@ class StepCollator(NamedTuple):
         bins = fit_bins([len(row["input_ids"]) for row in rows], self.length)
         ordered = [rows[place] for places in bins for place in places]
         ids = [torch.as_tensor(row["input_ids"]) for row in ordered]
-        labels = [torch.as_tensor(row["labels"]).clone() for row in ordered]
-        for own in labels:
-            own[0] = IGNORED  # no token of its own row stands before it that could predict it
+        own = [torch.as_tensor(row["labels"]).clone() for row in ordered]
+        for each in own:
+            each[0] = IGNORED  # no token of its own row stands before it that could predict it
         made = {
             "input_ids": ids,
-            "labels": labels,
+            "labels": own,
             "position_ids": [torch.arange(len(row)) for row in ids],
         }
-        sizes = [sum(len(rows[place]["input_ids"]) for place in places) for places in bins]
         joined: dict[str, Any] = {
             name: torch.cat(parts).long()[None] for name, parts in made.items()
         }
-        return joined | {CUTS: list(accumulate(sizes, initial=0))}
+        lengths = [[len(rows[place]["input_ids"]) for place in places] for places in bins]
+        cuts = list(accumulate(map(sum, lengths), initial=0))
+        labels = joined["labels"]
+        labelled = [loss_head.find_labelled(labels[:, start:end]) for start, end in pairwise(cuts)]
+        bounds = [
+            torch.tensor(list(accumulate(each, initial=0)), dtype=torch.int32) for each in lengths
+        ]
+        joined |= {CUTS: cuts, LONGEST: [max(each) for each in lengths]}
+        return joined | _join(LABELLED, labelled) | _join(BOUNDS, bounds)
+
+
+def _join(name: str, parts: list[Tensor]) -> dict[str, Any]:
+    """Return tensors one after another, so that one copy takes them to the device, and their
+    cuts."""
+    return {name: torch.cat(parts), _name_cuts(name): list(accumulate(map(len, parts), initial=0))}
+
+
+def _name_cuts(name: str) -> str:
+    return f"{name}_{CUTS}"
 
 
 def fit_bins(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -81,14 +109,31 @@ def fit_bins(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def split_sequences(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
+def split_sequences(
+    inputs: dict[str, Any], labelled: bool = False, documents: bool = False
+) -> list[dict[str, Any]]:
     """Return the sequences of a step that `StepCollator` made, each with tensors of shape (1,
-    tokens)."""
-    cuts = inputs[CUTS]
-    return [
-        {name: tensor[:, start:end] for name, tensor in inputs.items() if name != CUTS}
-        for start, end in pairwise(cuts)
+    tokens).
+
+    With `labelled` each names the places of its labels, as `loss_head` takes them; with `documents`
+    the bounds of its documents, as attention that knows documents does.
+    """
+    sequences = [
+        {name: inputs[name][:, start:end] for name in BY_TOKEN}
+        for start, end in pairwise(inputs[CUTS])
     ]
+    if labelled:
+        for sequence, places in zip(sequences, _split(inputs, LABELLED)):
+            sequence[LABELLED] = places
+    if documents:
+        for sequence, bounds, longest in zip(sequences, _split(inputs, BOUNDS), inputs[LONGEST]):
+            sequence |= document_attention.describe_documents(bounds, longest)
+    return sequences
+
+
+def _split(inputs: dict[str, Any], name: str) -> list[Tensor]:
+    """Return the tensors that `_join` put one after another."""
+    return [inputs[name][start:end] for start, end in pairwise(inputs[_name_cuts(name)])]
 
 
 def find_unsuitable(model: PreTrainedModel) -> str | None:
@@ -103,7 +148,11 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
     ids = torch.arange(24, device=model.device) * 37 % size
     ends = (0, 7, 18, 24)
     counted = torch.cat([torch.arange(end - start) for start, end in pairwise(ends)])
-    positions = counted.to(model.device)[None]
+    packed = {"position_ids": counted.to(model.device)[None], "use_cache": False}
+    if document_attention.takes_bounds(model):
+        bounds = torch.tensor(ends, dtype=torch.int32, device=model.device)
+        longest = max(end - start for start, end in pairwise(ends))
+        packed |= document_attention.describe_documents(bounds, longest)
     in_first = torch.arange(24, device=model.device) < ends[1]
     changed = torch.where(in_first, (ids + 11) % size, ids)
     training = model.training
@@ -114,8 +163,7 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
             for start, end in pairwise(ends)
         ]
         first, other = (
-            model(input_ids=some[None], position_ids=positions, use_cache=False).logits[0].float()
-            for some in (ids, changed)
+            model(input_ids=some[None], **packed).logits[0].float() for some in (ids, changed)
         )
     limited = _takes_no_longer(model)
     model.train(training)

@@ -122,8 +122,7 @@ def _load_adapted(
     """Return the base with the adapter that is to be trained, and the recipe as that base allows
     it."""
     network = setup.load_recipe_base(recipe, base)
-    setup.set_attention(recipe, network, run)
-    recipe = setup.settle_packing(recipe, network)
+    recipe = setup.settle_packing(recipe, network, run)
     return recipe, setup.attach_adapter(recipe, base, network, run, inputs)
 
 

@@ -121,11 +121,46 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     return network
 
 
-def set_attention(recipe: Recipe, base: PreTrainedModel, run: Run) -> None:
-    """Install attention by document if the recipe leaves it open and the base's own lacks it."""
-    if recipe.model.attn_implementation:
-        return
-    apart = document_attention.install(base)
+def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
+    """Install attention by document if the recipe leaves it open and the base's own lacks it, and
+    try on the base that rows of a sequence do not see each other.
+
+    Return the recipe, with padded batches for a base in which they do; and with sequences no longer
+    than on a CPU where the attention that long ones want did not do.
+    """
+    packed = recipe.training.packing == "step"
+    longest = recipe.training.max_length if packed else None
+    apart = not recipe.model.attn_implementation and document_attention.install(base, longest)
+    why = _try_packing(base, apart) if packed else None
+    if why and apart:
+        document_attention.remove(base)
+        apart, without = False, _try_packing(base, False)
+        if without is None:
+            ui.say(f"  attention by document is left out: {why}")
+        why = without
+    if not recipe.model.attn_implementation:
+        _say_attention(base, run, apart)
+    if why is None:
+        return recipe
+    ui.say(f"  training.packing = false: {why}")
+    return recipe.replace(recipe.trainer, {"training": {"packing": False}})
+
+
+def _try_packing(base: PreTrainedModel, apart: bool) -> str | None:
+    """Return why rows of a step cannot share sequences in a base; None if they can.
+
+    An attention of lora's own (`apart`) may be none for this base: what it raises is a reason.
+    """
+    try:
+        return step_packing.find_unsuitable(base)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        if not apart:
+            raise
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _say_attention(base: PreTrainedModel, run: Run, apart: bool) -> None:
+    """Say, and record, by which attention the base trains."""
     reason = (
         "each document of a sequence by itself, the same for less time"
         if apart
@@ -134,16 +169,6 @@ def set_attention(recipe: Recipe, base: PreTrainedModel, run: Run) -> None:
     choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
     run.replace_choice(choice)
     ui.say(f"  {choice}")
-
-
-def settle_packing(recipe: Recipe, base: PreTrainedModel) -> Recipe:
-    """Return the recipe, with padded batches for a base in which rows of a sequence see each
-    other."""
-    why = step_packing.find_unsuitable(base) if recipe.training.packing == "step" else None
-    if why is None:
-        return recipe
-    ui.say(f"  training.packing = false: {why}")
-    return recipe.replace(recipe.trainer, {"training": {"packing": False}})
 
 
 def attach_adapter(

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from lora_cli.common import LoraError, ui
 from lora_cli.models import IGNORED, attach
-from lora_cli.speed import dora_norms, loss_head, step_packing
+from lora_cli.speed import document_attention, dora_norms, loss_head, step_packing
 from lora_cli.train import checkpoints, random_state
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import Watch
@@ -34,6 +34,10 @@ class Watched(Resumable):
 
     own_loss = False
     """Whether the model computes its loss itself, past TRL's head."""
+    has_loss_head = False
+    """Whether that loss is lora's own, which takes the places of the labels."""
+    takes_bounds = False
+    """Whether the model's attention takes the bounds of documents."""
     eval_loss = 0.0
     """Summed over the trained tokens of the evaluation so far."""
     eval_tokens = 0
@@ -42,6 +46,7 @@ class Watched(Resumable):
         super().__init__(options, **given)
         if not (options.own_loss_head and self._install_loss_head()):
             self._settle_stock_loss()
+        self.takes_bounds = document_attention.takes_bounds(self.model)
         self.watch = Watch(
             Path(self.args.output_dir), options.work, options.loss_limit, self.describe_step
         )
@@ -58,7 +63,9 @@ class Watched(Resumable):
         if other:
             ui.say(f"  training.loss_head = stock: {other}")
             return False
-        self.own_loss = True
+        self.own_loss = self.has_loss_head = True
+        if not isinstance(self.data_collator, step_packing.StepCollator):
+            self.data_collator = loss_head.LabelCollator(self.data_collator)
         self.model_accepts_loss_kwargs = True
         return True
 
@@ -148,7 +155,7 @@ class Watched(Resumable):
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
-        parts = _split_parts(inputs)
+        parts = self._split_parts(inputs)
         with dora_norms.keep_norms(self.options.dora_layers):
             for number, part in enumerate(parts, 1):
                 with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
@@ -165,7 +172,7 @@ class Watched(Resumable):
             super()._track_num_input_tokens(inputs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        for part in _split_parts(inputs):
+        for part in self._split_parts(inputs):
             tokens = int((part["labels"][..., 1:] != IGNORED).sum())
             loss, *others = super().prediction_step(model, part, *args, **kwargs)
             if tokens:
@@ -186,7 +193,8 @@ class Watched(Resumable):
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))
         return output
 
-
-def _split_parts(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the sequences of a step that is packed by `step`, or the batch as it is."""
-    return step_packing.split_sequences(inputs) if step_packing.CUTS in inputs else [inputs]
+    def _split_parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the sequences of a step that is packed by `step`, or the batch as it is."""
+        if step_packing.CUTS not in inputs:
+            return [inputs]
+        return step_packing.split_sequences(inputs, self.has_loss_head, self.takes_bounds)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         model: PeftModel
         processing_class: Any
         train_dataset: Any
+        data_collator: Any
         optimizer: torch.optim.Optimizer
         accelerator: Accelerator
         state: TrainerState

@@ -18,26 +18,55 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-CASES = {
+PADDED = {"training": {"packing": False}}
+ADAPTED = {"target_modules": ["q_proj", "embed_tokens"]}
+STEPS = {
     "lora": {"method": "lora"},
     "lora, dropout": {"method": "lora", "lora": {"lora_dropout": 0.05}},
     "lora, checkpointing": {"method": "lora", "training": {"gradient_checkpointing": True}},
     "lora, float16": {"method": "lora", "model": {"dtype": "float16"}},
     "lora, float32": {"method": "lora", "model": {"dtype": "float32"}},
     "lora, stock head": {"method": "lora", "training": {"loss_head": "stock"}},
+    "lora, sdpa": {"method": "lora", "model": {"attn_implementation": "sdpa"}},
+    "lora, padded": {"method": "lora"} | PADDED,
     "dora": {"method": "dora"},
     "dora, dropout": {"method": "dora", "lora": {"lora_dropout": 0.05}},
-    "q_proj and embeddings": {
-        "method": "lora",
-        "lora": {"target_modules": ["q_proj", "embed_tokens"]},
-    },
+    "dora, float16": {"method": "dora", "model": {"dtype": "float16"}},
+    "dora, checkpointing": {"method": "dora", "training": {"gradient_checkpointing": True}},
+    "qlora": {"method": "qlora"},
+    "qlora, dropout": {"method": "qlora", "lora": {"lora_dropout": 0.05}},
+    "qlora, float16": {"method": "qlora", "model": {"dtype": "float16"}},
+    "qlora, checkpointing": {"method": "qlora", "training": {"gradient_checkpointing": True}},
+    "qdora": {"method": "qdora"},
+    "qdora, dropout": {"method": "qdora", "lora": {"lora_dropout": 0.05}},
+    "qdora, float16": {"method": "qdora", "model": {"dtype": "float16"}},
+    "qdora, checkpointing": {"method": "qdora", "training": {"gradient_checkpointing": True}},
+    "q_proj and embeddings": {"method": "lora", "lora": ADAPTED},
 }
-"""Recipes by name."""
-TOKENS = 256
+"""Recipes by name: a step of the network alone."""
+TRAINED = {
+    "sft": {"trainer": "sft"},
+    "sft, padded": {"trainer": "sft"} | PADDED,
+    "sft, data set packed": {"trainer": "sft", "training": {"packing": "dataset"}},
+    "sft, stock head": {"trainer": "sft", "training": {"loss_head": "stock"}},
+    "trainer": {"trainer": "trainer"},
+    "trainer, padded": {"trainer": "trainer"} | PADDED,
+    "trainer, adapted head": {"lora": {"target_modules": ["q_proj", "lm_head"]}},
+    "sft, qdora": {"method": "qdora"},
+}
+"""Recipes by name: two micro-batches and an optimiser step of the run's own trainer."""
+ANSWERED = {"generate, lora": {"method": "lora"}, "generate, dora": {"method": "dora"}}
+"""Recipes by name: an answer of their adapter's."""
+CASES = {**STEPS, **TRAINED, **ANSWERED}
+LENGTHS = (100, 28, 60, 68)
+"""Of the rows of a step, whose second half has labels."""
 
 
 def load_hooks() -> None:
@@ -61,17 +90,32 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch  # noqa: E402
 import torch.cuda.amp.common  # noqa: E402
+from bitsandbytes.nn import Linear4bit  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import PeftModel  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as Padded  # noqa: E402
 
 from lora_cli.common import devices  # noqa: E402
+from lora_cli.common.files import scratch_folder  # noqa: E402
+from lora_cli.evaluate import answerers  # noqa: E402
 from lora_cli.models import Base, attach, targets  # noqa: E402
-from lora_cli.plan import auto, hardware  # noqa: E402
-from lora_cli.recipe import Recipe  # noqa: E402
-from lora_cli.speed import document_attention, install, loss_head  # noqa: E402
-from lora_cli.train import setup  # noqa: E402
+from lora_cli.plan import auto, hardware, rehearsal  # noqa: E402
+from lora_cli.recipe import Recipe, upstream  # noqa: E402
+from lora_cli.speed import (  # noqa: E402
+    document_attention,
+    dora_norms,
+    fused_layer,
+    install,
+    loss_head,
+    step_packing,
+)
+from lora_cli.train import setup, trial  # noqa: E402
+from lora_cli.train.objectives import find_trainer  # noqa: E402
 
 aten = torch.ops.aten
 ON_CUDA = torch.library.Library("aten", "IMPL")
@@ -80,6 +124,7 @@ ON_CUDA.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
 # autocast asks the driver whether it is there
 torch.cuda.is_bf16_supported = lambda *given, **options: True
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+torch.cuda.get_device_capability = lambda *given: (9, 0)
 devices.find_device = lambda *given, **options: torch.device("cpu")  # where real weights are read
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 H100 = hardware.Hardware("cuda", "H100", 80 << 30, (9, 0), bf16=True)
@@ -137,12 +182,14 @@ class Seen(TorchDispatchMode):
                 self.waits[f"{name} by a mask at {find_place()}"] += 1
                 rest = args[0].shape[masks[0].dim() :]
                 return (
-                    args[0].new_empty((TOKENS // 2, *rest)) if name == "index" else args[0].clone()
+                    args[0].new_empty((sum(LENGTHS) // 2, *rest))
+                    if name == "index"
+                    else args[0].clone()
                 )
         if name in WAITING:
             self.waits[f"{name} at {find_place()}"] += 1
             if name == "nonzero":
-                return args[0].new_empty((TOKENS // 2, args[0].dim()), dtype=torch.long)
+                return args[0].new_empty((sum(LENGTHS) // 2, args[0].dim()), dtype=torch.long)
         return None
 
 
@@ -186,13 +233,26 @@ def move(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in known:
-                made = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-                known[id(parameter)] = nn.Parameter(made, parameter.requires_grad)
+                with torch.device("cuda"):
+                    known[id(parameter)] = rehearsal._fake_tensor(module, parameter)
             if parameter is not None:
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def move_inputs(given: Any) -> Any:
+    """Return a batch whose tensors are fake ones on CUDA."""
+    if isinstance(given, torch.Tensor):
+        return torch.empty(given.shape, dtype=given.dtype, device="cuda")
+    return (
+        {name: move_inputs(each) for name, each in given.items()}
+        if isinstance(given, dict)
+        else given
+    )
 
 
 def make_recipe(changes: dict, base: Path) -> Recipe:
@@ -206,49 +266,161 @@ def make_recipe(changes: dict, base: Path) -> Recipe:
     return auto.settle(Recipe.model_validate(given), Base(str(base)).config, H100)[0]
 
 
-def make_step(changes: dict, base: Path, moved_last: bool = False) -> dict:
-    """Set a model up as `lora train` does, and make a step forward and backward; return what was
-    seen. `moved_last`: put it on the GPU after the set-up, as Trainer would."""
-    recipe = make_recipe(changes, base)
+def attach_to_base(recipe: Recipe, base: Path) -> PeftModel:
+    """Return the base with the recipe's adapter, where real weights are read."""
     network = setup.load_recipe_base(recipe, Base(str(base)))
-    mode, seen = FakeTensorMode(allow_non_fake_inputs=True), Seen()
-    kind = getattr(torch, recipe.model.dtype)
     config, _ = targets.make_config(recipe, network, network.config.vocab_size, [], None)
     with attach.quiet_peft():  # PEFT moves adapters by swapping tensors, which fake ones refuse
-        adapted = attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
+        return attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
+
+
+def make_rows() -> list[dict[str, list[int]]]:
+    """Return the rows of a step."""
+    return [
+        {"input_ids": [1] * length, "labels": [-100] * (length // 2) + [1] * (length - length // 2)}
+        for length in LENGTHS
+    ]
+
+
+def make_step(recipe: Recipe, base: Path, seen: Seen) -> None:
+    """Set a model up as `lora train` does, and make a step forward and backward."""
+    moved_last = os.environ.get("BROKEN") == "moved last"
+    adapted = attach_to_base(recipe, base)
+    padded = loss_head.LabelCollator(Padded(pad_token_id=0))
+    batch = (setup.make_collator(recipe, None, 1024) or padded)(make_rows())
     if moved_last:
-        install_levers(adapted)
-    with mode, seen:
+        install_levers(recipe, adapted)
+    with FakeTensorMode(allow_non_fake_inputs=True), seen:
         move(adapted)
         if not moved_last:
-            install_levers(adapted)
-        if recipe.training.loss_head == "trained_tokens":
+            install_levers(recipe, adapted)
+        own_head = recipe.training.loss_head == "trained_tokens"
+        if own_head:
             loss_head.install(adapted.get_base_model())
         adapted.train()
         if recipe.training.gradient_checkpointing:
             adapted.gradient_checkpointing_enable()
             adapted.enable_input_require_grads()
+        [given] = split(batch, own_head, document_attention.takes_bounds(adapted))
         seen.reset()
+        kind = getattr(torch, recipe.model.dtype)
         half = kind != torch.float32
         with attach.keep_input_types(adapted, half), torch.autocast("cuda", kind, enabled=half):
-            loss = compute_loss(adapted)
+            loss = adapted(**given, num_items_in_batch=128, use_cache=False).loss
         seen.phase = "backward"
         loss.backward()
+
+
+def split(batch: dict, labelled: bool, documents: bool) -> list[dict]:
+    """Return a batch's sequences on CUDA, as a trainer splits them."""
+    batch = move_inputs(dict(batch))
+    if step_packing.CUTS not in batch:
+        return [batch]
+    return step_packing.split_sequences(batch, labelled, documents)
+
+
+def train_step(recipe: Recipe, base: Path, seen: Seen) -> None:
+    """Make two micro-batches and an optimiser step by the recipe's trainer."""
+    recipe = recipe.replace(recipe.trainer, {"training": {"gradient_accumulation_steps": 2}})
+    adapted, cuda = attach_to_base(recipe, base), torch.device("cuda")
+    install_levers(recipe, adapted, "cuda")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with scratch_folder("fake-cuda-") as folder:
+        arguments = upstream.build_training_arguments(recipe)
+        arguments.output_dir = str(folder)
+        trainer = find_trainer(recipe)(
+            replace(trial._make_options(recipe), dora_layers=dora_norms.find_layers(adapted)),
+            model=adapted,
+            args=arguments,
+            train_dataset=Dataset.from_list(make_rows()),
+            processing_class=tokenizer,
+            data_collator=setup.make_collator(recipe, tokenizer, 1024),
+        )
+        if recipe.training.packing == "dataset":
+            batch = trainer.data_collator([trainer.train_dataset[0]])
+        else:
+            batch = trainer.data_collator(make_rows())
+        # it was made where torch has no GPU
+        trainer.accelerator.state.device = trainer.args.__dict__["_setup_devices"] = cuda
+        for layer in dora_norms.find_layers(adapted):
+            layer.squares = None  # made when the loss head was tried
+        with FakeTensorMode(allow_non_fake_inputs=True), seen:
+            move(adapted)
+            batch = move_inputs(dict(batch))
+            take_step(trainer, adapted, batch, seen)
+
+
+def take_step(trainer: Any, adapted: PeftModel, batch: dict, seen: Seen) -> None:
+    """Make the micro-batches and the step as Trainer's loop does."""
+    adapted.train()
+    trainer.create_optimizer()
+    for _ in range(2):
+        seen.reset()
+        with attach.keep_input_types(adapted, True):
+            trainer.training_step(adapted, dict(batch), 128)
+    seen.phase = "optimizer"
+    norm = trainer._get_grad_norm(adapted, trainer._clip_grad_norm(adapted))
+    assert norm is trainer.watch.gradient_norm
+    trainer.watch.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=adapted)
+    trainer.optimizer.step()
+
+
+def answer(recipe: Recipe, base: Path, seen: Seen) -> None:
+    """Answer with the recipe's adapter as `lora generate` does."""
+    adapted = attach_to_base(recipe, base)
+    dora_norms.install(adapted)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    bases = answerers.Bases()
+    # fake tensors have a backend here only outside of inference
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), seen:
+        move(adapted)
+        bases.loaded["it"] = adapted.eval()
+        seen.reset()
+        asked = [answerers.Asked([{"role": "user", "content": words}]) for words in ("a", "b c")]
+        answerer = answerers.HFAnswerer(bases, "it", "default", tokenizer)
+        answerer.answer(asked, answerers.Sampling(4, 0.0))
+
+
+def install_levers(recipe: Recipe, adapted: PeftModel, device: str | None = None) -> None:
+    """Install what makes a step quicker where the model is, or as on `device`."""
+    network = adapted.get_base_model()
+    longest = recipe.training.max_length if recipe.training.packing == "step" else None
+    if device == "cuda":
+        if longest:
+            document_attention.use_kernel(network)
+    elif recipe.model.attn_implementation is None:
+        document_attention.install(network, longest)
+    install.install(adapted, device or adapted.device.type)
+
+
+def break_by_mask() -> None:
+    """Let the loss head take its rows by a mask."""
+
+    def select(tensor: torch.Tensor, _: int, places: torch.Tensor) -> torch.Tensor:
+        return tensor[torch.ones(len(tensor), dtype=torch.bool, device=places.device)]
+
+    torch.Tensor.index_select = select
+
+
+def break_by_factor() -> None:
+    """Let DoRA multiply by its factor as it is, in float32."""
+    fused_layer._scale_columns = lambda x, factor, *_: x * factor
+
+
+BREAK = {"moved last": lambda: None, "mask": break_by_mask, "factor": break_by_factor}
+"""What BROKEN in the environment asks for: faults that were there once, and are to be seen. One is a
+base that is put on the GPU after the set-up, as Trainer would."""
+
+
+def make_case(name: str, base: Path) -> dict:
+    """Return what was seen of a case."""
+    recipe, seen = make_recipe(CASES[name], base), Seen()
+    if name in STEPS:
+        make_step(recipe, base, seen)
+    else:
+        (train_step if name in TRAINED else answer)(recipe, base, seen)
     return {name: dict(getattr(seen, name)) for name in ("kernels", "waits", "for_cpu", "wide")}
-
-
-def install_levers(adapted: nn.Module) -> None:
-    """Install what makes a step quicker where the model is."""
-    document_attention.install(adapted.get_base_model())
-    install.install(adapted, adapted.device.type)
-
-
-def compute_loss(adapted: nn.Module) -> torch.Tensor:
-    """Return the loss of one sequence of several documents, half of whose tokens have labels."""
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="cuda")
-    positions = torch.zeros(1, TOKENS, dtype=torch.long, device="cuda")
-    given = {"input_ids": ids, "position_ids": positions, "labels": ids}
-    return adapted(**given, num_items_in_batch=TOKENS // 2, use_cache=False).loss
 
 
 def main() -> None:
@@ -256,10 +428,11 @@ def main() -> None:
     faulthandler.enable()
     torch.nn.functional.scaled_dot_product_attention = attend_on_cuda
     base, *names = sys.argv[1:]
-    moved_last = "MOVED_LAST" in os.environ
+    if "BROKEN" in os.environ:
+        BREAK[os.environ["BROKEN"]]()
     for name in names or CASES:
         try:
-            found = make_step(CASES[name], Path(base), moved_last)
+            found = make_case(name, Path(base))
         except Exception as error:  # noqa: BLE001 – what breaks is what it prints
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = {"breaks": f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"}

@@ -7,6 +7,7 @@ Hermetic: random models of several families. Alone: pytest tests/speed/test_docu
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -151,3 +152,83 @@ def test_other_implementations_are_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options))
     assert not document_attention.install(model)
     assert model.config._attn_implementation == "eager"
+
+
+def attend_each(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    bounds_of_keys: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch's kernel computes on CUDA, (tokens, heads, width), document by document."""
+    assert bounds.dtype == torch.int32
+    assert bounds is bounds_of_keys
+    assert window_size == (-1, 0)
+    assert longest == longest_key == bounds.diff().max()
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )[0].transpose(0, 1)
+        for start, end in pairwise(bounds.tolist())
+    ]
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_kernel_for_all_documents_is_given_what_it_needs(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, ours = pair(family)
+    document_attention.remove(ours)
+    monkeypatch.setattr(document_attention, "varlen_attn", attend_each)
+    document_attention.use_kernel(ours)
+    assert document_attention.takes_bounds(ours)
+    inputs = packed(5, 1, 40, 18)
+    bounds = torch.tensor([0, 5, 6, 46, 64], dtype=torch.int32)
+    given = run(ours, inputs | document_attention.describe_documents(bounds, 40))
+    for one, expected in zip(given, run(stock, inputs), strict=True):
+        torch.testing.assert_close(
+            one, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
+    assert step_packing.find_unsuitable(ours) is None
+    with pytest.raises(ValueError, match="softcap"):
+        document_attention.attend_in_one_kernel(
+            ours, *[torch.ones(1, 1, 2, 4)] * 3, None, cu_seq_lens_q=bounds, softcap=30.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "dtype", "capability", "suits"),
+    [
+        ("llama", {}, torch.bfloat16, (8, 0), True),
+        ("llama", {}, torch.float16, (9, 0), True),
+        ("llama", {}, torch.float32, (9, 0), False),
+        ("llama", {}, torch.float16, (7, 5), False),
+        ("llama", {"attention_dropout": 0.1}, torch.bfloat16, (8, 0), False),
+        ("mistral", {}, torch.bfloat16, (8, 0), True),
+        ("mistral", {"sliding_window": 63}, torch.bfloat16, (8, 0), False),
+    ],
+)
+def test_the_kernel_is_tried_where_it_may_do(
+    family: str,
+    more: dict,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    suits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock, _ = pair(family, dtype, **more)
+    monkeypatch.setattr(document_attention, "_read_capability", lambda model: capability)
+    monkeypatch.setattr(type(stock), "device", torch.device("cuda"))
+    assert document_attention.install(stock, longest=64) is suits
+    assert not document_attention.install(stock)  # padded batches need their mask

@@ -24,9 +24,9 @@ from tests.networks import IN, Layers, random_model
 TARGETS = ["first", "second", "third"]
 
 
-def pair(network: torch.nn.Module, **options) -> tuple[PeftModel, PeftModel]:
+def pair(network: torch.nn.Module, device: str = "cpu", **options) -> tuple[PeftModel, PeftModel]:
     """The network with PEFT's adapters, far from where they start, and a copy of it with each layer
-    one operation.
+    one operation, as on a device of that kind.
 
     Both drop out what `dropout` draws.
     """
@@ -41,7 +41,7 @@ def pair(network: torch.nn.Module, **options) -> tuple[PeftModel, PeftModel]:
     dropout.install(stock)
     ours = copy.deepcopy(stock)
     dora_norms.install(ours)
-    assert fused_layer.install(ours) == len(attach.find_lora_layers(stock))
+    assert fused_layer.install(ours, device) == len(attach.find_lora_layers(stock))
     return stock, ours
 
 
@@ -74,7 +74,7 @@ def test_outputs_and_gradients_are_peft_s(options: dict, method: dict) -> None:
         assert (run(stock, torch.float32, half=False)[0] - wanted[0]).abs().max() > 0.1
 
 
-def mask_of_positions(x: torch.Tensor, p: float) -> torch.Tensor | None:
+def mask_of_positions(x: torch.Tensor, p: float, one_pass: bool) -> torch.Tensor | None:
     """What other devices draw, drawn as on a CPU, so that it can be compared."""
     if not p:
         return None
@@ -87,9 +87,9 @@ def mask_of_positions(x: torch.Tensor, p: float) -> torch.Tensor | None:
 def test_the_way_of_other_devices_is_the_same(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock, ours = pair(Layers(), **options)
+    stock, ours = pair(Layers(), "cuda", **options)
     wanted = run(stock, torch.float32, half=False)
-    monkeypatch.setattr(fused_layer, "ONE_PASS", ())
+    monkeypatch.setattr(fused_layer, "SUMMED", 1000)  # several, and a last one that is not full
     monkeypatch.setattr(fused_layer.columns, "scale_columns", None)
     monkeypatch.setattr(fused_layer, "_draw_dropped", mask_of_positions)
     for one, other in zip(run(ours, torch.float32, half=False), wanted, strict=True):
@@ -102,7 +102,7 @@ def test_nothing_of_another_device_is_mixed_in(
 ) -> None:
     """`meta` refuses tensors of a CPU, as a GPU does; unlike one it knows no autocast."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    _, ours = pair(Layers(), **options)
+    _, ours = pair(Layers(), "cuda", **options)
     ours.to("meta")
     x = torch.randn(3, IN, device="meta", requires_grad=True)
     out = ours.train()(x)
@@ -191,7 +191,7 @@ def test_what_it_does_not_know_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) 
     for options in ({"lora_bias": True}, {"use_dora": True, "lora_dropout": 0.3}):
         network = get_peft_model(Layers(), LoraConfig(target_modules=["first"], **options))
         dora_norms.install(network)
-        installed = fused_layer.install(network)
+        installed = fused_layer.install(network, "cpu")
         assert installed == (0 if "lora_bias" in options else 1)
         monkeypatch.setattr(fused_layer._Adapted, "apply", None)
         network.train()(torch.randn(3, IN)).sum().backward()

@@ -8,6 +8,7 @@ tests/speed/test_step_packing.py
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,16 @@ def test_every_row_is_in_one_sequence_whole(lengths: list[int], capacity: int) -
     assert made["cuts"][0] == 0
     assert made["cuts"][-1] == sum(lengths) == made["input_ids"].shape[1]
     seen = []
-    for part in step_packing.split_sequences(made):
+    for part in step_packing.split_sequences(made, labelled=True, documents=True):
+        followed = (part["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
+        assert torch.equal(part["labelled"], followed)
+        bounds = part["cu_seq_lens_q"].tolist()
+        assert part["max_length_k"] == max(end - start for start, end in pairwise(bounds))
         starts = [
             *(part["position_ids"][0] == 0).nonzero().flatten().tolist(),
             part["input_ids"].shape[1],
         ]
+        assert bounds == starts
         assert part["input_ids"].shape[1] <= capacity or len(starts) == 2
         for start, end in zip(starts, starts[1:]):
             [number] = part["input_ids"][0, start:end].unique().tolist()
