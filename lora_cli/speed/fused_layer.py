@@ -89,19 +89,12 @@ class _Adapted(torch.autograd.Function):
         low = functional.linear(_drop(seen, dropped), first)
         shift = None if bias is None else bias.float()
         added_here = None if shift is None or norms is not None else shift.to(kind)
-        if one_pass:
-            weight = base.read_matrix()
-            made = functional.linear(low, second, added_here)
-            made.flatten(0, -2).addmm_(seen.flatten(0, -2), weight.T)
-        else:
-            made = base.multiply(seen, added_here)
-            made.flatten(0, -2).addmm_(low.flatten(0, -2), second.T)
+        made = _sum_both(base, seen, second, low, added_here, one_pass)
         # models add to what they get and clip it in place: it must not be a view, or kept
         given = made
         kept: tuple[Tensor | None, ...] = (None, None, None)
         if norms is not None:
-            read = (lambda: weight) if one_pass else base.read_matrix
-            found = norms.get_norms(read, lora_A, lora_B, scaling)
+            found = norms.get_norms(base.read_matrix, lora_A, lora_B, scaling)
             factor = norms.weight.float() / found
             given = _scale_columns(made, factor, shift, one_pass)
             kept = (factor, found, made)
@@ -128,6 +121,20 @@ class _Adapted(torch.autograd.Function):
         by_A = (by_low.T @ _drop(rows, dropped)).to(kind)
         by_B = (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
         return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None, None
+
+
+def _sum_both(
+    base: Frozen, x: Tensor, second: Tensor, low: Tensor, bias: Tensor | None, one_pass: bool
+) -> Tensor:
+    """Return W x + B y + b (… × out) for x (… × in) and y = `low` (… × rank), one product added to
+    the other."""
+    if one_pass:
+        made = functional.linear(low, second, bias)
+        made.flatten(0, -2).addmm_(x.flatten(0, -2), base.read_matrix().T)
+        return made
+    made = base.multiply(x, bias)
+    made.flatten(0, -2).addmm_(low.flatten(0, -2), second.T)
+    return made
 
 
 def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None, one_pass: bool) -> Tensor:

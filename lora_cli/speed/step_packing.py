@@ -147,12 +147,7 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
     size = min(model.config.get_text_config().vocab_size, 1000)
     ids = torch.arange(24, device=model.device) * 37 % size
     ends = (0, 7, 18, 24)
-    counted = torch.cat([torch.arange(end - start) for start, end in pairwise(ends)])
-    packed = {"position_ids": counted.to(model.device)[None], "use_cache": False}
-    if document_attention.takes_bounds(model):
-        bounds = torch.tensor(ends, dtype=torch.int32, device=model.device)
-        longest = max(end - start for start, end in pairwise(ends))
-        packed |= document_attention.describe_documents(bounds, longest)
+    packed = _describe_packed(model, ends)
     in_first = torch.arange(24, device=model.device) < ends[1]
     changed = torch.where(in_first, (ids + 11) % size, ids)
     training = model.training
@@ -178,6 +173,18 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
         return None
     off = f"{max(seen, moved):.2g}"
     return f"documents in one sequence see each other in this model (logits differ by {off})"
+
+
+def _describe_packed(model: PreTrainedModel, ends: tuple[int, ...]) -> dict[str, Any]:
+    """Return what a model is given beside the ids of one sequence, whose documents begin at these
+    places but the last."""
+    counted = torch.cat([torch.arange(end - start) for start, end in pairwise(ends)])
+    packed = {"position_ids": counted.to(model.device)[None], "use_cache": False}
+    if document_attention.takes_bounds(model):
+        bounds = torch.tensor(ends, dtype=torch.int32, device=model.device)
+        longest = max(end - start for start, end in pairwise(ends))
+        packed |= document_attention.describe_documents(bounds, longest)
+    return packed
 
 
 @torch.no_grad()
