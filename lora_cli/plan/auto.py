@@ -22,11 +22,14 @@ from lora_cli.plan import hardware, memory
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import OPTIMIZER
 from lora_cli.recipe import Recipe, upstream
+from lora_cli.speed import document_attention, step_packing
 
 Chosen = tuple[Any, str]
 """A value and the reason for it."""
 FASTEST_OPTIMIZER = "adamw_torch_fused"
 FAR_BELOW = 0.1
+SAFE = 0.9
+"""Of a device's memory, what is taken by choice: a forecast is none by a hair."""
 REPORTERS = {"azure_ml": "azureml-core", "flyte": "flytekit", "neptune": "neptune-client"}
 """Packages by the names under which transformers reports to them, where the two differ."""
 
@@ -76,6 +79,9 @@ def settle(
     for key, chosen in decided.items():
         if _read_key(recipe, key) == "auto":
             recipe = _make_choice(recipe, key, chosen, choices)
+    if recipe.training.packed_length == "auto":
+        chosen = choose_packed_length(Situation(recipe, device, config))
+        recipe = _make_choice(recipe, "training.packed_length", chosen, choices)
     return recipe, choices
 
 
@@ -280,6 +286,48 @@ def choose_optimizer(device: Hardware, outlook: Outlook) -> Chosen:
             f"saves {outlook.state * 3 / 4 / GIB:.1f} GiB, without which it does not fit",
         )
     return FASTEST_OPTIMIZER, "the fastest AdamW"
+
+
+def choose_packed_length(given: Situation) -> Chosen:
+    """Return the longest sequence that is worth its memory; None where no rows are joined."""
+    recipe, device, config = given
+    if recipe.training.packing != "step":
+        return None, "no rows are joined"
+    usual = memory.find_packed_length(recipe)
+    if config is None or not _attends_by_row(given):
+        return usual, "longer ones spend more on attention than on the rest"
+    together = recipe.training.max_length * recipe.training.per_device_train_batch_size
+    together *= recipe.training.gradient_accumulation_steps
+    length = step_packing.LONG_SEQUENCE
+    while length // 2 >= max(together, usual):
+        length //= 2
+    try:
+        forecast = memory.make_forecast(recipe, config, device)
+        while length > usual:
+            batch = memory.largest_batch(_set_packed_length(recipe, length))
+            need = forecast.need(batch).total
+            if need <= SAFE * device.memory:
+                needed = f"{memory.format_bytes(need)} of {device} are needed"
+                return length, f"each row attends by itself, and {needed}"
+            length //= 2
+    except LoraError as error:  # a mistake in the recipe is reported where it is used
+        return usual, str(error)
+    return usual, f"longer ones do not fit in {device}"
+
+
+def _attends_by_row(given: Situation) -> bool:
+    """Return whether the work of attention does not grow with the sequences that rows share."""
+    model, device = given.recipe.model, given.device
+    if device.kind != "cuda" or given.config is None:
+        return False
+    if model.attn_implementation is not None:
+        return model.attn_implementation in document_attention.TAKE_BOUNDS
+    dtype, longest = getattr(torch, model.dtype), given.recipe.training.max_length
+    return document_attention.suits_kernel(given.config, dtype, device.capability, longest)
+
+
+def _set_packed_length(recipe: Recipe, length: int) -> Recipe:
+    return recipe.replace(recipe.trainer, {"training": {"packed_length": length}})
 
 
 def is_far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> bool:

@@ -91,13 +91,22 @@ def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
         together = longest * size * training.gradient_accumulation_steps
-        room = max(longest, min(most, step_packing.SEQUENCE))
+        room = max(longest, find_packed_length(recipe))
         return Batch(1, min(together, room), waiting=together > room)
     if training.packing in (True, "dataset"):
         return Batch(1, size * most, waiting)
     if getattr(training, "padding_free", False):
         return Batch(1, size * longest, waiting)
     return Batch(size, longest, waiting)
+
+
+def find_packed_length(recipe: Recipe) -> int:
+    """Return up to how many tokens rows of a step are joined: what the recipe says, or as on a
+    CPU."""
+    training = recipe.training
+    if isinstance(training.packed_length, int):
+        return training.packed_length
+    return min(training.max_length, step_packing.SEQUENCE)
 
 
 class Forecast:
@@ -200,6 +209,10 @@ def suggest_what_fits(recipe: Recipe, device: Hardware | None = None) -> str:
 def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """Options that make a recipe need less, each with the recipe it gives."""
     changes: list[tuple[str, Recipe]] = []
+    shorter = min(recipe.training.max_length, step_packing.SEQUENCE)
+    if recipe.training.packing == "step" and find_packed_length(recipe) > shorter:
+        made = recipe.replace(recipe.trainer, {"training": {"packed_length": shorter}})
+        changes.append((f"training.packed_length={shorter}", made))
     if not recipe.training.gradient_checkpointing:
         made = recipe.replace(recipe.trainer, {"training": {"gradient_checkpointing": True}})
         changes.append(("training.gradient_checkpointing=true", made))

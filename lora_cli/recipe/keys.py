@@ -274,6 +274,10 @@ class TrainingFields(Section):
     the same without its padding; dataset (or true): TRL's packing over the whole set, whose steps
     see other rows than the batch size says; false: padded batches; `auto`: step, for models in
     which it keeps rows apart."""
+    packed_length: Auto | Annotated[int, Field(ge=1)] | None = "auto"
+    """With packing: step, tokens up to which rows are joined to a sequence; a longer row has one to
+    itself. `auto`: 1,024, and no more than max_length; on a GPU whose attention goes through each
+    row by itself, the most up to 8,192 that its memory holds."""
     loss_head: Auto | Literal["trained_tokens", "stock"] = "auto"
     """Where logits are made: at tokens with a label only, some at a time, or as transformers and
     TRL do; `auto`: the first, unless label smoothing, loss_type or Liger's kernels ask for the

@@ -98,6 +98,7 @@ def read_compile_options(recipe: Recipe) -> dict[str, Any] | None:
 
 OURS = (
     "pad_token",
+    "packed_length",
     "loss_head",
     "loraplus_lr_ratio",
     "loraplus_lr_embedding",

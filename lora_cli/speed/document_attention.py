@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -188,9 +193,11 @@ def install(model: PreTrainedModel, longest: int | None = None) -> bool:
     """
     if model.config._attn_implementation != "sdpa":
         return False
-    if model.device.type == "cuda" and longest is not None and _suits_kernel(model, longest):
-        use_kernel(model)
-        return True
+    if model.device.type == "cuda" and longest is not None:
+        capability = torch.cuda.get_device_capability(model.device)
+        if suits_kernel(model.config, model.dtype, capability, longest):
+            use_kernel(model)
+            return True
     if model.device.type != "cpu":
         return False
     # compiled, it would be compiled again for each set of lengths
@@ -211,15 +218,14 @@ def remove(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
 
 
-def _suits_kernel(model: PreTrainedModel, longest: int) -> bool:
-    """Return whether flash attention's kernel may do for a model on CUDA, to be tried."""
-    config = model.config.get_text_config()
-    if model.dtype not in (torch.bfloat16, torch.float16) or _read_capability(model) < (8, 0):
+def suits_kernel(
+    config: PretrainedConfig, dtype: torch.dtype, capability: tuple[int, int], longest: int
+) -> bool:
+    """Return whether flash attention's kernel may do for documents of up to `longest` tokens in a
+    model of this type, on CUDA of this capability; whether it does, `step_packing` tries."""
+    config = config.get_text_config()
+    if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0):
         return False
     if any(getattr(config, name, None) for name in DROPOUT):
         return False
     return _find_reach(config, longest) >= longest
-
-
-def _read_capability(model: PreTrainedModel) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(model.device)

@@ -32,8 +32,10 @@ LONGEST = "longest"
 """The length of each sequence's longest document."""
 BY_TOKEN = ("input_ids", "labels", "position_ids")
 SEQUENCE = 1024
-"""The longest sequence that rows are joined to, in tokens: longer ones spend more on attention than
-on the rest."""
+"""The longest sequence that rows are joined to, in tokens, where the work of attention grows with
+its square: longer ones spend more on that than on the rest."""
+LONG_SEQUENCE = 8192
+"""... on a GPU, where each row attends by itself. Not measured."""
 LEAK = 1e-4
 """The largest difference of logits, per unit of their spread, that the words of another document
 may make."""
@@ -136,9 +138,9 @@ def _split(inputs: dict[str, Any], name: str) -> list[Tensor]:
     return [inputs[name][start:end] for start, end in pairwise(inputs[_name_cuts(name)])]
 
 
-def find_unsuitable(model: PreTrainedModel) -> str | None:
+def find_unsuitable(model: PreTrainedModel, length: int = SEQUENCE) -> str | None:
     """Return None if documents in one sequence do not see each other in `model`, else how far they
-    do; or that no sequence may be as long.
+    do; or that no sequence may be as long as `length`.
 
     Tried with the model's own attention kernel on three documents: other words in the first must
     leave the logits of the others the same, and those must be what they are alone, within the
@@ -160,7 +162,7 @@ def find_unsuitable(model: PreTrainedModel) -> str | None:
         first, other = (
             model(input_ids=some[None], **packed).logits[0].float() for some in (ids, changed)
         )
-    limited = _takes_no_longer(model)
+    limited = _takes_no_longer(model, length)
     model.train(training)
     if limited is not None:
         return limited
@@ -188,11 +190,11 @@ def _describe_packed(model: PreTrainedModel, ends: tuple[int, ...]) -> dict[str,
 
 
 @torch.no_grad()
-def _takes_no_longer(model: PreTrainedModel) -> str | None:
+def _takes_no_longer(model: PreTrainedModel, length: int) -> str | None:
     """Return that `model` takes no sequence longer than its positions, even where each document
     counts from 0 (GPT-Neo's table for its mask); None if it does."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions or positions >= SEQUENCE:
+    if not positions or positions >= length:
         return None
     ids = torch.zeros(1, positions + 1, dtype=torch.long, device=model.device)
     counted = torch.arange(positions + 1, device=model.device)[None] % positions

@@ -17,7 +17,6 @@ from lora_cli.common import LoraError, ui
 from lora_cli.data import prepare
 from lora_cli.plan import memory
 from lora_cli.recipe import Recipe
-from lora_cli.speed import step_packing
 from lora_cli.train.run_folder import Run
 
 SPELLINGS = (
@@ -77,12 +76,12 @@ def read_pieces(recipe: Recipe, run: Run) -> Pieces:
     return Pieces(
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
-        min(training.max_length, step_packing.SEQUENCE),
+        memory.find_packed_length(recipe),
     )
 
 
 def apply_pieces(recipe: Recipe, pieces: Pieces) -> Recipe:
-    """Return the recipe with these pieces; it does not have a key for the sequence's length."""
+    """Return the recipe with these pieces; the sequence's length is the collator's."""
     changes = {
         "per_device_train_batch_size": pieces.per_device_train_batch_size,
         "gradient_accumulation_steps": pieces.gradient_accumulation_steps,

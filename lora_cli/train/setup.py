@@ -21,7 +21,7 @@ from lora_cli.models import (
     refuse_not_finite,
     targets,
 )
-from lora_cli.plan import auto, flops, hardware, sizes
+from lora_cli.plan import auto, flops, hardware, memory, sizes
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
 from lora_cli.train import disk_space, out_of_memory
@@ -131,28 +131,32 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
     packed = recipe.training.packing == "step"
     longest = recipe.training.max_length if packed else None
     apart = not recipe.model.attn_implementation and document_attention.install(base, longest)
-    why = _try_packing(base, apart) if packed else None
+    why = _try_packing(recipe, base, apart) if packed else None
     if why and apart:
         document_attention.remove(base)
-        apart, without = False, _try_packing(base, False)
+        short = {"packed_length": min(recipe.training.max_length, step_packing.SEQUENCE)}
+        other = recipe.replace(recipe.trainer, {"training": short})
+        apart, without = False, _try_packing(other, base, False)
         if without is None:
             ui.say(f"  attention by document is left out: {why}")
+            recipe = other
         why = without
     if not recipe.model.attn_implementation:
         _say_attention(base, run, apart)
     if why is None:
         return recipe
     ui.say(f"  training.packing = false: {why}")
-    return recipe.replace(recipe.trainer, {"training": {"packing": False}})
+    padded = {"packing": False, "packed_length": None}
+    return recipe.replace(recipe.trainer, {"training": padded})
 
 
-def _try_packing(base: PreTrainedModel, apart: bool) -> str | None:
+def _try_packing(recipe: Recipe, base: PreTrainedModel, apart: bool) -> str | None:
     """Return why rows of a step cannot share sequences in a base; None if they can.
 
     An attention of lora's own (`apart`) may be none for this base: what it raises is a reason.
     """
     try:
-        return step_packing.find_unsuitable(base)
+        return step_packing.find_unsuitable(base, memory.find_packed_length(recipe))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         if not apart:
             raise

@@ -120,11 +120,53 @@ def test_the_memory_plan_is_asked_last_and_only_for_what_is_open(
     assert {name for name, value in values.items() if value == "auto"} == {
         "chat_template",
         "pad_to_multiple_of",
+        "packed_length",
     }
-    assert str(choices[-1]) == "training.gradient_checkpointing = false (auto: not to be foreseen)"
+    assert str(choices[-2]) == "training.gradient_checkpointing = false (auto: not to be foreseen)"
     path.write_text(
         "model: {name_or_path: x}\ndata: {path: y}\ntraining: {gradient_checkpointing: true}\n"
     )
     settled, choices = auto.settle(load.load_recipe(path), LlamaConfig(), small)
-    assert str(choices[-1]) == "training.optim = adamw_torch_fused (auto: the fastest AdamW)"
+    assert str(choices[-2]) == "training.optim = adamw_torch_fused (auto: the fastest AdamW)"
     assert len(asked) == 1
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "training", "expected"),
+    [
+        (HOPPER, {}, {}, 8192),
+        (HOPPER._replace(memory=40 * GIB), {}, {}, 2048),
+        (HOPPER._replace(memory=24 * GIB), {}, {}, 1024),
+        (HOPPER, {}, {"max_length": 256, "gradient_accumulation_steps": 1}, 2048),
+        (HOPPER, {"attention_dropout": 0.1}, {}, 1024),
+        (HOPPER, {"sliding_window": 2047}, {"max_length": 2048}, 1024),
+        (HOPPER, {}, {"packing": False}, None),
+        (HOPPER, {}, {"packed_length": 3000}, 3000),
+        (TURING, {}, {}, 1024),
+        (CPU, {}, {}, 1024),
+        (CPU, {}, {"max_length": 512}, 512),
+    ],
+)
+def test_rows_are_joined_to_long_sequences_where_attention_allows_and_memory_holds_them(
+    device: Hardware, more: dict, training: dict, expected: int | None
+) -> None:
+    recipe = keys.Recipe(
+        model=keys.Model(name_or_path="x"),
+        data=keys.Data(path="x"),
+        output_dir="x",
+        training=keys.Training(**{"per_device_train_batch_size": 8, **training}),
+    )
+    bare = device._replace(flash_attention=())
+    settled, _ = auto.settle(recipe, LlamaConfig(**LLAMA_8B, **more), bare)
+    assert settled.training.packed_length == expected

@@ -228,7 +228,7 @@ def test_the_kernel_is_tried_where_it_may_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stock, _ = pair(family, dtype, **more)
-    monkeypatch.setattr(document_attention, "_read_capability", lambda model: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(type(stock), "device", torch.device("cuda"))
     assert document_attention.install(stock, longest=64) is suits
     assert not document_attention.install(stock)  # padded batches need their mask

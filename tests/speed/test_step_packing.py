@@ -16,11 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.models.tokenizer import IGNORED
 from lora_cli.recipe import load
-from lora_cli.speed import step_packing
+from lora_cli.speed import document_attention, step_packing
 from lora_cli.train import run as train
 from tests.networks import random_model
 from tests.units import STEADY_ADAM, assert_same_training
@@ -147,6 +147,28 @@ def test_a_real_model_in_16_bits_is_packed(real: Path) -> None:
 def test_a_run_on_such_a_model_says_so(
     write_recipe, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
-    monkeypatch.setattr(step_packing, "find_unsuitable", lambda base: "because")
+    monkeypatch.setattr(step_packing, "find_unsuitable", lambda base, length: "because")
     train.train(load.load_recipe(write_recipe("training: {packing: step}\n")))
     assert "training.packing = false: because" in capfd.readouterr().err
+
+
+def test_attention_that_is_none_for_a_model_is_taken_out_again(
+    write_recipe, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    def refuse(*_, **__) -> None:
+        raise NotImplementedError("no kernel for this\nand a trace")
+
+    def install(model: PreTrainedModel, longest: int | None) -> bool:
+        assert longest == 512
+        AttentionInterface.register("refusing", refuse)
+        model.set_attn_implementation("refusing")
+        return True
+
+    monkeypatch.setattr(document_attention, "install", install)
+    text = "training: {packing: step, packed_length: 2048, max_length: 512, max_steps: 1}\n"
+    folder = train.train(load.load_recipe(write_recipe(text)))
+    said = capfd.readouterr().err
+    assert "attention by document is left out: NotImplementedError: no kernel for this\n" in said
+    assert "model.attn_implementation = sdpa" in said
+    record = json.loads((folder / "lora_record.json").read_text())
+    assert record["status"] == "finished"
