@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,15 +26,65 @@ class NonFiniteError(LoraError):
     """The loss or a gradient is NaN or infinite: nothing more is trained or saved."""
 
 
+class StepNumbers(NamedTuple):
+    """What is looked at of a step, on the device or on the host."""
+
+    number: int
+    """The step's, counted from 1."""
+    loss: torch.Tensor | float
+    gradient_norm: torch.Tensor | float
+    lower: str
+    """The hint to a lower learning rate."""
+    copied: torch.Event | None = None
+    """When both are on the host."""
+
+    def judge(self, limit: float | None) -> torch.Tensor:
+        """Return 1 on the device for a step that is to be left out, else 0."""
+        loss, norm = torch.as_tensor(self.loss), torch.as_tensor(self.gradient_norm)
+        fine = torch.isfinite(loss) & torch.isfinite(norm)
+        if limit is not None:
+            fine = fine & (loss <= limit)
+        return (~fine).float()
+
+    def copy_to_host(self) -> StepNumbers:
+        """Begin to copy the numbers to the host, behind what the device has to do before."""
+        loss, norm = torch.as_tensor(self.loss), torch.as_tensor(self.gradient_norm)
+        both = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
+        event = None
+        if loss.device.type != "cpu":
+            event = torch.Event(loss.device)
+            event.record()
+        return self._replace(loss=both[0], gradient_norm=both[1], copied=event)
+
+    def read(self) -> tuple[int, float, float, str]:
+        """Return the step's number, loss, gradient norm and hint, once they are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.number, float(self.loss), float(self.gradient_norm), self.lower
+
+
+def find_leaving_out(optimizer: Any) -> Any:
+    """Return torch's own optimiser if it leaves out a step on a GPU that it is told to, as its
+    fused AdamW does; None for others, and on a CPU, which has nothing to wait for."""
+    own = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    if not isinstance(own, torch.optim.Adam):  # AdamW is one
+        return None
+    groups = own.param_groups
+    fused = all(group.get("fused") for group in groups)
+    return own if fused and groups[0]["params"][0].device.type == "cuda" else None
+
+
 class Watch(TrainerCallback):
     """Stops a run that is not finite, draws the progress line and writes metrics.jsonl.
 
     The step's loss is summed on the device and read once per optimiser step, before the optimiser
-    can spread a value that is not finite into the weights.
+    can spread a value that is not finite into the weights. A GPU would stand idle meanwhile: where
+    its optimiser leaves such a step out by itself, the numbers are read in the next step, or before
+    this one is logged, saved or the last.
     """
 
     def __init__(
-        self, folder: Path, work: flops.Work, limit: float | None, where: Callable[[], str]
+        self, folder: Path, work: flops.Work, limit: float | None, where: Callable[[int], str]
     ) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.progress = ui.Progress()
@@ -60,7 +110,9 @@ class Watch(TrainerCallback):
         self.limit = limit
         """A loss above it stops the run."""
         self.where = where
-        """Describes the rows of the step and the last checkpoint; called when a step is refused."""
+        """Describes the rows of a step and the last checkpoint; called when that is refused."""
+        self.unread: StepNumbers | None = None
+        """What is still to be looked at."""
         self.loss_sum = 0.0
         """The losses of all steps of the run."""
         self.lines = 0
@@ -68,6 +120,7 @@ class Watch(TrainerCallback):
 
     def capture_state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; flushes metrics.jsonl to the disk first."""
+        self.read_step()
         if self.lines:
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
@@ -98,15 +151,34 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop if the step's loss or a gradient is not finite, or the loss above its limit."""
+        self.read_step()
         if self.untouched is None or self.untouched:
             parameters = attach.walk_trainable(kwargs["model"])
             without = {name for name, parameter in parameters if parameter.grad is None}
             self.untouched = without if self.untouched is None else self.untouched & without
-        self.loss = float(self.step_loss)
+        lower = f"--set training.learning_rate={args.learning_rate / 10:g}"
+        if args.fp16:
+            lower = f"--set model.dtype=float32, since some models overflow float16; {lower}"
+        step = StepNumbers(state.global_step + 1, self.step_loss, self.gradient_norm, lower)
         self.step_loss = 0.0
-        self.loss_sum += self.loss
+        optimizer = None if self.has_scaler else find_leaving_out(kwargs.get("optimizer"))
+        if optimizer is None:
+            self.unread = step
+            self.read_step()
+        else:
+            optimizer.found_inf, self.unread = step.judge(self.limit), step.copy_to_host()
+
+    def read_step(self) -> None:
+        """Look at the numbers of the last step, if that was not done; NonFiniteError for what stops
+        a run."""
+        if self.unread is None:
+            return
+        number, loss, norm, lower = self.unread.read()
+        self.unread = None
+        self.loss = loss
+        self.loss_sum += loss
         reason = None
-        overflows = not math.isfinite(self.gradient_norm)
+        overflows = not math.isfinite(norm)
         self.skipped = self.skipped + 1 if overflows else 0
         self.overflowed += overflows
         if not math.isfinite(self.loss):
@@ -118,12 +190,9 @@ class Watch(TrainerCallback):
                 f"the loss is {self.loss:.4g}, above training.stop_on_loss_above: {self.limit:g}"
             )
         if reason:
-            step = state.global_step + 1
-            lower = f"--set training.learning_rate={args.learning_rate / 10:g}"
-            if args.fp16:
-                lower = f"--set model.dtype=float32, since some models overflow float16; {lower}"
+            where = self.where(number)
             raise NonFiniteError(
-                f"stopped at step {step}: {reason}{self.where()}; nothing was saved from this step",
+                f"stopped at step {number}: {reason}{where}; nothing was saved from this step",
                 f"{lower}, or look at the data and the base's weights",
             )
 
@@ -131,6 +200,10 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Redraw the progress line."""
+        shown = state.global_step in (1, state.max_steps)
+        due = control.should_log or control.should_save or control.should_evaluate
+        if shown or due or control.should_training_stop or control.should_epoch_stop:
+            self.read_step()
         self.stepped = True
         elapsed = time.monotonic() - self.began
         done = max(1, state.global_step - self.began_step)
@@ -145,8 +218,14 @@ class Watch(TrainerCallback):
             f"{speed:,.0f} tokens/s",
             *([] if used is None else [f"MFU {used:.0%}"]),
             f"{ui.format_duration(left)} left",
-            force=state.global_step in (1, state.max_steps),
+            force=shown,
         )
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The order of this epoch's rows is known until now, if a step is to be described."""
+        self.read_step()
 
     def measure_speed(self, state: TrainerState) -> float:
         """Tokens per second since the clock was started."""
@@ -168,6 +247,7 @@ class Watch(TrainerCallback):
     ) -> None:
         """Warn of tensors without gradient: models may read a weight without calling its module;
         and of steps that a loss scaler skipped. NonFiniteError where it skipped all of them."""
+        self.read_step()
         steps = state.global_step - self.began_step
         if self.has_scaler and 0 < self.overflowed == steps:
             raise NonFiniteError(

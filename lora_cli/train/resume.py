@@ -98,6 +98,7 @@ class Resumable(TypedTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save Trainer's checkpoint with the run's state, unless it is there already."""
         folder = Path(self.args.output_dir)
+        self.watch.read_step()  # nothing is saved of a step that is refused
         run_id, step = self.options.run_id, self.state.global_step
         self.name_best(folder)
         final = folder / f"checkpoint-{step}"

@@ -225,6 +225,8 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
     pieces = out_of_memory.read_pieces(recipe, run)
     arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
     arguments.save_total_limit = None  # Trainer would also delete checkpoints of other runs
+    if arguments.dataloader_pin_memory and not recipe.find_place("training", "accelerator_config"):
+        arguments.accelerator_config.non_blocking = adapted.device.type == "cuda"
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return find_trainer(recipe)(

@@ -118,8 +118,9 @@ class Watched(Resumable):
             loraplus_weight_decay=self.args.weight_decay,
         )
 
-    def find_step_rows(self) -> list[int] | None:
-        """Places in `train_dataset` of the rows of the step that is being made; None of a stream.
+    def find_step_rows(self, step: int) -> list[int] | None:
+        """Places in `train_dataset` of the rows of a step, counted from 1, of this epoch; None of a
+        stream.
 
         The epoch's order is drawn again, from the numbers it was drawn from: for a run that goes no
         further.
@@ -128,7 +129,7 @@ class Watched(Resumable):
         if isinstance(loader.dataset, IterableDataset):
             return None
         passes = self.args.gradient_accumulation_steps
-        done = self.state.global_step % math.ceil(len(loader) / passes) * passes
+        done = (step - 1) % math.ceil(len(loader) / passes) * passes
         random_state.restore_state(self.epoch_rng)
         torch.empty(
             (), dtype=torch.int64
@@ -136,10 +137,10 @@ class Watched(Resumable):
         batches = islice(loader.batch_sampler, done, done + passes)
         return [int(place) for batch in batches for place in batch]
 
-    def describe_step(self) -> str:
+    def describe_step(self, step: int) -> str:
         """Such as `, on rows 3, 8 of …; checkpoint-6 is the last good one`, of a run that ends."""
         described = ""
-        rows = self.find_step_rows()
+        rows = self.find_step_rows(step)
         if rows is not None:
             kind = "packed sequences" if getattr(self.args, "packing", False) else "rows"
             more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""

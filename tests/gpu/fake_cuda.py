@@ -124,6 +124,19 @@ ON_CUDA.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
 # autocast asks the driver whether it is there
 torch.cuda.is_bf16_supported = lambda *given, **options: True
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+
+
+class Event:
+    """An event of a GPU, which is not there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        """Nothing runs."""
+
+
+torch.Event = Event
 torch.cuda.get_device_capability = lambda *given: (9, 0)
 devices.find_device = lambda *given, **options: torch.device("cpu")  # where real weights are read
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -361,8 +374,10 @@ def take_step(trainer: Any, adapted: PeftModel, batch: dict, seen: Seen) -> None
     seen.phase = "optimizer"
     norm = trainer._get_grad_norm(adapted, trainer._clip_grad_norm(adapted))
     assert norm is trainer.watch.gradient_norm
-    trainer.watch.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=adapted)
+    told = {"model": adapted, "optimizer": trainer.optimizer}
+    trainer.watch.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **told)
     trainer.optimizer.step()
+    assert trainer.optimizer.found_inf.device == trainer.watch.unread.copied.device
 
 
 def answer(recipe: Recipe, base: Path, seen: Seen) -> None:

@@ -27,9 +27,9 @@ from lora_cli.common import files
 from lora_cli.common.errors import LoraError
 from lora_cli.data.load import load_rows
 from lora_cli.models.tokenizer import load_tokenizer
-from lora_cli.recipe import load
+from lora_cli.recipe import Recipe, load
 from lora_cli.speed import step_packing
-from lora_cli.train import checkpoints, disk_space, out_of_memory
+from lora_cli.train import checkpoints, disk_space, out_of_memory, progress
 from lora_cli.train import run as train
 from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.train.progress import NonFiniteError, Watch
@@ -174,6 +174,50 @@ def test_a_gradient_that_is_no_number_stops_the_run(write_recipe, monkeypatch) -
     assert told == pytest.approx(sum(losses), rel=1e-3)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_where_an_optimiser_leaves_a_step_out_its_numbers_may_be_read_later(
+    write_recipe, monkeypatch, tmp_path: Path, late: bool
+) -> None:
+    """As on a GPU, whose optimiser is torch's own there; it is the same run."""
+    if late:
+        monkeypatch.setattr(progress, "find_leaving_out", lambda optimizer: optimizer.optimizer)
+    path = write_recipe(
+        "training: {max_steps: 6, save_strategy: 'no', per_device_train_batch_size: 4}\n"
+    )
+    recipe, seen, before = load.load_recipe(path), [], {}
+
+    def elsewhere(name: str) -> Recipe:
+        return recipe.model_copy(update={"output_dir": str(tmp_path / name)})
+
+    stepped = Watch.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stepped(self, args, state, control, **kwargs)
+        if state.global_step in (2, 3):
+            copied = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters()}
+            before[state.global_step] = {n: p for n, p in copied.items() if "lora_" in n}
+        seen.append((state.global_step, self.unread is not None))
+
+    monkeypatch.setattr(Watch, "on_step_end", on_step_end)
+    changes = (lambda _, loss: loss * float("nan"), lambda _, loss: loss + _Overflow.apply(loss))
+    for number, change in enumerate(changes):
+        seen.clear()
+        before.clear()
+        with monkeypatch.context() as patch:
+            spoil(patch, 3, change)
+            with pytest.raises(NonFiniteError) as caught:
+                train.train(elsewhere(f"spoilt-{number}"))
+        assert caught.value.message.startswith("stopped at step 3: ")
+        assert ", on rows " in caught.value.message
+        assert seen[1:] == [(1, False), (2, late), *([(3, True)] if late else [])]
+        if late:  # the step was left out; the first that was seen is the trial's
+            assert all(torch.equal(before[3][name], tensor) for name, tensor in before[2].items())
+    folder = train.train(recipe)
+    monkeypatch.undo()
+    again = weights(train.train(elsewhere("again")))
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights(folder).items())
+
+
 class _Overflow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -276,7 +320,7 @@ def step_with(watch: Watch, loss: float, norm: float) -> None:
 def test_a_step_that_a_loss_scaler_skips_is_no_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch = Watch(tmp_path, None, None, lambda: "")
+    watch = Watch(tmp_path, None, None, lambda step: "")
     infinite = float("inf")
     with pytest.raises(NonFiniteError, match="a gradient is not finite"):
         step_with(watch, 1.0, infinite)
