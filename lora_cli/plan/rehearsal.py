@@ -403,14 +403,15 @@ class Rehearsal:
             self.live.item = ACTIVATIONS
             half = torch.float16 if self.arguments.fp16 else torch.bfloat16
             mixed = self.arguments.bf16 or self.arguments.fp16
-            with (
-                torch.autocast("cpu", half, enabled=mixed),
-                attach.keep_input_types(self.adapted, mixed),
-                self._offload_activations(),
-            ):
-                total = self._loss(batch)
-            self.live.item = BACKWARD
-            total.backward()
+            # the backward pass too: checkpointing goes through the layers again in it
+            with attach.keep_input_types(self.adapted, mixed):
+                with (
+                    torch.autocast("cpu", half, enabled=mixed),
+                    self._offload_activations(),
+                ):
+                    total = self._loss(batch)
+                self.live.item = BACKWARD
+                total.backward()
             del total
             self._drop_gradients()
         return Peaks(*(Counter(most) for most in self.live.most))
@@ -449,9 +450,22 @@ class Rehearsal:
         where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
         rows = hidden.flatten(0, 1)[where]
         head = self.base.get_output_embeddings()
-        total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base))
+        with self._whole_chunks():
+            total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base))
         self.live.operations = network  # the loss takes some rows at a time, the network does not
         return total / len(where)
+
+    @contextmanager
+    def _whole_chunks(self) -> Iterator[None]:
+        """Let the loss head take whole chunks of rows, as it does on a GPU: what is rehearsed for
+        one lies on the CPU, where it takes two rows at a time of a large vocabulary."""
+        kept = loss_head.BLOCK
+        if self.kind != "cpu":
+            loss_head.BLOCK = loss_head.CHUNK
+        try:
+            yield
+        finally:
+            loss_head.BLOCK = kept
 
 
 def _extend(short: Counter[str], longer: Counter[str], share: float) -> Counter[str]:

@@ -429,6 +429,16 @@ def test_a_large_vocabulary_is_no_network_that_goes_token_by_token() -> None:
     assert not rehearsal.by_token
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
+def test_dropout_and_checkpointing_are_foreseen_together_on_a_gpu(method: str) -> None:
+    # a layer goes through PEFT's dropout again in the backward pass, with inputs of the same type
+    recipe = settled(method, lora={"lora_dropout": 0.05}).replace(
+        "sft", {"training": {"gradient_checkpointing": True, "bf16": True}}
+    )
+    made = Rehearsal(recipe, build_adapted(recipe, config()), "cuda")
+    assert sum(made.step(Batch(1, 64, waiting=True)).all.values()) > 0
+
+
 def test_as_many_operations_are_followed_as_a_deep_network_takes() -> None:
     # QDoRA of 32 layers with checkpointing takes 102 000
     recipe = settled("qdora", gradient_checkpointing=True)
