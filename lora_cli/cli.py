@@ -19,6 +19,7 @@ from lora_cli import __version__
 from lora_cli.common import (
     LoraError,
     UsageError,
+    gpu_memory,
     library_errors,
     library_warnings,
     privacy,
@@ -170,6 +171,7 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
+    gpu_memory.let_segments_grow()
     launch.check_launcher(os.environ)
     if allowed and not resume:
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")

@@ -17,6 +17,8 @@ Its doors, in the order a reader needs them:
     provenance                             the record of what produced an artefact
     remote_code                            whether a model's own code may run
     devices                                the device that models train and answer on
+    gpu_faults                             what keeps torch from a GPU, and what one is too old for
+    gpu_memory                             how torch's allocator asks a GPU for memory
     threads                                how threads wait, and what other work takes
 """
 
@@ -41,6 +43,8 @@ __all__ = [
     "files",
     "find_nearest",
     "format_duration",
+    "gpu_faults",
+    "gpu_memory",
     "join_errors",
     "library_errors",
     "missing_packages",

@@ -10,7 +10,8 @@ def find_device(in_4bit: bool = False, use_cpu: bool = False) -> torch.device:
 
     Of several, it is the current one: the first, unless CUDA_VISIBLE_DEVICES says otherwise. A
     torch that was built for one that is absent does not count. `in_4bit`: where bitsandbytes'
-    4-bit weights are computed, which is not Apple's GPU.
+    4-bit weights are computed, which is not Apple's GPU: bitsandbytes 0.50 has operations for it,
+    but no part of lora was run with them.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or use_cpu or (in_4bit and found.type == "mps"):

@@ -25,6 +25,9 @@ SILENCED = {
     "loss_type=None": "the default that is taken is the one that is meant",
     "Using Rank-Stabilized LoRA with": "models/init_weights.py restores the base's weights itself",
     "LOAD REPORT": "Base.load refuses weights that do not fit",
+    "CUDA initialization: ": "gpu_faults.py says it with what to type",
+    "Found GPU.* compute capability": "the same",
+    "with CUDA capability sm_.* is not compatible": "the same",
     "Token indices sequence length is longer": "plan/sizes.py refuses or says it of rows",
 }
 """The beginning of a warning, or what tells it, as a regular expression: why it is not shown."""

@@ -22,28 +22,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from lora_cli import __version__
 from lora_cli.common import LoraError, threads, ui
+from lora_cli.doctor import device_checks
+from lora_cli.doctor.finding import TESTED, Check, name_fix, read_tested_versions
 from lora_cli.gguf import ggml, tools
 
 PACKAGE = "lora-cli"
-TESTED = Path(__file__).parent.parent / "constraints.txt"
 LITTLE_DISK = 5e9
+"""Bytes of free disk below which a run may not get through: checkpoints, a merged model, a GGUF."""
 BUSY = 50
 """Percent of the processors that other work takes, above which a run is far slower."""
-"""Bytes of free disk below which a run may not get through: checkpoints, a merged model, a GGUF."""
-
-
-class Check(NamedTuple):
-    """One finding: `problem` where a recipe would fail or go wrong, `note` for what one should
-    know."""
-
-    name: str
-    status: Literal["ok", "note", "problem"]
-    said: str
-    fix: str | None = None
 
 
 def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) -> bool:
@@ -102,9 +93,10 @@ def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[C
     )
     yield from _try_check("versions", check_versions)
     yield from _try_check("libraries", lambda: _import_libraries(prepare))
-    yield from _try_check("devices", check_devices)
+    yield from _try_check("devices", device_checks.check_devices)
     yield from _try_check("oracle", lambda: check_oracle(deviations))
     yield from _try_check("4-bit", check_four_bit)
+    yield from _try_check("training", device_checks.check_training)
     yield from _try_check("llama.cpp", check_tools)
     yield from _try_check("disk", check_disk)
     yield from _try_check("memory", check_memory)
@@ -155,19 +147,6 @@ def check_versions() -> Iterator[Check]:
         yield Check("versions", "ok", f"as tested: {', '.join(as_tested)}")
 
 
-def read_tested_versions() -> dict[str, str]:
-    """Read the tested set for this Python: package -> version."""
-    from packaging.requirements import Requirement
-
-    lines = [
-        line.partition(" #")[0]
-        for line in TESTED.read_text().splitlines()
-        if line and line[0] != "#"
-    ]
-    pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate()]
-    return {pin.name: next(iter(pin.specifier)).version for pin in pins}
-
-
 def _find_version(name: str) -> str | None:
     """Return the version of a package; None where it is not, or only partly, installed."""
     try:
@@ -210,90 +189,6 @@ def _import_libraries(prepare: Callable[[], None]) -> Iterator[Check]:
     yield Check("libraries", "ok", f"imported in {time.perf_counter() - started:.1f} s")
 
 
-# Devices ------------------------------------------------------------------------------------------
-
-
-def list_device_names() -> list[str]:
-    """List `cpu` and every accelerator, as torch names them."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if accelerator is not None else 0
-    return ["cpu", *(f"{accelerator.type}:{index}" for index in range(count))]
-
-
-def check_devices() -> Iterator[Check]:
-    """Check a matrix product and its gradient on every device in every type, against float64 on the
-    CPU."""
-    import torch
-
-    for device in list_device_names():
-        times: dict[str, float] = {}
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            name = str(dtype).removeprefix("torch.")
-            try:
-                times[name], off = time_matmul(device, dtype)
-            except (RuntimeError, TypeError, NotImplementedError) as error:
-                status: Literal["note", "problem"] = "problem" if name == "float32" else "note"
-                said = (
-                    f"has no {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-                )
-                yield Check(
-                    device, status, said, _name_fix("torch") if status == "problem" else None
-                )
-                continue
-            if not off <= 8 * torch.finfo(dtype).eps:
-                said = f"computes wrongly in {name}: "
-                said += f"a product is off by {off:.1e} of its largest value"
-                yield Check(device, "problem", said, _name_fix("torch"))
-        shown = [
-            f"{name} ({times[name] / times['float32']:.2g}x the time)"
-            for name in times
-            if name != "float32"
-        ]
-        if "float32" in times:
-            yield Check(
-                device,
-                "ok",
-                f"tried in {', '.join(['float32', *shown])}{_measure_device_memory(device)}",
-            )
-
-
-def time_matmul(device: str, dtype: Any) -> tuple[float, float]:
-    """Time one product of two 512x512 matrices with its gradient; return the time and the error, as
-    a share of the largest value."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(512, 512, generator=generator).to(dtype) for _ in range(2))
-    exact_product, exact_gradient = (
-        left.double() @ right.double(),
-        torch.ones(512, 512).double() @ right.double().T,
-    )
-    one, other = left.to(device).requires_grad_(), right.to(device)
-    best = float("inf")
-    for _ in range(5):
-        one.grad, started = None, time.perf_counter()
-        product = one @ other
-        product.backward(torch.ones_like(product))
-        found = (product.detach().cpu().double(), one.grad.cpu().double())
-        best = min(best, time.perf_counter() - started)
-    pairs = zip((exact_product, exact_gradient), found)
-    return best, max(
-        ((value - exact).abs().max() / exact.abs().max()).nan_to_num(float("inf")).item()
-        for exact, value in pairs
-    )
-
-
-def _measure_device_memory(device: str) -> str:
-    import torch
-
-    if not device.startswith("cuda"):
-        return ""
-    free, total = torch.cuda.mem_get_info(device)
-    return f"; {torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-
-
 # PEFT and bitsandbytes ----------------------------------------------------------------------------
 
 
@@ -302,7 +197,7 @@ def check_oracle(deviations: list[Any]) -> Iterator[Check]:
     first accelerator."""
     from lora_cli.doctor import oracle
 
-    for device in list_device_names()[:2]:
+    for device in device_checks.list_device_names()[:2]:
         for name, compare in oracle.measure_deviations(device).items():
             yield from _try_check(name, partial(_check_group, name, device, compare, deviations))
 
@@ -321,7 +216,7 @@ def _check_group(
             for each in wrong[:3]
         )
         yield Check(
-            name, "problem", f"not what was published: {shown}", _name_fix("peft", "bitsandbytes")
+            name, "problem", f"not what was published: {shown}", name_fix("peft", "bitsandbytes")
         )
     elif name == "NF4":
         share = max(each.value for each in group if each.measure == "scale codes")
@@ -334,11 +229,6 @@ def _check_group(
             "ok",
             f"on {device} as published, to {oracle.find_largest(each.value for each in group):.1e}",
         )
-
-
-def _name_fix(*names: str) -> str:
-    tested = read_tested_versions()
-    return "python -m pip install " + " ".join(f"{name}=={tested[name]}" for name in names)
 
 
 def check_four_bit() -> Iterator[Check]:

@@ -299,7 +299,7 @@ def merge_4bit(adapted: PeftModel) -> Tensor:
 
 def measure_deviations(device: str = "cpu") -> dict[str, Callable[[], Iterator[Deviation]]]:
     """Return the comparisons on `device` by group, in float64 where the device has that."""
-    if device.startswith("mps"):  # bitsandbytes does not run there
+    if device.startswith("mps"):  # nothing is trained in 4 bits there (common/devices.py)
         return {"LoRA, rsLoRA, DoRA": lambda: _measure_layers(device)}
     return {
         "LoRA, rsLoRA, DoRA": lambda: _measure_layers(device),

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, devices, remote_code
+from lora_cli.common import LoraError, devices, gpu_faults, remote_code
 from lora_cli.models import (
     dequantised,
     empty,
@@ -311,6 +311,7 @@ def is_quantised(model: PreTrainedModel) -> bool:
 def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     """Move the model to the GPU where there is one; quantised weights are where they run
     already."""
+    gpu_faults.check_gpu(in_4bit=is_quantised(model))
     return model if is_quantised(model) else model.to(devices.find_device())
 
 

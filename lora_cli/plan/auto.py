@@ -26,6 +26,12 @@ from lora_cli.speed import document_attention, step_packing
 
 Chosen = tuple[Any, str]
 """A value and the reason for it."""
+FLASH_NEEDS = {
+    "flash_attention_2": (range(8, 100), "RTX 30, A100 and newer cards"),
+    "flash_attention_3": (range(9, 10), "H100 and H200"),
+}
+"""First numbers of the compute capabilities that versions of flash attention run on, and in
+words."""
 FASTEST_OPTIMIZER = "adamw_torch_fused"
 FAR_BELOW = 0.1
 SAFE = 0.9
@@ -358,6 +364,7 @@ def try_configurations(recipe: Recipe, device: Hardware | None = None) -> None:
     For this machine, or another device.
     """
     _refuse_unknown_attention(recipe)
+    _refuse_attention_of_newer_cards(recipe, device)
     settled, _ = settle(recipe)
     upstream.build_lora_config(settled)
     upstream.build_quantization_config(settled)
@@ -394,6 +401,23 @@ def _refuse_unknown_attention(recipe: Recipe) -> None:
         guess = find_nearest(str(given), known)
         hint = f"did you mean {guess}?" if guess else f"one of {', '.join(known)}"
         raise UsageError(f"{where}: there is no {given}", hint)
+
+
+def _refuse_attention_of_newer_cards(recipe: Recipe, device: Hardware | None) -> None:
+    """Raise UsageError for a version of flash attention that has no kernels for the GPU."""
+    given = str(recipe.model.attn_implementation)
+    if given not in FLASH_NEEDS:
+        return
+    device = device or hardware.detect_device(hardware.find_training_device(recipe))
+    wanted, cards = FLASH_NEEDS[given]
+    major, minor = device.capability
+    if device.kind != "cuda" or not major or major in wanted:
+        return
+    place = recipe.where("model", "attn_implementation")
+    raise UsageError(
+        f"{place}: {given} runs on {cards}; {device.name} has compute capability {major}.{minor}",
+        "--set model.attn_implementation=auto",
+    )
 
 
 def _refuse_what_needs_a_gpu(recipe: Recipe, arguments: Any) -> None:

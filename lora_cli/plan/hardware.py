@@ -52,22 +52,76 @@ class Card(NamedTuple):
 
 
 CARDS = {
+    # Pascal: no tensor cores, float32 only
+    "P100": Card(16384, (6, 0), bf16=False),
+    "P40": Card(24576, (6, 1), bf16=False),
+    "GTX 1080 Ti": Card(11264, (6, 1), bf16=False),
+    # Volta and Turing: float16, no bfloat16
     "V100": Card(16384, (7, 0), bf16=False),
     "T4": Card(15360, (7, 5), bf16=False),
+    "RTX 2060": Card(6144, (7, 5), bf16=False),
+    "RTX 2070": Card(8192, (7, 5), bf16=False),
+    "RTX 2080": Card(8192, (7, 5), bf16=False),
+    "RTX 2080 Ti": Card(11264, (7, 5), bf16=False),
+    "TITAN RTX": Card(24576, (7, 5), bf16=False),
+    "RTX 8000": Card(49152, (7, 5), bf16=False),
+    # Ampere
     "A100": Card(81920, (8, 0)),
+    "A30": Card(24576, (8, 0)),
+    "A2": Card(15356, (8, 6)),
     "A10": Card(23028, (8, 6)),
     "A10G": Card(23028, (8, 6)),
+    "A40": Card(46068, (8, 6)),
+    "A4000": Card(16376, (8, 6)),
+    "A4500": Card(20470, (8, 6)),
+    "A5000": Card(24564, (8, 6)),
     "A6000": Card(49140, (8, 6)),
+    "RTX 3050": Card(8192, (8, 6)),
+    "RTX 3060": Card(12288, (8, 6)),
+    "RTX 3060 Ti": Card(8192, (8, 6)),
+    "RTX 3070": Card(8192, (8, 6)),
+    "RTX 3070 Ti": Card(8192, (8, 6)),
+    "RTX 3080": Card(10240, (8, 6)),
+    "RTX 3080 Ti": Card(12288, (8, 6)),
     "RTX 3090": Card(24576, (8, 6)),
+    "RTX 3090 Ti": Card(24564, (8, 6)),
+    # Ada
     "L4": Card(23034, (8, 9)),
+    "L40": Card(46068, (8, 9)),
     "L40S": Card(46068, (8, 9)),
+    "RTX 4060": Card(8188, (8, 9)),
+    "RTX 4060 Ti": Card(8188, (8, 9)),
+    "RTX 4070": Card(12282, (8, 9)),
+    "RTX 4070 Ti": Card(12282, (8, 9)),
+    "RTX 4070 Ti SUPER": Card(16376, (8, 9)),
+    "RTX 4080": Card(16376, (8, 9)),
+    "RTX 4080 SUPER": Card(16376, (8, 9)),
     "RTX 4090": Card(24564, (8, 9)),
+    "RTX 6000 Ada": Card(49140, (8, 9)),
+    # Hopper
     "H100": Card(81559, (9, 0)),
+    "H100 NVL": Card(95830, (9, 0)),
+    "H20": Card(97871, (9, 0)),
+    "GH200": Card(97871, (9, 0)),
     "H200": Card(143771, (9, 0)),
+    # Blackwell
     "B200": Card(183359, (10, 0)),
+    "RTX 5060": Card(8151, (12, 0)),
+    "RTX 5060 Ti": Card(16311, (12, 0)),
+    "RTX 5070": Card(12227, (12, 0)),
+    "RTX 5070 Ti": Card(16303, (12, 0)),
+    "RTX 5080": Card(16303, (12, 0)),
     "RTX 5090": Card(32607, (12, 0)),
+    "RTX PRO 6000": Card(97887, (12, 0)),
+    # AMD
+    "RX 7900 XTX": Card(24560, (0, 0)),
+    "MI210": Card(65520, (0, 0)),
     "MI300X": Card(196592, (0, 0)),
 }
+"""Those that people have at home or rent. A card that was sold with several sizes is here with one
+of them; `--gpu A100-40GB` says another."""
+FORMS = r"[\s-]+(PCIe?|SXM\d?|HBM\d\w?)(?![^\s-])"
+"""What a maker adds to a card's name: how it is plugged in, and the kind of its memory."""
 
 
 def find_training_device(recipe: Recipe) -> torch.device:
@@ -109,20 +163,18 @@ def _measure_ram() -> int:
 
 
 def parse_gpu(text: str) -> Hardware:
-    """Return a GPU by size (`24GB`), name (`H100`) or both (`A100-40GB`); UsageError for others."""
-    parts = re.fullmatch(r"(?:(.*[^\s-])[\s-]+)?(\d+(?:\.\d+)?)\s*Gi?B?\s*", text, re.IGNORECASE)
-    named, size = (parts[1], int(float(parts[2]) * GIB)) if parts else (text, None)
+    """Return a GPU by size (`24GB`), name (`H100`) or both (`A100-40GB`); UsageError for others.
+
+    Names are also understood as nvidia-smi and shops write them: `NVIDIA A100-SXM4-40GB`, `4090`.
+    """
+    plain = re.sub(FORMS, "", text, flags=re.IGNORECASE)
+    parts = re.fullmatch(r"(?:(.*[^\s-])[\s-]+)?(\d+(?:\.\d+)?)\s*Gi?B?\s*", plain, re.IGNORECASE)
+    named, size = (parts[1], int(float(parts[2]) * GIB)) if parts else (plain, None)
     if size == 0:
         raise UsageError(f"--gpu: {text!r} has no memory", "give its size: --gpu 24GB")
     if not named and size:
         return Hardware("cuda", text, size, (8, 0), bf16=True)
-    plain = {re.sub(r"\W", "", name).casefold(): name for name in CARDS}
-    wanted = re.sub(r"\W|^(NVIDIA|GeForce|AMD)", "", named).casefold()
-    if wanted not in plain:
-        guess = find_nearest(wanted, plain)
-        hint = f"did you mean {plain[guess]}?" if guess else "give its size: --gpu 24GB"
-        raise UsageError(f"--gpu: {text!r} is neither a size nor a GPU known here", hint)
-    name = plain[wanted]
+    name = _find_card(named, text)
     card = CARDS[name]
     return Hardware(
         "cuda",
@@ -131,6 +183,22 @@ def parse_gpu(text: str) -> Hardware:
         card.capability,
         bf16=card.bf16,
     )
+
+
+def _find_card(named: str, text: str) -> str:
+    """Return the name in CARDS that is meant; UsageError with the nearest where there is none."""
+    known = {_squeeze(name): name for name in CARDS}
+    wanted = re.sub(r"^(nvidia|geforce|amd|tesla|quadro|instinct|radeon)+", "", _squeeze(named))
+    for guess in (wanted, f"rtx{wanted}", wanted.removeprefix("rtx")):  # RTX A6000 is A6000
+        if guess in known:
+            return known[guess]
+    near = find_nearest(wanted, known)
+    hint = f"did you mean {known[near]}?" if near else "give its size: --gpu 24GB"
+    raise UsageError(f"--gpu: {text!r} is neither a size nor a GPU known here", hint)
+
+
+def _squeeze(name: str) -> str:
+    return re.sub(r"\W", "", name).casefold()
 
 
 def measure_peak_memory() -> int:

@@ -53,8 +53,11 @@ LARGE = 32 << 20
 OFFLOADED = 1024
 """Bytes from which TRL offloads what is kept for the backward pass."""
 MOST_OPERATIONS = 100_000
-"""Operations of a step that are followed. A layer takes some hundred, whatever the length of the
-rows, but in a network that goes through them token by token, as Mamba's does on a CPU."""
+MOST_BY_MODULE = 100
+"""Operations of a step that are followed: so many, or so many for each module of a large network,
+whichever are more. A layer takes some hundred (with DoRA, checkpointing and 4 bits 3,200, in 70
+modules), whatever the length of the rows, but in a network that goes through them token by token,
+as Mamba's does on a CPU."""
 LENGTHS = (8, 16)
 """Tokens of the rows from which longer ones are foreseen in such a network."""
 UNFORESEEN = (
@@ -307,7 +310,9 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(self._count_gradient)
         self._prepare_network()
         self._make_optimizer()
-        for module in self.adapted.modules():
+        modules = list(self.adapted.modules())
+        self.most = max(MOST_OPERATIONS, MOST_BY_MODULE * len(modules))
+        for module in modules:
             module.register_forward_pre_hook(self._count_operations)
 
     def _prepare_network(self) -> None:
@@ -343,7 +348,7 @@ class Rehearsal:
     def _count_operations(self, *_: Any) -> None:
         """Raise TooManyOperations before a module runs. Where torch itself calls Python, as in
         `Live`, an exception would end the process."""
-        if self.live.operations > MOST_OPERATIONS:
+        if self.live.operations > self.most:
             raise TooManyOperations
 
     def _count_gradient(self, parameter: torch.Tensor) -> None:
@@ -373,7 +378,11 @@ class Rehearsal:
             else:
                 self._compare_operations(batch.length)
                 return peaks
-        short, longer = (self._step(batch._replace(length=length)) for length in LENGTHS)
+        try:
+            short, longer = (self._step(batch._replace(length=length)) for length in LENGTHS)
+        except TooManyOperations as error:
+            message = f"its memory is not foreseen: {self.most:,} operations are not yet a step"
+            raise Unforeseen(message, "train, and watch it") from error
         share = (batch.length - LENGTHS[0]) / (LENGTHS[1] - LENGTHS[0])
         return Peaks(*(_extend(*each, share) for each in zip(short, longer)))
 
@@ -394,14 +403,15 @@ class Rehearsal:
             self.live.item = ACTIVATIONS
             half = torch.float16 if self.arguments.fp16 else torch.bfloat16
             mixed = self.arguments.bf16 or self.arguments.fp16
-            with (
-                torch.autocast("cpu", half, enabled=mixed),
-                attach.keep_input_types(self.adapted, mixed),
-                self._offload_activations(),
-            ):
-                total = self._loss(batch)
-            self.live.item = BACKWARD
-            total.backward()
+            # the backward pass too: checkpointing goes through the layers again in it
+            with attach.keep_input_types(self.adapted, mixed):
+                with (
+                    torch.autocast("cpu", half, enabled=mixed),
+                    self._offload_activations(),
+                ):
+                    total = self._loss(batch)
+                self.live.item = BACKWARD
+                total.backward()
             del total
             self._drop_gradients()
         return Peaks(*(Counter(most) for most in self.live.most))
@@ -436,10 +446,12 @@ class Rehearsal:
             return self.base(**inputs, labels=ids, **fused).loss
         hidden = self.base.get_decoder()(**inputs).last_hidden_state
         self.live.item = HEAD
+        network = self.live.operations
         where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
         rows = hidden.flatten(0, 1)[where]
         head = self.base.get_output_embeddings()
         total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base), self.kind)
+        self.live.operations = network  # the loss takes some rows at a time, the network does not
         return total / len(where)
 
 

@@ -16,7 +16,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, files, provenance, threads, translate_refusals, ui
+from lora_cli.common import (
+    LoraError,
+    files,
+    gpu_faults,
+    provenance,
+    threads,
+    translate_refusals,
+    ui,
+)
 from lora_cli.data import prepare
 from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
 from lora_cli.plan import settled
@@ -33,6 +41,8 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     Whatever happens, the run's record says how it ended. With `resume` the run in the recipe's
     folder goes on from its newest checkpoint; of the recipe, the keys `allowed` may have changed.
     """
+    if not recipe.training.collect_values().get("use_cpu"):
+        gpu_faults.check_gpu(recipe.quantized)
     trial.try_training(recipe)
     folder = Path(recipe.output_dir)
     found = settled.settle_recipe(recipe, run=folder if resume else None)

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, gpu_faults, ui
 from lora_cli.data import load, prepare, selection
 from lora_cli.models import (
     Base,
@@ -101,10 +101,8 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     or installs something chooses by where it is."""
     set_seed(recipe.training.seed)
     device = hardware.find_training_device(recipe)
-    visible = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    if visible > 1:
-        ui.say(f"  one of the {visible} visible GPUs is used: {device}")
-        ui.say("    (another one: CUDA_VISIBLE_DEVICES=1)")
+    for line in gpu_faults.describe_choice(device):
+        ui.say(f"  {line}")
     network = base.load(
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),

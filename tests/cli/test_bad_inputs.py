@@ -31,6 +31,7 @@ from lora_cli import cli
 from lora_cli.gguf.tools import find_managed_home
 from lora_cli.models import adapter_config
 from tests import snapshots
+from tests.cards import NO_GPU, OLD_DRIVER, Machine, pretend_machine
 from tests.cli.test_bad_artefacts import (
     TINY,
     adapter,
@@ -51,7 +52,8 @@ UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LLAMA_CPP_DIR", "HF_TOKEN", "PYTES
 
 Arguments = list[object]
 Given = tuple[Arguments, Mapping[str, str]]
-Case = Callable[[Path], Arguments | Given]
+Elsewhere = tuple[Arguments, Mapping[str, str], Machine]
+Case = Callable[[Path], Arguments | Given | Elsewhere]
 
 
 def recipe(d: Path, text: str = "", **sections: str) -> Path:
@@ -168,6 +170,11 @@ def into(make_output: Callable[[Path], object], output: str = "run") -> Case:
 def launched(**environment: str) -> Case:
     """`lora train` as a launcher with these variables starts it."""
     return lambda d: (["train", str(recipe(d).name)], environment)
+
+
+def beside(machine: Machine, text: str = "", **environment: str) -> Case:
+    """`lora train` on a machine where torch finds this."""
+    return lambda d: ([base(d), with_(text)(d)][1], environment, machine)
 
 
 def typed(*arguments: object, make: Callable[[Path], object] | None = None) -> Case:
@@ -593,6 +600,22 @@ BAD: dict[str, Case] = {
     "launcher: FSDP": launched(ACCELERATE_USE_FSDP="true"),
     "launcher: DeepSpeed": launched(ACCELERATE_USE_DEEPSPEED="1"),
     "launcher: a precision of its own": launched(ACCELERATE_MIXED_PRECISION="fp16"),
+    # GPUs
+    "gpu: a driver that is too old": beside(Machine(fault=OLD_DRIVER.format(version=12040))),
+    "gpu: a driver that is too old for every torch": beside(Machine(fault=OLD_DRIVER.format(version=11040))),
+    "gpu: one that is not there": beside(Machine(fault=NO_GPU), CUDA_VISIBLE_DEVICES="7"),
+    "gpu: one that cannot be started": beside(Machine(fault="CUDA unknown error - this may be due to an incorrectly "
+                                                            "set up environment.")),
+    "gpu: too old for this torch": beside(Machine("cuda", names=("Tesla V100-SXM2-16GB",), capability=(7, 0))),
+    "gpu: newer than this torch": beside(Machine("cuda", names=("NVIDIA X100",), capability=(13, 0))),
+    "gpu: too old for 4 bits": beside(
+        Machine("cuda", names=("Tesla M40",), capability=(5, 2), built=("sm_50", "sm_60")), "method: qlora\n"),
+    "gpu: too old for flash attention 2": lambda d: [
+        with_(model="attn_implementation: flash_attention_2")(d), ["plan", "r.yaml", "--gpu", "T4"]][1],
+    "gpu: of another kind than flash attention 3": lambda d: [
+        with_(model="attn_implementation: flash_attention_3")(d), ["plan", "r.yaml", "--gpu", "RTX 4090"]][1],
+    "gpu: one that nobody knows": lambda d: [with_()(d), ["plan", "r.yaml", "--gpu", "RTX 4900"]][1],
+    "gpu: without memory": lambda d: [with_()(d), ["plan", "r.yaml", "--gpu", "0GB"]][1],
     # The command line
     "command: none of that name": typed("trian", "r.yaml"),
     "command: no such option": typed("train", "r.yaml", "--epochs", "3"),
@@ -661,13 +684,19 @@ BAD: dict[str, Case] = {
 def said(name: str, folder: Path) -> str:
     """The call, its exit status, and what its user gets to see of the failure."""
     given, here = BAD[name](folder), Path.cwd()
-    arguments, environment = given if isinstance(given, tuple) else (given, {})
+    arguments, environment, *machine = given if isinstance(given, tuple) else (given, {})
     words = ["lora", *map(str, arguments)]
     screen, code = io.StringIO(), None
     home = {"HOME": str(folder), "HF_HUB_OFFLINE": "1", **environment}
     os.chdir(folder)
     try:
-        with mock.patch.dict(os.environ, home), mock.patch.object(sys, "argv", words):
+        with (
+            mock.patch.dict(os.environ, home),
+            mock.patch.object(sys, "argv", words),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            for each in machine:
+                pretend_machine(patch, each)
             for variable in UNSET:
                 if variable not in environment:
                     os.environ.pop(variable, None)

@@ -19,16 +19,7 @@ from lora_cli.models import Base
 from lora_cli.plan import auto, hardware
 from lora_cli.recipe import load, upstream
 from lora_cli.train import random_state, run, setup
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, kind: str | None, index: int = 0) -> None:
-    """Let this machine have an accelerator; None: a torch that was built for one that is absent."""
-
-    def find(check_available: bool = False) -> torch.device | None:
-        return torch.device(kind) if kind else None if check_available else torch.device("cuda")
-
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: index)
+from tests.cards import pretend
 
 
 def test_the_accelerator_that_is_here_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

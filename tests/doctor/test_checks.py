@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from lora_cli.doctor import checks, oracle
+from lora_cli.doctor import checks, device_checks, oracle
 from lora_cli.models import four_bit
 
 
@@ -206,7 +206,7 @@ def test_a_type_that_computes_wrongly_is_a_problem(
             else right(self, other)
         ),
     )
-    found = [check for check in checks.check_devices() if check.status == "problem"]
+    found = [check for check in device_checks.check_devices() if check.status == "problem"]
     name = str(dtype).removeprefix("torch.")
     assert [check.said.partition(":")[0] for check in found if check.name == "cpu"] == [
         f"computes wrongly in {name}"
@@ -222,7 +222,9 @@ def test_a_type_that_is_not_there_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
         return right(self, other)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", missing)
-    found = {check.status: check.said for check in checks.check_devices() if check.name == "cpu"}
+    found = {
+        check.status: check.said for check in device_checks.check_devices() if check.name == "cpu"
+    }
     assert found["note"] == "has no float16: RuntimeError: not implemented for 'Half'"
     assert "float16" not in found["ok"].replace("bfloat16", "")
 

@@ -55,4 +55,36 @@ def test_a_gpu_has_its_own_compute_capability() -> None:
         "L4": (8, 9),
         "B200": (10, 0),
     }
-    assert [name for name in found if not found[name].bf16] == ["V100", "T4"]
+    families = {"1": 6, "2": 7, "3": 8, "4": 8, "5": 12}  # GTX 10 … RTX 50
+    games = [name for name in found if name.startswith(("RTX ", "GTX ")) and name[4:8].isdigit()]
+    games = [name for name in games if name not in ("RTX 8000", "RTX 6000 Ada")]
+    assert len(games) >= 25
+    assert not [name for name in games if found[name].capability[0] != families[name[4]]]
+    # bfloat16 came with Ampere; AMD's cards have no CUDA capability, and bfloat16
+    assert not [
+        name for name, card in found.items() if card.bf16 != (card.capability[0] not in (6, 7))
+    ]
+    assert all(5 * GIB < card.memory < 200 * GIB for card in found.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "memory"),
+    [
+        ("NVIDIA GeForce RTX 3090", "RTX 3090", 24576 << 20),
+        ("Tesla T4", "T4", 15360 << 20),
+        ("4090", "RTX 4090", 24564 << 20),
+        ("rtx4070ti", "RTX 4070 Ti", 12282 << 20),
+        ("NVIDIA RTX A6000", "A6000", 49140 << 20),
+        ("NVIDIA RTX 6000 Ada", "RTX 6000 Ada", 49140 << 20),
+        ("AMD Instinct MI300X", "MI300X", 196592 << 20),
+        ("NVIDIA H100 PCIe", "H100", 81559 << 20),
+        ("NVIDIA H100 NVL", "H100 NVL", 95830 << 20),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", 80 * GIB),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB", 40 * GIB),
+        ("Tesla V100-SXM2-32GB", "Tesla V100-SXM2-32GB", 32 * GIB),
+        ("RTX 4060 Ti 16GB", "RTX 4060 Ti 16GB", 16 * GIB),
+    ],
+)
+def test_a_card_is_known_as_others_write_it(text: str, name: str, memory: int) -> None:
+    found = hardware.parse_gpu(text)
+    assert (found.name, found.memory) == (name, memory)

@@ -28,11 +28,13 @@ from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import (
     ACTIVATIONS,
     ADAPTERS,
+    MOST_BY_MODULE,
     OPTIMIZER,
     WEIGHTS,
     Batch,
     Peaks,
     Rehearsal,
+    Unforeseen,
     build_adapted,
 )
 from lora_cli.recipe import keys, load, upstream
@@ -413,3 +415,38 @@ def test_the_weights_of_a_4bit_base_are_those_of_its_files(
     )
     assert forecast.rehearsal.live.now.all[WEIGHTS] == pytest.approx(stored, rel=0.02)
     assert memory.MAPPED not in forecast.need(memory.largest_batch(chosen)).items
+
+
+def test_a_large_vocabulary_is_no_network_that_goes_token_by_token() -> None:
+    # the loss is made some rows at a time, and of 128 000 words of two
+    shape = LlamaConfig(
+        vocab_size=128_256, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )  # fmt: skip
+    recipe = settled(packing="step")
+    rehearsal = Rehearsal(recipe, build_adapted(recipe, shape), "cuda")
+    for length in (64, 256):
+        rehearsal.step(Batch(1, length, waiting=True))
+    assert not rehearsal.by_token
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
+def test_dropout_and_checkpointing_are_foreseen_together_on_a_gpu(method: str) -> None:
+    # a layer goes through PEFT's dropout again in the backward pass, with inputs of the same type
+    recipe = settled(method, lora={"lora_dropout": 0.05}).replace(
+        "sft", {"training": {"gradient_checkpointing": True, "bf16": True}}
+    )
+    made = Rehearsal(recipe, build_adapted(recipe, config()), "cuda")
+    assert sum(made.step(Batch(1, 64, waiting=True)).all.values()) > 0
+
+
+def test_as_many_operations_are_followed_as_a_deep_network_takes() -> None:
+    # QDoRA of 32 layers with checkpointing takes 102 000
+    recipe = settled("qdora", gradient_checkpointing=True)
+    made = Rehearsal(recipe, build_adapted(recipe, config()), "cuda")
+    made.step(Batch(1, 64, waiting=True))
+    assert made.live.operations < made.most
+    modules = len(list(made.adapted.modules()))
+    assert made.live.operations / modules < 0.7 * MOST_BY_MODULE
+    made.most = made.live.operations // 2
+    with pytest.raises(Unforeseen, match="operations are not yet a step"):
+        made.step(Batch(1, 64, waiting=True))
