@@ -1,0 +1,107 @@
+"""The report as tables for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu.part import Column
+
+BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+MODULES = {
+    "ground": "ground",
+    "reference": "reference",
+    "right": "right",
+    "packing": "packing",
+    "resume": "resume",
+    "speed 1B": "speed_1b",
+    "speed 8B": "speed_8b",
+    "peers": "peers",
+    "loss head": "head",
+    "rest": "rest",
+}
+
+
+def make_text(found: dict[str, Any]) -> str:
+    """Return the tables of a report in Markdown."""
+    given = found["given"]
+    lines = []
+    if given["device"] == "cpu":
+        lines += ["A dry run on a processor: none of these figures says anything of a GPU.", ""]
+    for name, part in found["parts"].items():
+        lines += [*format_part(name, part), ""]
+    return "\n".join(lines)
+
+
+def format_part(name: str, part: dict[str, Any]) -> Iterator[str]:
+    """Yield a part's title, its table, and what went wrong or was left out."""
+    module = importlib.import_module(f"gpu.{MODULES[name]}") if name in MODULES else None
+    columns: tuple[Column, ...] = module.COLUMNS if module else ()
+    yield f"### {module.TITLE if module else name}"
+    yield ""
+    done = {key: case["figures"] for key, case in part["cases"].items() if case["state"] == "done"}
+    shown = {key: value for key, value in done.items() if _has_any(value, columns)}
+    if shown:
+        yield f"| | {' | '.join(column.heading for column in columns)} |"
+        yield f"|---|{'---|' * len(columns)}"
+        for key, figures in shown.items():
+            cells = [format_cell(figures.get(column.key), column) for column in columns]
+            yield f"| {key} | {' | '.join(cells)} |"
+        yield ""
+    for key in done.keys() - shown.keys() if shown else done:
+        yield f"- {key}: {describe(done[key])}"
+    for key, case in part["cases"].items():
+        if case["state"] != "done":
+            yield f"- {key}: **{case['state']}**, {case.get('why', '')}"
+    if "why" in part:
+        yield f"- **nothing was begun**: {' '.join(part['why'].split())[-300:]}"
+
+
+def _has_any(figures: dict[str, Any], columns: tuple[Column, ...]) -> bool:
+    return any(figures.get(column.key) is not None for column in columns)
+
+
+def format_cell(value: Any, column: Column) -> str:
+    """Return a figure as the column shows it; nothing where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if isinstance(value, (int, float)):
+        scaled = value * column.scale
+        small = 0 < abs(scaled) < 10**-column.digits
+        return f"{scaled:.1e}{column.unit}" if small else f"{scaled:,.{column.digits}f}{column.unit}"
+    return str(value).replace("|", "\\|")
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """Return figures on one line."""
+    return ", ".join(f"{key} {_shorten(value)}" for key, value in figures.items())
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shorten(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shorten, value)) + "]"
+    return str(value)
+
+
+def write_section(report: Path, document: Path) -> None:
+    """Put the tables of a report into a document, between the two marks that it has for them. A dry
+    run's are refused."""
+    found = json.loads(report.read_text(encoding="utf-8"))
+    if found["given"]["device"] != "cuda":
+        raise SystemExit("error: that report is of a dry run, and says nothing of a GPU")
+    text = document.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"error: {document} has no {BEGIN} … {END}")
+    document.write_text(f"{before}{BEGIN}\n{make_text(found)}{END}{after}", encoding="utf-8")
+    print(f"written into {document}")
