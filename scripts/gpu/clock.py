@@ -57,6 +57,10 @@ class Clock:
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {"allocated_mib": allocated / 2**20, "reserved_mib": reserved / 2**20}
 
+    def read_held(self) -> dict[str, float]:
+        """Return the MiB allocated now, such as what an earlier case has left; nothing on a CPU."""
+        return {"held_mib": torch.cuda.memory_allocated() / 2**20} if self.on_gpu else {}
+
     def limit_memory(self, size: float) -> None:
         """Let this process have `size` bytes of the device, or with infinity all of it."""
         if self.on_gpu:
