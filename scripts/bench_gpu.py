@@ -1,13 +1,13 @@
-"""Everything worth knowing on one NVIDIA GPU, in one call of at most nine minutes, without a network.
+"""Everything worth knowing on one NVIDIA GPU, in one call of nine minutes, without a network.
 
     python scripts/bench_gpu.py --out DIR [--budget 520] [--only ground,right]
     python scripts/bench_gpu.py --out DIR --device cpu --tiny        # the dry run, on a processor
     python scripts/bench_gpu.py --table DIR/report.json              # … into docs/benchmarks.md
 
 `make gpu` installs what `make gpu-wheels` has fetched into a folder, and then runs the first. The
-parts stand in scripts/gpu, in order of value here; each is run in a process of its own until its
-share of the budget is over. DIR/report.json is written anew after each case, DIR/table.md at the
-end; DIR/log.txt is what the processes said.
+parts stand in scripts/gpu_parts, in order of value here; each is run in a process of its own until
+its share of the budget is over. DIR/report.json is written anew after each case, DIR/table.md at
+the end; DIR/log.txt is what the processes said.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpu import child, driver  # noqa: E402
+from gpu_parts import child, driver  # noqa: E402
 
 PARTS = (
-    driver.Part("ground", "gpu.ground", 30),
-    driver.Part("reference", "gpu.reference", 25, hides_gpu=True),
-    driver.Part("right", "gpu.right", 70),
-    driver.Part("packing", "gpu.packing", 25),
-    driver.Part("resume", "gpu.resume", 30),
-    driver.Part("speed 1B", "gpu.speed_1b", 75),
-    driver.Part("speed 8B", "gpu.speed_8b", 140),
-    driver.Part("peers", "gpu.peers", 60),
-    driver.Part("loss head", "gpu.head", 35),
-    driver.Part("rest", "gpu.rest", 30),
+    driver.Part("ground", "gpu_parts.ground", 30),
+    driver.Part("reference", "gpu_parts.reference", 25, {"CUDA_VISIBLE_DEVICES": ""}),
+    driver.Part("right", "gpu_parts.right", 70),
+    driver.Part("packing", "gpu_parts.packing", 25),
+    driver.Part("resume", "gpu_parts.resume", 30, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+    driver.Part("speed 1B", "gpu_parts.speed_1b", 75),
+    driver.Part("speed 8B", "gpu_parts.speed_8b", 140),
+    driver.Part("peers", "gpu_parts.peers", 60),
+    driver.Part("loss head", "gpu_parts.head", 35),
+    driver.Part("rest", "gpu_parts.rest", 30),
 )
 """In order of value, each with its share of the budget in seconds of 520."""
 KEPT = 200_000
@@ -78,7 +78,7 @@ def choose_parts(options: argparse.Namespace) -> list[driver.Part]:
 
 def measure(options: argparse.Namespace) -> None:
     """Run the parts; print and write the table."""
-    from gpu import report
+    from gpu_parts import report
 
     options.out.mkdir(parents=True, exist_ok=True)
     given = {"device": options.device, "small": options.tiny, "tiny": str(find_tiny(options.model))}
@@ -103,7 +103,7 @@ def main() -> None:
     if options.child:
         child.serve()
     elif options.table:
-        from gpu import report
+        from gpu_parts import report
 
         report.write_section(options.table, ROOT / "docs/benchmarks.md")
     else:

@@ -1,5 +1,5 @@
-"""Fill a folder with what `make gpu` takes to a machine with an NVIDIA GPU and no network: wheels, and
-the tiny model.
+"""Fill a folder with what `make gpu` needs on a machine with an NVIDIA GPU and no network: wheels,
+and the tiny model.
 
     python scripts/gpu_wheels.py .gpu [--tiny build/tiny]
 
@@ -128,7 +128,7 @@ def repack(wheel: Path, kept: tuple[str, ...]) -> None:
 
 
 def find_unmet(folder: Path) -> list[str]:
-    """Return the requirements of the folder's wheels that neither travel nor are there, in words."""
+    """Return in words the requirements of the folder's wheels that neither travel nor are there."""
     carried, unmet = find_wheels(folder), []
     for name, (_, wheel) in carried.items():
         for need in list_needs(read_needs(wheel)):

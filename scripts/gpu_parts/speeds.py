@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gpu import levers, runs
-from gpu.part import Bench, Column, Figures
+from gpu_parts import levers, runs
+from gpu_parts.part import Bench, Column, Figures
 from lora_cli.plan import memory
 
 COLUMNS = (
@@ -36,8 +36,9 @@ def measure(
     plans: bool = False,
     **seen: int,
 ) -> Figures:
-    """Train on a model and rows with the recipe's `changes`, these levers, and sequences of a length;
-    return speed and memory. `plans`: what `lora plan` foresees too; `seen` is for the observer."""
+    """Train on a model and rows with the recipe's `changes`, these levers, and sequences of a
+    length; return speed and memory. `plans`: what `lora plan` foresees too; `seen` is for the
+    observer."""
     training = changes.get("training", {})
     recipe = runs.write_recipe(
         runs.make_folder(bench, name),
@@ -70,8 +71,8 @@ SHOWN = ("model.dtype", "model.attn_implementation", "training.gradient_checkpoi
 
 
 def foresee(recipe: Path) -> Figures:
-    """Return what `lora plan` says of a recipe's memory, in MiB; without what it sets aside for CUDA,
-    which no allocator counts."""
+    """Return what `lora plan` says of a recipe's memory, in MiB; without what it sets aside for
+    CUDA, which no allocator counts."""
     text = runs.call("plan", recipe, "--data", "--json")
     found = json.loads(text[text.index("{") :])["memory"]
     items = {name: size / 2**20 for name, size in found["items"].items()}

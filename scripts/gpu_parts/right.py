@@ -1,8 +1,8 @@
 """Whether each way to train runs on this device and computes what the processor computes.
 
 The tiny model, some steps each, from the same numbers with B not zero: losses, and the gradients of
-the first and the last step, against the same run in float32 on this machine's processor (`reference`,
-a part of its own that does not see the GPU). Then what was trained is merged, verified and asked.
+the first and the last step, against the same run in float32 on this machine's processor (the part
+`reference`, which does not see the GPU). Then what was trained is merged, verified and asked.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpu import models, runs
-from gpu.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts import models, runs
+from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
 
 TITLE = "Is it right: the tiny model, 6 steps, against float32 on the processor"
 COLUMNS = (
@@ -28,8 +27,8 @@ COLUMNS = (
 STEPS = 6
 METHODS = ("lora", "dora", "qlora", "qdora")
 LIMITS = {"float32": (2e-3, 5e-3), "bfloat16": (0.05, 0.15), "float16": (0.02, 0.05)}
-"""What a loss, and the first gradient as a share of its length, may be off, by type: several times
-what this model's are off on a processor (`--device cpu`). What is wrong is off by its whole length."""
+"""What a loss, and the first gradient as a share of its length, may be off, by type. On a processor
+(`--device cpu`) bfloat16 is off by 0.03 and 0.06; what is wrong is off by its whole length."""
 DROPPED = (0.3, 0.8)
 """The same with dropout, whose numbers are other ones on each device."""
 CHANGES: dict[str, Figures] = {
@@ -112,7 +111,8 @@ def _compare(name: str) -> Any:
             raise NotHereError(f"the processor's {method} run is missing")
         recipe = _make_recipe(bench, name, changes)
         seen = runs.Observer(bench.clock, starts_given=True, kept=(1, STEPS))
-        losses = [line["loss"] for line in runs.train(recipe, seen)]
+        lines = runs.train(recipe, seen)
+        losses = [line["loss"] for line in lines]
         wanted = json.loads((folder / f"{method}.json").read_text())
         kept = load_file(folder / f"{method}.safetensors")
         kind = changes.get("model", {}).get("dtype", "bfloat16")
@@ -121,6 +121,7 @@ def _compare(name: str) -> Any:
             "first": measure_distance(seen.gradients[1], kept, 1),
             "last": measure_distance(seen.gradients[STEPS], kept, STEPS),
             "kind": kind,
+            "skipped": sum(line["grad_norm"] is None for line in lines),
             "losses": losses,
             "wanted": wanted,
         }
@@ -142,8 +143,11 @@ def measure_distance(found: dict[str, Tensor], kept: dict[str, Tensor], step: in
 
 
 def is_right(found: Figures, kind: str, dropped: bool) -> bool:
-    """Return whether losses and the first gradients are within what the type allows."""
+    """Return whether losses and the first gradients are within what the type allows; of a run whose
+    steps a loss scaler has skipped, which it goes behind by, only the first loss."""
     loss, gradient = DROPPED if dropped else LIMITS[kind]
+    if found["skipped"]:
+        return bool(abs(found["losses"][0] - found["wanted"][0]) <= loss)
     return bool(found["loss"] <= loss and found["first"] <= gradient)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from gpu import models, speed_1b, speeds
-from gpu.part import Bench, Case, Figures, NotHereError
+from gpu_parts import models, speed_1b, speeds
+from gpu_parts.part import Bench, Case, Figures, NotHereError
 
 TITLE = "8B: steps of 8,192 tokens in rows of 512, rank 16 on all linear layers"
 COLUMNS = speeds.COLUMNS
@@ -60,6 +60,4 @@ def _measure(
     rows = models.write_even_rows(bench, length, number * speeds.STEPS)
     training = changes.get("training", {}) | {"per_device_train_batch_size": number}
     given = changes | {"training": training}
-    return speeds.measure(
-        bench, f"8B {name}", model, rows, given, names, sequence, plans=True
-    )
+    return speeds.measure(bench, f"8B {name}", model, rows, given, names, sequence, plans=True)

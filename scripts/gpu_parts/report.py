@@ -8,21 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu.part import Column
+from gpu_parts.part import Column
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
-MODULES = {
-    "ground": "ground",
-    "reference": "reference",
-    "right": "right",
-    "packing": "packing",
-    "resume": "resume",
-    "speed 1B": "speed_1b",
-    "speed 8B": "speed_8b",
-    "peers": "peers",
-    "loss head": "head",
-    "rest": "rest",
-}
 
 
 def make_text(found: dict[str, Any]) -> str:
@@ -38,9 +26,9 @@ def make_text(found: dict[str, Any]) -> str:
 
 def format_part(name: str, part: dict[str, Any]) -> Iterator[str]:
     """Yield a part's title, its table, and what went wrong or was left out."""
-    module = importlib.import_module(f"gpu.{MODULES[name]}") if name in MODULES else None
-    columns: tuple[Column, ...] = module.COLUMNS if module else ()
-    yield f"### {module.TITLE if module else name}"
+    module = importlib.import_module(part["module"])
+    columns: tuple[Column, ...] = module.COLUMNS
+    yield f"### {module.TITLE}"
     yield ""
     done = {key: case["figures"] for key, case in part["cases"].items() if case["state"] == "done"}
     shown = {key: value for key, value in done.items() if _has_any(value, columns)}
@@ -51,13 +39,17 @@ def format_part(name: str, part: dict[str, Any]) -> Iterator[str]:
             cells = [format_cell(figures.get(column.key), column) for column in columns]
             yield f"| {key} | {' | '.join(cells)} |"
         yield ""
-    for key in done.keys() - shown.keys() if shown else done:
-        yield f"- {key}: {describe(done[key])}"
+    for key, figures in done.items():
+        if key not in shown:
+            yield f"- {key}: {describe(figures)}"
+    others: dict[str, list[str]] = {}
     for key, case in part["cases"].items():
         if case["state"] != "done":
-            yield f"- {key}: **{case['state']}**, {case.get('why', '')}"
+            others.setdefault(f"**{case['state']}**: {case.get('why', '')}", []).append(key)
+    for why, keys in others.items():
+        yield f"- {'; '.join(keys)}: {why}"
     if "why" in part:
-        yield f"- **nothing was begun**: {' '.join(part['why'].split())[-300:]}"
+        yield f"- {name}: **nothing was begun**: {' '.join(part['why'].split())[-300:]}"
 
 
 def _has_any(figures: dict[str, Any], columns: tuple[Column, ...]) -> bool:
@@ -73,7 +65,9 @@ def format_cell(value: Any, column: Column) -> str:
     if isinstance(value, (int, float)):
         scaled = value * column.scale
         small = 0 < abs(scaled) < 10**-column.digits
-        return f"{scaled:.1e}{column.unit}" if small else f"{scaled:,.{column.digits}f}{column.unit}"
+        return (
+            f"{scaled:.1e}{column.unit}" if small else f"{scaled:,.{column.digits}f}{column.unit}"
+        )
     return str(value).replace("|", "\\|")
 
 

@@ -1,5 +1,5 @@
-"""lora beside TRL and plain PEFT, on the same 8B model and rows with the lengths of Alpaca's: tokens
-that are no padding, a second, after the first steps."""
+"""lora beside TRL and plain PEFT, on the same 8B model and rows with the lengths of Alpaca's:
+tokens that are no padding, a second, after the first steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import bench_train
 
-from gpu import models, runs, speed_1b, speeds
-from gpu.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts import models, runs, speed_1b, speeds
+from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
 from lora_cli.models import attach
 
 TITLE = "Beside others: 8B, Alpaca-like rows, rank 16 on all linear layers"
@@ -25,6 +25,8 @@ COLUMNS = (
     Column("reserved MiB", "reserved_mib"),
     Column("last loss", "loss", 4),
 )
+LONGEST = {False: 1024, True: 64}
+"""Tokens of the longest row, and of a packed sequence, by whether it is a dry run."""
 STEPS, MANY = 8, 64
 """Steps of each run, and the rows of a step where there are many: as many tokens as TRL's packed
 step of eight sequences."""
@@ -51,7 +53,7 @@ def list_cases(bench: Bench) -> dict[str, Case]:
 
 
 def _find_rows(bench: Bench) -> Path:
-    return models.write_mixed_rows(bench, MANY * STEPS, 256 if bench.small else 1024)
+    return models.write_mixed_rows(bench, MANY * STEPS, LONGEST[bench.small])
 
 
 def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
@@ -82,7 +84,7 @@ def train_peer(make: Any, flags: Figures, bench: Bench) -> Figures:
     (folder / "model").symlink_to(models.make_model(bench, "8B"))
     (folder / "rows.jsonl").symlink_to(_find_rows(bench))
     options = argparse.Namespace(
-        method="lora", dtype="bfloat16", rank=16, dropout=0.0, max_length=1024
+        method="lora", dtype="bfloat16", rank=16, dropout=0.0, max_length=LONGEST[bench.small]
     )
     counted = {"max_steps": STEPS, "include_num_input_tokens_seen": "non_padding"}
     trainer = make(folder, options, **counted, **flags)

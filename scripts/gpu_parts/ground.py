@@ -11,8 +11,8 @@ import subprocess
 
 import torch
 
-from gpu import runs
-from gpu.part import Bench, Case, Column, Figures
+from gpu_parts import runs
+from gpu_parts.part import Bench, Case, Column, Figures
 
 TITLE = "The machine"
 COLUMNS: tuple[Column, ...] = ()
@@ -62,8 +62,8 @@ def _find_version(name: str) -> str:
 
 
 def run_doctor(bench: Bench) -> Figures:
-    """Return what `lora doctor` finds: its problems in words, and how near the libraries come to the
-    papers, as a share of what is allowed."""
+    """Return what `lora doctor` finds: its problems in words, and how near the libraries come to
+    the papers, as a share of what is allowed."""
     text = runs.call("doctor", "--json", fails=True)  # as it does where it has found a problem
     report = json.loads(text[text.index("{") :])
     compared = report["oracle"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gpu.part import Bench, NotHereError
+from gpu_parts.part import Bench, NotHereError
 from lora_cli.speed import install, loss_head, step_packing
 from lora_cli.train import run
 

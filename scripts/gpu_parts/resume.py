@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from gpu import runs
-from gpu.part import Bench, Case, Column, Figures
+from gpu_parts import models, runs
+from gpu_parts.part import Bench, Case, Column, Figures
 
 TITLE = "The same run again, and resumed: 10 steps, 5 and 5"
 COLUMNS = (
@@ -54,9 +54,10 @@ def _make_recipe(bench: Bench, name: str, changes: Figures, steps: int = STEPS) 
 
 
 def compare(name: str, bench: Bench) -> Figures:
-    """Train twice, and a third time with a stop in between; return how far the adapters are apart."""
+    """Train twice, and once with a stop in between; return how far the adapters are apart."""
     whole, again, parted = (
-        _make_recipe(bench, f"{name} {which}", CHANGES[name]) for which in ("once", "twice", "parted")
+        _make_recipe(bench, f"{name} {which}", CHANGES[name])
+        for which in ("once", "twice", "parted")
     )
     losses = runs.train(whole, runs.Observer(bench.clock))
     runs.train(again, runs.Observer(bench.clock))
@@ -95,9 +96,12 @@ def stop_process(bench: Bench) -> Figures:
     """Send SIGTERM to a `lora train` of its own; return how it ended, and whether it goes on."""
     recipe = _make_recipe(bench, "stopped", {}, 2000)
     command = [sys.executable, "-m", "lora_cli", "train", str(recipe)]
+    paths = os.pathsep.join(filter(None, [str(models.ROOT), os.environ.get("PYTHONPATH")]))
     metrics = recipe.parent / "run/metrics.jsonl"
     with (bench.scratch / "stopped.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ.copy())
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths}
+        )
         while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size > 500):
             time.sleep(0.05)
         asked = time.monotonic()

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu import models, runs, speeds
-from gpu.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts import models, runs, speeds
+from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
 from lora_cli.evaluate import generate
 
 TITLE = "1B: other adapters, short steps, answers"
@@ -46,13 +46,14 @@ def list_cases(bench: Bench) -> dict[str, Case]:
 def measure(name: str, bench: Bench) -> Figures:
     """Train as the recipe of this name says; return its speed, and that as a share of LoRA's."""
     length, number, changes = RUNS[name]
+    alike = length == LENGTH
     length, number = (length // 8, number // 4) if bench.small else (length, number)
     rows = models.write_even_rows(bench, length, number * speeds.STEPS)
     training = {"per_device_train_batch_size": number, "gradient_checkpointing": False}
     model = models.make_model(bench, "1B")
     found = speeds.measure(bench, f"rest {name}", model, rows, changes | {"training": training})
     ours = bench.read_earlier("rest", "lora").get("tokens_per_s")
-    return found | ({"of_lora": found["tokens_per_s"] / ours} if ours and length != 64 else {})
+    return found | ({"of_lora": found["tokens_per_s"] / ours} if ours and alike else {})
 
 
 def answer(form: str, bench: Bench) -> Figures:

@@ -12,8 +12,9 @@ import bench_train
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpu.part import Bench
+from gpu_parts.part import Bench
 
+ROOT = bench_train.ROOT
 SHAPES: dict[str, dict[str, Any]] = {
     "1B": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

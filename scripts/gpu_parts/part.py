@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu.clock import Clock
+from gpu_parts.clock import Clock
 
 Figures = dict[str, Any]
 """What a case has found, as JSON holds it."""

@@ -1,12 +1,12 @@
-"""A model of 1B: where the host waits, what the GPU does in a step, and tokens a second by length of
-the sequences, attention and other levers. Every run makes the same steps of the same rows."""
+"""A model of 1B: where the host waits, what the GPU does in a step, and tokens a second by length
+of the sequences, attention and other levers. Every run makes the same steps of the same rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gpu import models, speeds
-from gpu.part import Bench, Case, Column, Figures
+from gpu_parts import models, speeds
+from gpu_parts.part import Bench, Case, Column, Figures
 
 TITLE = "1B: steps of 16,384 tokens in rows of 512, rank 16 on all linear layers"
 COLUMNS = (
@@ -39,7 +39,9 @@ def list_cases(bench: Bench) -> dict[str, Case]:
         name: Case(_measure(name), 60 if "compiled" in name or name == "as it is" else 30)
         for name in RUNS
     }
-    looked_into = {f"{WATCHED}{name}": Case(_measure(name, watched=True), 60) for name in LOOKED_INTO}
+    looked_into = {
+        f"{WATCHED}{name}": Case(_measure(name, watched=True), 60) for name in LOOKED_INTO
+    }
     first = [*cases][:3]
     return {name: cases.pop(name) for name in first} | looked_into | cases
 
@@ -64,16 +66,12 @@ def _measure(name: str, watched: bool = False) -> Any:
         model = models.make_model(bench, "1B")
         given = changes | {"training": training}
         seen = {"waits_in": 3, "profile_in": 5} if watched else {}
-        found = speeds.measure(
-            bench, f"1B {name}", model, rows, given, names, sequence, **seen
-        )
+        found = speeds.measure(bench, f"1B {name}", model, rows, given, names, sequence, **seen)
         if watched:
             profile, waits = found["profile"], found.get("waits", {})
             counted = {"kernels": profile["kernels"], "idle": profile["idle"]}
             return counted | {"waited": sum(waits.values()), "waits": waits, "profile": profile}
-        return found | {
-            "settings": {"sequence": sequence, "levers": names, "changes": changes}
-        }
+        return found | {"settings": {"sequence": sequence, "levers": names, "changes": changes}}
 
     return measure
 

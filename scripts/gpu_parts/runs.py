@@ -20,8 +20,8 @@ import yaml
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gpu.clock import Clock
-from gpu.part import Bench, Figures
+from gpu_parts.clock import Clock
+from gpu_parts.part import Bench, Figures
 from lora_cli import cli
 from lora_cli.models import attach
 from lora_cli.train import run
@@ -33,8 +33,8 @@ SPREAD = 0.02
 
 
 def call(*words: object, fails: bool = False) -> str:
-    """Run one `lora` command here; return what it printed on stdout. RuntimeError where its status is
-    not 0, unless it `fails`."""
+    """Run one `lora` command here; return what it printed on stdout. RuntimeError where its status
+    is not 0, unless it `fails`."""
     with redirect_stdout(io.StringIO()) as printed:
         status = cli.app([str(word) for word in words], prog_name="lora", standalone_mode=False)
     if status and not fails:

@@ -1,9 +1,9 @@
 """What a part's process does: it imports what takes seconds, waits to be told, and goes through the
 cases.
 
-One line of JSON on stdin says which part, what is done already and until when. Each case that begins
-or ends is a line in the file `lines`: what was measured stays, however this process ends. After an
-error that has cost it the device it ends by itself, and the driver starts another.
+One line of JSON on stdin says which part, what is done already and until when. Each case that
+begins or ends is a line in the file `lines`: what was measured stays, however this process ends.
+After an error that has cost it the device it ends by itself, and the driver starts another.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def serve() -> None:
 
 def go_through(work: dict[str, Any]) -> int:
     """Go through the cases of `work` that are not done; return the exit status."""
-    from gpu.clock import Clock
-    from gpu.part import Bench
+    from gpu_parts.clock import Clock
+    from gpu_parts.part import Bench
 
     bench = Bench(
         Clock(work["device"]),
@@ -75,7 +75,7 @@ def go_through(work: dict[str, Any]) -> int:
 
 def run_case(case: Any, bench: Any) -> dict[str, Any]:
     """Return state and figures of a case, or what it raised."""
-    from gpu.part import NotHereError
+    from gpu_parts.part import NotHereError
 
     try:
         bench.clock.free()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from gpu import levers
-from gpu.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts import levers
+from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
 from lora_cli.models import IGNORED
 from lora_cli.speed import loss_head
 
@@ -96,7 +96,11 @@ def _own(chunk: int, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor
 def _stock(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """As transformers' models do: logits of all tokens, in float32."""
     return ForCausalLMLoss(
-        head(hidden)[None], None, head.out_features, num_items_in_batch=1, shift_labels=targets[None]
+        head(hidden)[None],
+        None,
+        head.out_features,
+        num_items_in_batch=1,
+        shift_labels=targets[None],
     )
 
 
@@ -121,6 +125,4 @@ def _cut(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         raise NotHereError("cut-cross-entropy is not installed, or there is no GPU")
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(
-        hidden, head.weight, targets, ignore_index=IGNORED, reduction="sum"
-    )
+    return linear_cross_entropy(hidden, head.weight, targets, ignore_index=IGNORED, reduction="sum")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import levers, models, runs
-from gpu.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts import levers, models, runs
+from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
 from lora_cli.models import Base, attach
 from lora_cli.recipe import load_recipe, upstream
 from lora_cli.speed import document_attention, step_packing
@@ -72,7 +72,9 @@ def compare(model: str, kind: str, attention: str, bench: Bench) -> Figures:
 def load_adapted(model: str, kind: str, attention: str, bench: Bench) -> Any:
     """Return a base with an adapter whose B is not zero, with that kind of attention."""
     folder = bench.tiny / "model" if model == "tiny" else models.make_model(bench, model)
-    given = {} if attention in (ATTENTIONS[0], levers.VARLEN) else {"attn_implementation": attention}
+    given = (
+        {} if attention in (ATTENTIONS[0], levers.VARLEN) else {"attn_implementation": attention}
+    )
     if attention == levers.VARLEN:
         levers.refuse_missing(bench, attention)
         if kind == "float32":
@@ -102,8 +104,8 @@ def _has_flash(bench: Bench, kind: str) -> bool:
 def _pass(
     network: Any, kind: str, rows: list[Figures], length: int, bench: Bench
 ) -> tuple[Tensor, Tensor]:
-    """Return all rows' logits one after another, and the gradients of the adapter, of sequences of up
-    to `length` tokens."""
+    """Return all rows' logits one after another, and the adapter's gradients, of sequences of up to
+    `length` tokens."""
     network.zero_grad()
     made, device = [], bench.clock.device
     half = kind == "bfloat16"

@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_cli.common import write_json
@@ -31,14 +33,14 @@ class Part(NamedTuple):
     module: str
     seconds: float
     """Its share of a budget."""
-    hides_gpu: bool = False
+    environment: Mapping[str, str] = MappingProxyType({})
+    """What its process has in addition."""
 
 
 class Process:
     """A process that imports, waits for its work, and does it."""
 
     def __init__(self, part: Part, log: Path) -> None:
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if part.hides_gpu else {}
         self.part, self.log = part, log
         with log.open("ab") as file:
             self.place = file.tell()
@@ -47,7 +49,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **hidden},
+                env={**os.environ, **part.environment},
                 start_new_session=True,
             )
 
@@ -104,7 +106,7 @@ class Driver:
     def _run_part(self, part: Part, process: Process, until: float) -> None:
         """Run a part's cases until they are done or its time is over."""
         began, cases = time.time(), dict[str, Any]()
-        self.found["parts"][part.name] = here = {"cases": cases}
+        self.found["parts"][part.name] = here = {"module": part.module, "cases": cases}
         lines = self.scratch / f"{part.name}.jsonl"
         while True:
             done = [name for name, case in cases.items() if case["state"] != "waiting"]

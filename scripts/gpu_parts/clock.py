@@ -1,5 +1,5 @@
-"""The device that is measured: its time, memory, waits and profile. Without a GPU a dry run measures
-the processor, so that the same code runs."""
+"""The device that is measured: its time, memory, waits and profile. Without a GPU a dry run
+measures the processor, so that the same code runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def is_sound(self) -> bool:
-        """Return whether the device still computes: after an error of CUDA's the process is lost."""
+        """Return whether the device still computes: an error of CUDA's costs the process."""
         try:
             self.finish()
             return float(torch.ones(8, device=self.device).sum()) == 8
@@ -108,8 +108,8 @@ class Clock:
         return profile(activities=kinds)
 
     def read_profile(self, made: Any, seconds: float) -> dict[str, Any]:
-        """Return the number of kernels of a profile, their time, and the share of `seconds` in which
-        none ran; of a CPU the same of torch's operations."""
+        """Return the number of kernels of a profile, their time, and the share of `seconds` in
+        which none ran; of a CPU the same of torch's operations."""
         kernels = [
             each
             for each in made.key_averages()
