@@ -13,6 +13,7 @@ the end; DIR/log.txt is what the processes said.
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,14 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpu_parts import child, driver  # noqa: E402
+from gpu_parts import child, driver, report  # noqa: E402
 
 PARTS = (
-    driver.Part("ground", "gpu_parts.ground", 30),
-    driver.Part("reference", "gpu_parts.reference", 25, {"CUDA_VISIBLE_DEVICES": ""}),
+    driver.Part("ground", "gpu_parts.ground", 35),
+    driver.Part("reference", "gpu_parts.reference", 15, {"CUDA_VISIBLE_DEVICES": ""}),
     driver.Part("right", "gpu_parts.right", 70),
-    driver.Part("packing", "gpu_parts.packing", 25),
-    driver.Part("resume", "gpu_parts.resume", 30, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+    driver.Part("packing", "gpu_parts.packing", 20),
+    driver.Part("resume", "gpu_parts.resume", 40, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
     driver.Part("speed 1B", "gpu_parts.speed_1b", 75),
     driver.Part("speed 8B", "gpu_parts.speed_8b", 140),
     driver.Part("peers", "gpu_parts.peers", 60),
@@ -78,8 +79,10 @@ def choose_parts(options: argparse.Namespace) -> list[driver.Part]:
 
 def measure(options: argparse.Namespace) -> None:
     """Run the parts; print and write the table."""
-    from gpu_parts import report
-
+    if options.device == "cuda" and not (
+        shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia*")]
+    ):
+        raise SystemExit("error: there is no NVIDIA GPU here\n\nhint: --device cpu --tiny")
     options.out.mkdir(parents=True, exist_ok=True)
     given = {"device": options.device, "small": options.tiny, "tiny": str(find_tiny(options.model))}
     given["patience"] = PATIENCE[options.tiny]
@@ -103,8 +106,6 @@ def main() -> None:
     if options.child:
         child.serve()
     elif options.table:
-        from gpu_parts import report
-
         report.write_section(options.table, ROOT / "docs/benchmarks.md")
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left

@@ -48,14 +48,16 @@ def go_through(work: dict[str, Any]) -> int:
         work["small"],
         Path(work["report"]),
     )
-    cases = importlib.import_module(work["module"]).list_cases(bench)
+    module = importlib.import_module(work["module"])
+    cases = module.list_cases(bench)
     with Path(work["lines"]).open("a", encoding="utf-8") as file:
 
         def tell(**said: Any) -> None:
             file.write(json.dumps(said, default=str) + "\n")
             file.flush()
 
-        tell(cases=list(cases))
+        listed = getattr(module, "LISTED", {})
+        tell(cases=list(cases), title=module.TITLE, columns=module.COLUMNS, listed=listed)
         for name, case in cases.items():
             left = work["until"] - time.time()
             if name in work["done"]:

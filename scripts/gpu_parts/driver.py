@@ -106,16 +106,18 @@ class Driver:
     def _run_part(self, part: Part, process: Process, until: float) -> None:
         """Run a part's cases until they are done or its time is over."""
         began, cases = time.time(), dict[str, Any]()
-        self.found["parts"][part.name] = here = {"module": part.module, "cases": cases}
+        self.found["parts"][part.name] = here = {"cases": cases}
         lines = self.scratch / f"{part.name}.jsonl"
         while True:
             done = [name for name, case in cases.items() if case["state"] != "waiting"]
             work = self.given | {"module": part.module, "done": done, "until": until}
+            if part.environment.get("CUDA_VISIBLE_DEVICES") == "":
+                work["device"] = "cpu"
             more = {"lines": lines, "scratch": self.scratch, "report": self.report}
             lines.write_text("")
             process.begin(work | {name: str(path) for name, path in more.items()})
             try:
-                ended = self._watch(process, lines, cases, until)
+                ended = self._watch(process, lines, here, until)
             finally:
                 process.kill()
             now_done = self._blame(process, cases, ended)
@@ -137,11 +139,11 @@ class Driver:
         print(f"{part.name}: {here['seconds']} s; {said or 'nothing was begun'}", flush=True)
 
     def _watch(
-        self, process: Process, lines: Path, cases: dict[str, Any], until: float
+        self, process: Process, lines: Path, here: dict[str, Any], until: float
     ) -> int | None:
         """Take note of each case until the process ends; return its exit status, or None where it
         outlasts a limit."""
-        limit, read = until, 0
+        limit, read, cases = until, 0, here["cases"]
         while True:
             status = process.running.poll()
             text = lines.read_text(encoding="utf-8")
@@ -149,8 +151,10 @@ class Driver:
             read += len(whole)
             for line in whole.splitlines():
                 said = json.loads(line)
-                for name in said.get("cases", []):
-                    cases.setdefault(name, {"state": "waiting"})
+                if "cases" in said:
+                    for name in said.pop("cases"):
+                        cases.setdefault(name, {"state": "waiting"})
+                    here |= said
                 if "case" in said:
                     cases[said.pop("case")] = said
                     limit = min(until, time.time() + said.get("limit", until))

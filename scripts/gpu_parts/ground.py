@@ -12,7 +12,8 @@ import subprocess
 import torch
 
 from gpu_parts import runs
-from gpu_parts.part import Bench, Case, Column, Figures
+from gpu_parts.part import Bench, Case, Figures
+from gpu_parts.report import Column
 
 TITLE = "The machine"
 COLUMNS: tuple[Column, ...] = ()

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from gpu_parts import levers
-from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts.report import Column
 from lora_cli.models import IGNORED
 from lora_cli.speed import loss_head
 

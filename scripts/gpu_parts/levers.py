@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.models.llama import modeling_llama
 
 from gpu_parts.part import Bench, NotHereError
 from lora_cli.speed import install, loss_head, step_packing
@@ -134,8 +135,20 @@ def use_liger() -> Iterator[None]:
         )
         return network
 
-    with _replace(run.setup, "load_recipe_base", load):
+    with keep_llama(), _replace(run.setup, "load_recipe_base", load):
         yield
+
+
+@contextmanager
+def keep_llama() -> Iterator[None]:
+    """Put transformers' Llama back after the block: Liger changes it for all that follow."""
+    kind, before = modeling_llama.LlamaForCausalLM, dict(vars(modeling_llama))
+    forward = kind.forward
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(before)
+        kind.forward = forward
 
 
 LEVERS = {VARLEN: use_varlen, "fused": use_fused, "liger": use_liger}

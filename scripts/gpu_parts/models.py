@@ -12,7 +12,7 @@ import bench_train
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpu_parts.part import Bench
+from gpu_parts.part import Bench, Figures, NotHereError
 
 ROOT = bench_train.ROOT
 SHAPES: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ SMALL = {
 def make_model(bench: Bench, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Return the folder of a random model of this shape, made when it is first asked for. Its
     tokenizer is the tiny model's, whose tokens are the first of the vocabulary."""
-    folder = bench.scratch / "models" / name
+    folder = _find_folder(bench, name)
     if folder.is_dir():
         return folder
     shape = SHAPES[name] | (SMALL if bench.small else {})
@@ -61,12 +61,33 @@ def make_model(bench: Bench, name: str, dtype: torch.dtype = torch.bfloat16) -> 
                 parameter.normal_(0, 0.02, generator=generator)
             else:
                 parameter.fill_(1)
+    size = sum(2 * parameter.numel() for parameter in network.parameters())
+    if size > 0.9 * shutil.disk_usage(bench.scratch).free:
+        raise NotHereError(f"there is no room for {size / 1e9:.0f} GB in {bench.scratch}")
     making = folder.with_suffix(".making")
     network.save_pretrained(making)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(bench.tiny / "model" / file, making)
     making.replace(folder)  # whole, or not there: a process may be killed while it writes
     return folder
+
+
+def _find_folder(bench: Bench, name: str) -> Path:
+    return bench.scratch / "models" / name
+
+
+def find_made(bench: Bench, name: str) -> Path:
+    """Return the folder of a model that a case before was to make. NotHereError without it."""
+    folder = _find_folder(bench, name)
+    if not folder.is_dir():
+        raise NotHereError(f"the {name} model was not made")
+    return folder
+
+
+def measure_making(bench: Bench, name: str) -> Figures:
+    """Make a model; return its size. A case of its own, so that no other is taken to hang."""
+    folder = make_model(bench, name)
+    return {"on_disk_gb": sum(file.stat().st_size for file in folder.iterdir()) / 1e9}
 
 
 def write_even_rows(bench: Bench, length: int, number: int) -> Path:

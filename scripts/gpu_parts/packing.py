@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gpu_parts import levers, models, runs
-from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts.report import Column
 from lora_cli.models import Base, attach
 from lora_cli.recipe import load_recipe, upstream
 from lora_cli.speed import document_attention, step_packing

@@ -50,13 +50,3 @@ class Case(NamedTuple):
     measure: Callable[[Bench], Figures]
     seconds: float = 45
     """After so long it is taken to hang."""
-
-
-class Column(NamedTuple):
-    """A column of a part's table: the figure `key`, times `scale`, to `digits` places."""
-
-    heading: str
-    key: str
-    digits: int = 0
-    scale: float = 1.0
-    unit: str = ""

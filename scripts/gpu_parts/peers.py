@@ -11,8 +11,9 @@ from typing import Any
 
 import bench_train
 
-from gpu_parts import models, runs, speed_1b, speeds
-from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts import levers, models, runs, speed_1b, speed_8b, speeds
+from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts.report import Column
 from lora_cli.models import attach
 
 TITLE = "Beside others: 8B, Alpaca-like rows, rank 16 on all linear layers"
@@ -49,7 +50,8 @@ def list_cases(bench: Bench) -> dict[str, Case]:
         f"lora train, {MANY} rows a step, quickest of 1B": partial(train_lora, MANY, quickest=True),
         "SFTTrainer, no checkpointing": partial(train_peer, bench_train.stock, padded),
     }
-    return {name: Case(measure, 60) for name, measure in measures.items()}
+    made = {"made": Case(partial(models.measure_making, name="8B"), speed_8b.MAKING)}
+    return made | {name: Case(measure, 60) for name, measure in measures.items()}
 
 
 def _find_rows(bench: Bench) -> Path:
@@ -69,7 +71,7 @@ def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
     found = speeds.measure(
         bench,
         "lora beside others",
-        models.make_model(bench, "8B"),
+        models.find_made(bench, "8B"),
         _find_rows(bench),
         changes,
         settings["levers"],
@@ -81,17 +83,18 @@ def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
 def train_peer(make: Any, flags: Figures, bench: Bench) -> Figures:
     """Run the trainer that `make` returns, with these of its options."""
     folder = runs.make_folder(bench, "peer")
-    (folder / "model").symlink_to(models.make_model(bench, "8B"))
+    (folder / "model").symlink_to(models.find_made(bench, "8B"))
     (folder / "rows.jsonl").symlink_to(_find_rows(bench))
     options = argparse.Namespace(
         method="lora", dtype="bfloat16", rank=16, dropout=0.0, max_length=LONGEST[bench.small]
     )
     counted = {"max_steps": STEPS, "include_num_input_tokens_seen": "non_padding"}
-    trainer = make(folder, options, **counted, **flags)
-    observer = runs.Observer(bench.clock)
-    trainer.add_callback(observer)
-    bench.clock.free()
-    trainer.train()
+    with levers.keep_llama():
+        trainer = make(folder, options, **counted, **flags)
+        observer = runs.Observer(bench.clock)
+        trainer.add_callback(observer)
+        bench.clock.free()
+        trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     found = observer.measure_speed() | bench.clock.read_memory() | {"loss": losses[-1]}
     return _compare(bench, found | {"adapted": len(attach.find_lora_layers(trainer.model))})

@@ -6,7 +6,8 @@ from __future__ import annotations
 from functools import partial
 
 from gpu_parts import right
-from gpu_parts.part import Bench, Case, Column
+from gpu_parts.part import Bench, Case
+from gpu_parts.report import Column
 
 TITLE = "The same in float32 on the processor"
 COLUMNS: tuple[Column, ...] = ()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from gpu_parts.part import Column
+from typing import Any, NamedTuple
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+
+
+class Column(NamedTuple):
+    """A column of a part's table: the figure `key`, times `scale`, to `digits` places."""
+
+    heading: str
+    key: str
+    digits: int = 0
+    scale: float = 1.0
+    unit: str = ""
 
 
 def make_text(found: dict[str, Any]) -> str:
@@ -26,9 +33,8 @@ def make_text(found: dict[str, Any]) -> str:
 
 def format_part(name: str, part: dict[str, Any]) -> Iterator[str]:
     """Yield a part's title, its table, and what went wrong or was left out."""
-    module = importlib.import_module(part["module"])
-    columns: tuple[Column, ...] = module.COLUMNS
-    yield f"### {module.TITLE}"
+    columns = [Column(*given) for given in part.get("columns", [])]
+    yield f"### {part.get('title', name)}"
     yield ""
     done = {key: case["figures"] for key, case in part["cases"].items() if case["state"] == "done"}
     shown = {key: value for key, value in done.items() if _has_any(value, columns)}
@@ -39,20 +45,25 @@ def format_part(name: str, part: dict[str, Any]) -> Iterator[str]:
             cells = [format_cell(figures.get(column.key), column) for column in columns]
             yield f"| {key} | {' | '.join(cells)} |"
         yield ""
-    for key, figures in done.items():
-        if key not in shown:
-            yield f"- {key}: {describe(figures)}"
+    for field, heading in part.get("listed", {}).items():
+        having = {key: figures[field] for key, figures in shown.items() if figures.get(field)}
+        yield from (f"- {key}, {heading}: {describe(found)}" for key, found in having.items())
+    yield from (f"- {key}: {describe(done[key])}" for key in done if key not in shown)
+    yield from _list_others(name, part)
+
+
+def _list_others(name: str, part: dict[str, Any]) -> Iterator[str]:
+    """Yield what did not end well, by its reason."""
     others: dict[str, list[str]] = {}
     for key, case in part["cases"].items():
         if case["state"] != "done":
             others.setdefault(f"**{case['state']}**: {case.get('why', '')}", []).append(key)
-    for why, keys in others.items():
-        yield f"- {'; '.join(keys)}: {why}"
+    yield from (f"- {'; '.join(keys)}: {why}" for why, keys in others.items())
     if "why" in part:
         yield f"- {name}: **nothing was begun**: {' '.join(part['why'].split())[-300:]}"
 
 
-def _has_any(figures: dict[str, Any], columns: tuple[Column, ...]) -> bool:
+def _has_any(figures: dict[str, Any], columns: list[Column]) -> bool:
     return any(figures.get(column.key) is not None for column in columns)
 
 

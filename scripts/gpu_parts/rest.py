@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import models, runs, speeds
-from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts.report import Column
 from lora_cli.evaluate import generate
 
 TITLE = "1B: other adapters, short steps, answers"

@@ -14,7 +14,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from gpu_parts import models, runs
-from gpu_parts.part import Bench, Case, Column, Figures
+from gpu_parts.part import Bench, Case, Figures
+from gpu_parts.report import Column
 
 TITLE = "The same run again, and resumed: 10 steps, 5 and 5"
 COLUMNS = (

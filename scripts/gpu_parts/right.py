@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpu_parts import models, runs
-from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts.report import Column
 
 TITLE = "Is it right: the tiny model, 6 steps, against float32 on the processor"
 COLUMNS = (
@@ -179,7 +180,7 @@ def _merge(method: str) -> Any:
 
 def _leave_out_paths(said: str) -> str:
     """Return what `lora verify` says of two forms, without their names."""
-    return " ".join(said.split()).partition("): ")[2].partition("): ")[2] or said
+    return " ".join(said.split()).rpartition(": largest ")[2]
 
 
 def run_out_of_memory(bench: Bench) -> Figures:

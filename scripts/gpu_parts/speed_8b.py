@@ -10,6 +10,8 @@ from gpu_parts.part import Bench, Case, Figures, NotHereError
 TITLE = "8B: steps of 8,192 tokens in rows of 512, rank 16 on all linear layers"
 COLUMNS = speeds.COLUMNS
 LENGTH, ROWS = 512, 16
+MAKING = 110
+"""Seconds in which 16 GB should be on the disk."""
 RUNS: dict[str, Figures] = {
     "as it is": {},
     "QLoRA": {"method": "qlora"},
@@ -21,18 +23,11 @@ RUNS: dict[str, Figures] = {
 def list_cases(bench: Bench) -> dict[str, Case]:
     """Return the cases by name, in order of their value."""
     cases = {
-        "made": Case(make, 75),
+        "made": Case(partial(models.measure_making, name="8B"), MAKING),
         "as it is": Case(partial(measure, "as it is"), 60),
         "quickest of 1B": Case(measure_best, 75),
     }
     return cases | {name: Case(partial(measure, name), 60) for name in RUNS if name not in cases}
-
-
-def make(bench: Bench) -> Figures:
-    """Make the model and write it to the disk."""
-    folder = models.make_model(bench, "8B")
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"written_gb": size / 1e9}
 
 
 def measure(name: str, bench: Bench) -> Figures:
@@ -55,7 +50,7 @@ def measure_best(bench: Bench) -> Figures:
 def _measure(
     bench: Bench, name: str, changes: Figures, names: list[str], sequence: int | None
 ) -> Figures:
-    model = models.make_model(bench, "8B")
+    model = models.find_made(bench, "8B")
     length, number = (64, 4) if bench.small else (LENGTH, ROWS)
     rows = models.write_even_rows(bench, length, number * speeds.STEPS)
     training = changes.get("training", {}) | {"per_device_train_batch_size": number}

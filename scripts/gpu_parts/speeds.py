@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from gpu_parts import levers, runs
-from gpu_parts.part import Bench, Column, Figures
+from gpu_parts.part import Bench, Figures
+from gpu_parts.report import Column
 from lora_cli.plan import memory
 
 COLUMNS = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-from gpu_parts.part import Bench, Case, Column, Figures, NotHereError
+from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts.report import Column
 
 TITLE = "Planted"
 COLUMNS = (Column("answer", "answer"),)

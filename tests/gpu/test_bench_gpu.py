@@ -115,7 +115,7 @@ def test_tables_stand_between_their_marks_and_a_dry_run_s_are_refused(tmp_path: 
     document, found = tmp_path / "b.md", tmp_path / "report.json"
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     cases = {"works": {"state": "done", "figures": {"answer": 42}}}
-    given = {"parts": {"planted": {"module": "tests.gpu.planted", "cases": cases}}}
+    given = {"parts": {"planted": {"columns": [["answer", "answer"]], "cases": cases}}}
     found.write_text(json.dumps(given | {"given": {"device": "cpu"}}))
     with pytest.raises(SystemExit, match="dry run"):
         report.write_section(found, document)
