@@ -10,7 +10,7 @@ TINY = build/tiny/DONE
 REAL = build/smollm2/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k clean
+.PHONY: demo methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k gpu gpu-wheels clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,17 @@ torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, a disk that
 	$(BIN)/python tests/torture/kill.py
 	$(BIN)/python tests/torture/disk.py
 	$(BIN)/python tests/torture/rss.py
+
+# On a machine with an NVIDIA GPU, torch and no network: `make gpu-wheels` elsewhere, carry .gpu along, then `make gpu`.
+# Nothing is installed into that machine's own environment.
+gpu-wheels: $(READY) $(TINY)  ## .gpu: wheels for Python 3.12 on Linux, and the tiny model (45 MB)
+	$(BIN)/python scripts/gpu_wheels.py .gpu
+
+GPU_SITE ?= build/gpu-site
+gpu:  ## everything worth knowing on one NVIDIA GPU, in nine minutes; OUT=build/gpu
+	test -d .gpu || { echo "error: there is no folder .gpu; hint: make gpu-wheels" >&2; exit 1; }
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $(GPU_SITE) .gpu/*.whl
+	PYTHONPATH=$(CURDIR):$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1 $(PYTHON) scripts/bench_gpu.py --out $(or $(OUT),build/gpu) --budget $(or $(BUDGET),520)
 
 docs: $(READY)  ## the generated references, and the shipped recipes' copies
 	cp lora_cli/recipe/shipped/*.yaml configs/

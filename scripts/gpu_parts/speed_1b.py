@@ -1,0 +1,87 @@
+"""A model of 1B: where the host waits, what the GPU does in a step, and tokens a second by length
+of the sequences, attention and other levers. Every run makes the same steps of the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu_parts import models, speeds
+from gpu_parts.part import Bench, Case, Figures
+from gpu_parts.report import Column
+
+TITLE = "1B: steps of 16,384 tokens in rows of 512, rank 16 on all linear layers"
+COLUMNS = (
+    *speeds.COLUMNS[:-2],
+    Column("kernels a step", "kernels"),
+    Column("device idle", "idle", 1, 100, "%"),
+    Column("waits a step", "waited"),
+)
+LISTED = {"waits": "waits by place", "longest_ms": "kernels, their number and ms"}
+LENGTH, ROWS = 512, 32
+PLAIN: Figures = {"training": {"gradient_checkpointing": False}}
+COMPILED: Figures = {"training": {"gradient_checkpointing": False, "torch_compile": True}}
+RUNS: dict[str, tuple[int | None, list[str], Figures]] = {
+    "as it is": (None, [], PLAIN),
+    "4096 tokens": (4096, [], PLAIN),
+    "4096, varlen": (4096, ["varlen"], PLAIN),
+    "16384, varlen": (16_384, ["varlen"], PLAIN),
+    "16384, varlen, fused": (16_384, ["varlen", "fused"], PLAIN),
+    "16384, varlen, fused, liger": (16_384, ["varlen", "fused", "liger"], PLAIN),
+    "as it is, fused": (None, ["fused"], PLAIN),
+    "16384 tokens": (16_384, [], PLAIN),
+    "4096, varlen, compiled": (4096, ["varlen"], COMPILED),
+    "4096, compiled": (4096, [], COMPILED),
+}
+"""Length of the sequences, levers, and what the recipe says, by name."""
+
+
+def list_cases(bench: Bench) -> dict[str, Case]:
+    """Return the cases by name, in order of their value."""
+    cases = {
+        name: Case(_measure(name), 60 if "compiled" in name or name == "as it is" else 30)
+        for name in RUNS
+        if not (bench.small and "compiled" in name)  # `right` compiles in a dry run too
+    }
+    looked_into = {
+        f"{WATCHED}{name}": Case(_measure(name, watched=True), 60) for name in LOOKED_INTO
+    }
+    first = [*cases][:3]
+    return {name: cases.pop(name) for name in first} | looked_into | cases
+
+
+WATCHED = "looked into: "
+LOOKED_INTO = ("as it is", "4096, varlen")
+"""Runs that are made once more to see where the host waits, in one step, and what the device does,
+in another: what looks costs time."""
+
+
+def _measure(name: str, watched: bool = False) -> Any:
+    """Return the case that measures this run; only what is seen of it counts where it is
+    watched."""
+
+    def measure(bench: Bench) -> Figures:
+        sequence, names, changes = RUNS[name]
+        length, number = (64, 4) if bench.small else (LENGTH, ROWS)
+        if bench.small and sequence:
+            sequence //= 64
+        rows = models.write_even_rows(bench, length, number * speeds.STEPS)
+        training = changes["training"] | {"per_device_train_batch_size": number}
+        model = models.make_model(bench, "1B")
+        given = changes | {"training": training}
+        seen = {"waits_in": 3, "profile_in": 5} if watched else {}
+        found = speeds.measure(bench, f"1B {name}", model, rows, given, names, sequence, **seen)
+        if watched:
+            profile, waits = found["profile"], found.get("waits", {})
+            counted = {"kernels": profile["kernels"], "idle": profile["idle"]}
+            listed = {"waits": waits, "longest_ms": profile["longest_ms"]}
+            return counted | {"waited": sum(waits.values())} | listed
+        return found | {"settings": {"sequence": sequence, "levers": names, "changes": changes}}
+
+    return measure
+
+
+def find_best(bench: Bench) -> Figures | None:
+    """Return the settings of the quickest run that was measured; None where none was."""
+    cases = bench.read_part("speed 1B").values()
+    done = [case["figures"] for case in cases if "settings" in case.get("figures", {})]
+    return max(done, key=lambda each: each["tokens_per_s"], default={}).get("settings")
