@@ -35,7 +35,7 @@ words."""
 FASTEST_OPTIMIZER = "adamw_torch_fused"
 FAR_BELOW = 0.1
 SAFE = 0.9
-"""Of a device's memory, what is taken by choice: a forecast is none by a hair."""
+"""Of a GPU's memory, what is taken by choice: no forecast was held against one yet."""
 REPORTERS = {"azure_ml": "azureml-core", "flyte": "flytekit", "neptune": "neptune-client"}
 """Packages by the names under which transformers reports to them, where the two differ."""
 
@@ -272,7 +272,7 @@ def foresee_memory(given: Situation) -> Outlook:
     batch = memory.largest_batch(recipe)
     try:
         plain = memory.make_forecast(recipe, config, device).need(batch)
-        if plain.total <= device.memory:
+        if plain.total <= (SAFE if usual else 1) * device.memory:
             return Outlook(False, f"{memory.format_bytes(plain.total)} of {device} without it")
         again = recipe.replace(recipe.trainer, {"training": {"gradient_checkpointing": True}})
         saving = memory.make_forecast(again, config, device).need(batch)

@@ -147,7 +147,8 @@ LLAMA_8B = {
     [
         (HOPPER, {}, {}, 8192),
         (HOPPER._replace(memory=40 * GIB), {}, {}, 2048),
-        (HOPPER._replace(memory=24 * GIB), {}, {}, 1024),
+        (HOPPER._replace(memory=24 * GIB), {}, {}, 8192),  # with checkpointing
+        (HOPPER._replace(memory=18 * GIB), {}, {}, 1024),
         (HOPPER, {}, {"max_length": 256, "gradient_accumulation_steps": 1}, 2048),
         (HOPPER, {"attention_dropout": 0.1}, {}, 1024),
         (HOPPER, {"sliding_window": 2047}, {"max_length": 2048}, 1024),
