@@ -225,6 +225,8 @@ def _quantize_modules(recipe: Recipe, base: PreTrainedModel) -> None:
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     for module in base.modules():
         if isinstance(module, Linear4bit):
+            # as it is read from the base: what it is dequantised to
+            module.weight.data = module.weight.data.to(getattr(torch, recipe.model.dtype))
             module.weight._quantize("meta")
             module.support_avx512bf16_for_cpu = False
 
