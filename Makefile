@@ -90,6 +90,7 @@ docs: $(READY)  ## the generated references, and the shipped recipes' copies
 	cp lora_cli/recipe/shipped/*.yaml configs/
 	$(BIN)/lora schema > configs/schema.json
 	$(BIN)/lora schema --markdown > docs/recipe.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_gpu_table.py
 
 clean:
 	rm -rf build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -417,16 +417,26 @@ def test_the_weights_of_a_4bit_base_are_those_of_its_files(
     assert memory.MAPPED not in forecast.need(memory.largest_batch(chosen)).items
 
 
-def test_a_large_vocabulary_is_no_network_that_goes_token_by_token() -> None:
-    # the loss is made some rows at a time, and of 128 000 words of two
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_large_vocabulary_is_no_network_that_goes_token_by_token(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # on a CPU the loss is made some rows at a time, and of 128 000 words of two
     shape = LlamaConfig(
         vocab_size=128_256, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
     )  # fmt: skip
     recipe = settled(packing="step")
-    rehearsal = Rehearsal(recipe, build_adapted(recipe, shape), "cuda")
+    rehearsal = Rehearsal(recipe, build_adapted(recipe, shape), kind)
+    blocks: list[int] = []
+    usual, sum_loss = loss_head.BLOCK, loss_head.sum_loss
+    monkeypatch.setattr(
+        loss_head, "sum_loss", lambda *given: [blocks.append(loss_head.BLOCK), sum_loss(*given)][1]
+    )
     for length in (64, 256):
         rehearsal.step(Batch(1, length, waiting=True))
     assert not rehearsal.by_token
+    assert blocks == [usual if kind == "cpu" else loss_head.CHUNK] * 2
+    assert usual == loss_head.BLOCK
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
