@@ -42,6 +42,8 @@ class Process:
 
     def __init__(self, part: Part, log: Path) -> None:
         self.part, self.log = part, log
+        # no look at a network that is not there, and no rows left behind
+        common = {"HF_HUB_OFFLINE": "1", "LORA_CACHE_DIR": str(log.parent / "cache")}
         with log.open("ab") as file:
             self.place = file.tell()
             self.running = subprocess.Popen(
@@ -49,7 +51,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **part.environment},
+                env={**os.environ, **common, **part.environment},
                 start_new_session=True,
             )
 
