@@ -65,7 +65,7 @@ def _measure(name: str, watched: bool = False) -> Any:
         sequence, names, changes = RUNS[name]
         length, number = (64, 4) if bench.small else (LENGTH, ROWS)
         if bench.small and sequence:
-            sequence //= 64
+            sequence //= 32
         rows = models.write_even_rows(bench, length, number * speeds.STEPS)
         training = changes["training"] | {"per_device_train_batch_size": number}
         model = models.make_model(bench, "1B")
