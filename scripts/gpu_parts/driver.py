@@ -128,12 +128,12 @@ class Driver:
                 break
             process = Process(part, self._name_log(part))
         here["seconds"] = round(time.time() - began, 1)
+        left = f"{max(0.0, until - time.time()):.0f} s were left"
         for case in cases.values():
             if case["state"] == "waiting":
-                left = max(0.0, until - time.time())
-                case |= {"state": "skipped", "why": f"{left:.0f} s were left"}
+                case |= {"state": "skipped", "why": left}
         if not cases:
-            here["why"] = process.read_last_words()
+            here["why"] = f"{left}; {process.read_last_words()}"
         self._write()
         states = [case["state"] for case in cases.values()]
         counted = {state: states.count(state) for state in dict.fromkeys(states)}
