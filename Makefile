@@ -81,10 +81,10 @@ gpu-wheels: $(READY) $(TINY)  ## .gpu: wheels for Python 3.12 on Linux, and the 
 	$(BIN)/python scripts/gpu_wheels.py .gpu
 
 GPU_SITE ?= build/gpu-site
-gpu:  ## everything worth knowing on one NVIDIA GPU, in nine minutes; OUT=build/gpu
+gpu:  ## everything worth knowing on one NVIDIA GPU, in nine minutes; OUT=build/gpu, GPU_OPTIONS="--device cpu --tiny" for a dry run
 	test -d .gpu || { echo "error: there is no folder .gpu; hint: make gpu-wheels" >&2; exit 1; }
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $(GPU_SITE) .gpu/*.whl
-	PYTHONPATH=$(CURDIR):$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1 $(PYTHON) scripts/bench_gpu.py --out $(or $(OUT),build/gpu) --budget $(or $(BUDGET),520)
+	PYTHONPATH=$(CURDIR):$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1 $(PYTHON) scripts/bench_gpu.py --out $(or $(OUT),build/gpu) --budget $(or $(BUDGET),520) $(GPU_OPTIONS)
 
 docs: $(READY)  ## the generated references, and the shipped recipes' copies
 	cp lora_cli/recipe/shipped/*.yaml configs/

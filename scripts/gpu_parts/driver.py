@@ -42,6 +42,8 @@ class Process:
 
     def __init__(self, part: Part, log: Path) -> None:
         self.part, self.log = part, log
+        # no look at a network that is not there, and no rows left behind
+        common = {"HF_HUB_OFFLINE": "1", "LORA_CACHE_DIR": str(log.parent / "cache")}
         with log.open("ab") as file:
             self.place = file.tell()
             self.running = subprocess.Popen(
@@ -49,7 +51,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **part.environment},
+                env={**os.environ, **common, **part.environment},
                 start_new_session=True,
             )
 
@@ -126,12 +128,12 @@ class Driver:
                 break
             process = Process(part, self._name_log(part))
         here["seconds"] = round(time.time() - began, 1)
+        left = f"{max(0.0, until - time.time()):.0f} s were left"
         for case in cases.values():
             if case["state"] == "waiting":
-                left = max(0.0, until - time.time())
-                case |= {"state": "skipped", "why": f"{left:.0f} s were left"}
+                case |= {"state": "skipped", "why": left}
         if not cases:
-            here["why"] = process.read_last_words()
+            here["why"] = f"{left}; {process.read_last_words()}"
         self._write()
         states = [case["state"] for case in cases.values()]
         counted = {state: states.count(state) for state in dict.fromkeys(states)}

@@ -42,6 +42,7 @@ def list_cases(bench: Bench) -> dict[str, Case]:
         {"Liger": _liger, "cut-cross-entropy": _cut},
     ]
     shares = [(VOCABULARIES[0], 1.0), (VOCABULARIES[0], 0.5), *((v, 1.0) for v in VOCABULARIES[1:])]
+    shares = shares[:2] if bench.small else shares
     return {
         f"{vocabulary:,}, {share:.0%} labelled, {name}": Case(
             partial(measure, name, side, vocabulary, share), 25

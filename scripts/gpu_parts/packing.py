@@ -83,7 +83,6 @@ def load_adapted(model: str, kind: str, attention: str, bench: Bench) -> Any:
     if attention == "flash_attention_2" and not _has_flash(bench, kind):
         raise NotHereError("flash-attn is not installed, or has no such type")
     network = Base(str(folder)).load(getattr(torch, kind), None, bench.clock.device, **given)
-    network.to(bench.clock.device)
     if attention == ATTENTIONS[0]:
         document_attention.install(network)
     recipe = load_recipe(runs.write_recipe(runs.make_folder(bench, "packing"), folder, folder, {}))

@@ -4,12 +4,24 @@ tokens that are no padding, a second, after the first steps."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import bench_train
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
 
 from gpu_parts import levers, models, runs, speed_1b, speed_8b, speeds
 from gpu_parts.part import Bench, Case, Figures, NotHereError
@@ -36,7 +48,7 @@ step of eight sequences."""
 def list_cases(bench: Bench) -> dict[str, Case]:
     """Return the cases by name, in order of their value."""
     packed = {"packing": True, "gradient_checkpointing": False, "optim": "adamw_torch_fused"}
-    if bench.clock.on_gpu:
+    if bench.clock.on_gpu and find_spec("liger_kernel"):
         packed["use_liger_kernel"] = True
     padded = {"gradient_checkpointing": False, "optim": "adamw_torch_fused"}
     measures: dict[str, Callable[[Bench], Figures]] = {
@@ -109,19 +121,6 @@ def _compare(bench: Bench, found: Figures) -> Figures:
 
 def make_plain(folder: Path, options: argparse.Namespace, **flags: Any) -> Any:
     """Return transformers' Trainer around PEFT's model, with padded batches."""
-    import json
-
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainingArguments,
-    )
-
     network = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options.dtype)
     network.config.use_cache = False
     config = LoraConfig(

@@ -60,7 +60,7 @@ def _list_others(name: str, part: dict[str, Any]) -> Iterator[str]:
             others.setdefault(f"**{case['state']}**: {case.get('why', '')}", []).append(key)
     yield from (f"- {'; '.join(keys)}: {why}" for why, keys in others.items())
     if "why" in part:
-        yield f"- {name}: **nothing was begun**: {' '.join(part['why'].split())[-300:]}"
+        yield f"- {name}: **nothing was begun**: {' '.join(part['why'].split())[:500]}"
 
 
 def _has_any(figures: dict[str, Any], columns: list[Column]) -> bool:

@@ -22,14 +22,15 @@ COLUMNS = (
     Column("adapter/merged", "of_merged", 2),
 )
 LENGTH, ROWS = 512, 16
-RUNS: dict[str, tuple[int, int, Figures]] = {
-    "lora": (LENGTH, ROWS, {}),
-    "dora": (LENGTH, ROWS, {"method": "dora"}),
-    "lora, dropout 0.05": (LENGTH, ROWS, {"lora": {"lora_dropout": 0.05}}),
-    "qlora": (LENGTH, ROWS, {"method": "qlora"}),
-    "lora, 8 rows of 64 tokens": (64, 8, {}),
+RUNS: dict[str, tuple[int, int, Figures, list[str]]] = {
+    "lora": (LENGTH, ROWS, {}, []),
+    "dora": (LENGTH, ROWS, {"method": "dora"}, []),
+    "lora, dropout 0.05": (LENGTH, ROWS, {"lora": {"lora_dropout": 0.05}}, []),
+    "dora, fused": (LENGTH, ROWS, {"method": "dora"}, ["fused"]),
+    "qlora": (LENGTH, ROWS, {"method": "qlora"}, []),
+    "lora, 8 rows of 64 tokens": (64, 8, {}, []),
 }
-"""Tokens of a row, rows of a step, and what the recipe says."""
+"""Tokens of a row, rows of a step, what the recipe says, and levers."""
 PROMPTS, NEW = 16, 64
 
 
@@ -46,13 +47,14 @@ def list_cases(bench: Bench) -> dict[str, Case]:
 
 def measure(name: str, bench: Bench) -> Figures:
     """Train as the recipe of this name says; return its speed, and that as a share of LoRA's."""
-    length, number, changes = RUNS[name]
+    length, number, changes, names = RUNS[name]
     alike = length == LENGTH
     length, number = (length // 8, number // 4) if bench.small else (length, number)
     rows = models.write_even_rows(bench, length, number * speeds.STEPS)
     training = {"per_device_train_batch_size": number, "gradient_checkpointing": False}
     model = models.make_model(bench, "1B")
-    found = speeds.measure(bench, f"rest {name}", model, rows, changes | {"training": training})
+    given = changes | {"training": training}
+    found = speeds.measure(bench, f"rest {name}", model, rows, given, names)
     ours = bench.read_earlier("rest", "lora").get("tokens_per_s")
     return found | ({"of_lora": found["tokens_per_s"] / ours} if ours and alike else {})
 

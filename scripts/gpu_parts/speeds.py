@@ -8,7 +8,9 @@ from pathlib import Path
 from gpu_parts import levers, runs
 from gpu_parts.part import Bench, Figures
 from gpu_parts.report import Column
-from lora_cli.plan import memory
+from lora_cli.data import load
+from lora_cli.plan import memory, settled
+from lora_cli.recipe import load_recipe
 
 COLUMNS = (
     Column("tokens/s", "tokens_per_s"),
@@ -22,6 +24,9 @@ COLUMNS = (
     Column("planned MiB", "planned_mib"),
     Column("planned/allocated", "planned_share", 2),
 )
+LONGEST = 1024
+"""Tokens of the longest row that recipes allow where nothing is said of sequences: `auto` plans
+for such a row."""
 STEPS = 7
 """Steps of a run that is timed; the first runs.WARM are not."""
 
@@ -45,7 +50,7 @@ def measure(
         runs.make_folder(bench, name),
         model,
         rows,
-        changes | {"training": {"max_steps": STEPS, "max_length": 16_384} | training},
+        changes | {"training": {"max_steps": STEPS, "max_length": sequence or LONGEST} | training},
     )
     observer = runs.Observer(bench.clock, **seen)
     with levers.use(bench, names or [], sequence):
@@ -71,11 +76,14 @@ def measure(
 SHOWN = ("model.dtype", "model.attn_implementation", "training.gradient_checkpointing")
 
 
-def foresee(recipe: Path) -> Figures:
-    """Return what `lora plan` says of a recipe's memory, in MiB; without what it sets aside for
-    CUDA, which no allocator counts."""
-    text = runs.call("plan", recipe, "--data", "--json")
-    found = json.loads(text[text.index("{") :])["memory"]
-    items = {name: size / 2**20 for name, size in found["items"].items()}
+def foresee(path: Path) -> Figures:
+    """Return in MiB what `lora plan` says of a recipe's memory, without what it sets aside for
+    CUDA, which no allocator counts, and without its search for the largest batch."""
+    found = settled.settle_recipe(load_recipe(path))
+    recipe, base = found.recipe, found.base
+    rows, _ = load.load_rows(recipe, base.load_tokenizer())
+    forecast = memory.make_forecast(recipe, base.config, found.device)
+    needed = forecast.need(memory.largest_batch(recipe, rows)).items
+    items = {name: size / 2**20 for name, size in needed.items()}
     total = sum(size for name, size in items.items() if name != memory.RESERVE)
     return {"planned_mib": total, "planned_items_mib": items}

@@ -13,6 +13,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from collections import Counter
@@ -89,11 +90,36 @@ def test_a_case_that_goes_wrong_leaves_the_others_alone(tmp_path: Path, tiny: Pa
 
 
 @pytest.mark.slow
-def test_what_there_is_no_time_for_is_said(tmp_path: Path, tiny: Path) -> None:
-    started = run(tmp_path, tiny, "--only", "ground,right", "--budget", "12")["parts"]
-    right = started["right"]["cases"]
-    assert {case["state"] for case in right.values()} <= {"skipped", "not here"}
-    assert any("s were left" in case["why"] for case in right.values())
+def test_a_part_that_has_no_time_to_begin_is_named(tmp_path: Path, tiny: Path) -> None:
+    parts = run(tmp_path, tiny, "--only", "ground,right", "--budget", "1")["parts"]
+    assert [part["cases"] for part in parts.values()] == [{}, {}]
+    assert all(part["why"].startswith("0 s were left") for part in parts.values())
+    assert "- right: **nothing was begun**: 0 s were left" in (tmp_path / "table.md").read_text()
+
+
+def test_cases_that_there_is_no_time_for_are_named(tmp_path: Path, tiny: Path) -> None:
+    from gpu_parts import child
+
+    work = {
+        "device": "cpu",
+        "small": True,
+        "patience": 1,
+        "module": "tests.gpu.planted",
+        "done": ["works"],
+    }
+    paths = {
+        "scratch": tmp_path,
+        "tiny": tiny,
+        "report": tmp_path / "none",
+        "lines": tmp_path / "lines",
+    }
+    given = work | {name: str(path) for name, path in paths.items()}
+    assert child.go_through(given | {"until": time.time() + 1}) == 0
+    first, *others = map(json.loads, (tmp_path / "lines").read_text().splitlines())
+    assert first["cases"][0] == "works"
+    assert [each["case"] for each in others] == first["cases"][1:]
+    assert {each["state"] for each in others} == {"skipped"}
+    assert {each["why"] for each in others} <= {"0 s were left", "1 s were left"}
 
 
 def test_every_part_has_cases(tmp_path: Path, tiny: Path) -> None:
