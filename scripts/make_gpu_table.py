@@ -89,6 +89,7 @@ def make_recipe(method: str, checkpointing: bool, length: int) -> Recipe:
             "training.gradient_checkpointing": str(checkpointing).lower(),
             "training.optim": auto.FASTEST_OPTIMIZER,
             "training.max_length": str(length),
+            "training.packed_length": str(LENGTHS[0]),  # `auto` would fill the card
         }
         return load_recipe(path, [f"{key}={value}" for key, value in given.items()])
 

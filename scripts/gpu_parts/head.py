@@ -4,6 +4,7 @@ at several sizes of its chunks, beside others."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +37,8 @@ Side = Callable[[Tensor, nn.Linear, Tensor], Tensor]
 
 def list_cases(bench: Bench) -> dict[str, Case]:
     """Return the cases by name, in order of their value: what has to be compiled comes last."""
-    own: dict[str, Side] = {f"lora, 2^{power}": partial(_own, 1 << power) for power in CHUNKS}
+    own: dict[str, Side] = {"lora": partial(_own, None)}
+    own |= {f"lora, 2^{power}": partial(_own, 1 << power) for power in CHUNKS}
     sides: list[dict[str, Side]] = [
         {"Hugging Face": _stock} | own | {"torch": _torch},
         {"Liger": _liger, "cut-cross-entropy": _cut},
@@ -87,11 +89,11 @@ def measure(name: str, side: Side, vocabulary: int, share: float, bench: Bench) 
     }
 
 
-def _own(chunk: int, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def _own(chunk: int | None, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """As `loss_head.install` lets a model do."""
     at = (targets != IGNORED).nonzero()[:, 0]
     some, wanted = hidden.index_select(0, at), targets.index_select(0, at)
-    with levers.use_head_chunks(chunk):
+    with levers.use_head_chunks(chunk) if chunk else nullcontext():
         return loss_head.sum_loss(some, head, wanted, loss_head.Shape(1.0, None))
 
 

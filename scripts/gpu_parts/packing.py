@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_parts import levers, models, runs
+from gpu_parts import models, runs
 from gpu_parts.part import Bench, Case, Figures, NotHereError
 from gpu_parts.report import Column
 from lora_cli.models import Base, attach
@@ -31,7 +32,7 @@ COLUMNS = (
     Column("lora packs", "packs"),
 )
 LENGTHS = (203, 150, 97, 61, 30, 7)
-ATTENTIONS = ("what lora takes", "sdpa", "eager", levers.VARLEN, "flash_attention_2")
+ATTENTIONS = ("what lora takes", "sdpa", "eager", "flash_attention_2")
 KINDS = ("bfloat16", "float32")
 
 
@@ -73,32 +74,23 @@ def compare(model: str, kind: str, attention: str, bench: Bench) -> Figures:
 def load_adapted(model: str, kind: str, attention: str, bench: Bench) -> Any:
     """Return a base with an adapter whose B is not zero, with that kind of attention."""
     folder = bench.tiny / "model" if model == "tiny" else models.make_model(bench, model)
-    given = (
-        {} if attention in (ATTENTIONS[0], levers.VARLEN) else {"attn_implementation": attention}
-    )
-    if attention == levers.VARLEN:
-        levers.refuse_missing(bench, attention)
-        if kind == "float32":
-            raise NotHereError("flash attention takes 16 bits")
+    given = {} if attention == ATTENTIONS[0] else {"attn_implementation": attention}
     if attention == "flash_attention_2" and not _has_flash(bench, kind):
         raise NotHereError("flash-attn is not installed, or has no such type")
     network = Base(str(folder)).load(getattr(torch, kind), None, bench.clock.device, **given)
     if attention == ATTENTIONS[0]:
-        document_attention.install(network)
+        document_attention.install(network, max(LENGTHS))
     recipe = load_recipe(runs.write_recipe(runs.make_folder(bench, "packing"), folder, folder, {}))
     adapted = attach.attach_adapter(network, upstream.build_lora_config(recipe))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(attach.walk_trainable(adapted)):
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * runs.SPREAD)
-    if attention == levers.VARLEN:
-        levers.register_varlen()
-        network.set_attn_implementation(levers.VARLEN)
     return adapted
 
 
 def _has_flash(bench: Bench, kind: str) -> bool:
-    return bool(levers.find_spec("flash_attn")) and bench.clock.on_gpu and kind != "float32"
+    return bool(find_spec("flash_attn")) and bench.clock.on_gpu and kind != "float32"
 
 
 def _pass(
@@ -109,8 +101,13 @@ def _pass(
     network.zero_grad()
     made, device = [], bench.clock.device
     half = kind == "bfloat16"
-    for part in step_packing.split_sequences(step_packing.StepCollator(length)(rows)):
-        part = {name: tensor.to(device) for name, tensor in part.items()}
+    step = step_packing.StepCollator(length)(rows)
+    step = {
+        name: given.to(device) if isinstance(given, Tensor) else given
+        for name, given in step.items()
+    }
+    told = document_attention.takes_bounds(network)
+    for part in step_packing.split_sequences(step, documents=told):
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             found = network(**part, num_items_in_batch=sum(LENGTHS), use_cache=False)
         found.loss.backward()

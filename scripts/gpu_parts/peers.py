@@ -72,7 +72,7 @@ def _find_rows(bench: Bench) -> Path:
 
 def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
     """Run `lora train` with so many rows in a step."""
-    settings: Figures = {"changes": {}, "levers": [], "sequence": None}
+    settings: Figures = {"changes": {}, "levers": []}
     if quickest:
         found = speed_1b.find_best(bench)
         if found is None:
@@ -87,7 +87,6 @@ def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
         _find_rows(bench),
         changes,
         settings["levers"],
-        settings["sequence"],
     )
     return _compare(bench, found)
 

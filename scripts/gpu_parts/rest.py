@@ -26,7 +26,7 @@ RUNS: dict[str, tuple[int, int, Figures, list[str]]] = {
     "lora": (LENGTH, ROWS, {}, []),
     "dora": (LENGTH, ROWS, {"method": "dora"}, []),
     "lora, dropout 0.05": (LENGTH, ROWS, {"lora": {"lora_dropout": 0.05}}, []),
-    "dora, fused": (LENGTH, ROWS, {"method": "dora"}, ["fused"]),
+    "dora as PEFT has it": (LENGTH, ROWS, {"method": "dora"}, ["peft"]),
     "qlora": (LENGTH, ROWS, {"method": "qlora"}, []),
     "lora, 8 rows of 64 tokens": (64, 8, {}, []),
 }

@@ -20,21 +20,28 @@ LISTED = {"waits": "waits by place", "longest_ms": "kernels, their number and ms
 MOST = 4096
 """Tokens of a sequence that fit beside 8B in 80 GB without checkpointing."""
 LENGTH, ROWS = 512, 32
-PLAIN: Figures = {"training": {"gradient_checkpointing": False}}
-COMPILED: Figures = {"training": {"gradient_checkpointing": False, "torch_compile": True}}
-RUNS: dict[str, tuple[int | None, list[str], Figures]] = {
-    "as it is": (None, [], PLAIN),
-    "4096 tokens": (4096, [], PLAIN),
-    "4096, varlen": (4096, ["varlen"], PLAIN),
-    "16384, varlen": (16_384, ["varlen"], PLAIN),
-    "16384, varlen, fused": (16_384, ["varlen", "fused"], PLAIN),
-    "16384, varlen, fused, liger": (16_384, ["varlen", "fused", "liger"], PLAIN),
-    "as it is, fused": (None, ["fused"], PLAIN),
-    "16384 tokens": (16_384, [], PLAIN),
-    "4096, varlen, compiled": (4096, ["varlen"], COMPILED),
-    "4096, compiled": (4096, [], COMPILED),
+COMPILED: Figures = {"torch_compile": True}
+MASKED: Figures = {"model": {"attn_implementation": "sdpa"}}
+
+
+def _pack(length: int, **more: Any) -> Figures:
+    """Return a recipe's changes: sequences of up to `length` tokens, and no checkpointing."""
+    return {"training": {"packed_length": length, "gradient_checkpointing": False, **more}}
+
+
+RUNS: dict[str, tuple[list[str], Figures]] = {
+    "as it is": ([], {}),
+    "1024, mask, PEFT's LoRA": (["peft"], _pack(1024) | MASKED),
+    "4096": ([], _pack(4096)),
+    "4096, mask": ([], _pack(4096) | MASKED),
+    "16384": ([], _pack(16_384)),
+    "16384, PEFT's LoRA": (["peft"], _pack(16_384)),
+    "16384, Liger's layers": (["liger"], _pack(16_384)),
+    "1024": ([], _pack(1024)),
+    "16384, mask": ([], _pack(16_384) | MASKED),
+    "4096, compiled": ([], _pack(4096, **COMPILED)),
 }
-"""Length of the sequences, levers, and what the recipe says, by name."""
+"""Levers, and what the recipe says, by name."""
 
 
 def list_cases(bench: Bench) -> dict[str, Case]:
@@ -52,7 +59,7 @@ def list_cases(bench: Bench) -> dict[str, Case]:
 
 
 WATCHED = "looked into: "
-LOOKED_INTO = ("as it is", "4096, varlen")
+LOOKED_INTO = ("as it is", "1024, mask, PEFT's LoRA")
 """Runs that are made once more to see where the host waits, in one step, and what the device does,
 in another: what looks costs time."""
 
@@ -62,22 +69,23 @@ def _measure(name: str, watched: bool = False) -> Any:
     watched."""
 
     def measure(bench: Bench) -> Figures:
-        sequence, names, changes = RUNS[name]
+        names, changes = RUNS[name]
         length, number = (64, 4) if bench.small else (LENGTH, ROWS)
-        if bench.small and sequence:
-            sequence //= 32
+        training = dict(changes.get("training", {}))
+        if bench.small and "packed_length" in training:
+            training["packed_length"] //= 32
         rows = models.write_even_rows(bench, length, number * speeds.STEPS)
-        training = changes["training"] | {"per_device_train_batch_size": number}
+        training["per_device_train_batch_size"] = number
         model = models.make_model(bench, "1B")
         given = changes | {"training": training}
         seen = {"waits_in": 3, "profile_in": 5} if watched else {}
-        found = speeds.measure(bench, f"1B {name}", model, rows, given, names, sequence, **seen)
+        found = speeds.measure(bench, f"1B {name}", model, rows, given, names, **seen)
         if watched:
             profile, waits = found["profile"], found.get("waits", {})
             counted = {"kernels": profile["kernels"], "idle": profile["idle"]}
             listed = {"waits": waits, "longest_ms": profile["longest_ms"]}
             return counted | {"waited": sum(waits.values())} | listed
-        return found | {"settings": {"sequence": sequence, "levers": names, "changes": changes}}
+        return found | {"settings": {"levers": names, "changes": changes}}
 
     return measure
 
@@ -90,5 +98,7 @@ def find_best(bench: Bench) -> Figures | None:
     if not done:
         return None
     found: Figures = max(done, key=lambda each: each["tokens_per_s"])["settings"]
-    length = found["sequence"]
-    return found | {"sequence": None if length is None else min(length, MOST)}
+    training = dict(found["changes"].get("training", {}))
+    if "packed_length" in training:
+        training["packed_length"] = min(training["packed_length"], MOST)
+    return found | {"changes": found["changes"] | {"training": training}}

@@ -32,7 +32,7 @@ def list_cases(bench: Bench) -> dict[str, Case]:
 
 def measure(name: str, bench: Bench) -> Figures:
     """Train as the recipe of this name says."""
-    return _measure(bench, name, RUNS[name], [], None)
+    return _measure(bench, name, RUNS[name], [])
 
 
 def measure_best(bench: Bench) -> Figures:
@@ -40,19 +40,15 @@ def measure_best(bench: Bench) -> Figures:
     settings = speed_1b.find_best(bench)
     if settings is None:
         raise NotHereError("nothing was measured on 1B")
-    named = ", ".join([str(settings["sequence"]), *settings["levers"], str(settings["changes"])])
-    found = _measure(
-        bench, "quickest", settings["changes"], settings["levers"], settings["sequence"]
-    )
+    named = ", ".join([*settings["levers"], str(settings["changes"])])
+    found = _measure(bench, "quickest", settings["changes"], settings["levers"])
     return found | {"settings": named}
 
 
-def _measure(
-    bench: Bench, name: str, changes: Figures, names: list[str], sequence: int | None
-) -> Figures:
+def _measure(bench: Bench, name: str, changes: Figures, names: list[str]) -> Figures:
     model = models.find_made(bench, "8B")
     length, number = (64, 4) if bench.small else (LENGTH, ROWS)
     rows = models.write_even_rows(bench, length, number * speeds.STEPS)
     training = changes.get("training", {}) | {"per_device_train_batch_size": number}
     given = changes | {"training": training}
-    return speeds.measure(bench, f"8B {name}", model, rows, given, names, sequence, plans=True)
+    return speeds.measure(bench, f"8B {name}", model, rows, given, names, plans=True)

@@ -38,22 +38,22 @@ def measure(
     rows: Path,
     changes: Figures,
     names: list[str] | None = None,
-    sequence: int | None = None,
     plans: bool = False,
     **seen: int,
 ) -> Figures:
-    """Train on a model and rows with the recipe's `changes`, these levers, and sequences of a
-    length; return speed and memory. `plans`: what `lora plan` foresees too; `seen` is for the
-    observer."""
+    """Train on a model and rows with the recipe's `changes` and these levers; return speed and
+    memory. `plans`: what `lora plan` foresees too; `seen` is for the observer."""
     training = changes.get("training", {})
+    # a step that is logged waits for its numbers
+    usual = {"max_steps": STEPS, "max_length": LONGEST, "logging_steps": STEPS}
     recipe = runs.write_recipe(
         runs.make_folder(bench, name),
         model,
         rows,
-        changes | {"training": {"max_steps": STEPS, "max_length": sequence or LONGEST} | training},
+        changes | {"training": usual | training},
     )
     observer = runs.Observer(bench.clock, **seen)
-    with levers.use(bench, names or [], sequence):
+    with levers.use(bench, names or []):
         found = foresee(recipe) if plans else {}
         bench.clock.free()
         found |= bench.clock.read_held()
@@ -73,7 +73,12 @@ def measure(
     return found | ({"profile": observer.profile} if observer.profile else {})
 
 
-SHOWN = ("model.dtype", "model.attn_implementation", "training.gradient_checkpointing")
+SHOWN = (
+    "model.dtype",
+    "model.attn_implementation",
+    "training.gradient_checkpointing",
+    "training.packed_length",
+)
 
 
 def foresee(path: Path) -> Figures:
