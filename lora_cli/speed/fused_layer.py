@@ -30,6 +30,8 @@ from lora_cli.models import attach
 from lora_cli.speed import dora_norms
 from lora_cli.speed.cpu import columns, dropout
 
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of device that know autocast; torch's own question for it cannot be compiled."""
 SUMMED = 1 << 26
 """How many products are in float32 at a time before they are summed, where torch makes them."""
 
@@ -219,7 +221,7 @@ def _find_single_adapter(layer: Any) -> str | None:
 def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
     """Return the base of a layer, or None where its type differs from its input's."""
     base, kind, device = layer.get_base_layer(), x.dtype, x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
     packed = isinstance(base, bnb.Linear4bit)
     own = base.compute_dtype if packed else base.weight.dtype
