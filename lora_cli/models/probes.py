@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -135,11 +136,24 @@ def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[tor
     mode, on its own device."""
     model.eval()
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), multiply_in_float32():
         return [
             model(input_ids=torch.tensor([p.ids], device=device)).logits[0].float().cpu()
             for p in probes
         ]
+
+
+@contextmanager
+def multiply_in_float32() -> Iterator[None]:
+    """Let CUDA's products of float32 be that inside the block, also in a training that `tf32: true`
+    lets round their factors: the limits here are float32's."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Difference:

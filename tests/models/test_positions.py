@@ -211,9 +211,13 @@ def test_rows_that_share_a_sequence_count_from_zero_each(
 
 def test_a_mask_of_its_own_length_is_found(write_recipe, bases, rows: Path, capsys) -> None:
     given = recipe(write_recipe, bases("neo"), rows, "data.on_long_row=truncate")
-    train.train(given.replace("auto", {"training": {"max_length": 160}}))
     said = "  training.packing = false: this model takes no sequence of more than 160 tokens\n"
-    assert said in capsys.readouterr().err
+    for packed_length, padded in (("auto", False), (1024, True)):
+        training = {"max_length": 160, "packed_length": packed_length}
+        changed = given.replace("auto", {"training": training})
+        folder = f"{given.output_dir}-{packed_length}"
+        train.train(changed.model_copy(update={"output_dir": folder}))
+        assert (said in capsys.readouterr().err) is padded
 
 
 def test_a_model_too_short_for_the_prompts_that_compare_it_is_refused(
