@@ -85,7 +85,7 @@ class _Adapted(torch.autograd.Function):
         scale = scaling / (1 - p)
         seen = x.to(kind)
         first = lora_A.to(kind)
-        second = (lora_B * scale).to(kind)
+        second = torch.mul(lora_B, scale, out=torch.empty_like(lora_B, dtype=kind))
         dropped = _draw_dropped(x, p, one_pass)
         # inside the call, so that what is left of x is freed before the output is made
         low = functional.linear(_drop(seen, dropped), first)

@@ -141,6 +141,9 @@ torch.cuda.get_device_capability = lambda *given: (9, 0)
 devices.find_device = lambda *given, **options: torch.device("cpu")  # where real weights are read
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 H100 = hardware.Hardware("cuda", "H100", 80 << 30, (9, 0), bf16=True)
+APPLE = hardware.Hardware("mps", "Apple's GPU", 32 << 30, bf16=True)
+DEVICE = os.environ.get("FAKE", "cuda")
+"""Where the tensors are: `mps` makes no difference but to what the project chooses by it."""
 VIEWS = frozenset(
     "view t transpose expand slice detach alias unsqueeze squeeze permute select split as_strided "
     "split_with_sizes _unsafe_view unbind empty empty_like new_empty lift_fresh empty_strided unfold "
@@ -148,6 +151,7 @@ VIEWS = frozenset(
     "narrow movedim flatten device is_same_size".split()
 )
 """Operations that run no kernel."""
+FOUND = ("kernels", "casts", "waits", "for_cpu", "wide")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 BY_MASK = ("index", "index_put", "index_put_", "_index_put_impl_")
 WAITING = ("nonzero", "masked_select", "_unique2", "equal")
@@ -163,12 +167,13 @@ class Seen(TorchDispatchMode):
     def reset(self) -> None:
         """Count from nothing."""
         self.phase, self.kernels = "forward", Counter()
+        self.casts = Counter()
         self.waits, self.for_cpu, self.wide = Counter(), Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         kwargs, name = kwargs or {}, func._schema.name.split("::")[-1]
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        if not any(each.device.type == "cuda" for each in tensors):
+        if not any(each.device.type == DEVICE for each in tensors):
             return func(*args, **kwargs)
         if name.endswith("_for_cpu") or "_for_cpu_" in name:
             self.for_cpu[f"{name} at {find_place()}"] += 1
@@ -185,6 +190,7 @@ class Seen(TorchDispatchMode):
             self.wide[f"{name} [{self.phase}] at {find_place()}"] += 1
         if name not in VIEWS:
             self.kernels[self.phase] += 1
+        self.casts[self.phase] += name == "_to_copy" and kwargs.get("dtype") is not None
         return func(*args, **kwargs)
 
     def _wait(self, name, args):  # noqa: ANN001, ANN202
@@ -225,7 +231,7 @@ def attend_on_cuda(
 ):  # noqa: ANN001, ANN201, PLR0913, E501
     """Choose a kernel as torch does on CUDA: flash attention for half types without a mask, else the
     memory-efficient one with an additive mask of the query's type."""
-    if query.device.type != "cuda":
+    if query.device.type == "cpu":
         more = {"scale": scale, "enable_gqa": enable_gqa}
         return REAL_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **more)
     if attn_mask is None and query.dtype != torch.float32:
@@ -246,13 +252,13 @@ def move(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in known:
-                with torch.device("cuda"):
+                with torch.device(DEVICE):
                     known[id(parameter)] = rehearsal._fake_tensor(module, parameter)
             if parameter is not None:
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
@@ -260,7 +266,7 @@ def move(network: nn.Module) -> None:
 def move_inputs(given: Any) -> Any:
     """Return a batch whose tensors are fake ones on CUDA."""
     if isinstance(given, torch.Tensor):
-        return torch.empty(given.shape, dtype=given.dtype, device="cuda")
+        return torch.empty(given.shape, dtype=given.dtype, device=DEVICE)
     return (
         {name: move_inputs(each) for name, each in given.items()}
         if isinstance(given, dict)
@@ -276,7 +282,9 @@ def make_recipe(changes: dict, base: Path) -> Recipe:
         **changes,
         "model": {"name_or_path": str(base)} | changes.get("model", {}),
     }
-    return auto.settle(Recipe.model_validate(given), Base(str(base)).config, H100)[0]
+    return auto.settle(
+        Recipe.model_validate(given), Base(str(base)).config, APPLE if DEVICE == "mps" else H100
+    )[0]
 
 
 def attach_to_base(recipe: Recipe, base: Path) -> PeftModel:
@@ -318,7 +326,7 @@ def make_step(recipe: Recipe, base: Path, seen: Seen) -> None:
         seen.reset()
         kind = getattr(torch, recipe.model.dtype)
         half = kind != torch.float32
-        with attach.keep_input_types(adapted, half), torch.autocast("cuda", kind, enabled=half):
+        with attach.keep_input_types(adapted, half), torch.autocast(DEVICE, kind, enabled=half):
             loss = adapted(**given, num_items_in_batch=128, use_cache=False).loss
         seen.phase = "backward"
         loss.backward()
@@ -335,8 +343,8 @@ def split(batch: dict, labelled: bool, documents: bool) -> list[dict]:
 def train_step(recipe: Recipe, base: Path, seen: Seen) -> None:
     """Make two micro-batches and an optimiser step by the recipe's trainer."""
     recipe = recipe.replace(recipe.trainer, {"training": {"gradient_accumulation_steps": 2}})
-    adapted, cuda = attach_to_base(recipe, base), torch.device("cuda")
-    install_levers(recipe, adapted, "cuda")
+    adapted, device = attach_to_base(recipe, base), torch.device(DEVICE)
+    install_levers(recipe, adapted, DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(base)
     with scratch_folder("fake-cuda-") as folder:
         arguments = upstream.build_training_arguments(recipe)
@@ -354,7 +362,7 @@ def train_step(recipe: Recipe, base: Path, seen: Seen) -> None:
         else:
             batch = trainer.data_collator(make_rows())
         # it was made where torch has no GPU
-        trainer.accelerator.state.device = trainer.args.__dict__["_setup_devices"] = cuda
+        trainer.accelerator.state.device = trainer.args.__dict__["_setup_devices"] = device
         for layer in dora_norms.find_layers(adapted):
             layer.squares = None  # made when the loss head was tried
         with FakeTensorMode(allow_non_fake_inputs=True), seen:
@@ -377,7 +385,8 @@ def take_step(trainer: Any, adapted: PeftModel, batch: dict, seen: Seen) -> None
     told = {"model": adapted, "optimizer": trainer.optimizer}
     trainer.watch.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **told)
     trainer.optimizer.step()
-    assert trainer.optimizer.found_inf.device == trainer.watch.unread.copied.device
+    if DEVICE == "cuda":
+        assert trainer.optimizer.found_inf.device == trainer.watch.unread.copied.device
 
 
 def answer(recipe: Recipe, base: Path, seen: Seen) -> None:
@@ -401,8 +410,8 @@ def install_levers(recipe: Recipe, adapted: PeftModel, device: str | None = None
     """Install what makes a step quicker where the model is, or as on `device`."""
     network = adapted.get_base_model()
     longest = recipe.training.max_length if recipe.training.packing == "step" else None
-    if device == "cuda":
-        if longest:
+    if device:
+        if device == "cuda" and longest:
             document_attention.use_kernel(network)
     elif recipe.model.attn_implementation is None:
         document_attention.install(network, longest)
@@ -435,7 +444,7 @@ def make_case(name: str, base: Path) -> dict:
         make_step(recipe, base, seen)
     else:
         (train_step if name in TRAINED else answer)(recipe, base, seen)
-    return {name: dict(getattr(seen, name)) for name in ("kernels", "waits", "for_cpu", "wide")}
+    return {name: dict(getattr(seen, name)) for name in FOUND}
 
 
 def main() -> None:

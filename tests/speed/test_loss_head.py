@@ -276,3 +276,11 @@ def test_float16_s_gradient_is_formed_before_it_is_too_small_or_too_large() -> N
         assert torch.isfinite(hidden.grad).all()
         if scale > 1:
             torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=5e-3, atol=1e-3)
+
+
+def test_a_gpu_is_given_whole_tiles_of_rows() -> None:
+    assert loss_head.count_rows(128_256, "cpu") == 130
+    assert loss_head.count_rows(1 << 25, "cpu") == 1
+    assert loss_head.count_rows(262_144, "cuda") == loss_head.count_rows(128_256, "cuda") == 1024
+    assert loss_head.count_rows(5000, "cuda") == 3328
+    assert loss_head.count_rows(5000, "mps") % 128 == 0
