@@ -364,6 +364,12 @@ def _say_into(adapter: Adapter, original: bool) -> None:
     elif adapter.quantization:
         into = "original weights" if original else "dequantised base, the function that was trained"
         ui.say(f"  trained on 4-bit weights: merging into the {into}")
+        used = streaming_plan.choose_quantiser(adapter).type
+        if used != adapter.trained_on and not original:
+            ui.warn(
+                f"trained on {adapter.trained_on}, and quantised on {used} here: a few 4-bit codes "
+                "may be others; merge where it was trained to have the same"
+            )
     elif original:
         raise UsageError(f"{adapter} was not trained on 4-bit weights", "leave --base-weights out")
 

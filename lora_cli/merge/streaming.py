@@ -48,9 +48,9 @@ def strip_peft_steps(path: str) -> str:
 class Weights:
     """The base's tensors as the adapter was trained on them, each read when it is needed.
 
-    They are rounded to the type of training, quantised to 4 bits and back where training was, and
-    replaced where the adapter carries a whole tensor (`modules_to_save`, trained biases,
-    embeddings).
+    They are rounded to the type of training, quantised to 4 bits and back where training was, by
+    the device `quantiser`, and replaced where the adapter carries a whole tensor
+    (`modules_to_save`, trained biases, embeddings).
     """
 
     def __init__(
@@ -60,12 +60,14 @@ class Weights:
         replaced: Mapping[str, str],
         trained: torch.dtype,
         packed: Mapping[str, Mapping[str, Any]],
+        quantiser: torch.device,
     ) -> None:
         self.base = base
         self.carried = carried
         self.replaced = replaced
         self.trained = trained
         self.packed = packed
+        self.quantiser = quantiser
         self._dequantised = threading.local()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -87,8 +89,9 @@ class Weights:
         if getattr(kept, "name", None) != name:
             kept.name, kept.tensor = name, None
             weight = self.base.rows(name).to(self.trained)
-            stored = Params4bit(weight, requires_grad=False, **self.packed[name]).to("cpu")
-            kept.tensor = dequantize_4bit(stored.data, stored.quant_state)
+            stored = Params4bit(weight, requires_grad=False, **self.packed[name])
+            stored = stored.to(self.quantiser)
+            kept.tensor = dequantize_4bit(stored.data, stored.quant_state).cpu()
         return kept.tensor
 
 

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.common import LoraError, library_errors
+from lora_cli.common import LoraError, devices, library_errors
 from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, strip_peft_steps
 from lora_cli.models import (
     Adapter,
@@ -72,9 +72,17 @@ def make_plan(
         if name not in parameters or carried.entries[key].shape != base.entries[name].shape:
             raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
     _check_tied(adapted)
-    return Plan(
-        Weights(base, carried, replaced, trained, packed), layers, parameters, by_name
-    ), adapted
+    weights = Weights(base, carried, replaced, trained, packed, choose_quantiser(adapter))
+    return Plan(weights, layers, parameters, by_name), adapted
+
+
+def choose_quantiser(adapter: Adapter) -> torch.device:
+    """Return the device that quantises weights to 4 bits as in training, or this machine's CPU.
+
+    bitsandbytes' kernels for CUDA and for a CPU round ties another way: one code in 100,000.
+    """
+    here = devices.find_device(in_4bit=True)
+    return here if here.type == adapter.trained_on else torch.device("cpu")
 
 
 def find_packed(

@@ -92,6 +92,13 @@ class Adapter:
         dtype = self.recipe.get("model", {}).get("dtype")
         return getattr(torch, dtype) if dtype else self.base.dtype
 
+    @property
+    def trained_on(self) -> str:
+        """The kind of device that it was trained on, as torch names it; `cpu` where that was not
+        recorded."""
+        device = (self.record or {}).get("device")
+        return str(device["kind"]) if device else "cpu"
+
     def refuse_other_base(self) -> None:
         """Raise LoraError naming what differs where the base is not the one that the adapter was
         trained on.

@@ -27,7 +27,7 @@ from lora_cli.common import (
 )
 from lora_cli.data import prepare
 from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
-from lora_cli.plan import settled
+from lora_cli.plan import hardware, settled
 from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup, trial
 from lora_cli.train.progress import NonFiniteError
@@ -132,6 +132,8 @@ def _load_adapted(
     """Return the base with the adapter that is to be trained, and the recipe as that base allows
     it."""
     network = setup.load_recipe_base(recipe, base)
+    device = hardware.detect_device(network.device)
+    run.update(device={"kind": device.kind, "name": device.name})
     recipe = setup.settle_packing(recipe, network, run)
     return recipe, setup.attach_adapter(recipe, base, network, run, inputs)
 

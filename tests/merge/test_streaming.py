@@ -34,6 +34,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from lora_cli.common import devices
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.evaluate import verify as compare
 from lora_cli.gguf import adapter
@@ -662,3 +663,23 @@ def test_a_tensors_checksum_does_not_depend_on_the_pieces_it_comes_in(
     before = tensors.compute_checksum(whole)
     whole.view(-1)[-1] += 1
     assert tensors.compute_checksum(whole) != before
+
+
+def test_4_bit_weights_are_quantised_where_training_did_or_a_line_says_so(
+    write_recipe, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    folder = run.train(load.load_recipe(write_recipe("method: qlora\n")))
+    trained = adapter_folder.read_adapter(folder)
+    assert (trained.trained_on, trained.record["device"]["name"]) == (
+        "cpu",
+        "this machine's memory",
+    )
+    merge._say_into(trained, original=False)
+    assert "codes may be others" not in capsys.readouterr().err
+    trained.record["device"]["kind"] = "cuda"
+    assert streaming_plan.choose_quantiser(trained).type == "cpu"
+    merge._say_into(trained, original=False)
+    assert "trained on cuda, and quantised on cpu here" in " ".join(capsys.readouterr().err.split())
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(devices, "find_device", lambda in_4bit: gpu)
+    assert streaming_plan.choose_quantiser(trained) == gpu
