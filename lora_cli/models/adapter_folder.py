@@ -131,12 +131,13 @@ class Adapter:
         return self.base.load(self.trained_dtype, settings)
 
     def load_plain_base(self, original: bool = False) -> PreTrainedModel:
-        """Load the same base with plain weights: dequantised where it is quantised."""
+        """Load the same base with plain weights on the CPU: dequantised where it is quantised, by a
+        GPU where there is one; all of it in float32 may not fit there."""
         if self.base.quantised:
             self.refuse_other_base()
             return self.base.load_plain(self.trained_dtype)
         network = self.load_base(original)
-        return network.dequantize() if is_quantised(network) else network
+        return network.dequantize().to("cpu") if is_quantised(network) else network
 
     @property
     def has_tokenizer(self) -> bool:

@@ -227,7 +227,7 @@ class Base:
         quantised.refuse_undequantisable(self.name, self.quantised)
         network = self.load(dtype)
         if is_quantised(network):
-            network = network.dequantize()
+            network = network.dequantize().to("cpu")
         network._weight_conversions = None  # save_pretrained would quantise the weights again
         return network
 
