@@ -70,7 +70,7 @@ def find_fault() -> Fault | None:
     if build is None:
         return _find_unused_gpu()
     visible = os.environ.get(VISIBLE)
-    if visible is not None and visible.strip() in ("", "-1"):
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return Fault(f"{VISIBLE} is empty", f"unset {VISIBLE}")
     try:
         torch.cuda.init()

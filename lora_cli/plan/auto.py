@@ -24,6 +24,8 @@ from lora_cli.plan.rehearsal import OPTIMIZER
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import document_attention, step_packing
 
+DECIDED_LAST = ("training.optim", "training.gradient_checkpointing", "training.packed_length")
+"""What the memory plan has to say to, after CHOOSERS."""
 Chosen = tuple[Any, str]
 """A value and the reason for it."""
 FLASH_NEEDS = {
@@ -106,6 +108,19 @@ def _adopt_storage(
     return recipe.replace(recipe.trainer, {"quantization": stored})
 
 
+def take_recorded(recipe: Recipe, recorded: dict[str, Any]) -> Recipe:
+    """Return the recipe of a run that goes on: what it leaves open is what the run began with.
+
+    What `auto` becomes may hang on what is free of a GPU's memory when it is asked.
+    """
+    for key in (*CHOOSERS, *DECIDED_LAST):
+        section, _, name = key.rpartition(".")
+        values = (recorded.get(section) or {}) if section else recorded
+        if name in values and _read_key(recipe, key) == "auto":
+            recipe = _set_key(recipe, key, values[name])
+    return recipe
+
+
 def _read_key(recipe: Recipe, key: str) -> Any:
     """Return the value of `trainer` or `section.name`; None for 4-bit storage without a 4-bit
     method."""
@@ -123,6 +138,10 @@ def _make_choice(recipe: Recipe, key: str, chosen: Chosen, choices: list[Choice]
     value, reason = chosen
     if value is not None:
         choices.append(Choice(key, value, reason))
+    return _set_key(recipe, key, value)
+
+
+def _set_key(recipe: Recipe, key: str, value: Any) -> Recipe:
     section, _, name = key.rpartition(".")
     if not section:
         return recipe.replace(value, {})
@@ -191,10 +210,8 @@ def choose_loss_head(given: Situation) -> Chosen:
 
 def choose_packing(given: Situation) -> Chosen:
     """Sequences of a step's rows without padding, unless an option that contradicts it is given."""
-    training = given.recipe.training.collect_values()
-    for name in ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing"):
-        if training.get(name):
-            return False, f"training.{name} is given"
+    for name in given.recipe.list_against_packing():
+        return False, f"training.{name} is given"
     return "step", "no padding, and the same run"
 
 

@@ -104,6 +104,7 @@ CARDS = {
     "H20": Card(97871, (9, 0)),
     "GH200": Card(97871, (9, 0)),
     "H200": Card(143771, (9, 0)),
+    "H200 NVL": Card(143771, (9, 0)),
     # Blackwell
     "B200": Card(183359, (10, 0)),
     "RTX 5060": Card(8151, (12, 0)),
@@ -120,8 +121,12 @@ CARDS = {
 }
 """Those that people have at home or rent. A card that was sold with several sizes is here with one
 of them; `--gpu A100-40GB` says another."""
-FORMS = r"[\s-]+(PCIe?|SXM\d?|HBM\d\w?)(?![^\s-])"
-"""What a maker adds to a card's name: how it is plugged in, and the kind of its memory."""
+FORMS = (
+    r"[\s-]+(PCIe?|SXM\d?|HBM\d\w?|480GB|Generation|"
+    r"(Blackwell )?(Max-Q )?(Workstation|Server) Edition)(?![^\s-])"
+)
+"""What a maker adds to a card's name: how it is plugged in, the kind of its memory, its chip and
+case; of GH200 the processor's memory."""
 
 
 def find_training_device(recipe: Recipe) -> torch.device:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from lora_cli.common import provenance
 from lora_cli.models import Base, Parent, take_over
 from lora_cli.plan import auto, hardware
 from lora_cli.plan.hardware import Hardware
 from lora_cli.recipe import Recipe
+from lora_cli.speed import step_packing
 
 
 class Settled(NamedTuple):
@@ -29,6 +31,16 @@ class Settled(NamedTuple):
         return [*found, *map(str, self.choices)]
 
 
+def read_recorded(run: Path) -> dict[str, Any]:
+    """Return the resolved recipe of the run in a folder, with what a key meant that it was begun
+    before."""
+    recorded: dict[str, Any] = provenance.read_record(run / provenance.RUN_RECORD)["recipe"]
+    training = recorded.get("training", {})
+    if training.get("packing") == "step" and "packed_length" not in training:
+        training["packed_length"] = min(training["max_length"], step_packing.SEQUENCE)
+    return recorded
+
+
 def settle_recipe(
     recipe: Recipe, device: Hardware | None = None, run: Path | None = None
 ) -> Settled:
@@ -38,6 +50,8 @@ def settle_recipe(
     """
     asked_base = recipe.model.name_or_path
     recipe, parent = take_over(recipe, run)
+    if run is not None and (run / provenance.RUN_RECORD).is_file():
+        recipe = auto.take_recorded(recipe, read_recorded(run))
     auto.try_configurations(recipe, device)
     base = Base.of_recipe(recipe)
     device = device or hardware.detect_device(hardware.find_training_device(recipe))

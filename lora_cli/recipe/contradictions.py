@@ -73,7 +73,10 @@ def _check_steps(recipe: Recipe) -> Iterator[Problem]:
     if training.packing == "step" and getattr(training, "padding_free", None):
         place = recipe.where("training", "padding_free")
         yield f"{place} has no effect with training.packing: step", "remove one of them"
-    if training.packing in (False, True, "dataset") and isinstance(training.packed_length, int):
+    by_step = training.packing == "step" or (
+        training.packing == "auto" and not recipe.list_against_packing()
+    )
+    if not by_step and isinstance(training.packed_length, int):
         place = recipe.where("training", "packed_length")
         yield f"{place} has an effect with training.packing: step only", "remove one of them"
     if training.on_oom == "reduce" and training.save_only_model:

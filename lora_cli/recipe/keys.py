@@ -506,6 +506,12 @@ class Recipe(Section):
         given = {name: getattr(kept, name) for name in kept.model_fields_set - {key}}
         return self.model_copy(update={section: type(kept).model_construct(**given)})
 
+    def list_against_packing(self) -> list[str]:
+        """Return the options of `training` that are given and contradict `packing: step`."""
+        given = self.training.collect_values()
+        names = ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing")
+        return [name for name in names if given.get(name) not in (None, "auto", False)]
+
     def replace(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
         """Return a copy with the trainer and values of sections replaced: what `auto` resolved
         to."""

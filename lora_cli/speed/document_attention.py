@@ -30,7 +30,7 @@ TAKE_BOUNDS = (VARLEN, "flash_attention_2", "flash_attention_3", "flash_attentio
 """Names of attention that is given where documents begin."""
 OTHER = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments of attention that is more than a product, a softmax and a product."""
-DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "dropout")
 """A configuration's fields for dropout in attention."""
 # Tokens up to which the backward pass is faster in float32 than in bfloat16, which torch's kernel
 # keeps converting (5 heads of 64, one thread: 0.17 against 0.54 ms at 32 tokens, 0.87 against 2.2
@@ -145,8 +145,11 @@ def attend_in_one_kernel(
     """Return what transformers' sdpa returns for (1, heads, tokens, width), from one kernel that is
     told where documents begin (`describe_documents`).
 
-    Without that the tokens are one document. Raise ValueError for attention that is more.
+    Without that the tokens are one document. Raise ValueError for attention that is more: no mask
+    is made for this one, so that any is a model's own.
     """
+    if attention_mask is not None:
+        raise ValueError("attention with a mask of its own")
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
@@ -193,6 +196,8 @@ def install(model: PreTrainedModel, longest: int | None = None) -> bool:
     """
     if model.config._attn_implementation != "sdpa":
         return False
+    if getattr(model.config.get_text_config(), "index_topk", None):
+        return False  # these look for sdpa by name before they choose what to attend to
     if model.device.type == "cuda" and longest is not None:
         capability = torch.cuda.get_device_capability(model.device)
         if suits_kernel(model.config, model.dtype, capability, longest):
@@ -226,6 +231,6 @@ def suits_kernel(
     config = config.get_text_config()
     if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0):
         return False
-    if any(getattr(config, name, None) for name in DROPOUT):
+    if any(getattr(config, name, None) for name in (*DROPOUT, "index_topk")):
         return False
     return _find_reach(config, longest) >= longest

@@ -183,7 +183,8 @@ class LabelCollator(NamedTuple):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = dict(self.collate(rows))
-        return batch | {LABELLED: find_labelled(batch["labels"])}
+        # one row: what cuts a batch to its rows leaves it whole
+        return batch | {LABELLED: find_labelled(batch["labels"])[None]}
 
 
 def find_labelled(labels: Tensor) -> Tensor:
@@ -228,7 +229,7 @@ def install(model: PreTrainedModel) -> str | None:
             return own(*args, **kwargs)
         hidden = decoder(*args, **kwargs).last_hidden_state
         wanted = _shift(labels)
-        at = find_labelled(labels) if labelled is None else labelled
+        at = find_labelled(labels) if labelled is None else labelled.flatten()
         targets = wanted.index_select(0, at)
         rows = hidden.flatten(0, -2).index_select(0, at)
         total = sum_loss(rows, model.get_output_embeddings(), targets, shape)

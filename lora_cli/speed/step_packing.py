@@ -86,9 +86,10 @@ class StepCollator(NamedTuple):
 
 
 def _join(name: str, parts: list[Tensor]) -> dict[str, Any]:
-    """Return tensors one after another, so that one copy takes them to the device, and their
-    cuts."""
-    return {name: torch.cat(parts), _name_cuts(name): list(accumulate(map(len, parts), initial=0))}
+    """Return tensors one after another in one row, so that one copy takes them to the device and
+    what cuts a batch to its rows leaves them whole; and their cuts."""
+    cuts = list(accumulate(map(len, parts), initial=0))
+    return {name: torch.cat(parts)[None], _name_cuts(name): cuts}
 
 
 def _name_cuts(name: str) -> str:
@@ -135,7 +136,7 @@ def split_sequences(
 
 def _split(inputs: dict[str, Any], name: str) -> list[Tensor]:
     """Return the tensors that `_join` put one after another."""
-    return [inputs[name][start:end] for start, end in pairwise(inputs[_name_cuts(name)])]
+    return [inputs[name][0, start:end] for start, end in pairwise(inputs[_name_cuts(name)])]
 
 
 def find_unsuitable(model: PreTrainedModel, length: int = SEQUENCE) -> str | None:

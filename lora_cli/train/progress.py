@@ -69,9 +69,10 @@ def find_leaving_out(optimizer: Any) -> Any:
     own = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
     if not isinstance(own, torch.optim.Adam):  # AdamW is one
         return None
-    groups = own.param_groups
-    fused = all(group.get("fused") for group in groups)
-    return own if fused and groups[0]["params"][0].device.type == "cuda" else None
+    fused = all(group.get("fused") for group in own.param_groups)
+    parameters = [parameter for group in own.param_groups for parameter in group["params"]]
+    on_gpu = bool(parameters) and parameters[0].device.type == "cuda"
+    return own if fused and on_gpu else None
 
 
 class Watch(TrainerCallback):

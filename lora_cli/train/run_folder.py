@@ -23,7 +23,7 @@ from lora_cli.common import (
     write_text,
 )
 from lora_cli.models import PARENT_COPY
-from lora_cli.plan import auto
+from lora_cli.plan import auto, settled
 from lora_cli.recipe import strict_yaml
 
 EXTENDING = (
@@ -118,6 +118,10 @@ class Run:
         self.add(**contents)
         self.save()
 
+    def has_choice(self, name: str) -> bool:
+        """Return whether `auto` chose the value of a key."""
+        return any(made["name"] == name for made in self.record["choices"])
+
     def replace_choice(self, choice: auto.Choice) -> None:
         """Put a choice in the place of an earlier one for its key, without writing the record."""
         others = [made for made in self.record["choices"] if made["name"] != choice.name]
@@ -145,7 +149,7 @@ def begin_run(
         if not path.is_file():
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
         before = provenance.read_record(path)
-        changes = _list_differences(before["recipe"], recipe)
+        changes = _list_differences(settled.read_recorded(folder), recipe)
         _refuse_other_run(folder, before, changes, contents, allowed)
         kept = _keep_from_before(before, changes)
     elif path.is_file():

@@ -132,13 +132,11 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
     why = _try_packing(recipe, base, apart) if packed else None
     if why and apart:
         document_attention.remove(base)
-        short = {"packed_length": min(recipe.training.max_length, step_packing.SEQUENCE)}
-        other = recipe.replace(recipe.trainer, {"training": short})
-        apart, without = False, _try_packing(other, base, False)
-        if without is None:
-            ui.say(f"  attention by document is left out: {why}")
-            recipe = other
-        why = without
+        ui.say(f"  attention by document is left out: {why}")
+        apart, recipe = False, _shorten(recipe, run)
+        why = _try_packing(recipe, base, False)
+    elif packed and not apart and not document_attention.takes_bounds(base):
+        recipe = _shorten(recipe, run)
     if not recipe.model.attn_implementation:
         _say_attention(base, run, apart)
     if why is None:
@@ -146,6 +144,21 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
     ui.say(f"  training.packing = false: {why}")
     padded = {"packing": False, "packed_length": None}
     return recipe.replace(recipe.trainer, {"training": padded})
+
+
+def _shorten(recipe: Recipe, run: Run) -> Recipe:
+    """Return the recipe with sequences as on a CPU, where `auto` made them longer for an attention
+    that the base does not have."""
+    length = min(recipe.training.max_length, step_packing.SEQUENCE)
+    chosen = run.has_choice("training.packed_length")
+    if not chosen or memory.find_packed_length(recipe) <= length:
+        return recipe
+    choice = auto.Choice(
+        "training.packed_length", length, "rows attend through a mask in this base"
+    )
+    run.replace_choice(choice)
+    ui.say(f"  {choice}")
+    return recipe.replace(recipe.trainer, {"training": {"packed_length": length}})
 
 
 def _try_packing(recipe: Recipe, base: PreTrainedModel, apart: bool) -> str | None:

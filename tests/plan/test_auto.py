@@ -171,3 +171,18 @@ def test_rows_are_joined_to_long_sequences_where_attention_allows_and_memory_hol
     bare = device._replace(flash_attention=())
     settled, _ = auto.settle(recipe, LlamaConfig(**LLAMA_8B, **more), bare)
     assert settled.training.packed_length == expected
+
+
+def test_a_run_that_goes_on_keeps_what_auto_became() -> None:
+    recipe = keys.Recipe(
+        model=keys.Model(name_or_path="x"), data=keys.Data(path="x"), output_dir="x"
+    )
+    small, large = (HOPPER._replace(memory=size * GIB) for size in (40, 80))
+    config = LlamaConfig(**LLAMA_8B)
+    began, _ = auto.settle(recipe, config, small._replace(flash_attention=()))
+    kept = auto.take_recorded(recipe, began.to_data())
+    again, choices = auto.settle(kept, config, large._replace(flash_attention=()))
+    assert again.to_data() == began.to_data()
+    assert not choices
+    own = recipe.replace("trainer", {"training": {"packed_length": 512}})
+    assert auto.take_recorded(own, began.to_data()).training.packed_length == 512

@@ -408,3 +408,12 @@ def test_a_set_without_a_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--set data.path=: the value is missing") as caught:
         load_recipe(path, ["data.path="])
     assert caught.value.hint == "data.path=null for none"
+
+
+def test_a_length_of_sequences_is_for_packing_by_step(tmp_path: Path) -> None:
+    base = "model: {name_or_path: x}\ndata: {path: y}\n"
+    for other in ("packing: false", "packing: dataset", "padding_free: true"):
+        text = f"{base}training: {{packed_length: 64, {other}}}\n"
+        with pytest.raises(UsageError, match="packed_length has an effect with training.packing: "):
+            load(tmp_path, text)
+    assert load(tmp_path, f"{base}training: {{packed_length: 64}}\n").training.packed_length == 64

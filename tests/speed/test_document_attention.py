@@ -217,6 +217,7 @@ def test_one_kernel_for_all_documents_is_given_what_it_needs(
         ("llama", {"attention_dropout": 0.1}, torch.bfloat16, (8, 0), False),
         ("mistral", {}, torch.bfloat16, (8, 0), True),
         ("mistral", {"sliding_window": 63}, torch.bfloat16, (8, 0), False),
+        ("llama", {"index_topk": 16}, torch.bfloat16, (8, 0), False),
     ],
 )
 def test_the_kernel_is_tried_where_it_may_do(
@@ -227,8 +228,25 @@ def test_the_kernel_is_tried_where_it_may_do(
     suits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stock, _ = pair(family, dtype, **more)
+    stock, _ = pair(family, dtype)
+    for name, value in more.items():
+        setattr(stock.config, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(type(stock), "device", torch.device("cuda"))
     assert document_attention.install(stock, longest=64) is suits
     assert not document_attention.install(stock)  # padded batches need their mask
+
+
+def test_a_mask_of_a_model_s_own_is_no_attention_for_the_kernel() -> None:
+    rows = [torch.ones(1, 1, 2, 4)] * 3
+    for bounds in ({}, {"cu_seq_lens_q": torch.tensor([0, 2], dtype=torch.int32)}):
+        with pytest.raises(ValueError, match="a mask of its own"):
+            document_attention.attend_in_one_kernel(
+                torch.nn.Identity(), *rows, torch.zeros(1, 1, 2, 2), **bounds
+            )
+
+
+def test_what_looks_for_sdpa_by_name_keeps_it() -> None:
+    stock, _ = pair("llama")
+    stock.config.index_topk = 16
+    assert not document_attention.install(stock)

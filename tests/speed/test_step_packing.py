@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.models.tokenizer import IGNORED
+from lora_cli.plan import auto
 from lora_cli.recipe import load
 from lora_cli.speed import document_attention, step_packing
 from lora_cli.train import run as train
@@ -172,3 +173,30 @@ def test_attention_that_is_none_for_a_model_is_taken_out_again(
     assert "model.attn_implementation = sdpa" in said
     record = json.loads((folder / "lora_record.json").read_text())
     assert record["status"] == "finished"
+
+
+def test_long_sequences_are_for_bases_whose_attention_takes_them(
+    write_recipe, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr(document_attention, "install", lambda model, longest: False)
+    monkeypatch.setattr(auto, "choose_packed_length", lambda given: (8192, "a GPU"))
+    train.train(load.load_recipe(write_recipe("training: {packing: step, max_steps: 1}\n")))
+    said = capfd.readouterr().err
+    assert "packed_length = 128 (auto: rows attend through a mask in this base)" in said
+
+
+@pytest.mark.parametrize("packing", ["step", "false"])
+def test_places_of_labels_are_whole_where_batches_are_cut_to_their_rows(
+    write_recipe, tmp_path: Path, packing: str
+) -> None:
+    found = []
+    for name, more in (
+        ("plain", ""),
+        ("dispatched", ", accelerator_config: {dispatch_batches: true}"),
+    ):
+        folder = tmp_path / name
+        text = f"training: {{packing: {packing}, logging_steps: 1, max_steps: 3{more}}}\n"
+        found.append(run(write_recipe, folder, text))
+    (lines, weights), (others, expected) = found
+    assert [line["loss"] for line in lines[:3]] == [line["loss"] for line in others[:3]]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lora_cli.common import files
+from lora_cli.common import LoraError, files
 from lora_cli.recipe import load
 from lora_cli.train import checkpoints, run, trial
 from lora_cli.train.progress import Watch
@@ -192,3 +192,26 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("900 steps: +")
+
+
+def test_a_run_goes_on_that_was_begun_before_a_key_was_there(write_recipe, tmp_path: Path) -> None:
+    recipe = load.load_recipe(
+        write_recipe("training: {max_steps: 4, save_strategy: steps, save_steps: 2}\n")
+    )
+    folder = run.train(recipe).parent
+    record = json.loads((folder / "record.json").read_text())
+    assert record["recipe"]["training"].pop("packed_length") == 128
+    old = json.dumps(record | {"status": "interrupted"})
+    for given in (recipe, load.load_recipe(folder / "recipe.yaml")):
+        (folder / "record.json").write_text(old)
+        run.train(given, resume=True)
+    (folder / "record.json").write_text(old)
+    other = recipe.replace("auto", {"training": {"packed_length": 64}})
+    with pytest.raises(LoraError, match="training.packed_length 128 -> 64"):
+        run.train(other, resume=True)
+
+
+def test_two_learning_rates_for_embeddings_alone(write_recipe) -> None:
+    text = "lora: {target_modules: [embed_tokens]}\ntraining: {loraplus_lr_ratio: 16}\n"
+    folder = run.train(load.load_recipe(write_recipe(text)))
+    assert (folder / "adapter_model.safetensors").is_file()
