@@ -134,7 +134,7 @@ def _load_adapted(
     network = setup.load_recipe_base(recipe, base)
     device = hardware.detect_device(network.device)
     run.update(device={"kind": device.kind, "name": device.name})
-    recipe = setup.settle_packing(recipe, network, run)
+    recipe = setup.settle_packing(setup.fit_positions(recipe, base, run), network, run)
     return recipe, setup.attach_adapter(recipe, base, network, run, inputs)
 
 

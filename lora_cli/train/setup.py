@@ -16,6 +16,7 @@ from lora_cli.models import (
     Parent,
     attach,
     causality,
+    find_positions,
     init_weights,
     load_recipe_tokenizer,
     refuse_not_finite,
@@ -128,15 +129,16 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
     """
     packed = recipe.training.packing == "step"
     longest = recipe.training.max_length if packed else None
+    as_on_cpu = min(recipe.training.max_length, step_packing.SEQUENCE)
     apart = not recipe.model.attn_implementation and document_attention.install(base, longest)
     why = _try_packing(recipe, base, apart) if packed else None
     if why and apart:
         document_attention.remove(base)
         ui.say(f"  attention by document is left out: {why}")
-        apart, recipe = False, _shorten(recipe, run)
+        apart, recipe = False, _shorten(recipe, run, as_on_cpu, THROUGH_MASK)
         why = _try_packing(recipe, base, False)
     elif packed and not apart and not document_attention.takes_bounds(base):
-        recipe = _shorten(recipe, run)
+        recipe = _shorten(recipe, run, as_on_cpu, THROUGH_MASK)
     if not recipe.model.attn_implementation:
         _say_attention(base, run, apart)
     if why is None:
@@ -146,16 +148,26 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
     return recipe.replace(recipe.trainer, {"training": padded})
 
 
-def _shorten(recipe: Recipe, run: Run) -> Recipe:
-    """Return the recipe with sequences as on a CPU, where `auto` made them longer for an attention
-    that the base does not have."""
-    length = min(recipe.training.max_length, step_packing.SEQUENCE)
+THROUGH_MASK = "rows attend through a mask in this base"
+
+
+def fit_positions(recipe: Recipe, base: Base, run: Run) -> Recipe:
+    """Return the recipe with sequences that a base's table of positions holds, where `auto` made
+    them longer: that a place is not in the table spoils a GPU's whole process."""
+    if memory.find_packed_length(recipe) <= step_packing.SEQUENCE:
+        return recipe
+    found = find_positions(base)
+    if found is None or not found.ends:
+        return recipe
+    return _shorten(recipe, run, found.number, "the base has a table of so many positions")
+
+
+def _shorten(recipe: Recipe, run: Run, length: int, reason: str) -> Recipe:
+    """Return the recipe with sequences of `length` tokens, where `auto` made them longer."""
     chosen = run.has_choice("training.packed_length")
     if not chosen or memory.find_packed_length(recipe) <= length:
         return recipe
-    choice = auto.Choice(
-        "training.packed_length", length, "rows attend through a mask in this base"
-    )
+    choice = auto.Choice("training.packed_length", length, reason)
     run.replace_choice(choice)
     ui.say(f"  {choice}")
     return recipe.replace(recipe.trainer, {"training": {"packed_length": length}})

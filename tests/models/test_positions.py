@@ -31,7 +31,7 @@ from transformers import (
 from lora_cli.common.errors import LoraError
 from lora_cli.models.base import Base
 from lora_cli.models.positions import Positions, find_positions
-from lora_cli.plan import check, show
+from lora_cli.plan import auto, check, show
 from lora_cli.recipe import load
 from lora_cli.train import run as train
 from tests.units import STEADY_ADAM, assert_same_training
@@ -218,6 +218,18 @@ def test_a_mask_of_its_own_length_is_found(write_recipe, bases, rows: Path, caps
         folder = f"{given.output_dir}-{packed_length}"
         train.train(changed.model_copy(update={"output_dir": folder}))
         assert (said in capsys.readouterr().err) is padded
+
+
+def test_sequences_are_no_longer_than_a_table_of_positions(
+    write_recipe, bases, rows: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a GPU, where a place that is not in the table spoils the whole process
+    monkeypatch.setattr(auto, "choose_packed_length", lambda given: (8192, "a GPU"))
+    given = recipe(write_recipe, bases("neo"), rows, "data.on_long_row=truncate")
+    train.train(given.replace("auto", {"training": {"max_length": 100}}))
+    said = capsys.readouterr().err
+    assert "packed_length = 160 (auto: the base has a table of so many positions)" in said
+    assert "training.packing = false" not in said
 
 
 def test_a_model_too_short_for_the_prompts_that_compare_it_is_refused(
