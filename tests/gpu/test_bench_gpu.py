@@ -78,7 +78,7 @@ def test_a_case_that_goes_wrong_leaves_the_others_alone(tmp_path: Path, tiny: Pa
     assert "last words" in planted["dies"]["said"]
     others = [case for name in [*parts][1:] for case in parts[name]["cases"].values()]
     assert {case["state"] for case in others} == {"done", "not here"}, others
-    assert len(others) > 20
+    assert len(others) > 15
     numbers = list(walk_numbers(parts))
     assert len(numbers) > 50
     assert all(map(math.isfinite, numbers))
