@@ -10,6 +10,9 @@ lengths. Flash attention from its own package takes the same.
 from __future__ import annotations
 
 import inspect
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ TAKE_BOUNDS = (VARLEN, "flash_attention_2", "flash_attention_3", "flash_attentio
 """Names of attention that is given where documents begin."""
 OTHER = ("softcap", "s_aux", "position_bias", "cache")
 """Arguments of attention that is more than a product, a softmax and a product."""
+BY_NAME = re.compile(r"_attn_implementation\s*(==|in)\s*[\"'(\[][^\n]*sdpa")
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "dropout")
 """A configuration's fields for dropout in attention."""
 # Tokens up to which the backward pass is faster in float32 than in bfloat16, which torch's kernel
@@ -196,8 +200,8 @@ def install(model: PreTrainedModel, longest: int | None = None) -> bool:
     """
     if model.config._attn_implementation != "sdpa":
         return False
-    if getattr(model.config.get_text_config(), "index_topk", None):
-        return False  # these look for sdpa by name before they choose what to attend to
+    if looks_for_sdpa(type(model)):
+        return False
     if model.device.type == "cuda" and longest is not None:
         capability = torch.cuda.get_device_capability(model.device)
         if suits_kernel(model.config, model.dtype, capability, longest):
@@ -210,6 +214,14 @@ def install(model: PreTrainedModel, longest: int | None = None) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True
+
+
+def looks_for_sdpa(kind: type[PreTrainedModel]) -> bool:
+    """Return whether a family's own code asks whether attention is called sdpa: by another name
+    Falcon computes it eagerly, and those that choose which tokens to attend to, such as
+    DeepSeek-V3.2 and GLM-5, attend to all."""
+    file = getattr(sys.modules[kind.__module__], "__file__", None)
+    return file is not None and BY_NAME.search(Path(file).read_text(encoding="utf-8")) is not None
 
 
 def use_kernel(model: PreTrainedModel) -> None:

@@ -70,9 +70,9 @@ def find_leaving_out(optimizer: Any) -> Any:
     if not isinstance(own, torch.optim.Adam):  # AdamW is one
         return None
     fused = all(group.get("fused") for group in own.param_groups)
-    parameters = [parameter for group in own.param_groups for parameter in group["params"]]
-    on_gpu = bool(parameters) and parameters[0].device.type == "cuda"
-    return own if fused and on_gpu else None
+    # LoRA+ keeps groups of none
+    first = next((each for group in own.param_groups for each in group["params"]), None)
+    return own if fused and first is not None and first.device.type == "cuda" else None
 
 
 class Watch(TrainerCallback):

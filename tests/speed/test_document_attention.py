@@ -11,7 +11,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from lora_cli.speed import document_attention, step_packing
 
@@ -246,7 +251,24 @@ def test_a_mask_of_a_model_s_own_is_no_attention_for_the_kernel() -> None:
             )
 
 
-def test_what_looks_for_sdpa_by_name_keeps_it() -> None:
+@pytest.mark.parametrize(
+    ("family", "looks"),
+    [
+        ("deepseek_v32", True),
+        ("glm_moe_dsa", True),
+        ("axk2", True),
+        ("hy_v4", True),
+        ("falcon", True),
+        ("llama", False),
+        ("gpt2", False),
+        ("gemma3_text", False),
+    ],
+)
+def test_what_looks_for_sdpa_by_name_keeps_it(
+    family: str, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(family))]
+    assert document_attention.looks_for_sdpa(kind) is looks
     stock, _ = pair("llama")
-    stock.config.index_topk = 16
-    assert not document_attention.install(stock)
+    monkeypatch.setattr(type(stock), "__module__", kind.__module__)
+    assert document_attention.install(stock) is not looks
