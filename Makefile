@@ -1,6 +1,6 @@
 # make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
 # make test   sets everything up, and passes the tests
-# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once, and fetches a real model
+# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once, and fetches a real model and DeepSpeed
 # make test-lesser-cpu   passes them as a processor without AVX-512 would, and as one without AVX
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,6 +38,11 @@ quantizer: $(READY) $(TINY) build/llama-quantize/llama-quantize  ## our quantise
 build/llama-quantize/llama-quantize: scripts/build_llama_quantize.py | $(READY)
 	$(BIN)/python scripts/build_llama_quantize.py
 
+build/deepspeed: | $(READY)  ## for the tests of ZeRO-3 alone, and beside the environment that all others run in
+	rm -rf $@.tmp
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -c constraints.txt --target $@.tmp deepspeed einops hjson msgpack ninja py-cpuinfo
+	mv $@.tmp $@
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,7 +52,7 @@ test: $(READY) lint $(TINY)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-slow: $(READY) $(TINY) $(REAL) build/llama-quantize/llama-quantize  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
+test-slow: $(READY) $(TINY) $(REAL) build/llama-quantize/llama-quantize build/deepspeed  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(if $(WITHOUT),-k "not ($(WITHOUT))")
 
@@ -70,10 +75,15 @@ floors: $(READY) $(TINY)  ## some 360 tests with the lowest versions that pyproj
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte
 	$(BIN)/python tests/torture/fuzz.py
 
-torture: $(READY) $(TINY)  ## half an hour: kill -9 at 500 instants, a disk that fills, memory over 20 000 steps
+torture: $(READY) $(TINY)  ## two hours: 1,100 attacks by strangers' files, signals at 300 instants, kill -9 at 600, a disk that fills, memory over 20 000 steps
+	$(BIN)/lora setup-llama-cpp
+	$(BIN)/python tests/torture/attack.py
+	$(BIN)/python tests/torture/signals.py
 	$(BIN)/python tests/torture/kill.py
+	$(BIN)/python tests/torture/ranks.py
 	$(BIN)/python tests/torture/disk.py
 	$(BIN)/python tests/torture/rss.py
+	$(BIN)/python -m tests.torture.own_files --only 60
 
 # On a machine with an NVIDIA GPU, torch and no network: `make gpu-wheels` elsewhere, carry .gpu along, then `make gpu`.
 # Nothing is installed into that machine's own environment.

@@ -3,12 +3,15 @@ only."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
@@ -19,6 +22,8 @@ from lora_cli import __version__
 from lora_cli.common import (
     LoraError,
     UsageError,
+    endings,
+    files,
     gpu_memory,
     library_errors,
     library_warnings,
@@ -27,7 +32,7 @@ from lora_cli.common import (
     threads,
     ui,
 )
-from lora_cli.train import launch
+from lora_cli.distributed import place, ranks
 
 if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
@@ -54,6 +59,14 @@ def _find_base(error: type[Exception], name: str) -> type[Exception]:
 
 # typer keeps its click to itself; a wrong option or argument is this base of what it does export
 USAGE_ERROR: Any = _find_base(typer.BadParameter, "UsageError")
+
+
+def _require_finite(number: float | None) -> float | None:
+    """Return the number of an option; BadParameter for `nan` and `inf`, which no range refuses."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number")
+    return number
+
 
 RecipeFile = Annotated[
     Path,
@@ -98,7 +111,9 @@ Combination = Annotated[
 Density = Annotated[
     Optional[float],
     typer.Option(
-        min=0.0, max=1.0, help="Share of the weights that ties, dare, magnitude_prune keep."
+        min=0.0,
+        max=1.0,
+        help="Share of the weights that ties, dare, magnitude_prune keep.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
@@ -117,6 +132,48 @@ ImportanceMatrix = Annotated[
         "--imatrix", metavar="FILE|DATA", help="An importance matrix, or rows to measure one on."
     ),
 ]
+AllowedChanges = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--allow-changes",
+        metavar="SECTION.KEY",
+        help="With --resume: this may differ; may be repeated.",
+    ),
+]
+Processes = Annotated[
+    str,
+    typer.Option(
+        "--nproc",
+        metavar="N|auto",
+        help="Processes that train together on this machine; auto: one for each GPU.",
+    ),
+]
+Machines = Annotated[
+    Optional[int],
+    typer.Option("--nnodes", min=1, help="Machines, on each of which this command is started."),
+]
+Endpoint = Annotated[
+    Optional[str],
+    typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet."),
+]
+Gpu = Annotated[
+    Optional[str],
+    typer.Option("--gpu", metavar="H100|…", help="Their kind, as the scheduler calls it."),
+]
+Image = Annotated[Optional[str], typer.Option("--image", help="A container image with lora.")]
+LongestTime = Annotated[
+    Optional[str],
+    typer.Option(
+        "--time", metavar="90m|24h|3d", help="The longest; default: 24h, Kubernetes sets none."
+    ),
+]
+JobName = Annotated[
+    Optional[str], typer.Option("--name", help="The job's name; default: lora- and the recipe's.")
+]
+NewFile = Annotated[
+    Optional[Path],
+    typer.Option("--out", metavar="FILE", help="Write it there; must not exist; default: stdout."),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -125,7 +182,10 @@ TrustRemoteCode = Annotated[
         help="Let a model's repository run its own Python code here; only this option allows it.",
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0.0, callback=_require_finite, help="0 takes the likeliest token each time."),
+]
 
 
 class BaseWeights(StrEnum):
@@ -137,7 +197,7 @@ class BaseWeights(StrEnum):
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"lora {__version__}")
+        ui.report(f"lora {__version__}")
         raise typer.Exit
 
 
@@ -161,24 +221,74 @@ def train(
         bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    allowed: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--allow-changes",
-            metavar="SECTION.KEY",
-            help="With --resume: this may differ; may be repeated.",
-        ),
-    ] = None,
+    allowed: AllowedChanges = None,
+    nproc: Processes = "auto",
+    nnodes: Machines = None,
+    endpoint: Endpoint = None,
 ) -> None:
     """Train an adapter as RECIPE says; it is saved in the recipe's output_dir."""
     gpu_memory.let_segments_grow()
-    launch.check_launcher(os.environ)
     if allowed and not resume:
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
+    own = place.take_place(os.environ, is_node=nnodes is not None or endpoint is not None)
+    nodes = None if own else place.find_nodes(os.environ, _parse_nproc(nproc), nnodes, endpoint)
     with _load_recipe(recipe, overrides) as loaded:
+        from lora_cli.distributed import launch
         from lora_cli.train import run
 
-        typer.echo(run.train(loaded, resume, allowed or []))
+        rows, on_cpu = loaded.count_step_rows(), loaded.trains_on_cpu
+        several = None if own else launch.settle_nodes(nodes, rows, on_cpu)
+        if several:
+            run.prepare(loaded, resume, allowed or [], several)
+            words = sys.argv[1:]
+            while asked := launch.start(several, words):
+                run.change_before_again(loaded, asked)
+                words = [*sys.argv[1:], "--resume"]
+            return
+        with ranks.joined(own):
+            adapter = run.train(loaded, resume, allowed or [])
+            if ranks.is_first():
+                ui.report_path(adapter)
+
+
+def _parse_nproc(text: str) -> int | None:
+    """Return the number of processes that an option says; None for `auto`."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise UsageError(f"--nproc {text} is neither a number from 1 on nor auto", "--nproc 2")
+    return int(text)
+
+
+@app.command()
+def launch(
+    recipe: RecipeFile,
+    slurm: Annotated[bool, typer.Option("--slurm", help="A script for sbatch.")] = False,
+    kubernetes: Annotated[
+        bool, typer.Option("--kubernetes", help="A TrainJob of Kubeflow Trainer 2, for kubectl.")
+    ] = False,
+    skypilot: Annotated[bool, typer.Option("--skypilot", help="A task for sky launch.")] = False,
+    hf_jobs: Annotated[
+        bool, typer.Option("--hf-jobs", help="A script that calls hf jobs run.")
+    ] = False,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of each machine.")] = 1,
+    gpu: Gpu = None,
+    image: Image = None,
+    time: LongestTime = None,
+    name: JobName = None,
+    out: NewFile = None,
+) -> None:
+    """Write the file that has a cluster train RECIPE; nothing is submitted."""
+    from lora_cli.distributed import jobs
+    from lora_cli.recipe import load_recipe
+
+    flags = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "hf-jobs": hf_jobs}
+    kinds = [kind for kind, given in flags.items() if given]
+    folder = load_recipe(recipe, overrides or []).output_dir
+    job = jobs.Job(str(recipe), overrides or [], folder, nodes, gpus, gpu, image, time, name)
+    jobs.launch(kinds, job, out)
 
 
 @app.command()
@@ -212,12 +322,18 @@ def plan(
     tokens_per_second: Annotated[
         Optional[float],
         typer.Option(
-            "--tokens-per-second", min=0.001, help="A speed you know, to tell the time by."
+            "--tokens-per-second",
+            min=0.001,
+            callback=_require_finite,
+            help="A speed you know, to tell the time by.",
         ),
     ] = None,
     data: Annotated[
         bool, typer.Option("--data", help="Prepare the rows, however many, to count the steps.")
     ] = False,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, help="Processes that are to train together, in all.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout instead.")
     ] = False,
@@ -227,7 +343,7 @@ def plan(
     with _load_recipe(recipe, overrides, needs_rows=False) as loaded:
         from lora_cli.plan import show
 
-        show.show_plan(loaded, gpu, tokens_per_second, data, as_json)
+        show.show_plan(loaded, gpu, tokens_per_second, data, as_json, nproc)
 
 
 @app.command()
@@ -262,7 +378,7 @@ def merge(
 
     with combine.join_adapters(adapters, out, weights, combination, density, base) as adapter:
         merge.merge(adapter, out, base, stream, base_weights is BaseWeights.original)
-    typer.echo(out)
+    ui.report_path(out)
 
 
 @app.command()
@@ -289,7 +405,7 @@ def combine(
     from lora_cli.merge import combine
 
     combine.combine(adapters, out, weights, combination, density, r, base)
-    typer.echo(out)
+    ui.report_path(out)
 
 
 @app.command()
@@ -305,7 +421,7 @@ def extract(
     from lora_cli.merge import extract
 
     extract.extract(base, finetuned, out, r)
-    typer.echo(out)
+    ui.report_path(out)
 
 
 @app.command()
@@ -328,7 +444,7 @@ def convert(
     from lora_cli.merge import extract
 
     extract.convert(adapter, out, r, base)
-    typer.echo(out)
+    ui.report_path(out)
 
 
 @app.command()
@@ -348,7 +464,7 @@ def verify(
     _quiet_libraries()
     from lora_cli.evaluate import verify
 
-    typer.echo(verify.verify(first, second, base))
+    ui.report(verify.verify(first, second, base))
 
 
 @app.command("export-gguf")
@@ -390,7 +506,7 @@ def export_gguf(
 
         files = export.export(path, types, output, base, llama_cpp, imatrix, base_cost)
     for file in files:
-        typer.echo(file)
+        ui.report_path(file)
 
 
 def _require_adapter_alone(path: Path | None, imatrix: str | None) -> Path:
@@ -411,7 +527,7 @@ def setup_llama_cpp() -> None:
     """Install a pinned copy of llama.cpp's converters, checked by sha256."""
     from lora_cli.gguf import install
 
-    typer.echo(install.install_converters())
+    ui.report_path(install.install_converters())
 
 
 @app.command()
@@ -496,7 +612,7 @@ def list_recipes(context: typer.Context) -> None:
     found = shipped_recipes.list_recipes()
     width = max(len(recipe.name) for recipe in found)
     for recipe in found:
-        typer.echo(f"{recipe.name:{width}}  {recipe.purpose}")
+        ui.report(f"{recipe.name:{width}}  {recipe.purpose}")
 
 
 @recipes.command("copy")
@@ -509,7 +625,7 @@ def copy_recipe(
     """Copy a shipped recipe to start your own from."""
     from lora_cli.recipe import shipped_recipes
 
-    typer.echo(shipped_recipes.copy_recipe(name, target))
+    ui.report_path(shipped_recipes.copy_recipe(name, target))
 
 
 @app.command()
@@ -521,7 +637,8 @@ def schema(
     """Print the JSON Schema of recipes, for editors."""
     from lora_cli.recipe import schema
 
-    typer.echo(schema.make_markdown() if markdown else schema.make_json(), nl=False)
+    text = schema.make_markdown() if markdown else schema.make_json()
+    ui.report(*text.splitlines())
 
 
 @contextmanager
@@ -561,6 +678,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     library_warnings.listen()
+    files.keep_temporary_files_together()
     import datasets
     import transformers
 
@@ -569,32 +687,28 @@ def _quiet_libraries() -> None:
     library_warnings.listen_to_transformers()
 
 
-def _end(number: int, *_: object) -> NoReturn:
-    """SIGTERM, or SIGHUP by a terminal that is closed: what is half made is removed, as after an
-    interruption by hand."""
-    with suppress(OSError):  # the terminal may be gone
-        ui.say("terminated" if number == signal.SIGTERM else "hung up")
-    sys.exit(128 + number)
-
-
-def _listen() -> None:
-    """Let the signals that end a program end it in order, but for those that it was started to
-    ignore (nohup)."""
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _end)
+def _refuse_unusable(stdout: object, words: Sequence[str]) -> None:
+    """Raise LoraError where there is nowhere to write results to, or a word is no text: it could
+    stand in no record, and no model could read it."""
+    if stdout is None:
+        raise LoraError("standard output is closed", "leave it open, or > /dev/null")
+    for word in words:
+        if re.search("[\ud800-\udfff]", word):
+            raise UsageError(f"{word} is not UTF-8", "rename it, or type it as UTF-8")
 
 
 def main() -> NoReturn:
     """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 129 by
     SIGHUP, 130 when interrupted, 143 by SIGTERM."""
-    _listen()
-    ui.fit_to_encoding()
+    endings.listen()
+    ui.open_streams()
+    threading.excepthook = lambda ended: ui.say(
+        *_list_traceback(ended.exc_value or ended.exc_type())
+    )
+    sys.unraisablehook = lambda ended: ui.say(*_list_traceback(ended.exc_value or ended.exc_type()))
     threads.bound_spinning()
     try:
-        if sys.stdout is None:
-            raise LoraError("standard output is closed", "leave it open, or > /dev/null")
+        _refuse_unusable(sys.stdout, sys.argv[1:])
         status = app(prog_name="lora", standalone_mode=False)
         if status == INTERRUPTED:  # typer makes that of KeyboardInterrupt
             ui.say("interrupted")
@@ -605,37 +719,58 @@ def main() -> NoReturn:
         ui.say("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except USAGE_ERROR as error:
         if len(sys.argv) == 1:  # no command at all: the message is the help
-            ui.say(error.format_message())
+            ui.say(*error.format_message().splitlines())
             sys.exit(2)
         _fail(
             UsageError(
                 error.format_message(), f"{error.ctx.command_path if error.ctx else 'lora'} --help"
             )
         )
-    except Exception as error:
-        known = library_errors.translate(error)
-        if known is None:
-            _report(error)
-        _fail(known)
+    except BaseException as error:
+        _explain(error)
 
 
-def _report(error: Exception) -> NoReturn:
-    """Return what nobody has thought of is a bug: its traceback, and how to report it."""
-    lines = "".join(traceback.format_exception(error))
-    ui.say(privacy.replace_home(lines).rstrip())
-    ui.say(
-        f"\nThis is a bug in lora {__version__}, not a mistake of yours. Please report it with "
-        "the lines above, the\n"
+def _explain(error: BaseException) -> NoReturn:
+    """Say what a library's exception means, or report it as a bug. What is no error goes on."""
+    if not isinstance(error, Exception) and not library_errors.is_panic(error):
+        raise error
+    known = library_errors.translate(error)
+    if ranks.count() > 1 and ranks.is_torn(error):
+        known = LoraError("another process of this run has ended", "it says why")
+    if known is None:
+        _report(error)
+    _fail(known, error)
+
+
+def _list_traceback(error: BaseException) -> list[str]:
+    """Return the lines that say where an error came from; those of what it says itself are
+    indented."""
+    text = privacy.mask_secrets(privacy.replace_home("".join(traceback.format_exception(error))))
+    ours = ("  ", "Traceback ")
+    return [line if line.startswith(ours) else f"  {line}" for line in text.splitlines()]
+
+
+def _report(error: BaseException) -> NoReturn:
+    """Say that what nobody has thought of is a bug: its traceback, and how to report it."""
+    bug = (
+        "",
+        f"This is a bug in lora {__version__}, not a mistake of yours. Please report it with the "
+        "lines above, the",
         "command, the recipe, and what `lora doctor --json` prints. Tokens and your home folder "
-        "are left out above."
+        "are left out above.",
     )
-    sys.exit(BUG)
+    _end([*_list_traceback(error), *bug], BUG, error)
 
 
-def _fail(error: LoraError) -> NoReturn:
-    ui.say(ui.render_error(error))
-    sys.exit(error.exit_code)
+def _fail(error: LoraError, cause: BaseException | None = None) -> NoReturn:
+    _end(ui.list_lines(error), error.exit_code, cause or error)
+
+
+def _end(lines: Sequence[str], status: int, error: BaseException) -> NoReturn:
+    """End by an error: say it, unless this is one of several processes and another does."""
+    if not ranks.tell_failure(lines, status, error):
+        ui.say(*lines)
+    sys.exit(status)

@@ -365,7 +365,7 @@ def compare_tools(options: argparse.Namespace) -> None:
 
         table = peers.compare(options.peers, rows, folder, STEP_ROWS, options)
     print(f"{len(rows)} rows, {sum(count for *_, count in rows):,} tokens, {options.rounds} rounds")
-    print(ui.format_table(["", "tokens/CPU s", "tokens/s", "of lora train"], table))
+    print(*ui.format_table(["", "tokens/CPU s", "tokens/s", "of lora train"], table), sep="\n")
 
 
 def main() -> None:
@@ -417,7 +417,10 @@ def main() -> None:
                 f"{statistics.median(each['loss'] for each in runs):.4f}",
             ]
         )
-    print(ui.format_table(["", "tokens/CPU s", "tokens/s", "of lora train", "MB", "loss"], table))
+    print(
+        *ui.format_table(["", "tokens/CPU s", "tokens/s", "of lora train", "MB", "loss"], table),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ def main(methods: list[str]) -> int:
         f"\nexact match on {len(TINY.joinpath('eval.jsonl').read_text().splitlines())} held-out "
         "rows"
     )
-    print(ui.format_table(["method", "base", "adapter", "merged", *TYPES, "merge |Δlogit|"], rows))
+    print(
+        *ui.format_table(["method", "base", "adapter", "merged", *TYPES, "merge |Δlogit|"], rows),
+        sep="\n",
+    )
     print(f"done in {ui.format_duration(time.monotonic() - started)}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

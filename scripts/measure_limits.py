@@ -172,7 +172,7 @@ def main() -> None:
                     rows.append([name, method, str(dtype).removeprefix("torch."), *found])
                     print(rows[-1], file=sys.stderr)
     head = ["model", "method", "type", "float32", "least module", "rounded", "KL", "float32 KL"]
-    print(ui.format_table(head, rows))
+    print(*ui.format_table(head, rows), sep="\n")
 
 
 if __name__ == "__main__":

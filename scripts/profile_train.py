@@ -100,7 +100,7 @@ def main() -> None:
             name.removeprefix("aten::") for name, _ in names.get(kind, Counter()).most_common(3)
         )
         rows.append([kind, f"{spent:.2f}", f"{spent / seconds:.0%}", most])
-    print(ui.format_table(["", "s", "share", "mostly"], rows))
+    print(*ui.format_table(["", "s", "share", "mostly"], rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of its own for temporary files: commands tell of those that a killed process left
+    there, of another test's too. Its path is short, as that of a socket in it has to be."""
+    tmp_path_factory.getbasetemp()  # which stays where pytest looks for it
+    compiled = Path(tempfile.gettempdir()) / "torchinductor_tests"
+    with tempfile.TemporaryDirectory(prefix="t-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """Folder with model/, train.jsonl and eval.jsonl; `make test` has made it, a bare `pytest`

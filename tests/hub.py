@@ -20,7 +20,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -178,6 +178,8 @@ class LoopbackHub:
     """
 
     def __init__(self) -> None:
+        self.hostile: Callable[[str, str, Reply], Reply] | None = None
+        """What becomes of the reply to a (method, target)."""
         self.requests: list[tuple[str, str]] = []
         self.strays: list[tuple[str, str]] = []
         self._repositories: dict[tuple[str, str], Repository] = {}
@@ -342,12 +344,19 @@ class _Handler(BaseHTTPRequestHandler):
             reply = _ranged(reply, self.headers["Range"]) if self.headers["Range"] else reply
         except Refusal as refusal:
             reply = refusal.reply
+        if self.server.hub.hostile:
+            reply = self.server.hub.hostile(self.command, self.path, reply)
         self.send_response(reply.status)
-        for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
+        endless = "Transfer-Encoding" in reply.headers
+        length = {} if endless else {"Content-Length": str(len(reply.body))}
+        for name, value in {**length, **reply.headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and not endless:
             self.wfile.write(reply.body)
+        with suppress(OSError):  # until the client has enough
+            while self.command != "HEAD" and endless:
+                self.wfile.write(b"10000\r\n" + b" " * 2**16 + b"\r\n")
 
     do_GET = do_HEAD = do_POST = do_CONNECT = _reply
 

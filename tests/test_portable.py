@@ -25,24 +25,25 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = ["fcntl", "grp", "pwd", "resource", "syslog", "termios", "tty"]
 NAMES = {
     "os": """
-        chown fchmod fork getegid geteuid getgid getloadavg getpgid getuid killpg mkfifo nice
-        posix_fallocate pread pwrite register_at_fork sched_getaffinity setsid statvfs uname wait4
+        chown fchmod fork getegid geteuid getgid getloadavg getpgid getpgrp getuid killpg mkfifo nice
+        posix_fallocate pread pwrite register_at_fork sched_getaffinity setsid statvfs tcgetpgrp uname wait4
         O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_SYNC WNOHANG
     """.split(),
     "signal": """
-        ITIMER_REAL ITIMER_VIRTUAL SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1
+        ITIMER_PROF ITIMER_REAL ITIMER_VIRTUAL SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGPROF SIGQUIT SIGSTOP SIGUSR1
         SIGUSR2 SIGVTALRM alarm pause pthread_sigmask setitimer siginterrupt
     """.split(),
 }
 GUARDED = {
-    "common/files.py": {"os.register_at_fork"},
+    "common/confined_child.py": {"resource", "signal.ITIMER_PROF", "signal.setitimer"},
+    "common/endings.py": {"os.register_at_fork"},
+    "common/keeper.py": {"os.killpg", "signal.SIGKILL"},  # started where there is os.killpg
+    "common/lock.py": {"os.register_at_fork"},
     "common/threads.py": {"os.getloadavg"},
-    "models/chat_template.py": {
-        "signal.ITIMER_REAL",
-        "signal.SIGALRM",
-        "signal.setitimer",
-    },  # hasattr before any use
-    "models/patterns.py": {"signal.SIGVTALRM"},
+    "data/cache.py": {"os.getuid"},
+    "data/remote.py": {"os.getuid"},
+    "gguf/opening.py": {"signal.ITIMER_PROF", "signal.setitimer"},
+    "common/ui.py": {"os.getpgrp", "os.tcgetpgrp"},  # AttributeError is caught
     "plan/hardware.py": {"resource"},  # after the branch for Windows
 }
 """Where such a name stands in the source all the same, and what keeps it from Windows."""

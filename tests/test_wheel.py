@@ -54,7 +54,7 @@ def test_the_wheel_says_how_it_is_run_and_on_which_python(wheel: Path) -> None:
         folder = f"lora_cli-{__version__}.dist-info"
         entry_points = archive.read(f"{folder}/entry_points.txt").decode()
         metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
-    assert "lora = lora_cli.cli:main" in entry_points
+    assert "lora = lora_cli.__main__:main" in entry_points
     assert metadata["Requires-Python"] == ">=3.11"
     versions = [
         each.rpartition(" ")[2]

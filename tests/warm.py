@@ -7,6 +7,7 @@ they are imported.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -68,6 +69,8 @@ def serve() -> None:
     """Fork for each line of stdin, and answer with the child's exit status."""
     for name in IMPORTED:
         importlib.import_module(f"lora_cli.{name}")
+    gc.collect()
+    gc.freeze()  # or a child's collector copies all that is here
     answers = os.fdopen(os.dup(1), "w")  # 1 is the commands' own
     for line in sys.stdin:
         call = json.loads(line)

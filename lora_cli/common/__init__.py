@@ -5,7 +5,9 @@ Its doors, in the order a reader needs them:
 
     LoraError, UsageError, RejectedError   what is raised where a user can do something about it
     join_errors, find_nearest              several problems as one error; "did you mean …?"
-    quote                                  a path in a command line that is shown
+    quote, quote_words                     a path, or all words, in a command line that is shown
+    escape                                 others' text as one line
+    show_as                                what messages call a copy by
     say, warn, Progress, format_duration   prose and the progress line, on stderr
     read_json, write_json, write_text      files read within limits, written whole or not at all
     refuse_link, refuse_occupied           folders that must not be written into
@@ -13,9 +15,13 @@ Its doors, in the order a reader needs them:
     files, ui, library_errors              the rest of these three
     missing_packages                       the package that an error says is not installed
     library_warnings                       what the libraries warn of, as lines of ours
+    stored                                 files of ours read back through a model of what we write
     privacy                                keeps secrets and the home path out of files and messages
     provenance                             the record of what produced an artefact
     remote_code                            whether a model's own code may run
+    plain_files                            the door for files and folders of others
+    lock, endings, children                one process a place; ends in order; programs end with it
+    confined                               strangers' programs in a process with limits
     devices                                the device that models train and answer on
     gpu_faults                             what keeps torch from a GPU, and what one is too old for
     gpu_memory                             how torch's allocator asks a GPU for memory
@@ -28,10 +34,10 @@ from lora_cli.common.errors import (
     UsageError,
     find_nearest,
     join_errors,
-    quote,
 )
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text
 from lora_cli.common.library_errors import translate_refusals
+from lora_cli.common.shown import escape, quote, quote_words, show_as
 from lora_cli.common.ui import Progress, format_duration, say, warn
 
 __all__ = [
@@ -39,7 +45,11 @@ __all__ = [
     "Progress",
     "RejectedError",
     "UsageError",
+    "children",
+    "confined",
     "devices",
+    "endings",
+    "escape",
     "files",
     "find_nearest",
     "format_duration",
@@ -47,16 +57,21 @@ __all__ = [
     "gpu_memory",
     "join_errors",
     "library_errors",
+    "lock",
     "missing_packages",
+    "plain_files",
     "library_warnings",
     "privacy",
     "provenance",
     "quote",
+    "quote_words",
     "read_json",
     "refuse_link",
     "refuse_occupied",
     "remote_code",
     "say",
+    "stored",
+    "show_as",
     "threads",
     "translate_refusals",
     "ui",

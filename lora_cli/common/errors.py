@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import shlex
 from collections.abc import Iterable, Sequence
 from typing import Self
 
@@ -13,31 +12,28 @@ SHOWN = 4
 """How many problems one error lists."""
 
 
-def quote(path: object) -> str:
-    """Quote a path for a command line that is shown, so that it can be pasted into a shell."""
-    return shlex.quote(str(path))
-
-
 class LoraError(Exception):
     """A problem that the user can cause and mend.
 
-    `message` says what is wrong (with file, line and field where there is one); `hint` says what to
-    type. The command line renders both and exits with `exit_code`. Other code catches it only to
-    add what it knows, or where it has another way.
+    `message` says what is wrong (with file, line and field where there is one), `details` more of
+    it; `hint` says what to type. Each is one line. The command line shows them and exits with
+    `exit_code`. Other code catches it only to add what it knows, or where it has another way.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, hint: str | None = None, details: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([message, *details]))
         self.message = message
         self.hint = hint
+        self.details = details
 
     def with_message(self, message: str) -> Self:
-        """Return the same error, of the same class and with the same hint, in other words."""
+        """Return the same error, of the same class, with the same details and hint, in other
+        words."""
         made = copy.copy(self)
         made.message = message
-        made.args = (message,)
+        made.args = ("\n".join([message, *made.details]),)
         return made
 
 
@@ -65,8 +61,7 @@ def join_errors(where: str, problems: Sequence[tuple[str, str | None]]) -> Usage
     if more := len(problems) - len(shown):
         lines.append(f"  … and {more} more, shown once these are mended")
     return UsageError(
-        "\n".join([f"{len(problems)} problems {where}", *lines]),
-        "lora schema --markdown lists every key",
+        f"{len(problems)} problems {where}", "lora schema --markdown lists every key", lines
     )
 
 

@@ -3,7 +3,6 @@ complete."""
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
@@ -12,15 +11,40 @@ import platform
 import re
 import secrets
 import shutil
-import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import privacy, ui
-from lora_cli.common.errors import LoraError, RejectedError, quote
+from lora_cli.common import endings, lock, privacy, ui
+from lora_cli.common.errors import LoraError, RejectedError, UsageError
+from lora_cli.common.plain_files import read_small
+from lora_cli.common.shown import quote
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make a folder in the cache and what is missing above it, open to the user alone. Raises
+    OSError."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def remove_unused(folder: Path, sign: str) -> None:
+    """Remove entries of a folder in the cache that were not used for DAYS days, by the time of the
+    file `sign` in each, and what killed processes left half-made."""
+    oldest = time.time() - DAYS * 24 * 3600
+    for entry in folder.iterdir():
+        used = entry / sign if (entry / sign).is_file() else entry
+        try:
+            unused = used.stat().st_mtime < oldest
+        except FileNotFoundError:  # another process has just renamed or removed it
+            continue
+        if unused:
+            remove(entry)
 
 
 def find_cache_home() -> Path:
@@ -32,142 +56,153 @@ def find_cache_home() -> Path:
     """
     usual = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
     cache = os.environ.get("LORA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or usual
-    return Path(cache).expanduser().resolve() / "lora-cli"
+    try:
+        return Path(cache).expanduser().resolve() / "lora-cli"
+    except RuntimeError as error:  # no HOME, and a user whom the system does not know
+        raise LoraError(str(error), "set HOME, or LORA_CACHE_DIR to a folder") from None
 
 
+DAYS = 30
+"""How long the cache keeps what is not used."""
 MADE_HERE = ("record.json", "lora_record.json")
 """A folder that holds one of these files was made by lora, so a hint may suggest removing it."""
-SMALL = 2**24
-"""The largest configuration file that is read, in bytes."""
-_passing = set[Path]()
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_passing.clear)  # a child makes its own
+LARGEST = 2**128
+"""Whole numbers in JSON are smaller; tokenizers write 10^30 for a length without a limit."""
+LEFTOVER = re.compile(r"\.lora-(\d+)-(\d+)-([0-9a-f]{6})-[0-9a-f]{8}\.tmp")
+"""What is in the making is called so: process, when it started, host, and a random number."""
+
+
+def _name_passing(parent: Path) -> Path:
+    """Return a name in `parent` that nothing has and nobody can guess, and remove what killed
+    processes left there, among the temporary files and in the cache."""
+    home = find_cache_home()
+    for folder in (parent, Path(tempfile.gettempdir()), home, home / "rows", home / "fetched"):
+        remove_leftovers(folder)
+    process = os.getpid()
+    stamp = f"{process}-{_find_start(process)}-{_name_host()}-{secrets.token_hex(4)}"
+    return parent.absolute() / f".lora-{stamp}.tmp"
+
+
+@cache
+def _name_host() -> str:
+    """Return what tells this machine from those that share its disks. Containers may share a
+    machine's name, but each numbers its own processes."""
+    numbering = ""
+    with suppress(OSError):  # Linux alone has it
+        numbering = str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(f"{platform.node()} {numbering}".encode()).hexdigest()[:6]
+
+
+def _find_start(process: int) -> int:
+    """Return when a process started, by a clock that nobody sets; -1 where there is none of that
+    number."""
+    if platform.system() == "Linux":
+        try:
+            state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return -1
+        return -1 if state in "ZX" else int(fields[18])
+    import psutil  # 20 ms, which light commands need not spend
+
+    try:
+        return int(psutil.Process(process).create_time() * 100)
+    except psutil.Error:
+        return -1
+
+
+@cache
+def remove_leftovers(parent: Path) -> None:
+    """Remove, once, what processes of this machine that were killed had in the making in
+    `parent`."""
+    with suppress(OSError):  # it is not there, or not ours to read
+        for path in list(parent.iterdir()):
+            if lock.NAME.fullmatch(path.name):
+                lock.remove_leftover(path)
+            found = LEFTOVER.fullmatch(path.name)
+            if found is None or found[3] != _name_host():
+                continue
+            if _find_start(int(found[1])) != int(found[2]) and remove(path):
+                ui.say(f"removed {path}, which a process that was killed had left")
+
+
+def remove(path: Path) -> bool:
+    """Remove a file, a link or a folder; return whether nothing of that name is left."""
+    for _ in range(10):  # a thread or a child that is being ended may have written a last file
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        if not os.path.lexists(path):
+            return True
+    return False
 
 
 @contextmanager
 def passing(path: Path) -> Iterator[None]:
     """`path`, a file or folder that the block makes, is gone after it, at whatever instant a signal
-    ends the block.
-
-    It is noted before it is made. A signal amid the removal leaves the rest of that to the
-    process's end. What already has the name goes first: a dead process's of our number, or a link
-    that somebody has put there.
-    """
-    path = path.absolute()
-    _remove(path)
-    _passing.add(path)
-    try:
+    ends the block: it is noted before it is made."""
+    with endings.undone(partial(remove, path.absolute())):
         yield
-    finally:
-        _remove(path)
-        if not path.exists():
-            _passing.discard(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    elif path.exists() or path.is_symlink():  # neither lies below a file
-        path.unlink(missing_ok=True)
-
-
-@atexit.register
-def _remove_the_rest() -> None:
-    while _passing:
-        _remove(_passing.pop())
-
-
-def _stamp() -> str:
-    """Return what tells this process from all others, on this machine and on those that share its
-    disks. Containers may share a machine's name, but each numbers its own processes."""
-    numbering = ""
-    with suppress(OSError):  # Linux alone has it
-        numbering = str(Path("/proc/self/ns/pid").readlink())
-    host = hashlib.sha256(f"{platform.node()} {numbering}".encode()).hexdigest()[:8]
-    return f"{os.getpid()}-{host}"
-
-
-def remove_leftovers(parent: Path, pattern: str) -> None:
-    """Remove what a process of this machine that was killed had in the making in `parent`: names
-    that `pattern` matches, its first group a stamp."""
-    import psutil  # 20 ms, which light commands need not spend
-
-    ours = _stamp().partition("-")[2]
-    for path in parent.iterdir() if parent.is_dir() else ():
-        found = re.fullmatch(pattern, path.name)
-        number, _, host = found[1].partition("-") if found else ("", "", "")
-        if host == ours and number.isdigit() and not psutil.pid_exists(int(number)):
-            _remove(path)
-            if not path.exists():  # it may be another user's
-                ui.say(f"removed {path}, which a process that was killed had left")
 
 
 @contextmanager
-def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new folder of our own in `parent`, or among the system's temporary ones, that goes away
-    with all that is in it.
+    with all that is in it. Nobody else can look into it.
 
     Not tempfile's, which names a folder to nobody before it has made it.
     """
-    parent = parent or Path(tempfile.gettempdir())
-    folder = _name_scratch(prefix, parent)
+    folder = _name_passing(parent or _find_temporary())
     with passing(folder):
-        folder.mkdir(mode=0o700)
+        with _refusing_taken(folder):
+            folder.mkdir(mode=0o700)
         yield folder
 
 
-def _name_scratch(prefix: str, parent: Path) -> Path:
-    """Return a name that no scratch folder in `parent` has, and remove those that were left."""
-    remove_leftovers(parent, rf"{re.escape(prefix)}(.+)-[0-9a-f]{{16}}")
-    return parent / f"{prefix}{_stamp()}-{secrets.token_hex(8)}"
+@contextmanager
+def _refusing_taken(path: Path) -> Iterator[None]:
+    """Say that somebody else has just made `path`, whose name nobody could guess."""
+    try:
+        yield
+    except FileExistsError:
+        raise LoraError(f"{path} is another program's", "do it again") from None
 
 
-def make_passing_folder(prefix: str) -> Path:
+def make_passing_folder() -> Path:
     """Make a folder among the system's temporary ones that goes away with the process."""
-    folder = _name_scratch(prefix, Path(tempfile.gettempdir()))
-    _passing.add(folder)
-    folder.mkdir(mode=0o700)
+    folder = _name_passing(_find_temporary())
+    endings.undo_with_process(partial(remove, folder))
+    with _refusing_taken(folder):
+        folder.mkdir(mode=0o700)
     return folder
 
 
-def read_small(path: Path, most: int = SMALL) -> str:
-    """Return the text of a plain file of at most `most` bytes.
-
-    Raise LoraError for anything else, such as a pipe, a device or a larger file.
-    """
+def _find_temporary() -> Path:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise LoraError(
-                f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {quote(path)}"
-            )
-        if status.st_size > most:
-            raise LoraError(
-                f"{path} is too large: {status.st_size} bytes, and at most {most} are read",
-                f"less {quote(path)}",
-            )
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise LoraError(f"{path} does not exist", f"ls {quote(path.parent)}") from None
-    except UnicodeDecodeError as error:
-        raise LoraError(
-            f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        said = error.strerror if isinstance(error, OSError) else str(error)
-        raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {quote(path)}") from None
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        hint = "set TMPDIR to a folder that can be written to"
+        raise LoraError(str(error.strerror), hint) from None
 
 
-def _name_kind(mode: int) -> str:
-    """Return what a file that is not a plain one is, with its article."""
-    for test, name in (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    ):
-        if test(mode):
-            return name
-    return "a device"
+def _use_temporary(folder: str | None) -> bool:
+    """Put back where temporary files were; return True."""
+    tempfile.tempdir = None
+    os.environ.pop("TMPDIR", None)
+    os.environ |= {} if folder is None else {"TMPDIR": folder}
+    return True
+
+
+def keep_temporary_files_together() -> None:
+    """Let libraries and children put their temporary files into a folder that goes away with the
+    process. What torch compiles stays, beside it."""
+    temporary, user = _find_temporary(), getattr(os, "getuid", int)()  # not on Windows
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary / f"torchinductor_{user}"))
+    if len(str(temporary)) <= 27:  # the address of a socket in it has at most 104 bytes
+        folder, before = make_passing_folder(), os.environ.get("TMPDIR")
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+        endings.undo_with_process(partial(_use_temporary, before))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,24 +210,37 @@ def write_text(path: Path, text: str) -> None:
 
     A symbolic link of that name is replaced, not followed.
     """
-    staging = path.with_name(f".{path.name}.{_stamp()}.tmp")
+    staging = _name_passing(path.parent)
     with passing(staging):
-        with staging.open("x", encoding="utf-8") as file:
+        with _refusing_taken(staging), staging.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)
 
 
+def write_new(path: Path, text: str, otherwise: str) -> None:
+    """Write a file that is not there yet, whole or not at all. UsageError, with the hint
+    `otherwise`, where something of that name is, and where its folder is none."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder", f"mkdir -p {quote(path.parent)}")
+    with lock.hold(path):
+        if os.path.lexists(path):
+            raise UsageError(f"{path} already exists", otherwise)
+        write_text(path, text)
+
+
 def leave_out_home(folder: Path) -> None:
-    """Replace the user's home folder by ~ in the configurations and cards that libraries wrote into
-    `folder`."""
-    for path in (*folder.glob("*.json"), *folder.glob("*.md")):
-        if path.name != "tokenizer.json" and path.stat().st_size <= SMALL:
-            text = path.read_text(encoding="utf-8")
-            portable = privacy.replace_home(text)
-            if portable != text:
-                write_text(path, portable)
+    """Replace the user's home folder by ~, and secrets by ***, in the configurations and cards that
+    libraries wrote into `folder`."""
+    for path in folder.glob("*config.json"):
+        data = read_json(path)
+        if (portable := privacy.make_portable(data)) != data:
+            write_json(path, portable)
+    for path in folder.glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        if (said := privacy.mask_secrets(privacy.replace_home(text))) != text:
+            write_text(path, said)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -201,19 +249,40 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON in `path`; raise LoraError naming the line where it is not valid."""
-    text = read_small(path)
+    """Return the JSON in `path`, which somebody else may have written; LoraError where it is none,
+    or beyond the limits of `parse_json`."""
+    return parse_json(read_small(path), path)
+
+
+def parse_json(text: str | bytes, source: object) -> Any:
+    """Return the value of a JSON text that `source` holds.
+
+    Raise LoraError where it is not valid, for brackets within 200 others, halves of characters, and
+    numbers that no machine's type holds.
+    """
+    from pydantic import TypeAdapter, ValidationError  # 60 ms, which light commands need not spend
+
+    place, said = str(source), "a whole number has too many digits"
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise LoraError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg}", f"less {quote(path)}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        said = str(error).partition(";")[0]
-        raise LoraError(
-            f"{path}: JSON that cannot be read: {said}", f"less {quote(path)}"
-        ) from None
+        value = TypeAdapter(Any).validate_json(text)  # its limits: brackets and characters
+    except ValidationError as error:
+        said, _, where = str(error.errors()[0]["ctx"]["error"]).partition(" at line ")
+        place += f":{where.split()[0]}" if where else ""
+    else:
+        if not _holds_huge_number(value):
+            return value
+    raise LoraError(f"{place}: not valid JSON: {said}", f"less {quote(source)}")
+
+
+def _holds_huge_number(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (dict, list)):
+            waiting += each.values() if isinstance(each, dict) else each
+        elif type(each) is int and abs(each) >= LARGEST:
+            return True
+    return False
 
 
 @contextmanager
@@ -221,23 +290,66 @@ def staged_folder(final: Path, rejected: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `final`; rename it to `final` on success, remove it on failure.
 
     After a RejectedError it is renamed to `rejected` instead, if that is given. Neither may exist,
-    except as an empty folder: LoraError otherwise, before anything is made.
+    except as an empty folder: LoraError otherwise, before anything is made, and where another
+    process is making it.
     """
-    for folder in [final, *([rejected] if rejected else [])]:
-        refuse_occupied(folder)
-    remove_leftovers(final.parent, rf"\.{re.escape(final.name)}\.(.+)\.tmp")
-    staging = final.with_name(f".{final.name}.{_stamp()}.tmp")
-    with passing(staging):
-        make_folder(staging, final)
+    names = [final, *([rejected] if rejected else [])]
+    _refuse_each(names)
+    with (
+        made_folder(final.parent, final),
+        lock.hold(*names),
+        scratch_folder(final.parent.resolve()) as scratch,
+    ):
+        _refuse_each(names)  # it may have been made just now
+        staging = scratch / final.name
+        staging.mkdir()
         try:
             yield staging
-            if final.exists():
-                final.rmdir()
-            staging.rename(final)
+            _give_name(staging, final)
         except RejectedError:
             if rejected:
-                staging.rename(rejected)
+                _give_name(staging, rejected)
             raise
+
+
+def _refuse_each(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        refuse_occupied(folder)
+
+
+def _give_name(staging: Path, final: Path) -> None:
+    """Rename a folder that is complete; LoraError where something else has taken the name."""
+    final, mode = staging.parent.parent / final.name, staging.stat().st_mode & 0o666
+    for path in staging.rglob("*"):
+        if path.is_file():  # safetensors makes its files for their maker alone
+            path.chmod(mode)
+    try:
+        if os.name == "nt" and final.is_dir():  # elsewhere an empty folder is replaced
+            final.rmdir()
+        staging.rename(final)
+    except (FileExistsError, NotADirectoryError, OSError) as error:
+        if not os.path.lexists(final):
+            raise
+        raise LoraError(
+            f"{final} has been made meanwhile: {error.strerror}", "choose another output"
+        ) from error
+
+
+@contextmanager
+def scratch_beside(folder: Path, targets: Iterable[Path], *others: Path) -> Iterator[Path]:
+    """Make `folder`, in which files `targets` are to be made by nobody else, nor `others`; yield a
+    scratch folder in it. LoraError where one of `targets` exists."""
+    targets = list(targets)
+    with made_folder(folder), lock.hold(*targets, *others), scratch_folder(folder) as scratch:
+        refuse_existing(targets)
+        yield scratch
+
+
+def move_together(names: Mapping[Path, Path]) -> None:
+    """Give complete files their final names, all of them also where a signal comes amid it."""
+    with endings.postponed_signals():
+        for made, final in names.items():
+            made.replace(final)
 
 
 def refuse_existing(targets: Iterable[Path]) -> None:
@@ -254,18 +366,31 @@ def name_artefact(folder: Path) -> str:
     return name if name not in ("adapter", "merged") else folder.resolve().parent.name
 
 
-def make_folder(folder: Path, final: Path | None = None) -> None:
-    """Make `folder` and its parents; raise LoraError where that fails.
+@contextmanager
+def made_folder(folder: Path, final: Path | None = None) -> Iterator[None]:
+    """Make `folder` and its parents; those of them that are empty after the block go again.
 
-    The error names `final` if it is given: the folder that `folder` is staged for.
+    LoraError where one cannot be made; it names `final` if that is given: what `folder` is for.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        named = final or folder
-        raise LoraError(
-            f"{named} cannot be made: {error.strerror}", f"ls -ld {quote(named.parent)}"
-        ) from error
+    folder = folder.absolute()
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    with endings.undone(partial(_remove_empty, missing)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            named, is_file = final or folder, isinstance(error, FileExistsError)
+            said = os.strerror(errno.ENOTDIR) if is_file else error.strerror
+            raise LoraError(
+                f"{named} cannot be made: {said}", f"ls -ld {quote(named.parent)}"
+            ) from error
+        yield
+
+
+def _remove_empty(folders: Iterable[Path]) -> bool:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+    return True
 
 
 def refuse_unmakable(folder: Path) -> None:
@@ -285,20 +410,6 @@ def refuse_unmakable(folder: Path) -> None:
         raise LoraError(
             f"{folder} cannot be made: {error.strerror}", f"ls -ld {quote(missing.parent)}"
         ) from error
-
-
-@contextmanager
-def scratch_beside_results(prefix: str, folder: Path) -> Iterator[Path]:
-    """Make `folder` for results, and yield a scratch folder in it. Where `folder` was not there
-    before and stays empty, it goes as well."""
-    was_there = folder.exists()
-    make_folder(folder)
-    try:
-        with scratch_folder(prefix, folder) as scratch:
-            yield scratch
-    finally:
-        if not was_there and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def refuse_link(folder: Path) -> None:

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common.errors import LoraError, quote
+from lora_cli.common.errors import LoraError
 from lora_cli.common.missing_packages import suggest_package
+from lora_cli.common.shown import quote
 
 LONGEST = 400
 """How many characters of another library's message are shown."""
@@ -105,6 +106,7 @@ TABLE = (
         "the connection broke off: {line}",
         "run it again: files already fetched are kept",
     ),
+    Known("TooManyRedirects", "", "the hub leads in a circle: {line}", CONNECTION),
     Known("ConnectionError", "", "{line}", CONNECTION),
     # datasets
     Known(
@@ -189,6 +191,12 @@ TABLE = (
         "the model's config.json has an impossible value: {cause}",
         "copy it again",
     ),
+    Known(
+        "PanicException",
+        "",
+        "the tokenizer cannot be used: {line}",
+        "its tokenizer.json is damaged: copy it again",
+    ),
     # jinja
     Known("TemplateError", "", "the chat template failed: {line}", TEMPLATE),
     # YAML, other than a recipe's
@@ -198,11 +206,19 @@ TABLE = (
         "a YAML file cannot be read: {line}",
         "is it a model's README.md, or a data set's?",
     ),
+    # pathlib
+    Known("RuntimeError", "Symlink loop from", "a link leads to itself: {line}", "ls -l shows it"),
     # torch
     *_share("OutOfMemoryError MemoryError", "out of memory: {line}", SMALLER),
     Known(
+        "ImportError",
+        "failed to map segment|cannot allocate memory",
+        "out of memory: {line}",
+        "ulimit -v unlimited, or a machine with more memory",
+    ),
+    Known(
         "RuntimeError",
-        r"out of memory|can't allocate memory|not enough memory",
+        r"out of memory|can't allocate memory|not enough memory|unable to mmap",
         "out of memory: {line}",
         SMALLER,
     ),
@@ -285,6 +301,8 @@ def translate(error: BaseException) -> LoraError | None:
     chain = list(_walk_causes(error))
     if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
         return LoraError("the disk is full", "df -h, make room, and run it again")
+    if any(str(link).endswith("(os error 27)") for link in chain):  # Rust's; ours are OSErrors
+        return LoraError("a file is larger than this system allows", "ulimit -f unlimited")
     for link in chain:
         kinds = [kind.__name__ for kind in type(link).__mro__]
         for known in TABLE:
@@ -303,6 +321,12 @@ def translate(error: BaseException) -> LoraError | None:
     return _translate_os_error(error) if isinstance(error, OSError) else None
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether it is how a library in Rust, such as tokenizers, says that it met what it
+    holds impossible. It is no Exception, but the library can be used again."""
+    return type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def translate_file_errors(
     what: str, hint: str, but: tuple[type[Exception], ...] = ()
@@ -310,17 +334,25 @@ def translate_file_errors(
     """Wrap a library's reading of somebody else's file: whatever it raises there means it refuses
     the file.
 
-    Raise LoraError saying that `what` could not be done and why, with `hint`. Exceptions that the
-    table knows, or that `but` names, pass through.
+    Raise LoraError saying that `what` could not be done and why, with the table's hint or else
+    `hint`. What the table knows of this machine, and exceptions that `but` names, pass through.
     """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, (LoraError, *but)) or translate(error) is not None:
+    except BaseException as error:
+        known = None if is_panic(error) else translate(error)
+        if not is_panic(error) and (
+            not isinstance(error, Exception)
+            or isinstance(error, (LoraError, *but))
+            or (known is not None and isinstance(error, OF_MACHINE))
+        ):
             raise
-        raise LoraError(
-            f"{what}: {type(error).__name__}: {_first_telling_line(error)}", hint
-        ) from error
+        said = known.message if known else f"{type(error).__name__}: {_first_telling_line(error)}"
+        raise LoraError(f"{what}: {said}", known.hint if known else hint) from error
+
+
+OF_MACHINE = (OSError, MemoryError, RuntimeError)
+"""What the table knows of them is of disks, connections, memory and GPUs, not of a file."""
 
 
 PACKAGE = Path(__file__).parent.parent

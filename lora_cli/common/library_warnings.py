@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lora_cli.common import ui
 
@@ -44,9 +45,22 @@ class _Handler(logging.Handler):
 _handler = _Handler(logging.WARNING)
 
 
+_own_emit = logging.StreamHandler.emit
+
+
+def _emit(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
+    """Write a record as its handler does, but to the screen as one line of ours: datasets and
+    accelerate have handlers of their own."""
+    if handler.stream not in (sys.stdout, sys.stderr):
+        _own_emit(handler, record)
+    elif record.levelno >= logging.WARNING:
+        _handler.emit(record)
+
+
 def listen() -> None:
     """Hear every logger and `warnings.warn` from now on."""
     _heard.clear()
+    logging.StreamHandler.emit = _emit  # type: ignore[assignment,method-assign]
     # deprecations speak to those who call: lora, not its user
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from lora_cli.common.errors import quote
+from lora_cli.common.shown import quote
 
 SENTENCES = (
     r"pip install (?:-U |--upgrade )?[`'\"]?([\w\[\],.+:/@><=-]*[\w\]])",

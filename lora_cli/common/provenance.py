@@ -8,21 +8,35 @@ whatever is made from it.
 from __future__ import annotations
 
 import platform
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from lora_cli import __version__
 from lora_cli.common import privacy, remote_code
-from lora_cli.common.errors import LoraError, quote
-from lora_cli.common.files import read_json
+from lora_cli.common.stored import Stored
 
 RUN_RECORD = "record.json"
 ARTEFACT_RECORD = "lora_record.json"
 RESOLVED_RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+
+def _refuse_no_day(started: str) -> str:
+    date.fromisoformat(started[:10])
+    return started
+
+
+class Record(Stored):
+    """What every record says: the verb that made the artefact, when and by which versions."""
+
+    command: str = ""
+    started: Annotated[str, AfterValidator(_refuse_no_day)]
+    """In UTC, ISO 8601."""
+    versions: dict[str, str] = {}
 
 
 def new_record(command: str, **contents: Any) -> dict[str, Any]:
@@ -38,17 +52,6 @@ def new_record(command: str, **contents: Any) -> dict[str, Any]:
         **({"trusted_remote_code": True} if remote_code.is_allowed() else {}),
         **privacy.make_portable(contents),
     }
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return a run's record; raise LoraError if the file is not one."""
-    record = read_json(path)
-    kinds = {"recipe": dict, "base": dict, "status": str}
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise LoraError(f"{path} is not the record of a run", f"remove it: rm {quote(path)}")
-    return record
 
 
 def now() -> str:

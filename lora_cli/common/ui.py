@@ -1,19 +1,29 @@
-"""Show a person how a command gets on: prose and one progress line on stderr. stdout is left for
-data."""
+"""Write to the screen, which nothing else does: prose and one progress line to stderr, results to
+stdout.
+
+What is given as a line is shown as one, whoever wrote what is in it: controls of the terminal are
+written out, and secrets are ***.
+"""
 
 from __future__ import annotations
 
 import codecs
 import io
+import json
 import os
+import re
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError
+from lora_cli.common.shown import HIDDEN, escape, name_given
 
 TWINS = {
     "…": "...",
@@ -37,9 +47,30 @@ TWINS = {
 """What our own marks become where the output's encoding has none of them."""
 
 
-def fit_to_encoding() -> None:
+KEPT = "\n\t"
+"""What a text of several lines may have of the characters that are written out elsewhere."""
+PLAIN = "\x1b[0m"
+LONGEST_WORD = 2**12
+LONGEST_LINE = 2**14
+"""Characters of a line, with a path of the longest kind in it: more is a stranger's."""
+
+
+def open_streams() -> None:
     """Let stdout and stderr take any text, whatever their encoding: our marks as their twins, other
-    characters as escapes."""
+    characters as escapes; and stdin give one, whatever is typed.
+
+    A stream that was closed is opened on nothing, or the next file that is opened would get its
+    place and what a library writes to it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     codecs.register_error("twins", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -56,15 +87,6 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
     return "".join(spelled), error.end
 
 
-_shown_as: dict[str, str] = {}
-
-
-def show_as(copy: Path, given: Path) -> None:
-    """Let messages name `given` where they would name `copy`, which stands for it in this
-    process."""
-    _shown_as[str(copy)] = str(given)
-
-
 _hushed = False
 
 
@@ -79,17 +101,45 @@ def hush() -> Iterator[None]:
         _hushed = before
 
 
-def say(text: str = "") -> None:
-    """Print one line of prose to stderr, with secrets masked."""
-    if _hushed:
-        return
-    print(privacy.mask_secrets(_name_given(text)), file=sys.stderr, flush=True)
+_silence = threading.RLock()
 
 
-def _name_given(text: str) -> str:
-    for copy, given in _shown_as.items():
-        text = text.replace(copy, given)
-    return text
+@contextmanager
+def silence_libraries() -> Iterator[None]:
+    """Let what is written to stderr's descriptor past Python, as a panic of Rust's is, go nowhere
+    inside; what is said here is still seen. For one thread at a time: the others wait."""
+    with _silence:
+        said, kept = sys.stderr, os.dup(2)
+        try:
+            if _writes_to_descriptor(said):
+                said.flush()
+                sys.stderr = os.fdopen(
+                    kept, "w", encoding=said.encoding, errors=said.errors, closefd=False
+                )
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            yield
+        finally:
+            sys.stderr = said
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _writes_to_descriptor(stream: Any) -> bool:
+    """Return whether it is the process's own stderr, and none that stands in for it."""
+    try:
+        return bool(stream.fileno() == 2)
+    except (AttributeError, OSError, ValueError):  # none, or one in memory
+        return False
+
+
+def say(*lines: str) -> None:
+    """Print prose to stderr, a line for each argument. That stderr is gone, or its disk full, does
+    not end what is going on."""
+    if not _hushed:
+        with suppress(OSError):
+            _write(sys.stderr, _join(lines))
 
 
 def warn(text: str) -> None:
@@ -97,15 +147,101 @@ def warn(text: str) -> None:
     say(f"warning: {text}")
 
 
-def render_error(error: LoraError) -> str:
-    """Return `error: …`, a blank line and `hint: …`, the form of every failure."""
-    text = f"error: {error.message}"
-    return _name_given(f"{text}\n\nhint: {error.hint}" if error.hint else text)
+def ask() -> None:
+    """Print what asks for a line to stderr."""
+    _write(sys.stderr, "> ")
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return columns aligned with spaces under an underlined header: the first to the left, the
-    others to the right."""
+def report(*lines: str) -> None:
+    """Print what was found to stdout, a line for each argument."""
+    _write(sys.stdout, _join(lines))
+
+
+def report_json(data: Any) -> None:
+    """Print `data` (dicts, lists, scalars) to stdout as a line of JSON."""
+    plain = (sys.stdout.encoding or "utf-8").lower() != "utf-8"  # of a text in memory: None
+    text = json.dumps(privacy.mask_each(data), ensure_ascii=plain)
+    _write(sys.stdout, HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text) + "\n")
+
+
+def report_path(path: Path) -> None:
+    """Print the path of a result to stdout: byte for byte where a program reads it, on a terminal
+    as everything else."""
+    if sys.stdout.isatty() or not isinstance(sys.stdout, io.TextIOWrapper):
+        report(str(path))
+    else:
+        _write(sys.stdout.buffer, os.fsencode(path) + b"\n")
+
+
+def report_file(text: str) -> None:
+    """Print what might be a file to stdout, however long its lines."""
+    _write(sys.stdout, _clean(text, KEPT))
+
+
+def report_texts(parts: Sequence[tuple[str, str]]) -> None:
+    """Print texts of several lines to stdout, indented, each in the colour before it where stdout
+    is a terminal."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    shown = [
+        f"{code}{text}{PLAIN}" if colour else text
+        for code, text in ((code, _clean(text, KEPT)) for code, text in parts)
+    ]
+    _write(sys.stdout, textwrap.indent("".join(shown), "  ", lambda _: True) + "\n")
+
+
+class Answer:
+    """An answer of a model, printed to stdout as it comes: its lines and tabs are its own."""
+
+    def __init__(self) -> None:
+        self.held = ""
+        """The beginning of a word, which may be that of a secret."""
+
+    def add(self, piece: str) -> None:
+        """Print a piece, but for a word that may go on."""
+        text = self.held + piece
+        self.held = text[re.search(r"[!-~]*$", text).start() :][-LONGEST_WORD:]  # type: ignore[union-attr]
+        _write(sys.stdout, _clean(text.removesuffix(self.held), KEPT))
+
+    def end(self) -> None:
+        """Print the rest of it, and end the line."""
+        _write(sys.stdout, _clean(self.held, KEPT) + "\n")
+
+
+def _join(lines: Sequence[str]) -> str:
+    return "".join(f"{_clean(line)}\n" for line in lines)
+
+
+def _clean(text: str, keep: str = "") -> str:
+    """Return a text as it is shown: without secrets, its controls written out, and files named as
+    the user named them."""
+    if not keep and len(text) > LONGEST_LINE:
+        text = f"{text[:LONGEST_LINE]}… ({len(text):,} characters)"
+    return escape(privacy.mask_secrets(name_given(text)), keep)
+
+
+def _write(stream: Any, text: Any) -> None:
+    """Write to stdout or stderr at once. One that fails gets no more: Python would try again at the
+    end."""
+    try:
+        if stream is not sys.stderr:
+            sys.stdout.flush()
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
+
+
+def list_lines(error: LoraError) -> list[str]:
+    """Return the lines of every failure: `error: …`, its details, an empty line and `hint: …`."""
+    lines = [f"error: {error.message}", *error.details]
+    return [*lines, "", f"hint: {error.hint}"] if error.hint else lines
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines: columns aligned with spaces under an underlined header, the first to the left,
+    the others to the right."""
+    header, *rows = [[escape(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -115,7 +251,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ]
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
 
 
 def format_duration(seconds: float) -> str:
@@ -130,10 +266,9 @@ def format_duration(seconds: float) -> str:
 
 class Progress:
     """A line that is rewritten in place on a terminal, and printed now and then where there is no
-    terminal."""
+    terminal, or another program is in its foreground."""
 
     def __init__(self, plain_interval: float = 10.0) -> None:
-        self.live = sys.stderr.isatty() and not _hushed
         self.plain_interval = plain_interval
         self.last_plain = float("-inf")
 
@@ -143,21 +278,39 @@ class Progress:
         On a narrow terminal parts are left out, from the last but one backwards: the first and the
         last say most.
         """
-        text = "  ".join(parts)
-        if self.live:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            shown = list(parts)
-            while len(text) > width and len(shown) > 2:
+        if width := _measure_line():
+            shown = [_clean(part) for part in parts]
+            while len("  ".join(shown)) > width and len(shown) > 2:
                 del shown[-2]
-                text = "  ".join(shown)
-            sys.stderr.write("\r\x1b[2K" + text[:width])
-            sys.stderr.flush()
+            self._rewrite("  ".join(shown)[:width])
         elif force or time.monotonic() - self.last_plain >= self.plain_interval:
             self.last_plain = time.monotonic()
-            say(text)
+            say("  ".join(parts))
 
     def clear(self) -> None:
         """Clear the line, to make room for prose."""
-        if self.live:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
+        if _measure_line():
+            self._rewrite("")
+
+    def _rewrite(self, text: str) -> None:
+        with suppress(OSError):
+            _write(sys.stderr, f"\r\x1b[2K{text}")
+
+
+def _measure_line() -> int:
+    """Return how many characters a line on stderr may have, 0 where it is no terminal of ours."""
+    try:
+        if _hushed or not sys.stderr.isatty() or _is_background(sys.stderr.fileno()):
+            return 0
+        # one that nobody has given a size says 0
+        return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    except OSError:  # it has just been closed
+        return 0
+
+
+def _is_background(terminal: int) -> bool:
+    """Return whether a shell has another program in the foreground of this terminal."""
+    try:
+        return os.tcgetpgrp(terminal) != os.getpgrp()
+    except (AttributeError, OSError):  # Windows, or not the terminal that this was started from
+        return False

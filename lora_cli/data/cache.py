@@ -12,29 +12,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow
 from datasets import Dataset
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, files, ui
+from lora_cli.common import LoraError, files, plain_files, stored, ui
 from lora_cli.data.selection import Counts, Kept
+from lora_cli.models import IGNORED
 from lora_cli.recipe import Recipe
 
-DAYS = 30
 PACKAGE = Path(__file__).parent.parent
 CODE = (
     *sorted(PACKAGE.glob("data/*.py")),
     PACKAGE / "models/chat_template.py",
+    PACKAGE / "models/template_program.py",
     PACKAGE / "models/tokenizer.py",
 )
 """The files of this program that decide which rows come out, and what is in them."""
@@ -60,6 +60,14 @@ class Notes:
     def digest(self) -> str:
         """The hash as 32 hex digits."""
         return self.hash.hexdigest()[:32]
+
+
+class KeptCounts(stored.Stored):
+    """What lies beside kept rows: the places of the first of them, their hash and counts."""
+
+    places: list[str]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
+    counts: Counts
 
 
 class Entry(NamedTuple):
@@ -103,28 +111,42 @@ def make_key(
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read(entry: Path) -> Entry | None:
-    """Return what is kept in the folder `entry`, or None where it is missing or damaged."""
+def read(entry: Path, words: int) -> Entry | None:
+    """Return what is kept in the folder `entry`, or None where it is missing, damaged, or no rows
+    of a tokenizer with so many words."""
     if not entry.exists():
         return None
     try:
-        kept = json.loads((entry / COUNTS).read_text(encoding="utf-8"))
+        plain_files.refuse_odd_files(entry)
+        if hasattr(os, "getuid") and entry.stat().st_uid != os.getuid():
+            raise ValueError("they are another user's")
+        kept = KeptCounts.read(entry / COUNTS)
         rows = Dataset.from_file(str(entry / ROWS))
-        counts = Counts.from_data(kept["counts"])
-        if len(rows) != counts.kept or not len(kept["places"]) <= len(rows):
-            raise ValueError(f"{len(rows)} rows, not {counts.kept}")
-        if _hash_rows(rows) != kept["digest"]:
+        rows.data.table.validate(full=True)  # or offsets outside the buffers end the process
+        if len(rows) != kept.counts.kept or not len(kept.places) <= len(rows):
+            raise ValueError(f"{len(rows)} rows, not {kept.counts.kept}")
+        if _hash_rows(rows) != kept.digest:
             raise ValueError("they differ from what was written")
+        _refuse_foreign_ids(rows, words)
         os.utime(entry / COUNTS)
-    # ArrowInvalid is a ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # ArrowInvalid is a ValueError; columns may be missing, or of another type
+    except (LoraError, OSError, ValueError, KeyError, AttributeError) as error:
         ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")
-        if entry.is_file():
-            entry.unlink()
-        else:
-            shutil.rmtree(entry, ignore_errors=True)
+        files.remove(entry)
         return None
-    return Entry(rows, counts, kept["places"], kept["digest"])
+    return Entry(rows, kept.counts, kept.places, kept.digest)
+
+
+def _refuse_foreign_ids(rows: Dataset, words: int) -> None:
+    """Raise ValueError where an id is no word's, or a label neither its token's nor none."""
+    for batch in rows.data.table.to_batches():
+        ids, labels = (batch.column(name) for name in ("input_ids", "labels"))
+        tokens, trained = ids.values.to_numpy(), labels.values.to_numpy()
+        if not (ids.offsets.equals(labels.offsets) and np.diff(ids.offsets.to_numpy()).all()):
+            raise ValueError("a row has no tokens, or others than labels")
+        known = (tokens >= 0) & (tokens < words) & ((trained == IGNORED) | (trained == tokens))
+        if not known.all():
+            raise ValueError("an id is no word of the tokenizer's")
 
 
 def _hash_rows(rows: Dataset) -> str:
@@ -146,16 +168,16 @@ def write(
     raising.
     """
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        files.make_cache_folder(entry.parent)
     except OSError as error:
         raise LoraError(
             f"prepared rows cannot be kept in {entry.parent}: {error.strerror}",
             "set LORA_CACHE_DIR to another folder",
         ) from error
     notes = Notes(first)
-    with files.scratch_folder(".rows-", entry.parent) as staging:
+    with files.scratch_folder(entry.parent) as staging:
         fresh = staging / entry.name
-        fresh.mkdir()
+        fresh.mkdir(mode=0o700)
         with (fresh / ROWS).open("wb") as file:
             with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
                 for batch in make_batches(rows, notes):
@@ -163,11 +185,9 @@ def write(
             file.flush()
             os.fsync(file.fileno())
         check()
-        files.write_json(
-            fresh / COUNTS,
-            {"places": notes.places, "digest": notes.digest, "counts": counts.to_data()},
-        )
-        _remove_unused(entry.parent)
+        kept = KeptCounts(places=notes.places, digest=notes.digest, counts=counts)
+        files.write_json(fresh / COUNTS, kept.to_data())
+        files.remove_unused(entry.parent, COUNTS)
         try:
             fresh.rename(entry)
         except OSError:
@@ -189,16 +209,3 @@ def make_batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordB
             notes.hash.update(numbers.tobytes())
         lists = [pyarrow.ListArray.from_arrays(ends, column) for column in columns]
         yield pyarrow.record_batch(lists, schema=SCHEMA)
-
-
-def _remove_unused(parent: Path) -> None:
-    """Remove entries that were not used for DAYS days, and what killed processes left half-made."""
-    oldest = time.time() - DAYS * 24 * 3600
-    for entry in parent.iterdir():
-        used = entry / COUNTS if (entry / COUNTS).is_file() else entry
-        try:
-            unused = used.stat().st_mtime < oldest
-        except FileNotFoundError:  # another process has just renamed or removed it
-            continue
-        if unused:
-            shutil.rmtree(entry, ignore_errors=True)

@@ -14,6 +14,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError
@@ -23,6 +24,9 @@ from lora_cli.models import IGNORED, adds_bos, chat_template
 
 Span = tuple[int, int]
 """Where a piece of a text begins and ends, in characters."""
+Texts = dict[tuple[int, bool], str | TemplateError]
+"""What the template makes of so many messages of a conversation, with or without asking for an
+answer."""
 Batch = list[tuple[str, Conversation | Tokens | str]]
 """Rows with their places."""
 Made = list[list["Encoded"] | BadRow]
@@ -79,10 +83,6 @@ class Renderer:
         self.adds_bos = adds_bos(tokenizer)
         self.backend = tokenizer.backend_tokenizer
         self.offsets = OffsetFinder(tokenizer)
-        # the compiled templates for conversations without and with tools, made when needed, and
-        # what they know beside the conversation
-        self.templates = dict[bool, Any]()
-        self.variables = dict[str, Any]()
         self.words = dict[bool, frozenset[str]]()
         self.special_tokens = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
@@ -91,13 +91,7 @@ class Renderer:
         special |= set(map(str, tokenizer.all_special_tokens))
         longest_first = sorted(special, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.ends_turn = re.compile(f"(?:{self.control.pattern})\\Z")
-        self.next_control = re.compile(rf"\s*(?:{self.control.pattern})")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the compiled templates out of copies: `datasets` copies what streams are made of,
-        and they cannot be copied."""
-        return Renderer, (self.tokenizer, self.train_on, self.day)
+        self.ends = tuple(special)
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Made]]:
         """Yield each batch of rows with each row's ids and labels, or why it has none.
@@ -125,28 +119,51 @@ class Renderer:
         """Return what each row became that needs no tokenising, and the texts that do."""
         made: Made = [[] for _ in rows]
         pieces: list[Piece] = []
-        with chat_template.Limits() as limits:
-            for number, row in enumerate(rows):
-                limits.begin()
-                try:
-                    if isinstance(row, Tokens):
-                        made[number] = [self._check_tokens(row)]
-                    else:
-                        pieces += self._render_row(number, row)
-                except BadRow as bad:
-                    made[number] = bad
+        rows = [self._fit_roles(row) if isinstance(row, Conversation) else row for row in rows]
+        rendered = self._render_all([row for row in rows if isinstance(row, Conversation)])
+        for number, row in enumerate(rows):
+            try:
+                if isinstance(row, Tokens):
+                    made[number] = [self._check_tokens(row)]
+                else:
+                    texts = next(rendered) if isinstance(row, Conversation) else {}
+                    pieces += self._cut_row(number, row, texts)
+            except BadRow as bad:
+                made[number] = bad
         return made, pieces
 
-    def _render_row(self, number: int, row: Conversation | str) -> list[Piece]:
-        """Return the texts of a row."""
+    def _render_all(self, rows: list[Conversation]) -> Iterator[Texts]:
+        """Return what the template makes of each conversation, and of those beginnings of it whose
+        ends tell where an answer stands."""
+        wanted = [self._list_wanted(row) for row in rows]
+        asked = [
+            chat_template.Ask("tools" if row.tools else "plain", row.messages, row.tools, each)
+            for row, each in zip(rows, wanted)
+        ]
+        templates = {
+            name: chat_template.find_template(self.tokenizer, tools) or ""
+            for name, tools in (("plain", None), ("tools", [{}]))
+        }
+        made = chat_template.render_all(templates, self.special_tokens, asked, self.day)
+        return (dict(zip(each, texts)) for each, texts in zip(wanted, made))
+
+    def _list_wanted(self, row: Conversation) -> list[tuple[int, bool]]:
+        """List the whole conversation, and what comes before and with each answer that is looked
+        for; of each the number of messages, and whether an answer is asked for."""
+        looked_for = self._find_left_out(row) if self.train_on == "all" else self._find_trained(row)
+        around = [each for turn in looked_for for each in ((turn, True), (turn + 1, False))]
+        return list(dict.fromkeys([(len(row.messages), False), *around]))
+
+    def _cut_row(self, number: int, row: Conversation | str, texts: Texts) -> list[Piece]:
+        """Return the texts of a row with the spans in them that carry loss; `texts` are those that
+        the template makes of a conversation."""
         if isinstance(row, str):
             text = self.render_text(row)
             rendered = [(text, [(0, len(text))])]
             control_in_text = self._has_control(row)
             unread: tuple[str, ...] = ()
         else:
-            row = self._fit_roles(row)
-            rendered, unread = self.render_conversation(row), self._find_unread(row)
+            rendered, unread = self._cut_conversation(row, texts), self._find_unread(row)
             control_in_text = any(map(self._has_control, _walk_message_texts(row)))
         for text, _ in rendered:
             _refuse_half_characters(text)
@@ -208,25 +225,35 @@ class Renderer:
         Where the template renders the beginning of a conversation differently than the whole,
         return a text for each answer instead, which ends with it.
         """
-        text = self._append_eos(row, self._apply_template(row.messages, row.tools))
-        roles = [message["role"] for message in row.messages]
-        answers = [turn for turn, role in enumerate(roles) if role == "assistant"]
+        [texts] = self._render_all([row])
+        return self._cut_conversation(row, texts)
+
+    def _cut_conversation(self, row: Conversation, texts: Texts) -> list[tuple[str, list[Span]]]:
+        text = self._append_eos(row, _get_text(texts, len(row.messages)))
         if self.train_on == "all":
-            left_out = [turn for turn in answers if not row.trained[turn]]
-            return [(text, self._exclude_answers(row, left_out, text))]
-        if self.train_on == "completion":
-            answers = answers[-1:]
-        answers = [turn for turn in answers if row.trained[turn]]
-        spans = [self._find_answer(row, turn, text) for turn in answers]
+            return [(text, self._exclude_answers(row, texts, text))]
+        answers = self._find_trained(row)
+        spans = [self._find_answer(row, turn, texts, text) for turn in answers]
         if all(spans):
             return [(text, [span for span in spans if span])]
-        return [self._render_up_to(row, turn) for turn in answers]
+        return [self._cut_up_to(row, turn, texts) for turn in answers]
 
-    def _render_up_to(self, row: Conversation, turn: int) -> tuple[str, list[Span]]:
+    def _find_trained(self, row: Conversation) -> list[int]:
+        """Return the turns that are answers with loss."""
+        answers = _find_answers(row)
+        if self.train_on == "completion":
+            answers = answers[-1:]
+        return [turn for turn in answers if row.trained[turn]]
+
+    def _find_left_out(self, row: Conversation) -> list[int]:
+        """Return the turns that are answers without loss."""
+        return [turn for turn in _find_answers(row) if not row.trained[turn]]
+
+    def _cut_up_to(self, row: Conversation, turn: int, texts: Texts) -> tuple[str, list[Span]]:
         """Return the conversation up to the answer of `turn` as text, with that answer's span."""
         until = row._replace(messages=row.messages[: turn + 1])
-        text = self._append_eos(until, self._apply_template(until.messages, row.tools))
-        span = self._find_answer(until, turn, text)
+        text = self._append_eos(until, _get_text(texts, turn + 1))
+        span = self._find_answer(until, turn, texts, text)
         if span is None:
             raise LoraError(
                 "the chat template's generation prompt is not how it begins an answer (some "
@@ -235,12 +262,12 @@ class Renderer:
             )
         return text, [span]
 
-    def _exclude_answers(self, row: Conversation, left_out: list[int], text: str) -> list[Span]:
-        """Return the spans of the text around the answers of these turns."""
+    def _exclude_answers(self, row: Conversation, texts: Texts, text: str) -> list[Span]:
+        """Return the spans of the text around the answers without loss."""
         spans = list[Span]()
         begins = 0
-        for turn in left_out:
-            answer = self._find_answer(row, turn, text)
+        for turn in self._find_left_out(row):
+            answer = self._find_answer(row, turn, texts, text)
             if answer is None:
                 raise BadRow("a turn without loss changes as others follow it")
             spans.append((begins, answer[0]))
@@ -252,7 +279,7 @@ class Renderer:
         token."""
         stripped, eos = text.rstrip(), self.tokenizer.eos_token
         is_answer = row.messages[-1]["role"] == "assistant"
-        if not is_answer or eos is None or self.ends_turn.search(stripped):
+        if not is_answer or eos is None or stripped.endswith(self.ends):
             return text
         return stripped + eos
 
@@ -267,63 +294,25 @@ class Renderer:
             text = bos + text
         return text if text.endswith(eos) else text + eos
 
-    def _find_answer(self, row: Conversation, turn: int, text: str) -> Span | None:
+    def _find_answer(self, row: Conversation, turn: int, texts: Texts, text: str) -> Span | None:
         """Return where the answer of `turn` stands in the conversation's text.
 
         The span includes the token that stops generation: the one that ends the turn, or begins the
         next. None where the turns up to there are rendered differently alone.
         """
-        before = self._apply_template(row.messages[:turn], row.tools, add_generation_prompt=True)
+        before = _get_text(texts, turn, True)
         if turn + 1 == len(row.messages):
             end = len(text.rstrip())
             return (len(before), end) if text.startswith(before) else None
-        after = self._apply_template(row.messages[: turn + 1], row.tools).rstrip()
+        after = _get_text(texts, turn + 1).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             return None
-        if self.ends_turn.search(after):
+        if after.endswith(self.ends):
             return len(before), len(after)
-        following = self.next_control.match(text, len(after))
+        spaces = len(text) - len(text[len(after) :].lstrip()) - len(after)
+        found = (self.control.match(text, len(after) + at) for at in range(spaces, -1, -1))
+        following = next(filter(None, found), None)
         return len(before), following.end() if following else len(after)
-
-    def _apply_template(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any
-    ) -> str:
-        """Render messages as `apply_chat_template(tokenize=False)` does, which spends most of its
-        time around the template."""
-        template = self._get_template(tools)
-        variables = {
-            **self.variables,
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": False,
-            **options,
-        }
-        try:
-            # what template.render does, but for merging its globals into the variables each time
-            context = template.new_context(variables, shared=True)
-            return chat_template.join_output(template.root_render_func(context))
-        except LoraError:  # over a limit
-            raise
-        except Exception as error:  # a template is somebody's program: whatever it raises refuses
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            said = "it recurses without end" if isinstance(error, RecursionError) else said
-            raise BadRow(
-                "the chat template refuses the row", f"the chat template refuses the row: {said}"
-            ) from None
-
-    def _get_template(self, tools: list[Any] | None) -> Any:
-        """Return the compiled template for conversations with or without tools."""
-        template = self.templates.get(bool(tools))
-        if template is None:
-            source = chat_template.find_template(self.tokenizer, tools) or ""
-            template = self.templates[bool(tools)] = chat_template.compile_template(source)
-            self.variables = {
-                **template.globals,
-                "documents": None,
-                **self.special_tokens,
-                "strftime_now": self.day.strftime,
-            }
-        return template
 
     def _has_control(self, text: str) -> bool:
         return self.control.search(text) is not None
@@ -342,6 +331,19 @@ class Renderer:
                 "labels are not input_ids", f"labels must be those of input_ids, or {IGNORED}"
             )
         return Encoded(np.array(row.input_ids, np.int32), np.array(row.labels, np.int32), False)
+
+
+def _find_answers(row: Conversation) -> list[int]:
+    return [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
+
+
+def _get_text(texts: Texts, number: int, ask: bool = False) -> str:
+    """Return what the template makes of the first messages. Raises BadRow where it refuses them."""
+    text = texts[number, ask]
+    if isinstance(text, str):
+        return text
+    said = " ".join(str(text).split())[:200]
+    raise BadRow("the chat template refuses the row", f"the chat template refuses the row: {said}")
 
 
 def _refuse_half_characters(text: str) -> None:

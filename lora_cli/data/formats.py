@@ -4,10 +4,11 @@ file it came from."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_cli.common import find_nearest
+from lora_cli.common import find_nearest, quote
 
 # The columns each format needs, most specific first. Further ones: alpaca `input`; `system`;
 # `tools`; `labels`.
@@ -154,9 +155,9 @@ def _get_value(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
         guess = find_nearest(column, row)
         there = ", ".join(row) or "none"
-        hint = (
-            f"did you mean {guess}? --set 'data.columns={{{column}: {guess}}}'" if guess else MEND
-        )
+        spelt = guess and (guess if re.fullmatch(r"[A-Za-z_]\w*", guess) else json.dumps(guess))
+        named = quote(f"data.columns={{{column}: {spelt}}}")
+        hint = f"did you mean {guess}? --set {named}" if guess else MEND
         raise BadRow(
             f"there is no {column}", f"there is no {column}; the columns are {there}", hint
         )

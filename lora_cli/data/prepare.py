@@ -78,7 +78,8 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
         source.hash_content(), source.names, recipe, renderer.tokenizer, renderer.day
     )
     entry = cache.find_folder() / key
-    found = cache.read(entry)
+    words = len(renderer.tokenizer)
+    found = cache.read(entry, words)
     if found:
         ui.say(f"  {source.name}: prepared before, in {entry}")
     else:
@@ -90,7 +91,7 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
             cache.write(entry, rows, counts, check, FIRST)
         finally:
             gc.unfreeze()
-        found = cache.read(entry)
+        found = cache.read(entry, words)
         assert found, "just written"
     selection.warn_of_counts(renderer.tokenizer, found.counts)
     return Prepared(
@@ -202,6 +203,10 @@ def _encode_rows(
                 yield place, found
 
 
+HOPELESS = 10_000
+"""Rows after which no more are read, where each was bad and that is an error."""
+
+
 def _convert_rows(
     rows: Iterator[tuple[str, readers.Row]],
     convert: formats.Converter,
@@ -222,8 +227,11 @@ def _convert_rows(
                 batch.append((place, convert(ours)))
             except BadRow as bad:
                 counts.count_bad(place, bad)
-        if batch and not (counts.first_bad and data.on_bad_row == "error"):
-            yield batch
+        if data.on_bad_row == "skip" or not counts.first_bad:
+            if batch:
+                yield batch
+        elif counts.read == sum(counts.bad.values()) >= HOPELESS:
+            return
 
 
 class UnknownColumns(LoraError):

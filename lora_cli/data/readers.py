@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import gzip
 import json
 import re
+import secrets
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow
+import pyarrow.ipc
 
-from lora_cli.common import LoraError, quote
-from lora_cli.data import tables
+from lora_cli.common import LoraError, confined, plain_files, quote
+from lora_cli.data import stores, tables
 from lora_cli.data.formats import BadRow
 from lora_cli.recipe import Data
 
@@ -30,6 +33,24 @@ KINDS = {
 """How a file is read, by the end of its name."""
 BATCH = 1000
 """Rows read at a time."""
+LONGEST = 2**22
+"""Characters of a line."""
+LARGEST = 2**25
+"""Bytes, over which what was packed may not be over RATIO times its file. Text is packed to a
+fifth, seldom to a thirtieth."""
+RATIO = 40
+LARGEST_TABLE, TABLE_RATIO = 2**26, 200
+"""The same for a table, whose columns are packed better than text. 64 MiB of short rows are
+prepared in some 7 s."""
+MOST_ROWS = 100_000
+"""Rows, over which a file may not have more than it has bytes. Text has no row in one byte; 99,000
+that are all the same are prepared in 3 to 5 s."""
+PIECE = 2**20
+"""Characters of a list of rows that are read at a time."""
+SECONDS, MEMORY = 6.0, 2**30
+"""Processor time and bytes for some rows of a Parquet or Arrow file."""
+_reader = confined.Confined(Path(__file__).with_name("arrow_program.py"))
+SPACE = re.compile(r"[ \t\n\r]*")
 
 Row = dict[str, Any] | BadRow
 """A row as it was read, or why it could not be read."""
@@ -48,10 +69,29 @@ def refuse_missing_files(data: Data) -> None:
     named |= {f"mix.{number}.path": rows.path for number, rows in enumerate(data.mix or [])}
     for field, given in named.items():
         for name in [given] if isinstance(given, str) else given or []:
-            if guess_kind(Path(name)) is None or "://" in name or glob.has_magic(name):
-                continue  # a folder or a data set on the hub; an address; a pattern
+            if stores.is_address(name):
+                refuse_address(field, name)
+                continue
+            if guess_kind(Path(name)) is None or glob.has_magic(name):
+                continue  # a folder or a data set on the hub; a pattern
             if not Path(name).exists():
                 raise missing_file(field, Path(name))
+
+
+def refuse_address(field: str, name: str) -> None:
+    """Raise LoraError for an address that is not taken, or whose object is no file of rows."""
+    stores.refuse_address(field, name)
+    if not stores.is_pattern(name) and guess_kind(Path(stores.name_file(name))) is None:
+        raise unknown_kind(field, name)
+
+
+def unknown_kind(field: str, file: object) -> LoraError:
+    """Return the error for a file that data.`field` names and whose name does not say how to read
+    it."""
+    return LoraError(
+        f"data.{field}: {file} is not one of {', '.join(KINDS)}, with or without .gz",
+        "a file of rows is JSON lines, JSON, CSV or Parquet, and its name says which",
+    )
 
 
 def missing_file(field: str, file: Path) -> LoraError:
@@ -62,7 +102,27 @@ def missing_file(field: str, file: Path) -> LoraError:
 
 
 def read(file: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one file, each with its place."""
+    """Yield the rows of one file, each with its place. Raises LoraError for more of them than it
+    has bytes."""
+    plain_files.refuse_odd(file, file.stat())
+    for number, row in enumerate(_read(file), 1):
+        if number % BATCH == 0:
+            _refuse_row_count(file, number)
+        yield row
+
+
+def _refuse_row_count(file: Path, count: int) -> None:
+    """Raise LoraError for a packed file of very many rows for its size: each takes time, whatever
+    is in it."""
+    most = max(MOST_ROWS, file.stat().st_size)
+    if count > most:
+        raise LoraError(
+            f"{file} has over {most:,} rows in {file.stat().st_size:,} bytes",
+            "they are the same many times: leave all but some out",
+        )
+
+
+def _read(file: Path) -> Iterator[tuple[str, Row]]:
     how = guess_kind(file)
     if how in ("parquet", "arrow"):
         yield from _read_arrow(file, str(how))
@@ -84,20 +144,45 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
 def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a text file."""
     if how == "csv":
-        yield from tables.read_table(file, stream)
+        yield from tables.read_table(file, _walk_lines(file, stream))
     elif how == "text":
-        lines = (
-            (number, line.rstrip("\r\n")) for number, line in enumerate(stream, 1) if line.strip()
-        )
-        yield from ((f"{file}:{number}", {"text": line}) for number, line in lines)
+        lines = enumerate(_walk_lines(file, stream), 1)
+        texts = ((number, line.rstrip("\r\n")) for number, line in lines)
+        yield from ((f"{file}:{number}", {"text": text}) for number, text in texts if text.strip())
     else:
         yield from _read_json(file, stream)
 
 
-def _find_bad_byte(file: Path, raw: Iterable[bytes]) -> LoraError:
+def _walk_lines(file: Path, stream: TextIO) -> Iterator[str]:
+    """Yield the lines. Raises LoraError for one that is too long, and for a packed file that grows
+    to many times its size."""
+    number = 0
+    while line := stream.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise LoraError(
+                f"{file}:{number}: a line of over {LONGEST:,} characters",
+                "write it as several rows",
+            )
+        if number % BATCH == 0:
+            _refuse_bomb(file, stream)
+        yield line
+
+
+def _refuse_bomb(file: Path, stream: TextIO) -> None:
+    """Raise LoraError for a packed file that has grown to more than any text is packed to."""
+    most = max(LARGEST, RATIO * file.stat().st_size)
+    if stream.buffer.tell() > most:
+        raise LoraError(
+            f"{file} unpacks to over {most >> 20:,} MiB, {RATIO} times its size",
+            f"if it is what it should be: gunzip {quote(file)}",
+        )
+
+
+def _find_bad_byte(file: Path, raw: Any) -> LoraError:
     """Return the error for the first byte that is not UTF-8."""
     start = b""
-    for number, line in enumerate(raw, 1):
+    for number, line in enumerate(iter(lambda: raw.readline(LONGEST), b""), 1):
         start = start or line[:2]
         try:
             line.decode()
@@ -122,14 +207,14 @@ def _guess_encoding(start: bytes, line: bytes) -> str:
 
 def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
     """Yield JSON rows: one per line, or one list of them."""
-    first = stream.readline()
+    first = stream.readline(LONGEST)
     while first and not first.strip():
-        first = stream.readline()
-    if first.lstrip().startswith("["):
-        yield from _read_json_list(file, first + stream.read())
-        return
+        first = stream.readline(LONGEST)
     stream.seek(0)
-    for number, line in enumerate(stream, 1):
+    if first.lstrip().startswith("["):
+        yield from _read_json_list(file, stream)
+        return
+    for number, line in enumerate(_walk_lines(file, stream), 1):
         if line.strip():
             yield f"{file}:{number}", _parse_line(line, number == 1)
 
@@ -156,59 +241,137 @@ def _parse_line(line: str, first: bool) -> Row:
     return value
 
 
-def _read_json_list(file: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one JSON list."""
+def _read_json_list(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of one JSON list, of which no more than some are held."""
+    text = _Text(stream)
     try:
-        values = json.loads(text)
+        for number, value in enumerate(_walk_list(text), 1):
+            if number % BATCH == 0:
+                _refuse_bomb(file, stream)
+            place = f"{file}, row {number}"
+            if isinstance(value, dict):
+                yield place, value
+            else:
+                row = f"the row is {json.dumps(value)[:40]}, not a mapping of columns"
+                yield place, BadRow("a row is not a mapping", row)
     except json.JSONDecodeError as error:
+        column = error.colno + (text.column if error.lineno == 1 else 0)
         raise LoraError(
-            f"{file}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}", f"jq . {quote(file)}"
+            f"{file}:{text.line + error.lineno}:{column}: invalid JSON: {error.msg}",
+            f"jq . {quote(file)}",
         ) from None
     except (ValueError, RecursionError) as error:
         said = str(error).partition(";")[0]
         raise LoraError(
             f"{file}: JSON that cannot be read: {said}", "write one row per line"
         ) from None
-    for number, value in enumerate(values, 1):
-        place = f"{file}, row {number}"
-        if isinstance(value, dict):
-            yield place, value
+
+
+class _Text:
+    """A part of a long text. What stood before it is forgotten, but for how many lines that were,
+    and how much of the line it begins in."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.part, self.line, self.column = stream, "", 0, 0
+
+    def read_on(self, at: int) -> bool:
+        """Forget what stands before `at` and read as much again as is left, and return True; at
+        the end of the text nothing changes."""
+        rest = self.part[at:]
+        if len(rest) > LONGEST:
+            raise ValueError(f"a row of over {LONGEST:,} characters")
+        more = self.stream.read(max(PIECE, len(rest)))
+        if more:
+            self.line += self.part.count("\n", 0, at)
+            newline = self.part.rfind("\n", 0, at)
+            self.column = at - newline - 1 if newline >= 0 else self.column + at
+            self.part = rest + more
+        return bool(more)
+
+
+def _walk_list(text: _Text) -> Iterator[Any]:
+    """Yield the values of a JSON list. Raises JSONDecodeError with the place in the part."""
+    decode, at, wanted = json.JSONDecoder().raw_decode, 0, "["
+    while True:
+        at = _skip_space(text, at)
+        sign = text.part[at : at + 1]
+        if wanted == "end":
+            if sign:
+                raise json.JSONDecodeError("Extra data", text.part, at)
+            return
+        if sign and sign in wanted[:2]:
+            at, wanted = at + 1, {"[": "]value", ",": "value", "]": "end"}[sign]
+            continue
+        if "value" not in wanted:
+            raise json.JSONDecodeError("Expecting ',' delimiter", text.part, at)
+        value, at = _decode(decode, text, at)
+        yield value
+        wanted = ",]"
+
+
+def _skip_space(text: _Text, at: int) -> int:
+    """Return where the next sign stands, or the end of the text."""
+    at = SPACE.match(text.part, at).end()  # type: ignore[union-attr]
+    while at == len(text.part) and text.read_on(at):
+        at = SPACE.match(text.part).end()  # type: ignore[union-attr]
+    return at
+
+
+def _decode(decode: Any, text: _Text, at: int) -> tuple[Any, int]:
+    """Return the value that begins at `at`, and where it ends, reading on as far as it goes."""
+    while True:
+        try:
+            value, end = decode(text.part, at)
+        except json.JSONDecodeError:
+            if not text.read_on(at):
+                raise
         else:
-            shown = json.dumps(value)[:40]
-            bad = BadRow("a row is not a mapping", f"the row is {shown}, not a mapping of columns")
-            yield place, bad
+            if end < len(text.part):  # else a number may go on
+                return value, end
+            if not text.read_on(at):
+                return value, end
+        at = 0
 
 
 def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a Parquet or Arrow file."""
-    from pyarrow import ipc, parquet
-
+    """Yield the rows of a Parquet or Arrow file, decoded in a process with limits: a page of some
+    bytes may stand for any number of rows."""
+    key, number, unpacked = secrets.token_hex(), 0, 0
+    most = max(LARGEST_TABLE, TABLE_RATIO * file.stat().st_size)
     try:
-        if kind == "parquet":
-            table = parquet.ParquetFile(file)
-            tables.refuse_equal_names(file, table.schema_arrow.names)
-            batches = table.iter_batches(batch_size=BATCH)
-        else:
-            with file.open("rb") as stream:
-                whole = stream.read(6) == b"ARROW1"
-            reader = ipc.open_file(file) if whole else ipc.open_stream(file)
-            batches = (
-                (reader.get_batch(index) for index in range(reader.num_record_batches))
-                if whole
-                else iter(reader)
-            )
-        number = 0
-        for batch in batches:
-            # or a damaged file's offsets lead outside its buffers, and the process crashes
-            batch.validate(full=True)
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", drop_nulls(row)
-    except pyarrow.ArrowInvalid as error:
+        names, count = _ask_reader(file, kind, "open", key, str(file), kind)
+        tables.refuse_equal_names(file, names)
+        _refuse_row_count(file, count)
+        while answer := _ask_reader(file, kind, "next", key):
+            unpacked += answer[0]
+            if unpacked > most:
+                raise LoraError(
+                    f"{file} unpacks to over {most >> 20:,} MiB, {TABLE_RATIO} times its size",
+                    "if it is what it should be, write it as JSON lines",
+                )
+            for batch in pyarrow.ipc.open_stream(base64.b64decode(answer[1])):
+                batch.validate(full=True)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", drop_nulls(row)
+    finally:
+        _ask_reader(file, kind, "close", key)
+
+
+def _ask_reader(file: Path, kind: str, *job: str) -> Any:
+    try:
+        [answer] = _reader.run(confined.Budget(SECONDS, MEMORY), None, [job])
+    except confined.Stopped as stopped:
+        most = {"memory": f"over {MEMORY >> 20} MiB", "time": f"over {SECONDS:g} s"}
         raise LoraError(
-            f"{file} is not a readable {kind} file: {' '.join(str(error).split())[:200]}",
-            f"ls -l {quote(file)}",
+            f"{file}: some rows of it need {most.get(stopped.why, stopped.why)} to read",
+            "write them as JSON lines, or smaller",
         ) from None
+    if isinstance(answer, dict):
+        raise LoraError(
+            f"{file} is not a readable {kind} file: {answer['refused']}", f"ls -l {quote(file)}"
+        )
+    return answer
 
 
 def drop_nulls(row: dict[str, Any]) -> dict[str, Any]:

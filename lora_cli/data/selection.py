@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+from pydantic import AfterValidator
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, stored, ui
 from lora_cli.data.encode import Encoded
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
@@ -28,29 +29,39 @@ class Kept(NamedTuple):
     labels: NDArray
 
 
+def _refuse_negative(counted: Counter[Any]) -> Counter[Any]:
+    if any(number < 0 for number in counted.values()):
+        raise ValueError("a count below zero")
+    return counted
+
+
+Key = TypeVar("Key")
+Tally = Annotated[Counter[Key], AfterValidator(_refuse_negative)]
+
+
 @dataclass
 class Counts:
     """What became of the rows read, counted as they pass."""
 
-    read: int = 0
-    kept: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    read: stored.Count = 0
+    kept: stored.Count = 0
+    tokens: stored.Count = 0
+    trained_tokens: stored.Count = 0
+    left_out: Tally[str] = field(default_factory=Counter)
     """Rows dropped, cut or split, by reason."""
-    bad: Counter[str] = field(default_factory=Counter)
+    bad: Tally[str] = field(default_factory=Counter)
     """Rows that cannot be used, by kind."""
     first_bad: tuple[str, str, str] | None = None
     """The first of them: its place, what is wrong, and the hint."""
-    by_turn: int = 0
+    by_turn: stored.Count = 0
     """Conversations that became one row for each answer."""
-    control_in_text: int = 0
+    control_in_text: stored.Count = 0
     """Rows whose author wrote control tokens in their text."""
-    unread: Counter[str] = field(default_factory=Counter)
+    unread: Tally[str] = field(default_factory=Counter)
     """Rows with something that the chat template does not read, by its name."""
-    lengths: Counter[int] = field(default_factory=Counter)
+    lengths: Tally[stored.Count] = field(default_factory=Counter)
     """Lengths of all encoded rows, in tokens."""
-    ends: Counter[int] = field(default_factory=Counter)
+    ends: Tally[stored.Count] = field(default_factory=Counter)
     """The last tokens of answers with loss, in rows that were not cut."""
 
     def add(self, other: Counts) -> Counts:
@@ -60,21 +71,6 @@ class Counts:
             if name != "first_bad":
                 sums[name] = value + getattr(other, name)
         return Counts(**sums | {"first_bad": self.first_bad or other.first_bad})
-
-    def to_data(self) -> dict[str, Any]:
-        """Return the counts as JSON can hold them."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-    @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Counts:
-        """Return the counts that `to_data` gave, after JSON made their keys text and tuples
-        lists."""
-        plain = ("left_out", "bad", "unread")
-        counters: dict[str, Any] = {name: Counter(data[name]) for name in plain}
-        for name in ("lengths", "ends"):
-            counters[name] = Counter({int(key): number for key, number in data[name].items()})
-        first = data["first_bad"]
-        return cls(**data | counters | {"first_bad": tuple(first) if first else None})
 
     def count_bad(self, place: str, bad: BadRow) -> None:
         """Count one more row that cannot be used."""

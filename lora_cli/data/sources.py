@@ -29,10 +29,10 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import resolve_revision
 
-from lora_cli.common import LoraError, find_nearest, library_errors, quote
-from lora_cli.data import readers
+from lora_cli.common import LoraError, find_nearest, library_errors, plain_files, quote
+from lora_cli.data import readers, remote, stores
+from lora_cli.models import hub
 from lora_cli.recipe import Data
 
 
@@ -145,8 +145,10 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
 
 
 def _find_files(field: str, name: str) -> list[Path]:
-    """Return the files that a path or a pattern such as `data/*.jsonl` names; none for a folder or
-    a hub name."""
+    """Return the files that a path, an address or a pattern such as `data/*.jsonl` names; none for
+    a folder or a hub name."""
+    if stores.is_address(name):
+        return remote.fetch_all(field, name)
     if glob.has_magic(name) and not Path(name).is_file():
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207 – absolute patterns too
         if not found:
@@ -167,11 +169,7 @@ def _open_files(field: str, files: list[Path], split: str) -> Source:
         if not file.is_file():
             raise readers.missing_file(field, file)
         if readers.guess_kind(file) is None:
-            raise LoraError(
-                f"data.{field}: {file} is not one of {', '.join(readers.KINDS)}, with or without "
-                ".gz",
-                "a file of rows is JSON lines, JSON, CSV or Parquet, and its name says which",
-            )
+            raise readers.unknown_kind(field, file)
         if file.stat().st_size == 0:
             raise LoraError(f"data.{field}: {file} is empty", f"ls -l {quote(file)}")
     if not re.fullmatch(r"train(\[.*\])?(\+train(\[.*\])?)*", split):
@@ -185,9 +183,11 @@ def _open_files(field: str, files: list[Path], split: str) -> Source:
 
 
 def _refuse_unreadable(field: str, name: str) -> None:
-    """Raise LoraError for an address, a pipe or a device: what is read is read several times."""
-    if "://" in name:
-        raise LoraError(f"data.{field}: {name} is an address, not a file", f"curl -LO {name}")
+    """Raise LoraError for an address that is not taken, a pipe or a device: what is read is read
+    several times."""
+    if stores.is_address(name):
+        readers.refuse_address(field, name)
+        return
     if Path(name).exists() and not Path(name).is_file() and not Path(name).is_dir():
         raise LoraError(
             f"data.{field}: {name} is a pipe or a device, not a file",
@@ -202,6 +202,7 @@ def _open_folder(field: str, data: Data, folder: Path, split: str) -> Source:
     """
     refused = f"data.{field}: the folder {folder} cannot be read as rows"
     hint = f"name its files of rows: data.{field}: [{folder}/NAME.jsonl]"
+    plain_files.refuse_odd_files(folder)
     with library_errors.translate_file_errors(refused, hint):
         return _read_folder(data, folder, split, refused, hint)
 
@@ -210,6 +211,8 @@ def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) 
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(str(folder))
         parts = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        for part in parts.values():
+            part.data.table.validate(full=True)  # or damaged offsets end the process
         return Source([], _select_split(folder, parts.with_format(None), split), split)
     try:
         rebuilt = None if data.streaming else DownloadMode.REUSE_CACHE_IF_EXISTS
@@ -246,7 +249,7 @@ def _open_hub(data: Data, name: str, split: str) -> Source:
     Raise LoraError where only another commit is cached: offline, `load_dataset` takes whatever it
     built last.
     """
-    commit = str(resolve_revision(name, repo_type="dataset", revision=data.revision).resolved)
+    commit = hub.resolve_commit(name, data.revision, "dataset")
     table = load_dataset(name, data.name, split=split, revision=commit, streaming=data.streaming)
     if isinstance(table, Dataset) and not all(
         commit in Path(file["filename"]).parts for file in table.cache_files

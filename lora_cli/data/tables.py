@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from lora_cli.common import LoraError, quote, ui
+from lora_cli.common import LoraError, files, quote, ui
 from lora_cli.data.formats import BadRow
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -23,19 +24,23 @@ SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 NAMES = {1: ("text",), 2: ("prompt", "completion"), 3: ("instruction", "input", "output")}
 """The columns that a table without names most likely has, by their number."""
 LONGEST_NAME = 40
+LONGEST = 2**22
+"""Characters of a value, which may have many lines."""
+MOST = 10_000
+"""Columns of a table."""
 
 
-def read_table(file: Path, stream: TextIO) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def read_table(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Yield the rows under a line of names, each with its place."""
-    csv.field_size_limit(1 << 30)
-    before, first = 0, stream.readline()
+    csv.field_size_limit(LONGEST)
+    before, first = 0, next(lines, "")
     given = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)  # Excel's
     if given:
-        before, first = 1, stream.readline()
+        before, first = 1, next(lines, "")
     separator = given[1] if given else _find_separator(file, first)
     spaced = re.search(rf"{re.escape(separator)} +\S", first) is not None
     rows = csv.reader(
-        chain([first], stream), delimiter=separator, skipinitialspace=spaced, strict=True
+        chain([first], lines), delimiter=separator, skipinitialspace=spaced, strict=True
     )
     try:
         header = [name.strip() for name in next(rows, [])]
@@ -96,7 +101,7 @@ def find_lack_of_names(files: list[Path], columns: list[str]) -> LoraError | Non
     if not strange or not files or {".csv", ".tsv"}.isdisjoint(files[0].suffixes):
         return None
     with files[0].open(encoding="utf-8-sig", newline="", errors="replace") as stream:
-        separator = _find_separator(files[0], stream.readline())
+        separator = _find_separator(files[0], stream.readline(LONGEST))
     return LoraError(
         f"{files[0]}: the first line must name the columns, and {strange[0][:LONGEST_NAME]!r} "
         "looks like a row's",
@@ -108,9 +113,14 @@ def _suggest_header(file: Path, columns: int, separator: str) -> str:
     """Return the command that puts a line of the likeliest names above the rows, where there is
     one."""
     names = separator.join(NAMES.get(columns, ()))
-    if not names or file.suffix.lower() == ".gz":
+    if not names or file.suffix.lower() == ".gz" or _is_fetched(file):
         return "write a line of names above the rows"
     return f"sed -i {quote(f'1i {names}')} {quote(file)}"
+
+
+def _is_fetched(file: Path) -> bool:
+    """Return whether it is the cache's copy of another machine's file, which nobody is to mend."""
+    return file.is_relative_to(files.find_cache_home())
 
 
 def _looks_like_text(name: str) -> bool:
@@ -124,8 +134,10 @@ def _looks_like_text(name: str) -> bool:
 
 
 def refuse_equal_names(file: Path, columns: list[str]) -> None:
-    """Raise LoraError where two columns have one name."""
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+    """Raise LoraError where two columns have one name, or there are over MOST."""
+    if len(columns) > MOST:
+        raise LoraError(f"{file} has {len(columns):,} columns", f"leave out all but {MOST:,}")
+    if twice := sorted(name for name, times in Counter(columns).items() if times > 1):
         raise LoraError(f"{file} has two columns named {twice[0]}", "rename one of them")
 
 
@@ -148,7 +160,8 @@ def _say_once(text: str) -> None:
 def suggest_conversion(file: Path, encoding: str) -> str:
     """Return the hint that makes a file of UTF-8 from one in another encoding."""
     packed = file.suffix.lower() == ".gz"
-    made = quote(file.with_name(f"utf8-{file.stem if packed else file.name}"))
+    name = f"utf8-{file.stem if packed else file.name}"
+    made = quote(name if _is_fetched(file) else file.with_name(name))
     convert = f"iconv -f {encoding} -t UTF-8"
     if packed:
         return f"gzip -dc {quote(file)} | {convert} > {made}; then name {made}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import __version__
-from lora_cli.common import LoraError, threads, ui
+from lora_cli.common import LoraError, quote, threads, ui
 from lora_cli.doctor import device_checks
 from lora_cli.doctor.finding import TESTED, Check, name_fix, read_tested_versions
 from lora_cli.gguf import ggml, tools
@@ -45,7 +44,7 @@ def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) ->
     for check in run_checks(deviations, prepare):
         checks.append(check)
         if not as_json:
-            print(_format_check(check), flush=True)
+            ui.report(*_format_check(check))
     problems = [check for check in checks if check.status == "problem"]
     if as_json:
         found = [
@@ -53,35 +52,33 @@ def run_doctor(show_oracle: bool, as_json: bool, prepare: Callable[[], None]) ->
             | {"ok": each.ok, "value": None if math.isnan(each.value) else each.value}
             for each in deviations
         ]
-        print(
-            json.dumps(
-                {
-                    "ok": not problems,
-                    "checks": [check._asdict() for check in checks],
-                    "oracle": found,
-                }
-            )
+        ui.report_json(
+            {"ok": not problems, "checks": [each._asdict() for each in checks], "oracle": found}
         )
         return not problems
     if show_oracle and deviations:
         from lora_cli.doctor import oracle
 
-        print("\n" + oracle.format_deviations(deviations))
+        ui.report("", *oracle.format_deviations(deviations))
     notes = sum(check.status == "note" for check in checks)
-    ui.say(f"\nproblems: {len(problems)}, notes: {notes}")
+    ui.say("", f"problems: {len(problems)}, notes: {notes}")
     return not problems
 
 
-def _format_check(check: Check) -> str:
-    """Format status, name and text, folded to the terminal's width; the command that mends it gets
-    its own line."""
-    text = f"{check.status:7}  {check.name}: {check.said}"
+def _format_check(check: Check) -> list[str]:
+    """Return the lines of a finding: status, name and text, folded to the terminal's width, and the
+    command that mends it."""
+    lines = [f"{check.status:7}  {check.name}: {check.said}"]
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        text = textwrap.fill(
-            text, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        lines = textwrap.wrap(
+            lines[0],
+            width,
+            subsequent_indent=" " * 9,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
-    return f"{text}\n{'':7}  -> {check.fix}" if check.fix else text
+    return [*lines, f"{'':7}  -> {check.fix}"] if check.fix else lines
 
 
 def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[Check]:
@@ -109,7 +106,7 @@ def _try_check(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Chec
         yield from check()
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        fix = f"python -m pip install -r {TESTED}"
+        fix = f"python -m pip install -r {quote(TESTED)}"
         yield Check(name, "problem", f"cannot be tried: {type(error).__name__}: {said}", fix)
 
 
@@ -161,7 +158,7 @@ def _find_version(name: str) -> str | None:
 def _check_version(requirement: Any, tested: str | None) -> Check | None:
     """Return the finding for one package; None when it is the tested version."""
     wanted = f"{requirement.name}=={tested}" if tested else str(requirement)
-    fix = f"python -m pip install '{wanted}'"
+    fix = f"python -m pip install {quote(wanted)}"
     installed = _find_version(requirement.name)
     if installed is None:
         again = fix.replace("install", "install --force-reinstall")

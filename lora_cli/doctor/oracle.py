@@ -106,7 +106,7 @@ def compare_layers(
     ours = LoraModel(copy.deepcopy(base), ["target"], **settings, **METHODS[method])
     for tensor in ours.adapter_tensors().values():
         tensor.data += torch.randn_like(tensor)
-    with files.scratch_folder("lora-oracle-") as folder:
+    with files.scratch_folder() as folder:
         ours.save_adapter(folder / "ours")
         theirs = PeftModel.from_pretrained(
             copy.deepcopy(base),
@@ -345,16 +345,16 @@ def find_worst(found: Iterable[Deviation]) -> list[Deviation]:
     ]
 
 
-def format_deviations(deviations: list[Deviation]) -> str:
-    """Format the largest deviation of every pair, one table per set of measures."""
+def format_deviations(deviations: list[Deviation]) -> list[str]:
+    """Return the lines of the largest deviation of every pair, one table per set of measures."""
     rows: dict[str, dict[str, float]] = {}
     for each in deviations:
         rows.setdefault(each.pair, {})[each.measure] = each.value
     by_measures: dict[tuple[str, ...], list[str]] = {}
     for pair, found in rows.items():
         by_measures.setdefault(tuple(found), []).append(pair)
-    tables = []
+    lines: list[str] = []
     for measures, pairs in by_measures.items():
         cells = [[pair, *(f"{rows[pair][measure]:.1e}" for measure in measures)] for pair in pairs]
-        tables.append(ui.format_table(["largest deviation", *measures], cells))
-    return "\n\n".join(tables)
+        lines += [""] * bool(lines) + ui.format_table(["largest deviation", *measures], cells)
+    return lines

@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 def try_methods() -> Iterator[Step]:
     """Make a training step by each method, and yield how it went."""
-    with files.scratch_folder("lora-doctor-") as folder, ui.hush():
+    with files.scratch_folder() as folder, ui.hush():
         _write_base(folder / "base")
         recipe = _write_recipe(folder)
         for method in METHODS:

@@ -32,6 +32,9 @@ from lora_cli.speed import dora_norms
 
 Messages = list[dict[str, Any]]
 BATCH = 16
+COLDEST = 1e-9
+"""The least temperature that differs from 0: below it even logits that lie one step of float32
+apart, 1e-7 about 1, are e^-100 in probability, and the others overflow."""
 
 
 class Asked(NamedTuple):
@@ -46,6 +49,11 @@ class Sampling(NamedTuple):
 
     max_new_tokens: int
     temperature: float
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature < COLDEST
 
 
 class Answerer(Protocol):
@@ -93,17 +101,7 @@ class Bases:
         if base is None:
             base = adapter.load_base()
             base = base if adapter.quantization else to_accelerator(base)
-        if isinstance(base, PeftModel):
-            try:
-                base.load_adapter(str(adapter.folder), adapter_name=name)
-            except (RuntimeError, ValueError, KeyError) as error:
-                said = " ".join(str(error).split())[:300]
-                raise LoraError(
-                    f"{adapter.folder} cannot share its base: {said}", "give it in a call alone"
-                ) from error
-            attach.check_adapter_complete(base, adapter.folder, name)
-        else:
-            base = attach.load_adapter(base, adapter.folder, name)
+        base = attach.load_adapter(base, adapter.folder, name)
         dora_norms.install(base)
         self.loaded[key] = base.eval()
         return key
@@ -118,6 +116,20 @@ class Bases:
                 return key
         self.loaded[wanted] = to_accelerator(base.load()).eval()
         return wanted
+
+
+class _Streamer(TextStreamer):
+    """Shows the words of an answer as they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **given: Any) -> None:
+        super().__init__(tokenizer, **given)
+        self.shown = ui.Answer()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show a piece."""
+        self.shown.add(text)
+        if stream_end:
+            self.shown.end()
 
 
 class HFAnswerer:
@@ -154,7 +166,7 @@ class HFAnswerer:
 
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return self._generate([self._ids(conversation)], sampling, streamer=streamer)[0]
 
     def _ids(self, asked: Asked) -> list[int]:
@@ -187,9 +199,9 @@ class HFAnswerer:
             [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=weights.device
         )
         drawing = (
-            {"do_sample": True, "temperature": sampling.temperature}
-            if sampling.temperature
-            else {"do_sample": False}
+            {"do_sample": False}
+            if sampling.is_greedy
+            else {"do_sample": True, "temperature": sampling.temperature}
         )
         # a token is computed with the same norms as the one before
         norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
@@ -264,18 +276,19 @@ class GGUFAnswerer:
 
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
-        pieces = []
+        pieces, shown = [], ui.Answer()
         for piece in self._stream(conversation, sampling):
-            print(piece, end="", flush=True)
+            shown.add(piece)
             pieces.append(piece)
-        print()
+        shown.end()
         return "".join(pieces)
 
     def _stream(self, asked: Asked, sampling: Sampling) -> Iterator[str]:
         prompt = self.model.render(*asked)
         positions = min(self.model.metadata["n_ctx_train"], engine.CONTEXT)
         room = limit_answer(len(self.model.tokenize(prompt)), positions, sampling.max_new_tokens)
-        return self.model.stream(prompt, room, sampling.temperature)
+        temperature = 0.0 if sampling.is_greedy else sampling.temperature
+        return self.model.stream(prompt, room, temperature)
 
 
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:

@@ -58,7 +58,7 @@ def _read_lines() -> Iterator[str]:
     asking = sys.stdin.isatty()
     while True:
         if asking:
-            print("> ", end="", file=sys.stderr, flush=True)
+            ui.ask()
         line = sys.stdin.readline()
         if not line:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,29 +127,31 @@ def generate(
                     "answer": given[index],
                     "expected": question.expected,
                 }
-                print(json.dumps(row, ensure_ascii=False))
+                ui.report_json(row)
         else:
-            print(
-                _format_answers(question, {label: given[index] for label, given in answers.items()})
-            )
+            _print_answers(question, {label: given[index] for label, given in answers.items()})
     expected = [question.expected for question in questions]
     if any(answer is not None for answer in expected):
         rows = [[label, *_count_exact_matches(given, expected)] for label, given in answers.items()]
-        (ui.say if as_json else print)(ui.format_table(["exact match", "rows", "share"], rows))
+        (ui.say if as_json else ui.report)(*ui.format_table(["exact match", "rows", "share"], rows))
 
 
-def _format_answers(question: Question, answers: dict[str, str]) -> str:
-    lines = [f"prompt: {question.text}"]
+def _print_answers(question: Question, answers: dict[str, str]) -> None:
+    """Print a prompt, the answer expected and those given; the further lines of each are
+    indented."""
+    _print_text("prompt:", question.text)
     if question.expected is not None:
-        lines.append(f"expected: {question.expected}")
+        _print_text("expected:", question.expected)
     for label, answer in answers.items():
-        text = answer.strip()
-        lines.append(
-            f"  {label}: {text}"
-            if "\n" not in text
-            else f"  {label}:\n    " + text.replace("\n", "\n    ")
-        )
-    return "\n".join(lines) + "\n"
+        _print_text(f"  {label}:", answer.strip())
+    ui.report("")
+
+
+def _print_text(name: str, text: str) -> None:
+    if "\n" in text:
+        ui.report(name, *(f"    {line}" for line in text.split("\n")))
+    else:
+        ui.report(f"{name} {text}")
 
 
 def _count_exact_matches(given: Sequence[str], expected: Sequence[str | None]) -> tuple[str, str]:

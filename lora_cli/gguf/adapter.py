@@ -60,7 +60,7 @@ def export_adapter(
     if adapter.quantization:
         ui.warn(FOUR_BIT)
     preflight.refuse_quantised(adapter.base)
-    with files.scratch_beside_results(".lora-export-", folder) as scratch:
+    with files.scratch_beside(folder, targets.values()) as scratch:
         scaled = scratch / "scaled"
         made = {name: scratch / file.name for name, file in targets.items()}
         base_folder = adapter.base.download()
@@ -87,10 +87,15 @@ def _refuse_quantizer_types(types: Sequence[str]) -> None:
 def _finish_file(made: Path, target: Path, name: str, report: str, adapter: Adapter) -> None:
     """Move a checked file of type `name` to its place, its record beside it."""
     contents = provenance.new_record(
-        "export-gguf", type=name, llama_cpp=tools.VERSION, checked=report, parent=adapter.record
+        "export-gguf",
+        type=name,
+        llama_cpp=tools.VERSION,
+        checked=report,
+        parent=adapter.record and adapter.record.to_data(),
     )
-    files.write_json(target.with_name(f"{target.name}.json"), contents)
-    made.rename(target)
+    record = made.with_name(f"{made.name}.json")
+    files.write_json(record, contents)
+    files.move_together({made: target, record: target.with_name(record.name)})
     size = target.stat().st_size / 2**20
     ui.say(f"  {target.name}: {size:.1f} MiB, base with adapter {report}")
 

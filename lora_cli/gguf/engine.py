@@ -53,9 +53,9 @@ class GGUFModel:
         if not tools.is_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is not a GGUF file", "copy it again, or export it again")
         xlc = opening.import_xllamacpp()
-        opening.refuse_unopenable(path, exact, adapter)
-        params = opening.make_params(xlc, path, exact, adapter)
-        params.n_ctx, params.n_gpu_layers = n_ctx, gpu_layers
+        opening.refuse_unopenable(path, n_ctx, exact, adapter)
+        params = opening.make_params(xlc, path, n_ctx, exact, adapter)
+        params.n_gpu_layers = gpu_layers
         self._key = secrets.token_hex()
         params.api_keys = [self._key]
         self.path = path

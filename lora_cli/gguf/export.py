@@ -41,9 +41,8 @@ def export(
     converter = find_converter(llama_cpp_dir)
     folder, stem = output or _find_folder(path, kind), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
-    files.refuse_existing(targets.values())
-    ui.say(f"exporting {path} with the converter {converter}")
-    with files.scratch_beside_results(".lora-export-", folder) as scratch:
+    with files.scratch_beside(folder, targets.values(), folder / "Modelfile") as scratch:
+        ui.say(f"exporting {path} with the converter {converter}")
         means = Means(converter, scratch, weighted, parity.find_engine())
         adapter = read_adapter(path, base) if kind == "adapter" else None
         measured = _find_base(path, adapter) if base_cost and means.has_engine else None
@@ -199,8 +198,8 @@ def _make_each(
         report = parity.NO_ENGINE
         if checker and exact:
             report = checker.check(made, name, digests, exact.file)
-        _write_record(target, name, report, merged, means)
-        made.rename(target)
+        record = _write_record(made, name, report, merged, means)
+        files.move_together({made: target, record: target.with_name(f"{target.name}.json")})
         if exact and made == exact.file:
             exact = exact._replace(file=target)
         ui.say(f"  {target.name}: {target.stat().st_size / 2**20:.1f} MiB, {report}")
@@ -254,27 +253,35 @@ def _make(
     return file, quantize.quantize(exact.file, file, name, exact.matrix)
 
 
-def _write_record(target: Path, name: str, report: str, merged: Path, means: Means) -> None:
-    """Write what a file is, how it was checked, and the record of the model it was made from."""
-    parent = merged / provenance.ARTEFACT_RECORD
+def _write_record(made: Path, name: str, report: str, merged: Path, means: Means) -> Path:
+    """Write beside a file what it is, how it was checked, and the record of the model it was made
+    from."""
+    record = _read_record(merged)
     contents = provenance.new_record(
         "export-gguf",
         type=name,
         llama_cpp=VERSION,
         imatrix=means.weighted,
         checked=report,
-        parent=files.read_json(parent) if parent.is_file() else None,
+        parent=record and record.to_data(),
     )
-    files.write_json(target.with_name(f"{target.name}.json"), contents)
+    file = made.with_name(f"{made.name}.json")
+    files.write_json(file, contents)
+    return file
+
+
+def _read_record(merged: Path) -> merge.MergeRecord | None:
+    """Read what a merged model was made from; None for a model made elsewhere."""
+    file = merged / provenance.ARTEFACT_RECORD
+    return merge.MergeRecord.read(file) if file.is_file() else None
 
 
 def _find_base(merged: Path, adapter: Adapter | None) -> Base | None:
     """Find the base that a model was merged into, where it is on this machine and the converter
     reads it."""
     if adapter is None:
-        file = merged / provenance.ARTEFACT_RECORD
-        record = files.read_json(file) if file.is_file() else {}
-        name = privacy.expand_home(record.get("base") or "")
+        record = _read_record(merged)
+        name = privacy.expand_home(record.base) if record else ""
         base = Base(name) if name and (Path(name) / "config.json").is_file() else None
     else:
         base = adapter.base

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, quote, ui
+from lora_cli.common import LoraError, plain_files, quote, ui
 from lora_cli.data import encode, prepare, sources
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
@@ -33,8 +33,12 @@ FILES = (".gguf", ".dat", ".imatrix")
 
 def refuse_missing_file(given: str) -> None:
     """Raise LoraError where `--imatrix` names a file that does not exist."""
+    if "://" in given and Path(given).suffix not in FILES:
+        return  # rows by address, which data.path takes too
     if Path(given).suffix and not Path(given).exists():
         raise LoraError(f"--imatrix {given} does not exist", f"ls {quote(Path(given).parent)}")
+    if Path(given).suffix in FILES:
+        plain_files.refuse_odd(Path(given), Path(given).stat())
 
 
 def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter: Found) -> None:

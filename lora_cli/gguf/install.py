@@ -9,27 +9,25 @@ race.
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 import sys
 import tarfile
 import time
 from pathlib import Path
 
 from lora_cli.common import LoraError, files, format_duration, say
+from lora_cli.gguf import tools
 from lora_cli.gguf.tools import (
-    CONVERTER,
+    INSTALLED,
     VERSION,
     find_last_line,
     find_managed_home,
-    find_missing_part,
+    hash_installed,
     run_command,
 )
 
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 """Of llama_cpp_python-<VERSION>.tar.gz, 77 MB."""
-
-KEEP = re.compile(r"LICENSE|convert_(hf|lora)_to_gguf\.py|(conversion|gguf-py)/.+")
-"""Of the archive's 4000 files, those that are installed."""
 
 
 def install_converters() -> Path:
@@ -39,12 +37,12 @@ def install_converters() -> Path:
     archive.
     """
     home = find_managed_home()
-    if not find_missing_part(home / CONVERTER):
+    if hash_installed(home) == tools.DIGEST:
         return home
     say(f"downloading llama.cpp (source package of llama-cpp-python {VERSION}, 77 MB)")
     started = time.monotonic()
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch_folder(".llama.cpp-", home.parent) as folder:
+    files.make_cache_folder(home.parent)
+    with files.scratch_folder(home.parent) as folder:
         fresh = folder / "llama.cpp"
         _unpack(_download_source(folder), fresh)
         _rename(fresh, home)
@@ -74,7 +72,7 @@ def _download_source(folder: Path) -> Path:
 
 
 def _unpack(sdist: Path, target: Path) -> None:
-    """Unpack the files of KEEP from `sdist` below `target`. Raises LoraError when its sha256 is
+    """Unpack what is to be installed of `sdist` below `target`. Raises LoraError when its sha256 is
     another one."""
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if digest != SHA256:
@@ -88,18 +86,18 @@ def _unpack(sdist: Path, target: Path) -> None:
     with tarfile.open(sdist) as archive:
         for member in archive:
             name = member.name.removeprefix(top)
-            if name != member.name and member.isfile() and KEEP.fullmatch(name):
+            if name != member.name and member.isfile() and INSTALLED.fullmatch(name):
                 archive.extract(member.replace(name=name), target, filter="data")
 
 
 def _rename(fresh: Path, home: Path) -> None:
     """Give `fresh` its final name, unless another process was first."""
-    if home.is_dir() and find_missing_part(home / CONVERTER):
+    if os.path.lexists(home) and hash_installed(home) != tools.DIGEST:
         home.rename(fresh.with_name("incomplete"))  # goes away with the temporary folder
     try:
         fresh.rename(home)
     except OSError:
-        if find_missing_part(home / CONVERTER):
+        if hash_installed(home) != tools.DIGEST:
             raise
 
 

@@ -147,8 +147,9 @@ def compute_logits(
     strength. Keys and values are kept in float32, without flash attention. Raises LoraError where
     llama.cpp cannot load or compute it.
     """
-    opening.refuse_unopenable(path, True, adapter)
-    lib, longest = load_api(), max(map(len, texts))
+    longest = max(map(len, texts))
+    opening.refuse_unopenable(path, longest, True, adapter)
+    lib = load_api()
     with _silence(lib), _open_context(lib, path, longest, adapter) as (context, num_tokens):
         for ids in texts:
             yield _decode(lib, context, ids, num_tokens)

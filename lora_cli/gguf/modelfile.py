@@ -8,19 +8,24 @@ template inside the GGUF where it knows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli.common import files, quote, ui
+from lora_cli.common import escape, files, quote, ui
 from lora_cli.gguf import preflight
 from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_template
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")
+PLAIN = r"[\w./-]+"
+"""A value of a Modelfile that needs no quotes."""
+BETWEEN = r"(?:[ \t\r\n]|#[^\r\n]*)*"
+INSTRUCTION = r"((?i:PARAMETER) \w+|[A-Za-z]+)[ \t]"
 Conversation = Sequence[Mapping[str, str]]
 
 
@@ -69,7 +74,7 @@ def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
         )
     except TemplateError:  # a template may refuse a system message, or a turn out of order
         return None
-    return found if certain and '"""' not in found.go() else None
+    return found if certain else None
 
 
 def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
@@ -99,11 +104,12 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
         "assistant": all_turns[len(two) : len(all_turns) - len(last)],
     }
     around = {role: tuple(parts[role].split(marks[role])) for role in ROLES}
-    if any(len(pair) != 2 or "{{" in "".join(pair) for pair in around.values()):
+    ask = whole[len(all_turns) :]
+    if any(len(pair) != 2 for pair in around.values()) or "{{" in ask:
         return None
-    found = Pieces(
-        {role: (pair[0], pair[1]) for role, pair in around.items()}, whole[len(all_turns) :], None
-    )
+    if any("{{" in "".join(pair) for pair in around.values()):
+        return None
+    found = Pieces({role: (pair[0], pair[1]) for role, pair in around.items()}, ask, None)
     start, end = found.around["system"]
     without = _render_conversation(tokenizer, turns[1:2])
     system = without.removesuffix(found.render(turns[1:2]))
@@ -143,18 +149,18 @@ def _make_probes() -> list[Conversation]:
 
 def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     """Write `folder`/Modelfile for the first of `ggufs`, made from the model in `merged`; one of a
-    user's own stays."""
+    user's own stays. What others wrote is in values alone: one that Ollama would not read as it is
+    leaves the file unwritten, which is said."""
     path = folder / "Modelfile"
-    if path.is_symlink() or (
-        path.exists() and not path.read_text(encoding="utf-8").startswith(MADE_BY)
-    ):
+    if path.is_symlink() or (path.exists() and not _is_ours(path)):
         ui.warn(f"{path} is not ours and was left as it is")
         return
     tokenizer = Base(str(merged)).load_tokenizer()
     found = find_pieces(tokenizer)
-    lines = [MADE_BY, f"FROM ./{ggufs[0].name}", *(f"# FROM ./{other.name}" for other in ggufs[1:])]
+    meant = [("FROM", f"./{ggufs[0].name}")]
+    comments = [f"# FROM ./{escape(other.name)}" for other in ggufs[1:]]
     if found is None:
-        lines.append(
+        comments.append(
             "# no TEMPLATE: this chat template has no certain translation; Ollama reads the GGUF's"
         )
         ui.say(
@@ -162,10 +168,75 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
             "Ollama's language with certainty"
         )
     else:
-        lines.append(f'TEMPLATE """{found.go()}"""')
-        lines += [f'SYSTEM """{found.system}"""'] if found.system else []
-    lines += [f'PARAMETER stop "{token}"' for token in list_stop_tokens(tokenizer, merged)]
-    files.write_text(path, "\n".join(lines) + "\n")
+        meant.append(("TEMPLATE", found.go()))
+        meant += [("SYSTEM", found.system)] if found.system else []
+    meant += [("PARAMETER stop", token) for token in list_stop_tokens(tokenizer, merged)]
+    first, *rest = [_spell(*each) for each in meant]
+    text = "\n".join([MADE_BY, first, *comments, *rest, ""])
+    if _reads_as(text, meant):
+        files.write_text(path, text)
+        return
+    path.unlink(missing_ok=True)
+    odd = dict.fromkeys(each[0] for each in meant if not _reads_as(_spell(*each), [each]))
+    ui.warn(f"no Modelfile: Ollama's language cannot hold the model's {' and '.join(odd)}")
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file that exists is a Modelfile of ours."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MADE_BY)) == MADE_BY.encode()
+
+
+def _spell(name: str, value: str) -> str:
+    """Return an instruction. Its value stands as it is where it is a plain word, else between
+    quotes, in which nothing is escaped."""
+    mark = '"""' if re.search('["\n]', value) else "" if re.fullmatch(PLAIN, value) else '"'
+    return f"{name} {mark}{value}{mark}"
+
+
+def _reads_as(text: str, meant: list[tuple[str, str]]) -> bool:
+    """Return whether Ollama would read these instructions in a text, and no other."""
+    try:
+        return list(read_modelfile(text)) == meant
+    except ValueError:
+        return False
+
+
+def read_modelfile(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the instructions of a Modelfile, each with its value, as Ollama's parser/parser.go
+    reads them. Raises ValueError for what it refuses."""
+    at = 0
+    while (at := re.compile(BETWEEN).match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        name = re.compile(INSTRUCTION).match(text, at)
+        if name is None:
+            raise ValueError(f"no instruction: {text[at:][:20]!r}")
+        value, at = _read_value(text, name.end())
+        yield name[1], value
+
+
+def _read_value(text: str, at: int) -> tuple[str, int]:
+    """Read the value that begins at a place of a Modelfile; return it, and where it ends.
+
+    It ends with a line that ends with the quotes that the value begins with, or with its first line
+    where it begins with none. Blanks around it, and characters that cannot be printed, are lost.
+    """
+    parts: list[str] = []
+    mark = ""
+    while True:
+        end = re.compile(r"[^\r\n]*").match(text, at).end()  # type: ignore[union-attr]
+        kept = "".join(each for each in text[at:end] if each == "\t" or each.isprintable())
+        bare = kept.strip()
+        if not parts:
+            mark = next(mark for mark in ('"""', '"', "") if bare.startswith(mark))
+        if bare.endswith(mark) and (parts or len(bare) >= 2 * len(mark)):
+            value = "".join([*parts, kept]).strip()
+            return value[len(mark) : len(value) - len(mark)], end
+        if end == len(text):
+            raise ValueError("a value is not closed")
+        parts += [kept, text[end]]
+        at = end + 1
 
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
@@ -187,9 +258,8 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     vLLM."""
     ui.say("to run it:")
     ui.say(f"  llama-server -m {quote(ggufs[0])}")
-    ui.say(
-        f"  ollama create {quote(ggufs[0].stem.lower())} -f {quote(ggufs[0].parent / 'Modelfile')}"
-    )
+    if (modelfile := ggufs[0].with_name("Modelfile")).is_file():
+        ui.say(f"  ollama create {quote(ggufs[0].stem.lower())} -f {quote(modelfile)}")
     if merged is not None:
         ui.say(f"  vllm serve {quote(merged)}")
     if adapter is None:

@@ -1,4 +1,5 @@
-"""Open a GGUF in llama.cpp in a process of its own: `python opening.py FILE fast|exact [ADAPTER]`.
+"""Open a GGUF in llama.cpp in a process of its own, and compute a token with it:
+`python opening.py FILE CONTEXT fast|exact [ADAPTER]`.
 
 llama.cpp ends the process it runs in where it meets what it holds impossible: a shape that its code
 for an architecture does not know, or a file that was damaged. So each file is opened once where
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import traceback
@@ -20,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, children
 
 MEND = "export it again; if it was made by a newer llama.cpp: pip install -U xllamacpp"
 REASONS = (
@@ -46,10 +48,16 @@ def import_xllamacpp() -> Any:
     return xllamacpp
 
 
-def make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
-    """Return llama.cpp's parameters for a model; `exact`: with a float32 KV cache, without flash
-    attention, and every tensor checked."""
+SECONDS, SECONDS_PER_GB = 10, 30
+"""Processor time for opening a file: a template in it may run for ever. A model of 1 GB takes 4 s
+with all its tensors checked."""
+
+
+def make_params(xlc: Any, path: Path, n_ctx: int, exact: bool, adapter: Path | None) -> Any:
+    """Return llama.cpp's parameters for a model and `n_ctx` tokens; `exact`: with a float32 KV
+    cache, without flash attention, and every tensor checked."""
     params = xlc.CommonParams()
+    params.n_ctx = n_ctx
     params.model.path = str(path)
     params.warmup, params.n_gpu_layers = False, 0
     if exact:
@@ -61,30 +69,30 @@ def make_params(xlc: Any, path: Path, exact: bool, adapter: Path | None) -> Any:
     return params
 
 
-def refuse_unopenable(path: Path, exact: bool, adapter: Path | None = None) -> None:
-    """Raise LoraError, with llama.cpp's own words, where it cannot open a GGUF, or ends its process
-    over it; `exact`: where it cannot compute a token with it, either."""
+def refuse_unopenable(path: Path, n_ctx: int, exact: bool, adapter: Path | None = None) -> None:
+    """Raise LoraError, with llama.cpp's own words, where it cannot open a GGUF for `n_ctx` tokens
+    and compute one with it, or ends its process over it."""
     import_xllamacpp()
     about = [each.stat() for each in (path, adapter) if each is not None]
     if adapter is not None:
-        refuse_unopenable(path, exact)
-    _try_once(path, exact, adapter, *[(each.st_mtime_ns, each.st_size) for each in about])
+        refuse_unopenable(path, n_ctx, exact)
+    _try_once(path, n_ctx, exact, adapter, *[(each.st_mtime_ns, each.st_size) for each in about])
 
 
 @cache
-def _try_once(path: Path, exact: bool, adapter: Path | None, *_state: tuple[int, int]) -> None:
+def _try_once(
+    path: Path, n_ctx: int, exact: bool, adapter: Path | None, *_state: tuple[int, int]
+) -> None:
     # ggml's own way of showing where it stopped is a debugger
     plain = {"PYTHONPATH": _find_search_path(), "GGML_NO_BACKTRACE": "1", "PYTHONUTF8": "1"}
-    words = [path, "exact" if exact else "fast", *([adapter] if adapter else [])]
-    done = subprocess.run(
+    words = [path, n_ctx, "exact" if exact else "fast", *([adapter] if adapter else [])]
+    done = children.run(
         [sys.executable, "-P", __file__, *map(str, words)],
         env={**os.environ, **plain},
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        check=False,
     )
     if done.returncode:
         judged = adapter or path
@@ -102,6 +110,8 @@ def find_reason(said: str, done: subprocess.CompletedProcess[str]) -> str:
     for pattern in REASONS:
         if found := re.search(pattern, said):
             return found[1].strip()
+    if -done.returncode == getattr(signal, "SIGPROF", None):
+        return "that takes too long"
     if done.returncode < 0:
         return f"its process was ended by signal {-done.returncode}"
     lines = [line for line in said.splitlines() if line.strip()]
@@ -119,17 +129,20 @@ def ask(address: str, key: str, route: str, body: Mapping[str, Any] | None = Non
 
 
 def open_alone() -> None:
-    """Load the file that the command line names and, where it must be exact, compute a token."""
-    path, how, *adapter = sys.argv[1:]
+    """Load the file that the command line names, and compute a token."""
+    path, n_ctx, how, *adapter = sys.argv[1:]
+    if hasattr(signal, "setitimer"):
+        most = SECONDS + SECONDS_PER_GB * Path(path).stat().st_size / 1e9
+        signal.setitimer(signal.ITIMER_PROF, most)
     xlc = import_xllamacpp()
-    params = make_params(xlc, Path(path), how == "exact", Path(adapter[0]) if adapter else None)
+    lora = Path(adapter[0]) if adapter else None
+    params = make_params(xlc, Path(path), int(n_ctx), how == "exact", lora)
     key = secrets.token_hex()
     params.api_keys = [key]
-    params.n_ctx, params.verbosity = 64, 1
+    params.verbosity = 1
     server = xlc.Server(params)
-    if how == "exact":
-        with ask(server.listening_address, key, "/completion", {"prompt": [0], "n_predict": 1}):
-            pass
+    with ask(server.listening_address, key, "/completion", {"prompt": [0], "n_predict": 1}):
+        pass
     # a server that is closed before its threads have begun waits for them for ever
     os._exit(0)
 

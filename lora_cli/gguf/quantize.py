@@ -68,7 +68,7 @@ def quantize(
     by_tensor = _find_columns(choices, kind, weights)
     _refuse_quantized(ggml, choices)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch_folder(".lora-gguf-", target.parent.resolve()) as folder:
+    with files.scratch_folder(target.parent.resolve()) as folder:
         made, digests = folder / "model.gguf", {}
         with made.open("wb") as file, ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
             file.write(_make_header(ggml, model, choices, kind, weights))

@@ -8,10 +8,10 @@ in silence.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import struct
 import subprocess
@@ -20,7 +20,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.common import LoraError, Progress, UsageError, files, find_nearest
+from lora_cli.common import (
+    LoraError,
+    Progress,
+    UsageError,
+    children,
+    files,
+    find_nearest,
+    quote_words,
+)
 
 VERSION = "0.3.36"
 """Release of llama-cpp-python whose source package carries the llama.cpp revision everything here
@@ -29,6 +37,13 @@ was tried with."""
 KIND = 2
 """Counted up when more of that revision is installed than before, so that an older copy is not
 taken for it."""
+
+INSTALLED = re.compile(r"LICENSE|convert_(hf|lora)_to_gguf\.py|(conversion|gguf-py)/.+")
+"""Of that package's 4000 files, those that are installed."""
+IMPORTED = re.compile(r"[^/]+(/__init__)?\.(pyc?|so|pyd)")
+"""What else beside them Python would import before its own."""
+DIGEST = "2aa7e2811a003ef9f11e4d6c8c25e028b2d3cc00f56af3be854163426f22e92d"
+"""Of the managed copy, as `hash_installed` returns it."""
 
 CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 
@@ -123,7 +138,7 @@ def convert(
     outtype = spell_converter_type(outtype)
     script = _choose_script(model_dir, converter, is_adapter=base is not None)
     outfile.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch_folder(".lora-gguf-", outfile.parent.resolve()) as folder:
+    with files.scratch_folder(outfile.parent.resolve()) as folder:
         made = folder / "base.gguf"
         command = _make_command(script, model_dir, made)
         command += ["--outtype", outtype]
@@ -165,7 +180,7 @@ def _make_command(script: Path, folder: Path, outfile: Path) -> list[str]:
 def try_vocabulary(model_dir: Path, converter: Found) -> None:
     """Let the converter read configuration and tokenizer of `model_dir`, without weights: LoraError
     for an architecture or a tokenizer that it does not know."""
-    with files.scratch_folder("lora-vocabulary-") as folder:
+    with files.scratch_folder() as folder:
         command = _make_command(converter.path, model_dir, folder / "vocabulary.gguf")
         command += ["--vocab-only"]
         code, lines = run_command(
@@ -184,30 +199,21 @@ def run_command(
     Raises LoraError when the program cannot be started.
     """
     progress, lines = Progress(), []
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, **(env or {})},
-        )
-    except OSError as error:
-        raise LoraError(
-            f"{command[0]} cannot be run: {error.strerror}", f"try it: {shlex.join(command)}"
-        ) from error
-    with process:
+    with children.start(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        # no compiled code is left in the managed copy, where it would count as changed
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+    ) as process:
         assert process.stdout is not None
-        try:
-            for line in process.stdout:  # text mode: tqdm's \r ends a line too
-                lines.append(line.rstrip())
-                if step := re.search(r"(\d+)%", line):
-                    progress.update(f"{label}: {step[1]}%")
-        except BaseException:
-            process.kill()
-            raise
+        for line in process.stdout:  # text mode: tqdm's \r ends a line too
+            lines.append(line.rstrip())
+            if step := re.search(r"(\d+)%", line):
+                progress.update(f"{label}: {step[1]}%")
     progress.clear()
     return process.returncode, lines
 
@@ -237,8 +243,15 @@ def _search_converter(directory: Path | None) -> Found | None:
     on_path = shutil.which(CONVERTER)
     if on_path and not find_missing_part(script := Path(on_path).resolve()):
         return Found(script, "PATH")
-    script = find_managed_home() / CONVERTER
-    return None if find_missing_part(script) else Found(script, "managed copy")
+    home = find_managed_home()
+    if find_missing_part(home / CONVERTER):
+        return None
+    if hash_installed(home) != DIGEST:
+        raise LoraError(
+            f"{home} is not as it was installed: files in it were changed or added",
+            "install it again: lora setup-llama-cpp",
+        )
+    return Found(home / CONVERTER, "managed copy")
 
 
 def _choose_directory(directory: Path | None) -> tuple[Path, str] | None:
@@ -247,6 +260,16 @@ def _choose_directory(directory: Path | None) -> tuple[Path, str] | None:
         return directory.expanduser().resolve(), "--llama-cpp"
     named = os.environ.get("LLAMA_CPP_DIR")
     return (Path(named).expanduser().resolve(), "LLAMA_CPP_DIR") if named else None
+
+
+def hash_installed(home: Path) -> str:
+    """Return a hash of all files of a managed copy that converting runs or reads."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in home.rglob("*") if path.is_file()):
+        name = path.relative_to(home).as_posix()
+        if INSTALLED.fullmatch(name) or IMPORTED.fullmatch(name):
+            total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def find_missing_part(script: Path) -> str | None:
@@ -279,7 +302,7 @@ def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> L
     tool, said = Path(command[2]).name, find_last_line(lines)
     for pattern, meaning, hint in KNOWN_FAILURES:
         if match := re.search(pattern, "\n".join(lines[-50:])):
-            return LoraError(f"{match.expand(meaning)}\n  {tool}: {said}", match.expand(hint))
+            return LoraError(match.expand(meaning), match.expand(hint), [f"  {tool}: {said}"])
     why = (
         f"failed (exit {code})"
         if code > 0
@@ -287,7 +310,7 @@ def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> L
         if code
         else "left no GGUF behind"
     )
-    return LoraError(f"{tool} {why}: {said}", f"see all it says: {shlex.join(command)}")
+    return LoraError(f"{tool} {why}: {said}", f"see all it says: {quote_words(command)}")
 
 
 def is_gguf(path: Path, with_tensors: bool = True) -> bool:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, UsageError, files, find_nearest, ui
+from lora_cli.common import LoraError, UsageError, files, find_nearest, lock, ui
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import Adapter, Base, adapter_contents, attach, read_adapter
@@ -44,7 +44,7 @@ def join_adapters(
         yield folders[0]
         return
     files.refuse_occupied(out)
-    with files.scratch_folder("lora-combined-") as scratch:
+    with files.made_folder(out.parent, out), lock.hold(out), files.scratch_folder() as scratch:
         combine(folders, scratch / "combined", weights, combination, density, None, base)
         yield scratch / "combined"
 

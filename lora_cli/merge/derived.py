@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import files, provenance
-from lora_cli.models import Adapter, save_tokenizer
+from lora_cli.models import Adapter, TrainingRecord, save_tokenizer
 
 
 def finish_folder(
@@ -31,18 +31,20 @@ def finish_folder(
     # 4-bit storage is a base's that it replaces
     kept = ("model",) if first.replaced else ("model", "quantization")
     stops = sorted({token for source in sources for token in source.stop_token_ids})
+    recipe = first.recipe.to_data()
     made = provenance.new_record(
         command,
         status="finished",
         base={"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
-        recipe={key: first.recipe[key] for key in kept if key in first.recipe},
+        recipe={key: recipe[key] for key in kept if key in recipe},
         data={"stop_token_ids": stops},
         **contents,
         parents=[
-            {"folder": str(source.folder), "record": source.record}
+            {"folder": str(source.folder), "record": source.record.to_data()}
             for source in sources
             if source.record
         ],
     )
-    files.write_json(staging / provenance.ARTEFACT_RECORD, made)
+    record = TrainingRecord.model_validate(made)
+    files.write_json(staging / provenance.ARTEFACT_RECORD, record.to_data())
     files.leave_out_home(staging)

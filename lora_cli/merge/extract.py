@@ -67,7 +67,7 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         }
         made = Adapter(staging, first, None, True)
         derived.finish_folder(staging, tokenizer, "extract", [made], **contents)
-    ui.say(low_rank.format_table(cut))
+    ui.say(*low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
 
 
@@ -106,7 +106,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
             modules=low_rank.describe_modules(cut),
             difference=difference,
         )
-    ui.say(low_rank.format_table(cut))
+    ui.say(*low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
 
 

@@ -117,8 +117,9 @@ def check_saved(
     return adapted
 
 
-def format_table(factors: Mapping[str, Factors]) -> str:
-    """Return a table of energy kept and relative error over the modules: lowest, median, mean."""
+def format_table(factors: Mapping[str, Factors]) -> list[str]:
+    """Return the lines of a table: energy kept and relative error over the modules, the lowest,
+    median and mean."""
     by_energy = sorted(factors.values(), key=lambda each: each.kept)
     energies = [each.kept for each in by_energy]
     errors = [each.rest / (each.norm or 1.0) for each in by_energy]

@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, ui
+from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, stored, ui
 from lora_cli.merge import (
     compare_weights,
     in_memory,
@@ -60,6 +60,15 @@ class Merged(NamedTuple):
     modules: int
     dtype: torch.dtype
     checked: Checked | None
+
+
+class MergeRecord(provenance.Record):
+    """The record of a merged model: the base and its commit, what was checked, and the record of
+    the adapter."""
+
+    base: str
+    revision: stored.Commit | None = None
+    parent: dict[str, Any] | None = None
 
 
 class Checked(NamedTuple):
@@ -199,17 +208,17 @@ def add_tokenizer_and_record(
         "rounded": checked.rounded and checked.rounded._asdict(),
     }
     save_tokenizer(tokenizer, folder, adapter.base.name, adapter.base.revision)
-    files.write_json(
-        folder / provenance.ARTEFACT_RECORD,
+    record = MergeRecord.model_validate(
         provenance.new_record(
             "merge",
             base=adapter.base.name,
             revision=adapter.base.revision,
             into=_describe_weights(adapter, original),
             checked=found,
-            parent=adapter.record,
-        ),
+            parent=adapter.record and adapter.record.to_data(),
+        )
     )
+    files.write_json(folder / provenance.ARTEFACT_RECORD, record.to_data())
     files.leave_out_home(folder)
 
 

@@ -21,6 +21,7 @@ def write_config(
     """Write the configurations of a merged model of type `dtype`, whose answers end in `ends`, as
     save_pretrained does."""
     plain_model = adapter.base.build_unweighted()
+    adapter.base.refuse_odd_generation()
     # a base may lack one, and transformers makes one from its configuration
     with suppress(OSError):
         plain_model.generation_config = GenerationConfig.from_pretrained(

@@ -340,7 +340,7 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
                 sums |= task.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    if len(base.paths) > 1:
+    if [path.name for path in base.paths] != [tensors.SINGLE]:
         tensors.write_index(folder, places)
     return _count_modules(plan, places), sums
 

@@ -5,12 +5,13 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
+    TrainingRecord                 what the record of a run or an adapter holds
     get_checkpoint_dtype, num_experts, num_active_experts, num_layers, read_field
                                    what a configuration says
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
                                    a run keeps it
     find_positions                 how long a text a base reads
-    names                          what a name on the command line stands for
+    names, hub                     what a name on the command line stands for; its commit
     attach                         a new or a trained adapter on a base; its LoRA layers
     load_tokenizer, save_tokenizer, load_recipe_tokenizer, adds_bos, IGNORED
                                    the tokenizer with its chat template; -100, labels without loss
@@ -58,6 +59,7 @@ from lora_cli.models.probes import (
     measure_trained,
     save_trained,
 )
+from lora_cli.models.record import TrainingRecord
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
 from lora_cli.models.text_part import count_text_parameters
 from lora_cli.models.tokenizer import (
@@ -81,6 +83,7 @@ __all__ = [
     "TRAINED",
     "TRAINED_KL",
     "Tensors",
+    "TrainingRecord",
     "adapter_contents",
     "adds_bos",
     "attach",
@@ -96,6 +99,7 @@ __all__ = [
     "find_positions",
     "four_bit",
     "get_checkpoint_dtype",
+    "hub",
     "init_weights",
     "is_finite",
     "load_recipe_tokenizer",

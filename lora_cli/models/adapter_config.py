@@ -162,7 +162,8 @@ def refuse_other_base(adapter: str, named: Any, recorded: Any) -> None:
         raise LoraError(
             f"{adapter}: adapter_config.json names the base {named}, but the record of its "
             f"training names {recorded}",
-            f"--base {recorded} if the record is right: somebody has changed one of the two files",
+            f"--base {quote(recorded)} if the record is right: somebody has changed one of the two "
+            "files",
         )
 
 

@@ -20,7 +20,16 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, UsageError, privacy, provenance, quote, read_json, ui
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    plain_files,
+    privacy,
+    provenance,
+    quote,
+    read_json,
+    ui,
+)
 from lora_cli.models import (
     adapter_config,
     adapter_names,
@@ -32,6 +41,7 @@ from lora_cli.models import (
 )
 from lora_cli.models.base import Base, is_quantised
 from lora_cli.models.probes import TRAINED
+from lora_cli.models.record import RecordedRecipe, TrainingRecord
 
 UNSAFE = "which may run code when it is loaded"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -53,7 +63,7 @@ class Adapter:
 
     folder: Path
     base: Base
-    record: dict[str, Any] | None
+    record: TrainingRecord | None
     shares_base: bool
     """Whether other adapters may lie on the same loaded base: this one leaves the base's own
     weights as they are."""
@@ -69,35 +79,37 @@ class Adapter:
         return self.hub_name or str(self.given or self.folder)
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> RecordedRecipe:
         """The resolved recipe it was trained with; empty for an adapter made elsewhere."""
-        return self.record["recipe"] if self.record else {}
+        return self.record.recipe if self.record else RecordedRecipe()
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The 4-bit storage that training put the base's weights into; None where it took them as
         the files have them."""
-        kept = self.recipe.get("quantization")
-        return None if kept is None or self.replaced or self.base.quantised else kept
+        kept = self.recipe.quantization
+        if kept is None or self.replaced or self.base.quantised:
+            return None
+        return kept.collect_values()
 
     @property
     def stop_token_ids(self) -> list[int]:
         """The tokens that the trained answers ended with."""
-        return list(self.record.get("data", {}).get("stop_token_ids", [])) if self.record else []
+        return self.record.data.stop_token_ids if self.record and self.record.data else []
 
     @property
     def trained_dtype(self) -> torch.dtype:
         """The type the base's weights had in training; that of its files for an adapter made
         elsewhere."""
-        dtype = self.recipe.get("model", {}).get("dtype")
+        dtype = self.recipe.model.dtype
         return getattr(torch, dtype) if dtype else self.base.dtype
 
     @property
     def trained_on(self) -> str:
         """The kind of device that it was trained on, as torch names it; `cpu` where that was not
         recorded."""
-        device = (self.record or {}).get("device")
-        return str(device["kind"]) if device else "cpu"
+        device = self.record.device if self.record else None
+        return device.kind if device else "cpu"
 
     def refuse_other_base(self) -> None:
         """Raise LoraError naming what differs where the base is not the one that the adapter was
@@ -109,8 +121,9 @@ class Adapter:
         if self.replaced:
             source.refuse_other_source(self.replaced, self.base)
             return
-        kept = self.record["base"].get("fingerprint") if self.record else None
-        different = fingerprint.list_differences(kept, self.base.fingerprint) if kept else []
+        kept = self.record.base.fingerprint if self.record else None
+        now = self.base.fingerprint if kept else {}
+        different = fingerprint.list_differences(kept.to_data(), now) if kept else []
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise LoraError(
@@ -125,9 +138,9 @@ class Adapter:
         foreign one as its files are. `original` leaves the quantisation out. Raises LoraError where
         it is not the base that was trained on."""
         self.refuse_other_base()
-        settings, kept = None, self.recipe.get("quantization")
+        settings, kept = None, self.recipe.quantization
         if kept and (self.base.quantised or self.quantization and not original):
-            settings = BitsAndBytesConfig(load_in_4bit=True, **kept)
+            settings = BitsAndBytesConfig(load_in_4bit=True, **kept.collect_values())
         return self.base.load(self.trained_dtype, settings)
 
     def load_plain_base(self, original: bool = False) -> PreTrainedModel:
@@ -160,6 +173,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     hub_name = str(path) if names.may_be_adapter_on_hub(path) else None
     folder = _download(hub_name) if hub_name else path
     _refuse_no_adapter(folder)
+    plain_files.refuse_odd_files(folder)
     shapes = _check_weights(folder, hub_name)
     respelled = _respell(folder, (folder / ADAPTER_FILES[1]).stat().st_mtime_ns)
     config = _read_config(
@@ -250,30 +264,30 @@ def _read_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return config
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def _read_record(folder: Path) -> TrainingRecord | None:
     """Read our record of the adapter's training; a checkpoint of a run has it one folder up."""
     places = [folder / provenance.ARTEFACT_RECORD]
     if folder.name.startswith("checkpoint-"):
         places.append(folder.parent / provenance.RUN_RECORD)
-    return next((provenance.read_record(place) for place in places if place.is_file()), None)
+    return next((TrainingRecord.read(place) for place in places if place.is_file()), None)
 
 
 def _choose_base(
-    adapter: str, base: str | None, config: dict[str, Any], record: dict[str, Any] | None
+    adapter: str, base: str | None, config: dict[str, Any], record: TrainingRecord | None
 ) -> Base:
     """Choose the base: as given, else as the adapter and the record name it. Raises LoraError where
     that cannot be a model."""
     named = config.get("base_model_name_or_path")
     if record and base is None:
-        recorded = privacy.make_portable(record["base"].get("name"))
+        recorded = privacy.make_portable(record.base.name)
         adapter_config.refuse_other_base(adapter, privacy.make_portable(named), recorded)
     name = privacy.expand_home(base or named or "")
     if not name:
         raise LoraError(f"{adapter} does not name its base model", "--base MODEL")
     revision = None
     if base is None:
-        revision = (record["base"]["commit"] if record else None) or config.get("revision")
-    if record and base is None and record["base"]["commit"] is None and not Path(name).is_dir():
+        revision = (record.base.commit if record else None) or config.get("revision")
+    if record and base is None and record.base.commit is None and not Path(name).is_dir():
         raise LoraError(
             f"the base of {adapter}, the folder {name}, is not here",
             "--base MODEL, or run this where it is",
@@ -286,14 +300,14 @@ def _choose_base(
 
 
 def _find_replaced(
-    given: Base, config: Mapping[str, Any], record: Mapping[str, Any] | None
+    given: Base, config: Mapping[str, Any], record: TrainingRecord | None
 ) -> Base | None:
     """Return the quantised base that an adapter was trained on where `given`, which is not
     quantised, is to take its place; of one made elsewhere, if that base is at hand."""
     name = privacy.expand_home(config.get("base_model_name_or_path") or "")
     if record:
-        before = Base(name, record["base"]["commit"])
-        settings = (record["base"].get("fingerprint") or {}).get("config", {})
+        before = Base(name, record.base.commit)
+        settings = record.base.fingerprint.config if record.base.fingerprint else {}
         was_quantised = any(settings.get(field) for field in quantised.FIELDS)
     else:
         before = Base(name, config.get("revision"))

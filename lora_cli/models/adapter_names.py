@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, show_as, ui
 
 PREFIX = "base_model.model."
 PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save"
@@ -43,9 +43,11 @@ def respell_folder(folder: Path, names: Iterable[str]) -> Path:
         return folder
     if len(set(spelled.values())) < len(spelled):
         return folder  # two would be one: for PEFT to refuse
-    copy = files.make_passing_folder("lora-respelled-") / folder.resolve().name
-    ui.show_as(copy, folder)
-    ignored = shutil.ignore_patterns("*.safetensors", "*.pt", "*.pth", "*.bin", "checkpoint-*")
+    copy = files.make_passing_folder() / folder.resolve().name
+    show_as(copy, folder)
+    ignored = shutil.ignore_patterns(
+        "*.safetensors", "*.pt", "*.pth", "*.bin", "checkpoint-*", ".*"
+    )
     shutil.copytree(folder, copy, ignore=ignored)
     tensors = load_file(folder / "adapter_model.safetensors")
     renamed = {spelled[name]: tensor for name, tensor in tensors.items()}

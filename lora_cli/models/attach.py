@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def load_adapter(
 def refuse_slow_patterns(model: torch.nn.Module, folder: Path) -> None:
     """Raise UsageError for an adapter whose regular expressions would not finish on the model's
     names."""
-    names = [name for name, _ in model.named_modules() if name]
+    named = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = [name for name, _ in named.named_modules() if name]  # as PEFT will ask for them
     patterns.refuse_slow_patterns(
         read_adapter_config(folder),
         names,
@@ -232,13 +233,16 @@ def find_lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def find_untrained(model: torch.nn.Module) -> list[str]:
-    """Return the adapted modules whose every B is still zero, so that they are the base's."""
+def find_untrained(
+    model: torch.nn.Module, gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+) -> list[str]:
+    """Return the adapted modules whose every B is still zero, so that they are the base's; `gather`
+    makes a tensor whole."""
     return [
         name
         for name, layer in find_lora_layers(model).items()
         if not any(
-            weight.any()
+            gather(weight).any()
             for key, weight in layer.named_parameters()
             if key.startswith(("lora_B.", "lora_embedding_B."))
         )

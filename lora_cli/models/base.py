@@ -5,7 +5,7 @@ Everything of a run is loaded at one commit, and merging loads the base at it ag
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,23 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import resolve_revision, snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import (
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, devices, gpu_faults, remote_code
+from lora_cli.common import (
+    LoraError,
+    devices,
+    gpu_faults,
+    library_errors,
+    plain_files,
+    remote_code,
+)
 from lora_cli.models import (
     dequantised,
     empty,
     fingerprint,
     four_bit,
+    hub,
     names,
     quantised,
+    settings,
     tensors,
     tokenizer,
 )
@@ -37,6 +47,10 @@ from lora_cli.models.config import get_checkpoint_dtype, load_config
 from lora_cli.models.quantised import Quantised
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import DEFAULT_TASK, Recipe, Task
+
+PACKED = 16
+"""A number in a file may hold so many weights: an int32 holds 16 of two bits."""
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,23 @@ class Base:
     revision: str | None = None
     task: Task = DEFAULT_TASK
 
+    def __post_init__(self) -> None:
+        """Refuse a folder, or a cached one of the hub, with other than plain files in it."""
+        folder = self._find_folder()
+        if folder is not None:
+            plain_files.refuse_odd_files(folder)
+
     def __str__(self) -> str:
         return self.name
+
+    def _find_folder(self) -> Path | None:
+        """Return where its files are on this machine; None where they are not."""
+        if self.is_folder:
+            return Path(self.name)
+        if not names.is_hub_name(self.name):
+            return None
+        cached = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        return Path(cached).parent if isinstance(cached, str) else None
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Base:
@@ -81,11 +110,8 @@ class Base:
                 f"{self.name} is not a base model",
                 "give a folder with config.json or a name on the hub",
             )
-        if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
-            return self
         with names.explain_hub_failure(self.name):
-            found = resolve_revision(self.name, revision=self.revision)
-        return replace(self, revision=str(found.resolved))
+            return replace(self, revision=hub.resolve_commit(self.name, self.revision))
 
     @property
     def is_folder(self) -> bool:
@@ -203,6 +229,8 @@ class Base:
         """
         kwargs |= self._choose_storage(quantization, device)
         self.refuse_without_safetensors()
+        self.refuse_odd_generation()
+        self._refuse_more_than_stored()
         network, report = self.task.find_auto_class(self.config).from_pretrained(
             self.name,
             revision=self.revision,
@@ -281,6 +309,34 @@ class Base:
             "take a revision or copy that has model.safetensors",
         )
 
+    def refuse_odd_generation(self) -> None:
+        """Raise LoraError where generation_config.json is there and cannot be read, or names tokens
+        by what is no number."""
+        file = "generation_config.json"
+        if settings.read_settings(self.name, self.revision, file):
+            with library_errors.translate_file_errors(
+                f"transformers cannot read {file} of {self.name}", "copy it again"
+            ):
+                read = GenerationConfig.from_pretrained(self.name, revision=self.revision)
+            for field in TOKEN_FIELDS:
+                _refuse_odd_tokens(f"{self.name}/{file}: {field}", getattr(read, field))
+
+    def _refuse_more_than_stored(self) -> None:
+        """Raise LoraError where the configuration asks for many times what the files hold: memory
+        would be taken for all of it before it is missed."""
+        assert self.stored is not None, "refused without"
+        held = sum(math.prod(entry.shape) for entry in self.stored.entries.values())
+        asked = {key: weight for key, weight in self.build_empty().named_parameters()}
+        wanted = sum(weight.numel() for weight in asked.values())
+        if wanted > PACKED * held:
+            key = max(asked, key=lambda key: asked[key].numel())
+            shape = tuple(asked[key].shape)
+            raise LoraError(
+                f"{self.name}/config.json asks for {wanted:,} weights, {key} of {shape} among "
+                f"them, and the files hold {held:,}",
+                "config.json and the weights must be of one model",
+            )
+
     def _refuse_conv1d(self) -> None:
         if any(isinstance(module, Conv1D) for module in self.build_empty().modules()):
             raise LoraError(
@@ -350,3 +406,11 @@ def convert_to_float32(base: PreTrainedModel) -> PreTrainedModel:
         parameter.data = parameter.data.float()
     base.config.dtype = torch.float32
     return base
+
+
+def _refuse_odd_tokens(field: str, given: Any) -> None:
+    ids = given if isinstance(given, list) else [given]
+    if given is not None and any(type(each) is not int or not -1 <= each < 2**31 for each in ids):
+        raise LoraError(
+            f"{field} is {str(given)[:80]}, not the number of a token", "copy the file again"
+        )

@@ -1,34 +1,29 @@
-"""Compile chat templates, and render them within limits of time, output and memory.
+"""Render chat templates within limits of time, output and memory.
 
 jinja's sandbox keeps them from running code of their own; it does not keep them from running for
-ever.
+ever. So they are compiled and rendered in a process of its own.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import psutil
-from jinja2 import Template
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, confined
+from lora_cli.models.template_program import CHARACTERS
 
 SECONDS = 2.0
 """Processor time that the conversations of one row may take to render."""
-CHARACTERS = 2**25
-"""Longest text that a template may make of one conversation, and longest that it may multiply a
-text or list to."""
-MEMORY = 2**30
+MEMORY = 2**29
 """Bytes that the process may grow by while one row is rendered."""
-LOOK = 0.1
-"""Seconds between two looks at time and memory."""
+LONGEST = 2**20
+"""Characters of a template; the longest of those that come with TRL has 18,000."""
+_renderer = confined.Confined(Path(__file__).with_name("template_program.py"))
 
 
 class TemplateLimit(LoraError):
@@ -41,33 +36,14 @@ class TemplateLimit(LoraError):
         )
 
 
-@lru_cache(16)
-def compile_template(source: str) -> Template:
-    """Compile the template in transformers' own environment, with a limit on the size of
-    products."""
-    environment = _compile_jinja_template("").environment.overlay()
-    environment.intercepted_binops = frozenset(["*", "**"])
-    environment.call_binop = _limit_product
-    return environment.from_string(source)
+class Ask(NamedTuple):
+    """A conversation, the name of the template that renders it, and what of it is wanted: so many
+    of its first messages, and whether an answer is asked for."""
 
-
-def _limit_product(context: Any, operator: str, left: Any, right: Any) -> Any:
-    if operator == "**":
-        if (
-            isinstance(left, int)
-            and isinstance(right, int)
-            and left.bit_length() * right > CHARACTERS
-        ):
-            raise TemplateLimit("takes a power of thousands of digits")
-        return left**right
-    for many, times in ((left, right), (right, left)):
-        if (
-            isinstance(many, (str, list, tuple))
-            and isinstance(times, int)
-            and len(many) * times > CHARACTERS
-        ):
-            raise TemplateLimit(f"multiplies a text to over {CHARACTERS:,} characters")
-    return left * right
+    template: str
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    wanted: list[tuple[int, bool]]
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> str | None:
@@ -89,69 +65,58 @@ def render(
     source: str | None = None,
 ) -> str:
     """Render as `apply_chat_template(tokenize=False)` does, within the limits; `source` stands for
-    the tokenizer's own template."""
+    the tokenizer's own template. Raises jinja's TemplateError where the template fails."""
     source = source or find_template(tokenizer, tools)
     assert source is not None, "whoever renders has looked for a template"
-    template = compile_template(source)
-    given = {
-        **template.globals,
-        **tokenizer.special_tokens_map,
-        "messages": messages,
-        "tools": tools,
-    }
-    given |= {"documents": None, "add_generation_prompt": add_generation_prompt}
-    with Limits() as limits:
-        limits.begin()
-        return join_output(template.root_render_func(template.new_context(given, shared=True)))
+    ask = Ask("", messages, tools, [(len(messages), add_generation_prompt)])
+    [[text]] = render_all({"": source}, tokenizer.special_tokens_map, [ask])
+    if isinstance(text, TemplateError):
+        raise text
+    return text
 
 
-def join_output(pieces: Iterator[str]) -> str:
-    """Join the pieces that a template yields. Raises TemplateLimit where they exceed CHARACTERS."""
-    kept, length = [], 0
-    for piece in pieces:
-        length += len(piece)
-        if length > CHARACTERS:
-            raise TemplateLimit(f"makes over {CHARACTERS:,} characters of one conversation")
-        kept.append(piece)
-    return "".join(kept)
+def render_all(
+    templates: Mapping[str, str],
+    variables: Mapping[str, Any],
+    asked: Sequence[Ask],
+    day: date | None = None,
+) -> list[list[str | TemplateError]]:
+    """Return the texts that are wanted of each conversation, or how the template refuses one.
 
-
-class Limits:
-    """While open, what happens after each `begin` is stopped with TemplateLimit once it takes too
-    much time or memory.
-
-    Python looks at signals in its main thread alone: in others, and on systems without timers,
-    nothing is stopped.
+    `templates` by their names, `variables` that they know beside the conversation, and the `day`
+    for those that write the date (default: now). Raises TemplateLimit, and TemplateError for a
+    template that cannot be compiled.
     """
+    for source in templates.values():
+        if len(source) > LONGEST:
+            raise TemplateLimit(f"has {len(source):,} characters, of at most {LONGEST:,}")
+    shared = {"templates": dict(templates), "variables": dict(variables), "day": day and str(day)}
+    try:
+        answers = _renderer.run(confined.Budget(SECONDS, MEMORY), shared, asked)
+    except confined.Stopped as stopped:
+        most = {"time": f"over {SECONDS:g} s", "memory": f"over {MEMORY >> 20} MiB"}
+        if stopped.why in most:
+            raise TemplateLimit(f"takes {most[stopped.why]} for one conversation") from None
+        raise TemplateLimit(f"ends the process that renders it ({stopped.why})") from None
+    return [_read_answer(answer) for answer in answers]
 
-    def __enter__(self) -> Limits:
-        self.works = (
-            hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-        )
-        if self.works:
-            self.before = signal.signal(signal.SIGALRM, self._look)
-        return self
 
-    def begin(self) -> None:
-        """Start counting time and memory."""
-        if self.works:
-            self.began, self.memory = time.thread_time(), 0
-            signal.setitimer(signal.ITIMER_REAL, LOOK)
+def _read_answer(answer: dict[str, Any]) -> list[str | TemplateError]:
+    """Return the texts of one conversation, from what `template_program.handle` says of them."""
+    if "long" in answer:
+        raise TemplateLimit(f"makes over {CHARACTERS:,} characters of one conversation")
+    if "compile" in answer:
+        raise _make_error(*answer["compile"])
+    texts = answer["texts"]
+    return [
+        _make_error(*text)
+        if isinstance(text, list)
+        else texts[0][:text]
+        if isinstance(text, int)
+        else text
+        for text in texts
+    ]
 
-    def __exit__(self, *_: object) -> None:
-        if self.works:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            finally:
-                signal.signal(signal.SIGALRM, self.before)
 
-    def _look(self, *_: object) -> None:
-        """Check this thread's processor time (not the clock: the machine may have been asleep or
-        busy) and memory."""
-        now = psutil.Process().memory_info().rss
-        self.memory = self.memory or now
-        if time.thread_time() - self.began > SECONDS:
-            raise TemplateLimit(f"takes over {SECONDS:g} s for one conversation")
-        if now - self.memory > MEMORY:
-            raise TemplateLimit(f"takes over {MEMORY >> 20} MiB for one conversation")
-        signal.setitimer(signal.ITIMER_REAL, LOOK)  # last: nothing may come after what was raised
+def _make_error(kind: str, said: str) -> TemplateError:
+    return TemplateError(said or kind)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from lora_cli.common import LoraError, library_errors, remote_code
-from lora_cli.models import names, tensors
+from lora_cli.models import names, settings, tensors
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
 
@@ -27,9 +29,11 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
             f"transformers cannot read the configuration of {name}", BROKEN_CONFIG
         ),
     ):
-        remote_code.refuse_disallowed_code(
-            name, PretrainedConfig.get_config_dict(name, revision=revision)[0]
-        )
+        settings.read_settings(name, revision, "config.json")
+        written = PretrainedConfig.get_config_dict(name, revision=revision)[0]
+        remote_code.refuse_disallowed_code(name, written)
+        _refuse_impossible(name, written)
+        _refuse_serving_attention(name, written)
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
         )
@@ -46,6 +50,40 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
             sizes[entry.dtype] += math.prod(entry.shape) if entry.dtype.is_floating_point else 0
         config.dtype = sizes.most_common(1)[0][0]
     return config
+
+
+MOST = (
+    (r"layers?|blocks", 2_000),
+    (r"experts|heads?|groups|stages|labels", 100_000),
+    (r"size|dim|rank|positions|position_embeddings|length|window|kernel|width|inner", 2**27),
+)
+"""The largest number of a field whose name ends so, several times that of any known model (126
+layers, 16,384 experts): it says how much is built, before a weight is read."""
+
+
+def _refuse_impossible(name: str, written: Mapping[str, Any], where: str = "") -> None:
+    """Raise LoraError for a number that no model of the files in `name` can have."""
+    for key, value in written.items():
+        if isinstance(value, dict):
+            _refuse_impossible(name, value, f"{where}{key}.")
+        most = next(
+            (most for ends, most in MOST if re.search(rf"(^|_)n?({ends})$", str(key))), None
+        )
+        if most and isinstance(value, (int, float)) and value > most:
+            raise LoraError(
+                f"{name}/config.json: {where}{key} is {value:,}, and at most {most:,} is read",
+                "copy it again",
+            )
+
+
+def _refuse_serving_attention(name: str, written: Mapping[str, Any]) -> None:
+    """Raise LoraError for attention that transformers has for its server alone."""
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "|" in str(written.get(key) or ""):
+            raise LoraError(
+                f"{name}/config.json: {key} is {written[key]}, which is for a server",
+                "remove it from config.json",
+            )
 
 
 def read_field(config: PretrainedConfig, name: str) -> Any:

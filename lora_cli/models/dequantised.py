@@ -7,7 +7,6 @@ block size, type and shape. FP8 weights have their scales in `x.weight_scale_inv
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, files
 from lora_cli.models.quantised import Quantised
 from lora_cli.models.tensors import Entry, Tensors
 
@@ -78,13 +77,14 @@ class FourBit(Dequantised):
         """Read the type and shape of a weight from the text beside it."""
         text = next(part for part in self.parts[name] if STATE in part)
         try:
-            state: dict[str, Any] = json.loads(self.stored.rows(text).numpy().tobytes())
+            state: dict[str, Any] = files.parse_json(self.stored.rows(text).numpy().tobytes(), text)
             made = self.stored.entries[name]._replace(
                 dtype=getattr(torch, state["dtype"]), shape=tuple(state["shape"])
             )
             codes = self.stored.entries[name]
             wrong = math.prod(made.shape) != 2 * codes.dtype.itemsize * math.prod(codes.shape)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            wrong = wrong or not isinstance(made.dtype, torch.dtype)
+        except (LoraError, ValueError, KeyError, TypeError, AttributeError):
             wrong = True
         if wrong:
             raise LoraError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import init_empty_weights
@@ -15,12 +16,18 @@ from lora_cli.common import library_errors, remote_code
 from lora_cli.models.config import BROKEN_CONFIG
 from lora_cli.recipe import Task
 
-UNBUILDABLE = "transformers cannot build the model that its config.json describes"
+
+def _explain_unbuildable(config: PretrainedConfig) -> AbstractContextManager[None]:
+    owner = (
+        f"the config.json of {config.name_or_path}" if config.name_or_path else "its config.json"
+    )
+    what = f"transformers cannot build the model that {owner} describes"
+    return library_errors.translate_file_errors(what, BROKEN_CONFIG)
 
 
 def build_empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build the model of a configuration without weights (on the `meta` device)."""
-    with torch.device("meta"), library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG):
+    with torch.device("meta"), _explain_unbuildable(config):
         return task.find_auto_class(config).from_config(
             copy.deepcopy(config), trust_remote_code=remote_code.is_allowed()
         )
@@ -44,7 +51,7 @@ def build_random(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """Build it in float32 with random weights, without a trace in torch's random numbers."""
     with (
         torch.random.fork_rng(devices=[]),
-        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
+        _explain_unbuildable(config),
     ):
         return task.find_auto_class(config).from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()
@@ -56,7 +63,7 @@ def build_unweighted(config: PretrainedConfig, task: Task) -> PreTrainedModel:
     frequencies, are real."""
     with (
         init_empty_weights(include_buffers=False),
-        library_errors.translate_file_errors(UNBUILDABLE, BROKEN_CONFIG),
+        _explain_unbuildable(config),
     ):
         network = task.find_auto_class(config).from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=remote_code.is_allowed()

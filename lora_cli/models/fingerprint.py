@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
-
-from lora_cli.common import files
+from lora_cli.models import settings
 from lora_cli.models.tensors import NAMES, Tensors
 
 SAMPLE = 64
@@ -28,9 +25,8 @@ def fingerprint_model(name: str, revision: str | None, found: Tensors | None) ->
 
     `found` are its tensors; None where it has no safetensors files.
     """
-    path = cached_file(name, "config.json", revision=revision)
-    settings = files.read_json(Path(str(path)))
-    config = {key: value for key, value in settings.items() if key not in VOLATILE}
+    written = settings.read_settings(name, revision, "config.json")
+    config = {key: value for key, value in written.items() if key not in VOLATILE}
     tensors = (
         {}
         if found is None

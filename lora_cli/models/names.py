@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._validators import validate_repo_id
 
 from lora_cli.common import LoraError, UsageError, library_errors, quote
+from lora_cli.models import hub
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Endings of files that may run code when they are loaded."""
@@ -77,7 +78,8 @@ def find_adapter_commit(name: str) -> str:
     Raises RemoteEntryNotFoundError for a repository that does not hold an adapter, and the hub's
     other errors.
     """
-    return Path(hf_hub_download(name, "adapter_config.json")).parent.name
+    found = Path(hf_hub_download(name, "adapter_config.json")).parent.name
+    return hub.check_commit(name, found)
 
 
 def _is_adapter_on_hub(name: str) -> bool:

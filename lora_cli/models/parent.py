@@ -18,7 +18,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli.common import LoraError, files, join_errors, provenance, ui
+from lora_cli.common import LoraError, files, join_errors, provenance, show_as
 from lora_cli.models import adapter_config, adapter_contents, attach, peft_matching
 from lora_cli.models.adapter_folder import ADAPTER_FILES, TOKENIZER_FILES, Adapter, read_adapter
 from lora_cli.models.base import Base
@@ -71,22 +71,23 @@ class Parent:
     @property
     def run_id(self) -> str | None:
         """The run that made it, where it has a record of one."""
-        return self.adapter.record.get("id") if self.adapter.record else None
+        return self.adapter.record.id if self.adapter.record else None
 
     def to_record(self) -> dict[str, Any]:
         """Return what the record of a run keeps of it, with what it was itself trained on from."""
-        record = self.adapter.record or {}
+        record = self.adapter.record
         config = files.read_json(self.folder / "adapter_config.json")
-        recorded = record.get("base", {})
+        name = record.base.name if record else None
+        commit = record.base.commit if record else None
         return {
             "name": self.name,
             "sha256": self.sha256,
             "base": {
-                "name": recorded.get("name") or config.get("base_model_name_or_path"),
-                "commit": recorded.get("commit") or config.get("revision"),
+                "name": name or config.get("base_model_name_or_path"),
+                "commit": commit or config.get("revision"),
             },
             "id": self.run_id,
-            "parent": record.get("parent"),
+            "parent": record.parent.to_data() if record and record.parent else None,
         }
 
     def refuse_other_base(self, base: Base) -> None:
@@ -122,7 +123,8 @@ class Parent:
                 if path.is_file() and any(fnmatch(path.name, pattern) for pattern in wanted):
                     shutil.copyfile(path, staging / path.name)
             if self.adapter.record:  # of a checkpoint, it lies in another folder
-                files.write_json(staging / provenance.ARTEFACT_RECORD, self.adapter.record)
+                record = self.adapter.record.to_data()
+                files.write_json(staging / provenance.ARTEFACT_RECORD, record)
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def translate_hints(key: str) -> Iterator[None]:
         if error.message.startswith("model."):
             raise
         made = error.with_message(f"{key}: {error.message}")
-        hint = re.sub(r"--base (?=[A-Z/~.])", "--set model.name_or_path=", error.hint or "")
+        hint = re.sub(r"--base (?=[A-Z/~.'$])", "--set model.name_or_path=", error.hint or "")
         made.hint = hint.replace("--base", "model.name_or_path") or None
         raise made from error
 
@@ -172,7 +174,7 @@ def _choose_folder(name: str, run: Path | None, notes: list[str]) -> Path:
     kept = run / PARENT_COPY if run else None
     if kept is None or not kept.is_dir():
         return given
-    ui.show_as(kept, given)
+    show_as(kept, given)
     weights = given / ADAPTER_FILES[1]
     if not given.exists():
         notes.append(f"{name} is not here any more: the run's own copy is taken")

@@ -54,12 +54,20 @@ class Passage(NamedTuple):
 
 
 def make_passages(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Passage]:
-    """Render the passages by the tokenizer's template, or as plain text without one; `longest`:
-    tokens that the model can read."""
+    """Render the passages by the tokenizer's template, or as plain text without one, or where it
+    shows nothing of an answer; `longest`: tokens that the model can read."""
+    templated = chat_template.find_template(tokenizer) is not None
+    made = _render_passages(tokenizer, longest, plain=False) if templated else []
+    return made or _render_passages(tokenizer, longest, plain=True)
+
+
+def _render_passages(
+    tokenizer: PreTrainedTokenizerBase, longest: int, plain: bool
+) -> list[Passage]:
+    """Return the passages of which something is left to answer."""
     made = []
     for question, answer in PASSAGES:
         asked = [{"role": "user", "content": question}]
-        plain = chat_template.find_template(tokenizer) is None
         if plain:
             prompt, whole = f"{question}\n\n", f"{question}\n\n{answer}"
         else:

@@ -2,82 +2,74 @@
 
 from __future__ import annotations
 
-import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from peft import LoraConfig
 
-from lora_cli.common import UsageError
+from lora_cli.common import UsageError, confined
 from lora_cli.models import peft_matching
 
-SECONDS = 5.0
+SECONDS = 2.0
 """Processor time that all expressions may take on all of a model's names: a busy machine is no
 reason to refuse."""
-
-_MATCH_ALL = """
-import json, re, signal, sys
-patterns, names, seconds = json.load(sys.stdin)
-if hasattr(signal, "setitimer"):
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # ends the process, also amid a match
-for pattern in patterns:
-    for name in names:
-        re.match(pattern, name)
-    print(flush=True)
-"""
+MEMORY = 2**28
+"""Bytes that they may take."""
+LONGEST = 10_000
+"""Characters of an expression."""
+NAME = re.compile(r"[\w.-]+")
+"""What is matched in time that grows with its length only: nothing in it repeats."""
+_matcher = confined.Confined(Path(__file__).with_name("pattern_program.py"))
 
 
 def refuse_slow_patterns(
     config: LoraConfig, names: Sequence[str], where: Callable[[str], str]
 ) -> None:
     """Raise UsageError for a regular expression of `config` that does not compile, or takes longer
-    than SECONDS on these names.
+    than SECONDS on these names, and for lists of more names than there are here.
 
     `where` says in which place a field was written.
     """
-    asked = list(peft_matching.walk_patterns(config))
-    for field, written, pattern in asked:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
+    _refuse_long_lists(config, max(len(names), 1000), where)
+    asked = [each for each in peft_matching.walk_patterns(config) if not NAME.fullmatch(each[1])]
+    for field, written, _ in asked:
+        if len(written) > LONGEST:
             raise UsageError(
-                f"{where(field)}: {_shorten(written)} is not a regular expression: {error}",
-                "lists take names",
-            ) from None
-    repeating = [each for each in asked if re.search(r"[*+{(]", each[1])]
-    slow = _find_slow([pattern for _, _, pattern in repeating], names) if repeating else None
-    if slow is not None:
-        field, written, _ = repeating[slow]
-        raise UsageError(
-            f"{where(field)}: {_shorten(written)} takes over {SECONDS:g} s to match {len(names)} "
-            "names",
-            "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
-        )
-
-
-def _find_slow(patterns: list[str], names: Sequence[str]) -> int | None:
-    """Return the index of the expression still being matched when SECONDS are over; None if all
-    were done in time. `re` cannot be interrupted, so a process of its own tries them."""
-    given = json.dumps([patterns, list(names), SECONDS])
-    command = [sys.executable, "-I", "-c", _MATCH_ALL]
-    counted = hasattr(signal, "SIGVTALRM")
+                f"{where(field)}: {_shorten(written)} has {len(written):,} characters",
+                "give a list of names",
+            )
     try:
-        done = subprocess.run(
-            command,
-            input=given,
-            text=True,
-            capture_output=True,
-            timeout=None if counted else SECONDS,  # Windows counts no processor time: the clock
+        said = _matcher.run(
+            confined.Budget(SECONDS, MEMORY, each=False),
+            list(names),
+            [pattern for _, _, pattern in asked],
         )
-    except subprocess.TimeoutExpired as error:
-        return len((error.stdout or b"").splitlines())
-    if counted and done.returncode == -signal.SIGVTALRM:
-        return len(done.stdout.splitlines())
-    done.check_returncode()
-    return None
+    except confined.Stopped as stopped:
+        field, written, _ = asked[stopped.done]
+        takes = f"over {SECONDS:g} s" if stopped.why == "time" else "too much memory"
+        raise UsageError(
+            f"{where(field)}: {_shorten(written)} takes {takes} to match {len(names)} names",
+            "avoid a repeat within a repeat, such as (a+)+, or give a list of names",
+        ) from None
+    for (field, written, _), refused in zip(asked, said):
+        if refused is not None:
+            raise UsageError(
+                f"{where(field)}: {_shorten(written)} is not a regular expression: {refused}",
+                "lists take names",
+            )
+
+
+def _refuse_long_lists(config: LoraConfig, most: int, where: Callable[[str], str]) -> None:
+    """Raise UsageError for a field with more items than the model has names, for each of which PEFT
+    looks through the field."""
+    for field in peft_matching.NAMING:
+        given = getattr(config, field)
+        if isinstance(given, (list, set, tuple, dict)) and len(given) > most:
+            raise UsageError(
+                f"{where(field)} has {len(given):,} items, and the model {most:,} modules at most",
+                "leave out what names none of them",
+            )
 
 
 def _shorten(written: str) -> str:

@@ -20,6 +20,18 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 from transformers import PreTrainedModel
 
+NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_pattern",
+    "layers_to_transform",
+)
+"""The fields that say which modules, layers and parameters are meant."""
+
 
 def matches_ending(name: str, ending: str) -> bool:
     """Return whether an item of a list of targets means this module or parameter: its whole name,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, stored
 from lora_cli.models import chat_template
+from lora_cli.models.tensors import Tensors, is_finite
 
 TRAINED = "lora_probes.safetensors"
 # Mean KL by which arithmetic in a type (training's own, and other hardware) may differ from float32
@@ -84,9 +85,18 @@ def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, fol
 def measure_trained(folder: Path, given: Sequence[torch.Tensor]) -> Difference | None:
     """Return how far probe logits `given` lie from those that training left in the adapter's
     folder; None for an adapter that was saved without."""
-    if not (folder / TRAINED).is_file():
+    file = folder / TRAINED
+    if not file.is_file():
         return None
-    kept = load_file(folder / TRAINED)["logits"]
+    tensors = Tensors([file])
+    found = tensors.entries.get("logits")
+    if found is None or found.dtype != torch.float32 or len(found.shape) != 2:
+        raise stored.explain_damage(file, "it holds no logits in float32")
+    if found.shape[0] != len(given):
+        raise stored.explain_damage(file, f"logits of {found.shape[0]} probes, not {len(given)}")
+    kept = tensors.rows("logits")
+    if not is_finite(kept):
+        raise stored.explain_damage(file, "logits that are not finite")
     return compare_logits(list(kept[:, None]), [rows[-1:] for rows in given])
 
 

@@ -45,8 +45,8 @@ TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-LONGEST_HEADER = 100_000_000
-"""Bytes, the limit of safetensors itself."""
+LONGEST_HEADER = 2**23
+"""Bytes; one of 50,000 tensors has as many. As Python's objects they take ten times as much."""
 # Bits of the exponent, which are all set in a NaN or an infinity alone
 EXPONENT = {
     torch.float64: 0x7FF << 52,
@@ -195,10 +195,10 @@ def _list_shards(index: Path) -> list[str]:
         not isinstance(named, dict)
         or not named
         or not all(isinstance(file, str) for file in named.values())
+        or not isinstance(found.get("metadata"), dict)  # transformers asks for it
     ):
-        raise LoraError(
-            f"{index} is not an index of weights: it has no weight_map", "copy or download it again"
-        )
+        said = "it has no weight_map, or no metadata"
+        raise LoraError(f"{index} is not an index of weights: {said}", "copy or download it again")
     if outside := [file for file in named.values() if Path(file).name != file or "\\" in file]:
         raise LoraError(
             f"{index} names a file in another folder, {outside[0]}",
@@ -331,7 +331,7 @@ def find_changed(folder: Path, sums: Mapping[str, int]) -> str | None:
 
 
 def write_index(folder: Path, places: Mapping[str, Entry]) -> None:
-    """Write the index of several shards."""
+    """Write the index of files that are several, or one of another name."""
     size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in places.values())
     shard_of = {name: entry.file.name for name, entry in sorted(places.items())}
     files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})

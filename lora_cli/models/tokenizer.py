@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from lora_cli.common import (
     quote,
     remote_code,
 )
-from lora_cli.models import chat_template, names, tokenizer_faults
+from lora_cli.models import chat_template, names, settings, tokenizer_budget, tokenizer_faults
 from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -89,13 +90,14 @@ def load_tokenizer(
 
     LoraError if it is not a fast one (it must give offsets), or has no such token.
     """
-    with (
-        names.explain_hub_failure(name),
-        tokenizer_faults.explain_faults(name, revision),
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=remote_code.is_allowed()
-        )
+    with names.explain_hub_failure(name):
+        read = partial(settings.read_settings, name, revision)
+        tokenizer_budget.refuse_excess(name, revision, [*map(read, settings.TOKENIZER_SETTINGS)])
+        with tokenizer_faults.explain_faults(name, revision):
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=remote_code.is_allowed()
+            )
+            tokenizer.decode(tokenizer(tokenizer_faults.SAMPLE)["input_ids"])
     if not tokenizer.is_fast:
         raise LoraError(f"{name} has only a slow tokenizer", "convert it to tokenizer.json first")
     vocabulary = tokenizer.get_vocab()
@@ -123,13 +125,13 @@ def save_tokenizer(
     )
     if pieces is not None:
         shutil.copyfile(pieces, folder / "tokenizer.model")
-        settings = files.read_json(folder / "tokenizer_config.json")
+        written = files.read_json(folder / "tokenizer_config.json")
         added = {
             str(number): token.__getstate__()
             for number, token in tokenizer.added_tokens_decoder.items()
         }
         files.write_json(
-            folder / "tokenizer_config.json", settings | {"added_tokens_decoder": added}
+            folder / "tokenizer_config.json", written | {"added_tokens_decoder": added}
         )
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import LoraError, library_errors, missing_packages, quote
+from lora_cli.common import LoraError, files, library_errors, missing_packages, quote, ui
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
 READERS = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 """What transformers reads a tokenizer.model with, and what that is installed as."""
+SAMPLE = "a"
+"""The text that a tokenizer is tried with."""
 COPY = "its files are damaged: copy them again"
 
 
@@ -29,16 +31,17 @@ COPY = "its files are damaged: copy them again"
 def explain_faults(name: str, revision: str | None) -> Iterator[None]:
     """Raise LoraError for whatever reading the tokenizer of `name` raises, of the file, the field
     or the package that it is due to. Exceptions that are known by themselves pass through."""
-    try:
-        with library_errors.translate_file_errors(
-            f"the tokenizer of {name} cannot be read", COPY, but=(LoraError,)
-        ):
-            yield
-    except Exception as error:
-        explained = _explain(error, name, revision)
-        if explained is None:
-            raise
-        raise explained from error
+    with ui.silence_libraries():
+        try:
+            with library_errors.translate_file_errors(
+                f"the tokenizer of {name} cannot be read", COPY, but=(LoraError,)
+            ):
+                yield
+        except Exception as error:
+            explained = _explain(error, name, revision)
+            if explained is None:
+                raise
+            raise explained from error
 
 
 def _explain(error: Exception, name: str, revision: str | None) -> LoraError | None:
@@ -61,14 +64,15 @@ def _explain(error: Exception, name: str, revision: str | None) -> LoraError | N
         if path is None:
             continue
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:  # cut off, or no text: it is as damaged as it looks
+            data = files.parse_json(Path(path).read_bytes(), path)
+        except LoraError:  # cut off, or no text: it is as damaged as it looks
             return None
         if isinstance(data, dict) and (field := find(data, said)):
             shown = Path(name, file)
+            at = f".{field}" if field.isidentifier() else f".[{json.dumps(field)}]"
             return LoraError(
                 f"{shown}: {field} cannot be read: {said}",
-                f"jq .{field} {quote(shown)} shows it; pip install -U transformers, if a newer "
+                f"jq {quote(at)} {quote(shown)} shows it; pip install -U transformers, if a newer "
                 "version wrote it",
             )
     return None
@@ -96,8 +100,12 @@ def _find_part(data: dict[str, Any], said: str) -> str | None:
 def _is_readable(data: dict[str, Any]) -> bool:
     library = importlib.import_module("tokenizers")  # which transformers asks for
     try:
-        library.Tokenizer.from_str(json.dumps(data))
+        library.Tokenizer.from_str(json.dumps(data)).encode(SAMPLE)
     except Exception:  # the library raises Exception itself
+        return False
+    except BaseException as error:
+        if not library_errors.is_panic(error):
+            raise
         return False
     return True
 

@@ -6,10 +6,7 @@ rows) and refuses what training would refuse.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import files
+from lora_cli.common import files, ui
 from lora_cli.data import load, prepare, selection
 from lora_cli.models import IGNORED, load_recipe_tokenizer
 from lora_cli.plan import settled, sizes
@@ -26,7 +23,6 @@ from lora_cli.recipe import Recipe
 TRAINED = "\x1b[1;32m"
 NOT_TRAINED = "\x1b[2m"
 """Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""
-PLAIN = "\x1b[0m"
 BARS = 10
 """Of the histogram, up to the longest row that is within the limit."""
 
@@ -56,9 +52,8 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
             "plan": steps._asdict(),
             "samples": [_describe_sample(row, tokenizer) for row in train.first[:samples]],
         }
-        print(json.dumps(report))
+        ui.report_json(report)
         return
-    print(f"{recipe.method} on {base.describe()}")
     found_lines = [
         *found.list_lines(),
         f"chat template: {template}",
@@ -67,7 +62,9 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         f"evaluation: {evaluation.summarise()}" if evaluation else "",
         beyond or "",
     ]
-    print("\n".join(f"  {line}" for line in found_lines if line))
+    ui.report(
+        f"{recipe.method} on {base.describe()}", *(f"  {line}" for line in found_lines if line)
+    )
     _print_rows(recipe, train, steps, tokenizer, samples)
 
 
@@ -79,11 +76,11 @@ def _print_rows(
     samples: int,
 ) -> None:
     """Print the rows' lengths, the steps they make, and the first `samples` of them."""
-    print("\n" + _format_histogram(train.counts.lengths, recipe.training.max_length))
-    print("\n" + _format_quantiles(train.counts.lengths))
-    print("\n".join(_format_steps(steps, train)))
+    lengths = train.counts.lengths
+    ui.report("", *_format_histogram(lengths, recipe.training.max_length))
+    ui.report("", _format_quantiles(lengths), *_format_steps(steps, train))
     for row in train.first[:samples]:
-        print("\n" + _format_sample(row, tokenizer))
+        _print_sample(row, tokenizer)
 
 
 def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
@@ -93,7 +90,7 @@ def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
     yield f"{steps.fill:.0%} of the batches is text, the rest padding{packed}"
 
 
-def _format_histogram(lengths: Counter[int], limit: int) -> str:
+def _format_histogram(lengths: Counter[int], limit: int) -> list[str]:
     """Rows by length: ten bars up to the longest within the limit, and one for the others."""
     inside = max((length for length in lengths if length <= limit), default=1)
     width = max(1, math.ceil(inside / BARS))
@@ -110,7 +107,7 @@ def _format_histogram(lengths: Counter[int], limit: int) -> str:
                 name = f"over {limit}"
             drawn = "#" * math.ceil(40 * bars[bar] / most)
             lines.append(f"{name:>14}  {bars[bar]:>8,}  {drawn}".rstrip())
-    return "\n".join([f"{'tokens':>14}  {'rows':>8}", *lines])
+    return [f"{'tokens':>14}  {'rows':>8}", *lines]
 
 
 def _format_quantiles(lengths: Counter[int]) -> str:
@@ -153,17 +150,16 @@ def _describe_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) ->
     }
 
 
-def _format_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) -> str:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    parts = []
-    for learned, text in _split_by_loss(row, tokenizer):
-        shown = f"⟦{text}⟧" if learned else text
-        if colour:
-            shown = f"{TRAINED if learned else NOT_TRAINED}{shown}{PLAIN}"
-        parts.append(shown)
+def _print_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) -> None:
     trained = int((row.labels != IGNORED).sum())
-    header = f"{row.place}: {len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧"
-    return f"{header}\n{''.join(parts)}"
+    about = f"{len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧"
+    ui.report("", f"{row.place}: {about}")
+    ui.report_texts(
+        [
+            (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text)
+            for learned, text in _split_by_loss(row, tokenizer)
+        ]
+    )
 
 
 def _count_numbers(prepared: prepare.Prepared) -> dict[str, Any]:

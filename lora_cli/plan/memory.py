@@ -4,7 +4,7 @@
 The figures are those of a rehearsed step (`rehearsal.py`) and of what surrounds it on the device.
 On a CPU the C library's heap keeps more than is alive, and kernels take memory of their own: two
 constants, measured by `scripts/bench_memory.py` over methods, checkpointing, packing and lengths.
-On a GPU nothing was measured; a fixed part is reserved for the context and the allocator's slack.
+On a GPU a fixed part is reserved for the context and the allocator's slack.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.common import provenance
-from lora_cli.models import Base, Parent, take_over
+from lora_cli.models import Base, Parent, TrainingRecord, take_over
 from lora_cli.plan import auto, hardware
 from lora_cli.plan.hardware import Hardware
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Distributed, Recipe
 from lora_cli.speed import step_packing
 
 
@@ -28,34 +28,47 @@ class Settled(NamedTuple):
         found = []
         if self.parent is not None:
             found = [f"trains on: {self.parent.describe()}", *self.parent.notes]
+        if self.recipe.distributed.strategy == "deepspeed-zero2":
+            found.append(
+                "distributed.strategy: deepspeed-zero2 is ddp here: only an adapter has gradients "
+                "and optimiser state to divide"
+            )
         return [*found, *map(str, self.choices)]
 
 
 def read_recorded(run: Path) -> dict[str, Any]:
     """Return the resolved recipe of the run in a folder, with what a key meant that it was begun
     before."""
-    recorded: dict[str, Any] = provenance.read_record(run / provenance.RUN_RECORD)["recipe"]
+    recipe = TrainingRecord.read(run / provenance.RUN_RECORD).recipe
+    recorded = recipe.to_data()
+    recorded.setdefault("distributed", Distributed().collect_values())
     training = recorded.get("training", {})
     if training.get("packing") == "step" and "packed_length" not in training:
-        training["packed_length"] = min(training["max_length"], step_packing.SEQUENCE)
+        longest = recipe.training.max_length or step_packing.SEQUENCE
+        training["packed_length"] = min(longest, step_packing.SEQUENCE)
     return recorded
 
 
 def settle_recipe(
-    recipe: Recipe, device: Hardware | None = None, run: Path | None = None
+    recipe: Recipe,
+    device: Hardware | None = None,
+    run: Path | None = None,
+    processes: int = 1,
 ) -> Settled:
-    """Settle a recipe for a device, by default this machine's; LoraError for what no run could do.
+    """Settle a recipe for a device, by default this machine's, and for `processes` that train
+    together; LoraError for what no run could do.
 
     `run` is the folder of a run that is resumed.
     """
     asked_base = recipe.model.name_or_path
     recipe, parent = take_over(recipe, run)
     if run is not None and (run / provenance.RUN_RECORD).is_file():
-        recipe = auto.take_recorded(recipe, read_recorded(run))
+        file = run / provenance.RUN_RECORD
+        recipe = auto.take_recorded(recipe, read_recorded(run), file)
     auto.try_configurations(recipe, device)
     base = Base.of_recipe(recipe)
     device = device or hardware.detect_device(hardware.find_training_device(recipe))
-    recipe, choices = auto.settle(recipe, base.config, device)
+    recipe, choices = auto.settle(recipe, base.config, device, processes)
     if parent is not None:
         parent.refuse_other_base(base)
         if asked_base == "auto":

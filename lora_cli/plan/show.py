@@ -6,7 +6,6 @@ that do, steps, and hours at a speed.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date
@@ -16,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import threads, ui
 from lora_cli.data import cache, load, prepare, sources
 from lora_cli.models import Base, attach, load_recipe_tokenizer
-from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes
+from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes, spread
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe import Recipe
@@ -43,10 +43,16 @@ class Time(NamedTuple):
 
 
 def show_plan(
-    recipe: Recipe, gpu: str | None, tokens_per_second: float | None, read_data: bool, as_json: bool
+    recipe: Recipe,
+    gpu: str | None,
+    tokens_per_second: float | None,
+    read_data: bool,
+    as_json: bool,
+    processes: int = 1,
 ) -> None:
     """Print the plan of a recipe; LoraError for what training refuses before its first step."""
-    found = settled.settle_recipe(recipe, hardware.parse_gpu(gpu) if gpu else None)
+    card = hardware.parse_gpu(gpu) if gpu else None
+    found = settled.settle_recipe(recipe, card, processes=processes)
     recipe, base, parent, device = found.recipe, found.base, found.parent, found.device
     tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base, parent)
     rows = None
@@ -63,15 +69,16 @@ def show_plan(
         "choices": [choice._asdict() for choice in found.choices],
         "parent": parent.to_record() if parent else None,
         "parameters": {"total": total, "trained": trained, "trained_by_kind": kinds},
-        **_foresee(memory.Forecast(recipe, adapted, device), rows, base),
+        **(alone := _foresee(memory.Forecast(recipe, adapted, device), rows, base)),
         "beyond_positions": beyond,
         "steps": steps._asdict() if steps else None,
         "time": time._asdict() if time else None,
+        "spread": _foresee_spread(recipe, processes, adapted, alone, rows),
     }
     if as_json:
-        print(json.dumps(report))
+        ui.report_json(report)
     else:
-        print("\n".join(_format_lines(recipe, device, report, found.list_lines())))
+        ui.report(*_format_lines(recipe, device, report, found.list_lines()))
 
 
 def _foresee(
@@ -90,6 +97,26 @@ def _foresee(
         },
         "largest": _find_largest(forecast, batch, base.config),
     }
+
+
+def _foresee_spread(
+    recipe: Recipe,
+    processes: int,
+    adapted: PeftModel,
+    alone: dict[str, Any],
+    rows: prepare.Prepared | None,
+) -> list[dict[str, Any]] | None:
+    """Return what several processes need and lose, from what one needs `alone`; None where one is
+    asked for."""
+    if processes == 1:
+        return None
+    lengths = None
+    if rows is not None and len(rows.rows):
+        column = rows.rows.with_format("arrow")[:]["input_ids"]
+        lengths = compute.list_value_length(column).to_pylist()
+    trained, _ = adapted.get_nb_trainable_parameters()
+    parts = spread.take_apart(recipe, alone["memory"]["items"], adapted)
+    return spread.to_data(spread.foresee(recipe, processes, trained, parts, lengths))
 
 
 def _build_adapted(found: settled.Settled, vocabulary: int, new_ids: list[int]) -> PeftModel:
@@ -207,14 +234,16 @@ def _format_lines(
     yield f"{recipe.method} on {report['base']}"
     yield from (f"  {line}" for line in settled_lines)
     total, trained = parameters["total"], parameters["trained"]
-    yield f"\n{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
+    yield ""
+    yield f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%})"
     kinds = parameters["trained_by_kind"].items()
     lines = [[kind, str(modules), f"{number:,}"] for kind, (modules, number) in kinds]
-    yield ui.format_table(["kind of module", "modules", "trained"], lines)
+    yield from ui.format_table(["kind of module", "modules", "trained"], lines)
     shape = f"{batch.rows} x {batch.length} tokens"
-    yield f"\nmemory at the peak of a step: {shape} in one forward pass"
+    yield ""
+    yield f"memory at the peak of a step: {shape} in one forward pass"
     items = [*found["items"].items(), ("total", found["total"])]
-    yield ui.format_table(
+    yield from ui.format_table(
         ["", "GiB"], [[name, f"{size / hardware.GIB:.2f}"] for name, size in items]
     )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
@@ -225,6 +254,16 @@ def _format_lines(
         yield report["beyond_positions"]
     yield from _format_limits(recipe, report["largest"])
     yield from _format_duration(report)
+    if report["spread"]:
+        found = [spread.Spread(**each) for each in report["spread"]]
+        yield ""
+        yield (
+            "several processes, sharded: each has a part of the base, and at most what one has for "
+            "a step; on paper"
+            if recipe.distributed.shards
+            else "several processes (DDP): each has the base, and at most what one has for a step"
+        )
+        yield from ui.format_table(spread.HEADER, spread.format_lines(found))
 
 
 def _format_limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:

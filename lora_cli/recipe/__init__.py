@@ -5,8 +5,9 @@ Its doors, in the order a reader needs them:
 
     load_recipe                   a file with what it extends and overrides, checked, as a Recipe
     Recipe                        the whole recipe, frozen, knowing where each value was written
-    Data, Lora, Model, Training   its sections; Rows is one data set of data.mix, Column a name
-                                  of a column
+    Data, Distributed, Lora, Model, Quantization, Training
+                                  its sections; Rows is one data set of data.mix, Column a name
+                                  of a column, DType a type that models are computed in
     shipped_recipes               the recipes that come with lora
     TASKS, DEFAULT_TASK, Task     what a model does with its input
     find_task                     … found by PEFT's name of it
@@ -25,8 +26,11 @@ from lora_cli.recipe.keys import (
     NOT_IN_LORA,
     Column,
     Data,
+    Distributed,
+    DType,
     Lora,
     Model,
+    Quantization,
     Recipe,
     Rows,
     Training,
@@ -37,11 +41,14 @@ from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
 __all__ = [
     "DEFAULT_TASK",
     "Column",
+    "DType",
     "Data",
+    "Distributed",
     "INITIALISATION_SETTINGS",
     "Lora",
     "Model",
     "NOT_IN_LORA",
+    "Quantization",
     "Recipe",
     "Rows",
     "TASKS",

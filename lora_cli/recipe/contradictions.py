@@ -26,6 +26,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_evaluation(recipe)
     yield from _check_best_model(recipe)
     yield from _check_upload(recipe)
+    yield from _check_sharding(recipe)
 
 
 def _check_method(recipe: Recipe) -> Iterator[Problem]:
@@ -250,3 +251,16 @@ def _check_initialisation(recipe: Recipe) -> Iterator[Problem]:
     if training.loraplus_lr_embedding is not None and training.loraplus_lr_ratio is None:
         place = recipe.where("training", "loraplus_lr_embedding")
         yield f"{place} has no effect", "add training.loraplus_lr_ratio, or remove it"
+
+
+def _check_sharding(recipe: Recipe) -> Iterator[Problem]:
+    """What is not tried, or does not come out, with a sharded base."""
+    if recipe.distributed.shards:
+        for key, why in recipe.list_against_sharding():
+            whole = key == ("lora", "modules_to_save")
+            others = "deepspeed-zero3}, or ddp" if whole else "ddp}"
+            yield f"{recipe.where(*key)}: {why}", f"distributed: {{strategy: {others}"
+    strategy = recipe.distributed.strategy
+    if recipe.distributed.replicas > 1 and strategy not in ("auto", "fsdp"):
+        place = recipe.where("distributed", "replicas")
+        yield f"{place}: {strategy} has no copies to share", "distributed: {strategy: fsdp}"

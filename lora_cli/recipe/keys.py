@@ -162,6 +162,26 @@ class Quantization(Section):
     """Modules that stay unquantised; unset: the output head."""
 
 
+class Distributed(Section):
+    """How several processes that train together share the work: `lora train --nproc N`."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"] = "auto"
+    """ddp: each process holds the whole base, which is fastest where it fits; fsdp: each holds a
+    part of it (FSDP2), and decoder layers are gathered as they are computed. auto: fsdp on GPUs on
+    which `lora plan` says that a step does not fit, else ddp; deepspeed-zero3: as fsdp, by
+    DeepSpeed, for which pip install 'lora-cli[deepspeed]'; deepspeed-zero2: ddp, as only an adapter
+    has gradients and optimiser state."""
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Copies of the base where fsdp shards it (HSDP), each over neighbouring processes: as many as
+    there are machines, if one of them has room for a copy, lets weights travel inside of machines
+    alone. Has to divide the number of processes."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether several processes have a part of the base each; settled."""
+        return self.strategy in ("fsdp", "deepspeed-zero3")
+
+
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 Format = Literal["alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens"]
 Column = Literal[
@@ -197,7 +217,8 @@ class Data(Section):
 
     path: Paths | None = None
     """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv
-    .tsv .txt, also under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list."""
+    .tsv .txt, also under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list; or
+    such files by address (https://, s3://, gs://, az://, abfs://), fetched once per machine."""
     mix: Annotated[list[Rows], Field(min_length=1)] | None = None
     """Several data sets in place of path, each with a weight, and its own format and columns."""
     name: str | None = None
@@ -362,7 +383,9 @@ NOT_IN_TRAINING = {
     "do_predict": "use lora generate",
     "local_rank": "the launcher sets it",
     **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "training runs in one process"
+        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config"),
+        "several processes: lora train RECIPE --nproc N; distributed.strategy says how they share "
+        "the base",
     ),
 }
 # What people type from older versions or other tools, and what it is called here.
@@ -428,6 +451,7 @@ class Recipe(Section):
     quantization: Quantization = Field(default_factory=Quantization)
     data: Data
     training: Training = Field(default_factory=Training)
+    distributed: Distributed = Field(default_factory=Distributed)
     output_dir: str = Field(default="", min_length=1)
     """The run's folder; default `runs/NAME` for a recipe NAME.yaml."""
 
@@ -447,6 +471,16 @@ class Recipe(Section):
     def uses_trl(self) -> bool:
         """Whether TRL's trainer of the objective trains it, and not transformers' own; settled."""
         return self.trainer == self.objective.name
+
+    @property
+    def trains_on_cpu(self) -> bool:
+        """Whether the recipe says to leave GPUs alone."""
+        return bool(self.training.collect_values().get("use_cpu"))
+
+    def count_step_rows(self) -> int:
+        """Return how many rows a step has, of all processes that train together."""
+        training = self.training
+        return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
     @property
     def quantized(self) -> bool:
@@ -512,6 +546,18 @@ class Recipe(Section):
         names = ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing")
         return [name for name in names if given.get(name) not in (None, "auto", False)]
 
+    def list_against_sharding(self) -> list[tuple[tuple[str, str], str]]:
+        """Return the keys that are given and are not tried, or do not come out, with a sharded
+        base, each with what is the matter."""
+        against = []
+        if self.lora.modules_to_save and self.distributed.strategy != "deepspeed-zero3":
+            against.append((("lora", "modules_to_save"), "whole modules are not trained by FSDP"))
+        given = self.training.collect_values()
+        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+            if given.get(name) not in (None, False, "auto"):
+                against.append((("training", name), "layers are not compiled sharded"))
+        return against
+
     def replace(self, trainer: str, changes: dict[str, dict[str, Any]]) -> Recipe:
         """Return a copy with the trainer and values of sections replaced: what `auto` resolved
         to."""
@@ -523,7 +569,7 @@ class Recipe(Section):
     def to_data(self) -> dict[str, Any]:
         """Return the recipe as data that loads to the same recipe: everything declared here, and
         all that was set."""
-        sections = ("model", "lora", "quantization", "data", "training")
+        sections = ("model", "lora", "quantization", "data", "training", "distributed")
         result: dict[str, Any] = {"method": self.method, "trainer": self.trainer}
         for name in sections:
             if name != "quantization" or self.quantized:

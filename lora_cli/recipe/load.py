@@ -4,12 +4,13 @@ every problem."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lora_cli.common import UsageError, join_errors, privacy
+from lora_cli.common import UsageError, join_errors, privacy, quote
 from lora_cli.recipe import messages, shipped_recipes, strict_yaml
 from lora_cli.recipe.contradictions import list_contradictions
 from lora_cli.recipe.keys import Recipe
@@ -35,28 +36,26 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         document = _merge(document, override)
     if not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
-    if secret := privacy.find_held_secret(document.data):
-        raise UsageError(
-            f"{path}: the recipe holds the value of {secret}, "
-            "and would be copied into the run's folder",
-            "take it out: the libraries read it from the environment",
-        )
+    document.data.setdefault("output_dir", f"runs/{path.stem}")
+    _refuse_secret(document)
     document.data.pop("extends", None)
     _expand_home(document.data)
-    document.data.setdefault("output_dir", f"runs/{path.stem}")
     model = document.data.get("model")
     if isinstance(model, dict) and model.get("adapter") is not None:
         model.setdefault("name_or_path", "auto")
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        raise join_errors(f"in {path}", list(messages.list_problems(error, document))) from None
+        problems = list(islice(messages.list_problems(error, document), MOST_SAID))
+        raise join_errors(f"in {path}", problems) from None
     recipe._places = document.places
     if contradictions := list(list_contradictions(recipe)):
         raise join_errors(f"in {path}", contradictions)
     return recipe
 
 
+MOST_SAID = 1000
+"""Problems of a recipe that are looked for: finding what each key was meant to be takes time."""
 HOME_PATHS = {
     "model": ("name_or_path", "adapter", "chat_template"),
     "data": ("path", "eval_path"),
@@ -64,6 +63,19 @@ HOME_PATHS = {
 }
 """Keys whose value may be a path, by section. In them `~/` is the user's home folder, which
 otherwise only a shell expands."""
+
+
+def _refuse_secret(document: Document) -> None:
+    if held := privacy.find_held_secret(document.data):
+        keys, what = held
+        is_data = keys[0] == "data" and what.endswith("an address")
+        raise UsageError(
+            f"{messages.find_place(keys, document)}: {messages.spell_keys(keys)} holds {what}, and "
+            "would be copied into the run's folder",
+            "curl -fLo rows.jsonl 'ADDRESS', and name that file: such an address expires"
+            if is_data
+            else "take it out: the libraries read it from the environment",
+        )
 
 
 def _expand_home(data: dict[str, Any]) -> None:
@@ -139,7 +151,8 @@ def _parse_override(text: str) -> Document:
             f"--set {text}: expected section.key=value", "--set training.learning_rate=1e-4"
         )
     if not value.strip():
-        raise UsageError(f"--set {text}: the value is missing", f"{key}=null for none")
+        none = f"--set {quote(f'{key}=null')} for none"
+        raise UsageError(f"--set {text}: the value is missing", none)
     document = strict_yaml.parse(value, f"--set {text}", first_line=0)
     data, keys = document.data if document.places else value, tuple(key.split("."))
     places: dict[Keys, Place] = {(*keys, *inner): place for inner, place in document.places.items()}

@@ -28,12 +28,12 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
     by_key: dict[Keys, list[Any]] = {}
     for detail in error.errors():
         by_key.setdefault(_find_keys(detail, document), []).append(detail)
-    for keys in [outer for outer in by_key if any(outer in _parents(inner) for inner in by_key)]:
+    for keys in {outer for inner in by_key for outer in _parents(inner)} & by_key.keys():
         del by_key[keys]  # the alternative of the type that got further says what is wrong
     for keys, details in sorted(
-        by_key.items(), key=lambda item: _find_place(item[0], document).line
+        by_key.items(), key=lambda item: find_place(item[0], document).line
     ):
-        name, place = ".".join(map(_spell_key, keys)), _find_place(keys, document)
+        name, place = spell_keys(keys), find_place(keys, document)
         if details[0]["type"] == "extra_forbidden":
             message, hint = _explain_unknown_key(keys)
             yield f"{place}: {message}", hint
@@ -65,13 +65,18 @@ def _parents(keys: Keys) -> list[Keys]:
     return [keys[:depth] for depth in range(len(keys))]
 
 
+def spell_keys(keys: Keys) -> str:
+    """Return the path of keys as it is named in a message."""
+    return ".".join(map(_spell_key, keys))
+
+
 def _spell_key(key: str | int) -> str:
     """Return a key as it can stand in a line: long or unprintable ones are quoted and cut."""
     text = str(key)
     return text if text.isprintable() and 0 < len(text) <= 40 else _show(text)
 
 
-def _find_place(keys: Keys, document: Document) -> Place:
+def find_place(keys: Keys, document: Document) -> Place:
     """Return where a key, or else the nearest section around it, was written."""
     while keys not in document.places:
         keys = keys[:-1]

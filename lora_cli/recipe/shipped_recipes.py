@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common import LoraError, UsageError, files, find_nearest, ui
+from lora_cli.common import UsageError, files, find_nearest, quote, ui
 from lora_cli.recipe import schema
 
 FOLDER = Path(__file__).parent / "shipped"
@@ -88,17 +88,12 @@ def copy_recipe(name: str, target: Path | None = None) -> Path:
     """Copy a shipped recipe, byte for byte, to `target`, by default NAME.yaml; the copy's path.
 
     The schema that its first line names is written beside it, unless a file of that name is there.
-    UsageError for a name that is none; LoraError where the target exists or its folder does not.
+    UsageError for a name that is none, a target that exists, or a folder of it that does not.
     """
     source = get_file(name)
     target = target or Path(source.name)
-    if target.exists() or target.is_symlink():
-        raise LoraError(
-            f"{target} already exists", f"lora recipes copy {name} FILE takes another name"
-        )
-    if not target.parent.is_dir():
-        raise LoraError(f"{target.parent} is not a folder", f"mkdir -p {target.parent}")
-    files.write_text(target, source.read_text(encoding="utf-8"))
+    another = f"lora recipes copy {quote(name)} FILE takes another name"
+    files.write_new(target, source.read_text(encoding="utf-8"), another)
     _write_schema(target.with_name(SCHEMA))
     return target
 
@@ -114,4 +109,4 @@ def _write_schema(path: Path) -> None:
         ui.warn(
             f"{path} is not this version's schema; the recipe's first line points editors to it"
         )
-        ui.say(f"lora schema > {path}  replaces it")
+        ui.say(f"lora schema > {quote(path)}  replaces it")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lora_cli.common import LoraError, UsageError, files
+from lora_cli.common import LoraError, UsageError, plain_files
 
 LARGEST = 2**17
 """The most bytes of a recipe: a hundred times the longest one here, and still read in a second."""
@@ -77,7 +77,7 @@ for _tag, _pattern, _first in (
 def read(path: Path) -> Document:
     """Parse the file; raise UsageError with file and line for anything that is not strict YAML."""
     try:
-        return parse(files.read_small(path, LARGEST), str(path))
+        return parse(plain_files.read_small(path, LARGEST), str(path))
     except UsageError:
         raise
     except LoraError as error:

@@ -161,13 +161,10 @@ def attend_in_one_kernel(
     if given or kwargs.get("dropout") or kwargs.get("is_causal") is False:
         raise ValueError(f"attention with {', '.join(given) or 'dropout or without an order'}")
     options: dict[str, Any] = {"scale": kwargs.get("scaling")} | CAUSAL
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in TAKEN:
-            options["enable_gqa"] = True
-        else:
-            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if "enable_gqa" in TAKEN and query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True  # before it was asked for, the kernel did it unasked
     longest = kwargs["max_length_q"]
-    rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
+    rows = [tensor.squeeze(0).transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
     made = varlen_attn(*rows, bounds, bounds, longest, longest, **options)
     return made[None], None
 

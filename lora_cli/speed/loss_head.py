@@ -14,7 +14,6 @@ that its loss needs nothing else.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -168,7 +167,8 @@ def sum_loss(
     rows = count_rows(int(getattr(head, "out_features", 0) or head.weight.shape[0]), kind)
 
     def part(some: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(shape.make_logits(head(some)), wanted, reduction="sum")
+        logits = shape.make_logits(head(some))
+        return functional.cross_entropy(logits, wanted.long(), reduction="sum")
 
     pairs = zip(hidden.split(rows), targets.split(rows))
     parts = [checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pairs]
@@ -269,11 +269,8 @@ def try_stock(model: PreTrainedModel) -> Stock:
     with _evaluate(model):
         wanted, own = _find_wanted(model)
         found = _try(model.forward, _make_tokens(model), fused_lm_head=True)
-    takes_number = any(
-        parameter.kind is parameter.VAR_KEYWORD or parameter.name == "num_items_in_batch"
-        for parameter in inspect.signature(type(model).forward).parameters.values()
-    )
-    return Stock(own and takes_number, found is not None and _is_near(model, found, wanted))
+        own = own and _takes_number(model)
+    return Stock(own, found is not None and _is_near(model, found, wanted))
 
 
 def compute_from_logits(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -293,6 +290,15 @@ def _find_wanted(model: PreTrainedModel) -> tuple[float, bool]:
     if own is None or _is_near(model, own, same_tokens):
         return next_tokens, False
     return own, True
+
+
+def _takes_number(model: PreTrainedModel) -> bool:
+    """Return whether its own loss is over as many labels as it is told: of twice as many it is
+    half, but for what balances experts. Some models take the number, and ignore it."""
+    ids = _make_tokens(model)
+    alone = _try(model.forward, ids)
+    told = _try(model.forward, ids, num_items_in_batch=2 * (ids.shape[1] - 1))
+    return alone is not None and told is not None and told < 0.75 * alone
 
 
 def _try(forward: Any, ids: Tensor, **options: Any) -> float | None:

@@ -5,11 +5,9 @@ Its doors, in the order a reader needs them:
 
     run      `lora train`: a recipe becomes an adapter
     trial    a miniature trained for a step, for what the libraries refuse
-    launch   what a launcher of several processes put into the environment
 """
 
 __all__ = [
-    "launch",
     "run",
     "trial",
 ]

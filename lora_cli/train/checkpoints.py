@@ -13,20 +13,27 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-from lora_cli.common import files, ui
+from pydantic import ConfigDict
+
+from lora_cli.common import LoraError, files, plain_files, stored, ui
+from lora_cli.distributed import ranks
+from lora_cli.train import saved_state
 
 MANIFEST = "manifest.json"
-STAGING = ".saving.tmp"
-FORMAT = 1
+FORMAT: Final = 1
 NAME = re.compile(r"checkpoint-(\d+)")
-STATE = "trainer_state.json"
-NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE, "run_state.json")
+NEEDED = (
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    saved_state.TRAINER_STATE,
+    saved_state.RUN_STATE,
+)
 """A run that goes on without one of these is another run."""
 BLOCK = 1 << 20
 """Bytes read at a time to hash a file."""
@@ -58,11 +65,9 @@ def stage_checkpoint(folder: Path, run_id: str, step: int) -> Iterator[Path]:
     Whatever else has that name already is moved aside. After a failure nothing is left.
     """
     final = folder / f"checkpoint-{step}"
-    parent = folder / STAGING
-    _remove(parent)
-    staging = parent / final.name
-    with files.passing(parent):
-        staging.mkdir(parents=True)
+    with files.scratch_folder(folder) as scratch:
+        staging = scratch / final.name
+        staging.mkdir()
         yield staging
         _seal_folder(staging, run_id, step)
         if final.exists() or final.is_symlink():
@@ -73,27 +78,41 @@ def stage_checkpoint(folder: Path, run_id: str, step: int) -> Iterator[Path]:
 
 def _seal_folder(folder: Path, run_id: str, step: int) -> None:
     """Flush every file, then write the manifest."""
-    described = {}
+    described = dict[str, Described]()
     for name in _list_names(folder):
         path = folder / name
         size, digest = _hash_file(path)
-        described[name] = {"size": size, "sha256": digest}
+        described[name] = Described(size=size, sha256=digest)
         _flush(path)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _flush(path)
-    files.write_text(folder / MANIFEST, _make_manifest(run_id, step, described))
+    manifest = Manifest(run=run_id, step=step, files=described)
+    files.write_text(folder / MANIFEST, manifest.to_text())
     _flush(folder)
 
 
-def _make_manifest(run_id: str, step: int, described: dict[str, Any]) -> str:
-    return (
-        json.dumps(
-            {"format": FORMAT, "run": run_id, "step": step, "files": described},
-            indent=1,
-            sort_keys=True,
-        )
-        + "\n"
-    )
+class Described(stored.Stored):
+    """A file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: stored.Count
+    sha256: stored.Sha256
+
+
+class Manifest(stored.Stored):
+    """What a checkpoint holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT
+    run: str
+    step: stored.Count
+    files: dict[str, Described]
+
+    def to_text(self) -> str:
+        """Return what the file holds, to the byte."""
+        return json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n"
 
 
 def read_checkpoint(folder: Path, run_id: str) -> Checkpoint | Unusable:
@@ -102,31 +121,41 @@ def read_checkpoint(folder: Path, run_id: str) -> Checkpoint | Unusable:
     assert step is not None, folder
     if folder.is_symlink():
         return Unusable(folder, step, "it is a link, which is not followed")
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        owner = manifest["run"]
-        claimed = manifest["step"]
-        described = manifest["files"]
-        size = sum(each["size"] for each in described.values() if len(each) == 2 and each["sha256"])
-        if _make_manifest(owner, claimed, described) != text:  # as we write it, to the byte
-            raise ValueError
-    except FileNotFoundError:
+    if not os.path.lexists(folder / MANIFEST):
         reason = "it has no manifest: saving it was interrupted, or it is not ours"
         return Unusable(folder, step, reason)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Unusable(folder, step, f"its {MANIFEST} is damaged")
-    if owner != run_id:
+    try:
+        manifest = Manifest.read(folder / MANIFEST)
+        if plain_files.read_small(folder / MANIFEST) != manifest.to_text():
+            raise stored.explain_damage(folder / MANIFEST, "it is not as it was written")
+    except LoraError as error:
+        return Unusable(folder, step, error.message)
+    if manifest.run != run_id:
         return Unusable(folder, step, "it belongs to another run")
-    if claimed != step:
-        reason = f"it is the checkpoint of step {claimed} under another name"
+    if manifest.step != step:
+        reason = f"it is the checkpoint of step {manifest.step} under another name"
         return Unusable(folder, step, reason)
-    if difference := _find_difference(folder, described):
+    if difference := _find_difference(folder, manifest.files):
         return Unusable(folder, step, difference)
-    return Checkpoint(folder, step, _is_resumable(described), size)
+    size = sum(each.size for each in manifest.files.values())
+    return Checkpoint(folder, step, _is_resumable(manifest.files), size)
 
 
-def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
+@contextmanager
+def fetched(folder: Path | None, run_id: str) -> Iterator[Path | None]:
+    """Give the first rank's checkpoint on all ranks, also those whose machine does not share its
+    disk; None where it has none."""
+    if ranks.count() == 1:
+        yield folder
+        return
+    mark = None
+    if folder and folder.is_dir() and isinstance(read_checkpoint(folder, run_id), Checkpoint):
+        mark = (folder / MANIFEST).read_bytes()
+    with ranks.fetched(folder, mark) as here:
+        yield here
+
+
+def _find_difference(folder: Path, described: dict[str, Described]) -> str | None:
     """Return how the folder's files differ from those described; None if they are the same."""
     present = {name for name in _list_names(folder) if not Path(name).name.startswith(".")} - {
         MANIFEST
@@ -139,9 +168,9 @@ def _find_difference(folder: Path, described: dict[str, Any]) -> str | None:
         path = folder / name
         if path.is_symlink():
             return f"{name} is a link"
-        if (size := path.stat().st_size) != expected["size"]:
-            return f"{name} has {size} of {expected['size']} bytes"
-        if _hash_file(path)[1] != expected["sha256"]:
+        if (size := path.stat().st_size) != expected.size:
+            return f"{name} has {size} of {expected.size} bytes"
+        if _hash_file(path)[1] != expected.sha256:
             return f"{name} is damaged"
     return None
 
@@ -168,7 +197,10 @@ def _explain_incomplete(checkpoint: Checkpoint, run_id: str) -> str | None:
     """Why a run cannot resume from a checkpoint that is whole; None if it can."""
     if not checkpoint.resumable:
         return "it was saved without the optimiser's state"
-    best = files.read_json(checkpoint.folder / STATE).get("best_global_step")
+    try:
+        best = saved_state.read_states(checkpoint.folder, checkpoint.step).best_global_step
+    except LoraError as error:
+        return error.message
     if best and best != checkpoint.step:
         kept = checkpoint.folder.with_name(f"checkpoint-{best}")
         if not kept.is_dir():
@@ -186,9 +218,7 @@ def find_last_step(folder: Path, run_id: str) -> int:
     Resuming reads and compares every file; a message after Ctrl-C does not have to wait for that.
     """
     manifests = [_read_own_manifest(path, run_id) for path in folder.iterdir()]
-    return max(
-        (each["step"] for each in manifests if each and _is_resumable(each["files"])), default=0
-    )
+    return max((each.step for each in manifests if each and _is_resumable(each.files)), default=0)
 
 
 def delete_old(folder: Path, run_id: str, keep: int | None, last: int, best: int | None) -> None:
@@ -200,34 +230,27 @@ def delete_old(folder: Path, run_id: str, keep: int | None, last: int, best: int
     if keep is None:
         return
     manifests = [_read_own_manifest(path, run_id) for path in folder.iterdir()]
-    steps = [manifest["step"] for manifest in manifests if manifest]
+    steps = [manifest.step for manifest in manifests if manifest]
     removable = sorted(
         (step for step in steps if step not in (last, best)), key=lambda step: (step <= last, step)
     )
     for step in removable[: max(0, len(steps) - keep)]:
         # moved first, so that a kill never leaves half a checkpoint under its name
-        doomed = folder / STAGING / f"checkpoint-{step}"
-        with files.passing(doomed.parent):
-            doomed.parent.mkdir()
-            (folder / doomed.name).rename(doomed)
+        with files.scratch_folder(folder) as scratch:
+            (folder / f"checkpoint-{step}").rename(scratch / "doomed")
 
 
-def _read_own_manifest(folder: Path, run_id: str) -> dict[str, Any] | None:
+def _read_own_manifest(folder: Path, run_id: str) -> Manifest | None:
     """Return the manifest in `folder`, if it is one of this run for the step in the folder's
     name."""
     step = _parse_step(folder)
     if step is None or folder.is_symlink():
         return None
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        ours = (
-            manifest["run"] == run_id
-            and manifest["step"] == step
-            and isinstance(manifest["files"], dict)
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = Manifest.read(folder / MANIFEST)
+    except LoraError:
         return None
-    return manifest if ours else None
+    return manifest if (manifest.run, manifest.step) == (run_id, step) else None
 
 
 def _is_resumable(described: Collection[str]) -> bool:
@@ -239,7 +262,7 @@ def _is_resumable(described: Collection[str]) -> bool:
 def _set_aside(final: Path, run_id: str) -> None:
     """Make room for a checkpoint: remove a damaged one of this run, and rename anything else."""
     if _read_own_manifest(final, run_id):
-        _remove(final)
+        files.remove(final)
         return
     aside = next(
         path
@@ -248,13 +271,6 @@ def _set_aside(final: Path, run_id: str) -> None:
     )
     final.rename(aside)
     ui.warn(f"{final} was not a checkpoint of this run, and is now {aside.name}")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-made in a run's folder, which must be locked."""
-    for path in folder.iterdir():
-        if path.name == STAGING or re.fullmatch(r"\.[\w.-]+\.\d+\.tmp", path.name):
-            _remove(path)
 
 
 def _parse_step(path: Path) -> int | None:
@@ -293,11 +309,3 @@ def _flush(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a folder, if it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, quote
 from lora_cli.recipe import Recipe
 from lora_cli.train import checkpoints
 
@@ -64,13 +63,15 @@ def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need
 
 
 def refuse_too_little(folder: Path, needed: Need) -> None:
-    """Raise LoraError where the disk of the run's folder lacks room for what is not written yet."""
+    """Raise LoraError where the disk of the run's folder, which need not be there, lacks room for
+    what is not written yet."""
     written = sum(
         path.stat().st_size
         for path in folder.rglob("*")
         if path.is_file() and not path.is_symlink()
     )
-    free = shutil.disk_usage(folder).free
+    there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    free = shutil.disk_usage(there).free
     missing = needed.total - written - free
     if missing > 0:
         raise LoraError(
@@ -93,12 +94,11 @@ def translate_full_disk(folder: Path, needed: Need) -> Iterator[None]:
         sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in saved]
         size = max([needed.checkpoint, *sizes])
         free = shutil.disk_usage(folder).free
-        again = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
         raise LoraError(
             f"the disk is full: the next {_format_mb(size)} MB do not fit in {folder}, "
             f"{_format_mb(free)} MB are free, {_format_mb(max(1, size - free))} MB are missing; "
             "what was saved before is whole",
-            f"make room, then: {again}",
+            f"make room, then: lora train {quote(folder / 'recipe.yaml')} --resume",
         ) from error
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lora_cli.plan import flops
 from lora_cli.speed import FactoredDora
+from lora_cli.train.dealing import Batches
 
 
 @dataclass(frozen=True)
@@ -29,3 +31,9 @@ class RunOptions:
     """LoRA+'s arguments of PEFT's optimiser helper; empty for one learning rate."""
     dora_layers: Sequence[FactoredDora]
     """Layers whose norms are the same in all sequences of a step."""
+    batches: Batches | None = None
+    """How a step's rows come, where they are dealt over several processes."""
+    sharded: Literal["fsdp", "deepspeed-zero3"] | None = None
+    """By what each of several processes holds a part of the base."""
+    replicas: int = 1
+    """Copies of it that are sharded so, among all processes."""

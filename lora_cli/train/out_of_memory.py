@@ -15,6 +15,7 @@ from pyarrow import compute
 
 from lora_cli.common import LoraError, ui
 from lora_cli.data import prepare
+from lora_cli.distributed import ranks
 from lora_cli.plan import memory
 from lora_cli.recipe import Recipe
 from lora_cli.train.run_folder import Run
@@ -70,8 +71,8 @@ class Pieces(NamedTuple):
 def read_pieces(recipe: Recipe, run: Run) -> Pieces:
     """Return the pieces of the recipe, or the smaller ones that the run's record says they
     became."""
-    if run.reductions:
-        return Pieces(**run.reductions[-1]["pieces"])
+    if run.record.reduced:
+        return Pieces(**run.record.reduced[-1].pieces.to_data())
     training = recipe.training
     return Pieces(
         training.per_device_train_batch_size,
@@ -108,18 +109,62 @@ def explain_out_of_memory(
     if not training:
         size = getattr(recipe.training, "per_device_eval_batch_size", None) or 8
         ways.append(f"--set training.per_device_eval_batch_size={max(1, int(size) // 2)}")
-    elif smaller is not None and recipe.training.packing == "step":
-        described = smaller.describe(recipe)
-        ways.append(f"--set training.on_oom=reduce goes on with {described}, the same steps")
     elif smaller is not None:
-        ways.append(
-            f"--set training.per_device_train_batch_size={smaller.per_device_train_batch_size} "
-            f"--set training.gradient_accumulation_steps={smaller.gradient_accumulation_steps} "
-            "makes the same steps (training.on_oom=reduce does so by itself)"
-        )
+        ways.append(_suggest_smaller(recipe, smaller))
     ways.append(memory.suggest_what_fits(recipe))
     message = f"out of memory with {now.describe(recipe)}: {first_line}"
     return LoraError(message, "; or ".join(ways))
+
+
+def _suggest_smaller(recipe: Recipe, smaller: Pieces) -> str:
+    """Return what to type for the same steps in smaller pieces, which `reduce` is for where one
+    process trains, or several that can be started again."""
+    alone = ranks.count() == 1 or ranks.may_start_again()
+    packed = recipe.training.packing == "step"
+    if packed and alone:
+        described = smaller.describe(recipe)
+        return f"--set training.on_oom=reduce goes on with {described}, the same steps"
+    if packed:
+        return f"--set training.packed_length={smaller.sequence} makes the same steps"
+    by_itself = " (training.on_oom=reduce does so by itself)" if alone else ""
+    return (
+        f"--set training.per_device_train_batch_size={smaller.per_device_train_batch_size} "
+        f"--set training.gradient_accumulation_steps={smaller.gradient_accumulation_steps} "
+        f"makes the same steps{by_itself}"
+    )
+
+
+def _choose_smaller(
+    error: Exception, recipe: Recipe, now: Pieces, rows: prepare.Prepared, training: bool
+) -> Pieces:
+    """Return the pieces that this process goes on with after memory ran out. LoraError where it
+    does not: several processes end, to be started again with them."""
+    smaller = now.halve(recipe, rows)
+    goes_on = recipe.training.on_oom == "reduce" and training
+    if goes_on and smaller is not None and ranks.count() == 1:
+        return smaller
+    if goes_on and smaller is not None:
+        _ask_for_smaller(recipe, now, smaller)
+    raise explain_out_of_memory(error, recipe, now, smaller, training) from error
+
+
+def _ask_for_smaller(recipe: Recipe, now: Pieces, smaller: Pieces) -> None:
+    """Ask the launcher to start all of several processes again with smaller pieces: the others are
+    amid the step, and wait for this one."""
+    if ranks.may_start_again():
+        ranks.ask_to_start_again(
+            {
+                "pieces": smaller._asdict(),
+                "words": f"{now.describe(recipe)} become {smaller.describe(recipe)}",
+            }
+        )
+
+
+def make_smaller(run: Run, step: int, asked: dict[str, Any]) -> None:
+    """Note what a process has asked for before all are started again from the checkpoint of a
+    step."""
+    run.add_reduction(step, asked["pieces"])
+    ui.warn(f"out of memory: {asked['words']}; all processes go on from step {step}")
 
 
 def train_through(
@@ -133,7 +178,8 @@ def train_through(
     """Train from `checkpoint` to the end; returns the steps, their mean loss, and speed and memory.
 
     Where memory runs out amid a step and `training.on_oom` is reduce, the last step is saved, and a
-    trainer that `make()` gives goes on from it; otherwise that is a LoraError.
+    trainer that `make()` gives goes on from it; otherwise that is a LoraError, by which several
+    processes end to be started again.
     """
     while True:
         try:
@@ -148,9 +194,7 @@ def train_through(
             if not is_out_of_memory(error):
                 raise
             now = read_pieces(recipe, run)
-            smaller = now.halve(recipe, rows)
-            if recipe.training.on_oom == "stop" or not trainer.in_step or smaller is None:
-                raise explain_out_of_memory(error, recipe, now, smaller, trainer.in_step) from error
+            smaller = _choose_smaller(error, recipe, now, rows, trainer.in_step)
         finally:
             trainer.watch.progress.clear()
         gc.collect()  # the failed step's tensors, as its error no longer refers to them
@@ -158,7 +202,7 @@ def train_through(
             torch.accelerator.empty_cache()
         checkpoint = trainer.save_last_step()
         step = trainer.state.global_step
-        run.update(reduced=[*run.reductions, {"step": step, "pieces": smaller._asdict()}])
+        run.add_reduction(step, smaller._asdict())
         before, after = now.describe(recipe), smaller.describe(recipe)
         ui.warn(f"out of memory after step {step}: {before} become {after}")
         trainer = make()

@@ -14,8 +14,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_cli.common import LoraError, files, ui
+from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
+from lora_cli.train.saved_state import WatchState
 
 SKIPPED = 20
 """Steps in a row that a loss scaler may skip: it starts at 2^16 and halves, so that from 2^-4 on it
@@ -33,10 +35,21 @@ class StepNumbers(NamedTuple):
     """The step's, counted from 1."""
     loss: torch.Tensor | float
     gradient_norm: torch.Tensor | float
+    tokens: torch.Tensor | int
+    """Trained on, by those that train together; 0 where Trainer counts them."""
     lower: str
     """The hint to a lower learning rate."""
     copied: torch.Event | None = None
     """When both are on the host."""
+
+    def sum_up(self) -> StepNumbers:
+        """Return the numbers of the step whose rows are dealt over several processes: each has its
+        share's loss times their number."""
+        if ranks.count() == 1:
+            return self
+        loss = torch.as_tensor(self.loss).double() / ranks.count()
+        loss, tokens = ranks.add_up(torch.stack([loss, torch.as_tensor(self.tokens).to(loss)]))
+        return self._replace(loss=loss, tokens=tokens)
 
     def judge(self, limit: float | None) -> torch.Tensor:
         """Return 1 on the device for a step that is to be left out, else 0."""
@@ -48,19 +61,21 @@ class StepNumbers(NamedTuple):
 
     def copy_to_host(self) -> StepNumbers:
         """Begin to copy the numbers to the host, behind what the device has to do before."""
-        loss, norm = torch.as_tensor(self.loss), torch.as_tensor(self.gradient_norm)
-        both = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
+        numbers = (self.loss, self.gradient_norm, self.tokens)
+        there = torch.stack([torch.as_tensor(each).float() for each in numbers])
+        loss, norm, tokens = there.to("cpu", non_blocking=True)
         event = None
-        if loss.device.type != "cpu":
-            event = torch.Event(loss.device)
+        if there.device.type != "cpu":
+            event = torch.Event(there.device)
             event.record()
-        return self._replace(loss=both[0], gradient_norm=both[1], copied=event)
+        return self._replace(loss=loss, gradient_norm=norm, tokens=tokens, copied=event)
 
-    def read(self) -> tuple[int, float, float, str]:
-        """Return the step's number, loss, gradient norm and hint, once they are there."""
+    def read(self) -> tuple[int, float, float, int, str]:
+        """Return the step's number, loss, gradient norm, tokens and hint, once they are there."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.number, float(self.loss), float(self.gradient_norm), self.lower
+        numbers = float(self.loss), float(self.gradient_norm), int(self.tokens)
+        return self.number, *numbers, self.lower
 
 
 def find_leaving_out(optimizer: Any) -> Any:
@@ -90,6 +105,8 @@ class Watch(TrainerCallback):
         self.metrics = folder / "metrics.jsonl"
         self.progress = ui.Progress()
         self.step_loss: torch.Tensor | float = 0.0
+        self.step_tokens: torch.Tensor | int = 0
+        self.state: TrainerState | None = None
         self.loss = float("nan")
         self.gradient_norm: torch.Tensor | float = 0.0
         """Of the step's gradients before they are clipped."""
@@ -105,6 +122,8 @@ class Watch(TrainerCallback):
         self.began_tokens = 0
         self.stepped = False
         """Whether this process has completed a step."""
+        self.had_rate = False
+        """Whether one of them had a learning rate above 0."""
         self.work = work
         self.untouched: set[str] | None = None
         """Trained tensors that have never had a gradient; None before the first step."""
@@ -119,23 +138,26 @@ class Watch(TrainerCallback):
         self.lines = 0
         """Of metrics.jsonl."""
 
-    def capture_state(self) -> dict[str, Any]:
+    def capture_state(self) -> WatchState:
         """Return what a checkpoint keeps; flushes metrics.jsonl to the disk first."""
         self.read_step()
         if self.lines:
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
         untouched = None if self.untouched is None else sorted(self.untouched)
-        return {"untouched": untouched, "loss_sum": self.loss_sum, "lines": self.lines}
+        return WatchState(untouched=untouched, loss_sum=self.loss_sum, lines=self.lines)
 
-    def restore_state(self, state: dict[str, Any]) -> None:
+    def restore_state(self, state: WatchState) -> None:
         """Go on from `state`, and drop the lines that were logged after it."""
-        self.untouched = None if state["untouched"] is None else set(state["untouched"])
-        self.loss_sum = state["loss_sum"]
-        self.lines = state["lines"]
+        self.untouched = None if state.untouched is None else set(state.untouched)
+        self.loss_sum = state.loss_sum
+        self.lines = state.lines
+        if not ranks.is_first():
+            return
         lines = []
         if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            lines = text.splitlines(keepends=True)
         files.write_text(self.metrics, "".join(lines[: self.lines]))
 
     def on_train_begin(
@@ -145,7 +167,8 @@ class Watch(TrainerCallback):
         self.began = time.monotonic()
         self.began_step = state.global_step
         self.began_tokens = int(state.num_input_tokens_seen)
-        if not state.global_step:
+        self.state = state
+        if not state.global_step and ranks.is_first():
             files.write_text(self.metrics, "")
 
     def on_pre_optimizer_step(
@@ -153,6 +176,8 @@ class Watch(TrainerCallback):
     ) -> None:
         """Stop if the step's loss or a gradient is not finite, or the loss above its limit."""
         self.read_step()
+        if not self.had_rate:
+            self.had_rate = any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
         if self.untouched is None or self.untouched:
             parameters = attach.walk_trainable(kwargs["model"])
             without = {name for name, parameter in parameters if parameter.grad is None}
@@ -160,8 +185,9 @@ class Watch(TrainerCallback):
         lower = f"--set training.learning_rate={args.learning_rate / 10:g}"
         if args.fp16:
             lower = f"--set model.dtype=float32, since some models overflow float16; {lower}"
-        step = StepNumbers(state.global_step + 1, self.step_loss, self.gradient_norm, lower)
-        self.step_loss = 0.0
+        numbers = self.step_loss, self.gradient_norm, self.step_tokens
+        step = StepNumbers(state.global_step + 1, *numbers, lower).sum_up()
+        self.step_loss, self.step_tokens = 0.0, 0
         optimizer = None if self.has_scaler else find_leaving_out(kwargs.get("optimizer"))
         if optimizer is None:
             self.unread = step
@@ -174,8 +200,10 @@ class Watch(TrainerCallback):
         a run."""
         if self.unread is None:
             return
-        number, loss, norm, lower = self.unread.read()
+        number, loss, norm, tokens, lower = self.unread.read()
         self.unread = None
+        if tokens and self.state:
+            self.state.num_input_tokens_seen += tokens
         self.loss = loss
         self.loss_sum += loss
         reason = None
@@ -281,6 +309,8 @@ class Watch(TrainerCallback):
         if "train_loss" in logs:  # Trainer's counts the steps since it was resumed only
             logs["train_loss"] = self.loss_sum / max(1, state.global_step)
         del state.log_history[:-1]  # it grows with the run, in memory and in every checkpoint
+        if not ranks.is_first():
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             # JSON knows no infinity
             plain = {

@@ -9,8 +9,9 @@ only pickles written or read are those of plain tensors.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,13 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_cli.common import LoraError, files, ui
+from lora_cli.distributed import ranks
 from lora_cli.models import attach
-from lora_cli.train import checkpoints, random_state
+from lora_cli.train import checkpoints, random_state, saved_state, sharding, zero3
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import Watch
 from lora_cli.train.signals import Signals
 from lora_cli.train.typed_trainer import TypedTrainer
-
-RUN_STATE = "run_state.json"
 
 
 @contextmanager
@@ -51,7 +51,7 @@ class Resumable(TypedTrainer):
     watch: Watch
     """Created by the class that inherits, which adds it and `Boundaries` as callbacks."""
     epoch_rng: random_state.State
-    resumed: dict[str, Any] | None = None
+    resumed: saved_state.RunState | None = None
     """What was read from the checkpoint's run_state.json, until the first epoch has begun."""
     evaluation_due = False
     """Whether the evaluation at the end of this step or epoch is still to be made."""
@@ -60,6 +60,8 @@ class Resumable(TypedTrainer):
     in_step = False
     """Between a step's beginning and its optimiser's: the weights are those of the step before."""
     _between_steps = False
+    _gathered: Sequence[tuple[dict[str, Any], float]] = ()
+    """The generators' states and the loss since the last log of each process, to be saved."""
     _saving: str | None = None
     """The folder that Trainer writes `checkpoint-N` into, while it does."""
 
@@ -68,10 +70,38 @@ class Resumable(TypedTrainer):
         self.signals = Signals()
         self.boundary: dict[str, Any] | None = {} if options.reduce_on_oom else None
         """What `save_last_step` puts back; None where it is never called."""
+        self._network = given["model"]
         with keep_types(given["model"]):  # SFTTrainer casts adapters of a 4-bit base to bfloat16
             super().__init__(**given)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.options.sharded == "fsdp":
+            sharding.turn_on(self, self._network, self.options.replicas)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.options.sharded == "deepspeed-zero3" and not sharding.is_on(model):
+            zero3.turn_on(model)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; Trainer would gather the whole of a sharded model."""
+        if self.options.sharded:
+            self._save(str(output_dir), sharding.gather_trained(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with sharding.whole_optimizer(self):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with sharding.whole_optimizer(self):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save(self, output_dir: str, state_dict: Any = None) -> None:
+        if not ranks.is_first():
+            return
         # Trainer adds training_args.bin, a pickle with the hub's token in clear
         with attach.quiet_peft():
             self.model.save_pretrained(
@@ -80,32 +110,62 @@ class Resumable(TypedTrainer):
         self.processing_class.save_pretrained(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        files.write_json(self._rng_file(output_dir), random_state.capture_state())
+        for rank, (state, _) in enumerate(self._gathered):
+            files.write_json(Path(output_dir) / f"rng_state_{rank}.json", state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         assert checkpoint is not None
-        state = files.read_json(self._rng_file(checkpoint))
+        path = Path(checkpoint) / f"rng_state_{ranks.number()}.json"
+        if not path.is_file():  # of more processes than the run was saved by
+            random_state.seed_apart(self.args.seed + self.state.global_step)
+            return
+        state = random_state.State.read(path)
         random_state.restore_state(state)
         if self.is_at_edge():  # the epoch that begins now began then
             self.epoch_rng = state
 
-    def _rng_file(self, folder: str) -> Path:
-        return Path(folder) / f"rng_state_{self.args.process_index}.json"
+    def store_flos(self) -> None:
+        """Sum up what was computed: not amid a checkpoint, which one process alone writes."""
+        if self._saving is None:
+            super().store_flos()
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving or str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save Trainer's checkpoint with the run's state, unless it is there already."""
+        """Save Trainer's checkpoint with the run's state, unless it is there already.
+
+        The first process writes it, with what the others give; all go through Trainer's own
+        method, which waits for all.
+        """
         folder = Path(self.args.output_dir)
         self.watch.read_step()  # nothing is saved of a step that is refused
-        run_id, step = self.options.run_id, self.state.global_step
         self.name_best(folder)
-        final = folder / f"checkpoint-{step}"
-        if final.is_dir() and isinstance(
-            checkpoints.read_checkpoint(final, run_id), checkpoints.Checkpoint
-        ):
+        self.store_flos()
+        self._gathered = ranks.gather(
+            (random_state.capture_state().to_data(), float(self._tr_loss))
+        )
+        if ranks.share(self._has_saved(folder)):
             return
+        if ranks.is_first():
+            self._write_checkpoint(folder, model, trial)
+        else:
+            self._saving = os.devnull  # in which nothing can be written
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self._saving = None
+            self.name_best(folder)
+
+    def _has_saved(self, folder: Path) -> bool:
+        """Return whether the checkpoint of this step is there, whole."""
+        final = folder / f"checkpoint-{self.state.global_step}"
+        return final.is_dir() and isinstance(
+            checkpoints.read_checkpoint(final, self.options.run_id), checkpoints.Checkpoint
+        )
+
+    def _write_checkpoint(self, folder: Path, model: Any, trial: Any) -> None:
+        run_id, step = self.options.run_id, self.state.global_step
         with checkpoints.stage_checkpoint(folder, run_id, step) as staging:
             self._saving = str(staging.parent)
             try:
@@ -115,8 +175,8 @@ class Resumable(TypedTrainer):
             finally:
                 self._saving = None
             self.name_best(folder)
-            self.state.save_to_json(str(staging / checkpoints.STATE))
-            files.write_json(staging / RUN_STATE, self._run_state())
+            self.state.save_to_json(str(staging / saved_state.TRAINER_STATE))
+            files.write_json(staging / saved_state.RUN_STATE, self._run_state().to_data())
         checkpoints.delete_old(
             folder, run_id, self.options.keep_checkpoints, step, self.state.best_global_step
         )
@@ -128,24 +188,48 @@ class Resumable(TypedTrainer):
                 folder / f"checkpoint-{self.state.best_global_step}"
             )
 
-    def _run_state(self) -> dict[str, Any]:
-        return {
-            "epoch_rng": self.epoch_rng,
-            "evaluation_due": self.evaluation_due,
-            "epoch_ended": self.epoch_ended,
-            "loss_since_log": float(self._tr_loss),
-            "last_logged": self._globalstep_last_logged,
-            "watch": self.watch.capture_state(),
-        }
+    def _run_state(self) -> saved_state.RunState:
+        losses = [loss for _, loss in self._gathered]
+        return saved_state.RunState(
+            epoch_rng=self.epoch_rng,
+            evaluation_due=self.evaluation_due,
+            epoch_ended=self.epoch_ended,
+            loss_since_log=sum(losses) / len(losses),
+            losses_since_log=losses,
+            last_logged=self._globalstep_last_logged,
+            watch=self.watch.capture_state(),
+            processes=ranks.count(),
+        )
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with keep_types(self.model), attach.quiet_peft():  # PEFT loads in float32
-            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
-        attach.check_adapter_complete(self.model, Path(checkpoint), "default")
-        self.resumed = files.read_json(Path(checkpoint) / RUN_STATE)
+        if self.options.sharded:
+            sharding.load_adapter(self.model, Path(checkpoint))
+        else:
+            with keep_types(self.model), attach.quiet_peft():  # PEFT loads in float32
+                super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+            attach.check_adapter_complete(self.model, Path(checkpoint), "default")
+        self.resumed = saved_state.RunState.read(Path(checkpoint) / saved_state.RUN_STATE)
+        if self.resumed.processes != ranks.count():
+            ui.warn(
+                f"this run was saved by {self.resumed.processes} processes and goes on "
+                f"with {ranks.count()}: its steps have the same rows, but sums are rounded "
+                "otherwise, and dropout draws other numbers"
+            )
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
+        if ranks.is_first():
+            self._refuse_unusable(best)
+        with checkpoints.fetched(best, self.options.run_id) as here:
+            if self.options.sharded:
+                sharding.load_adapter(self.model, here)
+                return
+            self.state.best_model_checkpoint = str(here)
+            with keep_types(self.model), attach.quiet_peft():
+                super()._load_best_model()
+            self.state.best_model_checkpoint = str(best)
+
+    def _refuse_unusable(self, best: Path) -> None:
         found = checkpoints.read_checkpoint(best, self.options.run_id)
         if isinstance(found, checkpoints.Unusable):
             option = "--allow-changes training.load_best_model_at_end"
@@ -153,8 +237,6 @@ class Resumable(TypedTrainer):
                 f"the best model, {best}, cannot be loaded: {found.reason}",
                 f"--resume {option} takes the last one instead",
             )
-        with keep_types(self.model), attach.quiet_peft():
-            super()._load_best_model()
 
     def is_at_edge(self) -> bool:
         """Return whether the last step was the last of its epoch."""
@@ -175,15 +257,17 @@ class Resumable(TypedTrainer):
         self.evaluation_due = False
         return metrics
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self.signals.stopping and self._between_steps:
-            raise StoppedError
-        return super().prediction_step(*args, **kwargs)
+    def obey_amid_evaluation(self) -> None:
+        """End an evaluation that a signal has come in; for each of its batches."""
+        if self._between_steps:
+            self.signals.agree()
+            if self.signals.stopping:
+                raise StoppedError
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do as Trainer does between steps, and obey signals: a checkpoint notes what is due."""
+        self.signals.agree()
         asked = self.signals.save
-        self.signals.save = False
         self.control.should_save = self.control.should_save or asked
         self.evaluation_due = self.control.should_evaluate
         if self.signals.stopping:
@@ -231,12 +315,12 @@ class Resumable(TypedTrainer):
             return
         self.args.eval_on_start = False
         self.name_best(Path(self.args.output_dir))
-        self._tr_loss += self.resumed["loss_since_log"]
-        self._globalstep_last_logged = self.resumed["last_logged"]
-        self.epoch_rng = self.resumed["epoch_rng"]
-        self.watch.restore_state(self.resumed["watch"])
-        self.epoch_ended = self.resumed["epoch_ended"]
-        if self.resumed["evaluation_due"]:
+        self._tr_loss += self.resumed.find_loss(ranks.number(), ranks.count())
+        self._globalstep_last_logged = self.resumed.last_logged
+        self.epoch_rng = self.resumed.epoch_rng
+        self.watch.restore_state(self.resumed.watch)
+        self.epoch_ended = self.resumed.epoch_ended
+        if self.resumed.evaluation_due:
             self.control.should_evaluate = True
             self._catch_up()
         at_end = self.is_at_edge() or self.state.global_step >= self.state.max_steps
@@ -265,6 +349,8 @@ class Boundaries(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The run goes on as it was when its checkpoint was saved."""
+        if self.trainer.options.sharded:
+            ui.say(f"  sharded: {sharding.describe(self.trainer.model)}")
         self.trainer.restore_run()
 
     def on_epoch_begin(

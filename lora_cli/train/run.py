@@ -6,30 +6,57 @@ SFTTrainer -> adapter/.
 
 from __future__ import annotations
 
-import shlex
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli import __version__
 from lora_cli.common import (
     LoraError,
+    endings,
+    escape,
     files,
     gpu_faults,
+    lock,
+    plain_files,
     provenance,
+    quote,
     threads,
     translate_refusals,
     ui,
 )
-from lora_cli.data import prepare
-from lora_cli.models import Base, attach, init_weights, save_tokenizer, save_trained
-from lora_cli.plan import hardware, settled
+from lora_cli.data import prepare as rows
+from lora_cli.distributed import place, ranks
+from lora_cli.models import (
+    Base,
+    TrainingRecord,
+    attach,
+    init_weights,
+    save_tokenizer,
+    save_trained,
+)
+from lora_cli.plan import hardware, settled, spread
 from lora_cli.recipe import Recipe
-from lora_cli.train import checkpoints, disk_space, lock, out_of_memory, run_folder, setup, trial
+from lora_cli.train import (
+    checkpoints,
+    disk_space,
+    out_of_memory,
+    random_state,
+    run_folder,
+    setup,
+    sharding,
+    trial,
+    zero3,
+)
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.run_folder import Run
 from lora_cli.train.trainers import Watched
@@ -40,13 +67,76 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
 
     Whatever happens, the run's record says how it ended. With `resume` the run in the recipe's
     folder goes on from its newest checkpoint; of the recipe, the keys `allowed` may have changed.
+    Of several processes the first one settles and claims; the others take what it has found.
     """
-    if not recipe.training.collect_values().get("use_cpu"):
+    if not ranks.is_first():
+        return _follow(recipe, resume)
+    with ranks.told():
+        found, contents = _settle(recipe, resume, ranks.count())
+    folder = Path(recipe.output_dir)
+    with files.made_folder(folder), lock.hold_folder(folder):
+        files.remove_leftovers(folder)
+        settled_recipe = found.recipe.to_data()
+        draft = run_folder.draft_run(folder, settled_recipe, contents, resume, allowed)
+        run = run_folder.begin_run(draft)
+        with _record_ending(run):
+            with ranks.told():
+                _say_settled(found, folder)
+            if found.parent is not None:
+                found.parent.keep(folder)
+            ranks.begin(
+                {
+                    "given": _digest(recipe.to_data()),
+                    "base": _digest(found.base.fingerprint),
+                    "recipe": found.recipe.to_data(),
+                    "record": run.record.to_data(),
+                }
+            )
+            return _run(found, run, resume)
+
+
+def prepare(recipe: Recipe, resume: bool, allowed: Sequence[str], nodes: place.Nodes) -> None:
+    """Do what a run does before it claims its folder and loads the base, for the processes that are
+    to train together: what can be refused is refused, and the rows are in the cache.
+
+    The folder is not made: other machines that share its disk may be doing the same. The run that
+    goes on may lie on another machine's.
+    """
+    folder = Path(recipe.output_dir)
+    if nodes.machines > 1 and not (folder / provenance.RUN_RECORD).is_file():
+        resume, allowed = False, ()
+    processes = nodes.processes * nodes.machines
+    found, contents = _settle(recipe, resume, processes)
+    _say_settled(found, folder)
+    run = run_folder.draft_run(folder, found.recipe.to_data(), contents, resume, allowed)
+    with translate_refusals(found.recipe.list_passed_on()):
+        setup.prepare_inputs(found.recipe, found.base, found.parent, run)
+
+
+def change_before_again(recipe: Recipe, asked: dict[str, Any]) -> None:
+    """Change the run as one of its processes has asked before all ended, to be started again."""
+    folder = Path(recipe.output_dir)
+    with lock.hold_folder(folder):
+        run = Run(folder, TrainingRecord.read(folder / provenance.RUN_RECORD))
+        out_of_memory.make_smaller(run, checkpoints.find_last_step(folder, run.id), asked)
+
+
+def _settle(recipe: Recipe, resume: bool, processes: int) -> tuple[settled.Settled, dict[str, Any]]:
+    """Return the recipe settled for `processes`, and what the run's record says of how."""
+    by_deepspeed = processes > 1 and recipe.distributed.strategy == "deepspeed-zero3"
+    if by_deepspeed:
+        zero3.refuse_absence(recipe)
+    if not recipe.trains_on_cpu:
         gpu_faults.check_gpu(recipe.quantized)
     trial.try_training(recipe)
     folder = Path(recipe.output_dir)
-    found = settled.settle_recipe(recipe, run=folder if resume else None)
+    if resume:
+        plain_files.refuse_odd_files(folder)
+    found = settled.settle_recipe(recipe, run=folder if resume else None, processes=processes)
+    spread.refuse_misfit(found.recipe, processes)
     base, parent = found.base, found.parent
+    if by_deepspeed:
+        zero3.refuse_experts(recipe, base.build_empty())
     contents = {
         "choices": [choice._asdict() for choice in found.choices],
         "base": {"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
@@ -55,30 +145,47 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     run_folder.refuse_foreign_folder(folder)
     if resume and not folder.is_dir():
         raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
-    files.make_folder(folder)
-    with lock.hold_folder(folder):
-        checkpoints.remove_leftovers(folder)
-        run = run_folder.begin_run(folder, found.recipe.to_data(), contents, resume, allowed)
-        with _record_ending(run):
-            ui.say(f"{found.recipe.method} on {base.describe()} -> {folder}")
-            for line in found.list_lines():
-                ui.say(f"  {line}")
-            if parent is not None:
-                parent.keep(folder)
-            return _run(found, run, resume)
+    return found, contents
+
+
+def _say_settled(found: settled.Settled, folder: Path) -> None:
+    ui.say(f"{found.recipe.method} on {found.base.describe()} -> {folder}")
+    for line in found.list_lines():
+        ui.say(f"  {line}")
+
+
+def _digest(given: Any) -> str:
+    """Return what tells JSON's values, and the version of this program, from others."""
+    text = json.dumps([__version__, given], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _follow(recipe: Recipe, resume: bool) -> Path:
+    """Train with what the first process has found. LoraError where this one was given, or has here,
+    something else."""
+    if recipe.distributed.strategy == "deepspeed-zero3":  # on this machine, too
+        zero3.refuse_absence(recipe)
+    begun = ranks.follow()
+    hint = "start the same lora with the same recipe and files on each machine"
+    if begun["given"] != _digest(recipe.to_data()):
+        raise LoraError("this process has another recipe or lora than the first one", hint)
+    folder = Path(recipe.output_dir)
+    record = TrainingRecord.model_validate(begun["record"])
+    settled_there = Recipe.model_validate(begun["recipe"])
+    found = settled.settle_recipe(settled_there, run=folder if resume else None)
+    if begun["base"] != _digest(found.base.fingerprint):
+        raise LoraError(f"the base {found.base.name} here is another than the first one's", hint)
+    return _run(found, Run(folder, record, written=False), resume)
 
 
 @contextmanager
 def _record_ending(run: Run) -> Iterator[None]:
     """Record how the run ended; after an interruption say how to go on."""
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
-        run.update(status="interrupted")
-        step = checkpoints.find_last_step(run.folder, run.id)
-        resolved = run.folder / provenance.RESOLVED_RECIPE
-        command = shlex.join(["lora", "train", str(resolved), "--resume"])
-        ui.say(f"stopped; from step {step} it goes on with: {command}")
+        with endings.say_at_signal(lambda: _record_interruption(run)):
+            yield
+    except (KeyboardInterrupt, SystemExit):  # after the step that a signal came in
+        _record_interruption(run)
         raise
     except BaseException:
         with suppress(OSError):  # the disk may be what failed
@@ -86,44 +193,59 @@ def _record_ending(run: Run) -> Iterator[None]:
         raise
 
 
+def _record_interruption(run: Run) -> None:
+    run.update(status="interrupted")
+    step = checkpoints.find_last_step(run.folder, run.id)
+    resolved = run.folder / provenance.RESOLVED_RECIPE
+    ui.say(f"stopped; from step {step} it goes on with: lora train {quote(resolved)} --resume")
+
+
 def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     recipe, base = found.recipe, found.base
     passed_on = recipe.list_passed_on()
-    inputs = setup.prepare_inputs(recipe, base, found.parent, run)
+    with ranks.told(), ranks.in_turn():
+        inputs = setup.prepare_inputs(recipe, base, found.parent, run)
     with translate_refusals(passed_on):
         recipe, adapted = _load_adapted(recipe, base, run, inputs)
-
-    def make() -> Watched:
-        return setup.make_trainer(recipe, adapted, inputs, run)
-
+    make = partial(setup.make_trainer, recipe, adapted, inputs, run)
     with translate_refusals(passed_on):
         trainer = make()
-    trainable, total = adapted.get_nb_trainable_parameters()
-    modules = len(attach.find_lora_layers(adapted))
-    ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {modules} modules")
+    if ranks.count() > 1:
+        random_state.seed_apart(recipe.training.seed)
+        run.add(processes=ranks.count())
+    parameters = _count_parameters(adapted)
     _say_packed(recipe, trainer, inputs.train_rows)
     began = threads.look()
-    checkpoint = _find_checkpoint(run) if resume else None
+    checkpoint = ranks.share(_find_checkpoint(run) if resume and ranks.is_first() else None)
     with (
         disk_space.translate_full_disk(run.folder, inputs.disk),
         translate_refusals(passed_on, lambda: trainer.watch.stepped),
+        checkpoints.fetched(checkpoint, run.id) as begun,
     ):
         steps, mean_loss, effort = out_of_memory.train_through(
-            trainer, make, checkpoint, recipe, inputs.train_rows, run
+            trainer, make, begun, recipe, inputs.train_rows, run
         )
-    _warn_of_untrained(adapted)
+    chosen = trainer.args.load_best_model_at_end  # the first steps may have been the best
+    _judge_untrained(adapted, trainer.watch.had_rate and not chosen)
     adapter = run.folder / "adapter"
     run.add(
         status="finished",
-        parameters={"trainable": trainable, "total": total, "modules": modules},
+        parameters=parameters,
         results={"steps": steps, "train_loss": mean_loss} | effort,
     )
     with disk_space.translate_full_disk(run.folder, inputs.disk):
-        _save(adapted, inputs.tokenizer, adapter, run)
-        run.save()
+        _save_once(adapted, inputs, adapter, run)
     duration = _measure_duration(began)
     ui.say(f"trained {steps} steps in {duration}, mean loss {mean_loss:.4f}; adapter in {adapter}")
     return adapter
+
+
+def _count_parameters(adapted: PeftModel) -> dict[str, int]:
+    """Return, and say, how much is trained."""
+    trainable, total = adapted.get_nb_trainable_parameters()
+    modules = len(attach.find_lora_layers(adapted))
+    ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {modules} modules")
+    return {"trainable": trainable, "total": total, "modules": modules}
 
 
 def _load_adapted(
@@ -138,14 +260,25 @@ def _load_adapted(
     return recipe, setup.attach_adapter(recipe, base, network, run, inputs)
 
 
-def _warn_of_untrained(adapted: PeftModel) -> None:
-    """Warn of adapted modules that training has left as they were."""
-    untrained, total = attach.find_untrained(adapted), len(attach.find_lora_layers(adapted))
+def _judge_untrained(adapted: PeftModel, learnt: bool) -> None:
+    """Warn of adapted modules that training has left as they were; LoraError where that is all of
+    what was to be trained though something must have been `learnt`."""
+    untrained = attach.find_untrained(adapted, sharding.gather)
+    layers = attach.find_lora_layers(adapted)
     if not untrained:
         return
+    factors = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+    only_factors = all(
+        any(part in name for part in factors) for name, _ in attach.walk_trainable(adapted)
+    )
+    if len(untrained) == len(layers) and only_factors and learnt:
+        raise LoraError(
+            "every B is still zero: the adapter would change nothing, and was not saved",
+            "look whether anything passes through what lora.target_modules names",
+        )
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in untrained))
     why = "their B is zero: nothing passed through them, or no step had a learning rate"
-    ui.warn(f"{len(untrained)} of {total} adapted modules were not trained ({kinds}): {why}")
+    ui.warn(f"{len(untrained)} of {len(layers)} adapted modules were not trained ({kinds}): {why}")
 
 
 def _measure_duration(began: threads.Moment) -> str:
@@ -157,7 +290,7 @@ def _measure_duration(began: threads.Moment) -> str:
     return ui.format_duration(ended.clock - began.clock)
 
 
-def _say_packed(recipe: Recipe, trainer: Watched, train_rows: prepare.Prepared) -> None:
+def _say_packed(recipe: Recipe, trainer: Watched, train_rows: rows.Prepared) -> None:
     """Say how full TRL's packing made the sequences."""
     if recipe.training.packing in (True, "dataset") and train_rows.stream is None:
         packed = len(trainer.train_dataset)
@@ -179,13 +312,24 @@ def _find_checkpoint(run: Run) -> Path | None:
     return checkpoint.folder if checkpoint else None
 
 
+def _save_once(trained: PeftModel, inputs: setup.Inputs, adapter: Path, run: Run) -> None:
+    """Let the first process save; where weights are sharded, the others take part in gathering
+    them."""
+    if ranks.is_first():
+        _save(trained, inputs.tokenizer, adapter, run)
+        run.save()
+    elif sharding.is_on(trained):
+        with files.scratch_folder() as scratch:
+            _save(trained, inputs.tokenizer, scratch / "adapter", run)
+
+
 def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: Run) -> None:
     """Write adapter, tokenizer, template, probes and record, whole or not at all.
 
     NonFiniteError where a trained tensor holds NaN or infinity.
     """
     for name, parameter in attach.walk_trainable(trained):
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(sharding.gather(parameter)).all():
             raise NonFiniteError(
                 f"{name} is not finite: the adapter was not saved", "lower training.learning_rate"
             )
@@ -194,20 +338,25 @@ def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path,
         save_trained(trained, tokenizer, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
         with attach.quiet_peft():
-            trained.save_pretrained(str(staging), save_embedding_layers=False)
+            trained.save_pretrained(
+                str(staging),
+                save_embedding_layers=False,
+                state_dict=sharding.gather_trained(trained) if sharding.is_on(trained) else None,
+            )
         _name_parent(staging / "README.md", run)
         init_weights.save_as_plain(
             staging, trained.peft_config["default"], run.folder / init_weights.START
         )
-        save_tokenizer(tokenizer, staging, run.base_name, run.commit)
+        save_tokenizer(tokenizer, staging, run.record.base.place, run.record.base.commit)
         files.leave_out_home(staging)
-        files.write_json(staging / provenance.ARTEFACT_RECORD, run.record)
+        files.write_json(staging / provenance.ARTEFACT_RECORD, run.record.to_data())
 
 
 def _name_parent(card: Path, run: Run) -> None:
     """Add to PEFT's model card which adapter this one was trained on from."""
-    if parent := run.record.get("parent"):
-        said = f"Trained on from the adapter `{parent['name']}` (sha256 `{parent['sha256']}`)."
+    if parent := run.record.parent:
+        name = escape(str(parent.name)).replace("`", "'")
+        said = f"Trained on from the adapter `{name}` (sha256 `{parent.sha256}`)."
         files.write_text(card, f"{card.read_text(encoding='utf-8')}\n\n{said}\n")
 
 
@@ -219,11 +368,11 @@ def _make_room(adapter: Path, run: Run) -> None:
     """
     if not (adapter / provenance.ARTEFACT_RECORD).is_file():
         return
-    before = files.read_json(adapter / provenance.ARTEFACT_RECORD)
-    if before.get("id") != run.id:
+    before, now = TrainingRecord.read(adapter / provenance.ARTEFACT_RECORD), run.record
+    if before.id != run.id or before.results is None or now.results is None:
         return
-    steps = before["results"]["steps"]
-    if steps == run.record["results"]["steps"]:
+    steps = before.results.steps
+    if steps == now.results.steps:
         shutil.rmtree(adapter)
     else:
         adapter.rename(adapter.with_name(f"adapter-{steps}"))

@@ -6,8 +6,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from lora_cli.common import (
     write_json,
     write_text,
 )
-from lora_cli.models import PARENT_COPY
+from lora_cli.models import PARENT_COPY, TrainingRecord
 from lora_cli.plan import auto, settled
 from lora_cli.recipe import strict_yaml
 
@@ -47,6 +46,7 @@ EXTENDING = (
     "training.save_total_limit",
     "training.on_oom",
     "training.stop_on_loss_above",
+    "distributed.strategy",
 )
 """Keys that may change when a run is resumed: the steps so far do not depend on them."""
 
@@ -70,75 +70,69 @@ class Run:
     """A run's folder and its record, which `save` writes to `record.json` there."""
 
     folder: Path
-    record: dict[str, Any]
-    """What record.json holds, in its order: JSON values without secrets or the home folder."""
+    record: TrainingRecord
+    written: bool = True
+    """False in processes that others write the record for, and before a run has begun."""
 
     @property
     def id(self) -> str:
         """The name by which checkpoints and adapters know their run."""
-        return str(self.record["id"])
-
-    @property
-    def commit(self) -> str | None:
-        """The base's commit on the hub; None for a folder."""
-        found: str | None = self.record["base"]["commit"]
-        return found
-
-    @property
-    def base_name(self) -> str:
-        """The base's folder or its name on the hub."""
-        return privacy.expand_home(self.record["base"]["name"])
-
-    @property
-    def started(self) -> date:
-        """The day on which the run began, also of one that was resumed later."""
-        return date.fromisoformat(self.record["started"][:10])
-
-    @property
-    def data(self) -> dict[str, Any] | None:
-        """The rows the run trains on; None until they are prepared."""
-        return self.record.get("data")
-
-    @property
-    def reductions(self) -> list[dict[str, Any]]:
-        """Each time that memory ran out: the step it did after, and the pieces it went on with."""
-        return list(self.record.get("reduced", []))
+        return str(self.record.id)
 
     def add(self, **contents: Any) -> None:
         """Add to the record, or replace what it has under these names, without writing it."""
-        self.record.update(privacy.make_portable(contents))
+        for name, value in privacy.make_portable(contents).items():
+            setattr(self.record, name, value)
 
     def save(self) -> None:
         """Write the record."""
-        self.record["updated"] = provenance.now()
-        write_json(self.folder / provenance.RUN_RECORD, self.record)
+        if not self.written:
+            return
+        self.add(updated=provenance.now())
+        write_json(self.folder / provenance.RUN_RECORD, self.record.to_data())
 
     def update(self, **contents: Any) -> None:
         """Add to the record and write it."""
         self.add(**contents)
         self.save()
 
+    def add_reduction(self, step: int, pieces: dict[str, int]) -> None:
+        """Note, and write, that memory ran out after a step, and the pieces it goes on with."""
+        earlier = [reduction.to_data() for reduction in self.record.reduced]
+        self.update(reduced=[*earlier, {"step": step, "pieces": pieces}])
+
     def has_choice(self, name: str) -> bool:
         """Return whether `auto` chose the value of a key."""
-        return any(made["name"] == name for made in self.record["choices"])
+        return any(made.name == name for made in self.record.choices)
 
     def replace_choice(self, choice: auto.Choice) -> None:
         """Put a choice in the place of an earlier one for its key, without writing the record."""
-        others = [made for made in self.record["choices"] if made["name"] != choice.name]
-        self.record["choices"] = [*others, choice._asdict()]
+        others = [made.to_data() for made in self.record.choices if made.name != choice.name]
+        self.add(choices=[*others, choice._asdict()])
 
 
-def begin_run(
+def begin_run(draft: Run) -> Run:
+    """Claim the folder, which is locked, for a run that is drafted: its record is written with
+    status `running`."""
+    folder, record = draft.folder, draft.record
+    if not record.resumed and (folder / provenance.RUN_RECORD).is_file():
+        _clear_failed(folder)
+    write_json(folder / provenance.RUN_RECORD, record.to_data())
+    write_text(folder / provenance.RESOLVED_RECIPE, strict_yaml.dump(record.recipe.to_data()))
+    return replace(draft, written=True)
+
+
+def draft_run(
     folder: Path,
     recipe: dict[str, Any],
     contents: dict[str, Any],
     resume: bool,
     allowed: Sequence[str] = (),
 ) -> Run:
-    """Claim `folder`, which is locked, for a run of the resolved `recipe`.
+    """Return the run of the resolved `recipe` in `folder`, of which nothing is written yet.
 
-    The run's record is written with status `running`. LoraError when the folder holds another run,
-    or, with `resume`, a run of a recipe that differs in more than the `allowed` keys.
+    LoraError when the folder holds another run, or, with `resume`, a run of a recipe that differs
+    in more than the `allowed` keys.
     """
     refuse_link(folder)
     recipe = privacy.make_portable(recipe)
@@ -148,28 +142,41 @@ def begin_run(
     if resume:
         if not path.is_file():
             raise LoraError(f"{folder} holds no run to resume", "leave --resume out")
-        before = provenance.read_record(path)
-        changes = _list_differences(settled.read_recorded(folder), recipe)
+        before = TrainingRecord.read(path)
+        if (made := folder / "adapter" / provenance.ARTEFACT_RECORD).is_file():
+            TrainingRecord.read(made)  # which is asked for when the run ends
+        found = _list_differences(settled.read_recorded(folder), recipe)
+        changes = [each for each in found if not _is_chosen_anew(each, contents)]
         _refuse_other_run(folder, before, changes, contents, allowed)
         kept = _keep_from_before(before, changes)
     elif path.is_file():
-        _clear_failed(folder)
+        _refuse_begun(folder)
     record = provenance.new_record(
         "train", id=uuid.uuid4().hex, status="running", recipe=recipe, **contents
     )
-    run = Run(folder, record | kept)
-    write_json(path, run.record)
-    write_text(folder / provenance.RESOLVED_RECIPE, strict_yaml.dump(recipe))
-    return run
+    return Run(folder, TrainingRecord.model_validate(record | kept), written=False)
+
+
+def _is_chosen_anew(change: Change, contents: dict[str, Any]) -> bool:
+    """Return whether nobody made the change: how to share the work is `auto`, and chosen for
+    another number of processes."""
+    if change.key != "distributed.strategy":
+        return False
+    chosen = any(each["name"] == change.key for each in contents.get("choices", ()))
+    return chosen or "auto" in (change.before, change.after)
 
 
 def _clear_failed(folder: Path) -> None:
-    """Remove the record of a run that failed before it saved anything; LoraError for others."""
-    status = provenance.read_record(folder / provenance.RUN_RECORD)["status"]
+    """Remove the record of a run that failed before it saved anything."""
+    for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / PARENT_COPY, ignore_errors=True)
+
+
+def _refuse_begun(folder: Path) -> None:
+    """Raise LoraError for a folder with a run, but for one that failed before it saved anything."""
+    status = TrainingRecord.read(folder / provenance.RUN_RECORD).status
     if status == "failed" and _saved_nothing(folder):
-        for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / PARENT_COPY, ignore_errors=True)
         return
     hint = f"--set output_dir=… starts another, rm -r {quote(folder)} removes it"
     if status != "finished":
@@ -186,7 +193,7 @@ def _saved_nothing(folder: Path) -> bool:
 
 def _refuse_other_run(
     folder: Path,
-    before: dict[str, Any],
+    before: TrainingRecord,
     changes: list[Change],
     contents: dict[str, Any],
     allowed: Sequence[str],
@@ -194,39 +201,39 @@ def _refuse_other_run(
     """Raise LoraError unless the run of the record `before` goes on with these changes, and the
     base and the adapter to train on that `contents` name."""
     extended = changes and all(change.key in EXTENDING for change in changes)
-    if before["status"] == "finished" and not (extended or allowed):
+    if before.status == "finished" and not (extended or allowed):
         raise LoraError(
             f"the run in {folder} is finished", f"lora merge {quote(folder / 'adapter')} OUT"
         )
     _check_changes(folder, changes, allowed)
-    if before.get("parent", {}).get("sha256") != contents.get("parent", {}).get("sha256"):
+    parent = before.parent.sha256 if before.parent else None
+    if parent != contents.get("parent", {}).get("sha256"):
         raise LoraError(
             f"the run in {folder} began with another adapter: model.adapter has changed since",
             "put that back, or --set output_dir=… starts another run",
         )
-    if "fingerprint" in before["base"] and (
-        others := _list_differences(before["base"], contents["base"], "base.")
-    ):
+    others = _list_differences(before.base.to_data(), contents["base"], "base.")
+    if before.base.fingerprint and others:
         raise LoraError(
             f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
             f"give the same base, or rm -r {quote(folder)} to start again",
         )
 
 
-def _keep_from_before(before: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
-    """Return what a resumed run keeps of the record `before`, with this resumption added to it.
+def _keep_from_before(record: TrainingRecord, changes: list[Change]) -> dict[str, Any]:
+    """Return what a resumed run keeps of its `record`, with this resumption added to it.
 
     Warns where the run began with other versions of the libraries.
     """
-    now = provenance.new_record("train")["versions"]
-    if others := _list_differences(before["versions"], now):
+    before, now = record.to_data(), provenance.new_record("train")["versions"]
+    if others := _list_differences(record.versions, now):
         listed = "; ".join(map(str, others))
         ui.warn(f"the run began with other versions and may end otherwise: {listed}")
     names = ("id", "started", "data", "choices", "reduced")
     kept = {name: before[name] for name in names if name in before}
-    kept["resumed"] = [*before.get("resumed", []), provenance.now()]
+    kept["resumed"] = [*record.resumed, provenance.now()]
     if changes:
-        kept["changed"] = [*before.get("changed", []), *map(str, changes)]
+        kept["changed"] = [*record.changed, *map(str, changes)]
     return kept
 
 

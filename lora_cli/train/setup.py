@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import LoraError, gpu_faults, ui
 from lora_cli.data import load, prepare, selection
+from lora_cli.distributed import ranks
 from lora_cli.models import (
     Base,
     Parent,
@@ -25,7 +26,7 @@ from lora_cli.models import (
 from lora_cli.plan import auto, flops, hardware, memory, sizes
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
-from lora_cli.train import disk_space, out_of_memory
+from lora_cli.train import dealing, disk_space, out_of_memory
 from lora_cli.train.objectives import find_trainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.run_folder import Run
@@ -53,7 +54,7 @@ def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) 
     size = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
     if size.left_out:
         ui.say(f"  lora.target_modules: all-linear leaves out {size.left_out}")
-    train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.started)
+    train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.record.day)
     ui.say(f"  data: {train_rows.summarise()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summarise()}")
@@ -63,7 +64,8 @@ def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) 
         ui.warn(beyond)
     steps = sizes.count_steps(recipe, train_rows).steps
     disk = disk_space.estimate_need(recipe, size.trainable, len(tokenizer), steps)
-    disk_space.refuse_too_little(run.folder, disk)
+    if ranks.is_first():
+        disk_space.refuse_too_little(run.folder, disk)
     _refuse_other_rows(run, train_rows, tokenizer)
     return Inputs(tokenizer, new_ids, parent, train_rows, eval_rows, disk)
 
@@ -88,7 +90,8 @@ def _refuse_other_rows(
 ) -> None:
     """Record the rows before training on them; LoraError when a resumed run began with others."""
     now = _describe_rows(train_rows, tokenizer)
-    if run.data and run.data["fingerprint"] != now["fingerprint"]:
+    before = run.record.data
+    if before and before.fingerprint != now["fingerprint"]:
         changed = "the data, tokenizer or chat template have changed since"
         raise LoraError(
             f"the run in {run.folder} began with other rows: {changed}",
@@ -104,6 +107,8 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     device = hardware.find_training_device(recipe)
     for line in gpu_faults.describe_choice(device):
         ui.say(f"  {line}")
+    if find_sharding(recipe) == "fsdp" and recipe.quantized:
+        recipe = _store_for_sharding(recipe)
     network = base.load(
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),
@@ -118,6 +123,17 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     causality.refuse_encoder(network, base.name)
     network.config.use_cache = False
     return network
+
+
+def _store_for_sharding(recipe: Recipe) -> Recipe:
+    """Return the recipe with 4-bit weights kept in the type that they are computed in: accelerate
+    shards no bytes."""
+    quantization = recipe.quantization
+    if quantization.bnb_4bit_quant_storage != "uint8":
+        return recipe
+    kind = quantization.bnb_4bit_compute_dtype
+    ui.say(f"  quantization.bnb_4bit_quant_storage = {kind}: uint8 is not sharded")
+    return recipe.replace(recipe.trainer, {"quantization": {"bnb_4bit_quant_storage": kind}})
 
 
 def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
@@ -213,7 +229,8 @@ def attach_adapter(
         adapted = parent.put_on(network, config, recipe.lora.autocast_adapter_dtype)
     else:
         adapted = _attach_new(recipe, base, network, config, inputs)
-        init_weights.keep_start(recipe, adapted, run.folder)
+        if ranks.is_first():
+            init_weights.keep_start(recipe, adapted, run.folder)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             parameter.data = parameter.data.float()  # whole copies: no scaler takes them in 16 bits
@@ -248,12 +265,13 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
     pieces = out_of_memory.read_pieces(recipe, run)
     arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
     arguments.save_total_limit = None  # Trainer would also delete checkpoints of other runs
+    batches = dealing.spread(arguments, adapted, train_rows.stream is not None)
     if arguments.dataloader_pin_memory and not recipe.find_place("training", "accelerator_config"):
         arguments.accelerator_config.non_blocking = adapted.device.type == "cuda"
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return find_trainer(recipe)(
-        make_options(recipe, adapted, train_rows, run),
+        make_options(recipe, adapted, train_rows, run, batches),
         model=adapted,
         args=arguments,
         train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
@@ -264,7 +282,11 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
 
 
 def make_options(
-    recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared, run: Run
+    recipe: Recipe,
+    adapted: PeftModel,
+    train_rows: prepare.Prepared,
+    run: Run,
+    batches: dealing.Batches | None,
 ) -> RunOptions:
     """Return what the recipe asks of the trainer that upstream's arguments cannot say."""
     training = recipe.training
@@ -276,8 +298,20 @@ def make_options(
         reduce_on_oom=training.on_oom == "reduce",
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),
+        batches=batches,
+        sharded=find_sharding(recipe),
+        replicas=recipe.distributed.replicas,
         dora_layers=dora_norms.find_layers(adapted),
     )
+
+
+def find_sharding(recipe: Recipe) -> Literal["fsdp", "deepspeed-zero3"] | None:
+    """Return by what each of several processes holds a part of the base; None where each has it
+    whole."""
+    strategy = recipe.distributed.strategy
+    if ranks.count() > 1 and (strategy == "fsdp" or strategy == "deepspeed-zero3"):
+        return strategy
+    return None
 
 
 def read_loraplus(recipe: Recipe) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,32 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from peft.optimizers import create_loraplus_optimizer
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from lora_cli.common import LoraError, ui
+from lora_cli.distributed import ranks
 from lora_cli.models import IGNORED, attach
 from lora_cli.speed import document_attention, dora_norms, loss_head, step_packing
-from lora_cli.train import checkpoints, random_state
+from lora_cli.train import checkpoints, dealing, random_state
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Boundaries, Resumable
 
 ROWS_SHOWN = 16
+BALANCE = "router_aux_loss_coef"
+"""Where transformers' models, TRL's trainer and, for models with a tower for pictures, the
+configuration have the factor of that loss."""
+
+
+def _count_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
+    """Return how many tokens a batch has beside its padding, without waiting for its device."""
+    if step_packing.CUTS in inputs:
+        return int(inputs[step_packing.CUTS][-1])
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else mask.sum()
 
 
 class Watched(Resumable):
@@ -38,6 +53,8 @@ class Watched(Resumable):
     """Whether that loss is lora's own, which takes the places of the labels."""
     takes_bounds = False
     """Whether the model's attention takes the bounds of documents."""
+    _loads_steps = False
+    """Whether the loader that is made is that of the training."""
     eval_loss = 0.0
     """Summed over the trained tokens of the evaluation so far."""
     eval_tokens = 0
@@ -47,6 +64,10 @@ class Watched(Resumable):
         if not (options.own_loss_head and self._install_loss_head()):
             self._settle_stock_loss()
         self.takes_bounds = document_attention.takes_bounds(self.model)
+        if (
+            ranks.count() > 1
+        ):  # accelerate would give each process other batches, and some rows twice
+            self.accelerator.prepare_data_loader = self._deal_loader
         self.watch = Watch(
             Path(self.args.output_dir), options.work, options.loss_limit, self.describe_step
         )
@@ -74,6 +95,8 @@ class Watched(Resumable):
         loss of this model's next tokens."""
         stock = loss_head.try_stock(self.model.get_base_model())
         if stock.fused and not self.own_loss:
+            # over the labels of a step, also where the model says that its own loss is not
+            self.model_accepts_loss_kwargs = True
             return
         if getattr(self.args, "loss_type", "nll") not in ("nll", None):
             raise LoraError(
@@ -156,8 +179,8 @@ class Watched(Resumable):
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         loss: torch.Tensor | float = 0.0
-        parts = self._split_parts(inputs)
-        with dora_norms.keep_norms(self.options.dora_layers):
+        parts = self._even_passes(self._split_parts(inputs))
+        with dora_norms.keep_norms(self.options.dora_layers), self._balanced(len(parts)):
             for number, part in enumerate(parts, 1):
                 with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
                     loss = loss + super().training_step(model, part, *args, **kwargs)
@@ -165,30 +188,91 @@ class Watched(Resumable):
         self.watch.step_loss = self.watch.step_loss + loss
         return loss
 
+    @contextmanager
+    def _balanced(self, parts: int) -> Iterator[None]:
+        """Let the loss by which a mixture of experts balances them, of which each pass adds a
+        whole one, count once in a step however many passes that has."""
+        # TRL divides its own by the batches of a step
+        passes = parts * (self.current_gradient_accumulation_steps if self.own_loss else 1)
+        network = self.model.get_base_model()
+        places = (self, network, network.config.get_text_config())
+        owners = [each for each in places if hasattr(each, BALANCE)]
+        before = [getattr(each, BALANCE) for each in owners]
+        for each, coefficient in zip(owners, before):
+            setattr(each, BALANCE, coefficient / passes)
+        try:
+            yield
+        finally:
+            for each, coefficient in zip(owners, before):
+                setattr(each, BALANCE, coefficient)
+
+    def get_train_dataloader(self) -> Any:
+        self._loads_steps = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._loads_steps = False
+
+    def _deal_loader(self, loader: DataLoader[Any], **_: Any) -> DataLoader[Any]:
+        """Stand for accelerate's method, which gives its own options as well."""
+        batches = self.options.batches if self._loads_steps else None
+        return dealing.deal_loader(self.args, self.accelerator.device, loader, batches)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        grouped = isinstance(sampler, LengthGroupedSampler)
+        return dealing.SeededGroups(sampler, self.args.seed) if grouped else sampler
+
+    def _even_passes(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the sequences of a step, with empty ones before them where another process has
+        more and all take part in each pass: sharded weights are gathered, TRL's loss asks all."""
+        if ranks.count() == 1 or (self.own_loss and not self.options.sharded):
+            return parts
+        most = ranks.find_largest([len(parts)])[0]
+        empty = [
+            self._split_parts(self._prepare_inputs(self.data_collator([dealing.EMPTY])))[0]
+            for _ in range(most - len(parts))
+        ]
+        return [*empty, *parts]
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if step_packing.CUTS in inputs:
-            # Trainer would ask the device, in every pass, and take padding tokens out
+        # Trainer would ask the device and the other processes, in every pass, and take padding
+        # tokens out
+        packed = step_packing.CUTS in inputs
+        if ranks.count() > 1:
+            self.watch.step_tokens = self.watch.step_tokens + _count_tokens(inputs)
+        elif packed:
             self.state.num_input_tokens_seen += inputs[step_packing.CUTS][-1]
         else:
             super()._track_num_input_tokens(inputs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        for part in self._split_parts(inputs):
+        self.obey_amid_evaluation()
+        for part in self._even_passes(self._split_parts(inputs)):
             tokens = int((part["labels"][..., 1:] != IGNORED).sum())
             loss, *others = super().prediction_step(model, part, *args, **kwargs)
             if tokens:
                 self.eval_loss += float(loss) * tokens
                 self.eval_tokens += tokens
-        return loss, *others
+        # Trainer would gather one for each row, of which others have more or less
+        return loss if ranks.count() == 1 else None, *others
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         self.eval_loss = 0.0
         self.eval_tokens = 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = torch.tensor([self.eval_loss, self.eval_tokens], device=self.args.device)
-        total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        # a pass's loss is that of this process's own rows
+        averaged, self.args.average_tokens_across_devices = (
+            self.args.average_tokens_across_devices,
+            ranks.count() == 1,
+        )
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = averaged
+        sums = torch.tensor([self.eval_loss, self.eval_tokens], dtype=torch.float64)
+        total, tokens = ranks.add_up(sums).tolist()
         mean = total / tokens if tokens else float("nan")
         output.metrics[f"{metric_key_prefix}_loss"] = mean
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(mean, 700))

@@ -12,7 +12,10 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.models.llama import modeling_llama
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
@@ -109,10 +113,11 @@ def _find_refusal(recipe: Recipe) -> Exception | None:
     """Return what is raised when the miniature is trained as the recipe says, or None."""
     recipe, _ = auto.settle(recipe)
     with (
-        files.scratch_folder("lora-trial-") as folder,
+        files.scratch_folder() as folder,
         warnings.catch_warnings(),
         ui.hush(),
         attach.quiet_peft(),
+        _keep_module(modeling_llama),
     ):
         warnings.simplefilter("ignore")  # the run says them again
         gc.freeze()  # the trainer collects garbage, which takes longer than all else
@@ -125,6 +130,17 @@ def _find_refusal(recipe: Recipe) -> Exception | None:
         finally:
             gc.unfreeze()
     return None
+
+
+@contextmanager
+def _keep_module(module: ModuleType) -> Iterator[None]:
+    """Put back after the block what is replaced in a module inside, such as by Liger's kernels,
+    which end what then computes with fake tensors."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _train_miniature(recipe: Recipe, folder: Path) -> None:

@@ -8,6 +8,7 @@ After an error that has cost it the device it ends by itself, and the driver sta
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -21,6 +22,8 @@ from typing import Any
 LOST = 75
 """Exit status of a process whose device no longer computes."""
 IMPORTED = ("train.run", "merge.merge", "evaluate.generate", "evaluate.verify", "plan.show")
+LAST_WORDS = 1.0
+"""Seconds before a case's end by force in which the log says where it is."""
 LEAST = 3.0
 """Seconds that must be left for a case to begin."""
 
@@ -70,7 +73,11 @@ def go_through(work: dict[str, Any]) -> int:
             tell(case=name, state="begun", limit=case.seconds * work["patience"])
             print(f"== {name}", file=sys.stderr, flush=True)
             began = time.monotonic()
+            # so that the log says where it was; not earlier, as that may end an older Python
+            until = min(left, case.seconds * work["patience"]) - LAST_WORDS
+            faulthandler.dump_traceback_later(max(1.0, until))
             said = run_case(case, bench)
+            faulthandler.cancel_dump_traceback_later()
             tell(case=name, seconds=round(time.monotonic() - began, 1), **said)
             if not bench.clock.is_sound():
                 return LOST

@@ -108,13 +108,12 @@ class Clock:
         return profile(activities=kinds)
 
     def read_profile(self, made: Any, seconds: float) -> dict[str, Any]:
-        """Return the number of kernels of a profile, their time, and the share of `seconds` in
-        which none ran; of a CPU the same of torch's operations."""
-        kernels = [
-            each
-            for each in made.key_averages()
-            if not self.on_gpu or each.device_type == torch.autograd.DeviceType.CUDA
-        ]
+        """Return the number of kernels of a profile, their time, the share of `seconds` in which
+        none ran, and what the host did longest; of a CPU the same of torch's operations."""
+        seen = made.key_averages()
+        on_device = torch.autograd.DeviceType.CUDA if self.on_gpu else torch.autograd.DeviceType.CPU
+        kernels = [each for each in seen if each.device_type == on_device]
+        host = sorted(seen, key=lambda each: -each.self_cpu_time_total)[:12]
         spent = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
         longest = sorted(kernels, key=lambda each: -getattr(each, spent))[:12]
         busy = sum(getattr(each, spent) for each in kernels) / 1e6
@@ -125,6 +124,9 @@ class Clock:
             "wall_s": seconds,
             "idle": max(0.0, 1 - busy / seconds),
             "longest_ms": listed,
+            "host_ms": {
+                each.key[:80]: [each.count, each.self_cpu_time_total / 1e3] for each in host
+            },
         }
 
 

@@ -171,7 +171,7 @@ class Driver:
         """Write down which case the process died of, if any; return how many are over."""
         for case in cases.values():
             if case["state"] == "begun":
-                hung = "hung, and was killed" if ended is None else f"died with status {ended}"
+                hung = "its time was over" if ended is None else f"died with status {ended}"
                 case |= {"state": "died", "why": hung, "said": process.read_last_words()}
         return sum(case["state"] != "waiting" for case in cases.values())
 

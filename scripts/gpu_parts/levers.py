@@ -12,7 +12,6 @@ from transformers.models.llama import modeling_llama
 
 from gpu_parts.part import Bench, NotHereError
 from lora_cli.speed import install, loss_head
-from lora_cli.train import run
 
 
 @contextmanager
@@ -41,24 +40,6 @@ def use_peft() -> Iterator[None]:
 
 
 @contextmanager
-def use_liger() -> Iterator[None]:
-    """Use Liger's norms, rotary embeddings and SwiGLU, without its loss."""
-    from liger_kernel.transformers import monkey_patch
-
-    own = run.setup.load_recipe_base
-
-    def load(recipe: Any, base: Any) -> Any:
-        network = own(recipe, base)
-        monkey_patch._apply_liger_kernel_to_instance(
-            model=network, fused_linear_cross_entropy=False, cross_entropy=False
-        )
-        return network
-
-    with keep_llama(), _replace(run.setup, "load_recipe_base", load):
-        yield
-
-
-@contextmanager
 def keep_llama() -> Iterator[None]:
     """Put transformers' Llama back after the block: Liger changes it for all that follow."""
     kind, before = modeling_llama.LlamaForCausalLM, dict(vars(modeling_llama))
@@ -70,7 +51,8 @@ def keep_llama() -> Iterator[None]:
         kind.forward = forward
 
 
-LEVERS = {"peft": use_peft, "liger": use_liger}
+LEVERS = {"peft": use_peft, "liger": keep_llama}
+"""Liger itself is asked for by the recipe."""
 
 
 @contextmanager

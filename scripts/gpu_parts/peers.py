@@ -23,12 +23,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from gpu_parts import levers, models, runs, speed_1b, speed_8b, speeds
-from gpu_parts.part import Bench, Case, Figures, NotHereError
+from gpu_parts import levers, models, runs, speed_8b, speeds
+from gpu_parts.part import Bench, Case, Figures
 from gpu_parts.report import Column
 from lora_cli.models import attach
 
-TITLE = "Beside others: 8B, Alpaca-like rows, rank 16 on all linear layers"
+MODEL = "1B"
+TITLE = f"Beside others: {MODEL}, Alpaca-like rows, rank 16 on all linear layers"
 COLUMNS = (
     Column("tokens/s", "tokens_per_s"),
     Column("of lora train", "of_lora", 2),
@@ -58,11 +59,11 @@ def list_cases(bench: Bench) -> dict[str, Case]:
             train_peer, bench_train.stock, packed
         ),
         f"lora train, {MANY} rows a step": partial(train_lora, MANY),
+        f"lora train, {MANY} rows a step, Liger's layers": partial(train_lora, MANY, liger=True),
         "Trainer and PEFT, no checkpointing": partial(train_peer, make_plain, padded),
-        f"lora train, {MANY} rows a step, quickest of 1B": partial(train_lora, MANY, quickest=True),
         "SFTTrainer, no checkpointing": partial(train_peer, bench_train.stock, padded),
     }
-    made = {"made": Case(partial(models.measure_making, name="8B"), speed_8b.MAKING)}
+    made = {"made": Case(partial(models.measure_making, name=MODEL), speed_8b.MAKING)}
     return made | {name: Case(measure, 60) for name, measure in measures.items()}
 
 
@@ -70,23 +71,17 @@ def _find_rows(bench: Bench) -> Path:
     return models.write_mixed_rows(bench, MANY * STEPS, LONGEST[bench.small])
 
 
-def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
+def train_lora(number: int, bench: Bench, liger: bool = False) -> Figures:
     """Run `lora train` with so many rows in a step."""
-    settings: Figures = {"changes": {}, "levers": []}
-    if quickest:
-        found = speed_1b.find_best(bench)
-        if found is None:
-            raise NotHereError("nothing was measured on 1B")
-        settings = found
-    training = {"per_device_train_batch_size": number, "max_steps": STEPS}
-    changes = settings["changes"] | {"training": settings["changes"].get("training", {}) | training}
+    # each step is logged, as the peers' are, though that waits for its numbers
+    training = {"per_device_train_batch_size": number, "max_steps": STEPS, "logging_steps": 1}
     found = speeds.measure(
         bench,
         "lora beside others",
-        models.find_made(bench, "8B"),
+        models.find_made(bench, MODEL),
         _find_rows(bench),
-        changes,
-        settings["levers"],
+        {"training": training | ({"use_liger_kernel": True} if liger else {})},
+        ["liger"] if liger else [],
     )
     return _compare(bench, found)
 
@@ -94,7 +89,7 @@ def train_lora(number: int, bench: Bench, quickest: bool = False) -> Figures:
 def train_peer(make: Any, flags: Figures, bench: Bench) -> Figures:
     """Run the trainer that `make` returns, with these of its options."""
     folder = runs.make_folder(bench, "peer")
-    (folder / "model").symlink_to(models.find_made(bench, "8B"))
+    (folder / "model").symlink_to(models.find_made(bench, MODEL))
     (folder / "rows.jsonl").symlink_to(_find_rows(bench))
     options = argparse.Namespace(
         method="lora", dtype="bfloat16", rank=16, dropout=0.0, max_length=LONGEST[bench.small]

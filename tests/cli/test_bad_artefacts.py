@@ -31,6 +31,7 @@ from transformers import (
 from lora_cli import cli
 from lora_cli.common import files, library_errors, provenance, ui
 from lora_cli.common.errors import LoraError
+from lora_cli.common.shown import name_given
 from lora_cli.gguf import preflight, tools
 from lora_cli.gguf.adapter import export_adapter
 from lora_cli.gguf.export import export
@@ -302,17 +303,17 @@ def gpt2x(folder: Path) -> Path:
 
 def said(name: str, folder: Path) -> str:
     """The error that a user gets to see, with its hint; an exception that is none goes through."""
-    say, ui.say, here = ui.say, lambda _="": None, Path.cwd()
+    say, ui.say, here = ui.say, lambda *_: None, Path.cwd()
     os.chdir(folder)
     try:
         BAD[name](folder)
     except LoraError as error:
-        text = ui.render_error(error)
+        text = name_given("\n".join(ui.list_lines(error)))
     except Exception as error:
         known = library_errors.translate(error)
         if known is None:
             raise
-        text = ui.render_error(known)
+        text = name_given("\n".join(ui.list_lines(known)))
     else:
         text = "nothing"
     finally:

@@ -1,7 +1,7 @@
 """What a person can get wrong on the command line, and the one message each gets. Compared with
 bad_inputs.txt.
 
-Recipes, models, chat templates, adapters, outputs, launchers, and every command's own arguments;
+Recipes, models, chat templates, adapters, outputs, launchers, job files, and every command's own arguments;
 bad data sets are in tests/data/test_bad_data.py, more of merging and exporting in
 test_bad_artefacts.py. Each case is a whole call of `lora` in this process. Hermetic: small random
 models with the tiny model's tokenizer, no network. Alone: pytest tests/cli/test_bad_inputs.py.
@@ -106,6 +106,14 @@ def on(change: Callable[[Path], object], *options: str) -> Case:
     return make
 
 
+def launching(*options: str) -> Case:
+    """`lora launch` of a sound recipe."""
+    return lambda d: [with_()(d), ["launch", "r.yaml", *options]][1]
+
+
+HF = ("--hf-jobs", "--image", "lora:1")
+
+
 def already(folder: Path, method: str, **settings: object) -> Path:
     """The base, with a config.json that says that it is quantised already; its weights, which no
     command may reach, are gone."""
@@ -167,9 +175,9 @@ def into(make_output: Callable[[Path], object], output: str = "run") -> Case:
     return make
 
 
-def launched(**environment: str) -> Case:
-    """`lora train` as a launcher with these variables starts it."""
-    return lambda d: (["train", str(recipe(d).name)], environment)
+def launched(*options: str, **environment: str) -> Case:
+    """`lora train` with these options, as a launcher with these variables starts it."""
+    return lambda d: (["train", str(recipe(d).name), *options], environment)
 
 
 def beside(machine: Machine, text: str = "", **environment: str) -> Case:
@@ -218,16 +226,21 @@ def edited(folder: Path, change: Callable[[dict], dict]) -> None:
     tensors(folder, change, "model.safetensors")
 
 
+RECORD = {
+    "started": "2026-01-01T00:00:00+00:00",
+    "recipe": {},
+    "base": {"name": "base", "commit": None},
+}
+
+
 def run_of(folder: Path, **values: object) -> None:
     """A run's folder with a record."""
-    record = {"recipe": {}, "base": {"name": "base", "commit": None}, "status": "running", **values}
-    written(folder / "record.json", json.dumps(record))
+    written(folder / "record.json", json.dumps({**RECORD, "status": "running", **values}))
 
 
 def recorded(folder: Path, **record: object) -> None:
     """A record of ours in an adapter's folder."""
-    known = {"recipe": {}, "base": {"name": "base", "commit": None}, "status": "finished"}
-    written(folder / "lora_record.json", json.dumps({**known, **record}))
+    written(folder / "lora_record.json", json.dumps({**RECORD, "status": "finished", **record}))
 
 
 def renamed(folder: Path, name: str = "adapter_model.bin") -> None:
@@ -359,6 +372,11 @@ BAD: dict[str, Case] = {
     "recipe: arguments that the optimizer does not take": with_(training="optim: adamw_torch, optim_args: 'momentum=1'"),
     "recipe: an attention that is not installed": with_(model="attn_implementation: flash_attention_2"),
     "recipe: DeepSpeed": with_(training="deepspeed: zero2.json"),
+    "recipe: compiled in parts by FSDP": with_("distributed: {strategy: fsdp}\n", training="torch_compile: true"),
+    "recipe: compiled in parts by DeepSpeed": with_(
+        "distributed: {strategy: deepspeed-zero3}\n", training="torch_compile: true"),
+    "recipe: a whole module in parts": with_("distributed: {strategy: fsdp}\n", lora="modules_to_save: [lm_head]"),
+    "recipe: a strategy of a stage that is none": with_("distributed: {strategy: deepspeed-zero1}\n"),
     "recipe: an upload's name without an upload": with_(training="hub_model_id: me/mine"),
     "recipe: --set without a value": typed("train", "r.yaml", "--set", "lora.r", make=recipe),
     "recipe: --set of nothing": typed("train", "r.yaml", "--set", "=1", make=recipe),
@@ -389,8 +407,15 @@ BAD: dict[str, Case] = {
         with_()(d), written(d / "rows/dataset_info.json", "{"), ["train", "r.yaml", "--set", "data.path=rows"]][2],
     "data: the split is an expression without end": typed(
         "train", "r.yaml", "--set", "data.split=train[(((", make=lambda d: [base(d), recipe(d)]),
-    "data: an address": typed(
-        "train", "r.yaml", "--set", "data.path=https://x.org/rows.jsonl", make=lambda d: [base(d), recipe(d)]),
+    "data: an address of another kind": typed(
+        "train", "r.yaml", "--set", "data.path=http://x.org/rows.jsonl", make=lambda d: [base(d), recipe(d)]),
+    "data: addresses in a chain": typed(
+        "train", "r.yaml", "--set", "data.path=simplecache::s3://b/rows.jsonl", make=lambda d: [base(d), recipe(d)]),
+    "data: an address that is signed": typed(
+        "train", "r.yaml", "--set", f"data.path=https://x.org/rows.jsonl?X-Amz-Signature={'0f' * 8}",
+        make=lambda d: [base(d), recipe(d)]),
+    "data: a pattern that https cannot list": typed(
+        "train", "r.yaml", "--set", "data.path=https://x.org/rows-*.jsonl", make=lambda d: [base(d), recipe(d)]),
     # The base
     "model: no such folder": typed("train", "r.yaml", "--set", "model.name_or_path=./base", make=recipe),
     "model: a longer path": typed("train", "r.yaml", "--set", "model.name_or_path=models/llama/base", make=recipe),
@@ -435,9 +460,10 @@ BAD: dict[str, Case] = {
         (2).to_bytes(8, "little") + b"17")),
     "model: weights with a broken header": on(lambda f: (f / "model.safetensors").write_bytes(
         (9).to_bytes(8, "little") + b'{"a": {}}')),
-    "model: a shard is missing": on(lambda f: sharded(f, {"weight_map": {
+    "model: a shard is missing": on(lambda f: sharded(f, {"metadata": {}, "weight_map": {
         "model.norm.weight": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}})),
-    "model: a shard elsewhere": on(lambda f: sharded(f, {"weight_map": {"model.norm.weight": "../../secret"}})),
+    "model: a shard elsewhere": on(lambda f: sharded(f, {
+        "metadata": {}, "weight_map": {"model.norm.weight": "../../secret"}})),
     "model: the index is no JSON": on(lambda f: sharded(f, "{")),
     "model: the index is a list": on(lambda f: sharded(f, [])),
     "model: the index maps nothing": on(lambda f: sharded(f, {"metadata": {}})),
@@ -585,8 +611,15 @@ BAD: dict[str, Case] = {
     "output: exporting where nothing can be made": lambda d: [
         base(d), ["export-gguf", "base", "-q", "f16", "-o", "/proc/lora"]][1],
     # Launchers
-    "launcher: torchrun with two": launched(
-        RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
+    "launcher: no processes": launched("--nproc", "0"),
+    "launcher: many processes": launched("--nproc", "all"),
+    "launcher: more processes than a step has rows": lambda d: [
+        base(d), recipe(d, training="per_device_train_batch_size: 2, gradient_accumulation_steps: 1"),
+        ["train", "r.yaml", "--nproc", "3"]][2],
+    "launcher: machines that cannot meet": launched("--nnodes", "2"),
+    "launcher: machines that meet at no port": launched("--nnodes", "2", "--rdzv-endpoint", "node1"),
+    "launcher: another number of machines": launched(
+        "--nnodes", "3", PET_NNODES="2", PET_MASTER_ADDR="node1", PET_MASTER_PORT="29500"),
     "launcher: mpirun with two": launched(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0"),
     "launcher: srun with four": launched(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="1"),
     "launcher: no world size": launched(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
@@ -622,6 +655,32 @@ BAD: dict[str, Case] = {
     "train: no recipe": typed("train"),
     "train: two recipes": typed("train", "a.yaml", "b.yaml"),
     "train: --set without anything": typed("train", "r.yaml", "--set"),
+    "launch: no recipe": typed("launch", "--slurm"),
+    "launch: a recipe that does not load": lambda d: [
+        with_(training="learning_rat: 1e-4")(d), ["launch", "r.yaml", "--slurm"]][1],
+    "launch: for nothing": launching(),
+    "launch: for two schedulers": launching("--slurm", "--skypilot"),
+    "launch: no machine": launching("--slurm", "--nodes", "0"),
+    "launch: fewer than no GPUs": launching("--slurm", "--gpus", "-1"),
+    "launch: a name that is none": launching("--slurm", "--name", "My job"),
+    "launch: too long a name": launching("--slurm", "--name", "x" * 41),
+    "launch: a time that is none": launching("--slurm", "--time", "soon"),
+    "launch: no time": launching("--slurm", "--time", "0h"),
+    "launch: a kind of GPU that is none": launching("--slurm", "--gpu", "h100 --exclusive"),
+    "launch: an image for SLURM": launching("--slurm", "--image", "lora:1"),
+    "launch: no image": launching("--kubernetes"),
+    "launch: an image that is none": launching("--kubernetes", "--image", "my image"),
+    "launch: a kind of GPU for Kubernetes": launching("--kubernetes", "--image", "lora:1", "--gpu", "H100"),
+    "launch: no kind of GPU": launching("--skypilot"),
+    "launch: a time for SkyPilot": launching("--skypilot", "--gpu", "H100", "--time", "3h"),
+    "launch: HF Jobs on two machines": launching(*HF, "--gpu", "a100", "--nodes", "2"),
+    "launch: GPUs that HF Jobs has not so many of": launching(*HF, "--gpu", "a100", "--gpus", "3"),
+    "launch: a GPU that HF Jobs has not": launching(*HF, "--gpu", "h100"),
+    "launch: a file that is there": lambda d: [
+        with_()(d), written(d / "job.sh", ""), ["launch", "r.yaml", "--slurm", "--out", "job.sh"]][2],
+    "launch: a link that leads nowhere": lambda d: [
+        with_()(d), link(d / "job.sh", "gone"), ["launch", "r.yaml", "--slurm", "--out", "job.sh"]][2],
+    "launch: into no folder": launching("--slurm", "--out", "gone/job.sh"),
     "check: no recipe": typed("check"),
     "check: fewer than no samples": typed("check", "r.yaml", "--samples", "-1"),
     "check: no such file": typed("check", "r.yaml"),
@@ -718,7 +777,7 @@ def said(name: str, folder: Path) -> str:
 
 
 def test_the_snapshot_covers_every_case() -> None:
-    assert len(BAD) >= 265
+    assert len(BAD) >= 288
     assert snapshots.list_names(SNAPSHOT) == list(BAD)
 
 

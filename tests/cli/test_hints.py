@@ -33,6 +33,7 @@ VERBS = {
     "generate",
     "chat",
     "check",
+    "launch",
 }
 BEGINS = re.compile(
     r"^(?:if [^:]*: |merge it instead: |leave out \S+ and install it: )?(?=lora |--|-\w )"

@@ -85,7 +85,7 @@ def test_no_secret_and_no_home_folder_is_in_any_file_or_log(tiny: Path, tmp_path
         f"train r.yaml --set training.hub_token={CANARY}": 2,
         f"train r.yaml --token {CANARY}": 2,
         f"train r.yaml --token={CANARY}": 2,
-        f"train r.yaml --set model.name_or_path=https://me:{CANARY}@hf.co/a/b": 1,
+        f"train r.yaml --set model.name_or_path=https://me:{CANARY}@hf.co/a/b": 2,
         f"train r.yaml --set model.system_prompt={secrets['HF_TOKEN']}": 2,
         "train leak.yaml": 2,
     }
@@ -121,9 +121,9 @@ def test_a_bug_is_reported_without_secrets(lora, tmp_path: Path) -> None:
     message the canary."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "sitecustomize.py").write_text(
-        "import lora_cli.train.launch\n"
-        "def check(environment):\n    raise AssertionError(environment['HF_TOKEN'])\n"
-        "lora_cli.train.launch.check_launcher = check\n"
+        "import lora_cli.distributed.place\n"
+        "def check(environment, **_):\n    raise AssertionError(environment['HF_TOKEN'])\n"
+        "lora_cli.distributed.place.take_place = check\n"
     )
     environment = {
         "HOME": str(tmp_path),
@@ -139,3 +139,43 @@ def test_a_bug_is_reported_without_secrets(lora, tmp_path: Path) -> None:
     assert str(tmp_path) not in done.stderr
     assert done.stderr.rstrip().endswith("Tokens and your home folder are left out above.")
     assert "This is a bug in lora" in done.stderr
+
+
+def test_a_path_that_merely_contains_the_home_folder_s_is_read_back(
+    tiny: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "user"
+    for base in (Path(f"{tmp_path}/bak{home}"), tmp_path / "user2"):
+        shutil.copytree(tiny / "model", base)
+        out = tmp_path / f"run-{base.name}"
+        (tmp_path / "r.yaml").write_text(
+            f"model: {{name_or_path: {base}}}\ndata: {{path: {tiny}/train.jsonl, max_rows: 4}}\n"
+            f"training: {{max_steps: 1, max_length: 64}}\noutput_dir: {out}\n"
+        )
+        calls = f"train r.yaml|merge {out}/adapter {out}-m|verify {out}/adapter {out}-m".split("|")
+        done = subprocess.run(
+            [sys.executable, "-c", ALL, json.dumps([call.split() for call in calls])],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        )
+        assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, 0], done.stderr
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+
+
+def test_a_recipe_with_a_secret_is_refused_with_its_place(lora, write_recipe) -> None:
+    for text, place in (
+        (f"run:\n  a: {CANARY}\n", "3: run.a"),
+        (f"training:\n  run_name: x_{CANARY}\n", "3: training.run_name"),
+        (f"lora:\n  {CANARY}: 1\n", "3: lora.***"),
+        ("data:\n  path: postgres://me:hunter2@db/x\n", "3: data.path"),
+    ):
+        path = write_recipe(text)
+        done = lora("train", path)
+        assert done.returncode == 2
+        assert f"{path.name}:{place} holds what looks like a" in done.stderr
+        assert CANARY not in done.stderr
+        assert "hunter2" not in done.stderr
+    assert not (path.parent / "run").exists()

@@ -12,11 +12,11 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.common import files, privacy, provenance, remote_code, ui
@@ -173,6 +173,7 @@ def test_the_base_of_a_foreign_adapter_is_named_before_it_is_opened(
 def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path) -> None:
     made = adapter(base(tmp_path))
     claim = {
+        "started": "2026-11-26T10:00:00+00:00",
         "recipe": {},
         "status": "finished",
         "base": {"name": str(tmp_path / "base"), "commit": None},
@@ -187,18 +188,50 @@ def test_an_adapter_whose_files_contradict_each_other_is_refused(tmp_path: Path)
     )
 
 
+SLOW = {
+    "target_modules": "(.*)*(.*)*(.*)*(.*)*x",
+    "exclude_modules": ".?" * 60 + "!",  # none of * + { (
+    "rank_pattern": {".?" * 60 + "!": 2},
+    "alpha_pattern": {"(.|.)+!": 2},
+    "modules_to_save": ["(.*a?)*(.*a?)*!"],
+}
+
+
+@pytest.mark.parametrize("field", SLOW)
 def test_regular_expressions_of_an_adapter_are_tried_in_another_process(
+    field: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    evil = changed(adapter(base(tmp_path)) / "adapter_config.json", **{field: SLOW[field]}).parent
+    network = Base(str(tmp_path / "base")).load(torch.float32)
+    with pytest.raises(UsageError, match=f"{field}: .* takes over 0.5 s"):
+        attach.load_adapter(network, evil)
+    with pytest.raises(UsageError, match=f"{field}: .* takes over 0.5 s"):
+        merge_adapter(adapter_folder.read_adapter(evil), tmp_path / "out", stream=True)
+
+
+def test_the_expressions_of_a_second_adapter_are_tried_on_the_names_that_peft_asks_for(
     tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    good = adapter(base(tmp_path))
+    network = attach.load_adapter(Base(str(tmp_path / "base")).load(torch.float32), good)
+    # it fails at once on base_model.model.model.layers…
+    evil = changed(good / "adapter_config.json", target_modules="model\\.l(.*)*(.*)*(.*)*!").parent
+    with pytest.raises(UsageError, match="takes over 0.5 s"):
+        attach.load_adapter(network, evil, "second")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save", "rank_pattern"])
+def test_lists_of_more_names_than_the_model_has_are_refused(field: str, tmp_path: Path) -> None:
+    names = [f"a{number}" for number in range(1001)]
     evil = changed(
-        adapter(base(tmp_path)) / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*x"
+        adapter(base(tmp_path)) / "adapter_config.json",
+        **{field: dict.fromkeys(names, 1) if field == "rank_pattern" else names},
     ).parent
     network = Base(str(tmp_path / "base")).load(torch.float32)
-    with pytest.raises(UsageError, match="takes over 0.5 s"):
+    with pytest.raises(UsageError, match=f"{field} has 1,00[12] items"):
         attach.load_adapter(network, evil)
-    with pytest.raises(UsageError, match="takes over 0.5 s"):
-        merge_adapter(adapter_folder.read_adapter(evil), tmp_path / "out", stream=True)
 
 
 def templated(template: str) -> PreTrainedTokenizerFast:
@@ -209,29 +242,45 @@ def templated(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (
-            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "takes over 0.3 s",
-        ),
-        ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "makes over"),
-        ("{{ 'x' * 10 ** 10 }}", "multiplies"),
-        ("{{ 10 ** 10 * [1] }}", "multiplies"),
-        ("{{ 9 ** (9 ** (9 ** 9)) }}", "power"),
-        (
-            "{% set n = namespace(x='y') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% "
-            "endfor %}",
-            "takes over",
-        ),
-    ],
-)
+LOOP = "{% for a in range(99999) %}"
+TOO_MUCH = {
+    LOOP * 2 + "{% endfor %}" * 2: "takes over 0.3 s",
+    "{{ 9 ** (9 ** (9 ** 9)) }}": "takes over 0.3 s",
+    "{{ 1" + "+1" * 300_000 + " }}": "takes over 0.3 s",  # to compile
+    "{% set n = namespace(x=[]) %}"
+    + LOOP
+    + "{% set n.x = n.x + [a] %}{% endfor %}": "takes over 0.3 s",
+    LOOP + "{{ 'x' * 9999 }}{% endfor %}": "makes over 4,194,304 characters",
+    "{{ 'x'.center(5 * 10 ** 7) }}": "makes over 4,194,304 characters",
+    "{{ 'x'.center(10 ** 9) }}": "takes over 256 MiB",
+    "{{ '%1000000000d' % 1 }}": "takes over 256 MiB",
+    "{{ '{:>999999999}'.format('x') }}": "takes over 256 MiB",
+    "{{ 10 ** 10 * [1] }}": "takes over 256 MiB",
+    "{{ [1]|batch(10 ** 9, 0)|list }}": "takes over 256 MiB",
+    "x" * (2**20 + 1): "has 1,048,577 characters",
+}
+FAILS = {
+    "{% for a in range(9) %}" * 100 + "{% endfor %}" * 100: "too many levels",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "it recurses without end",
+    "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}": "it recurses without end",
+    "{{ range(10 ** 9) }}": "Range too big",
+    "{{ raise_exception('no system') }}": "no system",
+    "{% set n = namespace(_x=1) %}": "begins with an underscore",
+    "{% for %}": "Expected an expression",
+}
+
+
+@pytest.mark.parametrize(("template", "said"), TOO_MUCH.items(), ids=lambda text: text[:40])
 def test_templates_are_stopped(template: str, said: str, monkeypatch) -> None:
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
-    monkeypatch.setattr(chat_template, "LOOK", 0.02)
     monkeypatch.setattr(chat_template, "MEMORY", 2**28)
     with pytest.raises(chat_template.TemplateLimit, match=said):
+        chat_template.render(templated(template), [{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(("template", "said"), FAILS.items(), ids=lambda text: text[:40])
+def test_templates_that_fail_say_why(template: str, said: str) -> None:
+    with pytest.raises(TemplateError, match=said):
         chat_template.render(templated(template), [{"role": "user", "content": "x"}])
 
 
@@ -253,21 +302,12 @@ def test_a_template_renders_as_transformers_renders_it() -> None:
             )
 
 
-def test_a_machine_that_was_asleep_is_no_reason_to_stop(monkeypatch) -> None:
-    """Processor time counts, and time.sleep takes none."""
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
-    monkeypatch.setattr(chat_template, "LOOK", 0.02)
-    with chat_template.Limits() as limits:
-        limits.begin()
-        time.sleep(0.5)
-
-
 def test_links_are_neither_followed_nor_written_through(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("keep")
     (tmp_path / "link").symlink_to("mine")
     with pytest.raises(LoraError, match="is a link"):
-        run_folder.begin_run(tmp_path / "link", {}, {"base": {}}, resume=False)
+        run_folder.draft_run(tmp_path / "link", {}, {"base": {}}, resume=False)
     with pytest.raises(LoraError, match="already exists"), files.staged_folder(tmp_path / "link"):
         pass
     (tmp_path / "record.json").symlink_to("mine/file")

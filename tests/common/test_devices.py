@@ -138,7 +138,7 @@ def test_a_run_goes_on_on_another_kind_of_device(
     assert seeds == [torch.initial_seed()] * 2
     assert capsys.readouterr().err.count("was on cpu and goes on on cuda") == 1
     pretend(monkeypatch, None)
-    random_state.restore_state({**state, "torch": {**state["torch"], "cuda": ""}})
+    random_state.restore_state(state.model_copy(update={"torch": {**state.torch, "cuda": ""}}))
     assert "was on cpu and cuda and goes on on cpu" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.common import files
+from lora_cli.common import endings, files, lock
 from lora_cli.common.errors import LoraError, RejectedError
 from lora_cli.train import checkpoints
 
@@ -31,7 +31,7 @@ class SignalError(BaseException):
     """What a signal's handler raises."""
 
 
-TRACED = {module.__file__ for module in (checkpoints, contextlib, files, shutil)}
+TRACED = {module.__file__ for module in (checkpoints, contextlib, endings, files, shutil)}
 
 
 def interrupted(block: Callable[[], None], instant: int) -> bool:
@@ -42,7 +42,7 @@ def interrupted(block: Callable[[], None], instant: int) -> bool:
     def trace(frame, event, argument):
         if frame.f_code.co_filename not in TRACED:
             return None
-        if next(instants) == instant:
+        if next(instants) >= instant and not raised and not endings._postponing:
             raised.append(SignalError())
             raise raised[0]
         return trace
@@ -87,7 +87,7 @@ def write(folder: Path) -> None:
 
 
 def scratch(folder: Path) -> None:
-    with files.scratch_folder(".scratch-", folder) as made:
+    with files.scratch_folder(folder) as made:
         (made / "below").mkdir()
         (made / "below" / "one").write_text("1")
 
@@ -106,6 +106,11 @@ def old_checkpoint(folder: Path) -> None:
     for step in (1, 9):
         with checkpoints.stage_checkpoint(folder, "run", step) as staging:
             (staging / "one").write_text("1")
+
+
+@pytest.fixture(autouse=True)
+def swept_anew() -> None:
+    files.remove_leftovers.cache_clear()
 
 
 WHOLE = {"one": "1", "two": "2"}
@@ -134,7 +139,7 @@ def instants_of(case: str, tmp_path: Path) -> Iterator[tuple[Path, bool]]:
         folder.mkdir()
         prepare(folder)
         ended = interrupted(lambda: act(folder), instant)  # noqa: B023
-        files._remove_the_rest()  # as at the process's end
+        endings.undo_all()  # as at the process's end
         yield folder, ended
         if not ended:
             return
@@ -153,7 +158,7 @@ def test_a_signal_at_any_instant_leaves_nothing_half_made(case: str, tmp_path: P
         seen += ended
     assert seen > 40
     assert left == ([] if not known else [known[-1]])  # uninterrupted
-    assert not files._passing
+    assert not endings._undoings
 
 
 def check_whole(path: Path) -> None:
@@ -169,16 +174,19 @@ def check_whole(path: Path) -> None:
 AMID_REMOVAL = """
 import os, shutil, signal, sys
 from pathlib import Path
-from lora_cli.common import files
+from lora_cli.common import endings, files
 
 remove = shutil.rmtree
 
 def interrupted(path, **options):
-    shutil.rmtree = remove
-    next(Path(path).iterdir()).unlink()
+    if (one := next(Path(path).rglob("one"), None)):
+        one.unlink()
+    else:
+        shutil.rmtree = remove
     os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+endings.listen()
 shutil.rmtree = interrupted
 with files.staged_folder(Path(sys.argv[1]) / "out") as staging:
     (staging / "one").write_text("1")
@@ -187,7 +195,7 @@ with files.staged_folder(Path(sys.argv[1]) / "out") as staging:
 """
 
 
-def test_what_a_signal_left_of_a_removal_goes_with_the_process(tmp_path: Path) -> None:
+def test_a_signal_amid_a_removal_and_amid_its_own_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", AMID_REMOVAL, tmp_path],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -198,34 +206,27 @@ def test_what_a_signal_left_of_a_removal_goes_with_the_process(tmp_path: Path) -
 
 
 def test_a_forked_child_leaves_its_parent_s_folders_alone(tmp_path: Path) -> None:
-    with files.scratch_folder(".scratch-", tmp_path) as folder:
+    with files.scratch_folder(tmp_path) as folder:
         child = os.fork()
         if not child:
-            files._remove_the_rest()
+            endings.undo_all()
             os._exit(0)
         os.waitpid(child, 0)
         assert folder.is_dir()
 
 
-def test_a_dead_process_s_folder_of_the_same_number_is_not_taken_over(tmp_path: Path) -> None:
-    left = tmp_path / f".out.{files._stamp()}.tmp"
-    left.mkdir()
-    (left / "stale").write_text("of another run")
-    stage(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one", "two"]
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lora_cli.common import files
+from lora_cli.common import files, lock
 
-with files.staged_folder(Path(sys.argv[1]) / "out"), files.scratch_folder(".scratch-", Path(sys.argv[1])):
+here = Path(sys.argv[1])
+with files.staged_folder(here / "out"), files.scratch_folder(here), lock.hold(here / "other"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_a_killed_process_left_goes_when_the_same_is_made_again(
+def test_what_a_killed_process_left_goes_at_the_next_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subprocess.run(
@@ -233,28 +234,98 @@ def test_what_a_killed_process_left_goes_when_the_same_is_made_again(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
     )
-    left = {path.name for path in tmp_path.iterdir()}
-    assert len(left) == 2
-    host = files._stamp().partition("-")[2]
-    alive, elsewhere = f".out.{os.getppid()}-{host}.tmp", ".out.999999999-01234567.tmp"
-    for name in (alive, elsewhere):
+    assert len(list(tmp_path.iterdir())) == 4
+    start, host = files._find_start(os.getppid()), files._name_host()
+    alive = f".lora-{os.getppid()}-{start}-{host}-01234567.tmp"
+    elsewhere = f".lora-999999999-1-{'0' * 6}-01234567.tmp"
+    reused = f".lora-{os.getppid()}-{start - 1}-{host}-01234567.tmp"
+    for name in (alive, elsewhere, reused):
         (tmp_path / name).mkdir()
-    stage(tmp_path)
-    scratch(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", alive, elsewhere}
-    assert capsys.readouterr().err.count("which a process that was killed had left") == 2
+    with lock.hold(tmp_path / "held"):
+        stage(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left - {"out", alive, elsewhere} == {name for name in left if name.endswith(".lock")}
+    assert len(left) == 4
+    assert capsys.readouterr().err.count("which a process that was killed had left") == 3
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_folder_for_results_goes_where_there_are_none(tmp_path: Path) -> None:
-    with suppress(LoraError), files.scratch_beside_results(".scratch-", tmp_path / "new"):
-        raise LoraError("no", "again")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "old").mkdir()
-    for name in ("old", "filled"):
-        with files.scratch_beside_results(".scratch-", tmp_path / name):
-            if name == "filled":
+def test_only_folders_that_stay_empty_go_again(tmp_path: Path) -> None:
+    for name in ("new/below", "old", "filled/below"):
+        if name == "old":
+            (tmp_path / name).mkdir()
+        with suppress(LoraError), files.made_folder(tmp_path / name):
+            if "filled" in name:
                 (tmp_path / name / "one").write_text("1")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["filled", "old", "one"]
+            raise LoraError("no", "again")
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == ["filled", "filled/below", "filled/below/one", "old"]
+
+
+@pytest.mark.parametrize("mask", [0, 0o077, 0o027])
+def test_what_is_in_the_making_is_the_maker_s_alone_and_what_is_made_is_as_the_umask_says(
+    mask: int, tmp_path: Path
+) -> None:
+    before = os.umask(mask)
+    try:
+        with files.staged_folder(tmp_path / "out") as staging:
+            assert staging.parent.stat().st_mode & 0o777 == 0o700
+            (staging / "file").touch(0o600)  # as safetensors does
+        files.write_text(tmp_path / "text", "1")
+    finally:
+        os.umask(before)
+    modes = [tmp_path / "out", tmp_path / "out" / "file", tmp_path / "text"]
+    assert [path.stat().st_mode & 0o777 for path in modes] == [
+        0o777 & ~mask,
+        0o666 & ~mask,
+        0o666 & ~mask,
+    ]
+
+
+PLANTED = {
+    "a folder": Path.mkdir,
+    "a file": Path.touch,
+    "a link": lambda path: path.symlink_to(path.parent.parent / "victim"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("make", [stage, write, scratch])
+def test_nothing_that_somebody_planted_is_taken_over(
+    make: Callable[[Path], None], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the random number is guessed."""
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    victim.mkdir()
+    monkeypatch.setattr(files.secrets, "token_hex", lambda length: "0" * 2 * length)
+    PLANTED[kind](files._name_passing(folder))
+    with pytest.raises(LoraError, match="another program's"):
+        make(folder)
+    assert not list(victim.iterdir())
+
+
+def fill(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "theirs").touch()
+
+
+@pytest.mark.parametrize("plant", [*PLANTED.values(), fill])
+def test_a_name_that_is_taken_meanwhile_is_left_as_it_is(
+    plant: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "below").mkdir()
+    made = tmp_path / "below" / "out"
+    with suppress(LoraError), files.staged_folder(made) as staging:
+        (staging / "one").write_text("1")
+        plant(made)
+    assert not list((tmp_path / "victim").iterdir())
+    if plant is Path.mkdir:  # an empty folder may be taken
+        assert (made / "one").is_file()
+    else:
+        assert not (made / "one").exists()
+    assert [path.name for path in made.parent.iterdir()] == ["out"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_is_not_made(

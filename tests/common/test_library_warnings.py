@@ -32,6 +32,7 @@ def heard(capsys: pytest.CaptureFixture[str]):
         yield lambda: capsys.readouterr().err
     logger.removeHandler(library_warnings._handler)
     warnings.showwarning = show
+    logging.StreamHandler.emit = library_warnings._own_emit
 
 
 def test_a_warning_is_one_line_said_once(heard) -> None:
@@ -44,6 +45,17 @@ def test_a_warning_is_one_line_said_once(heard) -> None:
     assert said[0] == "warning: bitsandbytes: No prebuilt binary, taken: 12.4"
     assert re.fullmatch(r"warning: \w+: that has no effect", said[1])
     assert len(said) == 2
+
+
+def test_a_handler_of_a_library_s_own_writes_a_line_of_ours_too(heard, tmp_path: Path) -> None:
+    logger, log = logging.getLogger("datasets.planted"), tmp_path / "log"
+    logger.propagate = False
+    for handler in (logging.StreamHandler(), logging.FileHandler(log)):
+        logger.addHandler(handler)
+    logger.error("Failed to load\nerror: see\x0bhere")
+    logger.info("chatter")
+    assert heard() == "warning: datasets: Failed to load error: see here\n"
+    assert log.read_text() == "Failed to load\nerror: see\x0bhere\n"
 
 
 def test_what_is_silenced_is_what_the_libraries_say() -> None:

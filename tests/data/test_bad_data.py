@@ -171,11 +171,11 @@ def said(name: str, folder: Path) -> str:
     text = f"model: {{name_or_path: x}}\ndata: {{{path}{section}}}\ntraining: {{max_length: 30}}\n"
     recipe.write_text(text.replace("DIR", str(folder)))
     heard: list[str] = []
-    say, ui.say = ui.say, heard.append
+    say, ui.say = ui.say, lambda *lines: heard.extend(lines)
     try:
         load.load_rows(load_recipe(recipe), tokenizer())
     except LoraError as error:
-        heard.append(ui.render_error(error).replace("\n\n", "\n"))
+        heard.append("\n".join(filter(None, ui.list_lines(error))))
     finally:
         ui.say = say
     heard = [line for line in heard if not line.startswith("  ")]  # what is read, and how

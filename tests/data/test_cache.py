@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -158,6 +159,31 @@ def test_a_flipped_bit_is_noticed(load, capfd) -> None:
     file.write_bytes(content)
     assert load().rows[:] == once
     assert "they differ from what was written" in capfd.readouterr().err
+
+
+def test_offsets_outside_the_buffers_are_noticed_before_anything_is_read(load, capfd) -> None:
+    load()
+    [entry] = cache.find_folder().iterdir()
+    column = pyarrow.array([[1, 2, 3]], cache.NUMBERS)
+    with pyarrow.ipc.new_stream(str(entry / cache.ROWS), cache.SCHEMA) as writer:
+        writer.write_batch(pyarrow.record_batch([column, column], schema=cache.SCHEMA))
+    written = (entry / cache.ROWS).read_bytes()
+    inside, outside = (np.array([0, end], np.int32).tobytes() for end in (3, 2**30))
+    assert inside in written
+    (entry / cache.ROWS).write_bytes(written.replace(inside, outside))
+    kept = json.loads((entry / cache.COUNTS).read_text())
+    kept["counts"]["kept"], kept["places"] = 1, []
+    (entry / cache.COUNTS).write_text(json.dumps(kept))
+    assert len(load().rows) == len(ROWS)
+    assert "offset" in capfd.readouterr().err
+    assert entry.parent.stat().st_mode & 0o77 == 0
+
+
+def test_another_user_s_entry_is_not_taken(load, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    load()
+    monkeypatch.setattr(os, "getuid", iter([12345, os.getuid()]).__next__)
+    load()
+    assert "they are another user's" in capfd.readouterr().err
 
 
 def test_a_file_in_the_place_of_an_entry_is_replaced(load) -> None:

@@ -47,7 +47,7 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, row: dict) -> tupl
     """The text of a row, and what of it the template does not read."""
     tokenizer.chat_template = template
     made = Renderer(tokenizer, "all")
-    (piece,) = made._render_row(0, convert(row))
+    _, (piece,) = made._render_batch([convert(row)])
     return piece.text, piece.unread
 
 

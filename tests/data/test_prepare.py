@@ -319,6 +319,21 @@ def test_every_shipped_template_marks_the_answers(tokenizer) -> None:
         assert text.count("<s>") == 1
 
 
+@pytest.mark.parametrize("between", ["  </s>", " |", "</s>"])
+def test_an_answer_ends_with_the_control_token_before_the_next_turn(
+    tokenizer, between: str
+) -> None:
+    """One of them begins with a space itself."""
+    tokenizer.add_special_tokens({"extra_special_tokens": [" |"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}BETWEEN{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}BETWEEN{% endif %}"
+    ).replace("BETWEEN", between)
+    conversation = formats.find_converter("messages")(CONVERSATION)
+    [(text, spans)] = Renderer(tokenizer, "assistant").render_conversation(conversation)
+    assert [text[start:end] for start, end in spans] == [f"one{between}", "two</s>"]
+
+
 def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(
     prepare, tokenizer, capfd
 ) -> None:

@@ -87,7 +87,7 @@ def test_an_old_peft_is_found(lora, old_peft: dict[str, str]) -> None:
         "name": "peft",
         "status": "problem",
         "said": "0.10.0 is not <0.22,>=0.21",
-        "fix": f"python -m pip install 'peft=={checks.read_tested_versions()['peft']}'",
+        "fix": f"python -m pip install peft=={checks.read_tested_versions()['peft']}",
     }
     assert found["libraries"]["status"] == "problem"
     assert found["libraries"]["said"].startswith("cannot be tried: ")
@@ -95,7 +95,7 @@ def test_an_old_peft_is_found(lora, old_peft: dict[str, str]) -> None:
     text = lora("doctor", env=old_peft)
     assert text.returncode == 1
     assert (
-        "problem  peft: 0.10.0 is not <0.22,>=0.21\n         -> python -m pip install 'peft=="
+        "problem  peft: 0.10.0 is not <0.22,>=0.21\n         -> python -m pip install peft=="
         in text.stdout
     )
 

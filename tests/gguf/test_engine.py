@@ -7,6 +7,7 @@ tests/gguf/test_engine.py
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError
-from lora_cli.gguf import llama_api, parity, tools
+from lora_cli.gguf import header, llama_api, parity, tools
 from lora_cli.gguf.engine import GGUFModel
 from lora_cli.models import passages
 from tests.networks import greedy
@@ -100,6 +101,16 @@ def test_every_position_agrees_with_transformers(gguf: Path, tiny: Path, tokeniz
         torch.testing.assert_close(given.log_softmax(-1), wanted.log_softmax(-1), rtol=0, atol=2e-3)
 
 
+def test_a_template_that_shows_no_answer_leaves_the_passages_plain(tokenizer) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    wanted = passages.make_passages(plain, 512)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ 9 }}"
+    assert passages.make_passages(tokenizer, 512) == wanted
+    assert wanted
+
+
 def test_another_layout_of_llama_cpp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Moved(llama_api.ContextParams):
         _fields_ = (("more", ctypes.c_uint8 * 64),)
@@ -120,6 +131,24 @@ def test_the_server_still_says_why_it_cannot_load(gguf: Path, tmp_path: Path) ->
     cut.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
     with pytest.raises(LoraError, match=r"cannot load .*cut.gguf: .*(not within|data|bounds)"):
         GGUFModel(cut)
+
+
+@pytest.mark.parametrize(("key", "value"), [("llama.block_count", 0), ("llama.context_length", 0)])
+def test_what_ends_llama_cpp_s_process_is_an_error(
+    gguf: Path, tmp_path: Path, key: str, value: int
+) -> None:
+    """The first when the file is opened, the second at the first token."""
+    data = gguf.read_bytes()
+    found = header.read_header(memoryview(data))
+    assert found.get(key)
+    begins = header.header(found.metadata | {key: header.uint32(value)}, found.tensors)
+    spoilt = tmp_path / "spoilt.gguf"
+    spoilt.write_bytes(begins + data[found.data_start :])
+    # the server may refuse the first token before its thread comes to what ends it
+    with pytest.raises(LoraError, match="cannot load .*(GGML_ASSERT|context size)"):
+        GGUFModel(spoilt)
+    with pytest.raises(LoraError, match="cannot load .*GGML_ASSERT"):
+        next(llama_api.compute_logits(spoilt, [[1, 2]]))
 
 
 def test_without_llama_cpp_s_functions_nothing_is_compared(

@@ -49,6 +49,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index with one file in it, in the place of pip; the file is returned."""
     archive = tmp_path / "offered.tar.gz"
     monkeypatch.setattr(install, "SHA256", sdist(archive))
+    install._unpack(archive, tmp_path / "unpacked")
+    monkeypatch.setattr(tools, "DIGEST", tools.hash_installed(tmp_path / "unpacked"))
     monkeypatch.setattr(install, "_download_source", lambda folder: archive)
     return archive
 
@@ -77,6 +79,30 @@ def test_install_keeps_what_is_needed(
         install.install_converters()
     monkeypatch.setattr(install, "SHA256", sdist(index))
     assert files_below(install.install_converters()) == wanted
+
+
+@pytest.mark.parametrize(
+    "name",
+    [CONVERTER, "conversion/llama.py", "conversion/new.py", "gguf-py/gguf/__init__.py", "torch.py", "numpy/__init__.py", "json.so", "conversion/__pycache__/llama.cpython-311.pyc"],
+)  # fmt: skip
+def test_a_copy_that_was_tampered_with_is_not_run_and_is_installed_again(
+    name: str, index: Path
+) -> None:
+    home = install.install_converters()
+    (home / name).parent.mkdir(exist_ok=True)
+    with (home / name).open("a") as file:
+        file.write("\nimport os\n")
+    with pytest.raises(LoraError, match="is not as it was installed"):
+        tools.find_converter()
+    install.install_converters()
+    assert tools.find_converter() == Found(home / CONVERTER, "managed copy")
+    assert list(home.parent.iterdir()) == [home]
+
+
+def test_the_managed_copy_is_the_one_that_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path.home() / ".cache" / "lora-cli" / tools.find_managed_home().name
+    if home.is_dir():
+        assert tools.hash_installed(home) == tools.DIGEST
 
 
 def test_another_archive_is_refused(index: Path, tmp_path: Path) -> None:

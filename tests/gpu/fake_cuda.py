@@ -94,7 +94,7 @@ from bitsandbytes.nn import Linear4bit  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
@@ -121,6 +121,14 @@ aten = torch.ops.aten
 ON_CUDA = torch.library.Library("aten", "IMPL")
 # one kernel on CUDA, which a CPU build of torch takes apart
 ON_CUDA.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
+ON_CUDA.impl(
+    "_fused_rms_norm",
+    lambda x, *given: (torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)),
+    "CUDA",
+)
+ON_CUDA.impl(
+    "_fused_rms_norm_backward", lambda grad, x, *given: (torch.empty_like(x), None), "CUDA"
+)
 # autocast asks the driver whether it is there
 torch.cuda.is_bf16_supported = lambda *given, **options: True
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
@@ -346,7 +354,7 @@ def train_step(recipe: Recipe, base: Path, seen: Seen) -> None:
     adapted, device = attach_to_base(recipe, base), torch.device(DEVICE)
     install_levers(recipe, adapted, DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    with scratch_folder("fake-cuda-") as folder:
+    with scratch_folder() as folder:
         arguments = upstream.build_training_arguments(recipe)
         arguments.output_dir = str(folder)
         trainer = find_trainer(recipe)(
@@ -415,7 +423,8 @@ def install_levers(recipe: Recipe, adapted: PeftModel, device: str | None = None
             document_attention.use_kernel(network)
     elif recipe.model.attn_implementation is None:
         document_attention.install(network, longest)
-    install.install(adapted, device or adapted.device.type)
+    with unset_fake_temporarily():  # some of the layers that are installed compute then
+        install.install(adapted, device or adapted.device.type)
 
 
 def break_by_mask() -> None:

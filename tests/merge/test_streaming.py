@@ -359,6 +359,21 @@ def foreign(made, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+def test_one_file_of_another_name_keeps_its_index(tiny: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny / "model", tmp_path / "base"))
+    names, file = load_file(base / tensors.SINGLE), "s-00001-of-00001.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (base / tensors.INDEX).write_text(json.dumps(index))
+    (base / tensors.SINGLE).rename(base / file)
+    save_adapter(base, tmp_path / "adapter", torch.float32, {})
+    given = adapter_folder.read_adapter(tmp_path / "adapter", str(base))
+    merge.merge_adapter(given, tmp_path / "out", True)
+    wanted = peft_merge(base, tmp_path / "adapter", torch.float32, tmp_path / "peft")
+    merged = load_file(tmp_path / "out" / file)
+    assert merged.keys() == wanted.keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_one_weight_changed_between_writing_and_checking_is_caught(
     foreign: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -601,7 +616,8 @@ act, calls = getattr(owner, name), []
 
 def signalled(*args, **kwargs):
     made = act(*args, **kwargs)
-    if name == "fsync" or args[0].name.startswith(".out."):
+    staged = name == "mkdir" and args[0].parent == Path(sys.argv[-1]).parent
+    if name == "fsync" or staged:
         calls.append(args)
         if len(calls) == number:
             os.kill(os.getpid(), int(os.environ["NUMBER"]))
@@ -670,13 +686,13 @@ def test_4_bit_weights_are_quantised_where_training_did_or_a_line_says_so(
 ) -> None:
     folder = run.train(load.load_recipe(write_recipe("method: qlora\n")))
     trained = adapter_folder.read_adapter(folder)
-    assert (trained.trained_on, trained.record["device"]["name"]) == (
+    assert (trained.trained_on, trained.record.device.name) == (
         "cpu",
         "this machine's memory",
     )
     merge._say_into(trained, original=False)
     assert "codes may be others" not in capsys.readouterr().err
-    trained.record["device"]["kind"] = "cuda"
+    trained.record.device.kind = "cuda"
     assert streaming_plan.choose_quantiser(trained).type == "cpu"
     merge._say_into(trained, original=False)
     assert "trained on cuda, and quantised on cpu here" in " ".join(capsys.readouterr().err.split())

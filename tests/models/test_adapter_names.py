@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lora_cli.common import LoraError, files
+from lora_cli.common import LoraError, endings
 from lora_cli.merge import merge
 from lora_cli.models import names, read_adapter
 from lora_cli.models.adapter_names import respell
@@ -80,7 +80,7 @@ def test_other_names_are_read_as_peft_s(
     copy = read_adapter(folder).folder
     assert copy != folder
     assert copy.is_dir()
-    files._remove_the_rest()  # as at the process's end
+    endings.undo_all()  # as at the process's end
     assert not copy.exists()
 
 

@@ -10,17 +10,20 @@ Alone: pytest tests/models/test_chat_template.py
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import trl
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli.common.errors import LoraError
 from lora_cli.data.encode import Renderer
 from lora_cli.data.formats import BadRow, find_converter
+from lora_cli.models import chat_template
 from lora_cli.models.tokenizer import IGNORED, TEMPLATES, set_chat_template, set_system_prompt
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -216,3 +219,44 @@ if __name__ == "__main__":
             f"{each:28} {f.rows:4}  {f.answers:7}  {f.same_as_inference!s:>19}  {f.stop:20}  "
             f"{f.bos:3}"
         )
+
+
+def test_the_process_of_our_own_renders_what_transformers_does() -> None:
+    """Of every template that TRL has and of ours, and of what jinja's environment decides."""
+    tokenizer = tokenizer_for(template("chatml"))
+    deep = {"type": "function", "function": {"name": "f", "parameters": {"é": [1, 2.5, None]}}}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": "<b>"}}}]
+    talks = [
+        (MESSAGES, None),
+        (MESSAGES[:2], None),
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": "u\ud800é"}], None),
+        ([MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": calls}], [deep]),
+    ]
+    files = [*FOLDER.glob("*.jinja"), *TEMPLATES.glob("*.jinja")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    sources += [
+        "{{ 3 * 4 ** 2 }} {{ 'ab' * 3 }}{% generation %}x{% endgeneration %}",
+        "{% for m in messages %}\n  {% if loop.last %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}",
+        "{% set n = namespace(self=1, a=2) %}{% set n.b = dict(a=1) %}{{ n.b }}{{ tools | tojson(indent=2) }}",
+        "{{ strftime_now('%Y') }}{{ documents }}{{ bos_token }}{{ nothing }}{{ '<&>' }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__ }}",
+        "{{ raise_exception('no') }}",
+        "{% set n = namespace(_a=1) %}",
+        "{% for %}",
+    ]
+    assert len(sources) > 60
+    rendered = 0
+    for source in sources:
+        for (messages, tools), ask in product(talks, [True, False]):
+            try:
+                theirs = tokenizer.apply_chat_template(
+                    messages, tools, chat_template=source, tokenize=False, add_generation_prompt=ask
+                )
+            except Exception:
+                with pytest.raises(TemplateError):
+                    chat_template.render(tokenizer, messages, tools, ask, source)
+                continue
+            assert chat_template.render(tokenizer, messages, tools, ask, source) == theirs
+            rendered += 1
+    assert rendered > 300

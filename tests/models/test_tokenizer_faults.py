@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.common import library_errors
 from lora_cli.common.errors import LoraError
 from lora_cli.models import tokenizer_faults
 from lora_cli.models.tokenizer import load_tokenizer
@@ -45,6 +46,38 @@ def test_the_field_that_cannot_be_read_is_named(copy: Path, field: str) -> None:
         load_tokenizer(str(copy))
     assert refused.value.message.startswith(f"{path}: {field} cannot be read: ")
     assert refused.value.hint.startswith(f"jq .{field} '{path}' shows it; pip install -U transf")
+
+
+UNKNOWN = [{"SpecialToken": {"id": "nope", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+PANICS = {
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": UNKNOWN,
+        "pair": UNKNOWN,
+        "special_tokens": {},
+    },
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="},
+}
+
+
+@pytest.mark.parametrize("field", PANICS)
+def test_a_panic_is_an_error_like_others(copy: Path, field: str, capfd) -> None:
+    """The first panics when it is used, the second when it is read. Rust's own words are not
+    seen."""
+    path = copy / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: PANICS[field]}))
+    with pytest.raises(LoraError) as refused:
+        load_tokenizer(str(copy))
+    assert refused.value.message.startswith(f"{path}: {field} cannot be read: ")
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_panic_at_a_text_is_an_error_too() -> None:
+    panic = type("PanicException", (BaseException,), {})("index out of bounds")
+    assert (
+        library_errors.translate(panic).message
+        == "the tokenizer cannot be used: index out of bounds"
+    )
 
 
 def test_a_file_that_is_cut_off_is_to_be_copied_again(copy: Path) -> None:

@@ -63,6 +63,45 @@ def test_a_paged_optimizer_only_where_it_makes_the_run_fit(
     assert auto.choose_optimizer(device, outlook)[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "missing", "more", "expected"),
+    [
+        (HOPPER, -1, (), "ddp"),
+        (HOPPER, 2 * GIB, (), "ddp"),  # an optimiser of 8 bits makes it fit
+        (HOPPER, 2 * GIB, ("training.optim=sgd",), "fsdp"),
+        (HOPPER, 4 * GIB, (), "fsdp"),
+        (HOPPER, 4 * GIB, ("training.torch_compile=true",), "ddp"),
+        (CPU, 4 * GIB, (), "ddp"),
+    ],
+)
+def test_a_base_is_sharded_where_it_fits_no_gpu(
+    device: Hardware, missing: int, more: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
+    given = auto.Situation(load.load_recipe(path, list(more)), device, None, 2)
+    outlook = auto.Outlook(True, "", state=4 * GIB, missing=missing)
+    chosen, reason = auto.choose_strategy(given, outlook)
+    assert chosen == expected
+    assert ("GiB more than" in reason) is (expected == "fsdp")
+    assert ("compiled" in reason) is bool(more and "compile" in more[0])
+
+
+def test_how_work_is_shared_is_open_where_one_trains_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
+    recipe, big = load.load_recipe(path), LlamaConfig(**LLAMA_8B)
+    small = AMPERE._replace(memory=12 * GIB)
+    for processes, expected in ((1, "auto"), (2, "fsdp")):
+        settled, choices = auto.settle(recipe, big, small, processes)
+        assert settled.distributed.strategy == expected
+        said = [choice for choice in choices if choice.name == "distributed.strategy"]
+        assert len(said) == processes - 1
+    fixed = ["training.optim=sgd", "training.gradient_checkpointing=true"]
+    settled, _ = auto.settle(load.load_recipe(path, fixed), big, small, 2)
+    assert settled.distributed.strategy == "fsdp"
+
+
 def test_options_without_a_measured_gain_are_off_and_say_why() -> None:
     for device in (CPU, TURING, AMPERE, HOPPER):
         for choose in (auto.choose_compilation, auto.choose_liger):
@@ -180,9 +219,11 @@ def test_a_run_that_goes_on_keeps_what_auto_became() -> None:
     small, large = (HOPPER._replace(memory=size * GIB) for size in (40, 80))
     config = LlamaConfig(**LLAMA_8B)
     began, _ = auto.settle(recipe, config, small._replace(flash_attention=()))
-    kept = auto.take_recorded(recipe, began.to_data())
+    kept = auto.take_recorded(recipe, began.to_data(), Path("record.json"))
     again, choices = auto.settle(kept, config, large._replace(flash_attention=()))
     assert again.to_data() == began.to_data()
     assert not choices
     own = recipe.replace("trainer", {"training": {"packed_length": 512}})
-    assert auto.take_recorded(own, began.to_data()).training.packed_length == 512
+    assert (
+        auto.take_recorded(own, began.to_data(), Path("record.json")).training.packed_length == 512
+    )

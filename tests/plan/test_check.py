@@ -109,7 +109,7 @@ def test_the_expected_padding() -> None:
 def test_the_histogram_counts_every_row() -> None:
     lengths = Counts().lengths
     lengths.update({3: 5, 40: 7, 101: 2})
-    lines = check._format_histogram(lengths, 100).splitlines()
+    lines = check._format_histogram(lengths, 100)
     assert [line.split()[:2] for line in lines[1:2]] == [["1-4", "5"]]
     assert sum(int(line.replace("over 100", "over").split()[1]) for line in lines[1:]) == 14
     assert lines[-1].split()[:3] == ["over", "100", "2"]

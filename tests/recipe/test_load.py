@@ -30,7 +30,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     """What is said, the temporary folder left out of the paths."""
     with pytest.raises(UsageError) as caught:
         auto.try_configurations(load(tmp_path, text, *overrides))
-    return f"{caught.value.message} | {caught.value.hint}".replace(f"{tmp_path}/", "")
+    return f"{caught.value} | {caught.value.hint}".replace(f"{tmp_path}/", "")
 
 
 def test_a_minimal_recipe_gets_defaults_and_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_set_without_a_value_is_refused(tmp_path: Path) -> None:
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
     with pytest.raises(UsageError, match=r"--set data.path=: the value is missing") as caught:
         load_recipe(path, ["data.path="])
-    assert caught.value.hint == "data.path=null for none"
+    assert caught.value.hint == "--set data.path=null for none"
 
 
 def test_a_length_of_sequences_is_for_packing_by_step(tmp_path: Path) -> None:

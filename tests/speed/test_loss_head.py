@@ -284,3 +284,12 @@ def test_a_gpu_is_given_whole_tiles_of_rows() -> None:
     assert loss_head.count_rows(262_144, "cuda") == loss_head.count_rows(128_256, "cuda") == 1024
     assert loss_head.count_rows(5000, "cuda") == 3328
     assert loss_head.count_rows(5000, "mps") % 128 == 0
+
+
+def test_a_loss_that_ignores_the_number_it_is_told_is_not_taken(tiny: Path) -> None:
+    """As of Qwen3-VL's experts, whose forward takes the number and does not hand it on."""
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    assert loss_head.try_stock(model).own
+    own = model.loss_function
+    model.loss_function = lambda **given: own(**{**given, "num_items_in_batch": None})
+    assert not loss_head.try_stock(model).own

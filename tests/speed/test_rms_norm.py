@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lora_cli.speed.cpu import rms_norm
+from lora_cli.speed import rms_norm
 
 SHAPE = {
     "hidden_size": 64,

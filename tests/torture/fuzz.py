@@ -458,7 +458,7 @@ def prepare(kind: str, folder: Path, limited: bool = True) -> Callable[[int], No
     from lora_cli.common import ui
 
     cli._quiet_libraries()
-    ui.say = lambda text="": None
+    ui.say = lambda *_: None
     made = KINDS[kind](folder)
     for number in range(2):
         tried(made.run, -1 - number)  # what is imported late, and the threads there will be

@@ -451,7 +451,7 @@ def test_every_problem_is_said_at_once(write_recipe) -> None:
     lora = "target_modules: [q_prj]\n  exclude_modules: [nothing]\n  modules_to_save: [haed]"
     with pytest.raises(UsageError) as caught:
         run.train(load.load_recipe(write_recipe(f"lora:\n  {lora}\n")))
-    lines = caught.value.message.splitlines()
+    lines = [caught.value.message, *caught.value.details]
     assert lines[0].startswith("3 problems with lora on ")
     hints = ["did you mean q_proj?", "leave lora.exclude_modules out", "leave it out"]
     assert all(line.endswith(f"({hint})") for line, hint in zip(lines[1:], hints, strict=True)), (

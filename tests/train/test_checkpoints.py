@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_cli.common import lock
 from lora_cli.common.errors import LoraError
 from lora_cli.recipe import load
-from lora_cli.train import checkpoints, lock, objectives, random_state, run_folder
+from lora_cli.train import checkpoints, objectives, random_state, run_folder
 from lora_cli.train import run as train
 from lora_cli.train.signals import Signals
 
@@ -130,7 +131,7 @@ def test_folders_that_are_not_this_run_s_checkpoints_are_not_taken(
     other = json.loads((folder / "checkpoint-3" / "manifest.json").read_text())
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-9")
     (folder / "checkpoint-9" / "manifest.json").write_text(
-        checkpoints._make_manifest("another", 9, other["files"])
+        checkpoints.Manifest(run="another", step=9, files=other["files"]).to_text()
     )
     found = checkpoints.find_newest(folder, run)
     assert found is not None and found.folder.name == "checkpoint-4"
@@ -219,7 +220,7 @@ def test_generators_go_on_where_they_were() -> None:
 
     random.gauss(0, 1)  # leaves its second number for the next call
     np.random.normal()
-    state = json.loads(json.dumps(random_state.capture_state()))
+    state = random_state.State.model_validate_json(random_state.capture_state().model_dump_json())
     first = drawn()
     assert drawn() != first
     random_state.restore_state(state)
@@ -261,7 +262,7 @@ def test_a_folder_of_others_is_not_touched(write_recipe, tmp_path: Path) -> None
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     (folder / "notes.txt").unlink()
     (folder / ".lock").write_text("host 1\n")  # what a kill at the very start leaves
-    (folder / ".record.json.1.tmp").write_text("{")
+    (folder / ".lora-1-1-012345-01234567.tmp").write_text("{")
     with pytest.raises(LoraError, match="holds no run to resume"):
         train.train(recipe, resume=True)
     assert train.train(recipe).is_dir()
@@ -298,11 +299,10 @@ def test_a_changed_recipe_is_refused_unless_it_may_change(
 
 
 def test_what_may_change_is_in_every_recipe() -> None:
-    from lora_cli.recipe.keys import Data, Training
+    from lora_cli.recipe.keys import Data, Distributed, Training
 
-    known = {f"training.{name}" for name in Training.model_fields} | {
-        f"data.{name}" for name in Data.model_fields
-    }
+    sections = {"training": Training, "data": Data, "distributed": Distributed}
+    known = {f"{name}.{key}" for name, each in sections.items() for key in each.model_fields}
     assert set(run_folder.EXTENDING) <= known
 
 
@@ -314,8 +314,10 @@ def test_signals_are_noted_once_and_then_do_what_they_did() -> None:
     signals = Signals()
     with signals.listen():
         os.kill(os.getpid(), signal.SIGUSR1)
+        signals.agree()
         assert (signals.save, signals.stopping) == (True, None)
         os.kill(os.getpid(), signal.SIGINT)
+        signals.agree()
         assert signals.stopping is signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -329,6 +331,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signals = Signals()
         with signals.listen():
             os.kill(os.getpid(), signal.SIGHUP)
+        signals.agree()
         assert signals.stopping is None
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from lora_cli.common import files
 from lora_cli.common.errors import LoraError
 from lora_cli.data.load import load_rows
+from lora_cli.distributed.place import Nodes
 from lora_cli.models.tokenizer import load_tokenizer
 from lora_cli.recipe import Recipe, load
 from lora_cli.speed import step_packing
@@ -313,7 +314,7 @@ def step_with(watch: Watch, loss: float, norm: float) -> None:
     watch.step_loss, watch.gradient_norm = loss, norm
     watch.on_pre_optimizer_step(
         SimpleNamespace(learning_rate=1e-3, fp16=True), SimpleNamespace(global_step=0), None,
-        model=torch.nn.Linear(1, 1),
+        model=torch.nn.Linear(1, 1), optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]),
     )  # fmt: skip
 
 
@@ -407,7 +408,7 @@ STAGES = {
     "generators": (Resumable, "_save_rng_state"),
     "trainer_state.json": (checkpoints, "_seal_folder"),
     "a file's flush": (checkpoints, "_flush"),
-    "the manifest": (checkpoints, "_make_manifest"),
+    "the manifest": (checkpoints.Manifest, "to_text"),
     "the name": (Path, "rename"),
 }
 
@@ -443,7 +444,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
         == f"make room, then: lora train {tmp_path / 'run' / 'recipe.yaml'} --resume"
     )
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-1"]
-    assert not (tmp_path / "run" / checkpoints.STAGING).exists()
+    assert not list((tmp_path / "run").glob("*.tmp"))
     if stage == "the name":
         train.train(recipe, resume=True)
 
@@ -457,6 +458,22 @@ def test_a_disk_too_small_is_told_before_the_run(write_recipe, tmp_path: Path, m
         LoraError, match=r"the run needs about .* MB in .* \(3 checkpoints of .*, 3.0 MB are free, "
     ):
         train.train(load.load_recipe(write_recipe(f"training: {{{SAVING}}}\n")))
+
+
+def test_what_several_machines_prepare_makes_no_folder_that_another_may_be_looking_at(
+    write_recipe, monkeypatch
+) -> None:
+    recipe = load.load_recipe(write_recipe(f"training: {{{SAVING}}}\n"))
+    measured, inner = [], disk_space.refuse_too_little
+    monkeypatch.setattr(
+        disk_space,
+        "refuse_too_little",
+        lambda *given: measured.append(given[0].exists()) or inner(*given),
+    )
+    train.prepare(recipe, False, [], Nodes(2))
+    assert measured == [False]
+    with pytest.raises(LoraError, match="the disk is too small"):
+        disk_space.refuse_too_little(Path(recipe.output_dir), disk_space.Need(2**60, 0, 0))
 
 
 @pytest.mark.parametrize("more", ["", "lora: {r: 64}", "training: {optim: adamw_torch}"])

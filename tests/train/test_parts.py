@@ -3,6 +3,7 @@ keeps the rest. Against plain PEFT. Hermetic. Alone: pytest tests/train/test_par
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from lora_cli.common import LoraError
+from lora_cli.recipe import load
+from lora_cli.train import run as train
 from tests import architectures
 from tests.units import same_sum
 
@@ -76,3 +80,20 @@ def test_adapted_modules_that_training_left_as_they_were_are_named(
     assert "2 of 4 adapted modules were not trained (fc1): their B is zero" in done.stderr
     trained = write_recipe("training: {max_steps: 2}\noutput_dir: " + str(tmp_path / "other"), "b")
     assert "were not trained" not in lora("train", trained).stderr
+
+
+def test_an_adapter_that_would_change_nothing_is_not_saved(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As of an engine that loses gradients; where no step had a learning rate, that is said
+    only."""
+    text = f"training: {{max_steps: 2}}\noutput_dir: {tmp_path / 'out'}\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+        with pytest.raises(LoraError, match="every B is still zero"):
+            train.train(load.load_recipe(write_recipe(text)))
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["status"] == "failed"
+    text = f"training: {{max_steps: 1}}\noutput_dir: {tmp_path / 'other'}\n"
+    train.train(load.load_recipe(write_recipe(text)))
+    assert "no step had a learning rate" in capsys.readouterr().err

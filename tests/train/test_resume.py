@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from lora_cli.common import LoraError, files
+from lora_cli.common import LoraError
 from lora_cli.recipe import load
 from lora_cli.train import checkpoints, run, trial
 from lora_cli.train.progress import Watch
@@ -120,7 +121,7 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def kill() -> None:
-        patch.setattr(files, "_remove", lambda path: None)  # nobody cleans up after a kill
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody cleans up after a kill
         raise KilledError
 
     if point == "save":

@@ -29,6 +29,7 @@ from lora_cli.speed.fused_layer import FusedLinear
 from lora_cli.train import objectives
 from lora_cli.train import run as train
 from lora_cli.train.progress import Watch
+from tests import architectures
 from tests.units import STEADY_ADAM, assert_same_training
 
 METHODS = ["lora", "qlora", "dora", "qdora"]
@@ -463,3 +464,31 @@ def test_other_rows_are_not_resumed_with(
     run = json.loads((tmp_path / "run" / "record.json").read_text())
     assert len(run["resumed"]) == 2
     assert run["started"] <= run["resumed"][0]
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("mixtral", "trained_tokens"), ("mixtral", "stock"), ("qwen3_vl_moe", "trained_tokens")],
+)
+def test_experts_are_balanced_once_in_a_step(
+    write_recipe, tiny: Path, tmp_path: Path, family: str, head: str
+) -> None:
+    """However many passes a step has: its loss is the same but for the parts' own balance."""
+    base = architectures.make_folder(family, tmp_path / "base", tiny / "model")
+    ways = {
+        "one": "packing: false, per_device_train_batch_size: 8, gradient_accumulation_steps: 1",
+        "batches": "packing: false, per_device_train_batch_size: 2, gradient_accumulation_steps: 4",
+        "sequences": "packing: step, packed_length: 64, per_device_train_batch_size: 8, "
+        "gradient_accumulation_steps: 1",
+    }
+    losses = {}
+    for name, way in ways.items():
+        text = (
+            f"model: {{name_or_path: {base}}}\nlora: {{target_modules: [q_proj]}}\n"
+            f"output_dir: {tmp_path}/run-{name}\n"
+            f"training: {{max_steps: 1, max_length: 64, logging_steps: 1, loss_head: {head}, {way}}}\n"
+        )
+        train.train(load.load_recipe(write_recipe(text, name)))
+        line = (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines()[0]
+        losses[name] = json.loads(line)["loss"]
+    assert max(losses.values()) - min(losses.values()) < 3e-4, losses

@@ -12,7 +12,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler, trainer
+from transformers.models.llama import modeling_llama
 from transformers.trainer_utils import SchedulerType
 
 from lora_cli.common.errors import LoraError, UsageError
@@ -101,6 +102,26 @@ def test_what_trains_is_accepted_in_silence(attempt, text: str, capfd, tmp_path:
     assert attempt(text) is None
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_what_a_library_replaces_in_the_trial_does_not_last(
+    attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Liger's kernels, left in the process, ran on the plan's tensors without memory: on a GPU that
+    ends the process's CUDA."""
+    applied, before = [], modeling_llama.apply_rotary_pos_emb
+
+    def apply(model, config) -> None:
+        applied.append(config)
+        modeling_llama.apply_rotary_pos_emb = before_again
+
+    def before_again(*given, **more):
+        return before(*given, **more)
+
+    monkeypatch.setattr(trainer, "apply_liger_kernel", apply)
+    assert attempt("use_liger_kernel: true") is None
+    assert applied == [{"fused_linear_cross_entropy": False}]
+    assert modeling_llama.apply_rotary_pos_emb is before
 
 
 @pytest.mark.parametrize("arguments", ["{}", "{num_cycles: 2}", "{min_lr: 1e-5}", "{lr_end: 1}"])

@@ -1,6 +1,6 @@
 """A run's folder has one owner: who is refused is told which, and no lock outlives its process.
 
-Hermetic: processes of its own. Needs fork: Linux, macOS. Alone: pytest tests/train/test_lock.py
+Hermetic: processes of its own. Needs fork: Linux, macOS. Alone: pytest tests/common/test_lock.py
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +20,13 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common.errors import LoraError
-from lora_cli.train.lock import FILE, hold_folder
+from lora_cli.common.lock import FILE, hold_folder, hold_in_turn
 
 ROOT = Path(__file__).parent.parent.parent
 OWNER = """
 import sys
 from pathlib import Path
-from lora_cli.train.lock import hold_folder
+from lora_cli.common.lock import hold_folder
 with hold_folder(Path(sys.argv[1])):
     {inside}
     print("held", flush=True)
@@ -33,9 +35,9 @@ with hold_folder(Path(sys.argv[1])):
 
 
 @contextmanager
-def owner(folder: Path, inside: str = "") -> Iterator[subprocess.Popen[str]]:
+def owner(folder: Path, inside: str = "", code: str = OWNER) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder, until the block ends at the latest."""
-    code = OWNER.replace("{inside}", inside)
+    code = code.replace("{inside}", inside or "pass")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
@@ -131,6 +133,24 @@ def test_a_link_in_the_lock_s_place_is_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / FILE).symlink_to(precious)
-    with pytest.raises(OSError, match=re.escape(FILE)), hold_folder(tmp_path):
+    with pytest.raises(LoraError, match=re.escape(FILE)), hold_folder(tmp_path):
         pass
     assert precious.read_text() == "mine"
+
+
+def test_who_waits_says_for_whom_and_goes_on_when_that_one_has_died(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = OWNER.replace("hold_folder", "hold_in_turn").replace(
+        "(Path(sys.argv[1]))", "(Path(sys.argv[1]) / 'made', 'makes it')"
+    )
+    with owner(tmp_path, code=code) as other:
+        ending = threading.Timer(0.5, other.kill)
+        ending.start()
+        began = time.monotonic()
+        with hold_in_turn(tmp_path / "made", "makes it"):
+            assert time.monotonic() - began > 0.4
+        ending.join()
+    said = f"waiting for process {other.pid} on {socket.gethostname()}, which makes it"
+    assert capfd.readouterr().err.count(said) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,104 @@
+"""The door for files and folders of others: what is opened is a plain file, and lies where it seems
+to."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_cli.common.errors import LoraError
+from lora_cli.common.shown import quote
+
+SMALL = 2**24
+"""The largest configuration file that is read, in bytes."""
+AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a pipe is opened, and seen to be one
+
+
+def refuse_odd_files(folder: Path) -> None:
+    """Raise LoraError for the first pipe, device or socket in `folder` or below it, and for a link
+    that leads out of it: before a library opens or copies what it finds there.
+
+    Hidden folders are left out, since nothing is read in them. In the hub's cache, files are links
+    to the repository's blobs.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    for path in _walk(folder):
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))  # of a link to itself too
+            if not any(target.is_relative_to(each) for each in allowed):
+                raise LoraError(
+                    f"{path} is a link out of its folder, to {target}",
+                    f"if you trust it: cp -rL {quote(folder)} COPY, and give that",
+                )
+        if path.exists() and not path.is_dir():
+            refuse_odd(path, path.stat())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and below it, and links to folders."""
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in files)
+        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def refuse_odd(path: Path, status: os.stat_result) -> None:
+    """Raise LoraError where the status is not that of a plain file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise LoraError(
+            f"{path} is {_name_kind(status.st_mode)}, not a file", f"ls -ld {quote(path)}"
+        )
+
+
+def open_plain(path: str, flags: int) -> int:
+    """Open a plain file, as an `opener` of open(); LoraError for another kind of thing, which keeps
+    nobody waiting."""
+    number = os.open(path, flags | AT_ONCE)
+    try:
+        refuse_odd(Path(path), os.fstat(number))
+    except BaseException:
+        os.close(number)
+        raise
+    return number
+
+
+def read_small(path: Path, most: int = SMALL) -> str:
+    """Return the text of a plain file of at most `most` bytes.
+
+    Raise LoraError for anything else, such as a pipe, a device or a larger file.
+    """
+    try:
+        with open(path, "rb", opener=open_plain) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise LoraError(
+                    f"{path} is too large: {size} bytes, and at most {most} are read",
+                    f"less {quote(path)}",
+                )
+            return file.read(most).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise LoraError(f"{path} does not exist", f"ls {quote(path.parent)}") from None
+    except UnicodeDecodeError as error:
+        raise LoraError(
+            f"{path} is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise LoraError(f"{path} cannot be read: {said}", f"ls -ld {quote(path)}") from None
+
+
+def _name_kind(mode: int) -> str:
+    """Return what a file that is not a plain one is, with its article."""
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
+        if test(mode):
+            return name
+    return "a device"

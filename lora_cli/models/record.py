@@ -1,0 +1,151 @@
+"""What the record of a run, or of an adapter, holds: `record.json` and `lora_record.json`."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from lora_cli.common import privacy, provenance, stored
+from lora_cli.recipe import DType, Quantization
+
+Name = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Fingerprint(stored.Stored):
+    """What tells a base from another: see `fingerprint.py`."""
+
+    config: dict[str, Any]
+    tensors: dict[str, str]
+
+
+class RecordedBase(stored.Stored):
+    """The base that was trained on."""
+
+    name: Name
+    commit: stored.Commit | None = None
+    """On the hub; None for a folder."""
+    fingerprint: Fingerprint | None = None
+    """None where the record is older than fingerprints."""
+
+    @property
+    def place(self) -> str:
+        """The base's folder or its name on the hub."""
+        return privacy.expand_home(self.name)
+
+
+class RecordedModel(stored.Stored):
+    """The `model` section of a resolved recipe."""
+
+    dtype: DType | None = None
+
+
+class RecordedTraining(stored.Stored):
+    """The `training` section of a resolved recipe."""
+
+    max_length: Positive | None = None
+
+
+class RecordedQuantization(Quantization):
+    """The `quantization` section of a resolved recipe."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    bnb_4bit_compute_dtype: DType = "float32"
+
+
+class RecordedRecipe(stored.Stored):
+    """A resolved recipe, of this version or an earlier one: what merging needs is checked, and of
+    the rest that it is sections."""
+
+    model: RecordedModel = RecordedModel()
+    quantization: RecordedQuantization | None = None
+    lora: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    training: RecordedTraining = RecordedTraining()
+
+
+class RecordedData(stored.Stored):
+    """The rows that were trained on."""
+
+    fingerprint: str | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
+    """The tokens that the trained answers ended with."""
+
+
+class RecordedDevice(stored.Stored):
+    """What was trained on: its kind as torch names it, and its name."""
+
+    kind: Annotated[str, Field(pattern=r"^[a-z]{1,20}\z")]
+    name: str = ""
+
+
+class RecordedChoice(stored.Stored):
+    """What `auto` became, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+class RecordedPieces(stored.Stored):
+    """The pieces of a step that a run went on with when memory had run out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    per_device_train_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    sequence: Positive
+
+
+class Reduction(stored.Stored):
+    """A time when memory ran out: after which step, and what a step was made of from then on."""
+
+    step: stored.Count
+    pieces: RecordedPieces
+
+
+class RecordedResults(stored.Stored):
+    """How a run ended."""
+
+    steps: stored.Count
+    train_loss: float | None = None
+
+
+class RecordedParent(stored.Stored):
+    """The adapter that was trained on from."""
+
+    name: Name
+    sha256: stored.Sha256
+    base: dict[str, Any] = {}
+    id: str | None = None
+    parent: RecordedParent | None = None
+
+
+class TrainingRecord(provenance.Record):
+    """The record of a run, or of an adapter that was made from others: JSON values without secrets
+    or the home folder."""
+
+    id: Name | None = None
+    """The name by which checkpoints and adapters know their run."""
+    status: Literal["running", "interrupted", "failed", "finished"]
+    recipe: RecordedRecipe
+    choices: list[RecordedChoice] = []
+    base: RecordedBase
+    parent: RecordedParent | None = None
+    device: RecordedDevice | None = None
+    processes: Positive = 1
+    """How many trained together."""
+    data: RecordedData | None = None
+    """The rows the run trains on; None until they are prepared."""
+    reduced: list[Reduction] = []
+    results: RecordedResults | None = None
+    resumed: list[str] = []
+    changed: list[str] = []
+
+    @property
+    def day(self) -> date:
+        """The day on which the run began, also of one that was resumed later."""
+        return date.fromisoformat(self.started[:10])
