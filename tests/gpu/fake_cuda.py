@@ -383,6 +383,7 @@ def take_step(trainer: Any, adapted: PeftModel, batch: dict, seen: Seen) -> None
     """Make the micro-batches and the step as Trainer's loop does."""
     adapted.train()
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     for _ in range(2):
         seen.reset()
         with attach.keep_input_types(adapted, True):
