@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from itertools import islice
@@ -26,8 +26,9 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, files, plain_files, stored, ui
+from lora_cli.data.encoders import Encoder
+from lora_cli.data.offsets import NDArray
 from lora_cli.data.selection import Counts, Kept
-from lora_cli.models import IGNORED
 from lora_cli.recipe import Recipe
 
 PACKAGE = Path(__file__).parent.parent
@@ -40,11 +41,10 @@ CODE = (
 """The files of this program that decide which rows come out, and what is in them."""
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
+OF_MODEL = ("labels", "problem_type")
 ROWS = "rows.arrow"
 COUNTS = "counts.json"
 BATCH = 1000
-NUMBERS = pyarrow.list_(pyarrow.int32())
-SCHEMA = pyarrow.schema({"input_ids": NUMBERS, "labels": NUMBERS})
 
 
 class Notes:
@@ -55,6 +55,15 @@ class Notes:
         self.first = first
         self.places = list[str]()
         self.hash = hashlib.sha256()
+
+    def hash_columns(self, columns: Sequence[tuple[NDArray, NDArray]]) -> None:
+        """Take in a batch's columns, each as where its lists end and all their numbers; ends that
+        are those of the first column say nothing more."""
+        first = columns[0][0]
+        for number, (ends, values) in enumerate(columns):
+            if not number or not np.array_equal(ends, first):
+                self.hash.update(ends.tobytes())
+            self.hash.update(values.tobytes())
 
     @property
     def digest(self) -> str:
@@ -106,14 +115,24 @@ def make_key(
         "template": template,
         "day": str(day) if "strftime_now" in str(template) else None,
         "options": {name: getattr(recipe.data, name) for name in OPTIONS},
+        "task": recipe.task,
+        "of_model": {name: getattr(recipe.model, name) for name in OF_MODEL},
         "max_length": recipe.training.max_length,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read(entry: Path, words: int) -> Entry | None:
+def make_schema(encoder: Encoder) -> pyarrow.Schema:
+    """Return the columns of an encoder's rows."""
+    columns = encoder.columns.items()
+    return pyarrow.schema(
+        {name: pyarrow.list_(pyarrow.from_numpy_dtype(kind)) for name, kind in columns}
+    )
+
+
+def read(entry: Path, encoder: Encoder) -> Entry | None:
     """Return what is kept in the folder `entry`, or None where it is missing, damaged, or no rows
-    of a tokenizer with so many words."""
+    of an encoder."""
     if not entry.exists():
         return None
     try:
@@ -125,9 +144,11 @@ def read(entry: Path, words: int) -> Entry | None:
         rows.data.table.validate(full=True)  # or offsets outside the buffers end the process
         if len(rows) != kept.counts.kept or not len(kept.places) <= len(rows):
             raise ValueError(f"{len(rows)} rows, not {kept.counts.kept}")
+        if rows.data.table.schema.remove_metadata() != make_schema(encoder):
+            raise ValueError("they have other columns")
         if _hash_rows(rows) != kept.digest:
             raise ValueError("they differ from what was written")
-        _refuse_foreign_ids(rows, words)
+        _refuse_foreign_ids(rows, encoder)
         os.utime(entry / COUNTS)
     # ArrowInvalid is a ValueError; columns may be missing, or of another type
     except (LoraError, OSError, ValueError, KeyError, AttributeError) as error:
@@ -137,15 +158,17 @@ def read(entry: Path, words: int) -> Entry | None:
     return Entry(rows, kept.counts, kept.places, kept.digest)
 
 
-def _refuse_foreign_ids(rows: Dataset, words: int) -> None:
-    """Raise ValueError where an id is no word's, or a label neither its token's nor none."""
+def _refuse_foreign_ids(rows: Dataset, encoder: Encoder) -> None:
+    """Raise ValueError where an id is no word's, or a label none that the encoder gives."""
+    words = len(encoder.tokenizer)
     for batch in rows.data.table.to_batches():
         ids, labels = (batch.column(name) for name in ("input_ids", "labels"))
         tokens, trained = ids.values.to_numpy(), labels.values.to_numpy()
-        if not (ids.offsets.equals(labels.offsets) and np.diff(ids.offsets.to_numpy()).all()):
+        alike = not encoder.by_token or ids.offsets.equals(labels.offsets)
+        if not (alike and np.diff(ids.offsets.to_numpy()).all()):
             raise ValueError("a row has no tokens, or others than labels")
-        known = (tokens >= 0) & (tokens < words) & ((trained == IGNORED) | (trained == tokens))
-        if not known.all():
+        known = ((tokens >= 0) & (tokens < words)).all()
+        if not (known and encoder.are_labels(tokens, trained)):
             raise ValueError("an id is no word of the tokenizer's")
 
 
@@ -153,14 +176,18 @@ def _hash_rows(rows: Dataset) -> str:
     """Return the digest of rows as they were written, batch by batch."""
     notes = Notes(0)
     for batch in rows.data.table.to_batches():
-        ids, labels = batch.column("input_ids"), batch.column("labels")
-        for numbers in (ids.offsets, ids.values, labels.values):
-            notes.hash.update(numbers.to_numpy())
+        columns = batch.columns
+        notes.hash_columns([(each.offsets.to_numpy(), each.values.to_numpy()) for each in columns])
     return notes.digest
 
 
 def write(
-    entry: Path, rows: Iterator[Kept], counts: Counts, check: Callable[[], None], first: int
+    entry: Path,
+    rows: Iterator[Kept],
+    schema: pyarrow.Schema,
+    counts: Counts,
+    check: Callable[[], None],
+    first: int,
 ) -> None:
     """Make an entry of `rows`, completely or not at all, with the places of the `first` ones.
 
@@ -179,8 +206,8 @@ def write(
         fresh = staging / entry.name
         fresh.mkdir(mode=0o700)
         with (fresh / ROWS).open("wb") as file:
-            with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
-                for batch in make_batches(rows, notes):
+            with pyarrow.ipc.new_stream(file, schema) as writer:
+                for batch in make_batches(rows, schema, notes):
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
@@ -195,17 +222,18 @@ def write(
                 raise
 
 
-def make_batches(rows: Iterable[Kept], notes: Notes) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the rows' ids and labels in columns, eight bytes a token, and take `notes` of them."""
+def make_batches(
+    rows: Iterable[Kept], schema: pyarrow.Schema, notes: Notes
+) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the rows in columns, four bytes a number, and take `notes` of them."""
     rows = iter(rows)
     while batch := list(islice(rows, BATCH)):
         notes.places += [row.place for row in batch[: notes.first - len(notes.places)]]
-        ends = np.cumsum([0, *(len(row.input_ids) for row in batch)], dtype=np.int32)
-        columns = [
-            np.concatenate([row.input_ids for row in batch]),
-            np.concatenate([row.labels for row in batch]),
-        ]
-        for numbers in (ends, *columns):
-            notes.hash.update(numbers.tobytes())
-        lists = [pyarrow.ListArray.from_arrays(ends, column) for column in columns]
-        yield pyarrow.record_batch(lists, schema=SCHEMA)
+        columns = []
+        for name in schema.names:
+            lists = [row.read(name) for row in batch]
+            ends = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+            columns.append((ends, np.concatenate(lists)))
+        notes.hash_columns(columns)
+        made = [pyarrow.ListArray.from_arrays(*column) for column in columns]
+        yield pyarrow.record_batch(made, schema=schema)

@@ -8,16 +8,18 @@ ends, and ends with the token that ends its turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError
+from lora_cli.data import formats
 from lora_cli.data.formats import BadRow, Conversation, Tokens
 from lora_cli.data.offsets import NDArray, OffsetFinder
 from lora_cli.models import IGNORED, adds_bos, chat_template
@@ -27,10 +29,13 @@ Span = tuple[int, int]
 Texts = dict[tuple[int, bool], str | TemplateError]
 """What the template makes of so many messages of a conversation, with or without asking for an
 answer."""
-Batch = list[tuple[str, Conversation | Tokens | str]]
+Batch = list[tuple[str, Any]]
 """Rows with their places."""
 Made = list[list["Encoded"] | BadRow]
 """What each row of a batch became, or why it cannot be used."""
+
+
+NOTHING: Mapping[str, NDArray] = MappingProxyType({})
 
 
 class Encoded(NamedTuple):
@@ -46,6 +51,10 @@ class Encoded(NamedTuple):
     unread: tuple[str, ...] = ()
     """What the row has for the chat template that this one does not read: keys of its turns,
     tools."""
+    others: Mapping[str, NDArray] = NOTHING
+    """Further columns of the row."""
+    uncut: int = 0
+    """How many tokens it had before it was cut to the limit; 0 where it was not."""
 
 
 class Piece(NamedTuple):
@@ -74,6 +83,11 @@ class Renderer:
     default today).
     """
 
+    row_formats: ClassVar[formats.Formats] = formats.FORMATS
+    column_sets: ClassVar[formats.ColumnSets] = formats.COLUMN_SETS
+    by_token: ClassVar[bool] = True
+    columns: Mapping[str, Any] = MappingProxyType({"input_ids": np.int32, "labels": np.int32})
+
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, train_on: str, day: date | None = None
     ) -> None:
@@ -92,6 +106,26 @@ class Renderer:
         longest_first = sorted(special, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.ends = tuple(special)
+
+    @staticmethod
+    def suggest_columns(columns: list[str]) -> str:
+        """Return the option that names a prompt and a completion among columns of other names."""
+        if len(columns) == 1:
+            return formats.suggest_columns(text=columns[0])
+        likely = [at for at, name in enumerate(columns) if name in ("chosen", "answer", "response")]
+        answer = likely[0] if likely else len(columns) - 1
+        asked = 1 if answer == 0 else 0
+        return formats.suggest_columns(prompt=columns[asked], completion=columns[answer])
+
+    def find_converter(self, style: str) -> formats.Converter:
+        """Return the function that makes a row of format `style` what is encoded here."""
+        template = chat_template.find_template(self.tokenizer)
+        return formats.find_converter(style, formats.uses_alpaca(template))
+
+    def are_labels(self, ids: NDArray, labels: NDArray) -> bool:
+        """Return whether these may be the labels of rows with these ids, all rows one after
+        another."""
+        return len(ids) == len(labels) and bool(((labels == IGNORED) | (labels == ids)).all())
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Made]]:
         """Yield each batch of rows with each row's ids and labels, or why it has none.

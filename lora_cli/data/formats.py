@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.common import find_nearest, quote
@@ -20,8 +20,10 @@ FORMATS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+Formats = Mapping[str, tuple[str, ...]]
+ColumnSets = Sequence[dict[str, str]]
 # Columns under other names: ours -> theirs. The first set that is there whole is taken.
-COLUMN_SETS: tuple[dict[str, str], ...] = (
+COLUMN_SETS: ColumnSets = (
     {"instruction": "instruction", "input": "context", "output": "response"},  # Dolly
     {"system": "system_prompt", "prompt": "question", "completion": "response"},  # OpenOrca
     {"instruction": "instruction", "input": "input", "output": "response"},
@@ -84,22 +86,25 @@ class Tokens(NamedTuple):
     labels: list[int]
 
 
-Converter = Callable[[Mapping[str, Any]], Conversation | Tokens | str]
+Converter = Callable[[Mapping[str, Any]], Any]
+"""Makes a row, its columns under our names, what an encoder takes; raises BadRow."""
 
 
-def recognise_format(columns: Iterable[str]) -> str | None:
-    """Return the first format whose columns are all there, or None."""
+def recognise_format(columns: Iterable[str], known: Formats = FORMATS) -> str | None:
+    """Return the first of the `known` formats whose columns are all there, or None."""
     there = set(columns)
-    return next((style for style, needed in FORMATS.items() if there.issuperset(needed)), None)
+    return next((style for style, needed in known.items() if there.issuperset(needed)), None)
 
 
-def guess_columns(columns: Iterable[str]) -> dict[str, str]:
+def guess_columns(
+    columns: Iterable[str], known: Formats = FORMATS, sets: ColumnSets = COLUMN_SETS
+) -> dict[str, str]:
     """Return which columns hold what a known format needs, as `ours: theirs`; empty where the
-    columns are a format's own, or no set that is known."""
+    columns are a format's own, or none of the known `sets`."""
     there = set(columns)
-    if recognise_format(there):
+    if recognise_format(there, known):
         return {}
-    return next((names for names in COLUMN_SETS if there.issuperset(names.values())), {})
+    return next((names for names in sets if there.issuperset(names.values())), {})
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
@@ -114,6 +119,17 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[Any, str]) -> dict[s
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
+def suggest_columns(**columns: str) -> str:
+    """Return the option that names columns of theirs by our names."""
+    named = ", ".join(f"{ours}: {_spell(theirs)}" for ours, theirs in columns.items())
+    return f"--set data.columns={quote(f'{{{named}}}')}"
+
+
+def _spell(name: str) -> str:
+    """Return a name as it is written in YAML."""
+    return name if re.fullmatch(r"[A-Za-z_]\w*", name) else json.dumps(name)
+
+
 def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
     """Return the function that makes a row of format `style` a Conversation, Tokens or text; it
     raises BadRow.
@@ -122,13 +138,13 @@ def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
     """
     converters: dict[str, Converter] = {
         "tokens": _convert_tokens,
-        "messages": lambda row: _make_conversation(_get_list(row, "messages"), row),
+        "messages": lambda row: _make_conversation(get_list(row, "messages"), row),
         "sharegpt": lambda row: _make_conversation(
-            [_convert_sharegpt_turn(turn) for turn in _get_list(row, "conversations")], row
+            [_convert_sharegpt_turn(turn) for turn in get_list(row, "conversations")], row
         ),
         "alpaca": lambda row: _convert_alpaca(row, alpaca_prompt),
         "prompt_completion": _convert_prompt_completion,
-        "text": lambda row: _get_filled_text(row, "text"),
+        "text": lambda row: get_filled_text(row, "text"),
     }
     return converters[style]
 
@@ -150,13 +166,12 @@ _NAMES = {
 }
 
 
-def _get_value(row: Mapping[str, Any], column: str) -> Any:
+def get_value(row: Mapping[str, Any], column: str) -> Any:
     """Return a column's value; raise BadRow where the row does not have the column."""
     if column not in row:
         guess = find_nearest(column, row)
         there = ", ".join(row) or "none"
-        spelt = guess and (guess if re.fullmatch(r"[A-Za-z_]\w*", guess) else json.dumps(guess))
-        named = quote(f"data.columns={{{column}: {spelt}}}")
+        named = quote(f"data.columns={{{column}: {_spell(guess or '')}}}")
         hint = f"did you mean {guess}? --set {named}" if guess else MEND
         raise BadRow(
             f"there is no {column}", f"there is no {column}; the columns are {there}", hint
@@ -164,9 +179,9 @@ def _get_value(row: Mapping[str, Any], column: str) -> Any:
     return row[column]
 
 
-def _get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+def get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
     """Return a column's text; raise BadRow, calling it `name`, where it is not text."""
-    value, name = _get_value(row, column), name or column
+    value, name = get_value(row, column), name or column
     if not isinstance(value, str):
         kind = _NAMES.get(type(value), type(value).__name__)
         shown = (
@@ -178,18 +193,18 @@ def _get_text(row: Mapping[str, Any], column: str, name: str | None = None) -> s
     return value
 
 
-def _get_filled_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
+def get_filled_text(row: Mapping[str, Any], column: str, name: str | None = None) -> str:
     """Return a column's text; raise BadRow where it is empty as well."""
-    text = _get_text(row, column, name)
+    text = get_text(row, column, name)
     if not text.strip():
         raise BadRow(f"{name or column} is empty")
     return text
 
 
-def _get_list(row: Mapping[str, Any], column: str) -> list[Any]:
+def get_list(row: Mapping[str, Any], column: str) -> list[Any]:
     """Return a column's list, which may be written as JSON; raise BadRow where it is not a list or
     is empty."""
-    value = _get_value(row, column)
+    value = get_value(row, column)
     if isinstance(value, str):  # some data sets keep their lists as JSON
         try:
             value = json.loads(value)
@@ -208,16 +223,16 @@ def _get_list(row: Mapping[str, Any], column: str) -> list[Any]:
 
 def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation:
     """Return an instruction with its output as a conversation of two turns."""
-    question = _get_filled_text(row, "instruction")
+    question = get_filled_text(row, "instruction")
     if row.get("input"):
-        question += ("\n\n### Input:\n" if alpaca_prompt else "\n\n") + _get_text(row, "input")
-    return _make_two_turns(question, _get_filled_text(row, "output"), row)
+        question += ("\n\n### Input:\n" if alpaca_prompt else "\n\n") + get_text(row, "input")
+    return _make_two_turns(question, get_filled_text(row, "output"), row)
 
 
 def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """Return a prompt and completion, texts or lists of turns, as a conversation whose completion
     alone carries loss."""
-    prompt, completion = _get_value(row, "prompt"), _get_value(row, "completion")
+    prompt, completion = get_value(row, "prompt"), get_value(row, "completion")
     if isinstance(prompt, list):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
@@ -226,9 +241,7 @@ def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
         made = _make_conversation([*prompt, *completion], row)
         earlier = len(made.messages) - len(completion)
         return made._replace(trained=[False] * earlier + made.trained[earlier:])
-    return _make_two_turns(
-        _get_filled_text(row, "prompt"), _get_filled_text(row, "completion"), row
-    )
+    return _make_two_turns(get_filled_text(row, "prompt"), get_filled_text(row, "completion"), row)
 
 
 def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
@@ -240,7 +253,7 @@ def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conve
 
 def _get_system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the row's system message, in a list that is empty where it does not have one."""
-    return [{"role": "system", "content": _get_text(row, "system")}] if row.get("system") else []
+    return [{"role": "system", "content": get_text(row, "system")}] if row.get("system") else []
 
 
 def _make_conversation(turns: list[Any], row: Mapping[str, Any]) -> Conversation:
@@ -320,8 +333,8 @@ def _get_content(turn: dict[str, Any], role: str, number: int, may_be_empty: boo
     if may_be_empty and not turn.get("content"):
         return ""
     if role in ("assistant", "user"):
-        return _get_filled_text(turn, "content", name)
-    return _get_text(turn, "content", name)
+        return get_filled_text(turn, "content", name)
+    return get_text(turn, "content", name)
 
 
 def _convert_calls(calls: Any, number: int) -> list[Any]:
@@ -361,7 +374,7 @@ def _get_tools(row: Mapping[str, Any]) -> list[Any] | None:
     if not row.get("tools"):
         return None
     tools = []
-    for tool in _get_list(row, "tools"):
+    for tool in get_list(row, "tools"):
         if isinstance(tool, str):  # data sets of one type for a column keep each as JSON
             try:
                 tool = json.loads(tool)
@@ -396,7 +409,7 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 
 def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
     """Return the ids and labels of a row that is tokenised already, with its masks applied."""
-    ids = _get_list(row, "input_ids")
+    ids = get_list(row, "input_ids")
     labels = row.get("labels")
     labels = list(ids) if labels is None else labels
     if not isinstance(labels, list) or len(labels) != len(ids):
@@ -406,7 +419,7 @@ def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
             raise BadRow(f"{name} are not whole numbers")
     for name in MASKS:
         if row.get(name) is not None:
-            mask = _get_list(row, name)
+            mask = get_list(row, name)
             if len(mask) != len(ids) or any(value not in (0, 1) for value in mask):
                 raise BadRow(f"{name} is not a 0 or 1 for each of input_ids")
             if name == "attention_mask":

@@ -14,10 +14,28 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, ui
 from lora_cli.data import cache, prepare, sources
+from lora_cli.data.classify import LabelEncoder
 from lora_cli.data.encode import Renderer
+from lora_cli.data.encoders import Encoder
 from lora_cli.data.selection import Counts
+from lora_cli.data.tag import TagEncoder
 from lora_cli.models import IGNORED
 from lora_cli.recipe import Recipe, Rows
+
+ENCODERS: dict[str, type[LabelEncoder]] = {
+    "sequence_classification": LabelEncoder,
+    "token_classification": TagEncoder,
+}
+"""By the name of the task; what foretells next tokens has its Renderer."""
+
+
+def make_encoder(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
+) -> Encoder:
+    """Return what makes the rows of a settled recipe ready to train on."""
+    if recipe.task_row.writes_next_tokens:
+        return Renderer(tokenizer, recipe.data.train_on, day)
+    return ENCODERS[recipe.task](tokenizer, recipe, day)
 
 
 def load_rows(
@@ -29,15 +47,19 @@ def load_rows(
     with.
     """
     data = recipe.data
-    renderer = Renderer(tokenizer, data.train_on, day)
-    if "strftime_now" in str(tokenizer.chat_template):
-        ui.say(f"  the chat template writes the date into every conversation: {renderer.day}")
+    encoder = make_encoder(recipe, tokenizer, day)
+    if recipe.task_row.writes_next_tokens and "strftime_now" in str(tokenizer.chat_template):
+        ui.say(f"  the chat template writes the date into every conversation: {encoder.day}")
     train = (
-        _load_mix(recipe, renderer, data.mix)
+        _load_mix(recipe, encoder, data.mix)
         if data.mix
-        else _load_one(recipe, renderer, "path", data.path, data.split)
+        else _load_one(recipe, encoder, "path", data.path, data.split)
     )
-    if renderer.adds_bos and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first):
+    if (
+        isinstance(encoder, Renderer)
+        and encoder.adds_bos
+        and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first)
+    ):
         ui.warn(
             f"rows do not begin with {tokenizer.bos_token}: the tokenizer would add it, but the "
             "chat template does not write it"
@@ -47,7 +69,7 @@ def load_rows(
     where = "eval_path" if data.eval_path else "path"
     whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
     evaluation = _load_one(
-        whole, renderer, where, data.eval_path or data.path, data.eval_split or "train"
+        whole, encoder, where, data.eval_path or data.path, data.eval_split or "train"
     )
     if both := _count_shared(train.rows, evaluation.rows):
         ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
@@ -70,25 +92,25 @@ def _walk_ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
 
 
 def _load_one(
-    recipe: Recipe, renderer: Renderer, where: str, path: str | list[str] | None, split: str
+    recipe: Recipe, encoder: Encoder, where: str, path: str | list[str] | None, split: str
 ) -> prepare.Prepared:
     """Return the rows of one data set."""
     assert path is not None
     source = sources.find_source(recipe.data, where, path, split)
     return (
-        prepare.prepare_stream(source, recipe, renderer)
+        prepare.prepare_stream(source, recipe, encoder)
         if recipe.data.streaming
-        else prepare.prepare(source, recipe, renderer)
+        else prepare.prepare(source, recipe, encoder)
     )
 
 
-def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepare.Prepared:
+def _load_mix(recipe: Recipe, encoder: Encoder, mix: Sequence[Rows]) -> prepare.Prepared:
     """Return several data sets as one, each as often as it weighs.
 
     They stand one after another, since training draws rows at random. Streams are drawn from at
     random, the more often the more they weigh.
     """
-    parts = [_load_part(recipe, renderer, number, rows) for number, rows in enumerate(mix)]
+    parts = [_load_part(recipe, encoder, number, rows) for number, rows in enumerate(mix)]
     seed = recipe.training.seed
     weights = [rows.weight for rows in mix]
     streams = [part.stream for part in parts if part.stream is not None]
@@ -115,11 +137,11 @@ def _load_mix(recipe: Recipe, renderer: Renderer, mix: Sequence[Rows]) -> prepar
     )
 
 
-def _load_part(recipe: Recipe, renderer: Renderer, number: int, rows: Rows) -> prepare.Prepared:
+def _load_part(recipe: Recipe, encoder: Encoder, number: int, rows: Rows) -> prepare.Prepared:
     """Return one data set of a mix, and say what it holds."""
     own = recipe.data.model_copy(update={**dict(rows), "mix": None})
     alone = recipe.model_copy(update={"data": own})
-    part = _load_one(alone, renderer, f"mix.{number}.path", rows.path, rows.split)
+    part = _load_one(alone, encoder, f"mix.{number}.path", rows.path, rows.split)
     ui.say(f"  {rows.path} x {rows.weight:g}: {part.summarise()}")
     return part
 

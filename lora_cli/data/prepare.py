@@ -9,8 +9,6 @@ first rows are looked at before the run. Memory is constant either way.
 from __future__ import annotations
 
 import gc
-import json
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
@@ -18,15 +16,15 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset
 
-from lora_cli.common import LoraError, find_nearest, quote, ui
+from lora_cli.common import LoraError, UsageError, find_nearest, quote, ui
 from lora_cli.data import cache, formats, readers, selection, tables
-from lora_cli.data.encode import Batch, Encoded, Renderer
+from lora_cli.data.encode import Batch, Encoded
+from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
-from lora_cli.models import chat_template
 from lora_cli.recipe import Column, Data, Recipe
 
 SHOWN = 20
@@ -67,7 +65,7 @@ class Prepared(NamedTuple):
         return f"a stream, of its first rows {text}" if self.stream is not None else text
 
 
-def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
+def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
     """Return everything the source has, ready to train on, from the cache if it was prepared
     before.
 
@@ -75,25 +73,24 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     to learn from. Warn of what is worth knowing.
     """
     key = cache.make_key(
-        source.hash_content(), source.names, recipe, renderer.tokenizer, renderer.day
+        source.hash_content(), source.names, recipe, encoder.tokenizer, encoder.day
     )
     entry = cache.find_folder() / key
-    words = len(renderer.tokenizer)
-    found = cache.read(entry, words)
+    found = cache.read(entry, encoder)
     if found:
         ui.say(f"  {source.name}: prepared before, in {entry}")
     else:
         counts = Counts()
-        rows = _select_rows(source, recipe, renderer, counts)
+        rows = _select_rows(source, recipe, encoder, counts)
         check = partial(_refuse_useless, source, recipe, counts)
         gc.freeze()  # else each of many collections walks all that the libraries have made
         try:
-            cache.write(entry, rows, counts, check, FIRST)
+            cache.write(entry, rows, cache.make_schema(encoder), counts, check, FIRST)
         finally:
             gc.unfreeze()
-        found = cache.read(entry, words)
+        found = cache.read(entry, encoder)
         assert found, "just written"
-    selection.warn_of_counts(renderer.tokenizer, found.counts)
+    selection.warn_of_counts(encoder.tokenizer, found.counts)
     return Prepared(
         found.rows,
         _show_first_rows(found.rows, found.places),
@@ -103,7 +100,7 @@ def prepare(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
     )
 
 
-def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepared:
+def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
     """Return the first rows, checked as `prepare` does, and all rows as a stream."""
     counts = Counts()
     notes = cache.Notes(FIRST)
@@ -111,13 +108,14 @@ def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepar
     beginning = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"max_rows": most})}
     )
-    batches = cache.make_batches(_select_rows(source, beginning, renderer, counts), notes)
-    rows = Dataset(pyarrow.Table.from_batches(batches, cache.SCHEMA))
+    schema = cache.make_schema(encoder)
+    batches = cache.make_batches(_select_rows(source, beginning, encoder, counts), schema, notes)
+    rows = Dataset(pyarrow.Table.from_batches(batches, schema))
     _refuse_useless(source, recipe, counts)
-    selection.warn_of_counts(renderer.tokenizer, counts)
-    features = Features({name: List(Value("int32")) for name in cache.SCHEMA.names})
+    selection.warn_of_counts(encoder.tokenizer, counts)
+    features = Features.from_arrow_schema(schema)
     endless = IterableDataset.from_generator(
-        partial(_repeat_rows, source, recipe, renderer), features
+        partial(_repeat_rows, source, recipe, encoder), features
     )
     if recipe.data.shuffle_buffer > 1:
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
@@ -127,26 +125,26 @@ def prepare_stream(source: Source, recipe: Recipe, renderer: Renderer) -> Prepar
     )
 
 
-def stream_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[Kept]:
+def stream_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[Kept]:
     """Yield the rows without holding them; after the last, raise LoraError for what `prepare`
     refuses."""
     counts = Counts()
-    yield from _select_rows(source, recipe, renderer, counts)
+    yield from _select_rows(source, recipe, encoder, counts)
     _refuse_useless(source, recipe, counts)
 
 
-def _repeat_rows(source: Source, recipe: Recipe, renderer: Renderer) -> Iterator[dict[str, Any]]:
+def _repeat_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[dict[str, Any]]:
     """Yield the source's rows from the first to the last, again and again."""
     while True:
-        for row in stream_rows(source, recipe, renderer):
-            yield {"input_ids": row.input_ids, "labels": row.labels}
+        for row in stream_rows(source, recipe, encoder):
+            yield {"input_ids": row.input_ids, "labels": row.labels, **row.others}
 
 
 def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
     """Return the first rows with their places."""
     shown = rows.select(range(len(places)))
     return [
-        Kept(place, np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32))
+        Kept(place, np.array(row["input_ids"], np.int32), np.array(row["labels"]))
         for place, row in zip(places, shown)
     ]
 
@@ -164,14 +162,14 @@ def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:
 
 
 def _select_rows(
-    source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
+    source: Source, recipe: Recipe, encoder: Encoder, counts: Counts
 ) -> Iterator[Kept]:
     """Yield the rows to train on without holding them."""
-    return selection.select_rows(_encode_rows(source, recipe, renderer, counts), recipe, counts)
+    return selection.select_rows(_encode_rows(source, recipe, encoder, counts), recipe, counts)
 
 
 def _encode_rows(
-    source: Source, recipe: Recipe, renderer: Renderer, counts: Counts
+    source: Source, recipe: Recipe, encoder: Encoder, counts: Counts
 ) -> Iterator[tuple[str, list[Encoded]]]:
     """Yield the usable rows with their places, and count the bad ones.
 
@@ -188,14 +186,12 @@ def _encode_rows(
         dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row)
     )
     try:
-        style, names = _choose_format(data, columns) if columns else ("text", {})
+        style, names = choose_format(data, columns, encoder)
     except UnknownColumns as error:
         raise (tables.find_lack_of_names(source.files, columns) or error) from None
-    convert = formats.find_converter(
-        style, formats.uses_alpaca(chat_template.find_template(renderer.tokenizer))
-    )
+    convert = encoder.find_converter(style)
     batches = _convert_rows(chain(first, rows), convert, names, data, counts)
-    for batch, made in renderer.encode(batches):
+    for batch, made in encoder.encode(batches):
         for (place, _), found in zip(batch, made):
             if isinstance(found, BadRow):
                 counts.count_bad(place, found)
@@ -238,43 +234,47 @@ class UnknownColumns(LoraError):
     """Columns of which no format is made."""
 
 
-def _choose_format(data: Data, columns: list[str]) -> tuple[str, Mapping[str, str]]:
+def _refuse_other_format(data: Data, known: formats.Formats) -> None:
+    """Raise UsageError for a format of rows that the recipe's task has not."""
+    if data.format not in ("auto", *known):
+        raise UsageError(
+            f"data.format: {data.format} is none of this task's; they are {', '.join(known)}",
+            "leave it out",
+        )
+
+
+def choose_format(
+    data: Data, columns: list[str], encoder: Encoder | type[Encoder], quiet: bool = False
+) -> tuple[str, Mapping[str, str]]:
     """Return the format of the rows, the recipe's or the one that their columns tell, and the names
     of its columns as `ours: theirs`."""
+    known = encoder.row_formats
+    if not columns:  # no row can be read
+        return next(reversed(list(known))), {}
+    _refuse_other_format(data, known)
     for theirs in data.columns.values():
         if theirs not in columns:
             raise _explain_missing_column(theirs, columns, "data.columns")
     names: Mapping[Any, str] = data.columns
     if not names and data.format == "auto":
-        names = formats.guess_columns(columns)
+        names = formats.guess_columns(columns, known, encoder.column_sets)
     named = list(formats.rename_columns(dict.fromkeys(columns), names))
     if data.format != "auto":
-        for column in formats.FORMATS[data.format]:
+        for column in known[data.format]:
             if column not in named:
                 raise _explain_missing_column(column, named, f"data.format: {data.format}")
         return data.format, names
-    if style := formats.recognise_format(named):
-        _say_columns(names, named, by_hand=bool(data.columns))
+    if style := formats.recognise_format(named, known):
+        if not quiet:
+            _say_columns(names, named, by_hand=bool(data.columns))
         return style, names
-    shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in formats.FORMATS.items())
+    shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in known.items())
     more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
     raise UnknownColumns(
         f"data.path: the columns {', '.join(columns[:SHOWN])}{more} match no known format "
         f"({shapes})",
-        _suggest_columns(columns),
+        encoder.suggest_columns(columns),
     )
-
-
-def _suggest_columns(columns: list[str]) -> str:
-    """Return the option that names a prompt and a completion among columns of other names."""
-    spelt = [name if re.fullmatch(r"[A-Za-z_]\w*", name) else json.dumps(name) for name in columns]
-    if len(columns) == 1:
-        return f"--set data.columns={quote(f'{{text: {spelt[0]}}}')}"
-    likely = [at for at, name in enumerate(columns) if name in ("chosen", "answer", "response")]
-    answer = likely[0] if likely else len(columns) - 1
-    asked = 1 if answer == 0 else 0
-    named = f"{{prompt: {spelt[asked]}, completion: {spelt[answer]}}}"
-    return f"--set data.columns={quote(named)}"
 
 
 def _say_columns(names: Mapping[Any, str], named: list[str], by_hand: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, stored, ui
-from lora_cli.data.encode import Encoded
+from lora_cli.data.encode import NOTHING, Encoded
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
 from lora_cli.models import IGNORED
@@ -27,6 +27,12 @@ class Kept(NamedTuple):
     place: str
     input_ids: NDArray
     labels: NDArray
+    others: Mapping[str, NDArray] = NOTHING
+    """Further columns of the row."""
+
+    def read(self, column: str) -> NDArray:
+        """Return one of its columns."""
+        return self.others[column] if column in self.others else getattr(self, column)
 
 
 def _refuse_negative(counted: Counter[Any]) -> Counter[Any]:
@@ -63,6 +69,8 @@ class Counts:
     """Lengths of all encoded rows, in tokens."""
     ends: Tally[stored.Count] = field(default_factory=Counter)
     """The last tokens of answers with loss, in rows that were not cut."""
+    labels: Tally[stored.Count] = field(default_factory=Counter)
+    """Numbers of the labels of rows, or of their tokens, where a model tells labels apart."""
 
     def add(self, other: Counts) -> Counts:
         """Return the sum of both; of the first bad rows, the earlier one."""
@@ -91,7 +99,7 @@ def select_rows(
     for place, found in encoded:
         counts.by_turn += len(found) > 1
         for row in found:
-            counts.lengths[len(row.input_ids)] += 1
+            counts.lengths[row.uncut or len(row.input_ids)] += 1
             counts.control_in_text += row.control_in_text
             counts.unread.update(row.unread)
             learned = row.labels != IGNORED
@@ -100,13 +108,28 @@ def select_rows(
             elif not learned.any():
                 counts.left_out["dropped: nothing to learn"] += 1
             elif len(row.input_ids) <= limit:
-                # an answer's last token has a label, and the next one does not
-                last = np.flatnonzero(learned & ~np.append(learned[1:], False))
-                counts.ends.update(row.labels[last].tolist())
-                yield _count_row(Kept(place, row.input_ids, row.labels), int(learned.sum()), counts)
+                _count_labels(recipe, row, learned, counts)
+                kept = Kept(place, row.input_ids, row.labels, row.others)
+                yield _count_row(kept, int(learned.sum()), counts)
             else:
                 for piece in _fit_row(place, row, limit, policy, counts):
                     yield _count_row(piece, int((piece.labels != IGNORED).sum()), counts)
+
+
+def _count_labels(recipe: Recipe, row: Encoded, learned: NDArray, counts: Counts) -> None:
+    """Count what a row's labels are by themselves: the ends of answers, or what is told apart."""
+    task = recipe.task_row
+    if task.writes_next_tokens:
+        # an answer's last token has a label, and the next one does not
+        last = np.flatnonzero(learned & ~np.append(learned[1:], False))
+        counts.ends.update(row.labels[last].tolist())
+    elif task.counts_labels:
+        counts.left_out[f"cut at {recipe.training.max_length} tokens"] += bool(row.uncut)
+        several = recipe.model.problem_type == "multi_label_classification"
+        if several:
+            counts.labels.update(np.flatnonzero(row.labels).tolist())
+        elif recipe.model.problem_type != "regression":
+            counts.labels.update(row.labels[learned].tolist())
 
 
 def _count_row(row: Kept, learned: int, counts: Counts) -> Kept:

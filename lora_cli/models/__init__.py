@@ -10,6 +10,7 @@ Its doors, in the order a reader needs them:
                                    what a configuration says
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
                                    a run keeps it
+    HeadSettings, save_head_config what the head of a task other than writing knows
     find_positions                 how long a text a base reads
     names, hub                     what a name on the command line stands for; its commit
     attach                         a new or a trained adapter on a base; its LoRA layers
@@ -42,6 +43,7 @@ from lora_cli.models.config import (
     num_layers,
     read_field,
 )
+from lora_cli.models.head import HeadSettings, save_head_config
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
@@ -99,6 +101,7 @@ __all__ = [
     "find_positions",
     "four_bit",
     "get_checkpoint_dtype",
+    "HeadSettings",
     "hub",
     "init_weights",
     "is_finite",
@@ -115,6 +118,7 @@ __all__ = [
     "read_adapter",
     "read_field",
     "refuse_not_finite",
+    "save_head_config",
     "save_tokenizer",
     "save_trained",
     "split_rows",

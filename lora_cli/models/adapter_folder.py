@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ from lora_cli.models import (
     tokenizer,
 )
 from lora_cli.models.base import Base, is_quantised
+from lora_cli.models.head import CONFIG, read_settings
 from lora_cli.models.probes import TRAINED
 from lora_cli.models.record import RecordedRecipe, TrainingRecord
+from lora_cli.recipe import DEFAULT_TASK, find_task
 
 UNSAFE = "which may run code when it is loaded"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -181,6 +183,8 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     )
     record = _read_record(folder)
     named = _choose_base(hub_name or str(folder), base, config, record)
+    task = find_task(config.get("task_type")) or DEFAULT_TASK
+    named = replace(named, task=task, head_settings=read_settings(folder, shapes, task))
     given = folder if respelled != folder else None
     replaced = _find_replaced(named, config, record) if base is not None else None
     found = Adapter(respelled, named, record, not _changes_base(config), hub_name, given, replaced)
@@ -228,7 +232,7 @@ def _download(name: str) -> Path:
             f"{name} does not exist here, and the hub cannot be reached",
             f"ls {quote(Path(name).parent)}",
         ) from error
-    wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, provenance.ARTEFACT_RECORD, TRAINED]
+    wanted = [*ADAPTER_FILES, CONFIG, *TOKENIZER_FILES, provenance.ARTEFACT_RECORD, TRAINED]
     return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
 
 

@@ -5,6 +5,7 @@ Everything of a run is loaded at one commit, and merging loads the base at it ag
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,9 +45,10 @@ from lora_cli.models import (
     tokenizer,
 )
 from lora_cli.models.config import get_checkpoint_dtype, load_config
+from lora_cli.models.head import Head, HeadSettings, find_head
 from lora_cli.models.quantised import Quantised
 from lora_cli.models.tensors import Tensors
-from lora_cli.recipe import DEFAULT_TASK, Recipe, Task
+from lora_cli.recipe import DEFAULT_TASK, Recipe, Task, recognise_task
 
 PACKED = 16
 """A number in a file may hold so many weights: an int32 holds 16 of two bits."""
@@ -61,6 +63,8 @@ class Base:
     name: str
     revision: str | None = None
     task: Task = DEFAULT_TASK
+    head_settings: HeadSettings | None = None
+    """What the head of a task other than writing has to know beside its configuration."""
 
     def __post_init__(self) -> None:
         """Refuse a folder, or a cached one of the hub, with other than plain files in it."""
@@ -86,7 +90,8 @@ class Base:
         names the key, and one for a base that is quantised so that the recipe's method does not
         train on it."""
         try:
-            base = cls(recipe.model.name_or_path, recipe.model.revision, recipe.task).resolve()
+            named = recipe.model.name_or_path, recipe.model.revision
+            base = cls(*named, recipe.task_row, _read_head_settings(recipe)).resolve()
             stored = base.quantised  # what is wrong with its configuration is said of the key
         except LoraError as error:
             if error.message.startswith("model."):
@@ -113,6 +118,12 @@ class Base:
         with names.explain_hub_failure(self.name):
             return replace(self, revision=hub.resolve_commit(self.name, self.revision))
 
+    @classmethod
+    def of_model(cls, name: str, revision: str | None = None) -> Base:
+        """Return a whole model, with the task that its configuration names."""
+        config = load_config(name, revision)
+        return cls(name, revision, recognise_task(config.architectures))
+
     @property
     def is_folder(self) -> bool:
         """Whether the name is a folder on this machine."""
@@ -120,9 +131,23 @@ class Base:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its configuration, with the type of its weights where the file names none. Copy it before
-        changing it."""
-        return load_config(self.name, self.revision)
+        """Its configuration, with the type of its weights where the file names none, and what the
+        head of its task has to know. Copy it before changing it."""
+        config = load_config(self.name, self.revision)
+        if not self.task.writes_next_tokens:
+            (self.head_settings or HeadSettings()).write_into(config)
+        return config
+
+    @cached_property
+    def head(self) -> Head:
+        """What the class of its task has and its files lack. Raises LoraError where that is a part
+        of the base itself."""
+        if self.task.writes_next_tokens:
+            return Head((), ())
+        network, report = self._load_and_report(
+            dtype=self.dtype, config=copy.deepcopy(self.config), device_map="meta"
+        )
+        return find_head(network, report, self.task, self.name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,21 +256,29 @@ class Base:
         self.refuse_without_safetensors()
         self.refuse_odd_generation()
         self._refuse_more_than_stored()
-        network, report = self.task.find_auto_class(self.config).from_pretrained(
-            self.name,
-            revision=self.revision,
-            dtype=dtype or self.dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=remote_code.is_allowed(),
-            ignore_mismatched_sizes=True,  # so that the report, which is looked at below, has them
-            **kwargs,
-        )
-        self._refuse_misfits(report)
+        if not self.task.writes_next_tokens:
+            kwargs.setdefault("config", copy.deepcopy(self.config))
+        network, report = self._load_and_report(dtype=dtype or self.dtype, **kwargs)
+        if self.task.writes_next_tokens:
+            self._refuse_misfits(report)
+        else:
+            find_head(network, report, self.task, self.name)
         if is_quantised(network):
             four_bit.keep_4bit_weights_unpacked(network)
             four_bit.refuse_misread_rows(network, self.name, self.quantised is not None)
         return network
+
+    def _load_and_report(self, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Return the model, and what transformers says of its files."""
+        return self.task.find_auto_class(self.config).from_pretrained(
+            self.name,
+            revision=self.revision,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=remote_code.is_allowed(),
+            ignore_mismatched_sizes=True,  # so that the report, which is looked at, has them
+            **kwargs,
+        )
 
     def load_plain(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Load it with plain weights, dequantised where its files hold them quantised. Raises
@@ -357,6 +390,16 @@ class Base:
                     f"such as {keys[0]}",
                     "config.json and the weights must be of one model",
                 )
+
+
+def _read_head_settings(recipe: Recipe) -> HeadSettings | None:
+    """Return what a settled recipe says of its model's head."""
+    if recipe.task_row.writes_next_tokens:
+        return None
+    labels, problem = recipe.model.labels, recipe.model.problem_type
+    return HeadSettings(
+        () if labels == "auto" else tuple(labels), None if problem == "auto" else problem
+    )
 
 
 def is_quantised(model: PreTrainedModel) -> bool:

@@ -176,6 +176,7 @@ def _find_unmatched_saved(
     for name in config.modules_to_save or []:
         meant = [module for module in names if matches_ending(module, name)]
         more = [m for m in names if is_saved_whole(m, name) and m not in meant]
+        more = [m for m in more if m not in (config.modules_to_save or [])]
         if not meant:
             yield (
                 f"{where}: no module of {recipe.model.name_or_path} is called {name}",

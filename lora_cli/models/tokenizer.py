@@ -60,12 +60,27 @@ def load_recipe_tokenizer(
 
 
 def _apply_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give the tokenizer the recipe's chat template and system prompt; return them in words."""
+    """Give the tokenizer the recipe's chat template and system prompt; return them in words, none
+    for a model that reads whole texts."""
+    if not recipe.task_row.writes_next_tokens:
+        tokenizer.chat_template = None
+        _find_padding(tokenizer)
+        return ""
     template = set_chat_template(tokenizer, recipe.model.chat_template)
     if recipe.model.system_prompt:
         set_system_prompt(tokenizer, recipe.model.system_prompt)
         template += ", with the recipe's system prompt"
     return template
+
+
+def _find_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the end token fill short rows where the tokenizer has no token for that."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise LoraError(
+                "the tokenizer has no token that fills short rows", "--set training.pad_token=TOKEN"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _refuse_new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, parent: str) -> None:

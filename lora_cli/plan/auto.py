@@ -28,6 +28,8 @@ from lora_cli.speed import document_attention, step_packing
 
 DECIDED_LAST = ("training.optim", "training.gradient_checkpointing", "training.packed_length")
 """What the memory plan has to say to, after CHOOSERS."""
+OF_THE_DATA = ("model.labels", "model.problem_type")
+"""What `task_settings.py` finds before all else."""
 Chosen = tuple[Any, str]
 """A value and the reason for it."""
 FLASH_NEEDS = {
@@ -129,7 +131,7 @@ def take_recorded(recipe: Recipe, recorded: dict[str, Any], file: Path) -> Recip
     What `auto` becomes may hang on what is free of a GPU's memory when it is asked. Raises
     DamagedError for a value in the run's record, `file`, that the key cannot have.
     """
-    for key in (*CHOOSERS, *DECIDED_LAST):
+    for key in (*CHOOSERS, *DECIDED_LAST, *OF_THE_DATA):
         section, _, name = key.rpartition(".")
         values = (recorded.get(section) or {}) if section else recorded
         if name in values and _read_key(recipe, key) == "auto":
@@ -174,6 +176,8 @@ def _set_key(recipe: Recipe, key: str, value: Any) -> Recipe:
 
 def choose_trainer(given: Situation) -> Chosen:
     """Return the objective's trainer of TRL, unless it refuses what the recipe adapts."""
+    if not given.recipe.task_row.writes_next_tokens:
+        return "trainer", "TRL trains models that write"
     if given.recipe.adapts_head:
         return "trainer", f"{given.recipe.objective.trainer} cannot adapt the output head"
     return given.recipe.objective.name, "rows and labels are the same for both"
@@ -219,6 +223,8 @@ def choose_autocast(given: Situation) -> Chosen:
 
 def choose_loss_head(given: Situation) -> Chosen:
     """Return the loss at tokens with a label only, unless an option of the stock loss is given."""
+    if not given.recipe.task_row.writes_next_tokens:
+        return "stock", "the task has a loss of its own"
     training = given.recipe.training.collect_values()
     usual_values: dict[str, Any] = {"label_smoothing_factor": 0.0, "loss_type": "nll"}
     if not _takes_liger_layers_alone(given.recipe):
@@ -240,6 +246,8 @@ def _takes_liger_layers_alone(recipe: Recipe) -> bool:
 
 def choose_packing(given: Situation) -> Chosen:
     """Sequences of a step's rows without padding, unless an option that contradicts it is given."""
+    if not given.recipe.task_row.writes_next_tokens:
+        return False, "rows of this task do not share sequences"
     for name in given.recipe.list_against_packing():
         return False, f"training.{name} is given"
     return "step", "no padding, and the same run"

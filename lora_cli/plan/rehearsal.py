@@ -203,7 +203,7 @@ def build_adapted(
     config.dtype = getattr(torch, recipe.model.dtype)
     if recipe.model.attn_implementation == "eager":
         config._attn_implementation = "eager"
-    base = empty.build_empty(config, recipe.task)
+    base = empty.build_empty(config, recipe.task_row)
     folder = parent.folder if parent else None
     lora_config, _ = targets.make_config(recipe, base, vocabulary, new_ids, folder)
     lora_config.init_lora_weights = True  # other initialisations need the base's weights

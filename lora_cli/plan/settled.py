@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import provenance
 from lora_cli.models import Base, Parent, TrainingRecord, take_over
-from lora_cli.plan import auto, hardware
+from lora_cli.plan import auto, hardware, task_settings
 from lora_cli.plan.hardware import Hardware
 from lora_cli.recipe import Distributed, Recipe
 from lora_cli.speed import step_packing
@@ -66,9 +66,12 @@ def settle_recipe(
         file = run / provenance.RUN_RECORD
         recipe = auto.take_recorded(recipe, read_recorded(run), file)
     auto.try_configurations(recipe, device)
+    recipe, of_task = task_settings.settle_labels(recipe)
     base = Base.of_recipe(recipe)
+    recipe = task_settings.settle_head(recipe, base, of_task)
     device = device or hardware.detect_device(hardware.find_training_device(recipe))
     recipe, choices = auto.settle(recipe, base.config, device, processes)
+    choices[:0] = of_task
     if parent is not None:
         parent.refuse_other_base(base)
         if asked_base == "auto":

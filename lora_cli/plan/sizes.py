@@ -66,7 +66,8 @@ def measure_adapter(
 ) -> Size:
     """Return the adapter's size; UsageError where the recipe's names match nothing in the base,
     LoraError where the adapter that is trained on does not fit it."""
-    causality.refuse_encoder_by_config(base.config, base.task, base.name)
+    if base.task.writes_next_tokens:
+        causality.refuse_encoder_by_config(base.config, base.task, base.name)
     network = base.build_empty()
     folder = parent.folder if parent else None
     config, left_out = targets.make_config(recipe, network, len(tokenizer), new_ids, folder)

@@ -10,7 +10,7 @@ Its doors, in the order a reader needs them:
                                   of a column, DType a type that models are computed in
     shipped_recipes               the recipes that come with lora
     TASKS, DEFAULT_TASK, Task     what a model does with its input
-    find_task                     … found by PEFT's name of it
+    find_task, recognise_task     … found by PEFT's name of it, by a model's class
     find_initialisation           the table of values of lora.init_lora_weights
     INITIALISATION_SETTINGS       the fields of LoraConfig that hold an initialisation's settings
     list_contradictions           values that are right alone and wrong together
@@ -36,7 +36,7 @@ from lora_cli.recipe.keys import (
     Training,
 )
 from lora_cli.recipe.load import load_recipe
-from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task
+from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task, recognise_task
 
 __all__ = [
     "DEFAULT_TASK",
@@ -59,6 +59,7 @@ __all__ = [
     "list_contradictions",
     "load_recipe",
     "messages",
+    "recognise_task",
     "schema",
     "shipped_recipes",
     "strict_yaml",

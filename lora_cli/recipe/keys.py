@@ -15,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
 from lora_cli.recipe import initialisations, upstream_fields
 from lora_cli.recipe.strict_yaml import Keys, Place
-from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, DEFAULT_TASK, Objective, Task
+from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, Objective, Task, name_task
 
 Auto = Literal["auto"]
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}
 """Marks the fields that are declared upstream, not here."""
 DType = Literal["float32", "bfloat16", "float16"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+TaskName = Literal["causal_lm", "sequence_classification", "token_classification"]
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -94,6 +96,12 @@ class Model(Section):
     add_special_tokens: list[Name] = Field(default_factory=list)
     """The same for tokens that are marks rather than text (`<|im_start|>`): they are left out when
     an answer is printed."""
+    labels: Auto | Names = "auto"
+    """What a model that classifies or tags tells apart, in this order; `auto`: the labels that the
+    data have, sorted. They are kept in config.json beside the adapter and in the merged model."""
+    problem_type: Auto | ProblemType = "auto"
+    """One label for each row, several, or numbers (regression); `auto`: as the data's labels
+    are."""
 
 
 class LoraFields(Section):
@@ -183,10 +191,12 @@ class Distributed(Section):
 
 
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
-Format = Literal["alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens"]
+Format = Literal[
+    "alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens", "labelled", "tagged",
+]  # fmt: skip
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
-    "input_ids", "labels", "system", "tools",
+    "input_ids", "labels", "system", "tools", "label", "text_pair", "tokens", "tags",
 ]  # fmt: skip
 
 
@@ -344,7 +354,7 @@ JUDGED_LATE = {"lr_scheduler_type", "optim", "use_liger_kernel"}
 # Fields of upstream classes that a recipe says elsewhere, and where.
 NOT_IN_LORA = {
     "peft_type": "the method is always LoRA",
-    "task_type": f"it is always {DEFAULT_TASK.peft_type}",
+    "task_type": "use task at the top level",
     "runtime_config": "it is not saved with an adapter",
     "inference_mode": "training sets it",
     "use_qalora": "it works on GPTQ bases only, which lora does not load",
@@ -446,6 +456,9 @@ class Recipe(Section):
     trainer: Auto | Literal["sft", "trainer"] = "auto"
     """TRL's `SFTTrainer` or transformers' `Trainer`; rows and labels are the same for both. `auto`:
     sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
+    task: TaskName = "causal_lm"
+    """What the model is trained to do: write text, tell which labels a text has, or which each of
+    its words has."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)
@@ -458,9 +471,9 @@ class Recipe(Section):
     _places: dict[Keys, Place] = PrivateAttr(default_factory=dict)
 
     @property
-    def task(self) -> Task:
-        """What the model is trained to do."""
-        return DEFAULT_TASK
+    def task_row(self) -> Task:
+        """What the model is trained to do, as the table of tasks has it."""
+        return name_task(self.task)
 
     @property
     def objective(self) -> Objective:
@@ -570,7 +583,8 @@ class Recipe(Section):
         """Return the recipe as data that loads to the same recipe: everything declared here, and
         all that was set."""
         sections = ("model", "lora", "quantization", "data", "training", "distributed")
-        result: dict[str, Any] = {"method": self.method, "trainer": self.trainer}
+        result: dict[str, Any] = {"task": self.task, "method": self.method}
+        result["trainer"] = self.trainer
         for name in sections:
             if name != "quantization" or self.quantized:
                 result[name] = getattr(self, name).collect_values()

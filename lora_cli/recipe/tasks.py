@@ -7,9 +7,11 @@ imported here: classes of other libraries are named, and imported when they are 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_cli.common import LoraError
 from lora_cli.recipe.upstream_fields import SFT_CONFIG, TRAINING_ARGUMENTS, read_fields
 
 
@@ -22,15 +24,38 @@ class Task:
     """PEFT's `task_type`."""
     auto_class: str
     """transformers' class that loads such a model."""
-    whole_class: str
-    """transformers' class that loads a base of which such a model is a part, with the rest."""
     does: str
     """What such models do, to complete the sentence `models that …`."""
+    architectures: tuple[str, ...]
+    """How the names of such models' classes end."""
+    whole_class: str | None = None
+    """transformers' class that loads a base of which such a model is a part, with the rest."""
+    peft_heads: tuple[str, ...] = ()
+    """Ends of the modules' names that PEFT trains whole without being asked."""
+    counts_labels: bool = False
+    """Whether it tells labels apart, of which a head has one output each."""
+    places_labels: bool = False
+    """Whether each token of a row has a label, and not the row."""
+    metrics: tuple[str, ...] = ()
+    """What an evaluation measures beside the loss."""
+
+    @property
+    def writes_next_tokens(self) -> bool:
+        """Whether a model foretells the next token of a text, and nothing else."""
+        return self.peft_type == "CAUSAL_LM"
 
     def find_auto_class(self, config: Any) -> Any:
         """Return transformers' class that loads the base of a configuration, with all its parts:
         `auto_class` would leave the tower for pictures of some bases out, and refuse others."""
         transformers = importlib.import_module("transformers")
+        if self.whole_class is None:
+            found = getattr(transformers, self.auto_class)
+            if type(config) not in found._model_mapping:
+                raise LoraError(
+                    f"transformers has no {config.model_type} model to {self.does}",
+                    "take a base of another family",
+                )
+            return found
         whole = getattr(transformers, self.whole_class)
         is_part = config.get_text_config() is not config and type(config) in whole._model_mapping
         return whole if is_part else getattr(transformers, self.auto_class)
@@ -62,12 +87,52 @@ TASKS = (
         "causal_lm",
         "CAUSAL_LM",
         "AutoModelForCausalLM",
-        "AutoModelForImageTextToText",
         "write text",
+        architectures=("ForCausalLM", "LMHeadModel"),
+        whole_class="AutoModelForImageTextToText",
+    ),
+    Task(
+        "sequence_classification",
+        "SEQ_CLS",
+        "AutoModelForSequenceClassification",
+        "classify texts",
+        architectures=("ForSequenceClassification",),
+        peft_heads=("classifier", "score"),
+        counts_labels=True,
+        metrics=(
+            *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
+            *("f1", "precision", "recall", "mse", "mae", "pearson", "spearman", "r2"),
+        ),
+    ),
+    Task(
+        "token_classification",
+        "TOKEN_CLS",
+        "AutoModelForTokenClassification",
+        "tag words",
+        architectures=("ForTokenClassification",),
+        peft_heads=("classifier", "score"),
+        counts_labels=True,
+        places_labels=True,
+        metrics=("f1", "precision", "recall", "f1_macro", "accuracy"),
     ),
 )
 OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
+
+
+def name_task(name: str) -> Task:
+    """Return the task that a recipe calls so."""
+    return next(task for task in TASKS if task.name == name)
+
+
+def recognise_task(architectures: Sequence[str] | None) -> Task:
+    """Return the task of models of these classes, as config.json names them; the default task where
+    it names none that is known."""
+    for name in architectures or ():
+        for task in TASKS:
+            if name.endswith(task.architectures):
+                return task
+    return DEFAULT_TASK
 
 
 def find_task(peft_type: str | None) -> Task | None:

@@ -37,9 +37,8 @@ def build_lora_config(recipe: Recipe) -> LoraConfig:
             values[name] = _build_variant(recipe, name, kind)
         elif name == initialisations.CONFIGS.get(str(values["init_lora_weights"])):
             values[name] = kind()
-    return _build(
-        recipe, "lora", values, lambda given: LoraConfig(task_type=recipe.task.peft_type, **given)
-    )
+    kind = recipe.task_row.peft_type
+    return _build(recipe, "lora", values, lambda given: LoraConfig(task_type=kind, **given))
 
 
 VARIANT_CONFIGS: dict[str, Any] = {

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import Trainer
 from trl import SFTTrainer
 
-from lora_cli.recipe import Recipe
 from lora_cli.train.trainers import Watched
 
 
@@ -25,12 +24,3 @@ class WatchedTrainer(Watched, Trainer):
     """transformers' Trainer, watched."""
 
     own_loss = True
-
-
-TRAINERS = {"sft": WatchedSFTTrainer}
-"""By the name of the objective."""
-
-
-def find_trainer(recipe: Recipe) -> type[Watched]:
-    """Return the class that trains the recipe."""
-    return TRAINERS[recipe.objective.name] if recipe.uses_trl else WatchedTrainer

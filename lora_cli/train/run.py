@@ -41,6 +41,7 @@ from lora_cli.models import (
     TrainingRecord,
     attach,
     init_weights,
+    save_head_config,
     save_tokenizer,
     save_trained,
 )
@@ -348,6 +349,7 @@ def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path,
             staging, trained.peft_config["default"], run.folder / init_weights.START
         )
         save_tokenizer(tokenizer, staging, run.record.base.place, run.record.base.commit)
+        save_head_config(trained.get_base_model(), staging)
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run.record.to_data())
 

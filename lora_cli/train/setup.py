@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import LoraError, gpu_faults, ui
-from lora_cli.data import load, prepare, selection
+from lora_cli.data import collate, load, prepare, selection
 from lora_cli.distributed import ranks
 from lora_cli.models import (
     Base,
@@ -25,11 +25,12 @@ from lora_cli.models import (
 )
 from lora_cli.plan import auto, flops, hardware, memory, sizes
 from lora_cli.recipe import Recipe, upstream
+from lora_cli.scoring import losses
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
 from lora_cli.train import dealing, disk_space, out_of_memory
-from lora_cli.train.objectives import find_trainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.run_folder import Run
+from lora_cli.train.task_trainer import find_trainer
 from lora_cli.train.trainers import Watched
 
 
@@ -50,7 +51,8 @@ def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) 
     """Tokenizer and rows; LoraError for what would waste the run, such as too small a disk."""
     sizes.refuse_lack_of_experts(recipe, base)
     tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base, parent)
-    ui.say(f"  chat template: {template}")
+    if template:
+        ui.say(f"  chat template: {template}")
     size = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
     if size.left_out:
         ui.say(f"  lora.target_modules: all-linear leaves out {size.left_out}")
@@ -120,7 +122,8 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
         ),
     )
     refuse_not_finite(network, base.name)
-    causality.refuse_encoder(network, base.name)
+    if base.task.writes_next_tokens:
+        causality.refuse_encoder(network, base.name)
     network.config.use_cache = False
     return network
 
@@ -143,6 +146,8 @@ def settle_packing(recipe: Recipe, base: PreTrainedModel, run: Run) -> Recipe:
     Return the recipe, with padded batches for a base in which they do; and with sequences no longer
     than on a CPU where the attention that long ones want did not do.
     """
+    if not recipe.task_row.writes_next_tokens:
+        return recipe
     packed = recipe.training.packing == "step"
     longest = recipe.training.max_length if packed else None
     as_on_cpu = min(recipe.training.max_length, step_packing.SEQUENCE)
@@ -247,11 +252,15 @@ def _attach_new(
     """Return the base with a new adapter, initialised as the recipe says."""
     rows = inputs.train_rows.rows
     first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
-    collate = DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
+    put_together = (
+        DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
+        if recipe.task_row.writes_next_tokens
+        else make_collator(recipe, inputs.tokenizer, 0)
+    )
     with attach.quiet_peft():
-        init_weights.prepare_base(recipe, network, config, first, collate)
+        init_weights.prepare_base(recipe, network, config, first, put_together)
         adapted = attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
-        init_weights.prepare_adapter(recipe, adapted, first, collate, base)
+        init_weights.prepare_adapter(recipe, adapted, first, put_together, base)
     return adapted
 
 
@@ -298,6 +307,7 @@ def make_options(
         reduce_on_oom=training.on_oom == "reduce",
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),
+        task=recipe.task_row,
         batches=batches,
         sharded=find_sharding(recipe),
         replicas=recipe.distributed.replicas,
@@ -327,6 +337,13 @@ def read_loraplus(recipe: Recipe) -> dict[str, float]:
 def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sequence: int) -> Any:
     """Return the collator that makes batches of rows, or where `packing: step` sequences of up to
     `sequence` tokens; None where TRL has its own."""
+    if not recipe.task_row.writes_next_tokens:
+        return collate.TaskCollator(
+            tokenizer,
+            recipe.task_row.places_labels,
+            losses.is_measured(recipe.model.problem_type),
+            recipe.training.collect_values().get("pad_to_multiple_of"),
+        )
     if recipe.training.packing == "step":
         return step_packing.StepCollator(sequence)
     if not recipe.uses_trl:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -40,12 +40,12 @@ from transformers.trainer_utils import SchedulerType
 from lora_cli.common import UsageError, files, find_nearest, library_errors, ui
 from lora_cli.models import attach
 from lora_cli.plan import auto, flops
-from lora_cli.recipe import Recipe, upstream
+from lora_cli.recipe import DEFAULT_TASK, Recipe, upstream
 from lora_cli.speed import install
 from lora_cli.train import setup
-from lora_cli.train.objectives import find_trainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import NonFiniteError
+from lora_cli.train.task_trainer import find_trainer
 
 WORDS = 16
 LENGTH = 8
@@ -111,6 +111,8 @@ def try_training(recipe: Recipe) -> None:
 
 def _find_refusal(recipe: Recipe) -> Exception | None:
     """Return what is raised when the miniature is trained as the recipe says, or None."""
+    metrics = recipe.task_row.metrics
+    recipe = recipe.model_copy(update={"task": DEFAULT_TASK.name})  # as the miniature does
     recipe, _ = auto.settle(recipe)
     with (
         files.scratch_folder() as folder,
@@ -122,7 +124,7 @@ def _find_refusal(recipe: Recipe) -> Exception | None:
         warnings.simplefilter("ignore")  # the run says them again
         gc.freeze()  # the trainer collects garbage, which takes longer than all else
         try:
-            _train_miniature(recipe, folder)
+            _train_miniature(recipe, folder, metrics)
         except NonFiniteError:  # numbers of the miniature's own
             return None
         except Exception as error:  # of any type: it is a library's answer to a value
@@ -143,7 +145,7 @@ def _keep_module(module: ModuleType) -> Iterator[None]:
         vars(module).update(before)
 
 
-def _train_miniature(recipe: Recipe, folder: Path) -> None:
+def _train_miniature(recipe: Recipe, folder: Path, metrics: Sequence[str]) -> None:
     """Make the recipe's trainer around a miniature, train it for a step and evaluate it."""
     arguments = upstream.build_training_arguments(recipe)
     _refuse_idle_arguments(recipe, arguments)
@@ -168,7 +170,7 @@ def _train_miniature(recipe: Recipe, folder: Path) -> None:
     trainer.add_callback(StopAtOnce())
     trainer.train()
     if evaluates:
-        _refuse_unknown_metric(recipe, trainer.evaluate())
+        _refuse_unknown_metric(recipe, [*trainer.evaluate(), *metrics])
     if (options := upstream.read_compile_options(recipe)) is not None:
         install.compile_layers(adapted, options)
 
@@ -203,7 +205,7 @@ def _build_miniature(recipe: Recipe) -> PeftModel:
     )
     network = LlamaForCausalLM(config).to(config.dtype)
     network.config.use_cache = False
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type=recipe.task.peft_type)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type=recipe.task_row.peft_type)
     return attach.attach_adapter(network, lora, recipe.lora.autocast_adapter_dtype)
 
 
@@ -266,10 +268,10 @@ def _refuse_upload(recipe: Recipe, arguments: Any) -> None:
         raise UsageError(f"{place} needs a token that may write", "hf auth login")
 
 
-def _refuse_unknown_metric(recipe: Recipe, metrics: dict[str, float]) -> None:
+def _refuse_unknown_metric(recipe: Recipe, metrics: Sequence[str]) -> None:
     """Raise UsageError where no evaluation gives the metric that tells the best model."""
     given = getattr(recipe.training, "metric_for_best_model", None)
-    known = [name.removeprefix("eval_") for name in metrics if name.startswith("eval_")]
+    known = [name.removeprefix("eval_") for name in metrics]
     if given is None or given.removeprefix("eval_") in known:
         return
     guess = find_nearest(given.removeprefix("eval_"), known)

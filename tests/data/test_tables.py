@@ -129,13 +129,15 @@ def test_the_hint_for_unknown_columns_can_be_pasted(header: str, tmp_path: Path)
     """As `--set` in a shell: the same columns are then known, so that other things are wrong."""
     path = written(tmp_path / "r.txt.csv", "x\n")
     names = header.split(",")
-    hint = prepare._suggest_columns(names)
+    hint = Renderer.suggest_columns(names)
     given = shlex.split(hint)
     assert given[0] == "--set"
     recipe = written(tmp_path / "r.yaml", f"model: {{name_or_path: x}}\ndata: {{path: {path}}}\n")
     columns = load_recipe(recipe, [given[1]]).data.columns
     assert set(columns.values()) <= set(names)
-    assert prepare._choose_format(load_recipe(recipe, [given[1]]).data, names)[1] == columns
+    assert (
+        prepare.choose_format(load_recipe(recipe, [given[1]]).data, names, Renderer)[1] == columns
+    )
 
 
 @pytest.mark.parametrize(

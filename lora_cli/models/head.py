@@ -1,0 +1,185 @@
+"""The head of a model that does not write text: what its class has and the base's files lack.
+
+transformers fills what files lack with random numbers, and says so in a log. PEFT trains and saves
+heads by names of its own, which miss those of many families: the adapter that is saved is then not
+the one that was trained. What is missing is told here by loading the files without their content.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lora_cli.common import LoraError, files
+from lora_cli.models import quantised
+from lora_cli.recipe import Task, recognise_task
+
+CONFIG = "config.json"
+
+
+class HeadSettings(NamedTuple):
+    """What a head has to know that its base's configuration does not say."""
+
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
+    """transformers' name of what the labels are: one for each text, several, or numbers."""
+    pad_token_id: int | None = None
+    """The token that fills short rows: by it, decoders find where a text ends."""
+
+    def write_into(self, config: PretrainedConfig) -> None:
+        """Set the fields of a model's configuration."""
+        if self.labels:
+            config.num_labels = len(self.labels)
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: number for number, name in enumerate(self.labels)}
+        if self.problem_type is not None:
+            config.problem_type = self.problem_type
+        for each in {id(part): part for part in (config, config.get_text_config())}.values():
+            if self.pad_token_id is not None:
+                each.pad_token_id = self.pad_token_id
+            elif getattr(each, "pad_token_id", None) is None:
+                ends = getattr(each, "eos_token_id", None)
+                each.pad_token_id = ends[0] if isinstance(ends, list) else ends
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> HeadSettings:
+        """Return those that a config.json has."""
+        names = config.get("id2label") or {}
+        labels = tuple(str(names[key]) for key in sorted(names, key=int))
+        return cls(labels, config.get("problem_type"), config.get("pad_token_id"))
+
+
+class Head(NamedTuple):
+    """What a model's class has beyond its base's files."""
+
+    modules: tuple[str, ...]
+    """The outermost modules that the files lack, or that PEFT trains whole in any case."""
+    left_over: tuple[str, ...]
+    """Tensors of the files that the model has no place for: the head of another task."""
+
+
+def find_head(network: PreTrainedModel, report: Mapping[str, Any], task: Task, name: str) -> Head:
+    """Return the head of a model of `task`, of which transformers reports what it did not find in
+    the files of the base `name`. Raises LoraError where these lack what is the base's own."""
+    parameters = [key for key, _ in network.named_parameters()]
+    missing = {_name_key(key) for what in LACKING for key in report[what]} & set(parameters)
+    modules = _find_outermost(network, missing, parameters)
+    _refuse_lack(network, modules, missing, name)
+    left_over = tuple(sorted(map(_name_key, report["unexpected_keys"])))
+    _refuse_foreign(network, left_over, name)
+    taken = [
+        path
+        for path, module in network.named_modules()
+        if path.rpartition(".")[2] in task.peft_heads
+        and not _is_inside(path, modules)
+        and any(True for _ in module.parameters())
+    ]
+    return Head((*modules, *taken), left_over)
+
+
+LACKING = ("missing_keys", "mismatched_keys")
+
+
+def _name_key(key: Any) -> str:
+    return str(key[0] if isinstance(key, tuple) else key)
+
+
+def _is_inside(path: str, modules: Iterable[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
+def _find_outermost(
+    network: PreTrainedModel, missing: set[str], parameters: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the largest modules of which every parameter is missing, the base itself excepted."""
+    there = [key for key in parameters if key not in missing]
+    whole = {network.base_model_prefix, ""}
+    found: dict[str, None] = {}
+    for key in sorted(missing):
+        module = key.rpartition(".")[0]
+        while (parent := module.rpartition(".")[0]) not in whole and not any(
+            key.startswith(f"{parent}.") for key in there
+        ):
+            module = parent
+        found[module] = None
+    return tuple(found)
+
+
+def _refuse_lack(
+    network: PreTrainedModel, modules: Iterable[str], missing: set[str], name: str
+) -> None:
+    """Raise LoraError where a layer or the embeddings are missing: the base's, and no head's."""
+    inside = f"{network.base_model_prefix}."
+    for path in modules:
+        module = network.get_submodule(path)
+        own = [
+            *(part for part in path.split(".") if part.isdigit()),
+            *(each for each in module.modules() if isinstance(each, (nn.Embedding, nn.ModuleList))),
+        ]
+        if path.startswith(inside) and own:
+            key = next(key for key in sorted(missing) if _is_inside(key, [path]))
+            kind = type(network).__name__
+            raise LoraError(
+                f"the weights of {name} do not fit {kind}: {len(missing)} are missing, such as "
+                f"{key}",
+                "take a base whose files have them; a log of transformers would fill them with "
+                "random numbers",
+            )
+
+
+def _refuse_foreign(network: PreTrainedModel, left_over: Iterable[str], name: str) -> None:
+    """Raise LoraError where files have layers that the model has not."""
+    prefix = f"{network.base_model_prefix}."
+    children = {path for path, _ in network.base_model.named_children()}
+    for key in left_over:
+        steps = key.removeprefix(prefix).split(".")
+        if steps[0] in children and any(step.isdigit() for step in steps):
+            raise LoraError(
+                f"the weights of {name} do not fit its configuration: it has no place for {key}",
+                "config.json and the weights must be of one model",
+            )
+
+
+def save_head_config(network: PreTrainedModel, folder: Path) -> None:
+    """Write config.json beside an adapter of a task that has a head: its labels, what they are, and
+    the class that loads it. PEFT writes none, and would take the number of labels from the base."""
+    if recognise_task([type(network).__name__]).writes_next_tokens:
+        return
+    config = quantised.without_quantisation(copy.deepcopy(network.config))
+    config.architectures = [type(network).__name__]
+    config.save_pretrained(str(folder))
+
+
+def read_settings(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], task: Task
+) -> HeadSettings | None:
+    """Return what the head of the adapter in a folder has to know: from the config.json beside it,
+    else, for one made elsewhere, the number of outputs that its tensors of these shapes have."""
+    if task.writes_next_tokens:
+        return None
+    if (folder / CONFIG).is_file():
+        config = files.read_json(folder / CONFIG)
+        if not isinstance(config, dict):
+            raise LoraError(f"{folder / CONFIG} is no configuration", "copy it again")
+        try:
+            return HeadSettings.of_config(config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LoraError(
+                f"{folder / CONFIG}: id2label does not number the labels", "copy it again"
+            ) from error
+    if not task.counts_labels:
+        return HeadSettings()
+    sizes = [shape[0] for key, shape in shapes.items() if _is_last_of_head(key, task)]
+    return HeadSettings(tuple(f"LABEL_{number}" for number in range(sizes[-1])) if sizes else ())
+
+
+def _is_last_of_head(key: str, task: Task) -> bool:
+    """Return whether a tensor is the weight of the module that has an output for each label."""
+    steps = key.split(".")
+    ends = (*task.peft_heads, "out_proj")
+    return steps[-1] == "weight" and "lora_A" not in key and any(end in steps for end in ends)

@@ -1,0 +1,65 @@
+"""What a task other than writing settles before all else: its labels, and which modules are its
+head.
+
+Both are written into the recipe, so that planning, training, resuming and merging go by the same.
+"""
+
+from __future__ import annotations
+
+from lora_cli.data import labels, load
+from lora_cli.models import Base
+from lora_cli.plan.auto import Choice
+from lora_cli.recipe import Recipe
+
+SHOWN = 6
+"""How many labels are listed where they are said."""
+LENGTH_GROUPS = "training.train_sampling_strategy"
+
+
+def settle_labels(recipe: Recipe) -> tuple[Recipe, list[Choice]]:
+    """Return the recipe with its model's labels and what kind they are, and the choices made.
+
+    Raises LoraError where the data have no labels that can be told apart.
+    """
+    task, model = recipe.task_row, recipe.model
+    choices: list[Choice] = []
+    if not task.counts_labels:
+        return recipe, choices
+    labels.refuse_odd_names(recipe)
+    if "auto" in (model.labels, model.problem_type):
+        found = labels.find_labels(recipe, load.ENCODERS[recipe.task])
+        if model.labels == "auto":
+            choices.append(Choice("model.labels", found.labels, "those of the data, sorted"))
+        if model.problem_type == "auto":
+            reason = "each word has one" if task.places_labels else "as the labels of the data are"
+            choices.append(Choice("model.problem_type", found.problem_type, reason))
+        settled = {choice.name.partition(".")[2]: choice.value for choice in choices}
+        recipe = recipe.replace(recipe.trainer, {"model": settled})
+    return recipe, choices
+
+
+def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:
+    """Return the recipe with the head of its model among the modules that are trained whole and
+    never stored in 4 bits, and padding kept small; add the choices made to `choices`.
+
+    Raises LoraError where the base's files lack more than a head.
+    """
+    if recipe.task_row.writes_next_tokens:
+        return recipe
+    head = list(base.head.modules)
+    changes: dict[str, dict[str, object]] = {"lora": {}, "quantization": {}, "training": {}}
+    given = recipe.lora.modules_to_save or []
+    if new := [name for name in head if name not in given]:
+        changes["lora"]["modules_to_save"] = [*given, *new]
+        reason = "the head, trained whole: the base's files lack it, or PEFT saves it so"
+        choices.append(Choice("lora.modules_to_save", [*given, *new], reason))
+    skipped = recipe.quantization.llm_int8_skip_modules or []
+    if recipe.quantized and (new := [name for name in head if name not in skipped]):
+        changes["quantization"]["llm_int8_skip_modules"] = [*skipped, *new]
+        reason = "a head is not stored in 4 bits"
+        choices.append(Choice("quantization.llm_int8_skip_modules", [*skipped, *new], reason))
+    key = LENGTH_GROUPS.partition(".")[2]
+    if key not in recipe.training.model_fields_set and not recipe.data.streaming:
+        changes["training"][key] = "group_by_length"
+        choices.append(Choice(LENGTH_GROUPS, "group_by_length", "less padding"))
+    return recipe.replace(recipe.trainer, changes)
