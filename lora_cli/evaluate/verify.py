@@ -77,7 +77,9 @@ def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
         return ""
-    found = compare_weights.compare_weights(read_adapter(Path(adapters[0]), base), Base(models[0]))
+    found = compare_weights.compare_weights(
+        read_adapter(Path(adapters[0]), base), Base.of_model(models[0])
+    )
     return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
@@ -129,9 +131,9 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         ui.say(f"{path}: on {model}")
         dtype = adapter.trained_dtype
         logits = merge.choose_way(adapter, stream=None, original=False).compute_expected(probes)
-        logits = logits and [rows[-layerwise_logits.KEPT :] for rows in logits]
+        logits = logits and layerwise_logits.keep_last(model.task, logits)
     else:
-        model = Base(path)
+        model = Base.of_model(path)
         dtype = model.dtype
         logits = layerwise_logits.walk_logits_of(model, dtype, probes)
     if logits is None:

@@ -99,10 +99,14 @@ def _measure_distance(plan: Plan, written: Tensors, name: str, dtype: torch.dtyp
         for expected in plan.merge_tensor(name, dtype):
             stop = start + (len(expected) if expected.dim() else 1)
             given = written.rows(name, start, stop)
-            before = plan.weights.base.rows(name, start, stop).to(expected.dtype)
+            before = (
+                plan.weights.base.rows(name, start, stop).to(expected.dtype)
+                if name in plan.weights.base.entries
+                else torch.zeros_like(expected)  # a head, which the base lacks
+            )
             unequal += int((given != expected).sum())
             off += (given.double() - expected.double()).square().sum().item()
             change += (before.double() - expected.double()).square().sum().item()
             start = stop
     share = math.sqrt(off / change) if change else (math.inf if off else 0.0)
-    return Distance(unequal, math.prod(plan.weights.base.entries[name].shape), share)
+    return Distance(unequal, math.prod(plan.weights.find_entry(name).shape), share)

@@ -83,7 +83,7 @@ class Whole:
     def check_files(self, folder: Path, dtype: torch.dtype) -> None:
         """Load the model as anybody would. Raise RejectedError where a parameter is not the one
         that was written, or not finite."""
-        self.loaded = Base(str(folder)).load(dtype)
+        self.loaded = Base.of_model(str(folder)).load(dtype)
         for name, parameter in self.loaded.named_parameters():
             if not is_finite(parameter.data):
                 raise RejectedError(
@@ -101,7 +101,7 @@ class Whole:
         self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]
     ) -> list[torch.Tensor]:
         """Return logits of the model that was written."""
-        loaded = self.loaded or Base(str(folder)).load(dtype)
+        loaded = self.loaded or Base.of_model(str(folder)).load(dtype)
         self.loaded = None
         return compute_logits(convert_to_float32(loaded), probes)
 

@@ -28,10 +28,13 @@ from lora_cli.models import (
     Tensors,
     compute_logits,
     convert_to_float32,
+    find_task_of,
     quantised,
+    read_rows,
     split_rows,
     token_rows,
 )
+from lora_cli.recipe import Task
 
 # How many positions at the end of each probe keep their logits: with a large vocabulary, those of
 # every position take much memory
@@ -44,12 +47,17 @@ def walk_logits(
     model: nn.Module, read: Read, plan: Plan | None, probes: Sequence[Probe]
 ) -> list[torch.Tensor]:
     """Return float32 logits at the last positions of each probe: one (positions, vocabulary) tensor
-    per probe.
+    per probe; of other tasks than writing, all that is said of it.
 
     `model` has no weights; `read(name, start, stop)` returns rows of its tensors in float32. `plan`
     says which of its modules are PEFT's layers. Raises RuntimeError or NotImplementedError where a
     module's code does not stand weights that are read as it runs.
     """
+    if not find_task_of(model).writes_next_tokens:
+        with torch.inference_mode(), limit_threads(), _hook_modules(model, read, plan):
+            model.eval()
+            made = [model(input_ids=torch.tensor([probe.ids])) for probe in probes]
+            return [read_rows(each).float() for each in made]
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing
     ids = torch.tensor([[*probe.ids, *([0] * (width - len(probe.ids)))] for probe in probes])
@@ -77,14 +85,15 @@ def walk_logits_of(
         return compute_logits(convert_to_float32(model.load_plain(dtype)), probes)
 
     if model.tensors is None or not streaming_plan.has_own_names(model):
-        return [rows[-KEPT:] for rows in load()]
-    return walk_or_load(lambda: _walk_files(model, probes), load, model.tensors)
+        return keep_last(model.task, load())
+    return walk_or_load(lambda: _walk_files(model, probes), load, model.tensors, model.task)
 
 
 def walk_or_load(
     walked: Callable[[], list[torch.Tensor]],
     loaded: Callable[[], list[torch.Tensor]],
     tensors: Tensors,
+    task: Task,
 ) -> list[torch.Tensor] | None:
     """Return `walked()`, or `loaded()` for a model whose code does not stand weights that are read
     as it runs.
@@ -101,7 +110,12 @@ def walk_or_load(
                 f"{' '.join(str(error).split())[:100]}"
             )
             return None
-    return [rows[-KEPT:] for rows in loaded()]
+    return keep_last(task, loaded())
+
+
+def keep_last(task: Task, logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the logits at the positions that `walk_logits` computes."""
+    return [rows[-KEPT:] if task.writes_next_tokens else rows for rows in logits]
 
 
 def fits_memory(tensors: Tensors) -> bool:

@@ -166,7 +166,7 @@ def _check_files(
     way.check_files(folder, adapter.base.dtype)
     try:
         found = compare_weights.compare_weights(
-            adapter, Base(str(folder)), original, repeated=way.is_repeatable
+            adapter, Base.of_model(str(folder)), original, repeated=way.is_repeatable
         )
     except RejectedError as error:
         raise error.with_message(error.message.replace(str(folder), "the merged model")) from error
@@ -265,6 +265,7 @@ def check_against_training(
         trained,
         adapter.trained_dtype,
         lambda: _compute_rough(adapter, probes),
+        adapter.base.task,
     )
     if kept:
         ui.say(f"  base with adapter against the end of training: {kept}")
@@ -294,11 +295,11 @@ def _say_replaced(
     apart: Difference | None
     if trained.base.is_readable():
         logits = choose_way(trained, None, False).compute_expected(probes)
-        last = layerwise_logits.KEPT
-        both = ([rows[-last:] for rows in each] for each in (logits or [], expected))
+        task = adapter.base.task
+        both = (layerwise_logits.keep_last(task, each) for each in (logits or [], expected))
         apart = compare_logits(*both) if logits else None
     else:
-        apart = measure_trained(adapter.folder, expected)
+        apart = measure_trained(adapter.folder, expected, adapter.base.task)
     if apart is None:
         ui.warn(f"how far it lies from what was trained is not known: {trained.base} is not here")
     else:

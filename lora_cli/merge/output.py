@@ -22,24 +22,28 @@ def write_config(
     save_pretrained does."""
     plain_model = adapter.base.build_unweighted()
     adapter.base.refuse_odd_generation()
-    # a base may lack one, and transformers makes one from its configuration
+    # a base may lack one, and transformers makes one from its configuration where it writes
     with suppress(OSError):
-        plain_model.generation_config = GenerationConfig.from_pretrained(
-            adapter.base.name, revision=adapter.base.revision
-        )
+        if plain_model.can_generate():
+            plain_model.generation_config = GenerationConfig.from_pretrained(
+                adapter.base.name, revision=adapter.base.revision
+            )
     plain_model.config = quantised.without_quantisation(plain_model.config)
     plain_model.config.dtype = str(dtype).removeprefix("torch.")
     plain_model.config.architectures = [type(plain_model).__name__]
     plain_model.config.use_cache = True
     end_where_trained(plain_model, ends)
     plain_model.config.save_pretrained(str(folder))
-    plain_model.generation_config.save_pretrained(str(folder))
+    if plain_model.can_generate():
+        plain_model.generation_config.save_pretrained(str(folder))
 
 
 def refuse_tied(adapted: PeftModel, base: Base) -> None:
     """Raise LoraError where one weight serves as embedding and head and an adapter changes only one
     of the two."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    if ends[1] is None:  # it writes nothing
+        return
     if read_field(adapted.config, "tie_word_embeddings") and any(
         isinstance(end, LoraLayer) for end in ends
     ):
@@ -54,6 +58,8 @@ def refuse_tied(adapted: PeftModel, base: Base) -> None:
 def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:
     """Make the model's configurations name the tokens that ended the trained answers, beside those
     they had."""
+    if not plain.can_generate():
+        return
     configured = plain.generation_config.eos_token_id
     before = configured if isinstance(configured, list) else [configured]
     wanted = list(dict.fromkeys(token for token in [*ends, *before] if token is not None))

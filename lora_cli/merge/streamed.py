@@ -37,6 +37,7 @@ class Streamed:
             lambda: layerwise_logits.walk_logits(self.adapted, self.plan.read, self.plan, probes),
             lambda: in_memory.Whole(self.adapter, self.original).compute_expected(probes),
             self.plan.weights.base,
+            self.adapter.base.task,
         )
 
     def compute_on_other_weights(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
@@ -49,6 +50,7 @@ class Streamed:
             lambda: layerwise_logits.walk_logits(adapted, plan.read, plan, probes),
             lambda: in_memory.Whole(self.adapter, self.original).compute_on_other_weights(probes),
             plan.weights.base,
+            self.adapter.base.task,
         )
 
     def compute_unrounded(self, probes: Sequence[Probe]) -> list[torch.Tensor] | None:
@@ -58,6 +60,7 @@ class Streamed:
             lambda: layerwise_logits.walk_unrounded(self.plan, self.adapter.base, probes),
             lambda: in_memory.Whole(self.adapter, self.original).compute_unrounded(probes),
             self.plan.weights.base,
+            self.adapter.base.task,
         )
 
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
@@ -88,4 +91,4 @@ class Streamed:
         self, folder: Path, dtype: torch.dtype, probes: Sequence[Probe]
     ) -> list[torch.Tensor] | None:
         """Return logits of the model that was written, or None where they cannot be computed."""
-        return layerwise_logits.walk_logits_of(Base(str(folder)), dtype, probes)
+        return layerwise_logits.walk_logits_of(Base.of_model(str(folder)), dtype, probes)

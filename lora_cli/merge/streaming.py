@@ -70,6 +70,12 @@ class Weights:
         self.quantiser = quantiser
         self._dequantised = threading.local()
 
+    def find_entry(self, name: str) -> tensors.Entry:
+        """Return the type and shape of a tensor: of the base's files, or of the adapter where the
+        base has none, as of a head."""
+        stored = self.base.entries.get(name)
+        return self.carried.entries[self.replaced[name]] if stored is None else stored
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a tensor, in float32; integers and booleans keep their type."""
         if name in self.replaced:
@@ -175,7 +181,7 @@ def _locate(module: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 class Plan(NamedTuple):
-    """What becomes of each tensor of the base's files."""
+    """What becomes of each tensor of the base's files, and of a head that they lack."""
 
     weights: Weights
     layers: Mapping[str, Changed]
@@ -198,7 +204,7 @@ class Plan(NamedTuple):
         changed = self.layers.get(name)
         weights = self.weights
         chosen = self.choose_dtype(name, dtype)
-        stored = weights.base.entries[name]
+        stored = weights.find_entry(name)
         untouched = changed is None and name not in weights.replaced and name not in weights.packed
         exact = stored.dtype == chosen and weights.trained in (stored.dtype, torch.float32)
         if untouched and exact:
@@ -210,7 +216,7 @@ class Plan(NamedTuple):
         """Yield the pieces of a tensor of the merged model, before rounding."""
         changed = self.layers.get(name)
         if changed is None or not isinstance(changed.layer, LoraLayer):
-            blocks = list(split_rows(self.weights.base.entries[name].shape))
+            blocks = list(split_rows(self.weights.find_entry(name).shape))
         elif changed.by_rows:
             blocks = changed.blocks
         else:
@@ -243,7 +249,7 @@ class Plan(NamedTuple):
 
     def choose_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Return the type of a tensor in a merged model of type `dtype`."""
-        stored = self.weights.base.entries[name].dtype
+        stored = self.weights.find_entry(name).dtype
         return dtype if self.parameters[name] and stored.is_floating_point else stored
 
     def _merge_rows(
@@ -320,8 +326,11 @@ def write(plan: Plan, folder: Path, dtype: torch.dtype) -> tuple[int, dict[str, 
     places: dict[str, tensors.Entry] = {}
     for path in base.paths:
         names = [name for name in base.names(path) if name in plan.parameters]
+        if path == base.paths[-1]:
+            names += [name for name in plan.parameters if name not in base.entries]
         entries = {
-            name: (plan.choose_dtype(name, dtype), base.entries[name].shape) for name in names
+            name: (plan.choose_dtype(name, dtype), plan.weights.find_entry(name).shape)
+            for name in names
         }
         places |= tensors.create_file(folder / path.name, entries)
 

@@ -3,7 +3,7 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ def make_plan(
     config = attach.read_adapter_config(adapter.folder)
     _check_config(config)
     empty = adapter.base.build_unweighted()
-    parameters = _match_tensors(empty, base)
-    packed = find_packed(empty, adapter, quantization) if quantization else {}
     carried = Tensors([adapter.folder / "adapter_model.safetensors"])
+    head = {key.removeprefix("base_model.model.") for key in carried.entries}
+    parameters = _match_tensors(empty, base, head, adapter.base.head.left_over)
+    packed = find_packed(empty, adapter, quantization) if quantization else {}
     shapes = {key: entry.shape for key, entry in carried.entries.items()}
     if empty.get_input_embeddings().num_embeddings < token_rows.count_rows_trained(
         empty, adapter.folder, shapes
@@ -69,7 +70,8 @@ def make_plan(
         strip_peft_steps(places.get(key, key)): key for key in carried.entries if key not in own
     }
     for name, key in replaced.items():
-        if name not in parameters or carried.entries[key].shape != base.entries[name].shape:
+        stored = base.entries.get(name, carried.entries[key])
+        if name not in parameters or carried.entries[key].shape != stored.shape:
             raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
     _check_tied(adapted)
     weights = Weights(base, carried, replaced, trained, packed, choose_quantiser(adapter))
@@ -126,21 +128,29 @@ def has_own_names(model: Base) -> bool:
         return False
 
 
-def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
+def _match_tensors(
+    empty: PreTrainedModel,
+    base: Tensors,
+    head: Collection[str] = (),
+    left_over: Collection[str] = (),
+) -> dict[str, bool]:
     """Return the tensors to write, by name, and whether each is a parameter.
 
-    Raise Unstreamable unless names and shapes are the model's own.
+    An adapter may have a `head` that the base's files lack, and these a `left_over` one of another
+    task. Raise Unstreamable unless names and shapes are the model's own.
     """
     parameters = dict(empty.named_parameters())
     whole = empty.state_dict()
-    missing = sorted(name for name in parameters if name not in base.entries)
-    foreign = sorted(base.entries.keys() - whole.keys())
+    added = [name for name in parameters if name not in base.entries and name in head]
+    missing = sorted(parameters.keys() - base.entries.keys() - {*added})
+    foreign = sorted(base.entries.keys() - whole.keys() - {*left_over})
     if missing or foreign:
         name = (missing or foreign)[0]
         raise Unstreamable(
             f"its files use other names for the tensors than the model, or lack some ({name})"
         )
-    for name, entry in base.entries.items():
+    kept = {name: entry for name, entry in base.entries.items() if name not in left_over}
+    for name, entry in kept.items():
         if entry.shape != tuple(whole[name].shape):
             raise Unstreamable(f"{name} has another shape in its files")
         if name not in parameters and name not in dict(empty.named_buffers()):
@@ -148,7 +158,7 @@ def _match_tensors(empty: PreTrainedModel, base: Tensors) -> dict[str, bool]:
             raise Unstreamable(
                 f"{name} is in its files, and tied to another tensor by its configuration"
             )
-    return {name: name in parameters for name in base.entries}
+    return {name: name in parameters for name in (*kept, *added)}
 
 
 def _attach(empty: PreTrainedModel, config: PeftConfig, folder: Path) -> PeftModel:

@@ -43,7 +43,7 @@ from lora_cli.models.config import (
     num_layers,
     read_field,
 )
-from lora_cli.models.head import HeadSettings, save_head_config
+from lora_cli.models.head import HeadSettings, find_task_of, save_head_config
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
@@ -59,6 +59,7 @@ from lora_cli.models.probes import (
     compute_logits,
     make_probes,
     measure_trained,
+    read_rows,
     save_trained,
 )
 from lora_cli.models.record import TrainingRecord
@@ -99,6 +100,8 @@ __all__ = [
     "convert_to_float32",
     "empty",
     "find_positions",
+    "find_task_of",
+    "read_rows",
     "four_bit",
     "get_checkpoint_dtype",
     "HeadSettings",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -148,11 +149,17 @@ def _refuse_foreign(network: PreTrainedModel, left_over: Iterable[str], name: st
 def save_head_config(network: PreTrainedModel, folder: Path) -> None:
     """Write config.json beside an adapter of a task that has a head: its labels, what they are, and
     the class that loads it. PEFT writes none, and would take the number of labels from the base."""
-    if recognise_task([type(network).__name__]).writes_next_tokens:
+    if find_task_of(network).writes_next_tokens:
         return
     config = quantised.without_quantisation(copy.deepcopy(network.config))
     config.architectures = [type(network).__name__]
     config.save_pretrained(str(folder))
+
+
+def find_task_of(model: nn.Module) -> Task:
+    """Return the task of a model, adapted or not, by its class."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    return recognise_task([type(network).__name__])
 
 
 def read_settings(

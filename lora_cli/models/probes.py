@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, stored
 from lora_cli.models import chat_template
+from lora_cli.models.head import find_task_of
 from lora_cli.models.tensors import Tensors, is_finite
+from lora_cli.recipe import DEFAULT_TASK, Task
 
 TRAINED = "lora_probes.safetensors"
 # Mean KL by which arithmetic in a type (training's own, and other hardware) may differ from float32
@@ -78,11 +80,19 @@ def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
 def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the logits after each probe at the end of training (float32, probes × vocabulary) with
     the adapter."""
-    last = torch.stack([rows[-1] for rows in compute_logits(model, make_probes(tokenizer))])
-    save_file({"logits": last}, folder / TRAINED)
+    rows = _choose_kept(find_task_of(model), compute_logits(model, make_probes(tokenizer)))
+    save_file({"logits": torch.cat(rows)}, folder / TRAINED)
 
 
-def measure_trained(folder: Path, given: Sequence[torch.Tensor]) -> Difference | None:
+def _choose_kept(task: Task, logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the positions of each probe whose logits are kept: the last one where there is a whole
+    vocabulary for each."""
+    return [rows[-1:] if task.writes_next_tokens else rows for rows in logits]
+
+
+def measure_trained(
+    folder: Path, given: Sequence[torch.Tensor], task: Task = DEFAULT_TASK
+) -> Difference | None:
     """Return how far probe logits `given` lie from those that training left in the adapter's
     folder; None for an adapter that was saved without."""
     file = folder / TRAINED
@@ -92,12 +102,14 @@ def measure_trained(folder: Path, given: Sequence[torch.Tensor]) -> Difference |
     found = tensors.entries.get("logits")
     if found is None or found.dtype != torch.float32 or len(found.shape) != 2:
         raise stored.explain_damage(file, "it holds no logits in float32")
-    if found.shape[0] != len(given):
-        raise stored.explain_damage(file, f"logits of {found.shape[0]} probes, not {len(given)}")
+    rows = _choose_kept(task, given)
+    sizes = [len(each) for each in rows]
+    if found.shape[0] != sum(sizes):
+        raise stored.explain_damage(file, f"logits of {found.shape[0]} probes, not {sum(sizes)}")
     kept = tensors.rows("logits")
     if not is_finite(kept):
         raise stored.explain_damage(file, "logits that are not finite")
-    return compare_logits(list(kept[:, None]), [rows[-1:] for rows in given])
+    return compare_logits(list(kept.split(sizes)), rows)
 
 
 def check_trained(
@@ -105,6 +117,7 @@ def check_trained(
     given: Sequence[torch.Tensor],
     dtype: torch.dtype,
     compute_rough: Callable[[], Sequence[torch.Tensor] | None],
+    task: Task = DEFAULT_TASK,
 ) -> str | None:
     """Return whether base with adapter, whose probe logits in float32 are `given`, is still the
     function that training left behind.
@@ -114,7 +127,7 @@ def check_trained(
     the distance in words, None for an adapter that was saved without logits. LoraError when it is
     another function: the base has changed, or was loaded otherwise than for training.
     """
-    difference = measure_trained(folder, given)
+    difference = measure_trained(folder, given, task)
     if difference is None:
         return None
     # one wrong row of a vocabulary hides in the mean; in float32 no logit may be far off
@@ -122,8 +135,8 @@ def check_trained(
     kept, said = difference.mean_kl <= TRAINED_KL[dtype], str(difference)
     rough = None if kept or dtype == torch.float32 else compute_rough()
     if rough is not None:
-        last = [[rows[-1:] for rows in each] for each in (given, rough)]
-        noise = compare_logits(*last).mean_kl
+        kept_rows = [_choose_kept(task, each) for each in (given, rough)]
+        noise = compare_logits(*kept_rows).mean_kl
         kept = difference.mean_kl <= ARITHMETIC * noise
         said += f" (what its arithmetic comes to here: mean KL {noise:.2e})"
     if far or not kept:
@@ -142,15 +155,21 @@ class Tokens(Protocol):
 
 
 def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[torch.Tensor]:
-    """Return float32 logits, one (length, vocabulary) tensor on the CPU per probe; `model` in eval
-    mode, on its own device."""
+    """Return float32 logits, one (length, vocabulary) tensor on the CPU per probe, or one row of a
+    text that is classified; `model` in eval mode, on its own device."""
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode(), multiply_in_float32():
         return [
-            model(input_ids=torch.tensor([p.ids], device=device)).logits[0].float().cpu()
+            read_rows(model(input_ids=torch.tensor([p.ids], device=device))).float().cpu()
             for p in probes
         ]
+
+
+def read_rows(outputs: Any) -> torch.Tensor:
+    """Return what a model of any task says of a single text: (positions, outputs of each)."""
+    logits: torch.Tensor = outputs["logits"][0]
+    return logits if logits.dim() == 2 else logits[None]
 
 
 @contextmanager
@@ -192,6 +211,8 @@ def compare_logits(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
 def _differ_by_position(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return for each position the largest difference, the KL, and whether the likeliest token is
     the same, as (3, positions)."""
+    if first.shape[-1] == 1:  # a measured value, beside which there is nothing
+        first, second = (torch.cat([each, torch.zeros_like(each)], -1) for each in (first, second))
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     same = first.argmax(-1) == second.argmax(-1)
     return torch.stack(

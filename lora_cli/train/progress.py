@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,21 @@ def find_leaving_out(optimizer: Any) -> Any:
     # LoRA+ keeps groups of none
     first = next((each for group in own.param_groups for each in group["params"]), None)
     return own if fused and first is not None and first.device.type == "cuda" else None
+
+
+SHOWN = {
+    "loss": ".4f",
+    "perplexity": ".2f",
+    **dict.fromkeys(("accuracy", "f1", "f1_macro", "matthews", "mae", "pearson"), ".3f"),
+}
+"""The metrics that the screen shows of an evaluation, and how."""
+
+
+def describe_evaluation(logs: Mapping[str, float]) -> str:
+    """Return such as `eval_loss 0.4321, accuracy 0.870`."""
+    found = {name: logs[f"eval_{name}"] for name in SHOWN if f"eval_{name}" in logs}
+    said = [f"{name} {value:{SHOWN[name]}}" for name, value in found.items()]
+    return f"eval_{', '.join(said)}"
 
 
 class Watch(TrainerCallback):
@@ -321,5 +336,4 @@ class Watch(TrainerCallback):
         self.lines += 1
         if "eval_loss" in logs:
             self.progress.clear()
-            loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
-            ui.say(f"step {state.global_step}: eval_loss {loss:.4f}, perplexity {perplexity:.2f}")
+            ui.say(f"step {state.global_step}: {describe_evaluation(logs)}")

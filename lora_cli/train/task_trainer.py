@@ -73,7 +73,8 @@ class TaskTrainer(WatchedTrainer):
         self.gathered.join(ranks.gather(self.gathered.to_data()))
         del output.metrics[f"{metric_key_prefix}_perplexity"]
         scores = self.gathered.score()
-        output.metrics.update({f"{metric_key_prefix}_{name}": at for name, at in scores.values.items()})
+        for name, value in scores.values.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
 
