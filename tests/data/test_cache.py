@@ -164,9 +164,11 @@ def test_a_flipped_bit_is_noticed(load, capfd) -> None:
 def test_offsets_outside_the_buffers_are_noticed_before_anything_is_read(load, capfd) -> None:
     load()
     [entry] = cache.find_folder().iterdir()
-    column = pyarrow.array([[1, 2, 3]], cache.NUMBERS)
-    with pyarrow.ipc.new_stream(str(entry / cache.ROWS), cache.SCHEMA) as writer:
-        writer.write_batch(pyarrow.record_batch([column, column], schema=cache.SCHEMA))
+    numbers = pyarrow.list_(pyarrow.int32())
+    column = pyarrow.array([[1, 2, 3]], numbers)
+    schema = pyarrow.schema(dict.fromkeys(("input_ids", "labels"), numbers))
+    with pyarrow.ipc.new_stream(str(entry / cache.ROWS), schema) as writer:
+        writer.write_batch(pyarrow.record_batch([column, column], schema=schema))
     written = (entry / cache.ROWS).read_bytes()
     inside, outside = (np.array([0, end], np.int32).tobytes() for end in (3, 2**30))
     assert inside in written

@@ -16,6 +16,7 @@ import pytest
 from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import load, prepare, readers, tables
+from lora_cli.data.encode import Renderer
 from lora_cli.recipe.load import load_recipe
 from tests.data.test_bad_data import tokenizer
 
