@@ -30,6 +30,7 @@ ORDER = [
     {"recipe", "distributed"},
     {"models"},
     {"data", "speed"},
+    {"scoring"},
     {"plan"},
     {"merge"},
     {"gguf"},

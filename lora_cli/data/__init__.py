@@ -8,6 +8,9 @@ Its doors, in the order a reader needs them:
     formats     what a row may be, and how its columns tell
     readers     the rows of one local file; whether files are there
     encode      conversations and texts as token ids with labels
+    encoders    … and what makes the rows of each task so
+    collate     rows of other tasks as a batch
+    labels      what the rows of a recipe are told apart by
     selection   which encoded rows are trained on; long rows and bad ones
     prepare     one data set from its source to its rows, counts and fingerprint
     cache       prepared rows on the disk
@@ -15,7 +18,10 @@ Its doors, in the order a reader needs them:
 
 __all__ = [
     "cache",
+    "collate",
     "encode",
+    "encoders",
+    "labels",
     "formats",
     "load",
     "prepare",

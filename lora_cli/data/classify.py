@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,9 @@ from lora_cli.data.encode import Batch, Encoded, Made
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
 from lora_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lora_cli.data.selection import Kept
 
 SEVERAL = "multi_label_classification"
 NUMBERS = "regression"
@@ -62,7 +65,8 @@ class LabelEncoder:
         self.limit = recipe.training.max_length
         self.cuts = recipe.data.on_long_row == "truncate"
         self.problem = recipe.model.problem_type
-        self.names = [] if recipe.model.labels == "auto" else recipe.model.labels
+        labels = recipe.model.labels
+        self.names: Sequence[str] = [] if labels == "auto" else labels
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.has_parts = "token_type_ids" in tokenizer.model_input_names
 
@@ -90,6 +94,19 @@ class LabelEncoder:
             return bool(np.isfinite(labels).all())
         most = 2 if self.problem == SEVERAL else len(self.names)
         return bool(((labels >= 0) & (labels < most)).all())
+
+    def split_by_loss(self, row: Kept) -> list[tuple[bool, str]]:
+        """Return the row's text, and after it what is learnt of it."""
+        text = self.tokenizer.decode(row.input_ids.tolist(), skip_special_tokens=False)
+        return [(False, f"{text} "), (True, self.name_labels(row.labels))]
+
+    def name_labels(self, labels: NDArray) -> str:
+        """Return a row's labels in words."""
+        if self.problem == NUMBERS:
+            return ", ".join(f"{value:g}" for value in labels.tolist())
+        if self.problem == SEVERAL:
+            return ", ".join(self.names[at] for at in np.flatnonzero(labels).tolist()) or "none"
+        return self.names[int(labels[0])]
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Made]]:
         """Yield each batch of rows with what each became, or why it has none."""

@@ -8,11 +8,11 @@ ends, and ends with the token that ends its turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -23,6 +23,9 @@ from lora_cli.data import formats
 from lora_cli.data.formats import BadRow, Conversation, Tokens
 from lora_cli.data.offsets import NDArray, OffsetFinder
 from lora_cli.models import IGNORED, adds_bos, chat_template
+
+if TYPE_CHECKING:
+    from lora_cli.data.selection import Kept
 
 Span = tuple[int, int]
 """Where a piece of a text begins and ends, in characters."""
@@ -86,6 +89,7 @@ class Renderer:
     row_formats: ClassVar[formats.Formats] = formats.FORMATS
     column_sets: ClassVar[formats.ColumnSets] = formats.COLUMN_SETS
     by_token: ClassVar[bool] = True
+    names: Sequence[str] = ()
     columns: Mapping[str, Any] = MappingProxyType({"input_ids": np.int32, "labels": np.int32})
 
     def __init__(
@@ -121,6 +125,18 @@ class Renderer:
         """Return the function that makes a row of format `style` what is encoded here."""
         template = chat_template.find_template(self.tokenizer)
         return formats.find_converter(style, formats.uses_alpaca(template))
+
+    def split_by_loss(self, row: Kept) -> list[tuple[bool, str]]:
+        """Return the row's text in parts, each with whether it carries loss; special tokens are
+        spelt out."""
+        runs: list[tuple[bool, list[int]]] = []
+        for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
+            learned = label != IGNORED
+            if not runs or runs[-1][0] != learned:
+                runs.append((learned, []))
+            runs[-1][1].append(number)
+        decode = self.tokenizer.decode
+        return [(learned, decode(ids, skip_special_tokens=False)) for learned, ids in runs]
 
     def are_labels(self, ids: NDArray, labels: NDArray) -> bool:
         """Return whether these may be the labels of rows with these ids, all rows one after

@@ -5,15 +5,18 @@ An encoder says which formats of rows its task has, and makes a batch of them co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.encode import Batch, Made
 from lora_cli.data.formats import ColumnSets, Converter, Formats
 from lora_cli.data.offsets import NDArray
+
+if TYPE_CHECKING:
+    from lora_cli.data.selection import Kept
 
 
 class Encoder(Protocol):
@@ -23,6 +26,8 @@ class Encoder(Protocol):
     """The columns that each format of this task's rows needs."""
     column_sets: ClassVar[ColumnSets]
     """Other names under which they are known, as `ours: theirs`."""
+    names: Sequence[str]
+    """What a model of the task tells apart."""
     by_token: ClassVar[bool]
     """Whether each token of a row has a label."""
     tokenizer: PreTrainedTokenizerBase
@@ -35,6 +40,9 @@ class Encoder(Protocol):
     @staticmethod
     def suggest_columns(columns: list[str]) -> str:
         """Return the option that names columns of other names."""
+
+    def split_by_loss(self, row: Kept) -> list[tuple[bool, str]]:
+        """Return a row for a reader, in parts, each with whether it is what is learnt."""
 
     def find_converter(self, style: str) -> Converter:
         """Return the function that makes a row of format `style` what `encode` takes."""

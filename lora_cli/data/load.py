@@ -133,7 +133,13 @@ def _load_mix(recipe: Recipe, encoder: Encoder, mix: Sequence[Rows]) -> prepare.
     if not len(rows):
         raise LoraError("the weights of data.mix leave no rows", "give one of them a larger weight")
     return prepare.Prepared(
-        rows, first[: prepare.FIRST], counts, fingerprint.hexdigest()[:32], commits, drawn
+        rows,
+        first[: prepare.FIRST],
+        counts,
+        fingerprint.hexdigest()[:32],
+        commits,
+        drawn,
+        encoder.names,
     )
 
 

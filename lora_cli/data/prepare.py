@@ -9,7 +9,7 @@ first rows are looked at before the run. Memory is constant either way.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple, get_args
@@ -33,6 +33,7 @@ COLUMNS_FROM = 100
 """How many rows, from the first, tell the format by their columns."""
 FIRST = 20
 """How many rows are kept with their places, to be shown."""
+LABELS_SHOWN = 6
 LOOKED_AT = 10_000
 """How many rows of a stream are looked at before training."""
 
@@ -52,17 +53,31 @@ class Prepared(NamedTuple):
     last megabyte."""
     commit: str | None
     stream: IterableDataset | None = None
+    names: Sequence[str] = ()
+    """What a model tells apart, by the numbers in `counts.labels`."""
 
     def summarise(self) -> str:
         """Return a line such as `571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over
         512 tokens)`."""
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
-        text = f"{len(self.rows)} of {counts.read} rows, {counts.tokens} tokens, "
-        text += f"{share:.0f}% with loss"
+        text = f"{len(self.rows)} of {counts.read} rows, {counts.tokens} tokens"
+        if labels := self.summarise_labels():
+            text += f", {labels}"
+        elif not self.names:
+            text += f", {share:.0f}% with loss"
         if reasons := counts.list_reasons():
             text += f" ({reasons})"
         return f"a stream, of its first rows {text}" if self.stream is not None else text
+
+    def summarise_labels(self) -> str:
+        """Return such as `labels: neutral 140 (35%), good 130 (32%)`, most frequent first; empty
+        where none are told apart."""
+        found = self.counts.labels.most_common(LABELS_SHOWN)
+        total = self.counts.labels.total()
+        said = [f"{self.names[at]} {number} ({number / total:.0%})" for at, number in found]
+        more = len(self.counts.labels) - len(found)
+        return f"labels: {', '.join(said)}{f' and {more} more' if more else ''}" if said else ""
 
 
 def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
@@ -90,13 +105,14 @@ def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
             gc.unfreeze()
         found = cache.read(entry, encoder)
         assert found, "just written"
-    selection.warn_of_counts(encoder.tokenizer, found.counts)
+    selection.warn_of_counts(encoder, found.counts)
     return Prepared(
         found.rows,
         _show_first_rows(found.rows, found.places),
         found.counts,
         found.digest,
         source.commit,
+        names=encoder.names,
     )
 
 
@@ -112,7 +128,7 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
     batches = cache.make_batches(_select_rows(source, beginning, encoder, counts), schema, notes)
     rows = Dataset(pyarrow.Table.from_batches(batches, schema))
     _refuse_useless(source, recipe, counts)
-    selection.warn_of_counts(encoder.tokenizer, counts)
+    selection.warn_of_counts(encoder, counts)
     features = Features.from_arrow_schema(schema)
     endless = IterableDataset.from_generator(
         partial(_repeat_rows, source, recipe, encoder), features
@@ -120,9 +136,8 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
     if recipe.data.shuffle_buffer > 1:
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
     fingerprint = f"{notes.digest}, {source.hash_content(ends_only=True)}"
-    return Prepared(
-        rows, _show_first_rows(rows, notes.places), counts, fingerprint, source.commit, endless
-    )
+    first = _show_first_rows(rows, notes.places)
+    return Prepared(rows, first, counts, fingerprint, source.commit, endless, encoder.names)
 
 
 def stream_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[Kept]:

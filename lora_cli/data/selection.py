@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, stored, ui
 from lora_cli.data.encode import NOTHING, Encoded
+from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
 from lora_cli.models import IGNORED
 from lora_cli.recipe import Data, Recipe
 
+LISTED = 6
 BEGINS_INSIDE = "dropped: an answer begins inside a token of the prompt"
 
 
@@ -216,8 +218,9 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[in
     )
 
 
-def warn_of_counts(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
+def warn_of_counts(encoder: Encoder, counts: Counts) -> None:
     """Warn of what is not an error, but worth knowing before a run."""
+    tokenizer = encoder.tokenizer
     if counts.first_bad:
         place, said, _ = counts.first_bad
         total = sum(counts.bad.values())
@@ -232,6 +235,10 @@ def warn_of_counts(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> None:
             f"{endless} of {counts.ends.total()} answers do not end with a stop token: the model "
             "may never stop"
         )
+    absent = [name for at, name in enumerate(encoder.names) if not counts.labels[at]]
+    if counts.labels and absent:
+        listed = ", ".join(absent[:LISTED]) + (" and more" if len(absent) > LISTED else "")
+        ui.warn(f"{len(absent)} of {len(encoder.names)} labels are in no row: {listed}")
     if counts.control_in_text:
         ui.warn(
             f"{counts.control_in_text} rows have control tokens in their text; they are encoded as "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,9 @@ from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
 from lora_cli.models import IGNORED
 from lora_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lora_cli.data.selection import Kept
 
 
 class Tagged(NamedTuple):
@@ -62,6 +65,16 @@ class TagEncoder(LabelEncoder):
         """Return whether these may be the labels of rows, all rows one after another."""
         known = (labels == IGNORED) | ((labels >= 0) & (labels < len(self.names)))
         return len(ids) == len(labels) and bool(known.all())
+
+    def split_by_loss(self, row: Kept) -> list[tuple[bool, str]]:
+        """Return the row's text in parts, after the first token of each word its tag."""
+        parts = list[tuple[bool, str]]()
+        tokens = self.tokenizer.convert_ids_to_tokens(row.input_ids.tolist())
+        for token, label in zip(tokens, row.labels.tolist()):
+            parts.append((False, f" {token}"))
+            if label != IGNORED and self.names[label] != "O":
+                parts.append((True, f"/{self.names[label]}"))
+        return parts
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Made]]:
         """Yield each batch of rows with what each became, or why it has none."""

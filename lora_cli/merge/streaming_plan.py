@@ -69,13 +69,20 @@ def make_plan(
     replaced = {
         strip_peft_steps(places.get(key, key)): key for key in carried.entries if key not in own
     }
+    _check_shapes(replaced, parameters, base, carried)
+    _check_tied(adapted)
+    weights = Weights(base, carried, replaced, trained, packed, choose_quantiser(adapter))
+    return Plan(weights, layers, parameters, by_name), adapted
+
+
+def _check_shapes(
+    replaced: Mapping[str, str], parameters: Mapping[str, bool], base: Tensors, carried: Tensors
+) -> None:
+    """Raise Unstreamable where a whole tensor of the adapter has no place in the base."""
     for name, key in replaced.items():
         stored = base.entries.get(name, carried.entries[key])
         if name not in parameters or carried.entries[key].shape != stored.shape:
             raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
-    _check_tied(adapted)
-    weights = Weights(base, carried, replaced, trained, packed, choose_quantiser(adapter))
-    return Plan(weights, layers, parameters, by_name), adapted
 
 
 def choose_quantiser(adapter: Adapter) -> torch.device:

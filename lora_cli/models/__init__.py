@@ -10,7 +10,7 @@ Its doors, in the order a reader needs them:
                                    what a configuration says
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
                                    a run keeps it
-    HeadSettings, save_head_config what the head of a task other than writing knows
+    find_task_of, save_head_config what a model does; what its head knows
     find_positions                 how long a text a base reads
     names, hub                     what a name on the command line stands for; its commit
     attach                         a new or a trained adapter on a base; its LoRA layers
@@ -43,7 +43,7 @@ from lora_cli.models.config import (
     num_layers,
     read_field,
 )
-from lora_cli.models.head import HeadSettings, find_task_of, save_head_config
+from lora_cli.models.head import find_task_of, save_head_config
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
@@ -104,7 +104,6 @@ __all__ = [
     "read_rows",
     "four_bit",
     "get_checkpoint_dtype",
-    "HeadSettings",
     "hub",
     "init_weights",
     "is_finite",

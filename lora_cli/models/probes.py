@@ -168,7 +168,7 @@ def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[tor
 
 def read_rows(outputs: Any) -> torch.Tensor:
     """Return what a model of any task says of a single text: (positions, outputs of each)."""
-    logits: torch.Tensor = outputs["logits"][0]
+    logits: torch.Tensor = outputs.logits[0]
     return logits if logits.dim() == 2 else logits[None]
 
 

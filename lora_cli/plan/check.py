@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lora_cli.common import files, ui
-from lora_cli.data import load, prepare, selection
+from lora_cli.data import encoders, load, prepare, selection
 from lora_cli.models import IGNORED, load_recipe_tokenizer
 from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe
@@ -39,6 +37,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     sizes.refuse_unknown_ids(recipe, base, train, tokenizer, parent)
     beyond = sizes.check_positions(recipe, base, tokenizer, [train, *filter(None, [evaluation])])
     steps = sizes.count_steps(recipe, train)
+    encoder = load.make_encoder(recipe, tokenizer)
     if as_json:
         report = {
             "base": base.describe(),
@@ -50,13 +49,13 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
             "eval": _count_numbers(evaluation) if evaluation else None,
             "beyond_positions": beyond,
             "plan": steps._asdict(),
-            "samples": [_describe_sample(row, tokenizer) for row in train.first[:samples]],
+            "samples": [_describe_sample(row, encoder) for row in train.first[:samples]],
         }
         ui.report_json(report)
         return
     found_lines = [
         *found.list_lines(),
-        f"chat template: {template}",
+        f"chat template: {template}" if template else "",
         f"adapter: {adapter}",
         f"data: {train.summarise()}",
         f"evaluation: {evaluation.summarise()}" if evaluation else "",
@@ -65,14 +64,14 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     ui.report(
         f"{recipe.method} on {base.describe()}", *(f"  {line}" for line in found_lines if line)
     )
-    _print_rows(recipe, train, steps, tokenizer, samples)
+    _print_rows(recipe, train, steps, encoder, samples)
 
 
 def _print_rows(
     recipe: Recipe,
     train: prepare.Prepared,
     steps: sizes.Steps,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: encoders.Encoder,
     samples: int,
 ) -> None:
     """Print the rows' lengths, the steps they make, and the first `samples` of them."""
@@ -80,7 +79,7 @@ def _print_rows(
     ui.report("", *_format_histogram(lengths, recipe.training.max_length))
     ui.report("", _format_quantiles(lengths), *_format_steps(steps, train))
     for row in train.first[:samples]:
-        _print_sample(row, tokenizer)
+        _print_sample(row, encoder)
 
 
 def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
@@ -126,38 +125,26 @@ def _format_quantiles(lengths: Counter[int]) -> str:
     return ", ".join(found)
 
 
-def _split_by_loss(
-    row: selection.Kept, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[bool, str]]:
-    """Return the row's text in parts, each with whether it carries loss; special tokens are spelt
-    out."""
-    runs: list[tuple[bool, list[int]]] = []
-    for number, label in zip(row.input_ids.tolist(), row.labels.tolist()):
-        learned = label != IGNORED
-        if not runs or runs[-1][0] != learned:
-            runs.append((learned, []))
-        runs[-1][1].append(number)
-    return [(learned, tokenizer.decode(ids, skip_special_tokens=False)) for learned, ids in runs]
-
-
-def _describe_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _describe_sample(row: selection.Kept, encoder: encoders.Encoder) -> dict[str, Any]:
     return {
         "place": row.place,
         "tokens": len(row.input_ids),
         "runs": [
-            {"trained": learned, "text": text} for learned, text in _split_by_loss(row, tokenizer)
+            {"trained": learned, "text": text} for learned, text in encoder.split_by_loss(row)
         ],
     }
 
 
-def _print_sample(row: selection.Kept, tokenizer: PreTrainedTokenizerBase) -> None:
+def _print_sample(row: selection.Kept, encoder: encoders.Encoder) -> None:
     trained = int((row.labels != IGNORED).sum())
-    about = f"{len(row.input_ids)} tokens, {trained} with loss, between ⟦ and ⟧"
+    about = f"{len(row.input_ids)} tokens, "
+    about += "its labels" if encoder.names else f"{trained} with loss,"
+    about += " between ⟦ and ⟧"
     ui.report("", f"{row.place}: {about}")
     ui.report_texts(
         [
             (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text)
-            for learned, text in _split_by_loss(row, tokenizer)
+            for learned, text in encoder.split_by_loss(row)
         ]
     )
 
@@ -170,6 +157,7 @@ def _count_numbers(prepared: prepare.Prepared) -> dict[str, Any]:
         "tokens": counts.tokens,
         "trained_tokens": counts.trained_tokens,
         "left_out": dict(counts.left_out),
+        "labels": {prepared.names[at]: number for at, number in sorted(counts.labels.items())},
         "bad": dict(counts.bad),
         "control_in_text": counts.control_in_text,
         "lengths": {str(length): number for length, number in sorted(counts.lengths.items())},

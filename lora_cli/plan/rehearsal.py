@@ -36,6 +36,7 @@ from trl.trainer.utils import add_fused_lm_head
 from lora_cli.common import LoraError
 from lora_cli.models import Parent, attach, empty, quantised, targets
 from lora_cli.recipe import Recipe, upstream
+from lora_cli.scoring import losses
 from lora_cli.speed import dora_norms, install, loss_head
 
 WEIGHTS = "weights"
@@ -442,6 +443,8 @@ class Rehearsal:
         packed = self.recipe.training.packing not in (False, None)
         other = "position_ids" if packed else "attention_mask"
         inputs = {"input_ids": ids, other: torch.ones_like(ids)}
+        if not self.recipe.task_row.writes_next_tokens:
+            return self._task_loss(inputs)
         if self.recipe.training.loss_head == "stock":
             self.live.item = HEAD if self.recipe.training.gradient_checkpointing else ACTIVATIONS
             fused = {"fused_lm_head": True} if self.recipe.uses_trl else {}
@@ -455,6 +458,13 @@ class Rehearsal:
         total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base), self.kind)
         self.live.operations = network  # the loss takes some rows at a time, the network does not
         return total / len(where)
+
+    def _task_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of a task that is not to foretell the next token."""
+        logits = losses.read_logits(self.base(**inputs))
+        task, problem = self.recipe.task_row, self.recipe.model.problem_type
+        labels = losses.make_labels(logits, task, problem)
+        return losses.sum_loss(logits, labels, task, problem) / labels.numel()
 
 
 def _extend(short: Counter[str], longer: Counter[str], share: float) -> Counter[str]:

@@ -164,7 +164,8 @@ def count_by_kind(adapted: PeftModel) -> dict[str, tuple[int, int]]:
         modules[name.rpartition(".")[2]] += 1
     for name, parameter in attach.walk_trainable(adapted):
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        kind = (owner or name.removesuffix(".weight")).rpartition(".")[2]
+        plain = name.replace(".modules_to_save.default", "").rpartition(".")[0]
+        kind = (owner or plain).rpartition(".")[2]
         trained[kind] += parameter.numel()
     return {kind: (modules[kind], trained[kind]) for kind in trained}
 

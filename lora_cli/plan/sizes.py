@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from pyarrow import compute
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
 from lora_cli.common import LoraError, UsageError
@@ -189,7 +190,13 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
     elif training.packing != "step" and not getattr(training, "padding_free", False):
         lengths = compute.list_value_length(train.rows.with_format("arrow")[:]["input_ids"])
         counted = {each["values"]: each["counts"] for each in lengths.value_counts().to_pylist()}
-        fill = estimate_padded_fill(counted, training.per_device_train_batch_size)
+        size = training.per_device_train_batch_size
+        grouped = getattr(training, "train_sampling_strategy", None) == "group_by_length"
+        fill = (
+            measure_grouped_fill(lengths.to_pylist(), size, training.seed)
+            if grouped and train.stream is None
+            else estimate_padded_fill(counted, size)
+        )
     batches = math.ceil(rows / training.per_device_train_batch_size)
     if getattr(training, "dataloader_drop_last", False) and train.stream is None:
         batches = rows // training.per_device_train_batch_size
@@ -201,6 +208,16 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
     if total <= 0:
         total = math.ceil(epoch * training.num_train_epochs)
     return Steps(packed, rows, epoch, total, fill)
+
+
+def measure_grouped_fill(lengths: list[int], size: int, seed: int) -> float:
+    """Return the share of text in batches of `size` rows of about the same length, as Trainer draws
+    them in an epoch."""
+    drawn = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(lengths, size, generator=drawn)
+    sorted_so = [lengths[place] for place in order]
+    batches = [sorted_so[start : start + size] for start in range(0, len(order), size)]
+    return sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
 def estimate_padded_fill(lengths: dict[int, int], size: int) -> float:

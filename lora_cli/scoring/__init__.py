@@ -1,9 +1,11 @@
-"""What a model says, scored against what was expected: by numpy alone, without torch.
+"""What a model of a task says, and how good that is.
 
-metrics         classes, sets of labels, numbers, tags, answers to questions
+Its doors, in the order a reader needs them:
+
+    losses     what training makes small: the loss of each task, summed over its labels
+    Gathered   what is said of the rows of an evaluation, and its metrics
 """
 
-from lora_cli.scoring.metrics import ClassScore, Scores
 from lora_cli.scoring.predictions import Gathered
 
-__all__ = ["ClassScore", "Gathered", "Scores", "losses", "metrics"]
+__all__ = ["Gathered", "losses"]

@@ -49,6 +49,15 @@ def sum_loss(
     return (each * known).sum()
 
 
+def make_labels(logits: torch.Tensor, task: Task, problem_type: str | None) -> torch.Tensor:
+    """Return labels of zeros for these logits, such as a rehearsal takes."""
+    if task.places_labels:
+        return logits.new_zeros(logits.shape[:2], dtype=torch.long)
+    if is_measured(problem_type):
+        return logits.new_zeros(logits.shape, dtype=torch.float32)
+    return logits.new_zeros((len(logits), 1), dtype=torch.long)
+
+
 def mark_counted(labels: torch.Tensor) -> torch.Tensor:
     """Return labels that are -100 where nothing is counted, as transformers counts them."""
     if not labels.is_floating_point():
