@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, UsageError
+from lora_cli.common import LoraError
 from lora_cli.data import formats, prepare, readers, sources
 from lora_cli.data.classify import NUMBERS, SEVERAL, name_label, read_number, read_several
 from lora_cli.data.encoders import Encoder
@@ -149,13 +149,3 @@ def _list_parts(recipe: Recipe) -> Iterator[tuple[Any, str, Any]]:
     for number, rows in enumerate(data.mix):
         own = data.model_copy(update={**dict(rows), "mix": None})
         yield own, f"mix.{number}.path", rows.path
-
-
-def refuse_odd_names(recipe: Recipe) -> None:
-    """Raise UsageError for labels of a recipe that are one and the same."""
-    names = recipe.model.labels
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if names != "auto" and twice:
-        raise UsageError(
-            f"{recipe.where('model', 'labels')}: {twice[0]} is there twice", "give each label once"
-        )

@@ -208,6 +208,20 @@ def _find_contradictions(
     recipe: Recipe, adapter: Adapter, config: Mapping[str, Any], name: str
 ) -> Iterator[Problem]:
     """Find what the recipe writes and the adapter has otherwise."""
+    if adapter.base.task is not recipe.task_row:
+        yield (
+            f"{recipe.where('task')} is {recipe.task}, but the adapter {name} is of models that "
+            f"{adapter.base.task.does}",
+            f"task: {adapter.base.task.name}",
+        )
+    settings = adapter.base.head_settings
+    labels = recipe.model.labels
+    if settings and labels not in ("auto", [*settings.labels]):
+        yield (
+            f"{recipe.where('model', 'labels')} are {', '.join(labels)}, but the adapter {name} "
+            f"has {', '.join(settings.labels)}",
+            "leave them out",
+        )
     dora = bool(config.get("use_dora"))
     if recipe.find_place("method") and dora != (recipe.method in ("dora", "qdora")):
         fitting = {"lora": "dora", "qlora": "qdora", "dora": "lora", "qdora": "qlora"}
@@ -274,7 +288,10 @@ def _replace_lora(recipe: Recipe, base: Base, config: Mapping[str, Any]) -> Reci
     }
     lora = Lora.model_validate(adapter_config.read_lora_fields(config) | written)
     method = ("q" if recipe.quantized else "") + ("dora" if config.get("use_dora") else "lora")
-    named = {"name_or_path": base.name, "revision": base.revision}
+    named: dict[str, Any] = {"name_or_path": base.name, "revision": base.revision}
+    if settings := base.head_settings:
+        named["labels"] = [*settings.labels] or "auto"
+        named["problem_type"] = settings.problem_type or "auto"
     model = recipe.model.model_copy(update=named)
     return recipe.model_copy(update={"lora": lora, "method": method, "model": model})
 

@@ -33,16 +33,19 @@ def find_positions(base: Base) -> Positions | None:
         return None
     network = base.build_empty()
     inputs = network.get_input_embeddings()
-    tables = [
-        *(
-            name
-            for name, module in network.named_modules()
-            if isinstance(module, nn.Embedding) and module is not inputs
-        ),
-        *(name for name, _ in network.named_buffers()),
+    tables = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding) and module is not inputs and TABLE.search(name)
+    }
+    # RoBERTa's first place is the one after that of padding
+    used = [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables.values()
+        if table.padding_idx is not None
     ]
-    if any(TABLE.search(name) for name in tables):
-        return Positions(count, True)
+    if tables or any(TABLE.search(name) for name, _ in network.named_buffers()):
+        return Positions(min([count, *used]), True)
     return Positions(_stretch(text, count), False)
 
 

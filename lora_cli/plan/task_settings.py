@@ -6,10 +6,12 @@ Both are written into the recipe, so that planning, training, resuming and mergi
 
 from __future__ import annotations
 
+from lora_cli.common import UsageError, find_nearest
 from lora_cli.data import labels, load
 from lora_cli.models import Base
 from lora_cli.plan.auto import Choice
 from lora_cli.recipe import Recipe
+from lora_cli.scoring import measures
 
 SHOWN = 6
 """How many labels are listed where they are said."""
@@ -25,7 +27,6 @@ def settle_labels(recipe: Recipe) -> tuple[Recipe, list[Choice]]:
     choices: list[Choice] = []
     if not task.counts_labels:
         return recipe, choices
-    labels.refuse_odd_names(recipe)
     if "auto" in (model.labels, model.problem_type):
         found = labels.find_labels(recipe, load.ENCODERS[recipe.task])
         if model.labels == "auto":
@@ -38,6 +39,31 @@ def settle_labels(recipe: Recipe) -> tuple[Recipe, list[Choice]]:
     return recipe, choices
 
 
+def _refuse_other_metric(recipe: Recipe) -> None:
+    """Raise UsageError for a best model by what is not measured of such labels, or is better where
+    it is smaller without that being said."""
+    given = getattr(recipe.training, "metric_for_best_model", None)
+    if given is None:
+        return
+    name = given.removeprefix("eval_")
+    place = recipe.where("training", "metric_for_best_model")
+    known = ("loss", *measures.list_metrics(recipe.task_row, recipe.model.problem_type))
+    if name not in known:
+        guess = find_nearest(name, known)
+        raise UsageError(
+            f"{place}: {name} is not measured here; there are {', '.join(known)}",
+            f"did you mean {guess}?" if guess else f"metric_for_best_model: {known[1]}",
+        )
+    if (
+        name in measures.SMALLER
+        and getattr(recipe.training, "greater_is_better", None) is not False
+    ):
+        raise UsageError(
+            f"{place}: a model of a smaller {name} is better",
+            "add training.greater_is_better: false",
+        )
+
+
 def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:
     """Return the recipe with the head of its model among the modules that are trained whole and
     never stored in 4 bits, and padding kept small; add the choices made to `choices`.
@@ -46,6 +72,7 @@ def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:
     """
     if recipe.task_row.writes_next_tokens:
         return recipe
+    _refuse_other_metric(recipe)
     head = list(base.head.modules)
     changes: dict[str, dict[str, object]] = {"lora": {}, "quantization": {}, "training": {}}
     given = recipe.lora.modules_to_save or []

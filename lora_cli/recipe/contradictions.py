@@ -16,6 +16,8 @@ Problem = tuple[str, str | None]
 def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield (message, hint) for each pair of values that are right alone and wrong together."""
     yield from _check_method(recipe)
+    yield from _check_task(recipe)
+    yield from _check_labels(recipe)
     yield from _check_trainer(recipe)
     yield from _check_steps(recipe)
     yield from _check_data(recipe)
@@ -44,6 +46,67 @@ def _check_method(recipe: Recipe) -> Iterator[Problem]:
             f"{place} has no effect with method: {recipe.method}",
             "use method: qlora, or remove the section",
         )
+
+
+OF_WRITING = {
+    ("model", "chat_template"): ("auto",),
+    ("model", "system_prompt"): (None,),
+    ("data", "train_on"): (),
+    ("training", "packing"): ("auto", False),
+    ("training", "packed_length"): ("auto", None),
+    ("training", "loss_head"): ("auto", "stock"),
+    ("training", "use_liger_kernel"): ("auto", False),
+}
+"""Keys that say how a model learns to write, and the values that say nothing."""
+
+
+def _check_task(recipe: Recipe) -> Iterator[Problem]:
+    """What is said of conversations, and of how they share sequences, is for models that write."""
+    task = recipe.task_row
+    if task.writes_next_tokens:
+        return
+    for (section, key), usual in OF_WRITING.items():
+        if recipe.find_place(section, key) and getattr(getattr(recipe, section), key) not in usual:
+            place = recipe.where(section, key)
+            yield f"{place} is for models that write text, and task is {task.name}", "leave it out"
+    if recipe.trainer == recipe.objective.name:
+        place = recipe.where("trainer")
+        yield f"{place}: {recipe.objective.trainer} trains models that write text", "trainer: auto"
+    if recipe.data.on_long_row == "split":
+        place = recipe.where("data", "on_long_row")
+        yield (
+            f"{place}: a row's label is that of the whole row, and not of its parts",
+            "on_long_row: truncate",
+        )
+
+
+def _check_labels(recipe: Recipe) -> Iterator[Problem]:
+    """Labels are of tasks that tell some apart, and of one kind."""
+    task, model = recipe.task_row, recipe.model
+    given = [key for key in ("labels", "problem_type") if getattr(model, key) != "auto"]
+    for key in given:
+        if not task.counts_labels:
+            place = recipe.where("model", key)
+            yield f"{place} has no effect with task: {task.name}", "name the task, or leave it out"
+    one = "single_label_classification"
+    if task.places_labels and model.problem_type not in ("auto", one):
+        place = recipe.where("model", "problem_type")
+        yield f"{place}: with task: {task.name} each word has one label", "leave it out"
+    if model.labels != "auto" and (twice := _find_twice(model.labels)):
+        yield f"{recipe.where('model', 'labels')}: {twice} is there twice", "give each label once"
+    classes = model.problem_type in ("auto", one)
+    if task.counts_labels and classes and model.labels != "auto" and len(model.labels) < 2:
+        yield (
+            f"{recipe.where('model', 'labels')}: there is nothing to tell apart",
+            "give two or more",
+        )
+    if not classes and _read(recipe, "label_smoothing_factor"):
+        place = recipe.where("training", "label_smoothing_factor")
+        yield f"{place} is for rows with one label each", "leave it out"
+
+
+def _find_twice(names: list[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _check_trainer(recipe: Recipe) -> Iterator[Problem]:

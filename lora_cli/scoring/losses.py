@@ -24,21 +24,29 @@ def is_measured(problem_type: str | None) -> bool:
 
 
 def sum_loss(
-    logits: torch.Tensor, labels: torch.Tensor, task: Task, problem_type: str | None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    task: Task,
+    problem_type: str | None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Return the loss summed over all labels, in float32: cross-entropy for classes, binary
-    cross-entropy for several at once, the squared distance for measured values.
+    """Return the loss summed over all labels, in float32: cross-entropy for classes, with so much
+    `smoothing`, binary cross-entropy for several at once, the squared distance for measured values.
 
     `logits` are (rows, outputs), or (rows, length, outputs) where each token has a label; `labels`
     as `TaskCollator` makes them.
     """
     logits = logits.float()
     if task.places_labels:
-        return functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
-        )
+        logits, labels = logits.flatten(0, 1), labels.flatten()[:, None]
     if not is_measured(problem_type):
-        return functional.cross_entropy(logits, labels[:, 0], reduction="sum", ignore_index=IGNORED)
+        return functional.cross_entropy(
+            logits,
+            labels[:, 0],
+            reduction="sum",
+            ignore_index=IGNORED,
+            label_smoothing=smoothing,
+        )
     known = ~labels.isnan()
     wanted = labels.nan_to_num()
     each = (

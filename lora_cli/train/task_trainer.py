@@ -34,7 +34,11 @@ class TaskTrainer(WatchedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         total = losses.sum_loss(
-            losses.read_logits(outputs), labels, self.options.task, self._problem_type
+            losses.read_logits(outputs),
+            labels,
+            self.options.task,
+            self._problem_type,
+            self.args.label_smoothing_factor if self.model.training else 0.0,
         )
         counted = num_items_in_batch or max(losses.count_labels(labels), 1)
         return total / counted
