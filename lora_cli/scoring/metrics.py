@@ -75,7 +75,7 @@ def score_label_sets(predicted: ArrayLike, expected: ArrayLike, names: Sequence[
     table = _tabulate(names, *counts)
     values = {
         "accuracy": float((said == wanted).all(axis=1).mean()),
-        "f1_micro": _tabulate_all(*counts).recall,
+        "f1_micro": _tabulate_all(*counts).f1,
         "f1_macro": _average(row.f1 for row in table),
     }
     return Scores(values, table)
@@ -155,7 +155,8 @@ def _score_ids(predicted: NDArray[Any], expected: NDArray[Any], names: Sequence[
     assert predicted.shape == expected.shape == (len(predicted),)
     if not len(predicted):
         return Scores({})
-    assert max(predicted.max(), expected.max()) < len(names)
+    for ids in (predicted, expected):
+        assert ids.min() >= 0 and ids.max() < len(names), "an id beyond the names"
     right, said, wanted = (
         np.bincount(ids, minlength=len(names))
         for ids in (expected[predicted == expected], predicted, expected)
