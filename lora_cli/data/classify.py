@@ -81,7 +81,7 @@ class LabelEncoder:
     def suggest_columns(columns: list[str]) -> str:
         """Return the option that names a text and a label among columns of other names."""
         if len(columns) == 1:
-            return formats.suggest_columns(text=columns[0])
+            return "add a column with the labels"
         return formats.suggest_columns(text=columns[0], label=columns[-1])
 
     def find_converter(self, style: str) -> formats.Converter:

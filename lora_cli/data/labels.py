@@ -57,7 +57,7 @@ def find_labels(recipe: Recipe, encoder: type[Encoder]) -> Found:
     if kind == NUMBERS:
         count = max(widths, key=lambda width: widths[width], default=1)
         return Found(["value"] if count == 1 else [f"value_{at + 1}" for at in range(count)], kind)
-    if len(counted) < 2 and kind == ONE:
+    if len(counted) < 2 and kind == ONE and recipe.model.labels == "auto":
         only = f"only the label {next(iter(counted))}" if counted else "no labels"
         raise LoraError(
             f"data.path: the rows have {only}", "a model tells two or more apart: mend the data"

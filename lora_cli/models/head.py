@@ -128,8 +128,8 @@ def _refuse_lack(
             raise LoraError(
                 f"the weights of {name} do not fit {kind}: {len(missing)} are missing, such as "
                 f"{key}",
-                "take a base whose files have them; a log of transformers would fill them with "
-                "random numbers",
+                "take a base whose files have them: transformers would fill them with random "
+                "numbers",
             )
 
 

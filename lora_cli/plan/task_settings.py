@@ -6,7 +6,7 @@ Both are written into the recipe, so that planning, training, resuming and mergi
 
 from __future__ import annotations
 
-from lora_cli.common import UsageError, find_nearest
+from lora_cli.common import LoraError, UsageError, find_nearest
 from lora_cli.data import labels, load
 from lora_cli.models import Base
 from lora_cli.plan.auto import Choice
@@ -73,7 +73,10 @@ def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:
     if recipe.task_row.writes_next_tokens:
         return recipe
     _refuse_other_metric(recipe)
-    head = list(base.head.modules)
+    try:
+        head = list(base.head.modules)
+    except LoraError as error:
+        raise error.with_message(f"model.name_or_path: {error.message}") from error
     changes: dict[str, dict[str, object]] = {"lora": {}, "quantization": {}, "training": {}}
     given = recipe.lora.modules_to_save or []
     if new := [name for name in head if name not in given]:
