@@ -8,6 +8,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TINY = build/tiny/DONE
 REAL = build/smollm2/DONE
+ENCODER = build/minilm/DONE
 
 .DEFAULT_GOAL := test
 .PHONY: demo methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k gpu gpu-wheels clean
@@ -24,6 +25,10 @@ $(TINY): scripts/make_tiny_model.py | $(READY)
 $(REAL): scripts/real_model.py | $(READY)
 	rm -rf build/smollm2
 	$(BIN)/python scripts/real_model.py build/smollm2
+
+$(ENCODER): scripts/real_model.py | $(READY)
+	rm -rf build/minilm
+	$(BIN)/python scripts/real_model.py build/minilm --model minilm
 
 demo: $(READY) $(TINY)  ## train, merge, export and compare, with LoRA
 	$(BIN)/python scripts/demo.py lora
@@ -52,7 +57,7 @@ test: $(READY) lint $(TINY)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-slow: $(READY) $(TINY) $(REAL) build/llama-quantize/llama-quantize build/deepspeed  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
+test-slow: $(READY) $(TINY) $(REAL) $(ENCODER) build/llama-quantize/llama-quantize build/deepspeed  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
 	$(BIN)/lora setup-llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(if $(WITHOUT),-k "not ($(WITHOUT))")
 
