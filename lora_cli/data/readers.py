@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +17,9 @@ import pyarrow
 import pyarrow.ipc
 
 from lora_cli.common import LoraError, confined, plain_files, quote
-from lora_cli.data import stores, tables
+from lora_cli.data import squad, stores, tables
 from lora_cli.data.formats import BadRow
+from lora_cli.data.json_text import LONGEST, Text, walk_list
 from lora_cli.recipe import Data
 
 KINDS = {
@@ -33,8 +34,6 @@ KINDS = {
 """How a file is read, by the end of its name."""
 BATCH = 1000
 """Rows read at a time."""
-LONGEST = 2**22
-"""Characters of a line."""
 LARGEST = 2**25
 """Bytes, over which what was packed may not be over RATIO times its file. Text is packed to a
 fifth, seldom to a thirtieth."""
@@ -45,12 +44,9 @@ prepared in some 7 s."""
 MOST_ROWS = 100_000
 """Rows, over which a file may not have more than it has bytes. Text has no row in one byte; 99,000
 that are all the same are prepared in 3 to 5 s."""
-PIECE = 2**20
-"""Characters of a list of rows that are read at a time."""
 SECONDS, MEMORY = 6.0, 2**30
 """Processor time and bytes for some rows of a Parquet or Arrow file."""
 _reader = confined.Confined(Path(__file__).with_name("arrow_program.py"))
-SPACE = re.compile(r"[ \t\n\r]*")
 
 Row = dict[str, Any] | BadRow
 """A row as it was read, or why it could not be read."""
@@ -206,13 +202,16 @@ def _guess_encoding(start: bytes, line: bytes) -> str:
 
 
 def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """Yield JSON rows: one per line, or one list of them."""
+    """Yield JSON rows: one per line, one list of them, or SQuAD's questions by their texts."""
     first = stream.readline(LONGEST)
     while first and not first.strip():
         first = stream.readline(LONGEST)
     stream.seek(0)
     if first.lstrip().startswith("["):
-        yield from _read_json_list(file, stream)
+        yield from _walk_values(file, stream, _read_list)
+        return
+    if first.lstrip().startswith("{") and squad.is_squad(stream):
+        yield from _walk_values(file, stream, squad.read_questions)
         return
     for number, line in enumerate(_walk_lines(file, stream), 1):
         if line.strip():
@@ -241,19 +240,27 @@ def _parse_line(line: str, first: bool) -> Row:
     return value
 
 
-def _read_json_list(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one JSON list, of which no more than some are held."""
-    text = _Text(stream)
+def _read_list(file: Path, text: Text) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of one JSON list."""
+    for number, value in enumerate(walk_list(text), 1):
+        place = f"{file}, row {number}"
+        if isinstance(value, dict):
+            yield place, value
+        else:
+            row = f"the row is {json.dumps(value)[:40]}, not a mapping of columns"
+            yield place, BadRow("a row is not a mapping", row)
+
+
+def _walk_values(
+    file: Path, stream: TextIO, read_rows: Callable[[Path, Text], Iterator[tuple[str, Row]]]
+) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of one JSON value over the whole file, of which no more than some are held."""
+    text = Text(stream)
     try:
-        for number, value in enumerate(_walk_list(text), 1):
+        for number, row in enumerate(read_rows(file, text), 1):
             if number % BATCH == 0:
                 _refuse_bomb(file, stream)
-            place = f"{file}, row {number}"
-            if isinstance(value, dict):
-                yield place, value
-            else:
-                row = f"the row is {json.dumps(value)[:40]}, not a mapping of columns"
-                yield place, BadRow("a row is not a mapping", row)
+            yield row
     except json.JSONDecodeError as error:
         column = error.colno + (text.column if error.lineno == 1 else 0)
         raise LoraError(
@@ -265,72 +272,6 @@ def _read_json_list(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
         raise LoraError(
             f"{file}: JSON that cannot be read: {said}", "write one row per line"
         ) from None
-
-
-class _Text:
-    """A part of a long text. What stood before it is forgotten, but for how many lines that were,
-    and how much of the line it begins in."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.part, self.line, self.column = stream, "", 0, 0
-
-    def read_on(self, at: int) -> bool:
-        """Forget what stands before `at` and read as much again as is left, and return True; at
-        the end of the text nothing changes."""
-        rest = self.part[at:]
-        if len(rest) > LONGEST:
-            raise ValueError(f"a row of over {LONGEST:,} characters")
-        more = self.stream.read(max(PIECE, len(rest)))
-        if more:
-            self.line += self.part.count("\n", 0, at)
-            newline = self.part.rfind("\n", 0, at)
-            self.column = at - newline - 1 if newline >= 0 else self.column + at
-            self.part = rest + more
-        return bool(more)
-
-
-def _walk_list(text: _Text) -> Iterator[Any]:
-    """Yield the values of a JSON list. Raises JSONDecodeError with the place in the part."""
-    decode, at, wanted = json.JSONDecoder().raw_decode, 0, "["
-    while True:
-        at = _skip_space(text, at)
-        sign = text.part[at : at + 1]
-        if wanted == "end":
-            if sign:
-                raise json.JSONDecodeError("Extra data", text.part, at)
-            return
-        if sign and sign in wanted[:2]:
-            at, wanted = at + 1, {"[": "]value", ",": "value", "]": "end"}[sign]
-            continue
-        if "value" not in wanted:
-            raise json.JSONDecodeError("Expecting ',' delimiter", text.part, at)
-        value, at = _decode(decode, text, at)
-        yield value
-        wanted = ",]"
-
-
-def _skip_space(text: _Text, at: int) -> int:
-    """Return where the next sign stands, or the end of the text."""
-    at = SPACE.match(text.part, at).end()  # type: ignore[union-attr]
-    while at == len(text.part) and text.read_on(at):
-        at = SPACE.match(text.part).end()  # type: ignore[union-attr]
-    return at
-
-
-def _decode(decode: Any, text: _Text, at: int) -> tuple[Any, int]:
-    """Return the value that begins at `at`, and where it ends, reading on as far as it goes."""
-    while True:
-        try:
-            value, end = decode(text.part, at)
-        except json.JSONDecodeError:
-            if not text.read_on(at):
-                raise
-        else:
-            if end < len(text.part):  # else a number may go on
-                return value, end
-            if not text.read_on(at):
-                return value, end
-        at = 0
 
 
 def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:

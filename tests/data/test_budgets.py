@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data import readers, tables
+from lora_cli.data import json_text, readers, tables
 
 
 def read(path: Path) -> list[object]:
@@ -25,7 +25,7 @@ def read(path: Path) -> list[object]:
 
 def test_a_list_is_read_piece_by_piece_as_json_reads_it(tmp_path: Path, monkeypatch) -> None:
     """Whole lists and damaged ones, with the same rows or the same place of the error."""
-    monkeypatch.setattr(readers, "PIECE", 7)
+    monkeypatch.setattr(json_text, "PIECE", 7)
     chosen, file = random.Random(1), tmp_path / "rows.json"
     values = [1, -2.5e3, None, True, "x\u2028ü\\n", [1, {"a": []}], {}]
     refused = 0
@@ -68,9 +68,9 @@ def test_a_list_is_read_piece_by_piece_as_json_reads_it(tmp_path: Path, monkeypa
 def test_rows_may_be_long_but_not_longer(
     tmp_path: Path, name: str, before: str, after: str, monkeypatch
 ) -> None:
-    for module in (readers, tables):
+    for module in (readers, json_text, tables):
         monkeypatch.setattr(module, "LONGEST", 5000)
-    monkeypatch.setattr(readers, "PIECE", 1000)
+    monkeypatch.setattr(json_text, "PIECE", 1000)
     for length, fits in ((4000, True), (20_000, False)):
         text = (before + "x" * length + after).encode()
         (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)

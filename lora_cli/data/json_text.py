@@ -1,0 +1,123 @@
+"""Walk a long JSON text value by value, of which no more than one is held."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Iterator
+from typing import Any, TextIO
+
+LONGEST = 2**22
+"""Characters of a line, or of a value."""
+PIECE = 2**20
+"""Characters that are read at a time."""
+DECODE = json.JSONDecoder().raw_decode
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Text:
+    """A part of a long text. What stood before it is forgotten, but for how many lines that were,
+    and how much of the line it begins in."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.part, self.line, self.column = stream, "", 0, 0
+
+    def read_on(self, at: int) -> bool:
+        """Forget what stands before `at` and read as much again as is left, and return True; at
+        the end of the text nothing changes."""
+        rest = self.part[at:]
+        if len(rest) > LONGEST:
+            raise ValueError(f"a row of over {LONGEST:,} characters")
+        more = self.stream.read(max(PIECE, len(rest)))
+        if more:
+            self.line += self.part.count("\n", 0, at)
+            newline = self.part.rfind("\n", 0, at)
+            self.column = at - newline - 1 if newline >= 0 else self.column + at
+            self.part = rest + more
+        return bool(more)
+
+
+def walk_list(text: Text) -> Iterator[Any]:
+    """Yield the values of a text that is one JSON list. Raises JSONDecodeError with the place in
+    the part."""
+    _refuse_more(text, (yield from _walk_items(text, 0)))
+
+
+def walk_member(text: Text, wanted: str) -> Iterator[Any]:
+    """Yield the values of the list that a text, one JSON object, has under the key `wanted`; what
+    it has under other keys is passed over. Raises JSONDecodeError as `walk_list`."""
+    at = _expect(text, 0, "{", "Expecting value")
+    while True:
+        at = skip_space(text, at)
+        if text.part[at : at + 1] != '"':
+            raise json.JSONDecodeError(NO_NAME, text.part, at)
+        key, at = decode_value(text, at)
+        at = skip_space(text, _expect(text, at, ":", "Expecting ':' delimiter"))
+        if key == wanted and text.part[at : at + 1] == "[":
+            at = yield from _walk_items(text, at)
+        else:
+            _, at = decode_value(text, at)
+        at = skip_space(text, at)
+        if text.part[at : at + 1] == "}":
+            return _refuse_more(text, at + 1)
+        at = _expect(text, at, ",", "Expecting ',' delimiter")
+
+
+NO_NAME = "Expecting property name enclosed in double quotes"
+
+
+def _walk_items(text: Text, at: int) -> Generator[Any, None, int]:
+    """Yield the values of the JSON list that begins at `at`; return where it ends."""
+    wanted = "["
+    while True:
+        at = skip_space(text, at)
+        sign = text.part[at : at + 1]
+        if sign and sign in wanted[:2]:
+            at, wanted = at + 1, {"[": "]value", ",": "value", "]": "end"}[sign]
+            if wanted == "end":
+                return at
+            continue
+        if "value" not in wanted:
+            raise json.JSONDecodeError("Expecting ',' delimiter", text.part, at)
+        value, at = decode_value(text, at)
+        yield value
+        wanted = ",]"
+
+
+def _expect(text: Text, at: int, sign: str, otherwise: str) -> int:
+    """Return the place after a sign that has to come next."""
+    at = skip_space(text, at)
+    if text.part[at : at + 1] != sign:
+        raise json.JSONDecodeError(otherwise, text.part, at)
+    return at + 1
+
+
+def _refuse_more(text: Text, at: int) -> None:
+    """Raise JSONDecodeError where anything but space follows."""
+    at = skip_space(text, at)
+    if text.part[at : at + 1]:
+        raise json.JSONDecodeError("Extra data", text.part, at)
+
+
+def skip_space(text: Text, at: int) -> int:
+    """Return where the next sign stands, or the end of the text."""
+    at = SPACE.match(text.part, at).end()  # type: ignore[union-attr]
+    while at == len(text.part) and text.read_on(at):
+        at = SPACE.match(text.part).end()  # type: ignore[union-attr]
+    return at
+
+
+def decode_value(text: Text, at: int) -> tuple[Any, int]:
+    """Return the value that begins at `at`, and where it ends, reading on as far as it goes."""
+    while True:
+        try:
+            value, end = DECODE(text.part, at)
+        except json.JSONDecodeError:
+            if not text.read_on(at):
+                raise
+        else:
+            if end < len(text.part):  # else a number may go on
+                return value, end
+            if not text.read_on(at):
+                return value, end
+        at = 0
