@@ -56,6 +56,7 @@ class LabelEncoder:
         {"text": "utterance", "label": "intent"},
     )
     by_token: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, day: date | None = None

@@ -11,14 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.models import IGNORED
 
 INTEGERS = ("input_ids", "token_type_ids")
+BESIDE = "beside"
+"""The key under which a batch has what is beside a model's inputs, each padded with -1."""
 
 
 class TaskCollator:
-    """Collates rows for models that tell labels apart.
+    """Collates rows for models of a task other than writing, padded on the right.
 
     A batch has (rows, length) `input_ids` and `attention_mask`, and `labels` of the same shape
     where each token has one (`by_token`), else of (rows, labels of a row): whole numbers, or float
     where `measured`. A row without any label (that of a process that has none) gets -100 or NaN.
+    The columns `beside`, where rows have them, are for those who evaluate and no model's.
     """
 
     def __init__(
@@ -27,21 +30,29 @@ class TaskCollator:
         by_token: bool,
         measured: bool,
         multiple: int | None = None,
+        beside: Sequence[str] = (),
     ) -> None:
         self.tokenizer, self.by_token, self.measured = tokenizer, by_token, measured
-        self.multiple = multiple
+        self.multiple, self.beside = multiple, beside
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = [name for name in INTEGERS if all(name in row for row in rows)]
         given = [{name: list(row[name]) for name in names} for row in rows]
         batch = dict(
             self.tokenizer.pad(
-                given, padding=True, return_tensors="pt", pad_to_multiple_of=self.multiple
+                given,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+                pad_to_multiple_of=self.multiple,
             )
         )
         length = batch["input_ids"].shape[1]
         width = length if self.by_token else max(len(row["labels"]) for row in rows)
         batch["labels"] = torch.stack([self._pad_labels(row["labels"], width) for row in rows])
+        beside = [name for name in self.beside if any(name in row for row in rows)]
+        if beside:
+            batch[BESIDE] = {name: pad([row.get(name, ()) for row in rows]) for name in beside}
         return batch
 
     def _pad_labels(self, labels: Sequence[float], width: int) -> torch.Tensor:
@@ -52,6 +63,12 @@ class TaskCollator:
         found = torch.tensor(labels, dtype=torch.long)
         if not self.by_token:
             return found[:width] if (found != IGNORED).any() else found.new_full((width,), IGNORED)
-        padding = found.new_full((width - len(found),), IGNORED)
-        left = self.tokenizer.padding_side == "left"
-        return torch.cat([padding, found] if left else [found, padding])
+        return torch.cat([found, found.new_full((width - len(found),), IGNORED)])
+
+
+def pad(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return lists of whole numbers as (lists, length of the longest), padded with -1."""
+    made = torch.full((len(lists), max(map(len, lists))), -1)
+    for row, numbers in zip(made, lists):
+        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    return made

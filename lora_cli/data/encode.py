@@ -90,6 +90,7 @@ class Renderer:
     column_sets: ClassVar[formats.ColumnSets] = formats.COLUMN_SETS
     by_token: ClassVar[bool] = True
     names: Sequence[str] = ()
+    beside: ClassVar[tuple[str, ...]] = ()
     columns: Mapping[str, Any] = MappingProxyType({"input_ids": np.int32, "labels": np.int32})
 
     def __init__(

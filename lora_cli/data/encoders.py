@@ -30,6 +30,8 @@ class Encoder(Protocol):
     """What a model of the task tells apart."""
     by_token: ClassVar[bool]
     """Whether each token of a row has a label."""
+    beside: ClassVar[tuple[str, ...]]
+    """Columns that are for those who evaluate, and not a model's."""
     tokenizer: PreTrainedTokenizerBase
     day: date
 

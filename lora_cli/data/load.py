@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import reduce
 from itertools import chain, pairwise, zip_longest
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
@@ -14,19 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, ui
 from lora_cli.data import cache, prepare, sources
-from lora_cli.data.classify import LabelEncoder
 from lora_cli.data.encode import Renderer
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.selection import Counts
-from lora_cli.data.tag import TagEncoder
 from lora_cli.models import IGNORED
-from lora_cli.recipe import Recipe, Rows
+from lora_cli.recipe import Recipe, Rows, Task
 
-ENCODERS: dict[str, type[LabelEncoder]] = {
-    "sequence_classification": LabelEncoder,
-    "token_classification": TagEncoder,
-}
-"""By the name of the task; what foretells next tokens has its Renderer."""
+
+def find_encoder(task: Task) -> type[Encoder]:
+    """Return the class that makes the rows of a task ready to train on."""
+    if task.writes_next_tokens:
+        return Renderer
+    module, _, name = task.encoder.partition(".")
+    found: type[Encoder] = getattr(importlib.import_module(f"lora_cli.data.{module}"), name)
+    return found
 
 
 def make_encoder(
@@ -35,7 +38,9 @@ def make_encoder(
     """Return what makes the rows of a settled recipe ready to train on."""
     if recipe.task_row.writes_next_tokens:
         return Renderer(tokenizer, recipe.data.train_on, day)
-    return ENCODERS[recipe.task](tokenizer, recipe, day)
+    kind: Any = find_encoder(recipe.task_row)
+    made: Encoder = kind(tokenizer, recipe, day)
+    return made
 
 
 def load_rows(

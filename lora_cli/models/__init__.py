@@ -59,6 +59,7 @@ from lora_cli.models.probes import (
     compute_logits,
     make_probes,
     measure_trained,
+    read_logits,
     read_rows,
     save_trained,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "empty",
     "find_positions",
     "find_task_of",
+    "read_logits",
     "read_rows",
     "four_bit",
     "get_checkpoint_dtype",

@@ -166,9 +166,19 @@ def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[tor
         ]
 
 
+def read_logits(outputs: Any) -> torch.Tensor:
+    """Return what a model of any task says of a batch: (rows, outputs), or (rows, positions,
+    outputs of each); two for a position where an answer is sought: it begins, or ends, there."""
+    start: torch.Tensor | None = getattr(outputs, "start_logits", None)
+    if start is not None:
+        return torch.stack([start, outputs.end_logits], -1)
+    logits: torch.Tensor = outputs.logits
+    return logits
+
+
 def read_rows(outputs: Any) -> torch.Tensor:
     """Return what a model of any task says of a single text: (positions, outputs of each)."""
-    logits: torch.Tensor = outputs.logits[0]
+    logits = read_logits(outputs)[0]
     return logits if logits.dim() == 2 else logits[None]
 
 

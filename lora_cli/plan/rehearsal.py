@@ -34,9 +34,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli.common import LoraError
-from lora_cli.models import Parent, attach, empty, quantised, targets
+from lora_cli.models import Parent, attach, empty, quantised, read_logits, targets
 from lora_cli.recipe import Recipe, upstream
-from lora_cli.scoring import losses
+from lora_cli.scoring import make_scorer
 from lora_cli.speed import dora_norms, install, loss_head
 
 WEIGHTS = "weights"
@@ -461,10 +461,11 @@ class Rehearsal:
 
     def _task_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss of a task that is not to foretell the next token."""
-        logits = losses.read_logits(self.base(**inputs))
-        task, problem = self.recipe.task_row, self.recipe.model.problem_type
-        labels = losses.make_labels(logits, task, problem)
-        return losses.sum_loss(logits, labels, task, problem) / labels.numel()
+        scorer = make_scorer(self.recipe)
+        assert scorer is not None
+        logits = read_logits(self.base(**inputs))
+        labels = scorer.make_labels(logits)
+        return scorer.sum_loss(logits, labels, inputs["attention_mask"]) / labels.numel()
 
 
 def _extend(short: Counter[str], longer: Counter[str], share: float) -> Counter[str]:

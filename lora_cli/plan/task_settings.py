@@ -28,7 +28,7 @@ def settle_labels(recipe: Recipe) -> tuple[Recipe, list[Choice]]:
     if not task.counts_labels:
         return recipe, choices
     if "auto" in (model.labels, model.problem_type):
-        found = labels.find_labels(recipe, load.ENCODERS[recipe.task])
+        found = labels.find_labels(recipe, load.find_encoder(task))
         if model.labels == "auto":
             choices.append(Choice("model.labels", found.labels, "those of the data, sorted"))
         if model.problem_type == "auto":

@@ -38,6 +38,12 @@ class Task:
     """Whether each token of a row has a label, and not the row."""
     metrics: tuple[str, ...] = ()
     """What an evaluation measures beside the loss."""
+    encoder: str = ""
+    """What makes rows ready to train on, where that is not the Renderer of what writes: a class of
+    a file in data/, as `file.Class`."""
+    scorer: str = ""
+    """What computes its loss and its metrics, where they are not those of next tokens: a class of a
+    file in scoring/, as `file.Class`."""
 
     @property
     def writes_next_tokens(self) -> bool:
@@ -103,6 +109,8 @@ TASKS = (
             *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
             *("f1", "precision", "recall", "mse", "mae", "pearson", "spearman", "r2"),
         ),
+        encoder="classify.LabelEncoder",
+        scorer="classes.ClassScorer",
     ),
     Task(
         "token_classification",
@@ -114,6 +122,8 @@ TASKS = (
         counts_labels=True,
         places_labels=True,
         metrics=("f1", "precision", "recall", "f1_macro", "accuracy"),
+        encoder="tag.TagEncoder",
+        scorer="tags.TagScorer",
     ),
 )
 OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)

@@ -2,11 +2,11 @@
 
 Its doors, in the order a reader needs them:
 
-    losses     what training makes small: the loss of each task, summed over its labels
-    measures   which metrics there are, by task and labels
-    Gathered   what is said of the rows of an evaluation, and its metrics
+    make_scorer, Scorer    the loss of a task, what is gathered in an evaluation, its metrics
+    losses                 over what a loss is counted
+    measures               which metrics there are, by task and labels
 """
 
-from lora_cli.scoring.predictions import Gathered
+from lora_cli.scoring.scorer import Scorer, make_scorer
 
-__all__ = ["Gathered", "losses", "measures"]
+__all__ = ["Scorer", "losses", "make_scorer", "measures"]

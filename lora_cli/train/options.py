@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_cli.plan import flops
-from lora_cli.recipe import DEFAULT_TASK, Task
+from lora_cli.scoring import Scorer
 from lora_cli.speed import FactoredDora
 from lora_cli.train.dealing import Batches
 
@@ -32,8 +32,8 @@ class RunOptions:
     """LoRA+'s arguments of PEFT's optimiser helper; empty for one learning rate."""
     dora_layers: Sequence[FactoredDora]
     """Layers whose norms are the same in all sequences of a step."""
-    task: Task = DEFAULT_TASK
-    """What the model is trained to do."""
+    scorer: Scorer | None = None
+    """What computes the loss and the metrics of a task other than writing."""
     batches: Batches | None = None
     """How a step's rows come, where they are dealt over several processes."""
     sharded: Literal["fsdp", "deepspeed-zero3"] | None = None

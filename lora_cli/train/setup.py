@@ -25,7 +25,7 @@ from lora_cli.models import (
 )
 from lora_cli.plan import auto, flops, hardware, memory, sizes
 from lora_cli.recipe import Recipe, upstream
-from lora_cli.scoring import losses
+from lora_cli.scoring import losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
 from lora_cli.train import dealing, disk_space, out_of_memory
 from lora_cli.train.options import RunOptions
@@ -307,7 +307,7 @@ def make_options(
         reduce_on_oom=training.on_oom == "reduce",
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),
-        task=recipe.task_row,
+        scorer=make_scorer(recipe),
         batches=batches,
         sharded=find_sharding(recipe),
         replicas=recipe.distributed.replicas,
@@ -343,6 +343,7 @@ def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sequence: 
             recipe.task_row.places_labels,
             losses.is_measured(recipe.model.problem_type),
             recipe.training.collect_values().get("pad_to_multiple_of"),
+            load.find_encoder(recipe.task_row).beside,
         )
     if recipe.training.packing == "step":
         return step_packing.StepCollator(sequence)

@@ -7,25 +7,45 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from lora_cli.data import collate
 from lora_cli.distributed import ranks
+from lora_cli.models import read_logits
 from lora_cli.recipe import Recipe
-from lora_cli.scoring import Gathered, losses
+from lora_cli.scoring import Scorer, losses
 from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
+from lora_cli.train.options import RunOptions
 from lora_cli.train.trainers import Watched
 
 
 class TaskTrainer(WatchedTrainer):
     """transformers' Trainer, watched, for one of the tasks of the table."""
 
-    gathered: Gathered
+    mask: torch.Tensor | None = None
+    """Which tokens of the batch at hand are no padding."""
+    logits: torch.Tensor | None = None
+    """What the model said of the batch that is evaluated."""
+
+    def __init__(self, options: RunOptions, args: TrainingArguments, **given: Any) -> None:
+        args.label_names = ["labels"]  # whatever the model's own forward calls them
+        super().__init__(options, args=args, **given)
+
+    @property
+    def scorer(self) -> Scorer:
+        """The loss and the metrics of the task."""
+        assert self.options.scorer is not None
+        return self.options.scorer
 
     def _settle_stock_loss(self) -> None:
         """Take the loss of the task, divided by the labels of the whole step."""
         self.compute_loss_func = self._compute_task_loss
         self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.mask = inputs.get("attention_mask")
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _compute_task_loss(
         self,
@@ -33,19 +53,13 @@ class TaskTrainer(WatchedTrainer):
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        total = losses.sum_loss(
-            losses.read_logits(outputs),
-            labels,
-            self.options.task,
-            self._problem_type,
-            self.args.label_smoothing_factor if self.model.training else 0.0,
-        )
+        logits = read_logits(outputs)
+        if not self.model.training:
+            self.logits = logits.detach()
+        smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
+        total = self.scorer.sum_loss(logits, labels, self.mask, smoothing)
         counted = num_items_in_batch or max(losses.count_labels(labels), 1)
         return total / counted
-
-    @property
-    def _problem_type(self) -> str | None:
-        return self.model.config.problem_type
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # each label counts: none is that of a next token
@@ -55,28 +69,34 @@ class TaskTrainer(WatchedTrainer):
         ]
         return super()._get_num_items_in_batch(counted, device)
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        # what is beside a model's inputs is for scoring alone
+        scored = description is not None and description.lower() != "training"
+        return dataset if scored else super()._remove_unused_columns(dataset, description)
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.obey_amid_evaluation()
-        labels = inputs["labels"]
+        inputs = dict(inputs)
+        beside, labels = inputs.pop(collate.BESIDE, {}), inputs["labels"]
         kwargs["prediction_loss_only"] = False
-        loss, logits, _ = Trainer.prediction_step(self, model, dict(inputs), **kwargs)
+        loss, _, _ = Trainer.prediction_step(self, model, inputs, **kwargs)
         number = losses.count_labels(labels)
         if number:
             self.eval_loss += float(loss) * number
             self.eval_tokens += number
-        self.gathered.add(logits[0] if isinstance(logits, tuple) else logits, labels)
+        assert self.logits is not None
+        self.scorer.add(self.logits, labels, beside)
         return loss if ranks.count() == 1 else None, None, None
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        config = self.model.config
-        names = [config.id2label[number] for number in sorted(config.id2label)]
-        self.gathered = Gathered(self.options.task, names, self._problem_type)
+        self.scorer.begin()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.gathered.join(ranks.gather(self.gathered.to_data()))
+        self.scorer.join(ranks.gather(self.scorer.gathered))
+        self.logits = None
         del output.metrics[f"{metric_key_prefix}_perplexity"]
-        scores = self.gathered.score()
+        scores = self.scorer.score()
         for name, value in scores.values.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
