@@ -96,6 +96,11 @@ def load_adapter(
                 peft_model = PeftModel.from_pretrained(
                     model, str(folder), adapter_name=name, **trained
                 )
+        except KeyError as error:  # a head, which PEFT takes for granted
+            raise LoraError(
+                f"{folder} does not fit its base model: the adapter lacks {error.args[0]}",
+                "copy the adapter again, with its head",
+            ) from error
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise LoraError(
                 f"PEFT cannot put the adapter {folder} on its base: {_explain_misfit(error)}", hint

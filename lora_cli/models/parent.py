@@ -208,20 +208,7 @@ def _find_contradictions(
     recipe: Recipe, adapter: Adapter, config: Mapping[str, Any], name: str
 ) -> Iterator[Problem]:
     """Find what the recipe writes and the adapter has otherwise."""
-    if adapter.base.task is not recipe.task_row:
-        yield (
-            f"{recipe.where('task')} is {recipe.task}, but the adapter {name} is of models that "
-            f"{adapter.base.task.does}",
-            f"task: {adapter.base.task.name}",
-        )
-    settings = adapter.base.head_settings
-    labels = recipe.model.labels
-    if settings and labels not in ("auto", [*settings.labels]):
-        yield (
-            f"{recipe.where('model', 'labels')} are {', '.join(labels)}, but the adapter {name} "
-            f"has {', '.join(settings.labels)}",
-            "leave them out",
-        )
+    yield from _find_other_task(recipe, adapter, name)
     dora = bool(config.get("use_dora"))
     if recipe.find_place("method") and dora != (recipe.method in ("dora", "qdora")):
         fitting = {"lora": "dora", "qlora": "qdora", "dora": "lora", "qdora": "qlora"}
@@ -244,6 +231,24 @@ def _find_contradictions(
         yield (
             f"{recipe.where('lora', key)} is {given}, but the adapter {name} has {there}",
             "leave it out",
+        )
+
+
+def _find_other_task(recipe: Recipe, adapter: Adapter, name: str) -> Iterator[Problem]:
+    """Find a task, or labels, that are not the adapter's."""
+    if adapter.base.task is not recipe.task_row:
+        yield (
+            f"{recipe.where('task')} is {recipe.task}, but the adapter {name} is of models that "
+            f"{adapter.base.task.does}",
+            f"task: {adapter.base.task.name}",
+        )
+    settings = adapter.base.head_settings
+    labels = recipe.model.labels
+    if settings and labels not in ("auto", [*settings.labels]):
+        yield (
+            f"{recipe.where('model', 'labels')} are {', '.join(labels)}, but the adapter {name} "
+            f"has {', '.join(settings.labels)}",
+            "leave them out",
         )
 
 

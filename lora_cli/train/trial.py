@@ -170,7 +170,8 @@ def _train_miniature(recipe: Recipe, folder: Path, metrics: Sequence[str]) -> No
     trainer.add_callback(StopAtOnce())
     trainer.train()
     if evaluates:
-        _refuse_unknown_metric(recipe, [*trainer.evaluate(), *metrics])
+        given = [name for name in trainer.evaluate() if name.startswith("eval_")]
+        _refuse_unknown_metric(recipe, [*given, *metrics])
     if (options := upstream.read_compile_options(recipe)) is not None:
         install.compile_layers(adapted, options)
 
