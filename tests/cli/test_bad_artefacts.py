@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli import cli
+from lora_cli.cli import start
 from lora_cli.common import files, library_errors, provenance, ui
 from lora_cli.common.errors import LoraError
 from lora_cli.common.shown import name_given
@@ -230,7 +230,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "merge: output is the current folder": lambda d: merge(adapter(base(d)), Path()),
     "merge: the disk fills up": lambda d: on_full_disk(
         lambda: _merge(d, adapter(base(d))), PreTrainedModel, "save_pretrained"),
-    "merge: the output is missing": lambda d: cli._two_or_more([d / "adapter"], "lora merge "
+    "merge: the output is missing": lambda d: start.two_or_more([d / "adapter"], "lora merge "
                                                                                 "ADAPTER OUT"),
     "merge: weights for one adapter": _several,
     # lora export-gguf

@@ -74,7 +74,7 @@ def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, untrusted: None
 
 
 def test_only_the_command_line_allows_code() -> None:
-    """`set_allowed` is called in cli.py alone, and nothing else says trust_remote_code=True."""
+    """`set_allowed` is called in options.py alone, and nothing else says trust_remote_code=True."""
     calls, literals = [], []
     for path in (ROOT / "lora_cli").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -82,7 +82,7 @@ def test_only_the_command_line_allows_code() -> None:
                 calls.append(path.name)
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 literals.append(ast.unparse(node.value))
-    assert calls == ["cli.py"]
+    assert calls == ["options.py"]
     assert len(literals) >= 5
     assert set(literals) == {"remote_code.is_allowed()"}
 

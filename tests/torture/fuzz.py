@@ -454,10 +454,10 @@ def prepare(kind: str, folder: Path, limited: bool = True) -> Callable[[int], No
     }
     os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
     warnings.simplefilter("ignore")
-    from lora_cli import cli
+    from lora_cli.cli import start
     from lora_cli.common import ui
 
-    cli._quiet_libraries()
+    start.quiet_libraries()
     ui.say = lambda *_: None
     made = KINDS[kind](folder)
     for number in range(2):

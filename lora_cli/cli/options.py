@@ -1,0 +1,146 @@
+"""The options and arguments of verbs, each declared once."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lora_cli.common import remote_code
+
+
+def require_finite(number: float | None) -> float | None:
+    """Return the number of an option; BadParameter for `nan` and `inf`, which no range refuses."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number")
+    return number
+
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or one of those that `lora recipes` lists."
+    ),
+]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a value of the recipe; may be repeated.",
+    ),
+]
+BaseModel = Annotated[
+    Optional[str],
+    typer.Option(
+        "--base", metavar="MODEL", help="Use this base instead of the one the adapter names."
+    ),
+]
+BaseCost = Annotated[
+    bool,
+    typer.Option(
+        "--base-cost/--no-base-cost",
+        help="Measure what a quantised type costs the base as well: a third of the time.",
+    ),
+]
+LlamaCpp = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--llama-cpp", metavar="DIR", help="A llama.cpp folder to take the converters from."
+    ),
+]
+Weights = Annotated[
+    Optional[str],
+    typer.Option("--weights", metavar="W,W…", help="One number per adapter; default: 1 each."),
+]
+Combination = Annotated[
+    str, typer.Option(help="cat, svd, linear, ties, dare_ties, …: PEFT's combination_type.")
+]
+Density = Annotated[
+    Optional[float],
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of the weights that ties, dare, magnitude_prune keep.",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+GGUFTypes = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--quantize",
+        "-q",
+        metavar="TYPE",
+        help="f32, f16, bf16, q8_0, Q4_K_M, …; may be repeated.",
+    ),
+]
+ImportanceMatrix = Annotated[
+    Optional[str],
+    typer.Option(
+        "--imatrix", metavar="FILE|DATA", help="An importance matrix, or rows to measure one on."
+    ),
+]
+AllowedChanges = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--allow-changes",
+        metavar="SECTION.KEY",
+        help="With --resume: this may differ; may be repeated.",
+    ),
+]
+Processes = Annotated[
+    str,
+    typer.Option(
+        "--nproc",
+        metavar="N|auto",
+        help="Processes that train together on this machine; auto: one for each GPU.",
+    ),
+]
+Machines = Annotated[
+    Optional[int],
+    typer.Option("--nnodes", min=1, help="Machines, on each of which this command is started."),
+]
+Endpoint = Annotated[
+    Optional[str],
+    typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet."),
+]
+Gpu = Annotated[
+    Optional[str],
+    typer.Option("--gpu", metavar="H100|…", help="Their kind, as the scheduler calls it."),
+]
+Image = Annotated[Optional[str], typer.Option("--image", help="A container image with lora.")]
+LongestTime = Annotated[
+    Optional[str],
+    typer.Option(
+        "--time", metavar="90m|24h|3d", help="The longest; default: 24h, Kubernetes sets none."
+    ),
+]
+JobName = Annotated[
+    Optional[str], typer.Option("--name", help="The job's name; default: lora- and the recipe's.")
+]
+NewFile = Annotated[
+    Optional[Path],
+    typer.Option("--out", metavar="FILE", help="Write it there; must not exist; default: stdout."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        remote_code.FLAG,
+        callback=lambda given: remote_code.set_allowed(given),
+        help="Let a model's repository run its own Python code here; only this option allows it.",
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0.0, callback=require_finite, help="0 takes the likeliest token each time."),
+]
+
+
+class BaseWeights(StrEnum):
+    """The weights that an adapter trained in 4 bits is merged into (`--base` names the model)."""
+
+    dequantized = "dequantized"
+    original = "original"

@@ -1,0 +1,60 @@
+"""What verbs do before their work: read the recipe, count the paths, quiet the libraries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_cli.common import LoraError, UsageError, files, library_warnings
+
+if TYPE_CHECKING:
+    from lora_cli.recipe import Recipe
+
+
+@contextmanager
+def open_recipe(
+    path: Path,
+    overrides: Sequence[str] | None,
+    needs_rows: bool = True,
+) -> Iterator[Recipe]:
+    """The recipe, read before the libraries are imported: a mistake in it is answered at once.
+
+    So is a missing file of rows, where the block needs them. Errors inside the block that begin
+    with a key of the recipe name the file and line it stands in.
+    """
+    from lora_cli.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or [])
+    try:
+        if needs_rows:
+            from lora_cli.data import readers
+
+            readers.refuse_missing_files(recipe.data)
+        quiet_libraries()
+        yield recipe
+    except LoraError as error:
+        raise error.with_message(recipe.add_place(error.message)) from error
+
+
+def two_or_more(paths: list[Path], usage: str) -> list[Path]:
+    """Return the paths; UsageError for a single one."""
+    if len(paths) < 2:
+        raise UsageError("the folder to write to is missing", usage)
+    return paths
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter and bars off the screen; what they warn of is said."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    library_warnings.listen()
+    files.keep_temporary_files_together()
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    library_warnings.listen_to_transformers()
