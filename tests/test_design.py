@@ -202,7 +202,7 @@ def test_no_function_is_over_forty_lines() -> None:
 
 SHOWN_COMMAND = re.compile(
     r"(?:\b(?:rm|ls|sed|jq|kill|gzip|mkdir|cp|mv|chmod|pip install|vllm serve|ollama create|llama-server"
-    r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|generate|chat|recipes|schema))"
+    r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|recipes|schema))"
     r"|(?:^|, |: )(?:head|cat|less)|(?<![\w-])--(?:set|base|prompt|file|imatrix|llama-cpp)| >)"
     r"(?: [^,;:()⟦\n]*| ?[\w.]*=)?⟦([^⟧]*)⟧(?!:| does not exist)"
 )

@@ -1,4 +1,4 @@
-"""The verbs that ask models: generate, chat."""
+"""The verbs that ask models: generate, chat, predict."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_cli.cli.options import BaseModel, MaxNewTokens, Temperature, TrustRemoteCode
+from lora_cli.cli.options import (
+    AskedRows,
+    AskedTexts,
+    BadRow,
+    BaseModel,
+    BatchSize,
+    Columns,
+    ComparesLabels,
+    KeptColumns,
+    LongestRow,
+    LongRow,
+    MaxNewTokens,
+    NewFile,
+    SaysAll,
+    Temperature,
+    TrustRemoteCode,
+)
 from lora_cli.cli.start import quiet_libraries
 
 verbs = typer.Typer()
+CUT = LongRow.truncate
 
 
 @verbs.command()
@@ -62,3 +79,37 @@ def chat(
     from lora_cli.evaluate import chat
 
     chat.chat(path, system, max_new_tokens, temperature, base)
+
+
+@verbs.command()
+def predict(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="Adapters or models that classify or tag."),
+    ],
+    data: AskedRows = None,
+    text: AskedTexts = None,
+    out: NewFile = None,
+    batch_size: BatchSize = 32,
+    max_length: LongestRow = None,
+    on_long_row: Annotated[LongRow, typer.Option(help="What becomes of longer rows.")] = CUT,
+    on_bad_row: Annotated[BadRow, typer.Option(help="skip: a line says why.")] = BadRow.error,
+    columns: Columns = None,
+    keep: KeptColumns = None,
+    labels: ComparesLabels = True,
+    everything: SaysAll = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --out: counts and metrics as JSON on stdout.")
+    ] = False,
+    base: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tell of each row what models say of it, as lines of JSON: labels with probabilities, values,
+    entities. Several adapters of one base share it."""
+    quiet_libraries()
+    from lora_cli.evaluate import predict, predictors
+
+    reading = predictors.Reading(max_length, on_long_row is CUT, labels, everything)
+    skips = on_bad_row is BadRow.skip
+    options = predict.Options(reading, batch_size, keep or [], skips, as_json)
+    predict.predict(paths, data, text or [], out, base, columns or [], options)

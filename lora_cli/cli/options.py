@@ -121,6 +121,40 @@ LongestTime = Annotated[
 JobName = Annotated[
     Optional[str], typer.Option("--name", help="The job's name; default: lora- and the recipe's.")
 ]
+AskedRows = Annotated[
+    Optional[str],
+    typer.Option(
+        "--data", metavar="FILE", help="Rows as for data.path; - reads JSON lines from stdin."
+    ),
+]
+AskedTexts = Annotated[Optional[list[str]], typer.Option("--text", help="A text; may be repeated.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows that are computed at a time.")]
+LongestRow = Annotated[
+    Optional[int],
+    typer.Option(
+        "--max-length", min=1, help="Tokens of a row; default: as in training, or as a model reads."
+    ),
+]
+ComparesLabels = Annotated[
+    bool, typer.Option("--labels/--no-labels", help="Compare answers with what rows say is right.")
+]
+SaysAll = Annotated[
+    bool, typer.Option("--all", help="Say the probabilities of all labels, the tags of all words.")
+]
+Columns = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--column",
+        metavar="OURS=THEIRS",
+        help="What a column is called in the rows (text=body); may be repeated.",
+    ),
+]
+KeptColumns = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--keep", metavar="COLUMN", help="Repeat this column beside the answers; may be repeated."
+    ),
+]
 NewFile = Annotated[
     Optional[Path],
     typer.Option("--out", metavar="FILE", help="Write it there; must not exist; default: stdout."),
@@ -137,6 +171,20 @@ Temperature = Annotated[
     float,
     typer.Option(min=0.0, callback=require_finite, help="0 takes the likeliest token each time."),
 ]
+
+
+class LongRow(StrEnum):
+    """What becomes of a row of more tokens than `--max-length`."""
+
+    truncate = "truncate"
+    error = "error"
+
+
+class BadRow(StrEnum):
+    """What becomes of a row that cannot be used."""
+
+    error = "error"
+    skip = "skip"
 
 
 class BaseWeights(StrEnum):

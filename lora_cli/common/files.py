@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lora_cli.common import endings, lock, privacy, ui
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
@@ -222,12 +222,28 @@ def write_text(path: Path, text: str) -> None:
 def write_new(path: Path, text: str, otherwise: str) -> None:
     """Write a file that is not there yet, whole or not at all. UsageError, with the hint
     `otherwise`, where something of that name is, and where its folder is none."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder", f"mkdir -p {quote(path.parent)}")
-    with lock.hold(path):
-        if os.path.lexists(path):
-            raise UsageError(f"{path} already exists", otherwise)
-        write_text(path, text)
+    with staged_file(path, otherwise) as file:
+        file.write(text)
+
+
+@contextmanager
+def staged_file(final: Path, otherwise: str) -> Iterator[TextIO]:
+    """Yield a file to write to, which gets its name when the block is over, and goes where it
+    fails. UsageError, before the block, as by `write_new`."""
+    if not final.parent.is_dir():
+        raise UsageError(f"{final.parent} is not a folder", f"mkdir -p {quote(final.parent)}")
+    with lock.hold(final):
+        if os.path.lexists(final):
+            raise UsageError(f"{final} already exists", otherwise)
+        staging = _name_passing(final.parent)
+        with passing(staging):
+            with _refusing_taken(staging):
+                file = staging.open("x", encoding="utf-8")
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(final)
 
 
 def leave_out_home(folder: Path) -> None:

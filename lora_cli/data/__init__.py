@@ -7,8 +7,11 @@ Its doors, in the order a reader needs them:
     sources     where rows come from; how each data set is opened
     formats     what a row may be, and how its columns tell
     readers     the rows of one local file; whether files are there
+    tables      … of a CSV file, and whether its first line names the columns
     encode      conversations and texts as token ids with labels
     encoders    … and what makes the rows of each task so
+    classify    … texts with what they are told apart by
+    tag         … words with a tag each
     collate     rows of other tasks as a batch
     labels      what the rows of a recipe are told apart by
     selection   which encoded rows are trained on; long rows and bad ones
@@ -18,6 +21,7 @@ Its doors, in the order a reader needs them:
 
 __all__ = [
     "cache",
+    "classify",
     "collate",
     "encode",
     "encoders",
@@ -28,4 +32,6 @@ __all__ = [
     "readers",
     "selection",
     "sources",
+    "tables",
+    "tag",
 ]

@@ -15,6 +15,7 @@ from lora_cli.data import formats
 from lora_cli.data.encode import Batch, Encoded, Made
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
+from lora_cli.models import IGNORED
 from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ SEVERAL = "multi_label_classification"
 NUMBERS = "regression"
 MANY = 8
 """How many labels a message lists."""
+UNTOLD: Any = object()
+"""What stands for the label of a row of which it is not known."""
 
 
 class Labelled(NamedTuple):
@@ -164,8 +167,11 @@ class LabelEncoder:
     def find_labels(self, label: Any) -> NDArray:
         """Return a row's label as numbers: of one class, a 0 or 1 for each, or measured values.
 
-        Raise BadRow for a label that is none of the model's.
+        Raise BadRow for a label that is none of the model's. UNTOLD has no loss.
         """
+        if label is UNTOLD:
+            wide = self.problem in (SEVERAL, NUMBERS)
+            return np.full(len(self.names) if wide else 1, IGNORED, self.columns["labels"])
         if self.problem == NUMBERS:
             return read_numbers(label, len(self.names))
         if self.problem == SEVERAL:
@@ -195,8 +201,13 @@ class LabelEncoder:
 
 def convert_labelled(row: Mapping[str, Any]) -> Labelled:
     """Return a row's text, or its two texts, with its label."""
+    return convert_unlabelled(row)._replace(label=formats.get_value(row, "label"))
+
+
+def convert_unlabelled(row: Mapping[str, Any]) -> Labelled:
+    """Return a row's text, or its two texts, without a label."""
     pair = formats.get_filled_text(row, "text_pair") if "text_pair" in row else None
-    return Labelled(formats.get_filled_text(row, "text"), pair, formats.get_value(row, "label"))
+    return Labelled(formats.get_filled_text(row, "text"), pair, UNTOLD)
 
 
 def name_label(label: Any) -> str:

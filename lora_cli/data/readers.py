@@ -10,8 +10,9 @@ import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow
 import pyarrow.ipc
@@ -105,6 +106,25 @@ def read(file: Path) -> Iterator[tuple[str, Row]]:
         if number % BATCH == 0:
             _refuse_row_count(file, number)
         yield row
+
+
+def read_lines(lines: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of JSON lines that come by a pipe, as each comes, with its place in `name`.
+    Raises LoraError for a line that is too long, or no UTF-8."""
+    for number in count(1):
+        line = lines.readline(LONGEST + 1)
+        if not line:
+            return
+        place = f"{name}:{number}"
+        if len(line) > LONGEST:
+            raise LoraError(f"{place}: a line of over {LONGEST:,} bytes", "write it as several")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            said = f"{place}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
+            raise LoraError(said, "iconv -t UTF-8 before it") from None
+        if text.strip():
+            yield place, _parse_line(text, number == 1)
 
 
 def _refuse_row_count(file: Path, count: int) -> None:

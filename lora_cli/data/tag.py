@@ -127,16 +127,22 @@ class TagEncoder(LabelEncoder):
 
 def convert_tagged(row: Mapping[str, Any]) -> Tagged:
     """Return a row's words and tags; raise BadRow unless there is one tag for each word."""
-    words, tags = formats.get_list(row, "tokens"), formats.get_list(row, "tags")
+    words, tags = read_words(row), formats.get_list(row, "tags")
     if len(words) != len(tags):
         raise BadRow(
             "there is not one tag for each word",
             f"there are {len(words)} words and {len(tags)} tags",
         )
+    return Tagged(words, tags)
+
+
+def read_words(row: Mapping[str, Any]) -> list[str]:
+    """Return a row's words; raise BadRow unless they are a list of texts."""
+    words = formats.get_list(row, "tokens")
     for word in words:
         if not isinstance(word, str):
             raise BadRow("a word is no text", f"the word {str(word)[:40]} is no text")
-    return Tagged(words, tags)
+    return words
 
 
 def split_words(tokenizer: PreTrainedTokenizerBase, rows: list[list[str]]) -> Any:

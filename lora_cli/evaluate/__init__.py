@@ -2,6 +2,8 @@
 
 Its doors, in the order a reader needs them:
 
+    predict    `lora predict`: what models that tell something of rows say of them
+    predictors … how rows are read, and how much is said of them
     generate   `lora generate`: several models answer the same prompts side by side
     chat       `lora chat`: a conversation with one model
     verify     `lora verify`: adapter, merged model and GGUF file compared
@@ -10,5 +12,7 @@ Its doors, in the order a reader needs them:
 __all__ = [
     "chat",
     "generate",
+    "predict",
+    "predictors",
     "verify",
 ]

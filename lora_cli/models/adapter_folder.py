@@ -40,10 +40,10 @@ from lora_cli.models import (
     tokenizer,
 )
 from lora_cli.models.base import Base, is_quantised
-from lora_cli.models.head import CONFIG, read_settings
+from lora_cli.models.head import CONFIG, HeadSettings, read_settings
 from lora_cli.models.probes import TRAINED
 from lora_cli.models.record import RecordedRecipe, TrainingRecord
-from lora_cli.recipe import DEFAULT_TASK, find_task
+from lora_cli.recipe import DEFAULT_TASK, Task, find_task
 
 UNSAFE = "which may run code when it is loaded"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -184,12 +184,23 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     record = _read_record(folder)
     named = _choose_base(hub_name or str(folder), base, config, record)
     task = find_task(config.get("task_type")) or DEFAULT_TASK
-    named = replace(named, task=task, head_settings=read_settings(folder, shapes, task))
+    named = replace(named, task=task, head_settings=_find_settings(folder, shapes, task, record))
     given = folder if respelled != folder else None
     replaced = _find_replaced(named, config, record) if base is not None else None
     found = Adapter(respelled, named, record, not _changes_base(config), hub_name, given, replaced)
     _warn_of_no_change(respelled, str(found))
     return found
+
+
+def _find_settings(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], task: Task, record: TrainingRecord | None
+) -> HeadSettings | None:
+    """Return what the head of the adapter knows: of a checkpoint, which has no config.json, what
+    the record of its run says."""
+    told = record.recipe.model if record and task.counts_labels else None
+    if told and isinstance(told.labels, list) and not (folder / CONFIG).is_file():
+        return HeadSettings(tuple(told.labels), told.problem_type)
+    return read_settings(folder, shapes, task)
 
 
 @cache

@@ -45,7 +45,7 @@ from lora_cli.models import (
     tokenizer,
 )
 from lora_cli.models.config import get_checkpoint_dtype, load_config
-from lora_cli.models.head import Head, HeadSettings, find_head
+from lora_cli.models.head import Head, HeadSettings, find_head, list_lacking
 from lora_cli.models.quantised import Quantised
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import DEFAULT_TASK, Recipe, Task, recognise_task
@@ -148,6 +148,18 @@ class Base:
             dtype=self.dtype, config=copy.deepcopy(self.config), device_map="meta"
         )
         return find_head(network, report, self.task, self.name)
+
+    @cached_property
+    def lacking(self) -> list[str]:
+        """The parameters that the class of its task has and its files lack; an adapter has to have
+        them, or they are random."""
+        if self.task.writes_next_tokens:
+            return []
+        return list_lacking(
+            *self._load_and_report(
+                dtype=self.dtype, config=copy.deepcopy(self.config), device_map="meta"
+            )
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -86,6 +86,12 @@ def find_head(network: PreTrainedModel, report: Mapping[str, Any], task: Task, n
 LACKING = ("missing_keys", "mismatched_keys")
 
 
+def list_lacking(network: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    """Return the parameters of a model that transformers did not find in its files."""
+    missing = {_name_key(key) for what in LACKING for key in report[what]}
+    return sorted(missing.intersection(key for key, _ in network.named_parameters()))
+
+
 def _name_key(key: Any) -> str:
     return str(key[0] if isinstance(key, tuple) else key)
 

@@ -40,6 +40,9 @@ class RecordedModel(stored.Stored):
     """The `model` section of a resolved recipe."""
 
     dtype: DType | None = None
+    labels: list[str] | str | None = None
+    """What the model tells apart; `auto` where it tells nothing apart."""
+    problem_type: str | None = None
 
 
 class RecordedTraining(stored.Stored):

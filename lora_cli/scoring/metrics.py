@@ -113,11 +113,11 @@ def score_tags(predicted: Sequence[list[str]], expected: Sequence[list[str]]) ->
     if not wanted:
         return Scores({})
     tags = sorted({*said, *wanted})
-    if not _name_entities(tags):
+    if not name_entities(tags):
         ids = {tag: at for at, tag in enumerate(tags)}
         as_ids = [np.array([ids[tag] for tag in each], int) for each in (said, wanted)]
         return _score_ids(as_ids[0], as_ids[1], tags)
-    found, true = set(_find_entities(predicted)), set(_find_entities(expected))
+    found, true = set(find_entities(predicted)), set(find_entities(expected))
     names = sorted({kind for kind, _, _ in found | true})
     each = [Counter(kind for kind, _, _ in entities) for entities in (found & true, found, true)]
     counts = [np.array([number[name] for name in names], np.int64) for number in each]
@@ -215,13 +215,13 @@ def _rank(numbers: Numbers) -> Numbers:
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
-def _name_entities(tags: Iterable[str]) -> bool:
+def name_entities(tags: Iterable[str]) -> bool:
     """Return whether such tags name entities; O alone, B, I and O without types do too."""
     tags = list(tags)
     return any(re.match("[BIES]-", tag) for tag in tags) or {"O", *"BIES"}.issuperset(tags)
 
 
-def _find_entities(sentences: Sequence[list[str]]) -> Iterator[tuple[str, int, int]]:
+def find_entities(sentences: Sequence[list[str]]) -> Iterator[tuple[str, int, int]]:
     """Yield type, first and last token of each entity, as seqeval's `get_entities` reads all
     sentences in one, with O after each: an I after O begins an entity, another type ends one."""
     before, kind_before, first = "O", "", 0

@@ -740,9 +740,9 @@ BAD: dict[str, Case] = {
 }  # fmt: skip
 
 
-def said(name: str, folder: Path) -> str:
+def said(name: str, folder: Path, cases: Mapping[str, Case] = BAD) -> str:
     """The call, its exit status, and what its user gets to see of the failure."""
-    given, here = BAD[name](folder), Path.cwd()
+    given, here = cases[name](folder), Path.cwd()
     arguments, environment, *machine = given if isinstance(given, tuple) else (given, {})
     words = ["lora", *map(str, arguments)]
     screen, code = io.StringIO(), None

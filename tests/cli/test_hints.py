@@ -19,10 +19,15 @@ from packaging.requirements import Requirement
 
 from lora_cli import cli
 from tests import snapshots
-from tests.cli import test_bad_artefacts, test_bad_inputs
+from tests.cli import test_bad_artefacts, test_bad_inputs, test_bad_predictions
 from tests.data import test_bad_data
 
-FILES = (test_bad_inputs.SNAPSHOT, test_bad_artefacts.SNAPSHOT, test_bad_data.SNAPSHOT)
+FILES = (
+    test_bad_inputs.SNAPSHOT,
+    test_bad_artefacts.SNAPSHOT,
+    test_bad_data.SNAPSHOT,
+    test_bad_predictions.SNAPSHOT,
+)
 VERBS = {
     "merge",
     "combine",
@@ -32,6 +37,7 @@ VERBS = {
     "verify",
     "generate",
     "chat",
+    "predict",
     "check",
     "launch",
 }
