@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, quote, ui
 from lora_cli.gguf import engine
 from lora_cli.models import (
     Adapter,
@@ -28,6 +28,7 @@ from lora_cli.models import (
     read_adapter,
     to_accelerator,
 )
+from lora_cli.recipe import Task, recognise_task
 from lora_cli.speed import dora_norms
 
 Messages = list[dict[str, Any]]
@@ -110,6 +111,7 @@ class Bases:
         """Load a model without adapter, or take a base that is loaded already in its own type;
         return its key."""
         base = Base(name)
+        refuse_other_task(name, recognise_task(base.config.architectures))
         wanted = Stored(base, base.dtype)
         for key in self.loaded:
             if key.base.name == name and key[1:] == wanted[1:]:
@@ -302,6 +304,7 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
             answerers[path] = GGUFAnswerer(Path(path))
         elif kinds[path] == "adapter":
             adapter = read_adapter(Path(path), base)
+            refuse_other_task(path, adapter.base.task)
             name = f"adapter_{len(answerers)}"
             key, tokenizer = bases.with_adapter(adapter, name), adapter.load_tokenizer()
             answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
@@ -309,6 +312,15 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
             tokenizer = _load_base_tokenizer(path, answerers.values())
             answerers[path] = HFAnswerer(bases, bases.plain(path), None, tokenizer)
     return {path: answerers[path] for path in paths}
+
+
+def refuse_other_task(path: str, task: Task) -> None:
+    """Raise LoraError for a model that writes no text."""
+    if not task.writes_next_tokens:
+        raise LoraError(
+            f"{path} is for models that {task.does}, and writes no text",
+            f"lora predict {quote(path)} --data FILE",
+        )
 
 
 def _load_base_tokenizer(name: str, others: Iterable[Answerer]) -> PreTrainedTokenizerBase:

@@ -49,6 +49,7 @@ def export_adapter(
     """
     _refuse_quantizer_types(types)
     adapter = read_adapter(path, base)
+    preflight.refuse_other_task(adapter, adapter.base.task, is_adapter=True)
     adapter_contents.refuse_beyond(adapter.folder)
     adapter.refuse_other_base()
     converter = tools.find_converter(llama_cpp_dir)

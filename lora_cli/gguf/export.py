@@ -38,13 +38,13 @@ def export(
     path = path or find_newest_result()
     kind = _classify(path)
     _check_quantizer(wanted, weighted)
+    adapter = _read_adapter(path, kind, base)
     converter = find_converter(llama_cpp_dir)
     folder, stem = output or _find_folder(path, kind), files.name_artefact(path)
     targets = {name: folder / f"{stem}-{name}.gguf" for name in wanted}
     with files.scratch_beside(folder, targets.values(), folder / "Modelfile") as scratch:
         ui.say(f"exporting {path} with the converter {converter}")
         means = Means(converter, scratch, weighted, parity.find_engine())
-        adapter = read_adapter(path, base) if kind == "adapter" else None
         measured = _find_base(path, adapter) if base_cost and means.has_engine else None
         merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem, measured)
         made = []
@@ -56,6 +56,14 @@ def export(
                 modelfile.write_modelfile(folder, made, merged)
     modelfile.say_how(made, path if kind == "model" else None, adapter)
     return made
+
+
+def _read_adapter(path: Path, kind: str, base: str | None) -> Adapter | None:
+    """Return the adapter of a path, None for a model; raise LoraError where it does not write."""
+    adapter = read_adapter(path, base) if kind == "adapter" else None
+    model = adapter.base if adapter else Base.of_model(str(path))
+    preflight.refuse_other_task(path, model.task, adapter is not None)
+    return adapter
 
 
 def _find_folder(path: Path, kind: str) -> Path:

@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, quote, ui
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
 from lora_cli.models import Base, chat_template, empty
-from lora_cli.recipe import DEFAULT_TASK
+from lora_cli.recipe import DEFAULT_TASK, Task
 
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 Q6_K = 6.5625
@@ -43,6 +43,17 @@ def check_convertible(
     if chat_template.find_template(tokenizer) is None:
         ui.warn("the model has no chat template: llama.cpp will render chats as ChatML")
     tools.try_vocabulary(folder, converter)
+
+
+def refuse_other_task(path: object, task: Task, is_adapter: bool) -> None:
+    """Raise LoraError for a model, or an adapter on one, that writes no text: the converter drops
+    heads in silence, such as BERT's pooler, and llama.cpp has none for most."""
+    if not task.writes_next_tokens:
+        merging = f"lora merge {quote(path)} MODEL, then lora export-onnx MODEL OUT"
+        raise LoraError(
+            f"{path} is for models that {task.does}, and GGUF files are of models that write",
+            merging if is_adapter else f"lora export-onnx {quote(path)} OUT",
+        )
 
 
 def is_convertible(model: Base) -> bool:

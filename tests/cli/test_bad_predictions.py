@@ -1,4 +1,5 @@
-"""What a person can get wrong in `lora predict`, and the one message each gets. Compared with bad_predictions.txt.
+"""What a person can get wrong in `lora predict`, and in verbs that are for models that write, and the
+one message each gets. Compared with bad_predictions.txt.
 
 Each case is a whole call of `lora` in this process. Hermetic: random models of two layers. Alone:
 pytest tests/cli/test_bad_predictions.py. After a change of a message:
@@ -150,6 +151,15 @@ BAD: dict[str, Case] = {
     "predict: into no folder": asking(*HERE, "--out", "gone/out.jsonl"),
     "predict: weights that are not finite": asking(make=spoilt),
     "predict: nothing fills short rows": asking(make=without_padding),
+    "generate: a model that classifies": lambda d: [model(d), ["generate", "model", "-p", "x"]][1],
+    "generate: an adapter that classifies": lambda d: [
+        lora(d, ["classifier", "bert.pooler"]), ["generate", "adapter", "-p", "x"]][1],
+    "chat: a model that tags": lambda d: [tagger(d), ["chat", "tagger"]][1],
+    "export-gguf: a model that classifies": lambda d: [model(d), ["export-gguf", "model"]][1],
+    "export-gguf: an adapter that classifies": lambda d: [
+        lora(d, ["classifier", "bert.pooler"]), ["export-gguf", "adapter"]][1],
+    "export-gguf: its adapter alone": lambda d: [
+        lora(d, ["classifier", "bert.pooler"]), ["export-gguf", "adapter", "--adapter-only"]][1],
 }  # fmt: skip
 
 

@@ -30,9 +30,11 @@ from transformers import (
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.data import readers
-from lora_cli.evaluate import opened, tagger
+from lora_cli.evaluate import answerers, opened, tagger
 from lora_cli.evaluate.predict import Options, predict
 from lora_cli.evaluate.predictors import Reading
+from lora_cli.gguf.adapter import export_adapter
+from lora_cli.gguf.export import export
 from lora_cli.models import Base
 from lora_cli.models.adapter_folder import CONFIG
 from lora_cli.recipe import load
@@ -538,6 +540,23 @@ def test_models_that_write_and_others_are_told_apart(
 ) -> None:
     classes = make_adapter(bert, tmp_path / "c", CLASSES, ["x", "y"])
     tags = make_adapter(bert, tmp_path / "t", TOKENS, TAGS)
+    whole = tmp_path / "m"
+    merge_by_peft(bert, classes, CLASSES).save_pretrained(whole)
+    make_tokenizer().save_pretrained(whole)
+    for path, does in ((classes, "classify texts"), (tags, "tag words"), (whole, "classify texts")):
+        with pytest.raises(LoraError, match=f"models that {does}, and writes no text") as caught:
+            answerers.open_models([str(path)])
+        assert caught.value.hint == f"lora predict {path} --data FILE"
+        with pytest.raises(LoraError, match=f"models that {does}, and GGUF files are of") as caught:
+            export(path, ["f16"], None, None, None)
+        merged = path == whole
+        assert caught.value.hint == (
+            f"lora export-onnx {path} OUT"
+            if merged
+            else f"lora merge {path} MODEL, then lora export-onnx MODEL OUT"
+        )
+    with pytest.raises(LoraError, match="GGUF files are of models that write"):
+        export_adapter(tags, ["f16"], None, None, None)
     with pytest.raises(LoraError, match="is a model that writes text") as caught:
         ask(tiny / "model", None, ["x"], folder=tmp_path)
     assert caught.value.hint == f"lora generate {tiny / 'model'} --prompt TEXT"
