@@ -28,6 +28,7 @@ from lora_cli.models import (
     load_tokenizer,
     names,
     read_adapter,
+    read_logits,
     refuse_not_finite,
     to_accelerator,
 )
@@ -95,7 +96,7 @@ class Opened:
         """Return what the network says of a batch; its logits are on the CPU in float32."""
         device = self.network.device
         outputs = self.network(**{name: given.to(device) for name, given in batch.items()})
-        return losses.read_logits(outputs).float().cpu()
+        return read_logits(outputs).float().cpu()
 
     def refuse_bad_weights(self) -> None:
         """Raise LoraError where a number is not finite because a weight is not."""
