@@ -362,7 +362,7 @@ REFUSED: dict[str, Case] = {
     "alora": ("", configured(alora_invocation_tokens=[5]), "{parent} sets alora_invocation_tokens: "
               "an aLoRA can be trained but not merged", "train a new adapter"),
     "no lora": ("", configured(peft_type="IA3"), "{parent} holds a IA3 adapter", "use PEFT itself"),
-    "task": ("", configured(task_type="SEQ_CLS"), "{parent} is an adapter for SEQ_CLS", "use PEFT"),
+    "task": ("", configured(task_type="SEQ_CLS"), "{parent} is of models that classify texts", "task: sequence"),
     "another size": ("", reshaped, "does not fit its base model: 6 tensors are of another size, the "
                      "first base_model.model.model.layers.0.mlp.down_proj.lora_A.weight: (4, 100), "
                      "where (4, 512) is wanted", "give the base it was trained on with "
