@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("LlamaForCausalLM", SHAPE),
     "qwen3": ("Qwen3ForCausalLM", {**SHAPE, "num_key_value_heads": 2, "head_dim": 16}),
+    "mistral": ("MistralForCausalLM", {**SHAPE, "num_key_value_heads": 2}),
     "bart": ("BartForConditionalGeneration", TWO_SIDES),
     "t5": (
         "T5ForConditionalGeneration",
@@ -53,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
     """Return a tokenizer of whole words, which begins a text with [CLS] and ends it with [SEP]."""
     words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(VOCABULARY)}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -71,6 +72,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         mask_token="[MASK]",
         eos_token="[SEP]",
         model_max_length=64,
+        **more,
     )
 
 
@@ -84,10 +86,9 @@ def make_base(folder: Path, family: str, **changed: Any) -> Path:
     network = kind(config)
     network.get_input_embeddings().weight.data.normal_()
     network.save_pretrained(folder)
-    tokenizer = make_tokenizer()
-    if family in ("bert", "deberta"):
-        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenizer.save_pretrained(folder)
+    parts = family in ("bert", "deberta")
+    names = ["input_ids", *["token_type_ids"] * parts, "attention_mask"]
+    make_tokenizer(model_input_names=names).save_pretrained(folder)
     return folder
 
 

@@ -29,7 +29,7 @@ from lora_cli.common import LoraError, files, plain_files, stored, ui
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.offsets import NDArray
 from lora_cli.data.selection import Counts, Kept
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Data, Recipe
 
 PACKAGE = Path(__file__).parent.parent
 CODE = (
@@ -40,7 +40,12 @@ CODE = (
 )
 """The files of this program that decide which rows come out, and what is in them."""
 PACKAGES = ("transformers", "tokenizers", "jinja2")
-OPTIONS = ("format", "columns", "train_on", "on_long_row", "on_bad_row", "max_rows")
+SOURCES = {
+    *("path", "mix", "name", "revision", "split", "eval_path", "eval_split"),
+    *("streaming", "shuffle_buffer"),
+}
+"""Keys of `data` that say where rows come from: their content counts, whatever its name is."""
+OPTIONS = tuple(name for name in Data.model_fields if name not in SOURCES)
 OF_MODEL = ("labels", "problem_type")
 ROWS = "rows.arrow"
 COUNTS = "counts.json"
@@ -165,10 +170,11 @@ def _refuse_foreign_ids(rows: Dataset, encoder: Encoder) -> None:
         ids, labels = (batch.column(name) for name in ("input_ids", "labels"))
         tokens, trained = ids.values.to_numpy(), labels.values.to_numpy()
         alike = not encoder.by_token or ids.offsets.equals(labels.offsets)
-        if not (alike and np.diff(ids.offsets.to_numpy()).all()):
+        lengths = np.diff(ids.offsets.to_numpy())
+        if not (alike and lengths.all()):
             raise ValueError("a row has no tokens, or others than labels")
         known = ((tokens >= 0) & (tokens < words)).all()
-        if not (known and encoder.are_labels(tokens, trained)):
+        if not (known and encoder.are_labels(tokens, trained, lengths)):
             raise ValueError("an id is no word of the tokenizer's")
 
 

@@ -59,6 +59,7 @@ class LabelEncoder:
         {"text": "utterance", "label": "intent"},
     )
     by_token: ClassVar[bool] = False
+    marked: ClassVar[str] = "its labels"
     beside: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -92,7 +93,7 @@ class LabelEncoder:
         """Return the function that makes a row of format `style` a Labelled."""
         return convert_labelled
 
-    def are_labels(self, ids: NDArray, labels: NDArray) -> bool:
+    def are_labels(self, ids: NDArray, labels: NDArray, lengths: NDArray) -> bool:
         """Return whether these may be the labels of rows, all rows one after another."""
         if self.problem == NUMBERS:
             return bool(np.isfinite(labels).all())

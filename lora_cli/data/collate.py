@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ class TaskCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = [name for name in INTEGERS if all(name in row for row in rows)]
-        given = [{name: list(row[name]) for name in names} for row in rows]
+        given = [{name: np.asarray(row[name]).tolist() for name in names} for row in rows]
         batch = dict(
             self.tokenizer.pad(
                 given,

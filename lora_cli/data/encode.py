@@ -58,6 +58,10 @@ class Encoded(NamedTuple):
     """Further columns of the row."""
     uncut: int = 0
     """How many tokens it had before it was cut to the limit; 0 where it was not."""
+    notes: Sequence[str] = ()
+    """What else became of the row that was read, to be counted."""
+    dropped: str = ""
+    """Why it is not trained on."""
 
 
 class Piece(NamedTuple):
@@ -89,6 +93,7 @@ class Renderer:
     row_formats: ClassVar[formats.Formats] = formats.FORMATS
     column_sets: ClassVar[formats.ColumnSets] = formats.COLUMN_SETS
     by_token: ClassVar[bool] = True
+    marked: ClassVar[str] = "{} with loss,"
     names: Sequence[str] = ()
     beside: ClassVar[tuple[str, ...]] = ()
     columns: Mapping[str, Any] = MappingProxyType({"input_ids": np.int32, "labels": np.int32})
@@ -139,7 +144,7 @@ class Renderer:
         decode = self.tokenizer.decode
         return [(learned, decode(ids, skip_special_tokens=False)) for learned, ids in runs]
 
-    def are_labels(self, ids: NDArray, labels: NDArray) -> bool:
+    def are_labels(self, ids: NDArray, labels: NDArray, lengths: NDArray) -> bool:
         """Return whether these may be the labels of rows with these ids, all rows one after
         another."""
         return len(ids) == len(labels) and bool(((labels == IGNORED) | (labels == ids)).all())
@@ -217,7 +222,7 @@ class Renderer:
             rendered, unread = self._cut_conversation(row, texts), self._find_unread(row)
             control_in_text = any(map(self._has_control, _walk_message_texts(row)))
         for text, _ in rendered:
-            _refuse_half_characters(text)
+            refuse_half_characters(text)
         return [Piece(number, text, spans, control_in_text, unread) for text, spans in rendered]
 
     def _fit_roles(self, row: Conversation) -> Conversation:
@@ -397,7 +402,7 @@ def _get_text(texts: Texts, number: int, ask: bool = False) -> str:
     raise BadRow("the chat template refuses the row", f"the chat template refuses the row: {said}")
 
 
-def _refuse_half_characters(text: str) -> None:
+def refuse_half_characters(text: str) -> None:
     """Raise BadRow for halves of characters (surrogates), which JSON can spell and no encoding
     can."""
     if text.isascii():

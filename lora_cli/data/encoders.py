@@ -30,6 +30,8 @@ class Encoder(Protocol):
     """What a model of the task tells apart."""
     by_token: ClassVar[bool]
     """Whether each token of a row has a label."""
+    marked: ClassVar[str]
+    """What is marked where a row is shown; {} stands for how many labels it has."""
     beside: ClassVar[tuple[str, ...]]
     """Columns that are for those who evaluate, and not a model's."""
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +54,6 @@ class Encoder(Protocol):
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Made]]:
         """Yield each batch of rows with what each became, or why it has none."""
 
-    def are_labels(self, ids: NDArray, labels: NDArray) -> bool:
+    def are_labels(self, ids: NDArray, labels: NDArray, lengths: NDArray) -> bool:
         """Return whether these may be the labels of rows with these ids, all rows one after
-        another."""
+        another; `lengths` are the rows' numbers of tokens."""

@@ -145,6 +145,7 @@ def _load_mix(recipe: Recipe, encoder: Encoder, mix: Sequence[Rows]) -> prepare.
         commits,
         drawn,
         encoder.names,
+        encoder.by_token,
     )
 
 
@@ -168,9 +169,8 @@ def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) ->
     tokens = times * part.counts.tokens
     learned = times * part.counts.trained_tokens
     for batch in some.with_format("numpy").iter(cache.BATCH):
-        labels = np.concatenate(list(batch["labels"]))
-        tokens += len(labels)
-        learned += int((labels != IGNORED).sum())
+        tokens += sum(map(len, batch["input_ids"]))
+        learned += int((np.concatenate(list(batch["labels"])) != IGNORED).sum())
     return part._replace(
         rows=concatenate_datasets([part.rows] * times + [some]),
         counts=Counts(tokens=tokens, trained_tokens=learned),

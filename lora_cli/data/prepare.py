@@ -55,16 +55,19 @@ class Prepared(NamedTuple):
     stream: IterableDataset | None = None
     names: Sequence[str] = ()
     """What a model tells apart, by the numbers in `counts.labels`."""
+    by_token: bool = True
+    """Whether each token has a label."""
 
     def summarise(self) -> str:
         """Return a line such as `571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over
         512 tokens)`."""
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
-        text = f"{len(self.rows)} of {counts.read} rows, {counts.tokens} tokens"
+        unit = "windows of" if counts.windows else "of"
+        text = f"{len(self.rows)} {unit} {counts.read} rows, {counts.tokens} tokens"
         if labels := self.summarise_labels():
             text += f", {labels}"
-        elif not self.names:
+        elif self.by_token:
             text += f", {share:.0f}% with loss"
         if reasons := counts.list_reasons():
             text += f" ({reasons})"
@@ -113,6 +116,7 @@ def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
         found.digest,
         source.commit,
         names=encoder.names,
+        by_token=encoder.by_token,
     )
 
 
@@ -137,7 +141,8 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
     fingerprint = f"{notes.digest}, {source.hash_content(ends_only=True)}"
     first = _show_first_rows(rows, notes.places)
-    return Prepared(rows, first, counts, fingerprint, source.commit, endless, encoder.names)
+    kinds = encoder.names, encoder.by_token
+    return Prepared(rows, first, counts, fingerprint, source.commit, endless, *kinds)
 
 
 def stream_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[Kept]:

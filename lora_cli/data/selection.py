@@ -56,13 +56,15 @@ class Counts:
     tokens: stored.Count = 0
     trained_tokens: stored.Count = 0
     left_out: Tally[str] = field(default_factory=Counter)
-    """Rows dropped, cut or split, by reason."""
+    """Rows dropped, cut, split or read otherwise than they are, by reason."""
     bad: Tally[str] = field(default_factory=Counter)
     """Rows that cannot be used, by kind."""
     first_bad: tuple[str, str, str] | None = None
     """The first of them: its place, what is wrong, and the hint."""
     by_turn: stored.Count = 0
     """Conversations that became one row for each answer."""
+    windows: stored.Count = 0
+    """How many more rows there are for long ones being read in windows."""
     control_in_text: stored.Count = 0
     """Rows whose author wrote control tokens in their text."""
     unread: Tally[str] = field(default_factory=Counter)
@@ -99,14 +101,18 @@ def select_rows(
     data.on_long_row says."""
     limit, policy = recipe.training.max_length, recipe.data.on_long_row
     for place, found in encoded:
-        counts.by_turn += len(found) > 1
+        if recipe.task_row.writes_next_tokens:
+            counts.by_turn += len(found) > 1
+        else:
+            counts.windows += max(0, len(found) - 1)
         for row in found:
             counts.lengths[row.uncut or len(row.input_ids)] += 1
             counts.control_in_text += row.control_in_text
             counts.unread.update(row.unread)
+            counts.left_out.update(row.notes)
             learned = row.labels != IGNORED
-            if row.begins_inside:
-                counts.left_out[BEGINS_INSIDE] += 1
+            if reason := BEGINS_INSIDE if row.begins_inside else row.dropped:
+                counts.left_out[reason] += 1
             elif not learned.any():
                 counts.left_out["dropped: nothing to learn"] += 1
             elif len(row.input_ids) <= limit:

@@ -61,7 +61,7 @@ class TagEncoder(LabelEncoder):
         """Return the function that makes a row of format `style` a Tagged."""
         return convert_tagged
 
-    def are_labels(self, ids: NDArray, labels: NDArray) -> bool:
+    def are_labels(self, ids: NDArray, labels: NDArray, lengths: NDArray) -> bool:
         """Return whether these may be the labels of rows, all rows one after another."""
         known = (labels == IGNORED) | ((labels >= 0) & (labels < len(self.names)))
         return len(ids) == len(labels) and bool(known.all())

@@ -163,8 +163,11 @@ class Adapter:
         """Load the tokenizer saved with the adapter, with the template that was trained; else the
         base's. `roles` are those of `tokenizer.load_tokenizer`."""
         if self.has_tokenizer:
-            return tokenizer.load_tokenizer(str(self.folder), **roles)
-        return self.base.load_tokenizer(**roles)
+            found = tokenizer.load_tokenizer(str(self.folder), **roles)
+        else:
+            found = self.base.load_tokenizer(**roles)
+        tokenizer.leave_out_inputs(found, self.base.task)
+        return found
 
 
 def read_adapter(path: Path, base: str | None = None) -> Adapter:

@@ -136,6 +136,9 @@ class Base:
         config = load_config(self.name, self.revision)
         if not self.task.writes_next_tokens:
             (self.head_settings or HeadSettings()).write_into(config)
+        if self.task.num_outputs is not None:
+            outputs = range(self.task.num_outputs)  # and not the labels of another task's head
+            HeadSettings(tuple(f"LABEL_{number}" for number in outputs)).write_into(config)
         return config
 
     @cached_property

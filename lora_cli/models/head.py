@@ -180,7 +180,8 @@ def read_settings(
         if not isinstance(config, dict):
             raise LoraError(f"{folder / CONFIG} is no configuration", "copy it again")
         try:
-            return HeadSettings.of_config(config)
+            found = HeadSettings.of_config(config)
+            return found if task.counts_labels else found._replace(labels=())
         except (ValueError, TypeError, AttributeError) as error:
             raise LoraError(
                 f"{folder / CONFIG}: id2label does not number the labels", "copy it again"

@@ -34,10 +34,17 @@ EVA_ROWS = 8
 START = "initial_adapter.safetensors"
 Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
+ComputeLoss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
+"""Computes the loss of a batch."""
 
 
 def prepare_base(
-    recipe: Recipe, base: PreTrainedModel, config: LoraConfig, rows: Rows, collate: Collate
+    recipe: Recipe,
+    base: PreTrainedModel,
+    config: LoraConfig,
+    rows: Rows,
+    collate: Collate,
+    compute_loss: ComputeLoss,
 ) -> None:
     """corda and lora_ga: leave in the base, for PEFT to find, what it computes A and B from."""
     if recipe.lora.init_lora_weights not in ("corda", "lora_ga"):
@@ -47,7 +54,7 @@ def prepare_base(
 
         def run_model() -> None:  # one row at a time: PEFT's statistics take no more
             for row in rows:
-                base(**_on(base, collate([row])))
+                compute_loss(base, _on(base, collate([row])))
 
         preprocess_corda(base, config, run_model=run_model)
         return
@@ -55,7 +62,7 @@ def prepare_base(
     def train_step() -> None:
         size = recipe.training.per_device_train_batch_size
         for start in range(0, len(rows), size):
-            base(**_on(base, collate(rows[start : start + size]))).loss.backward()
+            compute_loss(base, _on(base, collate(rows[start : start + size]))).backward()
 
     preprocess_loraga(base, config, train_step)
     set_seed(recipe.training.seed)
@@ -103,7 +110,10 @@ def _batches(rows: Rows, collate: Collate, needed: int) -> Iterator[dict[str, Te
             len(batch) >= EVA_ROWS
             and sum(label != -100 for kept in batch for label in kept["labels"]) >= needed
         ):
-            yield collate(batch)
+            made = collate(batch)
+            if made["labels"].shape != made["input_ids"].shape:  # no token has one of its own
+                del made["labels"]
+            yield made
             batch = []
 
 

@@ -20,9 +20,10 @@ from lora_cli.common import (
     find_nearest,
     quote,
     remote_code,
+    ui,
 )
 from lora_cli.models import chat_template, names, settings, tokenizer_budget, tokenizer_faults
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, Task
 
 if TYPE_CHECKING:
     from lora_cli.models.base import Base
@@ -65,12 +66,25 @@ def _apply_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     if not recipe.task_row.writes_next_tokens:
         tokenizer.chat_template = None
         _find_padding(tokenizer)
+        leave_out_inputs(tokenizer, recipe.task_row)
         return ""
     template = set_chat_template(tokenizer, recipe.model.chat_template)
     if recipe.model.system_prompt:
         set_system_prompt(tokenizer, recipe.model.system_prompt)
         template += ", with the recipe's system prompt"
     return template
+
+
+def leave_out_inputs(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Let the tokenizer not make what PEFT's class for a task does not hand on to the model: a
+    merged model would be given what was not trained with."""
+    kept = [name for name in tokenizer.model_input_names if name not in task.lost_inputs]
+    left = [name for name in tokenizer.model_input_names if name not in kept]
+    if left:
+        ui.say(
+            f"  {', '.join(left)} are left out: PEFT's class for this task does not hand them on"
+        )
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = kept
 
 
 def _find_padding(tokenizer: PreTrainedTokenizerBase) -> None:

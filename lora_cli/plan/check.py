@@ -137,9 +137,7 @@ def _describe_sample(row: selection.Kept, encoder: encoders.Encoder) -> dict[str
 
 def _print_sample(row: selection.Kept, encoder: encoders.Encoder) -> None:
     trained = int((row.labels != IGNORED).sum())
-    about = f"{len(row.input_ids)} tokens, "
-    about += "its labels" if encoder.names else f"{trained} with loss,"
-    about += " between ⟦ and ⟧"
+    about = f"{len(row.input_ids)} tokens, {encoder.marked.format(trained)} between ⟦ and ⟧"
     ui.report("", f"{row.place}: {about}")
     ui.report_texts(
         [
@@ -154,6 +152,7 @@ def _count_numbers(prepared: prepare.Prepared) -> dict[str, Any]:
     return {
         "read": counts.read,
         "rows": len(prepared.rows),
+        "windows": counts.windows,
         "tokens": counts.tokens,
         "trained_tokens": counts.trained_tokens,
         "left_out": dict(counts.left_out),

@@ -23,8 +23,9 @@ def settle_labels(recipe: Recipe) -> tuple[Recipe, list[Choice]]:
 
     Raises LoraError where the data have no labels that can be told apart.
     """
-    task, model = recipe.task_row, recipe.model
     choices: list[Choice] = []
+    recipe = _settle_long_rows(recipe, choices)
+    task, model = recipe.task_row, recipe.model
     if not task.counts_labels:
         return recipe, choices
     if "auto" in (model.labels, model.problem_type):
@@ -62,6 +63,16 @@ def _refuse_other_metric(recipe: Recipe) -> None:
             f"{place}: a model of a smaller {name} is better",
             "add training.greater_is_better: false",
         )
+
+
+def _settle_long_rows(recipe: Recipe, choices: list[Choice]) -> Recipe:
+    """Return the recipe with what becomes of long rows where it does not say and the task has its
+    own way."""
+    usual = recipe.task_row.long_rows[0]
+    if "on_long_row" in recipe.data.model_fields_set or recipe.data.on_long_row == usual:
+        return recipe
+    choices.append(Choice("data.on_long_row", usual, f"as {recipe.task} does"))
+    return recipe.replace(recipe.trainer, {"data": {"on_long_row": usual}})
 
 
 def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:

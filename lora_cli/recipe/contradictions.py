@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_cli.recipe import initialisations
 from lora_cli.recipe.keys import Recipe, TrainingFields
+from lora_cli.recipe.tasks import TASKS
 
 Problem = tuple[str, str | None]
 """A message and its hint."""
@@ -18,6 +19,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_method(recipe)
     yield from _check_task(recipe)
     yield from _check_labels(recipe)
+    yield from _check_rows_of_task(recipe)
     yield from _check_trainer(recipe)
     yield from _check_steps(recipe)
     yield from _check_data(recipe)
@@ -51,7 +53,7 @@ def _check_method(recipe: Recipe) -> Iterator[Problem]:
 OF_WRITING = {
     ("model", "chat_template"): ("auto",),
     ("model", "system_prompt"): (None,),
-    ("data", "train_on"): (),
+    ("data", "train_on"): ("assistant",),
     ("training", "packing"): ("auto", False),
     ("training", "packed_length"): ("auto", None),
     ("training", "loss_head"): ("auto", "stock"),
@@ -72,12 +74,6 @@ def _check_task(recipe: Recipe) -> Iterator[Problem]:
     if recipe.trainer == recipe.objective.name:
         place = recipe.where("trainer")
         yield f"{place}: {recipe.objective.trainer} trains models that write text", "trainer: auto"
-    if recipe.data.on_long_row == "split":
-        place = recipe.where("data", "on_long_row")
-        yield (
-            f"{place}: a row's label is that of the whole row, and not of its parts",
-            "on_long_row: truncate",
-        )
 
 
 def _check_labels(recipe: Recipe) -> Iterator[Problem]:
@@ -107,6 +103,21 @@ def _check_labels(recipe: Recipe) -> Iterator[Problem]:
 
 def _find_twice(names: list[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
+
+
+def _check_rows_of_task(recipe: Recipe) -> Iterator[Problem]:
+    """What is said of rows has to have a meaning for the recipe's task."""
+    task, data = recipe.task_row, recipe.data
+    for key in sorted({key for other in TASKS for key in other.own_keys} - {*task.own_keys}):
+        if getattr(data, key) != type(data).model_fields[key].default:
+            place = recipe.where("data", key)
+            yield f"{place} has no effect with task: {task.name}", "leave it out"
+    if "on_long_row" in data.model_fields_set and data.on_long_row not in task.long_rows:
+        place = recipe.where("data", "on_long_row")
+        yield (
+            f"{place}: {data.on_long_row} has no meaning for rows of task: {task.name}",
+            f"on_long_row: {task.long_rows[0]}, or {' or '.join(task.long_rows[1:])}",
+        )
 
 
 def _check_trainer(recipe: Recipe) -> Iterator[Problem]:

@@ -38,6 +38,16 @@ class Task:
     """Whether each token of a row has a label, and not the row."""
     metrics: tuple[str, ...] = ()
     """What an evaluation measures beside the loss."""
+    shown: tuple[str, ...] = ()
+    """Which of them the screen shows."""
+    long_rows: tuple[str, ...] = ("drop", "truncate", "split", "error")
+    """What `data.on_long_row` may be; the first where a recipe does not say."""
+    own_keys: tuple[str, ...] = ()
+    """Keys of `data` that no other task reads."""
+    num_outputs: int | None = None
+    """How many outputs its head has, where that is not the number of labels."""
+    lost_inputs: tuple[str, ...] = ()
+    """Inputs that PEFT's class for this task takes and does not hand on to the model."""
     encoder: str = ""
     """What makes rows ready to train on, where that is not the Renderer of what writes: a class of
     a file in data/, as `file.Class`."""
@@ -109,6 +119,8 @@ TASKS = (
             *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
             *("f1", "precision", "recall", "mse", "mae", "pearson", "spearman", "r2"),
         ),
+        shown=("accuracy", "f1", "f1_macro", "matthews", "mae", "pearson"),
+        long_rows=("drop", "truncate", "error"),
         encoder="classify.LabelEncoder",
         scorer="classes.ClassScorer",
     ),
@@ -122,6 +134,8 @@ TASKS = (
         counts_labels=True,
         places_labels=True,
         metrics=("f1", "precision", "recall", "f1_macro", "accuracy"),
+        shown=("accuracy", "f1", "f1_macro"),
+        long_rows=("drop", "truncate", "error"),
         encoder="tag.TagEncoder",
         scorer="tags.TagScorer",
     ),

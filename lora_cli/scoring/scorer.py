@@ -29,6 +29,12 @@ class Scorer(ABC):
         self.labels, self.problem_type = list(labels), problem_type
         self.gathered: list[Any] = []
 
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Scorer:
+        """Return the scorer for a settled recipe."""
+        labels = recipe.model.labels
+        return cls(() if labels == "auto" else labels, recipe.model.problem_type)
+
     @abstractmethod
     def sum_loss(
         self,
@@ -82,7 +88,4 @@ def make_scorer(recipe: Recipe) -> Scorer | None:
     """Return what scores the models of a settled recipe; None for those that foretell tokens."""
     if recipe.task_row.writes_next_tokens:
         return None
-    labels = recipe.model.labels
-    return find_scorer(recipe.task_row)(
-        () if labels == "auto" else labels, recipe.model.problem_type
-    )
+    return find_scorer(recipe.task_row).of_recipe(recipe)

@@ -17,6 +17,7 @@ from lora_cli.common import LoraError, files, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
+from lora_cli.recipe import TASKS
 from lora_cli.train.saved_state import WatchState
 
 SKIPPED = 20
@@ -93,15 +94,15 @@ def find_leaving_out(optimizer: Any) -> Any:
 SHOWN = {
     "loss": ".4f",
     "perplexity": ".2f",
-    **dict.fromkeys(("accuracy", "f1", "f1_macro", "matthews", "mae", "pearson"), ".3f"),
+    **dict.fromkeys((name for task in TASKS for name in task.shown), ".3f"),
 }
 """The metrics that the screen shows of an evaluation, and how."""
 
 
 def describe_evaluation(logs: Mapping[str, float]) -> str:
     """Return such as `eval_loss 0.4321, accuracy 0.870`."""
-    found = {name: logs[f"eval_{name}"] for name in SHOWN if f"eval_{name}" in logs}
-    said = [f"{name} {value:{SHOWN[name]}}" for name, value in found.items()]
+    found = {name.removeprefix("eval_"): value for name, value in logs.items()}
+    said = [f"{name} {value:{SHOWN[name]}}" for name, value in found.items() if name in SHOWN]
     return f"eval_{', '.join(said)}"
 
 

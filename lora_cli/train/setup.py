@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,12 +21,13 @@ from lora_cli.models import (
     find_positions,
     init_weights,
     load_recipe_tokenizer,
+    read_logits,
     refuse_not_finite,
     targets,
 )
 from lora_cli.plan import auto, flops, hardware, memory, sizes
 from lora_cli.recipe import Recipe, upstream
-from lora_cli.scoring import losses, make_scorer
+from lora_cli.scoring import Scorer, losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
 from lora_cli.train import dealing, disk_space, out_of_memory
 from lora_cli.train.options import RunOptions
@@ -251,6 +253,7 @@ def _attach_new(
 ) -> PeftModel:
     """Return the base with a new adapter, initialised as the recipe says."""
     rows = inputs.train_rows.rows
+    rows = rows.remove_columns(list(load.find_encoder(recipe.task_row).beside))
     first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
     put_together = (
         DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
@@ -258,10 +261,23 @@ def _attach_new(
         else make_collator(recipe, inputs.tokenizer, 0)
     )
     with attach.quiet_peft():
-        init_weights.prepare_base(recipe, network, config, first, put_together)
+        loss = partial(_compute_loss, make_scorer(recipe))
+        init_weights.prepare_base(recipe, network, config, first, put_together, loss)
         adapted = attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
         init_weights.prepare_adapter(recipe, adapted, first, put_together, base)
     return adapted
+
+
+def _compute_loss(
+    scorer: Scorer | None, network: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return the loss of a batch, the model's own where that writes."""
+    if scorer is None:
+        loss: torch.Tensor = network(**batch).loss
+        return loss
+    labels = batch.pop("labels")
+    total = scorer.sum_loss(read_logits(network(**batch)), labels, batch["attention_mask"])
+    return total / max(losses.count_labels(labels), 1)
 
 
 def _find_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
