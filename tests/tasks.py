@@ -121,9 +121,29 @@ def write_tags(file: Path, count: int, seed: int = 0) -> Path:
     return file
 
 
+def write_questions(file: Path, count: int, seed: int = 0) -> Path:
+    """Write texts of up to forty words with questions after their good or their bad words, which
+    stand together; one text in four has none."""
+    drawn = random.Random(seed)
+    with file.open("w") as opened:
+        for _ in range(count):
+            kind = drawn.choice([GOOD, BAD])
+            words = [drawn.choice(OTHER) for _ in range(drawn.randint(4, 37))]
+            text, answers = " ".join(words), []
+            if drawn.random() < 0.75:
+                answer = " ".join(drawn.choice(kind) for _ in range(drawn.randint(1, 3)))
+                before = " ".join(words[: drawn.randrange(1, len(words))])
+                text = f"{before} {answer}{text.removeprefix(before)}"
+                answers = [{"text": answer, "answer_start": len(before) + 1}]
+            row = {"question": kind[0], "context": text, "answers": answers}
+            opened.write(json.dumps(row) + "\n")
+    return file
+
+
 ROWS = {
     "sequence_classification": ("train.csv", write_classes),
     "token_classification": ("train.jsonl", write_tags),
+    "question_answering": ("train.jsonl", write_questions),
 }
 
 

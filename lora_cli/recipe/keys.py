@@ -22,7 +22,9 @@ TAKEN_OVER: dict[str, Any] = {"x-upstream": True}
 """Marks the fields that are declared upstream, not here."""
 DType = Literal["float32", "bfloat16", "float16"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-TaskName = Literal["causal_lm", "sequence_classification", "token_classification"]
+TaskName = Literal[
+    "causal_lm", "sequence_classification", "token_classification", "question_answering",
+]  # fmt: skip
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -193,10 +195,12 @@ class Distributed(Section):
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 Format = Literal[
     "alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens", "labelled", "tagged",
+    "squad",
 ]  # fmt: skip
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
     "input_ids", "labels", "system", "tools", "label", "text_pair", "tokens", "tags",
+    "question", "context", "answers",
 ]  # fmt: skip
 
 
@@ -253,7 +257,13 @@ class Data(Section):
     `weight: 0` has none."""
     on_long_row: Literal["drop", "truncate", "split", "error"] = "drop"
     """A row over training.max_length tokens is left out, cut at the end, cut into several, or an
-    error; counted."""
+    error; counted. With task: question_answering it is split, unless drop or error is asked for:
+    its text is read in windows."""
+    stride: Annotated[int, Field(ge=0)] = 128
+    """With task: question_answering: tokens that two windows of a long text share, so that an
+    answer at the end of one is whole in the other; no more than half of a window."""
+    longest_answer: Annotated[int, Field(ge=1)] = 30
+    """With task: question_answering: tokens that an answer has at most where one is looked for."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used (invalid JSON, a missing column, an unknown role, …) is an error,
     or left out; bad rows are counted by kind, and the first is named with file and line."""
@@ -458,7 +468,7 @@ class Recipe(Section):
     sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
     task: TaskName = "causal_lm"
     """What the model is trained to do: write text, tell which labels a text has, or which each of
-    its words has."""
+    its words has, or find answers in a text."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)

@@ -139,6 +139,25 @@ TASKS = (
         encoder="tag.TagEncoder",
         scorer="tags.TagScorer",
     ),
+    Task(
+        "question_answering",
+        "QUESTION_ANS",
+        "AutoModelForQuestionAnswering",
+        "find answers in texts",
+        architectures=("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+        peft_heads=("qa_outputs",),
+        metrics=(
+            *("exact_match", "f1"),
+            *("no_answer_accuracy", "has_answer_exact", "has_answer_f1"),
+        ),
+        shown=("exact_match", "f1"),
+        long_rows=("split", "drop", "error"),
+        own_keys=("stride", "longest_answer"),
+        num_outputs=2,
+        lost_inputs=("token_type_ids", "position_ids"),
+        encoder="questions.QuestionEncoder",
+        scorer="spans.AnswerScorer",
+    ),
 )
 OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]

@@ -42,9 +42,13 @@ QUICK = [
     ("token_classification", "lora", "distilbert"),
     ("token_classification", "qlora", "modernbert"),
     ("token_classification", "dora", "qwen3"),
+    ("question_answering", "lora", "bert"),
+    ("question_answering", "qdora", "modernbert"),
 ]
 REFUSED = {
     ("token_classification", "bart"): "transformers has no bart model to tag words",
+    ("question_answering", "llama"): "do not fit LlamaForQuestionAnswering: 22 are missing",
+    ("question_answering", "qwen3"): "do not fit Qwen3ForQuestionAnswering: 26 are missing",
 }
 """What is refused whatever the method, and with which words."""
 
