@@ -617,11 +617,13 @@ def test_a_resumed_run_is_the_same_run(
 
 def test_eva_gets_batches_it_can_use(write_recipe) -> None:
     rows = [{"input_ids": [1] * 6, "labels": [-100] * 4 + [1] * 2}] * 40
-    sizes = [len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=10)]
-    assert sizes == [8] * 5
-    assert [
-        len(batch) for batch in init_weights._batches(rows, lambda batch: batch, needed=50)
-    ] == [25]
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+
+    for needed, sizes in ((10, [8] * 5), (50, [25])):
+        batches = init_weights._batches(rows, collate, needed)
+        assert [len(batch["labels"]) for batch in batches] == sizes
     path = write_recipe("lora: {init_lora_weights: eva}\ndata: {max_rows: 5}\n")
     with pytest.raises(UsageError, match="eva needs at least 8 rows, there are 5"):
         run.train(load.load_recipe(path))
