@@ -33,7 +33,7 @@ ORDER = [
     {"scoring"},
     {"plan"},
     {"merge"},
-    {"gguf"},
+    {"gguf", "onnx_export"},
     {"train"},
     {"evaluate"},
     {"doctor"},

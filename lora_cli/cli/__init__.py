@@ -14,7 +14,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lora_cli import __version__
-from lora_cli.cli import adapter_verbs, answer_verbs, gguf_verbs, help_verbs, training_verbs
+from lora_cli.cli import (
+    adapter_verbs,
+    answer_verbs,
+    gguf_verbs,
+    help_verbs,
+    onnx_verbs,
+    training_verbs,
+)
 from lora_cli.common import (
     LoraError,
     UsageError,
@@ -32,7 +39,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models with LoRA, QLoRA and DoRA; merge and export what was trained.",
 )
-for group in (training_verbs, adapter_verbs, gguf_verbs, answer_verbs, help_verbs):
+for group in (
+    training_verbs,
+    adapter_verbs,
+    gguf_verbs,
+    onnx_verbs,
+    answer_verbs,
+    help_verbs,
+):
     app.add_typer(group.verbs)
 
 BUG = 70

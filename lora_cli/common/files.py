@@ -64,7 +64,7 @@ def find_cache_home() -> Path:
 
 DAYS = 30
 """How long the cache keeps what is not used."""
-MADE_HERE = ("record.json", "lora_record.json")
+MADE_HERE = ("record.json", "lora_record.json", "model.onnx.json")
 """A folder that holds one of these files was made by lora, so a hint may suggest removing it."""
 LARGEST = 2**128
 """Whole numbers in JSON are smaller; tokenizers write 10^30 for a length without a limit."""

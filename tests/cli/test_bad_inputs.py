@@ -704,6 +704,11 @@ BAD: dict[str, Case] = {
     "export-gguf: --imatrix for an adapter": typed("export-gguf", "a", "--adapter-only", "--imatrix", "x"),
     "export-gguf: no such llama.cpp": lambda d: [
         base(d), ["export-gguf", "base", "-q", "f16", "--llama-cpp", "gone"]][1],
+    "export-onnx: one only": typed("export-onnx", "a"),
+    "export-onnx: no such model": typed("export-onnx", "./gone", "out"),
+    "export-onnx: a model that writes": lambda d: [base(d), ["export-onnx", "base", "out"]][1],
+    "export-onnx: an adapter": lambda d: [adapter(base(d)), ["export-onnx", "adapter", "out"]][1],
+    "export-onnx: a folder in use": lambda d: [base(d), ["export-onnx", "base", "base"]][1],
     "generate: no model": typed("generate"),
     "generate: no prompt": lambda d: [base(d), ["generate", "base"]][1],
     "generate: no such model": typed("generate", "./gone", "-p", "x"),

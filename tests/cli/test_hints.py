@@ -34,6 +34,7 @@ VERBS = {
     "extract",
     "convert",
     "export-gguf",
+    "export-onnx",
     "verify",
     "generate",
     "chat",
