@@ -127,7 +127,7 @@ def judge(task: str, method: str, family: str, found: dict[str, float | bool | s
     if (task, family) in REFUSED:
         assert REFUSED[task, family] in str(found["refused"])
         return
-    # DoRA is factored in training: the order of its sums is another; a lost module comes to 0.1
+    # DoRA is factored in training, so that its sums have another order
     assert found["reloaded"] <= (1e-5 if "dora" in method else 0)
     assert found["merged"] < (2e-5 if method in ("lora", "dora") else 2e-4)
     assert found["resumed"]
