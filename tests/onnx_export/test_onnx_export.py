@@ -2,7 +2,7 @@
 says; what is another function is refused.
 
 Hermetic: random BERTs of two layers, CPU, no network. Alone: pytest tests/onnx_export. All families:
-pytest -m slow tests/onnx_export; as text: python -m tests.onnx_export.test_export
+pytest -m slow tests/onnx_export; as text: python -m tests.onnx_export.test_onnx_export
 """
 
 from __future__ import annotations
