@@ -23,6 +23,8 @@ COMBINATIONS: tuple[str, ...] = get_args(
 )
 SEED = 0
 """The seed for combinations that drop weights at random (dare)."""
+NAME = "adapter_{}"
+"""What PEFT calls the adapters: a number alone it would find among those of layers."""
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def combine(
         tokenizer = _load_tokenizer(adapters)
         adapted = _attach_side_by_side(adapters)
         _check_rank(adapted, r)
-        fan_in_fan_out = adapted.peft_config["0"].fan_in_fan_out
+        fan_in_fan_out = adapted.peft_config[NAME.format(0)].fan_in_fan_out
         made, distance = _combine_tensors(adapted, numbers, combination, density, r)
         rank = low_rank.save(made, staging, first.base, fan_in_fan_out)
         attach.load_adapter(first.base.build_zero(), staging)
@@ -187,15 +189,15 @@ def _load_tokenizer(adapters: Sequence[Adapter]) -> PreTrainedTokenizerBase:
 
 
 def _attach_side_by_side(adapters: Sequence[Adapter]) -> PeftModel:
-    """Return one base without weights with all adapters, named 0, 1, …, each with exactly the
-    modules it adapts as targets.
+    """Return one base without weights with all adapters, each with exactly the modules it adapts as
+    targets.
 
     PEFT passes the first adapter's choice of layers and its start on to what it combines, so both
     are cleared.
     """
     adapted = adapters[0].base.build_zero()
     for number, adapter in enumerate(adapters):
-        adapted = attach.load_adapter(adapted, adapter.folder, str(number))
+        adapted = attach.load_adapter(adapted, adapter.folder, NAME.format(number))
     layers = attach.find_lora_layers(adapted)
     for name, config in adapted.peft_config.items():
         config.target_modules = {
@@ -215,7 +217,7 @@ def _combine_tensors(
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
     """Return `(lora_A, lora_B)` by module, and the relative distance from the weighted sum of all
     updates."""
-    names = [str(number) for number in range(len(weights))]
+    names = [NAME.format(number) for number in range(len(weights))]
     torch.manual_seed(SEED)
     try:
         adapted.add_weighted_adapter(

@@ -40,8 +40,7 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
     lacks them. Raise LoraError when the architectures differ, or no linear weight does.
     """
     with files.staged_folder(out) as staging:
-        first = Base(base).resolve()
-        second = Base(finetuned).resolve()
+        first, second = _open(base), _open(finetuned)
         before = convert_to_float32(first.load_plain())
         after = convert_to_float32(second.load_plain())
         linear, others = _find_changed(before, after, base, finetuned)
@@ -69,6 +68,12 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         derived.finish_folder(staging, tokenizer, "extract", [made], **contents)
     ui.say(*low_rank.format_table(cut))
     ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
+
+
+def _open(name: str) -> Base:
+    """Return a model with its task."""
+    found = Base(name).resolve()
+    return Base.of_model(found.name, found.revision)
 
 
 def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:

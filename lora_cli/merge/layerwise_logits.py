@@ -9,7 +9,7 @@ PEFT's layers their adapter's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,14 @@ from torch import nn
 
 from lora_cli.common import ui
 from lora_cli.merge import streaming_plan, unread
-from lora_cli.merge.streaming import Changed, Plan, fill_module, limit_threads, strip_peft_steps
+from lora_cli.merge.streaming import (
+    Changed,
+    Plan,
+    fill_buffers,
+    fill_module,
+    limit_threads,
+    strip_peft_steps,
+)
 from lora_cli.models import (
     Base,
     Probe,
@@ -84,9 +91,10 @@ def walk_logits_of(
     def load() -> list[torch.Tensor]:
         return compute_logits(convert_to_float32(model.load_plain(dtype)), probes)
 
-    if model.tensors is None or not streaming_plan.has_own_names(model):
+    names = streaming_plan.find_own_names(model)
+    if model.tensors is None or not names:
         return keep_last(model.task, load())
-    return walk_or_load(lambda: _walk_files(model, probes), load, model.tensors, model.task)
+    return walk_or_load(lambda: _walk_files(model, names, probes), load, model.tensors, model.task)
 
 
 def walk_or_load(
@@ -142,10 +150,14 @@ def walk_unrounded(plan: Plan, base: Base, probes: Sequence[Probe]) -> list[torc
             kept[name] = plan.read_merged(name, 0, None)
         return kept[name][start:stop]
 
-    return walk_logits(base.build_unweighted(), read, None, probes)
+    network = base.build_unweighted()
+    fill_buffers(network, plan.parameters, plan.weights.rows)
+    return walk_logits(network, read, None, probes)
 
 
-def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
+def _walk_files(
+    model: Base, names: Mapping[str, bool], probes: Sequence[Probe]
+) -> list[torch.Tensor]:
     """Return the logits of a plain model whose files name its tensors as it does."""
     tensors = model.tensors
     assert tensors is not None, "walk_logits_of has looked"
@@ -154,7 +166,9 @@ def _walk_files(model: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
         rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
 
-    return walk_logits(model.build_unweighted(), read, None, probes)
+    network = model.build_unweighted()
+    fill_buffers(network, names, tensors.rows)
+    return walk_logits(network, read, None, probes)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +43,15 @@ def strip_peft_steps(path: str) -> str:
     """Return the base's name for a tensor, without the steps that PEFT put into its path."""
     steps = path.removeprefix("base_model.model.").split(".")
     return ".".join(step for step in steps if step not in STEPS)
+
+
+def read_as_trained(
+    stored: Tensors, name: str, trained: torch.dtype, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Return rows of a tensor as training had it, in float32; integers and booleans keep their
+    type."""
+    rows = stored.rows(name, start, stop)
+    return rows.to(trained).float() if rows.is_floating_point() else rows
 
 
 class Weights:
@@ -82,8 +91,7 @@ class Weights:
             return self.carried.rows(self.replaced[name], start, stop).float()
         if name in self.packed:
             return self._read_from_4bit(name)[start:stop].float()
-        rows = self.base.rows(name, start, stop)
-        return rows.to(self.trained).float() if rows.is_floating_point() else rows
+        return read_as_trained(self.base, name, self.trained, start, stop)
 
     def _read_from_4bit(self, name: str) -> torch.Tensor:
         """Return the whole tensor, quantised as bitsandbytes does it and back; it is kept until the
@@ -154,6 +162,17 @@ class Changed(NamedTuple):
                 tensor = tensor[start:stop]
             given[inside] = tensor
         return given
+
+
+def fill_buffers(
+    network: nn.Module, parameters: Mapping[str, bool], read: Callable[[str], torch.Tensor]
+) -> None:
+    """Give the buffers of a model without weights what `read(name)` has of those that are in the
+    files, such as BART's bias of the logits: they are names that stand for no parameter."""
+    buffers = dict(network.named_buffers())
+    for name, is_parameter in parameters.items():
+        if not is_parameter:
+            buffers[name].copy_(read(name))
 
 
 @contextmanager

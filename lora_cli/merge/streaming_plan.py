@@ -17,7 +17,16 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.common import LoraError, devices, library_errors
-from lora_cli.merge.streaming import NAME, REFUSALS, Changed, Plan, Weights, strip_peft_steps
+from lora_cli.merge.streaming import (
+    NAME,
+    REFUSALS,
+    Changed,
+    Plan,
+    Weights,
+    fill_buffers,
+    read_as_trained,
+    strip_peft_steps,
+)
 from lora_cli.models import (
     Adapter,
     Base,
@@ -60,6 +69,7 @@ def make_plan(
     ):
         raise Unstreamable("the adapter makes its embeddings larger")
     attach.refuse_slow_patterns(empty, adapter.folder)
+    fill_buffers(empty, parameters, lambda name: read_as_trained(base, name, trained))
     adapted = _attach(empty, config, adapter.folder)
     places = _find_places(adapted)
     _check_names(adapted, places, carried, adapter)
@@ -126,13 +136,15 @@ def _check_config(config: PeftConfig) -> None:
         raise Unstreamable("it repeats layers of the base")
 
 
-def has_own_names(model: Base) -> bool:
-    """Return whether a model's files name its tensors as the model does, so that they can be read
-    one by one."""
+def find_own_names(model: Base) -> dict[str, bool]:
+    """Return the tensors of a model's files, and whether each is a parameter, if they name them as
+    the model does, so that they can be read one by one; else nothing."""
     try:
-        return bool(model.tensors and _match_tensors(model.build_unweighted(), model.tensors))
+        if model.tensors is not None:
+            return _match_tensors(model.build_unweighted(), model.tensors)
     except Unstreamable:
-        return False
+        pass
+    return {}
 
 
 def _match_tensors(

@@ -92,8 +92,9 @@ class _Adapted(torch.autograd.Function):
         shift = None if bias is None else bias.float()
         added_here = None if shift is None or norms is not None else shift.to(kind)
         made = _sum_both(base, seen, second, low, added_here, one_pass)
-        # models add to what they get and clip it in place: it must not be a view, or kept
-        given = made
+        # models add to what they get and clip it in place: it must not be kept, or a view, which
+        # torch makes of a product with a bias
+        given = torch.ops.aten._unsafe_view(made, made.shape)
         kept: tuple[Tensor | None, ...] = (None, None, None)
         if norms is not None:
             found = norms.get_norms(base.read_matrix, lora_A, lora_B, scaling)

@@ -96,8 +96,8 @@ class TaskTrainer(WatchedTrainer):
         self.scorer.join(ranks.gather(self.scorer.gathered))
         self.logits = None
         del output.metrics[f"{metric_key_prefix}_perplexity"]
-        scores = self.scorer.score()
-        for name, value in scores.values.items():
+        scores = ranks.share(self.scorer.score().values)  # each chooses the best step alike
+        for name, value in scores.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 

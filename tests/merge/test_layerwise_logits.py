@@ -29,7 +29,7 @@ def test_walked_logits_are_those_of_the_loaded_model(
         parameter.data += 0.02 * torch.randn_like(parameter)
     network.eval().save_pretrained(tmp_path)
     base = Base(str(tmp_path))
-    assert streaming_plan.has_own_names(base)
+    assert streaming_plan.find_own_names(base)
     # walking is what is tried: loading instead must not be taken
     monkeypatch.setattr(Base, "load", None)
     probes = [Probe("", ids, plain=True) for ids in IDS]

@@ -200,7 +200,13 @@ def test_what_it_does_not_know_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize(
-    "family", [{"family": "olmo", "clip_qkv": 0.01}, {"family": "falcon"}], ids=["olmo", "falcon"]
+    "family",
+    [
+        {"family": "olmo", "clip_qkv": 0.01},
+        {"family": "olmo", "clip_qkv": 0.01, "attention_bias": True},
+        {"family": "falcon"},
+    ],
+    ids=["olmo", "olmo with biases", "falcon"],
 )
 def test_models_that_change_their_projections_in_place_train_too(
     family: dict, options: dict
