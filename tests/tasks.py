@@ -140,10 +140,19 @@ def write_questions(file: Path, count: int, seed: int = 0) -> Path:
     return file
 
 
+def write_pairs(file: Path, count: int, seed: int = 0) -> Path:
+    """Write rows of a text and the beginning of it, backwards."""
+    texts = [text.split() for text, _ in make_texts(count, seed)]
+    made = [{"source": " ".join(words), "target": " ".join(words[2::-1])} for words in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return file
+
+
 ROWS = {
     "sequence_classification": ("train.csv", write_classes),
     "token_classification": ("train.jsonl", write_tags),
     "question_answering": ("train.jsonl", write_questions),
+    "seq2seq_lm": ("train.jsonl", write_pairs),
 }
 
 

@@ -211,6 +211,7 @@ OF_OURS = {
     "field",
     "line", "length", "package", "version", "INDEX", "remedy", "option", "described", "wanted", "column", "guess",
     "convert", "made", "named", "wide", "1 << (rank - 1).bit_length()", "max(counts.lengths)", "positions.number",
+    "max(counts.target_lengths)",
     "max(1, int(size) // 2)", "smaller.per_device_train_batch_size", "smaller.gradient_accumulation_steps",
     "args.learning_rate / 10",
 }  # fmt: skip

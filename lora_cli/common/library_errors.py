@@ -171,7 +171,7 @@ TABLE = (
         "ValueError",
         r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'",
         "{match} does not belong to a model that writes text",
-        "give a causal language model",
+        "give a causal language model, or, for one with an encoder such as T5, task: seq2seq_lm",
     ),
     Known(
         "ValueError",

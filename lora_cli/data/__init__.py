@@ -8,6 +8,7 @@ Its doors, in the order a reader needs them:
     formats     what a row may be, and how its columns tell
     readers     the rows of one local file; whether files are there
     tables      … of a CSV file, and whether its first line names the columns
+    pairs       a text that is read and one that is to be written, as token ids
     encode      conversations and texts as token ids with labels
     encoders    … and what makes the rows of each task so
     classify    … texts with what they are told apart by
@@ -28,6 +29,7 @@ __all__ = [
     "labels",
     "formats",
     "load",
+    "pairs",
     "prepare",
     "readers",
     "selection",

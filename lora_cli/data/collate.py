@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,3 +73,39 @@ def pad(lists: Sequence[Sequence[int]]) -> torch.Tensor:
     for row, numbers in zip(made, lists):
         row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
     return made
+
+
+class PairCollator:
+    """Collates pairs of a source and a target for a model with an encoder and a decoder.
+
+    A batch has (rows, longest source) `input_ids` and `attention_mask`, and (rows, longest target)
+    `labels`, -100 behind each target, with `decoder_input_ids`: what the decoder is fed, made of
+    the labels by `shift`. Both are filled at their ends, whatever the tokenizer does: a decoder
+    has no mask, and a table of positions counts from the first token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        shift: Callable[[torch.Tensor], torch.Tensor],
+        multiple: int | None = None,
+    ) -> None:
+        self.tokenizer, self.shift, self.multiple = tokenizer, shift, multiple
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(
+            self.tokenizer.pad(
+                [{"input_ids": np.asarray(row["input_ids"]).tolist()} for row in rows],
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+                pad_to_multiple_of=self.multiple,
+            )
+        )
+        width, multiple = max(len(row["labels"]) for row in rows), self.multiple or 1
+        labels = torch.full((len(rows), -(-width // multiple) * multiple), IGNORED)
+        for at, row in enumerate(rows):
+            labels[at, : len(row["labels"])] = torch.as_tensor(row["labels"])
+        batch["labels"] = labels
+        batch["decoder_input_ids"] = self.shift(labels)
+        return batch

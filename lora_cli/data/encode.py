@@ -62,6 +62,8 @@ class Encoded(NamedTuple):
     """What else became of the row that was read, to be counted."""
     dropped: str = ""
     """Why it is not trained on."""
+    uncut_labels: int = 0
+    """The same of its labels, where they are a text of their own."""
 
 
 class Piece(NamedTuple):
@@ -111,11 +113,8 @@ class Renderer:
         self.special_tokens = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
         self.added_ids = np.array(sorted(added), np.int64)
-        special = {token.content for token in added.values() if token.special}
-        special |= set(map(str, tokenizer.all_special_tokens))
-        longest_first = sorted(special, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.ends = tuple(special)
+        self.control = match_control(tokenizer)
+        self.ends = tuple(list_control(tokenizer))
 
     @staticmethod
     def suggest_columns(columns: list[str]) -> str:
@@ -400,6 +399,18 @@ def _get_text(texts: Texts, number: int, ask: bool = False) -> str:
         return text
     said = " ".join(str(text).split())[:200]
     raise BadRow("the chat template refuses the row", f"the chat template refuses the row: {said}")
+
+
+def list_control(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the tokenizer's control tokens as they are spelt."""
+    special = {each.content for each in tokenizer.added_tokens_decoder.values() if each.special}
+    return special | set(map(str, tokenizer.all_special_tokens))
+
+
+def match_control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds a control token in a text, the longest that begins there."""
+    longest_first = sorted(list_control(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def refuse_half_characters(text: str) -> None:

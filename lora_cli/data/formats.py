@@ -101,10 +101,52 @@ def guess_columns(
 ) -> dict[str, str]:
     """Return which columns hold what a known format needs, as `ours: theirs`; empty where the
     columns are a format's own, or none of the known `sets`."""
-    there = set(columns)
+    there = list(columns)
     if recognise_format(there, known):
         return {}
-    return next((names for names in sets if there.issuperset(names.values())), {})
+    found = (_match_set(names, there) for names in sets)
+    return next(filter(None, found), {})
+
+
+def _match_set(names: Mapping[str, str], there: Sequence[str]) -> dict[str, str]:
+    """Return a set of columns as it is there, or nothing. `translation.*` is what is next in a
+    column of mappings, if these have no more than the set asks for."""
+    found = dict(names)
+    for inside in {name for name in names.values() if name.endswith(".*")}:
+        asking = [ours for ours, theirs in names.items() if theirs == inside]
+        nested = [name for name in there if name.startswith(inside[:-1])]
+        if len(nested) == len(asking):
+            found.update(zip(asking, nested))
+    return found if set(there).issuperset(found.values()) else {}
+
+
+TRANSLATION = "translation"
+"""The column in which data sets of translations have a text by each language."""
+
+
+def list_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of rows, in order; in the place of translations each language, such as
+    `translation.de`."""
+    names: dict[str, None] = {}
+    for row in rows:
+        for name, value in row.items():
+            inside = value if name == TRANSLATION and isinstance(value, Mapping) else ()
+            names |= dict.fromkeys([f"{name}.{each}" for each in inside] or [name])
+    return list(names)
+
+
+def is_column(name: str, columns: Sequence[str]) -> bool:
+    """Return whether a name is one of the columns, or leads into one by a dot."""
+    return name in columns or ("." in name and name.partition(".")[0] in columns)
+
+
+def _read_inside(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return `{"": value}` of a column, or of the place in it that a name with dots leads to;
+    nothing where the row has none."""
+    if name in row:
+        return {"": row[name]}
+    first, _, inside = name.partition(".")
+    return _read_inside(row[first], inside) if isinstance(row.get(first), Mapping) else {}
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
@@ -116,7 +158,8 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[Any, str]) -> dict[s
     kept = {
         name: value for name, value in row.items() if name not in theirs and name not in columns
     }
-    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
+    found = {ours: _read_inside(row, name) for ours, name in columns.items()}
+    return kept | {ours: value[""] for ours, value in found.items() if value}
 
 
 def suggest_columns(**columns: str) -> str:

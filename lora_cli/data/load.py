@@ -122,7 +122,7 @@ def _load_mix(recipe: Recipe, encoder: Encoder, mix: Sequence[Rows]) -> prepare.
     counts = reduce(Counts.add, (part.counts for part in parts))
     if not streams:
         parts = [
-            _repeat_by_weight(part, weight, [seed, number])
+            _repeat_by_weight(part, weight, [seed, number], recipe.task_row.text_columns)
             for number, (part, weight) in enumerate(zip(parts, weights))
         ]
         counts.tokens = sum(part.counts.tokens for part in parts)
@@ -158,9 +158,11 @@ def _load_part(recipe: Recipe, encoder: Encoder, number: int, rows: Rows) -> pre
     return part
 
 
-def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) -> prepare.Prepared:
-    """Return the rows `weight` times, with tokens counted anew; for a fraction, that share of them
-    is drawn at random."""
+def _repeat_by_weight(
+    part: prepare.Prepared, weight: float, seed: list[int], texts: Sequence[str]
+) -> prepare.Prepared:
+    """Return the rows `weight` times, with the tokens of their `texts` counted anew; for a
+    fraction, that share of them is drawn at random."""
     times = int(weight)
     size = len(part.rows)
     shuffled = np.random.default_rng(seed).permutation(size)
@@ -169,7 +171,7 @@ def _repeat_by_weight(part: prepare.Prepared, weight: float, seed: list[int]) ->
     tokens = times * part.counts.tokens
     learned = times * part.counts.trained_tokens
     for batch in some.with_format("numpy").iter(cache.BATCH):
-        tokens += sum(map(len, batch["input_ids"]))
+        tokens += sum(len(row) for column in texts for row in batch[column])
         learned += int((np.concatenate(list(batch["labels"])) != IGNORED).sum())
     return part._replace(
         rows=concatenate_datasets([part.rows] * times + [some]),

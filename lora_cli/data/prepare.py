@@ -67,7 +67,7 @@ class Prepared(NamedTuple):
         text = f"{len(self.rows)} {unit} {counts.read} rows, {counts.tokens} tokens"
         if labels := self.summarise_labels():
             text += f", {labels}"
-        elif self.by_token:
+        elif self.by_token or counts.target_lengths:
             text += f", {share:.0f}% with loss"
         if reasons := counts.list_reasons():
             text += f" ({reasons})"
@@ -202,9 +202,7 @@ def _encode_rows(
     while readable < COLUMNS_FROM and len(first) < LOOKED_AT and (row := next(rows, None)):
         first.append(row)
         readable += not isinstance(row[1], BadRow)
-    columns = list(
-        dict.fromkeys(name for _, row in first if not isinstance(row, BadRow) for name in row)
-    )
+    columns = formats.list_columns(row for _, row in first if not isinstance(row, BadRow))
     try:
         style, names = choose_format(data, columns, encoder)
     except UnknownColumns as error:
@@ -273,12 +271,13 @@ def choose_format(
         return next(reversed(list(known))), {}
     _refuse_other_format(data, known)
     for theirs in data.columns.values():
-        if theirs not in columns:
+        if not formats.is_column(theirs, columns):
             raise _explain_missing_column(theirs, columns, "data.columns")
     names: Mapping[Any, str] = data.columns
     if not names and data.format == "auto":
         names = formats.guess_columns(columns, known, encoder.column_sets)
-    named = list(formats.rename_columns(dict.fromkeys(columns), names))
+    renamed = {name.partition(".")[0] for name in names.values()} | {*names, *names.values()}
+    named = [*(name for name in columns if name not in renamed), *names]
     if data.format != "auto":
         for column in known[data.format]:
             if column not in named:

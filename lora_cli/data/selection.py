@@ -70,7 +70,9 @@ class Counts:
     unread: Tally[str] = field(default_factory=Counter)
     """Rows with something that the chat template does not read, by its name."""
     lengths: Tally[stored.Count] = field(default_factory=Counter)
-    """Lengths of all encoded rows, in tokens."""
+    """Lengths of all encoded rows, in tokens; of pairs, those of their sources."""
+    target_lengths: Tally[stored.Count] = field(default_factory=Counter)
+    """Those of the targets of pairs."""
     ends: Tally[stored.Count] = field(default_factory=Counter)
     """The last tokens of answers with loss, in rows that were not cut."""
     labels: Tally[stored.Count] = field(default_factory=Counter)
@@ -94,40 +96,68 @@ class Counts:
         return ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
 
 
+class Limit(NamedTuple):
+    """How long a text of a row may be."""
+
+    column: str
+    tokens: int
+    key: str
+    """The key that says so."""
+    name: str = ""
+    """What the text is called, where a row has several."""
+
+
+def list_limits(recipe: Recipe) -> list[Limit]:
+    """Return the limits of a row's texts."""
+    longest = recipe.training.max_length
+    if not recipe.task_row.has_targets:
+        return [Limit("input_ids", longest, "training.max_length")]
+    target = Limit("labels", recipe.max_target_length, "data.max_target_length", "target")
+    return [Limit("input_ids", longest, "training.max_length", "source"), target]
+
+
 def select_rows(
     encoded: Iterator[tuple[str, list[Encoded]]], recipe: Recipe, counts: Counts
 ) -> Iterator[Kept]:
     """Yield the rows to train on: those with something to learn, with long ones treated as
     data.on_long_row says."""
-    limit, policy = recipe.training.max_length, recipe.data.on_long_row
+    limits, policy = list_limits(recipe), recipe.data.on_long_row
     for place, found in encoded:
         if recipe.task_row.writes_next_tokens:
             counts.by_turn += len(found) > 1
         else:
             counts.windows += max(0, len(found) - 1)
         for row in found:
-            counts.lengths[row.uncut or len(row.input_ids)] += 1
+            _count_lengths(recipe, row, counts)
             counts.control_in_text += row.control_in_text
             counts.unread.update(row.unread)
             counts.left_out.update(row.notes)
             learned = row.labels != IGNORED
+            kept = Kept(place, row.input_ids, row.labels, row.others)
+            over = [each for each in limits if len(kept.read(each.column)) > each.tokens]
             if reason := BEGINS_INSIDE if row.begins_inside else row.dropped:
                 counts.left_out[reason] += 1
             elif not learned.any():
                 counts.left_out["dropped: nothing to learn"] += 1
-            elif len(row.input_ids) <= limit:
+            elif not over:
                 _count_labels(recipe, row, learned, counts)
-                kept = Kept(place, row.input_ids, row.labels, row.others)
-                yield _count_row(kept, int(learned.sum()), counts)
+                yield _count_row(recipe, kept, learned, counts)
             else:
-                for piece in _fit_row(place, row, limit, policy, counts):
-                    yield _count_row(piece, int((piece.labels != IGNORED).sum()), counts)
+                for piece in _fit_row(kept, over[0], policy, counts):
+                    yield _count_row(recipe, piece, piece.labels != IGNORED, counts)
+
+
+def _count_lengths(recipe: Recipe, row: Encoded, counts: Counts) -> None:
+    """Count how long a row's texts were before they were cut."""
+    counts.lengths[row.uncut or len(row.input_ids)] += 1
+    if recipe.task_row.has_targets:
+        counts.target_lengths[row.uncut_labels or len(row.labels)] += 1
 
 
 def _count_labels(recipe: Recipe, row: Encoded, learned: NDArray, counts: Counts) -> None:
     """Count what a row's labels are by themselves: the ends of answers, or what is told apart."""
     task = recipe.task_row
-    if task.writes_next_tokens:
+    if task.writes_text:
         # an answer's last token has a label, and the next one does not
         last = np.flatnonzero(learned & ~np.append(learned[1:], False))
         counts.ends.update(row.labels[last].tolist())
@@ -140,28 +170,32 @@ def _count_labels(recipe: Recipe, row: Encoded, learned: NDArray, counts: Counts
             counts.labels.update(row.labels[learned].tolist())
 
 
-def _count_row(row: Kept, learned: int, counts: Counts) -> Kept:
+def _count_row(recipe: Recipe, row: Kept, learned: NDArray, counts: Counts) -> Kept:
     """Return the row, counted as kept."""
     counts.kept += 1
-    counts.tokens += len(row.input_ids)
-    counts.trained_tokens += learned
+    counts.tokens += sum(len(row.read(column)) for column in recipe.task_row.text_columns)
+    counts.trained_tokens += int(learned.sum())
     return row
 
 
-def _fit_row(place: str, row: Encoded, limit: int, policy: str, counts: Counts) -> list[Kept]:
+def _fit_row(row: Kept, over: Limit, policy: str, counts: Counts) -> list[Kept]:
     """Return what is left of a row that is too long, with something to learn in each piece."""
-    length = len(row.input_ids)
+    limit, length = over.tokens, len(row.read(over.column))
+    which = f"the {over.name} has " if over.name else ""
     if policy == "error":
         raise LoraError(
-            f"{place}: {length} tokens, over training.max_length {limit}",
-            f"--set training.max_length={length}, or --set data.on_long_row=drop",
+            f"{row.place}: {which}{length} tokens, over {over.key} {limit}",
+            f"--set {over.key}={length}, or --set data.on_long_row=drop",
         )
     if policy == "drop":
-        counts.left_out[f"dropped: over {limit} tokens"] += 1
+        counts.left_out[f"dropped: {over.name}{' ' * bool(over.name)}over {limit} tokens"] += 1
         return []
     starts = range(0, length if policy == "split" else 1, limit)
     pieces = [
-        Kept(place, row.input_ids[start : start + limit], row.labels[start : start + limit])
+        row._replace(
+            input_ids=row.input_ids[start : start + limit],
+            labels=row.labels[start : start + limit],
+        )
         for start in starts
     ]
     taught = [piece for piece in pieces if (piece.labels != IGNORED).any()]
@@ -203,8 +237,11 @@ def refuse_nothing(counts: Counts) -> None:
             "mend the template (a space at its end?), or --set model.chat_template=chatml",
         )
     if not counts.kept:
-        too_long = any("tokens" in reason or "cut off" in reason for reason in counts.left_out)
-        if too_long:
+        reasons = [reason for reason, number in counts.left_out.items() if number]
+        too_long = any("tokens" in reason or "cut off" in reason for reason in reasons)
+        if too_long and any("target over" in reason for reason in reasons):
+            hint = f"--set data.max_target_length={max(counts.target_lengths)}"
+        elif too_long:
             hint = f"--set training.max_length={max(counts.lengths)}"
         elif counts.first_bad:
             place, said, _ = counts.first_bad

@@ -23,12 +23,14 @@ from lora_cli.models import (
     Base,
     attach,
     chat_template,
+    decoder,
     load_tokenizer,
     names,
     read_adapter,
+    read_source_prefix,
     to_accelerator,
 )
-from lora_cli.recipe import Task, recognise_task
+from lora_cli.recipe import Task
 from lora_cli.speed import dora_norms
 
 Messages = list[dict[str, Any]]
@@ -110,8 +112,7 @@ class Bases:
     def plain(self, name: str) -> Stored:
         """Load a model without adapter, or take a base that is loaded already in its own type;
         return its key."""
-        base = Base(name)
-        refuse_other_task(name, recognise_task(base.config.architectures))
+        base = Base.of_model(name)
         wanted = Stored(base, base.dtype)
         for key in self.loaded:
             if key.base.name == name and key[1:] == wanted[1:]:
@@ -241,6 +242,51 @@ class HFAnswerer:
         return nullcontext()
 
 
+class PairAnswerer(HFAnswerer):
+    """A model that reads a text and writes another: one question is its source."""
+
+    prefix = ""
+    """What each source began with in training."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """None: it reads texts."""
+        return None
+
+    def _ids(self, asked: Asked) -> list[int]:
+        if len(asked.messages) > 1:
+            raise LoraError(
+                "this model reads a text and writes another: it holds no conversation",
+                "lora generate PATH --prompt TEXT",
+            )
+        ids = self.tokenizer(self.prefix + asked.messages[0]["content"])["input_ids"]
+        return list(ids)
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
+        """Generate from sources that are padded at their ends, as in training."""
+        weights = self.bases.loaded[self.key]
+        positions = decoder.find_room(weights.config, of_target=False)
+        longest = max(map(len, prompts))
+        if positions is not None and longest > positions:
+            raise TooLongError(
+                f"the text has {longest} tokens, and the model reads {positions}",
+                "shorten it, or take a model that reads more",
+            )
+        padded = self.tokenizer.pad(
+            {"input_ids": prompts}, padding=True, padding_side="right", return_tensors="pt"
+        )
+        sources = {
+            name: padded[name].to(weights.device) for name in ("input_ids", "attention_mask")
+        }
+        if not sampling.is_greedy:
+            kwargs |= {"do_sample": True, "temperature": sampling.temperature}
+        norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
+        with self._switched(weights), norms:
+            return decoder.write_targets(
+                weights, self.tokenizer, sources, sampling.max_new_tokens, **kwargs
+            )
+
+
 class TooLongError(LoraError):
     """A conversation that leaves no room for an answer in what the model can read."""
 
@@ -303,20 +349,42 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
         if kinds[path] == "gguf":
             answerers[path] = GGUFAnswerer(Path(path))
         elif kinds[path] == "adapter":
-            adapter = read_adapter(Path(path), base)
-            refuse_other_task(path, adapter.base.task)
-            name = f"adapter_{len(answerers)}"
-            key, tokenizer = bases.with_adapter(adapter, name), adapter.load_tokenizer()
-            answerers[path] = HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
+            answerers[path] = _open_adapter(read_adapter(Path(path), base), bases, len(answerers))
         else:
-            tokenizer = _load_base_tokenizer(path, answerers.values())
-            answerers[path] = HFAnswerer(bases, bases.plain(path), None, tokenizer)
+            answerers[path] = _open_model(path, bases, answerers.values())
     return {path: answerers[path] for path in paths}
+
+
+def _open_adapter(adapter: Adapter, bases: Bases, number: int) -> HFAnswerer:
+    """Open the adapter that is the so many-th that answers."""
+    refuse_other_task(str(adapter), adapter.base.task)
+    name = f"adapter_{number}"
+    key, tokenizer = bases.with_adapter(adapter, name), adapter.load_tokenizer()
+    if not adapter.base.task.has_targets:
+        return HFAnswerer(bases, key, name, tokenizer, adapter.stop_token_ids)
+    made = PairAnswerer(bases, key, name, tokenizer)
+    made.prefix = adapter.recipe.source_prefix
+    return made
+
+
+def _open_model(path: str, bases: Bases, others: Iterable[Answerer]) -> HFAnswerer:
+    """Open a base or a merged model. A base reads what the adapters on it do."""
+    task = Base.of_model(path).task
+    refuse_other_task(path, task)
+    if not task.has_targets:
+        tokenizer = _load_base_tokenizer(path, others)
+        return HFAnswerer(bases, bases.plain(path), None, tokenizer)
+    made = PairAnswerer(bases, bases.plain(path), None, load_tokenizer(path))
+    made.prefix = read_source_prefix(Path(path))
+    for other in others:
+        if isinstance(other, PairAnswerer) and other.key.base.name == path:
+            made.tokenizer, made.prefix = other.tokenizer, other.prefix
+    return made
 
 
 def refuse_other_task(path: str, task: Task) -> None:
     """Raise LoraError for a model that writes no text."""
-    if not task.writes_next_tokens:
+    if not task.writes_text:
         raise LoraError(
             f"{path} is for models that {task.does}, and writes no text",
             f"lora predict {quote(path)} --data FILE",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import set_seed
 
 from lora_cli.common import UsageError, quote, ui
-from lora_cli.data import formats, readers
+from lora_cli.data import formats, pairs, readers
 from lora_cli.evaluate.answerers import Asked, Sampling, open_models
 
 
@@ -70,6 +70,8 @@ def _make_question(place: str, row: readers.Row) -> Question:
         raise _refuse_row(place, row)
     if row.keys() == {"text"}:  # a line of a .txt file
         row = {"prompt": row["text"]}
+    if formats.recognise_format(row) in (None, "text"):
+        row = _read_pair(place, row)
     row = formats.rename_columns(row, formats.guess_columns(row))
     for style, asked, answer in (
         ("prompt_completion", "prompt", "completion"),
@@ -92,6 +94,17 @@ def _make_question(place: str, row: readers.Row) -> Question:
             f"{place}: the last message is not an answer", "end it with the assistant's turn"
         )
     return question._replace(expected=last["content"] or None)
+
+
+def _read_pair(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a source and its target as a prompt with its answer, any other as it is."""
+    if formats.guess_columns(row):
+        return row
+    try:
+        pair = pairs.find_pair(row)
+    except formats.BadRow as bad:
+        raise _refuse_row(place, bad) from None
+    return row if pair is None else {"prompt": pair.source, "completion": pair.target}
 
 
 def _refuse_row(place: str, bad: formats.BadRow) -> UsageError:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, UsageError, files, ui
+from lora_cli.common import LoraError, UsageError, files, quote, ui
 from lora_cli.data import formats, readers
 from lora_cli.evaluate.classifier import Classifier
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
@@ -124,9 +124,10 @@ def _find_predictor(named: Named) -> type[Predictor]:
     task = named.base.task
     if task.name not in PREDICTORS:
         known = " and ".join(PREDICTORS)
+        writing = f"lora generate {quote(named.path)} --file FILE"
         raise UsageError(
             f"{named.path} is for {task.name}, and rows are answered for {known}",
-            "lora verify compares it with another form of it",
+            writing if task.has_targets else "lora verify compares it with another form of it",
         )
     return PREDICTORS[task.name]
 

@@ -48,6 +48,12 @@ def check_convertible(
 def refuse_other_task(path: object, task: Task, is_adapter: bool) -> None:
     """Raise LoraError for a model, or an adapter on one, that writes no text: the converter drops
     heads in silence, such as BERT's pooler, and llama.cpp has none for most."""
+    if task.has_targets:
+        raise LoraError(
+            f"{path} is for models that {task.does}, of which no GGUF is made: none was compared "
+            "in llama.cpp yet",
+            f"lora generate {quote(path)} --prompt TEXT",
+        )
     if not task.writes_next_tokens:
         merging = f"lora merge {quote(path)} MODEL, then lora export-onnx MODEL OUT"
         raise LoraError(

@@ -32,11 +32,13 @@ def finish_folder(
     kept = ("model",) if first.replaced else ("model", "quantization")
     stops = sorted({token for source in sources for token in source.stop_token_ids})
     recipe = first.recipe.to_data()
+    prefix = first.recipe.source_prefix
+    read_with = {"data": {"source_prefix": prefix}} if prefix else {}
     made = provenance.new_record(
         command,
         status="finished",
         base={"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
-        recipe={key: recipe[key] for key in kept if key in recipe},
+        recipe={key: recipe[key] for key in kept if key in recipe} | read_with,
         data={"stop_token_ids": stops},
         **contents,
         parents=[

@@ -36,6 +36,7 @@ from lora_cli.models import (
     compute_logits,
     convert_to_float32,
     find_task_of,
+    make_inputs,
     quantised,
     read_rows,
     split_rows,
@@ -63,7 +64,7 @@ def walk_logits(
     if not find_task_of(model).writes_next_tokens:
         with torch.inference_mode(), limit_threads(), _hook_modules(model, read, plan):
             model.eval()
-            made = [model(input_ids=torch.tensor([probe.ids])) for probe in probes]
+            made = [model(**make_inputs(model, probe.ids)) for probe in probes]
             return [read_rows(each).float() for each in made]
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing

@@ -23,6 +23,7 @@ from lora_cli.merge import (
     compare_weights,
     in_memory,
     layerwise_logits,
+    output,
     streamed,
     streaming_plan,
 )
@@ -112,6 +113,7 @@ def merge_adapter(
             check_against_training(adapter, way, probes, expected, original)
             exact = _check_exact(adapter, way, probes, expected)
         modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
+        output.begin_where_trained(adapter, tokenizer, staging)
         ui.say(f"  {modules} of {modules} modules merged")
         checked = None
         if check:

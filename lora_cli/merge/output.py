@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import GenerationConfig, PreTrainedModel
+from peft.utils import ModulesToSaveWrapper
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError
-from lora_cli.models import Adapter, Base, quantised, read_field
+from lora_cli.models import Adapter, Base, decoder, find_shared, quantised, read_field
 
 
 def write_config(
@@ -40,7 +41,10 @@ def write_config(
 
 def refuse_tied(adapted: PeftModel, base: Base) -> None:
     """Raise LoraError where one weight serves as embedding and head and an adapter changes only one
-    of the two."""
+    of the two; of a model with an encoder and a decoder, one of up to four."""
+    if base.task.has_targets:
+        _refuse_tied_pair(adapted, base)
+        return
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     if ends[1] is None:  # it writes nothing
         return
@@ -53,6 +57,36 @@ def refuse_tied(adapted: PeftModel, base: Base) -> None:
             "train with modules_to_save, trainable_token_indices, or without embed_tokens and "
             "lm_head",
         )
+
+
+def _refuse_tied_pair(adapted: PeftModel, base: Base) -> None:
+    """Raise LoraError where an adapter changes a weight that serves encoder and decoder, or one of
+    these and the head."""
+    changed = {
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper))
+    }
+    for shared in find_shared(base.build_empty()):
+        if both := changed.intersection(shared):
+            raise LoraError(
+                f"{base} uses one weight for {', '.join(shared)}, and the adapter changes "
+                f"{', '.join(sorted(both))}: a plain model cannot hold both",
+                "train with trainable_token_indices, or leave them out",
+            )
+
+
+def begin_where_trained(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Make the generation config of a merged model with an encoder begin what the decoder writes as
+    the targets began that were trained."""
+    if not adapter.base.task.has_targets:
+        return
+    first = decoder.find_first(adapter.base.build_empty(), tokenizer)
+    config = GenerationConfig.from_pretrained(str(folder))
+    config.decoder_start_token_id = first.start
+    if first.forced is not None:
+        config.forced_bos_token_id = first.forced
+    config.save_pretrained(str(folder))
 
 
 def end_where_trained(plain: PreTrainedModel, ends: Sequence[int | None]) -> None:

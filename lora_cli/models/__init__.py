@@ -5,7 +5,8 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
-    TrainingRecord                 what the record of a run or an adapter holds
+    TrainingRecord, read_source_prefix
+                                   what the record of a run or an adapter holds; a merged model's
     get_checkpoint_dtype, num_experts, num_active_experts, num_layers, read_field
                                    what a configuration says
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
@@ -18,16 +19,18 @@ Its doors, in the order a reader needs them:
                                    the tokenizer with its chat template; -100, labels without loss
     chat_template                  chat templates rendered within limits
     targets, init_weights          which modules a recipe means; what an adapter starts from
+    find_shared                    the modules that have one weight: embeddings and head
+    decoder                        what a decoder beside an encoder is fed
     token_rows, adapter_contents   added tokens; what an adapter holds beside linear updates
     causality                      whether tokens see later ones, as an encoder's do
     quantised                      what a configuration says of quantised weights, and what follows
     empty, four_bit                models without weights; guards around 4-bit weights
     tensors, Tensors, is_finite, split_rows
                                    safetensors files read and written some rows at a time
-    convert_to_float32, to_accelerator, refuse_not_finite, count_text_parameters
+    convert_to_float32, to_accelerator, refuse_not_finite, leave_out_cache, count_text_parameters
                                    a loaded model made ready
-    make_probes, PROBES, Probe, compute_logits, compare_logits, Difference, choose_limit,
-    Limit
+    make_probes, PROBES, Probe, make_inputs, compute_logits, read_rows, compare_logits, Difference,
+    choose_limit, Limit
                                    whether two forms of a model are the same function
     passages                       … and how much a form that is rounded more has lost
     save_trained, check_trained, measure_trained, TRAINED, TRAINED_KL
@@ -35,7 +38,13 @@ Its doors, in the order a reader needs them:
 """
 
 from lora_cli.models.adapter_folder import Adapter, read_adapter
-from lora_cli.models.base import Base, convert_to_float32, refuse_not_finite, to_accelerator
+from lora_cli.models.base import (
+    Base,
+    convert_to_float32,
+    leave_out_cache,
+    refuse_not_finite,
+    to_accelerator,
+)
 from lora_cli.models.config import (
     get_checkpoint_dtype,
     num_active_experts,
@@ -43,6 +52,7 @@ from lora_cli.models.config import (
     num_layers,
     read_field,
 )
+from lora_cli.models.decoder import make_inputs
 from lora_cli.models.head import find_task_of, save_head_config
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
@@ -63,9 +73,10 @@ from lora_cli.models.probes import (
     read_rows,
     save_trained,
 )
-from lora_cli.models.record import TrainingRecord
+from lora_cli.models.record import TrainingRecord, read_source_prefix
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
 from lora_cli.models.text_part import count_text_parameters
+from lora_cli.models.ties import find_shared
 from lora_cli.models.tokenizer import (
     IGNORED,
     adds_bos,
@@ -109,8 +120,12 @@ __all__ = [
     "hub",
     "init_weights",
     "is_finite",
+    "leave_out_cache",
     "load_recipe_tokenizer",
     "load_tokenizer",
+    "decoder",
+    "find_shared",
+    "make_inputs",
     "make_probes",
     "measure_trained",
     "names",
@@ -121,6 +136,7 @@ __all__ = [
     "quantised",
     "read_adapter",
     "read_field",
+    "read_source_prefix",
     "refuse_not_finite",
     "save_head_config",
     "save_tokenizer",

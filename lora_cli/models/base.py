@@ -42,6 +42,7 @@ from lora_cli.models import (
     quantised,
     settings,
     tensors,
+    ties,
     tokenizer,
 )
 from lora_cli.models.config import get_checkpoint_dtype, load_config
@@ -145,7 +146,7 @@ class Base:
     def head(self) -> Head:
         """What the class of its task has and its files lack. Raises LoraError where that is a part
         of the base itself."""
-        if self.task.writes_next_tokens:
+        if self.task.writes_text:
             return Head((), ())
         network, report = self._load_and_report(
             dtype=self.dtype, config=copy.deepcopy(self.config), device_map="meta"
@@ -233,20 +234,31 @@ class Base:
         stored = self.quantised
         return torch.float32 if stored and stored.is_dequantised else self.dtype
 
+    @cached_property
+    def parted(self) -> tuple[str, ...]:
+        """Parameters beside an encoder's that its class ties and its files hold apart."""
+        if not self.task.has_targets or self.tensors is None:
+            return ()
+        return ties.find_parted(empty.build_empty(self.config, self.task), self.tensors)
+
+    def _part(self, network: PreTrainedModel) -> PreTrainedModel:
+        ties.part(network, self.parted)
+        return network
+
     def build_empty(self) -> PreTrainedModel:
         """Build it without weights (on the `meta` device): its modules' names and shapes, in an
         instant."""
-        return empty.build_empty(self.config, self.task)
+        return self._part(empty.build_empty(self.config, self.task))
 
     def build_zero(self) -> PreTrainedModel:
         """Build it with zeros for weights, each tensor one number in memory: a place for adapters
         to be read on."""
-        return empty.build_zero(self.config, self.task)
+        return empty.build_zero(self.config, self.task, self.parted)
 
     def build_unweighted(self) -> PreTrainedModel:
         """Build it in float32 without parameters, and with the buffers that are computed, for rows
         to be read in."""
-        return empty.build_unweighted(self.config, self.task)
+        return self._part(empty.build_unweighted(self.config, self.task))
 
     def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
         """Load its tokenizer, as `tokenizer.load_tokenizer`."""
@@ -274,7 +286,7 @@ class Base:
         if not self.task.writes_next_tokens:
             kwargs.setdefault("config", copy.deepcopy(self.config))
         network, report = self._load_and_report(dtype=dtype or self.dtype, **kwargs)
-        if self.task.writes_next_tokens:
+        if self.task.writes_text:
             self._refuse_misfits(report)
         else:
             find_head(network, report, self.task, self.name)
@@ -455,6 +467,14 @@ def _walk_numbers(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
             continue
         scales = [state.absmax] if state.state2 is None else [state.offset, state.state2.absmax]
         yield from ((key, scale) for scale in scales)
+
+
+def leave_out_cache(network: PreTrainedModel) -> None:
+    """Keep a model from caching what it has computed, which training never reads; a decoder beside
+    an encoder has a configuration of its own."""
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
 
 
 def convert_to_float32(base: PreTrainedModel) -> PreTrainedModel:

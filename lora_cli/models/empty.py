@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from lora_cli.common import library_errors, remote_code
+from lora_cli.models import ties
 from lora_cli.models.config import BROKEN_CONFIG
 from lora_cli.recipe import Task
 
@@ -33,10 +35,11 @@ def build_empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
         )
 
 
-def build_zero(config: PretrainedConfig, task: Task) -> PreTrainedModel:
+def build_zero(config: PretrainedConfig, task: Task, parted: Iterable[str] = ()) -> PreTrainedModel:
     """Build it with float32 zeros for weights, each tensor one number in memory: a place for
-    adapters to be read on."""
+    adapters to be read on. `parted` parameters are not tied to others."""
     network = build_empty(config, task)
+    ties.part(network, parted)
     for module in network.modules():
         for key, weight in module.named_parameters(recurse=False):
             setattr(

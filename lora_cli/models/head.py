@@ -155,7 +155,7 @@ def _refuse_foreign(network: PreTrainedModel, left_over: Iterable[str], name: st
 def save_head_config(network: PreTrainedModel, folder: Path) -> None:
     """Write config.json beside an adapter of a task that has a head: its labels, what they are, and
     the class that loads it. PEFT writes none, and would take the number of labels from the base."""
-    if find_task_of(network).writes_next_tokens:
+    if find_task_of(network).writes_text:
         return
     config = quantised.without_quantisation(copy.deepcopy(network.config))
     config.architectures = [type(network).__name__]
@@ -173,7 +173,7 @@ def read_settings(
 ) -> HeadSettings | None:
     """Return what the head of the adapter in a folder has to know: from the config.json beside it,
     else, for one made elsewhere, the number of outputs that its tensors of these shapes have."""
-    if task.writes_next_tokens:
+    if task.writes_text:
         return None
     if (folder / CONFIG).is_file():
         config = files.read_json(folder / CONFIG)

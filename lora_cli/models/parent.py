@@ -308,6 +308,9 @@ def _note_differences(recipe: Recipe, adapter: Adapter, config: Mapping[str, Any
         yield f"lora.lora_dropout = {now} (the adapter was trained with {before})"
     if adapter.record is None:
         return
+    prefix, own = adapter.recipe.source_prefix, recipe.data.source_prefix or ""
+    if recipe.task_row.has_targets and prefix != own:
+        yield f"data.source_prefix = {own!r} (the adapter was trained with {prefix!r})"
     stored = adapter.quantization
     if bool(stored) != recipe.quantized:
         fitting = {"lora": "qlora", "dora": "qdora", "qlora": "lora", "qdora": "dora"}

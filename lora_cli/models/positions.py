@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig
 
+from lora_cli.models import decoder
 from lora_cli.models.base import Base
 
 TABLE = re.compile(r"(^|\.)(wpe|\w*pos\w*)$")
@@ -25,11 +26,12 @@ class Positions(NamedTuple):
     are computed for any number, though no text as long was trained on."""
 
 
-def find_positions(base: Base) -> Positions | None:
-    """Return a base's positions; None where its configuration knows no limit, as with ALiBi."""
+def find_positions(base: Base, of_target: bool = False) -> Positions | None:
+    """Return a base's positions, for what it reads or, beside an encoder, what its decoder writes;
+    None where its configuration knows no limit, as with ALiBi."""
     text = base.config.get_text_config()
-    count = getattr(text, "max_position_embeddings", None)
-    if not isinstance(count, int) or count < 1:
+    count = decoder.find_room(text, of_target)
+    if count is None or count < 1:
         return None
     network = base.build_empty()
     inputs = network.get_input_embeddings()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, stored
 from lora_cli.models import chat_template
+from lora_cli.models.decoder import make_inputs
 from lora_cli.models.head import find_task_of
 from lora_cli.models.tensors import Tensors, is_finite
 from lora_cli.recipe import DEFAULT_TASK, Task
@@ -87,7 +88,7 @@ def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, fol
 def _choose_kept(task: Task, logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the positions of each probe whose logits are kept: the last one where there is a whole
     vocabulary for each."""
-    return [rows[-1:] if task.writes_next_tokens else rows for rows in logits]
+    return [rows[-1:] if task.writes_text else rows for rows in logits]
 
 
 def measure_trained(
@@ -160,10 +161,7 @@ def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[tor
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode(), multiply_in_float32():
-        return [
-            read_rows(model(input_ids=torch.tensor([p.ids], device=device))).float().cpu()
-            for p in probes
-        ]
+        return [read_rows(model(**make_inputs(model, p.ids, device))).float().cpu() for p in probes]
 
 
 def read_logits(outputs: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -69,6 +70,12 @@ class RecordedRecipe(stored.Stored):
     data: dict[str, Any] = {}
     training: RecordedTraining = RecordedTraining()
 
+    @property
+    def source_prefix(self) -> str:
+        """What each source begins with; empty for nothing, and for other tasks."""
+        given = self.data.get("source_prefix")
+        return given if isinstance(given, str) else ""
+
 
 class RecordedData(stored.Stored):
     """The rows that were trained on."""
@@ -127,6 +134,13 @@ class RecordedParent(stored.Stored):
     parent: RecordedParent | None = None
 
 
+class MadeRecord(provenance.Record):
+    """The record of what was made from an adapter, such as a merged model."""
+
+    parent: dict[str, Any] | None = None
+    """The adapter's own."""
+
+
 class TrainingRecord(provenance.Record):
     """The record of a run, or of an adapter that was made from others: JSON values without secrets
     or the home folder."""
@@ -152,3 +166,17 @@ class TrainingRecord(provenance.Record):
     def day(self) -> date:
         """The day on which the run began, also of one that was resumed later."""
         return date.fromisoformat(self.started[:10])
+
+
+def read_source_prefix(folder: Path) -> str:
+    """Return what a merged model's sources began with in training; empty where its folder has no
+    record, or one of other models."""
+    file = folder / provenance.ARTEFACT_RECORD
+    if not file.is_file():
+        return ""
+    parent = MadeRecord.read(file).parent
+    if parent is None:
+        return ""
+    with stored.explain_misfits(file, "parent"):
+        recipe = TrainingRecord.model_validate(parent).recipe
+    return recipe.source_prefix

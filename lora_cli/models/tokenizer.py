@@ -22,7 +22,14 @@ from lora_cli.common import (
     remote_code,
     ui,
 )
-from lora_cli.models import chat_template, names, settings, tokenizer_budget, tokenizer_faults
+from lora_cli.models import (
+    chat_template,
+    languages,
+    names,
+    settings,
+    tokenizer_budget,
+    tokenizer_faults,
+)
 from lora_cli.recipe import Recipe, Task
 
 if TYPE_CHECKING:
@@ -67,6 +74,7 @@ def _apply_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.chat_template = None
         _find_padding(tokenizer)
         leave_out_inputs(tokenizer, recipe.task_row)
+        languages.set_languages(recipe, tokenizer)
         return ""
     template = set_chat_template(tokenizer, recipe.model.chat_template)
     if recipe.model.system_prompt:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.models import all_linear, token_rows
+from lora_cli.models import all_linear, ties, token_rows
 from lora_cli.models.peft_matching import matches_ending, matches_key
 from lora_cli.recipe import Recipe, find_initialisation
 
@@ -182,7 +181,7 @@ def _find_wrong_copies(
                     "quantization.llm_int8_skip_modules",
                 )
                 return
-            shared = _find_sharing(modules, getattr(modules[name], "weight", None))
+            shared = ties.find_sharing(modules, getattr(modules[name], "weight", None))
             if any(matches_ending(other, row) for other in shared for row in rows):
                 yield (
                     f"{where}: {name} is trained whole, and "
@@ -192,13 +191,6 @@ def _find_wrong_copies(
                 )
 
 
-def _find_sharing(modules: dict[str, nn.Module], weight: torch.Tensor | None) -> list[str]:
-    """Return the modules that have this very tensor as their weight."""
-    if weight is None:
-        return []
-    return [name for name, module in modules.items() if getattr(module, "weight", None) is weight]
-
-
 def _find_tied(
     recipe: Recipe,
     config: LoraConfig,
@@ -206,19 +198,26 @@ def _find_tied(
     targeted: Sequence[str],
     parameters: Sequence[str],
 ) -> Iterator[Problem]:
-    """Find adapters on a weight that serves as embedding and head: it cannot be merged into one
-    without changing the other.
+    """Find adapters on a weight that serves as embeddings of encoder or decoder and as head: it
+    cannot be merged into one without changing the others.
 
-    `modules_to_save` and `trainable_token_indices` are sound there, but for rows of the head alone.
+    `trainable_token_indices` is sound there, but for rows of the head alone, and `modules_to_save`
+    where there is no encoder beside a decoder: PEFT would part one of three from the others.
     """
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(head.weight, torch.Tensor):
-        return
-    if head.weight is not model.get_input_embeddings().weight:
-        return
-    shared = _find_sharing(dict(model.named_modules()), head.weight)
-    both = " and ".join(shared)
+    for shared in ties.find_shared(model):
+        yield from _find_tied_adapters(recipe, shared, targeted, parameters)
+        yield from _find_tied_rows(recipe, config, shared)
+        if model.config.is_encoder_decoder:
+            yield from _find_tied_copies(recipe, config, shared)
+
+
+def _find_tied_adapters(
+    recipe: Recipe, shared: list[str], targeted: Sequence[str], parameters: Sequence[str]
+) -> Iterator[Problem]:
+    both = ties.list_shared(shared)
     instead = "use modules_to_save or trainable_token_indices, or leave them out"
+    if len(shared) > 2:
+        instead = "leave them out; single rows are lora.trainable_token_indices"
     for name in shared:
         for field, adapted in (
             ("target_modules", name in targeted),
@@ -226,6 +225,20 @@ def _find_tied(
         ):
             if adapted:
                 yield f"{recipe.where('lora', field)}: {name} shares its weight ({both})", instead
+
+
+def _find_tied_copies(recipe: Recipe, config: LoraConfig, shared: list[str]) -> Iterator[Problem]:
+    saved = config.modules_to_save or []
+    for name in [name for name in shared if any(matches_ending(name, each) for each in saved)]:
+        yield (
+            f"{recipe.where('lora', 'modules_to_save')}: {name} shares its weight "
+            f"({ties.list_shared(shared)})",
+            "leave it out; single rows are lora.trainable_token_indices",
+        )
+
+
+def _find_tied_rows(recipe: Recipe, config: LoraConfig, shared: list[str]) -> Iterator[Problem]:
+    both = ties.list_shared(shared)
     given = config.trainable_token_indices
     rows = given if isinstance(given, dict) else {}
     of_head = [ids for name, ids in rows.items() if matches_ending(shared[-1], name)]

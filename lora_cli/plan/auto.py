@@ -177,7 +177,7 @@ def _set_key(recipe: Recipe, key: str, value: Any) -> Recipe:
 def choose_trainer(given: Situation) -> Chosen:
     """Return the objective's trainer of TRL, unless it refuses what the recipe adapts."""
     if not given.recipe.task_row.writes_next_tokens:
-        return "trainer", "TRL trains models that write"
+        return "trainer", "TRL's trains models that foretell the next token"
     if given.recipe.adapts_head:
         return "trainer", f"{given.recipe.objective.trainer} cannot adapt the output head"
     return given.recipe.objective.name, "rows and labels are the same for both"
@@ -429,12 +429,13 @@ def is_far_below(recipe: Recipe, config: PretrainedConfig, device: Hardware) -> 
         return False
     text = config.get_text_config()
     batch = memory.largest_batch(recipe)
-    tokens = batch.rows * batch.length
+    tokens = batch.rows * (batch.length + batch.targets)
     names = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
     sizes = [getattr(text, name, None) for name in names]
     hidden, layers, vocabulary, inner = (size if isinstance(size, int) else 0 for size in sizes)
     if not (hidden and layers and vocabulary):  # a family that gives its sizes otherwise
         return False
+    layers *= 2 if batch.targets else 1  # the encoder's, and as many of the decoder's
     width = max(hidden, inner or 8 * hidden)
     weights = 4 * (2 * vocabulary * hidden + layers * 8 * hidden * width)
     activations = 4 * layers * (tokens * 64 * width + 2 * batch.rows * batch.length**2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lora_cli.common import files, ui
 from lora_cli.data import encoders, load, prepare, selection
 from lora_cli.models import IGNORED, load_recipe_tokenizer
 from lora_cli.plan import settled, sizes
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, Task
 
 TRAINED = "\x1b[1;32m"
 NOT_TRAINED = "\x1b[2m"
@@ -49,7 +49,7 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
             "eval": _count_numbers(evaluation) if evaluation else None,
             "beyond_positions": beyond,
             "plan": steps._asdict(),
-            "samples": [_describe_sample(row, encoder) for row in train.first[:samples]],
+            "samples": _describe_samples(train.first[:samples], encoder, recipe.task_row),
         }
         ui.report_json(report)
         return
@@ -75,11 +75,15 @@ def _print_rows(
     samples: int,
 ) -> None:
     """Print the rows' lengths, the steps they make, and the first `samples` of them."""
-    lengths = train.counts.lengths
-    ui.report("", *_format_histogram(lengths, recipe.training.max_length))
-    ui.report("", _format_quantiles(lengths), *_format_steps(steps, train))
+    counts = train.counts
+    for limit, lengths in zip(
+        selection.list_limits(recipe), (counts.lengths, counts.target_lengths)
+    ):
+        ui.report("", *_format_histogram(lengths, limit.tokens, limit.name))
+        ui.report("", _format_quantiles(lengths, limit.name or "row"))
+    ui.report(*_format_steps(steps, train))
     for row in train.first[:samples]:
-        _print_sample(row, encoder)
+        _print_sample(row, encoder, recipe.task_row)
 
 
 def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
@@ -89,7 +93,7 @@ def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
     yield f"{steps.fill:.0%} of the batches is text, the rest padding{packed}"
 
 
-def _format_histogram(lengths: Counter[int], limit: int) -> list[str]:
+def _format_histogram(lengths: Counter[int], limit: int, of: str = "") -> list[str]:
     """Rows by length: ten bars up to the longest within the limit, and one for the others."""
     inside = max((length for length in lengths if length <= limit), default=1)
     width = max(1, math.ceil(inside / BARS))
@@ -106,10 +110,10 @@ def _format_histogram(lengths: Counter[int], limit: int) -> list[str]:
                 name = f"over {limit}"
             drawn = "#" * math.ceil(40 * bars[bar] / most)
             lines.append(f"{name:>14}  {bars[bar]:>8,}  {drawn}".rstrip())
-    return [f"{'tokens':>14}  {'rows':>8}", *lines]
+    return [f"{f'{of} tokens'.strip():>14}  {'rows':>8}", *lines]
 
 
-def _format_quantiles(lengths: Counter[int]) -> str:
+def _format_quantiles(lengths: Counter[int], what: str = "row") -> str:
     """Return what to choose training.max_length by.
 
     `half of the rows have up to 83 tokens, 95% up to 210, all up to 512`.
@@ -117,7 +121,7 @@ def _format_quantiles(lengths: Counter[int]) -> str:
     total = lengths.total()
     below = 0
     found: list[str] = []
-    shares = [(0.5, "half of the rows have"), (0.95, "95%"), (1.0, "all")]
+    shares = [(0.5, f"half of the {what}s have"), (0.95, "95%"), (1.0, "all")]
     for length, number in sorted(lengths.items()):
         below += number
         while shares and below >= shares[0][0] * total:
@@ -125,26 +129,36 @@ def _format_quantiles(lengths: Counter[int]) -> str:
     return ", ".join(found)
 
 
-def _describe_sample(row: selection.Kept, encoder: encoders.Encoder) -> dict[str, Any]:
-    return {
-        "place": row.place,
-        "tokens": len(row.input_ids),
-        "runs": [
-            {"trained": learned, "text": text} for learned, text in encoder.split_by_loss(row)
-        ],
-    }
+def _describe_samples(
+    rows: Sequence[selection.Kept], encoder: encoders.Encoder, task: Task
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "place": row.place,
+            "tokens": _count_tokens(row, task),
+            "runs": [
+                {"trained": learned, "text": text} for learned, text in encoder.split_by_loss(row)
+            ],
+        }
+        for row in rows
+    ]
 
 
-def _print_sample(row: selection.Kept, encoder: encoders.Encoder) -> None:
+def _count_tokens(row: selection.Kept, task: Task) -> int:
+    return sum(len(row.read(column)) for column in task.text_columns)
+
+
+def _print_sample(row: selection.Kept, encoder: encoders.Encoder, task: Task) -> None:
     trained = int((row.labels != IGNORED).sum())
-    about = f"{len(row.input_ids)} tokens, {encoder.marked.format(trained)} between ⟦ and ⟧"
+    marked = encoder.marked.format(trained)
+    about = f"{_count_tokens(row, task)} tokens, {marked} between ⟦ and ⟧"
     ui.report("", f"{row.place}: {about}")
-    ui.report_texts(
-        [
-            (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text)
-            for learned, text in encoder.split_by_loss(row)
-        ]
-    )
+    runs = [
+        (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text)
+        for learned, text in encoder.split_by_loss(row)
+    ]
+    for texts in [[each] for each in runs] if task.has_targets else [runs]:
+        ui.report_texts(texts)
 
 
 def _count_numbers(prepared: prepare.Prepared) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from trl.trainer.utils import get_peak_flops
 
-from lora_cli.models import num_active_experts, num_experts, read_field
+from lora_cli.models import find_task_of, num_active_experts, num_experts, read_field
 
 FROZEN = 4
 TRAINED = 6
@@ -35,13 +35,14 @@ class Work(NamedTuple):
 def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -> float:
     """Operations for one token whose document has `context` tokens on average.
 
-    `labelled` is the share of tokens for which logits are made.
+    `labelled` is the share of tokens for which logits are made; of pairs, that of the targets.
     """
     config: Any = adapted.get_base_model().config.get_text_config()
     head = adapted.get_output_embeddings()
     inside = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     total = 0.0
     seen: set[int] = set()
+    sides = _share_sides(adapted, labelled)
     for module in adapted.modules():
         for parameter in module.parameters(recurse=False):
             # an embedding looks rows up, unless it is the head as well
@@ -51,8 +52,22 @@ def count_per_token(adapted: PeftModel, context: float, labelled: float = 1.0) -
                 continue
             seen.add(id(parameter))
             share = labelled if id(parameter) in inside else _active_share(parameter, config)
+            share *= sides.get(id(parameter), 1.0)
             total += (TRAINED if parameter.requires_grad else FROZEN) * share * weights
     return float(total + 6 * _sum_attention_widths(config) * context)
+
+
+def _share_sides(adapted: PeftModel, targets: float) -> dict[int, float]:
+    """Return for each parameter of an encoder and of the decoder beside it the share of tokens that
+    it works on; nothing for other models."""
+    network = adapted.get_base_model()
+    if not find_task_of(adapted).has_targets:
+        return {}
+    found: dict[int, float] = {}
+    for side, share in ((network.get_encoder(), 1 - targets), (network.get_decoder(), targets)):
+        found |= {id(parameter): share for parameter in side.parameters()}
+    head = network.get_output_embeddings()
+    return found if head is None else found | {id(each): 1.0 for each in head.parameters()}
 
 
 def _sum_attention_widths(config: Any) -> int:

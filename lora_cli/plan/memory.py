@@ -18,7 +18,7 @@ from peft import PeftModel
 from pyarrow import compute
 from transformers import PretrainedConfig
 
-from lora_cli.data import prepare
+from lora_cli.data import prepare, selection
 from lora_cli.models import Base
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import GIB, Hardware
@@ -84,10 +84,15 @@ def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch
     """
     training = recipe.training
     size = training.per_device_train_batch_size
-    longest = most = min(training.max_length, LONGEST)
+    most = min(training.max_length, LONGEST)
+    found = [min(limit.tokens, LONGEST) for limit in selection.list_limits(recipe)]
     if rows is not None and len(rows.rows):
-        lengths = compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
-        longest = compute.max(lengths).as_py()
+        columns = rows.rows.with_format("arrow")[:]
+        lengths = [
+            compute.list_value_length(columns[name]) for name in recipe.task_row.text_columns
+        ]
+        found = [compute.max(each).as_py() for each in lengths]
+    longest, targets = (*found, 0)[:2]
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
         together = longest * size * training.gradient_accumulation_steps
@@ -97,7 +102,7 @@ def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch
         return Batch(1, size * most, waiting)
     if getattr(training, "padding_free", False):
         return Batch(1, size * longest, waiting)
-    return Batch(size, longest, waiting)
+    return Batch(size, longest, waiting, targets)
 
 
 def find_packed_length(recipe: Recipe) -> int:

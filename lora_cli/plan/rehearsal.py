@@ -34,7 +34,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_cli.common import LoraError
-from lora_cli.models import Parent, attach, empty, quantised, read_logits, targets
+from lora_cli.models import (
+    Parent,
+    attach,
+    empty,
+    leave_out_cache,
+    quantised,
+    read_logits,
+    targets,
+)
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.scoring import make_scorer
 from lora_cli.speed import dora_norms, install, loss_head
@@ -78,6 +86,8 @@ class Batch(NamedTuple):
     length: int
     waiting: bool
     """Whether gradients of earlier passes of the same optimiser step are there already."""
+    targets: int = 0
+    """Tokens of the targets, where a decoder writes some."""
 
 
 class TooManyOperations(Exception):
@@ -327,7 +337,7 @@ class Rehearsal:
                 layer.squares = torch.empty(layer.weight.numel())
         if self.recipe.training.loss_head == "stock" and self.recipe.uses_trl:
             add_fused_lm_head(self.base, outputs=("log_probs", "entropy", "is_top1"))
-        self.base.config.use_cache = False
+        leave_out_cache(self.base)
         self.adapted.train()
         if self.arguments.activation_checkpointing:
             options = dict(self.arguments.activation_checkpointing_kwargs or {})
@@ -443,6 +453,8 @@ class Rehearsal:
         packed = self.recipe.training.packing not in (False, None)
         other = "position_ids" if packed else "attention_mask"
         inputs = {"input_ids": ids, other: torch.ones_like(ids)}
+        if batch.targets:
+            inputs["decoder_input_ids"] = torch.zeros(batch.rows, batch.targets, dtype=torch.long)
         if not self.recipe.task_row.writes_next_tokens:
             return self._task_loss(inputs)
         if self.recipe.training.loss_head == "stock":
@@ -464,6 +476,7 @@ class Rehearsal:
         scorer = make_scorer(self.recipe)
         assert scorer is not None
         logits = read_logits(self.base(**inputs))
+        self.live.item = HEAD
         labels = scorer.make_labels(logits)
         return scorer.sum_loss(logits, labels, inputs["attention_mask"]) / labels.numel()
 

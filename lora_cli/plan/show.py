@@ -188,7 +188,7 @@ def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[
     def shape(rows: int, length: int) -> Batch:
         if one_sequence:
             return Batch(1, rows * length, batch.waiting)
-        return Batch(rows, length, batch.waiting)
+        return batch._replace(rows=rows, length=length)
 
     return {
         "per_device_train_batch_size": forecast.largest(lambda n: shape(n, each), size, 4096),
@@ -240,7 +240,8 @@ def _format_lines(
     kinds = parameters["trained_by_kind"].items()
     lines = [[kind, str(modules), f"{number:,}"] for kind, (modules, number) in kinds]
     yield from ui.format_table(["kind of module", "modules", "trained"], lines)
-    shape = f"{batch.rows} x {batch.length} tokens"
+    targets = f", and {batch.targets} of targets" if batch.targets else ""
+    shape = f"{batch.rows} x {batch.length} tokens{targets}"
     yield ""
     yield f"memory at the peak of a step: {shape} in one forward pass"
     items = [*found["items"].items(), ("total", found["total"])]

@@ -7,7 +7,8 @@ names in the recipe that match nothing are refused at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.data import prepare
+from lora_cli.data import prepare, selection
 from lora_cli.models import (
     Base,
     Parent,
     attach,
     causality,
+    decoder,
     find_positions,
     make_probes,
     targets,
@@ -70,6 +72,8 @@ def measure_adapter(
     if base.task.writes_next_tokens:
         causality.refuse_encoder_by_config(base.config, base.task, base.name)
     network = base.build_empty()
+    if base.task.has_targets:
+        decoder.refuse_beginless(network, base.name)
     folder = parent.folder if parent else None
     config, left_out = targets.make_config(recipe, network, len(tokenizer), new_ids, folder)
     config.init_lora_weights = True  # others need the weights
@@ -110,8 +114,9 @@ def refuse_unknown_ids(
     if (added and parent is None) or max(tokenizer.get_vocab().values(), default=-1) < there:
         return
     used = [tokenizer.pad_token_id or 0]
-    for chunk in rows.rows.data.table.column("input_ids").chunks:
-        used.append(compute.max(chunk.values).as_py() or 0)
+    for column in recipe.task_row.text_columns:
+        for chunk in rows.rows.data.table.column(column).chunks:
+            used.append(compute.max(chunk.values).as_py() or 0)
     if max(used) >= there:
         token = tokenizer.convert_ids_to_tokens(max(used))
         raise LoraError(
@@ -135,40 +140,56 @@ def check_positions(
     training.max_length tells.
     """
     positions = find_positions(base)
-    limit = recipe.training.max_length
+    if positions is not None:
+        prompts = max(len(probe.ids) for probe in make_probes(tokenizer))
+        if positions.ends and prompts > positions.number:
+            raise LoraError(
+                f"model.name_or_path: {base} reads {positions.number} tokens at most, and the "
+                f"prompts by which models are compared have up to {prompts}",
+                "take a model with more positions",
+            )
+    found = [_check_limit(recipe, base, limit, rows) for limit in selection.list_limits(recipe)]
+    return "; ".join(filter(None, found)) or None
+
+
+def _check_limit(
+    recipe: Recipe,
+    base: Base,
+    limit: selection.Limit,
+    rows: Sequence[prepare.Prepared] | None,
+) -> str | None:
+    """Return in words how far a text of the rows reaches beyond the positions for it."""
+    positions = find_positions(base, of_target=limit.column == "labels")
     if positions is None:
         return None
-    prompts = max(len(probe.ids) for probe in make_probes(tokenizer))
-    if positions.ends and prompts > positions.number:
-        raise LoraError(
-            f"model.name_or_path: {base} reads {positions.number} tokens at most, and the prompts "
-            f"by which models are compared have up to {prompts}",
-            "take a model with more positions",
-        )
-    counted = f"the {positions.number:,} positions of {base}"
+    number = positions.number
+    counted = f"the {number:,} positions of {base}"
     if rows is None:
-        over = f"training.max_length {limit:,} is over {counted}"
-        return over if limit > positions.number else None
-    lengths = [length for part in rows for length in _find_lengths(recipe, part, positions.ends)]
-    over_them = sum(length > positions.number for length in lengths)
+        over = f"{limit.key} {limit.tokens:,} is over {counted}"
+        return over if limit.tokens > number else None
+    lengths = [n for part in rows for n in _find_lengths(recipe, part, limit, positions.ends)]
+    over_them = sum(length > number for length in lengths)
     if not over_them:
         return None
-    found = f"rows longer than {counted}: {over_them:,}, up to {max(lengths):,} tokens"
-    hint = f"--set training.max_length={positions.number}"
+    what = f"{limit.name or 'row'}s"
+    found = f"{what} longer than {counted}: {over_them:,}, up to {max(lengths):,} tokens"
+    hint = f"--set {limit.key}={number}"
     if positions.ends:
-        raise LoraError(f"training.max_length: {found}", hint)
+        raise LoraError(f"{limit.key}: {found}", hint)
     return f"{found} ({hint} limits them)"
 
 
-def _find_lengths(recipe: Recipe, part: prepare.Prepared, ends: bool) -> list[int]:
-    """Return the positions that each row takes, or the longest there may be."""
+def _find_lengths(
+    recipe: Recipe, part: prepare.Prepared, limit: selection.Limit, ends: bool
+) -> list[int]:
+    """Return the positions that a text of each row takes, or the longest there may be."""
     training = recipe.training
     given = training.collect_values()
     wrapped = given.get("packing_strategy") == "wrapped"
     if part.stream is not None or (training.packing in (True, "dataset") and wrapped):
-        return [training.max_length]
+        return [limit.tokens]
     found: list[int] = compute.list_value_length(
-        part.rows.with_format("arrow")[:]["input_ids"]
+        part.rows.with_format("arrow")[:][limit.column]
     ).to_pylist()
     multiple = given.get("pad_to_multiple_of") if ends else None
     if multiple and training.packing is False:
@@ -188,14 +209,13 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
         rows = len(pack_dataset(train.rows, training.max_length, strategy))
         fill = train.counts.tokens / (rows * training.max_length)
     elif training.packing != "step" and not getattr(training, "padding_free", False):
-        lengths = compute.list_value_length(train.rows.with_format("arrow")[:]["input_ids"])
-        counted = {each["values"]: each["counts"] for each in lengths.value_counts().to_pylist()}
         size = training.per_device_train_batch_size
         grouped = getattr(training, "train_sampling_strategy", None) == "group_by_length"
+        texts = [_list_lengths(train, column) for column in recipe.task_row.text_columns]
         fill = (
-            measure_grouped_fill(lengths.to_pylist(), size, training.seed)
+            measure_grouped_fill(texts, size, training.seed)
             if grouped and train.stream is None
-            else estimate_padded_fill(counted, size)
+            else estimate_padded_fill([Counter(lengths) for lengths in texts], size)
         )
     batches = math.ceil(rows / training.per_device_train_batch_size)
     if getattr(training, "dataloader_drop_last", False) and train.stream is None:
@@ -210,21 +230,36 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
     return Steps(packed, rows, epoch, total, fill)
 
 
-def measure_grouped_fill(lengths: list[int], size: int, seed: int) -> float:
+def _list_lengths(train: prepare.Prepared, column: str) -> list[int]:
+    """Return the length of each row's text in a column."""
+    texts = train.rows.with_format("arrow")[:][column]
+    found: list[int] = compute.list_value_length(texts).to_pylist()
+    return found
+
+
+def measure_grouped_fill(texts: Sequence[list[int]], size: int, seed: int) -> float:
     """Return the share of text in batches of `size` rows of about the same length, as Trainer draws
-    them in an epoch."""
+    them in an epoch. `texts` are the lengths of each row's texts, by the first of which it goes."""
     drawn = torch.Generator().manual_seed(seed)
-    order = get_length_grouped_indices(lengths, size, generator=drawn)
-    sorted_so = [lengths[place] for place in order]
-    batches = [sorted_so[start : start + size] for start in range(0, len(order), size)]
-    return sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+    order = get_length_grouped_indices(texts[0], size, generator=drawn)
+    padded = 0
+    for lengths in texts:
+        sorted_so = [lengths[place] for place in order]
+        batches = [sorted_so[start : start + size] for start in range(0, len(order), size)]
+        padded += sum(max(batch) * len(batch) for batch in batches)
+    return sum(map(sum, texts)) / padded
 
 
-def estimate_padded_fill(lengths: dict[int, int], size: int) -> float:
-    """Return the expected share of text in batches of `size` rows drawn at random.
+def estimate_padded_fill(texts: Sequence[Mapping[int, int]], size: int) -> float:
+    """Return the expected share of text in batches of `size` rows drawn at random. `texts` count
+    the rows of each length, for each text of a row."""
+    batches = [_estimate_batch(lengths, size) for lengths in texts]
+    return sum(text for text, _ in batches) / sum(padded for _, padded in batches)
 
-    Each batch is as long as its longest row. `lengths` counts the rows of each length.
-    """
+
+def _estimate_batch(lengths: Mapping[int, int], size: int) -> tuple[float, float]:
+    """Return how long rows are on average, and the longest of `size` rows drawn at random: a batch
+    is as long as its longest row. `lengths` counts the rows of each length."""
     count = sum(lengths.values())
     longest = 0.0
     below = 0
@@ -232,4 +267,4 @@ def estimate_padded_fill(lengths: dict[int, int], size: int) -> float:
         share = ((below + number) / count) ** size - (below / count) ** size
         longest += length * share
         below += number
-    return sum(length * number for length, number in lengths.items()) / count / longest
+    return sum(length * number for length, number in lengths.items()) / count, longest

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.recipe import initialisations
 from lora_cli.recipe.keys import Recipe, TrainingFields
-from lora_cli.recipe.tasks import TASKS
+from lora_cli.recipe.tasks import TASKS, WRITTEN_METRICS
 
 Problem = tuple[str, str | None]
 """A message and its hint."""
@@ -23,6 +23,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_trainer(recipe)
     yield from _check_steps(recipe)
     yield from _check_data(recipe)
+    yield from _check_targets(recipe)
     yield from _check_checkpointing(recipe)
     yield from _check_initialisation(recipe)
     yield from _check_parent(recipe)
@@ -212,6 +213,7 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
         ("save_strategy", _read(recipe, "save_strategy") == "best"),
         ("lr_scheduler_type", training.lr_scheduler_type == "reduce_lr_on_plateau"),
         ("metric_for_best_model", _read(recipe, "metric_for_best_model") is not None),
+        ("generate_at_evaluation", training.generate_at_evaluation),
     ):
         place = recipe.where("training", key)
         if asks and not data:
@@ -265,6 +267,33 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             place = recipe.where("data", "columns" if columns is data.columns else "mix")
             yield f"{place} gives {', '.join(twice)} two names", "give each column one name"
+
+
+def _check_targets(recipe: Recipe) -> Iterator[Problem]:
+    """What speaks of sources and targets needs a task that has them; and what such a task rules
+    out."""
+    if not recipe.task_row.has_targets:
+        if recipe.training.generate_at_evaluation:
+            place = recipe.where("training", "generate_at_evaluation")
+            yield f"{place} has no effect with task: {recipe.task}", "leave it out"
+        return
+    for key in ("source_language", "target_language"):
+        other = "target_language" if key == "source_language" else "source_language"
+        if getattr(recipe.data, key) and not getattr(recipe.data, other):
+            yield f"{recipe.where('data', key)} needs data.{other}", f"add data.{other}"
+    if recipe.lora.init_lora_weights == "eva":
+        place = recipe.where("lora", "init_lora_weights")
+        yield f"{place}: PEFT's eva looks at rows of one text", "init_lora_weights: true"
+    best = str(_read(recipe, "metric_for_best_model") or "loss").removeprefix("eval_")
+    if best in WRITTEN_METRICS and not recipe.training.generate_at_evaluation:
+        place = recipe.where("training", "metric_for_best_model")
+        yield (
+            f"{place}: {best} is of texts that are written",
+            "add training.generate_at_evaluation: true",
+        )
+    if recipe.training.generate_at_evaluation and recipe.distributed.shards:
+        place = recipe.where("training", "generate_at_evaluation")
+        yield f"{place}: a sharded model does not write", "distributed: {strategy: ddp}"
 
 
 def _check_mix(recipe: Recipe) -> Iterator[Problem]:

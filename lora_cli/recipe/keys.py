@@ -24,6 +24,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 TaskName = Literal[
     "causal_lm", "sequence_classification", "token_classification", "question_answering",
+    "seq2seq_lm",
 ]  # fmt: skip
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -195,12 +196,12 @@ class Distributed(Section):
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 Format = Literal[
     "alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens", "labelled", "tagged",
-    "squad",
+    "squad", "pairs",
 ]  # fmt: skip
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
     "input_ids", "labels", "system", "tools", "label", "text_pair", "tokens", "tags",
-    "question", "context", "answers",
+    "question", "context", "answers", "source", "target",
 ]  # fmt: skip
 
 
@@ -251,14 +252,27 @@ class Data(Section):
     instruction/context/response (Dolly), question/answer, query/response, problem/solution,
     input/output and the like, which is said."""
     columns: dict[Column, str] = Field(default_factory=dict)
-    """Names of this data set's columns, as `ours: theirs` (`prompt: question`)."""
+    """Names of this data set's columns, as `ours: theirs` (`prompt: question`); a dot leads into a
+    column of mappings (`source: translation.de`)."""
+    source_prefix: Annotated[str, Field(min_length=1)] | None = None
+    """What each source begins with, as T5's `summarize: `; with seq2seq_lm. It is kept with the
+    adapter, for its answers."""
+    source_language: Name | None = None
+    """Code of the sources' language, for tokenizers that mark it, as those of mBART and NLLB
+    (`de_DE`, `deu_Latn`)."""
+    target_language: Name | None = None
+    """The same of the targets."""
+    max_target_length: Annotated[int, Field(ge=2)] | None = None
+    """Longest target in tokens, with seq2seq_lm; unset: training.max_length, which is that of the
+    sources."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
     """Tokens with loss: the last answer, every answer, or everything. A turn with `train: false` or
     `weight: 0` has none."""
     on_long_row: Literal["drop", "truncate", "split", "error"] = "drop"
     """A row over training.max_length tokens is left out, cut at the end, cut into several, or an
     error; counted. With task: question_answering it is split, unless drop or error is asked for:
-    its text is read in windows."""
+    its text is read in windows. With seq2seq_lm a target over data.max_target_length is long,
+    too."""
     stride: Annotated[int, Field(ge=0)] = 128
     """With task: question_answering: tokens that two windows of a long text share, so that an
     answer at the end of one is whole in the other; no more than half of a window."""
@@ -330,6 +344,9 @@ class TrainingFields(Section):
     """LoRA+: the learning rate of adapters on embeddings; unset: PEFT's 1e-6."""
     bf16: Auto | bool = "auto"
     """Autocast to bfloat16; `auto`: when model.dtype is bfloat16."""
+    generate_at_evaluation: bool = False
+    """Also write a target for each source that is evaluated, greedily, and score it: ROUGE, BLEU,
+    chrF and exact matches; with seq2seq_lm."""
     eval_strategy: Auto | Literal["no", "steps", "epoch"] = "auto"
     """When to evaluate; `auto`: after each epoch when there is evaluation data."""
     logging_steps: Annotated[float, Field(gt=0)] = 10
@@ -468,7 +485,8 @@ class Recipe(Section):
     sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
     task: TaskName = "causal_lm"
     """What the model is trained to do: write text, tell which labels a text has, or which each of
-    its words has, or find answers in a text."""
+    its words has, find answers in a text; or, with an encoder and a decoder, read a text and write
+    another."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)
@@ -499,6 +517,11 @@ class Recipe(Section):
     def trains_on_cpu(self) -> bool:
         """Whether the recipe says to leave GPUs alone."""
         return bool(self.training.collect_values().get("use_cpu"))
+
+    @property
+    def max_target_length(self) -> int:
+        """The longest target in tokens, of a task that has targets."""
+        return self.data.max_target_length or self.training.max_length
 
     def count_step_rows(self) -> int:
         """Return how many rows a step has, of all processes that train together."""

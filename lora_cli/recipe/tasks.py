@@ -54,6 +54,18 @@ class Task:
     scorer: str = ""
     """What computes its loss and its metrics, where they are not those of next tokens: a class of a
     file in scoring/, as `file.Class`."""
+    text_columns: tuple[str, ...] = ("input_ids",)
+    """The columns of a row that are texts, as token ids."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the labels of a row are a text of their own, which a decoder writes."""
+        return "labels" in self.text_columns
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether a model's head gives the next token of a text: no files of a base lack it."""
+        return self.writes_next_tokens or self.has_targets
 
     @property
     def writes_next_tokens(self) -> bool:
@@ -66,7 +78,7 @@ class Task:
         transformers = importlib.import_module("transformers")
         if self.whole_class is None:
             found = getattr(transformers, self.auto_class)
-            if type(config) not in found._model_mapping:
+            if type(config) not in found._model_mapping or not self._knows_class(config, found):
                 raise LoraError(
                     f"transformers has no {config.model_type} model to {self.does}",
                     "take a base of another family",
@@ -75,6 +87,11 @@ class Task:
         whole = getattr(transformers, self.whole_class)
         is_part = config.get_text_config() is not config and type(config) in whole._model_mapping
         return whole if is_part else getattr(transformers, self.auto_class)
+
+    def _knows_class(self, config: Any, auto_class: Any) -> bool:
+        """Return whether the class of such a model is one of `architectures`: by its name a model
+        that is loaded later is known again."""
+        return str(auto_class._model_mapping[type(config)].__name__).endswith(self.architectures)
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,18 @@ class Objective:
         return read_fields(self.fields).keys() - read_fields(TRAINING_ARGUMENTS).keys()
 
 
+WRITTEN_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")
+"""What is measured of texts that a model writes."""
+ENCODER_DECODERS = (
+    *("BartForConditionalGeneration", "BigBirdPegasusForConditionalGeneration"),  # MBart, PLBart
+    *("BlenderbotForConditionalGeneration", "BlenderbotSmallForConditionalGeneration"),
+    *("EncoderDecoderModel", "LEDForConditionalGeneration", "M2M100ForConditionalGeneration"),
+    *("MarianMTModel", "MvpForConditionalGeneration", "NllbMoeForConditionalGeneration"),
+    *("PegasusForConditionalGeneration", "PegasusXForConditionalGeneration"),
+    *("SwitchTransformersForConditionalGeneration", "T5ForConditionalGeneration"),  # mT5, LongT5
+)
+"""Classes of models with an encoder and a decoder for texts, by how their names end: models that
+look at pictures, or listen, have `ForConditionalGeneration` in their names, too."""
 TASKS = (
     Task(
         "causal_lm",
@@ -157,6 +186,20 @@ TASKS = (
         lost_inputs=("token_type_ids", "position_ids"),
         encoder="questions.QuestionEncoder",
         scorer="spans.AnswerScorer",
+    ),
+    Task(
+        "seq2seq_lm",
+        "SEQ_2_SEQ_LM",
+        "AutoModelForSeq2SeqLM",
+        "read a text and write another",
+        architectures=ENCODER_DECODERS,
+        metrics=("perplexity", *WRITTEN_METRICS),
+        shown=("rougeL", "exact", "bleu", "chrf"),
+        long_rows=("drop", "truncate", "error"),
+        own_keys=("source_prefix", "source_language", "target_language", "max_target_length"),
+        encoder="pairs.PairEncoder",
+        scorer="texts.TextScorer",
+        text_columns=("input_ids", "labels"),
     ),
 )
 OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)

@@ -103,6 +103,7 @@ OURS = (
     "loraplus_lr_embedding",
     "stop_on_loss_above",
     "on_oom",
+    "generate_at_evaluation",
 )
 """Keys of `training` that lora acts on itself, beside COMPILING."""
 NEWER_NAMES = ("activation_checkpointing", "activation_checkpointing_kwargs")

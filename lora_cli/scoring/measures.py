@@ -8,7 +8,7 @@ OF_NUMBERS = ("mse", "mae", "r2", "pearson", "spearman")
 OF_SETS = ("accuracy", "f1_micro", "f1_macro")
 OF_CLASSES = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews")
 OF_TWO = ("f1", "precision", "recall")
-SMALLER = ("mse", "mae")
+SMALLER = ("mse", "mae", "perplexity")
 """Metrics by which a model is better where they are smaller."""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,9 @@ class Scorer(ABC):
     `logits` are what `models.read_logits` gives and `labels` what `TaskCollator` makes. What is
     gathered are plain values, which other processes can be given.
     """
+
+    has_perplexity: ClassVar[bool] = False
+    """Whether its loss is that of each token of a text, and so has a perplexity."""
 
     def __init__(self, labels: Sequence[str] = (), problem_type: str | None = None) -> None:
         self.labels, self.problem_type = list(labels), problem_type

@@ -34,6 +34,8 @@ class RunOptions:
     """Layers whose norms are the same in all sequences of a step."""
     scorer: Scorer | None = None
     """What computes the loss and the metrics of a task other than writing."""
+    written_tokens: int = 0
+    """How many tokens a target may have that is written at an evaluation; 0: none is written."""
     batches: Batches | None = None
     """How a step's rows come, where they are dealt over several processes."""
     sharded: Literal["fsdp", "deepspeed-zero3"] | None = None

@@ -18,8 +18,10 @@ from lora_cli.models import (
     Parent,
     attach,
     causality,
+    decoder,
     find_positions,
     init_weights,
+    leave_out_cache,
     load_recipe_tokenizer,
     read_logits,
     refuse_not_finite,
@@ -126,7 +128,7 @@ def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     refuse_not_finite(network, base.name)
     if base.task.writes_next_tokens:
         causality.refuse_encoder(network, base.name)
-    network.config.use_cache = False
+    leave_out_cache(network)
     return network
 
 
@@ -258,7 +260,7 @@ def _attach_new(
     put_together = (
         DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
         if recipe.task_row.writes_next_tokens
-        else make_collator(recipe, inputs.tokenizer, 0)
+        else make_collator(recipe, inputs.tokenizer, 0, network)
     )
     with attach.quiet_peft():
         loss = partial(_compute_loss, make_scorer(recipe))
@@ -302,7 +304,9 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
         train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
         eval_dataset=eval_rows.rows if eval_rows else None,
         processing_class=inputs.tokenizer,
-        data_collator=make_collator(recipe, inputs.tokenizer, pieces.sequence),
+        data_collator=make_collator(
+            recipe, inputs.tokenizer, pieces.sequence, adapted.get_base_model()
+        ),
     )
 
 
@@ -324,6 +328,7 @@ def make_options(
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),
         scorer=make_scorer(recipe),
+        written_tokens=recipe.max_target_length if training.generate_at_evaluation else 0,
         batches=batches,
         sharded=find_sharding(recipe),
         replicas=recipe.distributed.replicas,
@@ -350,15 +355,24 @@ def read_loraplus(recipe: Recipe) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def make_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sequence: int) -> Any:
+def make_collator(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence: int,
+    network: PreTrainedModel | None = None,
+) -> Any:
     """Return the collator that makes batches of rows, or where `packing: step` sequences of up to
-    `sequence` tokens; None where TRL has its own."""
+    `sequence` tokens; None where TRL has its own. What the decoder of a `network` with an encoder
+    is fed, it makes itself."""
+    multiple = recipe.training.collect_values().get("pad_to_multiple_of")
+    if recipe.task_row.has_targets:
+        return collate.PairCollator(tokenizer, partial(decoder.shift_labels, network), multiple)
     if not recipe.task_row.writes_next_tokens:
         return collate.TaskCollator(
             tokenizer,
             recipe.task_row.places_labels,
             losses.is_measured(recipe.model.problem_type),
-            recipe.training.collect_values().get("pad_to_multiple_of"),
+            multiple,
             load.find_encoder(recipe.task_row).beside,
         )
     if recipe.training.packing == "step":

@@ -12,9 +12,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from lora_cli.data import collate
 from lora_cli.distributed import ranks
-from lora_cli.models import read_logits
+from lora_cli.models import IGNORED, decoder, read_logits
 from lora_cli.recipe import Recipe
 from lora_cli.scoring import Scorer, losses
+from lora_cli.speed import dora_norms
 from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.trainers import Watched
@@ -95,11 +96,43 @@ class TaskTrainer(WatchedTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.scorer.join(ranks.gather(self.scorer.gathered))
         self.logits = None
-        del output.metrics[f"{metric_key_prefix}_perplexity"]
+        if not self.scorer.has_perplexity:
+            del output.metrics[f"{metric_key_prefix}_perplexity"]
         scores = ranks.share(self.scorer.score().values)  # each chooses the best step alike
         for name, value in scores.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
+
+
+class PairTrainer(TaskTrainer):
+    """… for models that read a text and write another: what is scored is what they write, and not
+    which tokens they would have written after the right ones."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        targets = float(self.options.work.each * inputs["labels"].numel())
+        return super().floating_point_ops(inputs) + targets
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.options.written_tokens:
+            self.scorer.gathered += self._write(inputs)
+        return found
+
+    def _write(self, inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return what the model writes for each source of a batch, and its target: the labels as
+        the tokenizer decodes them."""
+        tokenizer, labels = self.processing_class, inputs["labels"]
+        known = (labels != IGNORED).any(dim=1)  # a process without a row has one without labels
+        if not known.any():
+            return []
+        sources = {name: inputs[name][known] for name in ("input_ids", "attention_mask")}
+        norms = dora_norms.keep_norms(self.options.dora_layers)
+        most = self.options.written_tokens
+        with self.compute_loss_context_manager(), norms:
+            texts = decoder.write_targets(self.model, tokenizer, sources, most)
+        kept = [row[row != IGNORED] for row in labels[known]]
+        right = [tokenizer.decode(row, skip_special_tokens=True) for row in kept]
+        return list(zip(texts, right))
 
 
 TRAINERS = {"sft": WatchedSFTTrainer}
@@ -108,6 +141,8 @@ TRAINERS = {"sft": WatchedSFTTrainer}
 
 def find_trainer(recipe: Recipe) -> type[Watched]:
     """Return the class that trains the recipe."""
+    if recipe.task_row.has_targets:
+        return PairTrainer
     if not recipe.task_row.writes_next_tokens:
         return TaskTrainer
     return TRAINERS[recipe.objective.name] if recipe.uses_trl else WatchedTrainer

@@ -27,6 +27,8 @@ SNAPSHOT = Path(__file__).parent / "bad_tasks.txt"
 CLASSES = "sequence_classification"
 TAGS = "token_classification"
 TWO = "text,label\nglass house,good\ntree,bad\n"
+PAIRS = "seq2seq_lm"
+LONG = "source,target\nglass house river,tree stone paper\n"
 WORDS = '{"tokens": ["glass", "tree"], "tags": ["B-GOOD", "O"]}\n'
 BAD: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     # name: (task, name of the rows' file, its content, options)
@@ -98,6 +100,37 @@ BAD: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
                             '"tags": ["O", "I-GOOD"]}\n', ()),
     "an unknown tag": (TAGS, "r.jsonl", WORDS, ("model.labels=[O, B-BAD]",)),
     "tags that are numbers": (TAGS, "r.jsonl", WORDS, ("model.problem_type=regression",)),
+    "no target": (PAIRS, "r.csv", "source,which\nglass,tree\n", ()),
+    "an empty target": (PAIRS, "r.csv", "source,target\nglass,tree\nstone,\n", ()),
+    "a source that is a list": (PAIRS, "r.jsonl", '{"source": ["a"], "target": "tree"}\n', ()),
+    "three languages": (PAIRS, "r.jsonl",
+                        '{"translation": {"de": "a", "en": "b", "fr": "c"}}\n', ()),
+    "a language that is not there": (PAIRS, "r.jsonl", '{"translation": {"de": "a", "en": "b"}}\n',
+                                     ("data.columns={source: translation.de, "
+                                      "target: translation.fr}",)),
+    "a long source": (PAIRS, "r.csv", LONG, ("data.on_long_row=error", "training.max_length=4")),
+    "a long target": (PAIRS, "r.csv", LONG, ("data.on_long_row=error",
+                                             "data.max_target_length=4")),
+    "all targets too long": (PAIRS, "r.csv", LONG, ("data.max_target_length=4",)),
+    "a target beyond the positions": (PAIRS, "r.csv", f"source,target\nglass,{'glass ' * 600}\n",
+                                      ("model.name_or_path=DIR/narrow",)),
+    "parts of a pair": (PAIRS, "r.csv", LONG, ("data.on_long_row=split",)),
+    "loss on answers of a pair": (PAIRS, "r.csv", LONG, ("data.train_on=all",)),
+    "a prefix for writing": ("causal_lm", "r.csv", LONG, ("data.source_prefix=hello",)),
+    "targets of classes": (CLASSES, "r.csv", TWO, ("data.max_target_length=9",)),
+    "a metric of texts that are not written": (
+        PAIRS, "r.csv", LONG, ("data.eval_split=train", "training.metric_for_best_model=rougeL")),
+    "writing without evaluation": (PAIRS, "r.csv", LONG, ("training.generate_at_evaluation=true",)),
+    "a smaller perplexity": (PAIRS, "r.csv", LONG, ("data.eval_split=train",
+                                                    "training.metric_for_best_model=perplexity")),
+    "one language": (PAIRS, "r.csv", LONG, ("data.source_language=de_DE",)),
+    "languages that are not marked": (PAIRS, "r.csv", LONG, ("data.source_language=de_DE",
+                                                            "data.target_language=ro_RO")),
+    "a start by rows of one text": (PAIRS, "r.csv", LONG, ("lora.init_lora_weights=eva",)),
+    "a weight that is shared": (PAIRS, "r.csv", LONG, ("lora.target_modules=[shared]",)),
+    "a shared weight trained whole": (PAIRS, "r.csv", LONG, ("lora.modules_to_save=[lm_head]",)),
+    "a decoder without a beginning": (PAIRS, "r.csv", LONG, ("model.name_or_path=DIR/beginless",)),
+    "an encoder alone": (PAIRS, "r.csv", LONG, ("model.name_or_path=DIR/bert",)),
 }  # fmt: skip
 
 
@@ -112,6 +145,11 @@ def bases() -> Path:
         config = json.loads((folder / name / "config.json").read_text())
         config["num_hidden_layers"] = layers
         (folder / name / "config.json").write_text(json.dumps(config))
+    tasks.make_base(folder / "narrow", "bart", max_position_embeddings=64)
+    tasks.make_base(folder / "beginless", "t5")
+    config = json.loads((folder / "beginless" / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (folder / "beginless" / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -120,7 +158,7 @@ def said(name: str, folder: Path) -> str:
     task, file, content, options = BAD[name]
     (folder / file).write_text(content)
     (folder / "r.yaml").write_text(
-        f"task: {task}\nmodel:\n  name_or_path: {bases() / 'bert'}\n"
+        f"task: {task}\nmodel:\n  name_or_path: {bases() / ('bart' if task == PAIRS else 'bert')}\n"
         f"data:\n  path: {folder / file}\noutput_dir: {folder / 'out'}\n"
     )
     given = [str(each).replace("DIR", str(bases())) for each in options]

@@ -102,8 +102,8 @@ def test_the_expected_padding() -> None:
     """Against every batch of two of three rows, drawn with replacement."""
     lengths = [10, 20, 60]
     longest = sum(max(a, b) for a in lengths for b in lengths) / 9
-    assert sizes.estimate_padded_fill(Counter(lengths), 2) == pytest.approx(30 / longest)
-    assert sizes.estimate_padded_fill({7: 5}, 4) == pytest.approx(1)
+    assert sizes.estimate_padded_fill([Counter(lengths)], 2) == pytest.approx(30 / longest)
+    assert sizes.estimate_padded_fill([{7: 5}], 4) == pytest.approx(1)
 
 
 def test_the_histogram_counts_every_row() -> None:

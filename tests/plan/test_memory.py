@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 
-from lora_cli.models import attach
+from lora_cli.models import attach, leave_out_cache
 from lora_cli.models.base import Base
 from lora_cli.plan import auto, flops, hardware, memory, show
 from lora_cli.plan.hardware import GIB, Hardware
@@ -38,6 +46,7 @@ from lora_cli.plan.rehearsal import (
     build_adapted,
 )
 from lora_cli.recipe import keys, load, upstream
+from lora_cli.scoring.texts import TextScorer
 from lora_cli.speed import install, loss_head
 from tests import quantised
 
@@ -98,13 +107,17 @@ def real_step(adapted: PeftModel, ids: torch.Tensor) -> None:
 
 
 def allocated(adapted: PeftModel, ids: torch.Tensor) -> int:
-    """The highest sum of what torch's allocator gave out and took back in a step, by its own
-    record."""
-    real_step(adapted, ids)  # the first also makes what DoRA keeps
+    """The highest sum of what torch's allocator gave out and took back in a step."""
+    return record(adapted, lambda: real_step(adapted, ids))
+
+
+def record(adapted: PeftModel, step: Callable[[], None]) -> int:
+    """The same, by the allocator's own record."""
+    step()  # the first also makes what DoRA keeps
     for parameter in adapted.parameters():
         parameter.grad = None
     with torch.profiler.profile(profile_memory=True) as profiler:
-        real_step(adapted, ids)
+        step()
     events = profiler.profiler.kineto_results.events()
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
@@ -235,6 +248,52 @@ def test_a_rehearsal_leaves_no_trace(tiny: Path, tmp_path: Path, write_recipe) -
 )
 def test_the_largest_forward_pass_of_a_recipe(training: dict[str, Any], expected: Batch) -> None:
     assert memory.largest_batch(settled(**{"max_length": 100, **training})) == expected
+
+
+def pairs(**changed: Any) -> keys.Recipe:
+    """A recipe for models that read a text and write another."""
+    return settled(**changed).model_copy(update={"task": "seq2seq_lm"})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_an_encoder_and_a_decoder_is_rehearsed(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    shape = T5Config(
+        vocab_size=1024, d_model=256, d_kv=64, d_ff=512, num_layers=3, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=0, dtype="float32",
+    )  # fmt: skip
+    chosen = pairs(gradient_checkpointing=checkpointing, loss_head="stock")
+    rehearsal = Rehearsal(chosen, build_adapted(chosen, shape))
+    peaks = rehearsal.step(Batch(2, 512, waiting=False, targets=128))
+    adapted = get_peft_model(T5ForConditionalGeneration(shape), upstream.build_lora_config(chosen))
+    install.install(adapted, "cpu")
+    leave_out_cache(adapted.get_base_model())
+    if checkpointing:
+        adapted.get_base_model().activation_checkpointing_enable()
+        adapted.enable_input_require_grads()
+    adapted.train()
+    sources, targets = (torch.zeros(2, length, dtype=torch.long) for length in (512, 128))
+    mask = torch.ones_like(sources)
+    mask[-1, -1] = 0  # as in a padded batch
+
+    def step() -> None:
+        given = {"input_ids": sources, "attention_mask": mask}
+        logits = adapted(**given, decoder_input_ids=targets).logits
+        TextScorer().sum_loss(logits, targets, None).backward()
+
+    measured = record(adapted, step)
+    assert peaks.all.total() - lasting(peaks) == pytest.approx(measured, rel=0.1)
+    shorter = rehearsal.step(Batch(2, 512, waiting=False, targets=32))
+    assert shorter.all.total() < peaks.all.total()
+
+
+def test_the_largest_pair_is_as_long_as_its_limits() -> None:
+    chosen = pairs(max_length=300)
+    assert memory.largest_batch(chosen) == Batch(8, 300, waiting=False, targets=300)
+    data = chosen.data.model_copy(update={"max_target_length": 40})
+    limited = chosen.model_copy(update={"data": data})
+    assert memory.largest_batch(limited) == Batch(8, 300, waiting=False, targets=40)
 
 
 def test_the_largest_that_fits_is_the_last_that_does() -> None:
