@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from lora_cli.evaluate.input_rows import Rows
 from lora_cli.evaluate.opened import open_all, read_all
 from lora_cli.evaluate.predict import PREDICTORS, WINDOW, Answering, Options, Waiting
+from lora_cli.evaluate.predictors import Reading
 
 WORDS = [f"w{number}" for number in range(2000)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -69,7 +70,7 @@ def answer_here(folder: Path, batch_size: int, kind: str) -> Callable[[list[str]
     named = read_all([str(folder)], None)
     [model] = open_all(named)
     predictor = PREDICTORS[model.task.name]
-    options = Options(batch_size=batch_size)
+    options = Options(Reading(batch_size=batch_size))
 
     def answer(texts: list[str]) -> list[Any]:
         rows = Rows(iter(()), "labelled" if kind == "classification" else "text", {}, False)

@@ -85,7 +85,9 @@ def chat(
 def predict(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="Adapters or models that classify or tag."),
+        typer.Argument(
+            metavar="PATH...", help="Adapters or models that classify, tag or find answers."
+        ),
     ],
     data: AskedRows = None,
     text: AskedTexts = None,
@@ -105,11 +107,11 @@ def predict(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Tell of each row what models say of it, as lines of JSON: labels with probabilities, values,
-    entities. Several adapters of one base share it."""
+    entities, answers. Several adapters of one base share it."""
     quiet_libraries()
     from lora_cli.evaluate import predict, predictors
 
-    reading = predictors.Reading(max_length, on_long_row is CUT, labels, everything)
+    reading = predictors.Reading(max_length, on_long_row is CUT, labels, everything, batch_size)
     skips = on_bad_row is BadRow.skip
-    options = predict.Options(reading, batch_size, keep or [], skips, as_json)
+    options = predict.Options(reading, keep or [], skips, as_json)
     predict.predict(paths, data, text or [], out, base, columns or [], options)

@@ -139,7 +139,8 @@ ComparesLabels = Annotated[
     bool, typer.Option("--labels/--no-labels", help="Compare answers with what rows say is right.")
 ]
 SaysAll = Annotated[
-    bool, typer.Option("--all", help="Say the probabilities of all labels, the tags of all words.")
+    bool,
+    typer.Option("--all", help="Say what is likely of all labels, words, windows over a text."),
 ]
 Columns = Annotated[
     Optional[list[str]],

@@ -13,6 +13,8 @@ Its doors, in the order a reader needs them:
     encoders    … and what makes the rows of each task so
     classify    … texts with what they are told apart by
     tag         … words with a tag each
+    asked       … a question, its text and its answers
+    questions   … windows over such texts
     collate     rows of other tasks as a batch
     labels      what the rows of a recipe are told apart by
     selection   which encoded rows are trained on; long rows and bad ones
@@ -21,6 +23,7 @@ Its doors, in the order a reader needs them:
 """
 
 __all__ = [
+    "asked",
     "cache",
     "classify",
     "collate",
@@ -31,6 +34,7 @@ __all__ = [
     "load",
     "pairs",
     "prepare",
+    "questions",
     "readers",
     "selection",
     "sources",

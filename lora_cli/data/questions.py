@@ -46,12 +46,15 @@ class Tokens(NamedTuple):
     """The token after its last one."""
     written: NDArray
     """The tokens of both texts, without those that are put around them."""
+    parts: NDArray
+    """Which text each is of, as models with segments are told."""
 
 
 class QuestionEncoder:
     """Encodes rows for models that answer questions out of a text; `recipe` is settled.
 
-    Rows have no `token_type_ids`: PEFT's class for this task does not hand them on to the model.
+    Rows have `token_type_ids` where the tokenizer makes them, which for an adapter it does not:
+    PEFT's class for this task does not hand them on to the model.
     """
 
     row_formats: ClassVar[formats.Formats] = {"squad": ("question", "context", "answers")}
@@ -65,17 +68,6 @@ class QuestionEncoder:
     by_token: ClassVar[bool] = False
     marked: ClassVar[str] = "its answer"
     beside: ClassVar[tuple[str, ...]] = ("question", "starts", "ends", "context", "answers")
-    columns: ClassVar[Mapping[str, Any]] = {
-        "input_ids": np.int32,
-        "labels": np.int32,
-        "question": np.int32,
-        "starts": np.int32,
-        "ends": np.int32,
-        "context": np.uint8,
-        "answers": np.uint8,
-    }
-    """`question` is the row's number. `starts` and `ends` are those of `Tokens`; `context` is the
-    window's text in UTF-8, `answers` are the right ones as a JSON list."""
     names: Sequence[str] = ()
 
     def __init__(
@@ -95,6 +87,18 @@ class QuestionEncoder:
         self.longest = recipe.data.longest_answer
         self.in_windows = recipe.data.on_long_row == "split"
         self.control = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self.has_parts = "token_type_ids" in tokenizer.model_input_names
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The columns of a row, and the type of their numbers.
+
+        `question` is the row's number. `starts` and `ends` are those of `Tokens`; `context` is the
+        window's text in UTF-8, `answers` are the right ones as a JSON list.
+        """
+        parts = {"token_type_ids": np.int32} if self.has_parts else {}
+        numbers = dict.fromkeys(("input_ids", "labels", "question", "starts", "ends"), np.int32)
+        return {**numbers, "context": np.uint8, "answers": np.uint8, **parts}
 
     @staticmethod
     def suggest_columns(columns: list[str]) -> str:
@@ -188,6 +192,8 @@ class QuestionEncoder:
         places = [place - moved for place in inside[0]] if inside else [0, 0]
         text = row.context[tokens.starts[begin:stop].min() : tokens.ends[begin:stop].max()]
         own = {"starts": starts, "ends": ends, "context": np.frombuffer(text.encode(), np.uint8)}
+        if self.has_parts:
+            own["token_type_ids"] = tokens.parts[kept]
         labels = np.array(places, np.int32)
         return Encoded(tokens.ids[kept], labels, False, others={**beside, **own})
 
@@ -222,6 +228,7 @@ def read_tokens(row: Asked, encoding: Any) -> Tokens:
         int(places[0]),
         int(places[-1]) + 1,
         ids[[part is not None for part in parts]],
+        np.array(encoding.type_ids, np.int32),
     )
 
 

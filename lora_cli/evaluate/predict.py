@@ -1,4 +1,4 @@
-"""`lora predict`: tell of each row what a model of the task says: labels, values, entities.
+"""`lora predict`: tell of each row what a model of its task says: labels, entities, answers.
 
 Rows are read some at a time, so that files of any size are answered in constant memory; of these,
 rows that are about as long share a batch, since padding is computed like text. Answers come in the
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import LoraError, UsageError, files, quote, ui
 from lora_cli.data import formats, readers
+from lora_cli.evaluate.answer_finder import AnswerFinder
 from lora_cli.evaluate.classifier import Classifier
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
 from lora_cli.evaluate.opened import Named, open_all, read_all
@@ -29,6 +30,7 @@ from lora_cli.scoring import answers
 PREDICTORS: dict[str, type[Predictor]] = {
     "sequence_classification": Classifier,
     "token_classification": Tagger,
+    "question_answering": AnswerFinder,
 }
 """By the name of the task."""
 WINDOW = 64
@@ -42,7 +44,6 @@ class Options(NamedTuple):
     """How rows are answered, what stands beside the answers, and what becomes of bad rows."""
 
     reading: Reading = Reading()
-    batch_size: int = 32
     keep: Sequence[str] = ()
     """Columns of a row that are repeated beside its answer."""
     skips_bad: bool = False
@@ -169,7 +170,7 @@ class Answering:
     def _ask(self, window: Sequence[Waiting], name: str) -> list[Said]:
         """Return what a model says of each row, computed in batches of rows of about one length,
         the longest first: what memory does not suffice for is told at once."""
-        predictor, size = self.predictors[name], self.options.batch_size
+        predictor, size = self.predictors[name], self.options.reading.batch_size
         said: list[Said | None] = [row.bad for row in window]
         asked = {at: row.asked for at, row in enumerate(window) if isinstance(row.asked, Asked)}
         ready: dict[int, Ready] = {}
@@ -235,7 +236,7 @@ def _make_plain(value: Any) -> Any:
 def _answer_all(rows: Rows, answering: Answering, write: Write) -> None:
     """Write the answers to all rows, in their order."""
     progress = ui.Progress()
-    size = answering.options.batch_size * (1 if rows.is_piped else WINDOW)
+    size = answering.options.reading.batch_size * (1 if rows.is_piped else WINDOW)
     while read := list(islice(rows.rows, size)):
         window = [Waiting(place, row, rows.convert(row)) for place, row in read]
         for line in answering.answer(window):

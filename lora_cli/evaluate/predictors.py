@@ -25,7 +25,10 @@ class Reading(NamedTuple):
     with_labels: bool = True
     """Whether answers are compared with what rows are known to be."""
     everything: bool = False
-    """Whether the probabilities of all labels are said, and the tags of all words."""
+    """Whether the probabilities of all labels are said, the tags of all words, and the answers in
+    all windows over a text."""
+    batch_size: int = 32
+    """Rows that are computed at once, or windows of long ones."""
 
 
 class Asked(NamedTuple):
@@ -105,9 +108,10 @@ def make_recipe(model: Opened, reading: Reading, *options: str) -> Recipe:
     those `options` of `data` that it was trained with."""
     kept = {name: model.recorded[name] for name in options if name in model.recorded}
     told = {"labels": model.labels, "problem_type": model.problem_type}
+    cut = next(way for way in ("truncate", "split") if way in model.task.long_rows)
     sections: dict[str, Any] = {
         "model": {"name_or_path": model.name, **(told if model.task.counts_labels else {})},
-        "data": {"path": "-", "on_long_row": "truncate" if reading.cuts else "error", **kept},
+        "data": {"path": "-", "on_long_row": cut if reading.cuts else "error", **kept},
         "training": {"max_length": model.find_limit(reading.max_length) or NO_LIMIT},
     }
     return Recipe(task=model.task.name, output_dir="-", **sections)  # type: ignore[arg-type]

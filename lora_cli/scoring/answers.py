@@ -1,5 +1,5 @@
 """Make answers of the numbers that a model says of a row: labels with their probabilities, measured
-values, tags of words and the entities that they mark.
+values, tags of words and the entities that they mark, the part of a text that answers a question.
 
 An answer is data as JSON has it. Probabilities are computed in double precision and rounded to the
 seven digits that float32 holds.
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from lora_cli.scoring import losses
 from lora_cli.scoring.metrics import find_entities, name_entities
+from lora_cli.scoring.probabilities import Numbers, normalise, squash
+from lora_cli.scoring.spans import Found, choose_answer
 
 Answer = dict[str, Any]
-Numbers = NDArray[np.float64]
 Spans = Sequence[tuple[int, int]]
 """Where words begin and end: in the characters of a text, or counted in words."""
 DIGITS = 7
@@ -37,23 +38,8 @@ def answer_labels(
     if problem_type == losses.NUMBERS:
         return [_name_values(row, labels) for row in values]
     if problem_type == losses.SEVERAL:
-        return [_choose_several(row, labels, everything) for row in _squash(values)]
+        return [_choose_several(row, labels, everything) for row in squash(values)]
     return [_choose_one(row, labels, everything) for row in normalise(values)]
-
-
-def normalise(logits: NDArray[Any]) -> Numbers:
-    """Return the probabilities of classes of which each row (…, classes) has one: softmax."""
-    values = np.asarray(logits, np.float64)
-    powers = np.exp(values - values.max(-1, keepdims=True))
-    probabilities: Numbers = powers / powers.sum(-1, keepdims=True)
-    return probabilities
-
-
-def _squash(logits: Numbers) -> Numbers:
-    """Return the probability of each label by itself: the logistic function, in a form that neither
-    overflows nor loses what is near 0."""
-    probabilities: Numbers = np.exp(-np.logaddexp(0, -logits))
-    return probabilities
 
 
 def _choose_one(probabilities: Numbers, labels: Sequence[str], everything: bool) -> Answer:
@@ -120,3 +106,31 @@ def answer_tags(
 
 def _place(read: Callable[[int, int], str], start: int, end: int) -> Answer:
     return {"text": read(start, end), "start": start, "end": end}
+
+
+def answer_question(windows: Sequence[Found], context: str, everything: bool = False) -> Answer:
+    """Return the part of `context` that answers a question, by what was found in each window over
+    it: `answer`, its place as `start` and `end`, and its `probability` in its window. All three
+    are null where there being no answer scores higher, and `probability` is that of there being
+    none. With `everything`, also the best of each window, as `windows`, with that of none."""
+    best = choose_answer(windows, may_be_none=True)
+    if best is not None:
+        answer = _quote(best, context)
+    else:
+        none = min(windows, key=lambda found: found.none)
+        likely = shorten(none.none_probability)
+        answer = {"answer": None, "start": None, "end": None, "probability": likely}
+    if everything:
+        answer["windows"] = [
+            {**_quote(found, context), "none": shorten(found.none_probability)} for found in windows
+        ]
+    return answer
+
+
+def _quote(found: Found, context: str) -> Answer:
+    return {
+        "answer": context[found.start : found.end],
+        "start": found.start,
+        "end": found.end,
+        "probability": shorten(found.probability),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from lora_cli.models import IGNORED
 from lora_cli.recipe import Recipe
 from lora_cli.scoring import metrics
 from lora_cli.scoring.metrics import Scores
+from lora_cli.scoring.probabilities import normalise
 from lora_cli.scoring.scorer import Beside, Scorer
 
 Numbers = NDArray[np.float32]
+Places = NDArray[np.int64]
 
 
 class Span(NamedTuple):
@@ -26,6 +28,19 @@ class Span(NamedTuple):
     first: int
     last: int
     score: float
+
+
+class Found(NamedTuple):
+    """The likeliest answer in one window over a text: where it begins and ends, in characters."""
+
+    start: int
+    end: int
+    score: float
+    probability: float
+    """That it begins and ends there, of all tokens of the window."""
+    none: float
+    """The score of there being no answer, to compare with the other."""
+    none_probability: float
 
 
 class Said(NamedTuple):
@@ -100,16 +115,19 @@ class AnswerScorer(Scorer):
             windows.setdefault(said.question, []).append(said)
         accepted = [each[0].accepted for each in windows.values()]
         may_be_none = not all(accepted)
-        found = [choose_answer(each, may_be_none) for each in windows.values()]
-        return metrics.score_answers(found, accepted)
+        best = [choose_answer(each, may_be_none) for each in windows.values()]
+        return metrics.score_answers([said.text if said else "" for said in best], accepted)
 
 
-def choose_answer(windows: Sequence[Said], may_be_none: bool) -> str:
-    """Return the best answer of all windows over a text; none where that scores higher in that
-    window where it scores lowest, as SQuAD's own baseline has it."""
+Window = TypeVar("Window", Said, Found)
+
+
+def choose_answer(windows: Sequence[Window], may_be_none: bool) -> Window | None:
+    """Return the window over a text with the best answer; None where there being none scores higher
+    in that window where it scores lowest, as SQuAD's own baseline has it."""
     best = max(windows, key=lambda said: said.score)
     none = min(said.none for said in windows)
-    return "" if may_be_none and none > best.score else best.text
+    return None if may_be_none and none > best.score else best
 
 
 def find_span(begins: Numbers, ends: Numbers, allowed: NDArray[np.bool_], longest: int) -> Span:
@@ -125,14 +143,28 @@ def find_span(begins: Numbers, ends: Numbers, allowed: NDArray[np.bool_], longes
     return best
 
 
-def _read_window(logits: Numbers, beside: dict[str, NDArray[np.int64]], longest: int) -> Said:
+def find_answer(logits: Numbers, starts: Places, ends: Places, longest: int) -> Found:
+    """Return the best answer in a window by the logits (tokens, 2) that it begins, and ends, at
+    each token; `starts` and `ends` are where these stand in the text, -1 for those that do not."""
+    likely = normalise(logits.T)
+    begins_at, ends_at = logits.T
+    span = find_span(begins_at, ends_at, starts >= 0, longest)
+    return Found(
+        int(starts[span.first]),
+        int(ends[span.last]),
+        span.score,
+        float(likely[0, span.first] * likely[1, span.last]),
+        float(logits[0].sum()),
+        float(likely[0, 0] * likely[1, 0]),
+    )
+
+
+def _read_window(logits: Numbers, beside: dict[str, Places], longest: int) -> Said:
     """Return what is said of a window, whose columns are those of `data.questions`."""
     starts, ends = beside["starts"], beside["ends"]
-    begins_at, ends_at = logits[: len(starts)].T
-    span = find_span(begins_at, ends_at, starts >= 0, longest)
+    found = find_answer(logits[: len(starts)], starts, ends, longest)
     base = starts[starts >= 0].min()
     context, accepted = (bytes(column[column >= 0].tolist()).decode() for column in
                          (beside["context"], beside["answers"]))  # fmt: skip
-    text = context[starts[span.first] - base : ends[span.last] - base]
-    none = float(logits[0].sum())
-    return Said(int(beside["question"][0]), text, span.score, none, json.loads(accepted))
+    text = context[found.start - base : found.end - base]
+    return Said(int(beside["question"][0]), text, found.score, found.none, json.loads(accepted))

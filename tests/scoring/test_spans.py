@@ -115,10 +115,11 @@ def window(question: int, text: str, score: float, none: float, *accepted: str) 
 
 def test_the_best_window_answers_and_none_is_where_every_window_says_so() -> None:
     windows = [window(0, "a", 2.0, 5.0), window(0, "b", 3.0, 1.0)]
-    assert choose_answer(windows, may_be_none=True) == "b"  # one window has it, another not
+    # one window has it, another not
+    assert choose_answer(windows, may_be_none=True) is windows[1]
     windows[1] = windows[1]._replace(none=4.0)
-    assert choose_answer(windows, may_be_none=True) == ""
-    assert choose_answer(windows, may_be_none=False) == "b"
+    assert choose_answer(windows, may_be_none=True) is None
+    assert choose_answer(windows, may_be_none=False) is windows[1]
 
 
 def test_none_is_an_answer_only_where_some_question_has_none() -> None:

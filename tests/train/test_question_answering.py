@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from lora_cli.common import LoraError
+from lora_cli.evaluate.predict import Options, predict
+from lora_cli.evaluate.predictors import Reading
 from lora_cli.evaluate.verify import verify
 from lora_cli.merge.merge import merge
 from lora_cli.models import Base, load_tokenizer, read_adapter
@@ -79,7 +81,9 @@ def answer(network: Any, tokenizer: Any, row: dict[str, Any]) -> str:
     return "" if min(nothing) > score else text
 
 
-def test_it_learns_and_is_measured_as_by_a_loop_of_its_own(tmp_path: Path) -> None:
+def test_it_learns_and_is_measured_as_by_a_loop_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In 150 steps it finds more than half of the answers; how many, a loop over the merged model
     tells that shares nothing with training's."""
     base = tasks.make_base(tmp_path / "base", "modernbert")
@@ -104,6 +108,15 @@ def test_it_learns_and_is_measured_as_by_a_loop_of_its_own(tmp_path: Path) -> No
     assert measured["eval_exact_match"] == pytest.approx(sum(both) / len(both))
     for name, some in (("has_answer_exact", right[True]), ("no_answer_accuracy", right[False])):
         assert measured[f"eval_{name}"] == pytest.approx(sum(some) / len(some))
+    for path in (adapter, tmp_path / "merged"):  # `lora predict` says the same
+        out = tmp_path / f"{path.name}.jsonl"
+        options = Options(Reading(max_length=WINDOW), as_json=True)
+        capsys.readouterr()
+        predict([str(path)], str(tmp_path / "eval.jsonl"), [], out, None, [], options)
+        metrics = json.loads(capsys.readouterr().out)["metrics"][str(path)]
+        assert metrics == pytest.approx({name: measured[f"eval_{name}"] for name in metrics})
+        said = [json.loads(line)["answer"] for line in out.read_text().splitlines()]
+        assert [text or "" for text in said] == [answer(network, tokenizer, row) for row in rows]
     assert 0.5 < measured["eval_exact_match"] < measured["eval_f1"]
     assert measured["eval_f1"] > 0.75
 
