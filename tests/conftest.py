@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.common import files
 from lora_cli.gguf import install
 from lora_cli.gguf.tools import find_managed_home
 from tests.warm import WarmCLI
@@ -45,6 +46,15 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def swept(temporary: None, cache: None) -> Iterator[None]:
+    """What a process that this test killed has left is removed, or a later test would be told."""
+    yield
+    home = files.find_cache_home()
+    for folder in (Path(tempfile.gettempdir()), home, home / "rows", home / "fetched"):
+        files.remove_leftovers.__wrapped__(folder)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ import pytest
 from lora_cli.common import LoraError, children
 
 ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
@@ -37,7 +36,7 @@ def start(code: str, folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert process.stdout is not None
     assert process.stdout.readline()
@@ -77,7 +76,12 @@ def test_a_signal_that_was_ignored_before_stays_ignored(tmp_path: Path) -> None:
     for prefix, said in ((["nohup"], "went on\n"), ([], "")):
         command = [*prefix, sys.executable, "-c", code]
         done = subprocess.run(
-            command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, check=False
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            check=False,
         )
         assert (done.returncode, done.stdout) == (0 if prefix else 129, said)
 
@@ -181,12 +185,18 @@ def test_a_signal_amid_the_imports_ends_quietly(tmp_path: Path) -> None:
     """At every tenth of the time that the smallest command takes."""
     command = [sys.executable, "-m", "lora_cli", "recipes"]
     began = time.monotonic()
-    subprocess.run(command, capture_output=True, env=ENVIRONMENT, check=True)
+    subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )
     length, seen = time.monotonic() - began, 0
     for tenth in range(2, 10):  # before that the interpreter itself starts
         number = list(ENDED)[tenth % 3]
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         time.sleep(length * tenth / 10)
         status, said = end(process, number)
