@@ -179,8 +179,9 @@ def test_what_is_imported_is_asked_for() -> None:
         for line in importlib.metadata.requires("lora-cli") or []
     }
     used = packages(FILES)
-    assert {"torch", "numpy", "yaml"} < used
-    assert {"pyyaml" if name == "yaml" else name for name in used} - asked == set()
+    assert {"torch", "numpy", "yaml", "PIL"} < used
+    named = {"yaml": "pyyaml", "PIL": "pillow"}
+    assert {named.get(name, name) for name in used} - asked == set()
 
 
 def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:

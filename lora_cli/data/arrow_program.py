@@ -16,19 +16,24 @@ from pyarrow import ipc, parquet
 
 BATCH = 100
 """Rows read at a time."""
+LARGE = 5
+"""The same of rows with binary values, such as pictures."""
+DESCRIPTION = b"huggingface"
+"""Under which `datasets` describes the columns."""
 _reading: dict[str, Iterator[pyarrow.RecordBatch]] = {}
 
 
 def handle(shared: None, job: list[str]) -> Any:
-    """`open KEY PATH KIND` returns the names of the columns and how many rows the file says it has,
-    0 where it does not; `next KEY` how many bytes the next rows have as values, and a stream of
-    Arrow's with them in base64, or None after the last; `close KEY`, nothing. `{"refused": …}` is
-    why a file cannot be read."""
+    """`open KEY PATH KIND` returns the names of the columns, how many rows the file says it has, 0
+    where it does not, and what `datasets` says of the columns, if it does; `next KEY` how many
+    bytes the next rows have as values, and a stream of Arrow's with them in base64, or None after
+    the last; `close KEY`, nothing. `{"refused": …}` is why a file cannot be read."""
     what, key, *rest = job
     try:
         if what == "open":
-            names, count, _reading[key] = _open(*rest)
-            return names, count
+            names, count, schema, _reading[key] = _open(*rest)
+            described = (schema.metadata or {}).get(DESCRIPTION)
+            return names, count, described and described.decode(errors="replace")
         if what == "close":
             _reading.pop(key, None)
             return None
@@ -41,20 +46,34 @@ def handle(shared: None, job: list[str]) -> Any:
         return {"refused": " ".join(str(error).split())[:200]}
 
 
-def _open(path: str, kind: str) -> tuple[list[str], int, Iterator[pyarrow.RecordBatch]]:
+def _open(
+    path: str, kind: str
+) -> tuple[list[str], int, pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
     if kind == "parquet":
         table = parquet.ParquetFile(path)
-        batches = table.iter_batches(BATCH, use_threads=False)
-        return table.schema_arrow.names, table.metadata.num_rows, batches
+        schema = table.schema_arrow
+        batches = table.iter_batches(_choose_size(schema), use_threads=False)
+        return schema.names, table.metadata.num_rows, schema, batches
     with open(path, "rb") as stream:  # noqa: PTH123
         whole = stream.read(6) == b"ARROW1"
     reader = ipc.open_file(path) if whole else ipc.open_stream(path)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
+    size = _choose_size(reader.schema)
     return (
         [],
         0,
-        (batch.slice(start, BATCH) for batch in batches for start in range(0, len(batch), BATCH)),
+        reader.schema,
+        (batch.slice(start, size) for batch in batches for start in range(0, len(batch), size)),
     )
+
+
+def _choose_size(schema: pyarrow.Schema) -> int:
+    """Return how many rows of such columns are read at a time."""
+    kinds = [inner.type for field in schema for inner in (field, *field.flatten())]
+    binary = any(map(pyarrow.types.is_binary, kinds)) or any(
+        map(pyarrow.types.is_large_binary, kinds)
+    )
+    return LARGE if binary else BATCH
 
 
 def _write(batch: pyarrow.RecordBatch) -> bytes:

@@ -15,20 +15,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow
 from datasets import Dataset
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, files, plain_files, stored, ui
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.offsets import NDArray
 from lora_cli.data.selection import Counts, Kept
+from lora_cli.models import PictureProcessor, Reader
 from lora_cli.recipe import Data, Recipe
 
 PACKAGE = Path(__file__).parent.parent
@@ -50,6 +49,8 @@ OF_MODEL = ("labels", "problem_type")
 ROWS = "rows.arrow"
 COUNTS = "counts.json"
 BATCH = 1000
+LARGEST = 2**26
+"""Bytes of pictures that are written at a time."""
 
 
 class Notes:
@@ -98,9 +99,7 @@ def find_folder() -> Path:
     return files.find_cache_home() / "rows"
 
 
-def make_key(
-    source: str, names: list[str], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date
-) -> str:
+def make_key(source: str, names: list[str], recipe: Recipe, reader: Reader, day: date) -> str:
     """Return a hash (32 hex digits) of all that decides the rows.
 
     `source` is a hash of their content, `names` are the files' paths. `day` counts only for
@@ -109,14 +108,13 @@ def make_key(
     code = hashlib.sha256()
     for path in CODE:
         code.update(path.read_bytes())
-    template = tokenizer.chat_template
+    template = reader.chat_template
     decides = {
         "code": code.hexdigest(),
         "versions": {name: version(name) for name in PACKAGES},
         "source": source,
         "names": names,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        **_describe_reader(reader),
         "template": template,
         "day": str(day) if "strftime_now" in str(template) else None,
         "options": {name: getattr(recipe.data, name) for name in OPTIONS},
@@ -125,6 +123,17 @@ def make_key(
         "max_length": recipe.training.max_length,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _describe_reader(reader: Reader) -> dict[str, Any]:
+    """Return what a tokenizer makes of texts; pictures are kept as they are, whatever reads
+    them."""
+    if isinstance(reader, PictureProcessor):
+        return {"pictures": version("pillow")}
+    return {
+        "tokenizer": hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in reader.special_tokens_map.items()},
+    }
 
 
 def make_schema(encoder: Encoder) -> pyarrow.Schema:
@@ -160,20 +169,26 @@ def read(entry: Path, encoder: Encoder) -> Entry | None:
         ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")
         files.remove(entry)
         return None
-    return Entry(rows, kept.counts, kept.places, kept.digest)
+    return Entry(give_format(rows, encoder), kept.counts, kept.places, kept.digest)
+
+
+def give_format(rows: Dataset, encoder: Encoder) -> Dataset:
+    """Return rows as they are trained on: with lists of numbers, or, of pictures, with arrays,
+    which do not hold an object for each byte."""
+    return rows.with_format("numpy") if "image" in encoder.columns else rows
 
 
 def _refuse_foreign_ids(rows: Dataset, encoder: Encoder) -> None:
     """Raise ValueError where an id is no word's, or a label none that the encoder gives."""
-    words = len(encoder.tokenizer)
+    first, words = next(iter(encoder.columns)), len(encoder.tokenizer)
     for batch in rows.data.table.to_batches():
-        ids, labels = (batch.column(name) for name in ("input_ids", "labels"))
+        ids, labels = (batch.column(name) for name in (first, "labels"))
         tokens, trained = ids.values.to_numpy(), labels.values.to_numpy()
         alike = not encoder.by_token or ids.offsets.equals(labels.offsets)
         lengths = np.diff(ids.offsets.to_numpy())
         if not (alike and lengths.all()):
             raise ValueError("a row has no tokens, or others than labels")
-        known = ((tokens >= 0) & (tokens < words)).all()
+        known = first != "input_ids" or ((tokens >= 0) & (tokens < words)).all()
         if not (known and encoder.are_labels(tokens, trained, lengths)):
             raise ValueError("an id is no word of the tokenizer's")
 
@@ -228,12 +243,24 @@ def write(
                 raise
 
 
+def _gather(rows: Iterable[Kept]) -> Iterator[list[Kept]]:
+    """Yield rows so many at a time, or fewer that are together as large as LARGEST."""
+    batch, held = list[Kept](), 0
+    for row in rows:
+        batch.append(row)
+        held += row.others["image"].nbytes if "image" in row.others else 0
+        if len(batch) == BATCH or held >= LARGEST:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
 def make_batches(
     rows: Iterable[Kept], schema: pyarrow.Schema, notes: Notes
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the rows in columns, four bytes a number, and take `notes` of them."""
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH)):
+    """Yield the rows in columns, of the numbers that the schema says, and take `notes` of them."""
+    for batch in _gather(rows):
         notes.places += [row.place for row in batch[: notes.first - len(notes.places)]]
         columns = []
         for name in schema.names:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from lora_cli.models import IGNORED
+from lora_cli.data import pictures
+from lora_cli.models import IGNORED, PictureProcessor
 
 INTEGERS = ("input_ids", "token_type_ids")
 BESIDE = "beside"
@@ -27,7 +27,7 @@ class TaskCollator:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         by_token: bool,
         measured: bool,
         multiple: int | None = None,
@@ -59,12 +59,42 @@ class TaskCollator:
     def _pad_labels(self, labels: Sequence[float], width: int) -> torch.Tensor:
         """Return a row's labels, those of its padding ignored."""
         if self.measured:
-            found = torch.tensor(labels, dtype=torch.float32)
+            found = torch.as_tensor(labels, dtype=torch.float32)
             return torch.full((width,), torch.nan) if (found == IGNORED).all() else found
-        found = torch.tensor(labels, dtype=torch.long)
+        found = torch.as_tensor(labels, dtype=torch.long)
         if not self.by_token:
             return found[:width] if (found != IGNORED).any() else found.new_full((width,), IGNORED)
         return torch.cat([found, found.new_full((width - len(found),), IGNORED)])
+
+
+class PictureCollator(TaskCollator):
+    """Collates rows for models that classify pictures: these are decoded, and made ready by the
+    base's image processor.
+
+    A batch has `pixel_values` (rows, channels, height, width) in the base's type, and `labels` as
+    `TaskCollator` makes them, `width` to a row. A row without a picture (that of a process that has
+    none) gets a blank one.
+    """
+
+    def __init__(
+        self, processor: PictureProcessor, measured: bool, width: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(processor, by_token=False, measured=measured)
+        self.processor, self.width, self.dtype = processor, width, dtype
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        shown = [
+            pictures.decode(np.asarray(row["image"], np.uint8).tobytes())
+            if "image" in row
+            else self.processor.blank
+            for row in rows
+        ]
+        batch = self.processor(shown)
+        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        blank = [IGNORED] * self.width
+        labels = [row["labels"] if "image" in row else blank for row in rows]
+        batch["labels"] = torch.stack([self._pad_labels(each, self.width) for each in labels])
+        return batch
 
 
 def pad(lists: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -86,7 +116,7 @@ class PairCollator:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         shift: Callable[[torch.Tensor], torch.Tensor],
         multiple: int | None = None,
     ) -> None:

@@ -64,6 +64,8 @@ class Encoded(NamedTuple):
     """Why it is not trained on."""
     uncut_labels: int = 0
     """The same of its labels, where they are a text of their own."""
+    seen: str | None = None
+    """Of a picture, what it is, such as `PNG, RGB, 32x32`."""
 
 
 class Piece(NamedTuple):

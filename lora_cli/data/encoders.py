@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
 from lora_cli.data.encode import Batch, Made
 from lora_cli.data.formats import ColumnSets, Converter, Formats
 from lora_cli.data.offsets import NDArray
+from lora_cli.models import Reader
 
 if TYPE_CHECKING:
     from lora_cli.data.selection import Kept
@@ -34,7 +33,8 @@ class Encoder(Protocol):
     """What is marked where a row is shown; {} stands for how many labels it has."""
     beside: ClassVar[tuple[str, ...]]
     """Columns that are for those who evaluate, and not a model's."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Reader
+    """What reads the model's input."""
     day: date
 
     @property

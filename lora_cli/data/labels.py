@@ -54,6 +54,9 @@ def find_labels(recipe: Recipe, encoder: type[Encoder]) -> Found:
                 "measured values, --set model.problem_type=regression",
             )
     kind = _choose_kind(recipe, kinds, counted)
+    declared = _find_declared(recipe, encoder)
+    if kind != NUMBERS and counted and declared and counted.keys() <= set(declared):
+        return Found(declared, kind)
     if kind == NUMBERS:
         count = max(widths, key=lambda width: widths[width], default=1)
         return Found(["value"] if count == 1 else [f"value_{at + 1}" for at in range(count)], kind)
@@ -63,6 +66,21 @@ def find_labels(recipe: Recipe, encoder: type[Encoder]) -> Found:
             f"data.path: the rows have {only}", "a model tells two or more apart: mend the data"
         )
     return Found(sorted(counted, key=_order), kind)
+
+
+def _find_declared(recipe: Recipe, encoder: type[Encoder]) -> list[str]:
+    """Return the classes that the data's tables name beside their rows, in their order; none where
+    they do not, or differ."""
+    column = "tags" if encoder.by_token else "label"
+    found: list[list[str]] = []
+    for data, field, path in _list_parts(recipe):
+        source = sources.find_source(data, field, path, data.split)
+        declared = source.read_class_names()
+        theirs = data.columns.get(column, column)
+        if theirs not in declared and len(declared) == 1:
+            theirs = next(iter(declared))
+        found.append(declared.get(theirs, []))
+    return found[0] if found and all(each == found[0] for each in found) else []
 
 
 def _tell_kind(value: Any) -> str:

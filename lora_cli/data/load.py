@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, ui
 from lora_cli.data import cache, prepare, sources
 from lora_cli.data.encode import Renderer
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.selection import Counts
-from lora_cli.models import IGNORED
+from lora_cli.models import IGNORED, Reader
 from lora_cli.recipe import Recipe, Rows, Task
 
 
@@ -32,19 +31,17 @@ def find_encoder(task: Task) -> type[Encoder]:
     return found
 
 
-def make_encoder(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
-) -> Encoder:
+def make_encoder(recipe: Recipe, reader: Reader, day: date | None = None) -> Encoder:
     """Return what makes the rows of a settled recipe ready to train on."""
     if recipe.task_row.writes_next_tokens:
-        return Renderer(tokenizer, recipe.data.train_on, day)
+        return Renderer(reader, recipe.data.train_on, day)
     kind: Any = find_encoder(recipe.task_row)
-    made: Encoder = kind(tokenizer, recipe, day)
+    made: Encoder = kind(reader, recipe, day)
     return made
 
 
 def load_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, day: date | None = None
+    recipe: Recipe, tokenizer: Reader, day: date | None = None
 ) -> tuple[prepare.Prepared, prepare.Prepared | None]:
     """Return the rows to train on and, where the recipe names any, those to evaluate on.
 
@@ -63,11 +60,11 @@ def load_rows(
     if (
         isinstance(encoder, Renderer)
         and encoder.adds_bos
-        and all(row.input_ids[0] != tokenizer.bos_token_id for row in train.first)
+        and all(row.input_ids[0] != encoder.tokenizer.bos_token_id for row in train.first)
     ):
         ui.warn(
-            f"rows do not begin with {tokenizer.bos_token}: the tokenizer would add it, but the "
-            "chat template does not write it"
+            f"rows do not begin with {encoder.tokenizer.bos_token}: the tokenizer would add it, "
+            "but the chat template does not write it"
         )
     if not (data.eval_path or data.eval_split):
         return train, None
@@ -84,16 +81,21 @@ def load_rows(
 def _count_shared(train: Dataset, evaluation: Dataset) -> int:
     """Return how many rows of `evaluation` are also in `train`, looking at the first million of
     each."""
-    trained = {bytes(ids) for ids in _walk_ids(train, 1_000_000)}
-    return sum(bytes(ids) in trained for ids in _walk_ids(evaluation, 1_000_000))
+    trained = set(_walk_hashes(train, 1_000_000))
+    return sum(each in trained for each in _walk_hashes(evaluation, 1_000_000))
 
 
-def _walk_ids(rows: Dataset, limit: int) -> Iterator[memoryview]:
-    """Yield the ids of each of the first `limit` rows, as bytes."""
-    for batch in rows.select(range(min(limit, len(rows)))).with_format("arrow").iter(cache.BATCH):
-        for chunk in batch["input_ids"].chunks:
+def _walk_hashes(rows: Dataset, limit: int) -> Iterator[bytes]:
+    """Yield a hash of the ids, or of the picture, of each of the first `limit` rows."""
+    column = rows.column_names[0]
+    first = rows.select(range(min(limit, len(rows)))).select_columns([column])
+    size = cache.BATCH if column == "input_ids" else 1
+    for batch in first.with_format("arrow").iter(size):
+        for chunk in batch[column].chunks:
             ends, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
-            yield from (memoryview(values[start:end]).cast("B") for start, end in pairwise(ends))
+            for start, end in pairwise(ends):
+                read = memoryview(values[start:end]).cast("B")
+                yield hashlib.blake2b(read, digest_size=16).digest()
 
 
 def _load_one(
@@ -170,8 +172,8 @@ def _repeat_by_weight(
     some = part.rows.select(np.sort(drawn))
     tokens = times * part.counts.tokens
     learned = times * part.counts.trained_tokens
-    for batch in some.with_format("numpy").iter(cache.BATCH):
-        tokens += sum(len(row) for column in texts for row in batch[column])
+    tokens += sum(int(prepare.find_lengths(some, column).sum()) for column in texts)
+    for batch in some.select_columns(["labels"]).with_format("numpy").iter(cache.BATCH):
         learned += int((np.concatenate(list(batch["labels"])) != IGNORED).sum())
     return part._replace(
         rows=concatenate_datasets([part.rows] * times + [some]),

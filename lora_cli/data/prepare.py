@@ -17,12 +17,14 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, IterableDataset
+from pyarrow import compute
 
 from lora_cli.common import LoraError, UsageError, find_nearest, quote, ui
 from lora_cli.data import cache, formats, readers, selection, tables
 from lora_cli.data.encode import Batch, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
+from lora_cli.data.offsets import NDArray
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
 from lora_cli.recipe import Column, Data, Recipe
@@ -36,6 +38,8 @@ FIRST = 20
 LABELS_SHOWN = 6
 LOOKED_AT = 10_000
 """How many rows of a stream are looked at before training."""
+PICTURES = 200
+"""The same of pictures, which are held meanwhile."""
 
 
 class Prepared(NamedTuple):
@@ -64,7 +68,8 @@ class Prepared(NamedTuple):
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
         unit = "windows of" if counts.windows else "of"
-        text = f"{len(self.rows)} {unit} {counts.read} rows, {counts.tokens} tokens"
+        text = f"{len(self.rows)} {unit} {counts.read} rows"
+        text += "" if counts.seen else f", {counts.tokens} tokens"
         if labels := self.summarise_labels():
             text += f", {labels}"
         elif self.by_token or counts.target_lengths:
@@ -124,13 +129,14 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
     """Return the first rows, checked as `prepare` does, and all rows as a stream."""
     counts = Counts()
     notes = cache.Notes(FIRST)
-    most = min(recipe.data.max_rows or LOOKED_AT, LOOKED_AT)
+    looked_at = PICTURES if recipe.task_row.reads_pictures else LOOKED_AT
+    most = min(recipe.data.max_rows or looked_at, looked_at)
     beginning = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"max_rows": most})}
     )
     schema = cache.make_schema(encoder)
     batches = cache.make_batches(_select_rows(source, beginning, encoder, counts), schema, notes)
-    rows = Dataset(pyarrow.Table.from_batches(batches, schema))
+    rows = cache.give_format(Dataset(pyarrow.Table.from_batches(batches, schema)), encoder)
     _refuse_useless(source, recipe, counts)
     selection.warn_of_counts(encoder, counts)
     features = Features.from_arrow_schema(schema)
@@ -157,16 +163,28 @@ def _repeat_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[d
     """Yield the source's rows from the first to the last, again and again."""
     while True:
         for row in stream_rows(source, recipe, encoder):
-            yield {"input_ids": row.input_ids, "labels": row.labels, **row.others}
+            yield {name: row.read(name) for name in encoder.columns}
 
 
 def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
     """Return the first rows with their places."""
     shown = rows.select(range(len(places)))
-    return [
-        Kept(place, np.array(row["input_ids"], np.int32), np.array(row["labels"]))
-        for place, row in zip(places, shown)
-    ]
+    made = []
+    for place, row in zip(places, shown):
+        ids = np.array(row.get("input_ids", [0]), np.int32)
+        others = {"image": np.asarray(row["image"], np.uint8)} if "image" in row else {}
+        made.append(Kept(place, ids, np.array(row["labels"]), others))
+    return made
+
+
+def find_lengths(rows: Dataset, column: str = "input_ids") -> NDArray:
+    """Return how many tokens each row has in a column of texts; 1 of each picture, as these take
+    the same."""
+    if column not in rows.column_names:
+        return np.ones(len(rows), np.int32)
+    parts = rows.with_format("arrow").select_columns([column]).iter(cache.BATCH)
+    found = [compute.list_value_length(part[column]).to_numpy() for part in parts]
+    return np.concatenate(found) if found else np.zeros(0, np.int32)
 
 
 def _refuse_useless(source: Source, recipe: Recipe, counts: Counts) -> None:

@@ -18,7 +18,8 @@ import pyarrow
 import pyarrow.ipc
 
 from lora_cli.common import LoraError, confined, plain_files, quote
-from lora_cli.data import squad, stores, tables
+from lora_cli.data import class_labels, pictures, squad, stores, tables
+from lora_cli.data.class_labels import name_classes
 from lora_cli.data.formats import BadRow
 from lora_cli.data.json_text import LONGEST, Text, walk_list
 from lora_cli.recipe import Data
@@ -31,8 +32,11 @@ KINDS = {
     ".txt": "text",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    **dict.fromkeys(pictures.ENDINGS, "picture"),
 }
 """How a file is read, by the end of its name."""
+TABLES = [ending for ending, kind in KINDS.items() if kind != "picture"]
+"""Those of files of rows."""
 BATCH = 1000
 """Rows read at a time."""
 LARGEST = 2**25
@@ -86,7 +90,7 @@ def unknown_kind(field: str, file: object) -> LoraError:
     """Return the error for a file that data.`field` names and whose name does not say how to read
     it."""
     return LoraError(
-        f"data.{field}: {file} is not one of {', '.join(KINDS)}, with or without .gz",
+        f"data.{field}: {file} is not one of {', '.join(TABLES)}, with or without .gz",
         "a file of rows is JSON lines, JSON, CSV or Parquet, and its name says which",
     )
 
@@ -98,14 +102,34 @@ def missing_file(field: str, file: Path) -> LoraError:
     return LoraError(f"data.{field}: {file} does not exist", hint)
 
 
+class Place(str):
+    """Where a row stands, as it is said, and the file that it is from."""
+
+    file: Path
+
+
 def read(file: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one file, each with its place. Raises LoraError for more of them than it
+    """Yield the rows of one file, each with its Place. Raises LoraError for more of them than it
     has bytes."""
     plain_files.refuse_odd(file, file.stat())
-    for number, row in enumerate(_read(file), 1):
+    for number, (said, row) in enumerate(_read(file), 1):
         if number % BATCH == 0:
             _refuse_row_count(file, number)
-        yield row
+        place = Place(said)
+        place.file = file
+        yield place, row
+
+
+def read_class_names(file: Path) -> class_labels.Names:
+    """Return the names of classes that a file of rows has beside its columns."""
+    kind, key = guess_kind(file), secrets.token_hex()
+    if kind not in ("parquet", "arrow"):
+        return {}
+    try:
+        _, _, described = _ask_reader(file, kind, "open", key, str(file), kind)
+    finally:
+        _ask_reader(file, kind, "close", key)
+    return class_labels.read_names(described)
 
 
 def read_lines(lines: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
@@ -140,6 +164,9 @@ def _refuse_row_count(file: Path, count: int) -> None:
 
 def _read(file: Path) -> Iterator[tuple[str, Row]]:
     how = guess_kind(file)
+    if how == "picture":
+        yield str(file), {"image": file.name, "label": file.parent.name}
+        return
     if how in ("parquet", "arrow"):
         yield from _read_arrow(file, str(how))
         return
@@ -300,7 +327,8 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
     key, number, unpacked = secrets.token_hex(), 0, 0
     most = max(LARGEST_TABLE, TABLE_RATIO * file.stat().st_size)
     try:
-        names, count = _ask_reader(file, kind, "open", key, str(file), kind)
+        names, count, described = _ask_reader(file, kind, "open", key, str(file), kind)
+        classes = class_labels.read_names(described)
         tables.refuse_equal_names(file, names)
         _refuse_row_count(file, count)
         while answer := _ask_reader(file, kind, "next", key):
@@ -314,7 +342,7 @@ def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:
                 batch.validate(full=True)
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", drop_nulls(row)
+                    yield f"{file}, row {number}", name_classes(drop_nulls(row), classes)
     finally:
         _ask_reader(file, kind, "close", key)
 

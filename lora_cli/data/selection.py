@@ -9,14 +9,13 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, stored, ui
 from lora_cli.data.encode import NOTHING, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
-from lora_cli.models import IGNORED
+from lora_cli.models import IGNORED, PictureProcessor, Reader
 from lora_cli.recipe import Data, Recipe
 
 LISTED = 6
@@ -77,6 +76,8 @@ class Counts:
     """The last tokens of answers with loss, in rows that were not cut."""
     labels: Tally[stored.Count] = field(default_factory=Counter)
     """Numbers of the labels of rows, or of their tokens, where a model tells labels apart."""
+    seen: Tally[str] = field(default_factory=Counter)
+    """What pictures are, such as `PNG, RGB, 32x32`."""
 
     def add(self, other: Counts) -> Counts:
         """Return the sum of both; of the first bad rows, the earlier one."""
@@ -132,6 +133,8 @@ def select_rows(
             counts.control_in_text += row.control_in_text
             counts.unread.update(row.unread)
             counts.left_out.update(row.notes)
+            if row.seen:
+                counts.seen[row.seen] += 1
             learned = row.labels != IGNORED
             kept = Kept(place, row.input_ids, row.labels, row.others)
             over = [each for each in limits if len(kept.read(each.column)) > each.tokens]
@@ -253,8 +256,10 @@ def refuse_nothing(counts: Counts) -> None:
         )
 
 
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
+def find_stop_ids(tokenizer: Reader, counts: Counts) -> list[int]:
     """Return the control tokens that trained answers end with, at which generation is to stop."""
+    if isinstance(tokenizer, PictureProcessor):
+        return []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(
         token for token in counts.ends if token in special or token in tokenizer.all_special_ids

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +23,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     DownloadMode,
+    Image,
     IterableDataset,
     ReadInstruction,
     concatenate_datasets,
@@ -31,7 +33,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from lora_cli.common import LoraError, find_nearest, library_errors, plain_files, quote
-from lora_cli.data import readers, remote, stores
+from lora_cli.data import class_labels, picture_folder, readers, remote, stores
 from lora_cli.models import hub
 from lora_cli.recipe import Data
 
@@ -47,6 +49,8 @@ class Source(NamedTuple):
     @property
     def name(self) -> str:
         """What is read, for messages."""
+        if len(self.files) > 1 and readers.guess_kind(self.files[0]) == "picture":
+            return str(self.files[0].parent.parent)
         return str(self.files[0]) if self.files else "the data set"
 
     @property
@@ -58,12 +62,13 @@ class Source(NamedTuple):
         """Yield every row with its place: `rows.jsonl:17`, or `row 17` of a table; both count from
         1."""
         if self.table is not None:
-            number = 0
+            number, classes = 0, self.read_class_names()
             for batch in self.table.iter(batch_size=readers.BATCH):
                 names = list(batch)
                 for values in zip(*batch.values()):
                     number += 1
-                    yield f"row {number}", readers.drop_nulls(dict(zip(names, values)))
+                    row = readers.drop_nulls(dict(zip(names, values)))
+                    yield f"row {number}", class_labels.name_classes(row, classes)
             return
         if self.split == "train":
             yield from self._read_files()
@@ -71,6 +76,15 @@ class Source(NamedTuple):
         total = sum(1 for _ in self._read_files())
         for part in ReadInstruction.from_spec(self.split).to_absolute({"train": total}):
             yield from islice(self._read_files(), part.from_ or 0, part.to)
+
+    def read_class_names(self) -> class_labels.Names:
+        """Return the names of classes that stand beside the rows, by column: what `datasets` calls
+        ClassLabel."""
+        if self.table is None:
+            return readers.read_class_names(self.files[0])
+        features: Any = self.table.features
+        described = {"info": {"features": features.to_dict() if features else {}}}
+        return class_labels.read_names(json.dumps(described, default=str))
 
     def _read_files(self) -> Iterator[tuple[str, readers.Row]]:
         """Return the rows of all files, one file after another."""
@@ -170,7 +184,7 @@ def _open_files(field: str, files: list[Path], split: str) -> Source:
             raise readers.missing_file(field, file)
         if readers.guess_kind(file) is None:
             raise readers.unknown_kind(field, file)
-        if file.stat().st_size == 0:
+        if file.stat().st_size == 0 and readers.guess_kind(file) != "picture":
             raise LoraError(f"data.{field}: {file} is empty", f"ls -l {quote(file)}")
     if not re.fullmatch(r"train(\[.*\])?(\+train(\[.*\])?)*", split):
         raise LoraError(
@@ -179,6 +193,8 @@ def _open_files(field: str, files: list[Path], split: str) -> Source:
             "split: train, or train[:1000]",
         )
     ReadInstruction.from_spec(split)
+    if all(readers.guess_kind(file) == "picture" for file in files):
+        files = picture_folder.mix(files)
     return Source(files, None, split)
 
 
@@ -203,6 +219,8 @@ def _open_folder(field: str, data: Data, folder: Path, split: str) -> Source:
     refused = f"data.{field}: the folder {folder} cannot be read as rows"
     hint = f"name its files of rows: data.{field}: [{folder}/NAME.jsonl]"
     plain_files.refuse_odd_files(folder)
+    if picture_folder.has_pictures(field, folder):
+        return _open_files(field, *picture_folder.find_pictures(field, folder, split))
     with library_errors.translate_file_errors(refused, hint):
         return _read_folder(data, folder, split, refused, hint)
 
@@ -213,7 +231,8 @@ def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) 
         parts = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         for part in parts.values():
             part.data.table.validate(full=True)  # or damaged offsets end the process
-        return Source([], _select_split(folder, parts.with_format(None), split), split)
+        table = _select_split(folder, parts.with_format(None), split)
+        return Source([], _keep_packed(table), split)
     try:
         rebuilt = None if data.streaming else DownloadMode.REUSE_CACHE_IF_EXISTS
         table = load_dataset(
@@ -223,7 +242,15 @@ def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) 
         raise LoraError(f"{refused}: {' '.join(str(error).split())}", hint) from None
     except DatasetGenerationError as error:
         raise LoraError(f"{refused}: {error.__cause__ or error}", hint) from error
-    return Source([], table, split)
+    return Source([], _keep_packed(table), split)
+
+
+def _keep_packed(table: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Return a table whose pictures come as the bytes of their files: they are decoded here."""
+    for name, kind in (table.features or {}).items():
+        if isinstance(kind, Image):
+            table = table.cast_column(name, Image(decode=False))
+    return table
 
 
 def _select_split(folder: Path, parts: DatasetDict, split: str) -> Dataset:
@@ -257,4 +284,4 @@ def _open_hub(data: Data, name: str, split: str) -> Source:
         raise LoraError(
             f"data.path: {name} is cached at another revision than {commit}", "unset HF_HUB_OFFLINE"
         )
-    return Source([], table, split, commit)
+    return Source([], _keep_packed(table), split, commit)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, RejectedError, ui
 from lora_cli.gguf import engine, llama_api, parity
@@ -21,10 +20,11 @@ from lora_cli.models import (
     Base,
     Difference,
     Limit,
+    PictureProcessor,
     Probe,
+    Reader,
     choose_limit,
     compare_logits,
-    load_tokenizer,
     make_probes,
     names,
     num_layers,
@@ -52,7 +52,7 @@ def verify(first: str, second: str, base: str | None) -> str:
     by_model = next((path for path in kinds if kinds[path] != "gguf"), None)
     # one side's tokenizer and template make the prompts of both
     probes = (
-        make_probes(_load_tokenizer(by_model, kinds[by_model], base))
+        make_probes(_load_reader(by_model, kinds[by_model], base))
         if by_model
         else _plain_probes(Path(first))
     )
@@ -95,10 +95,10 @@ def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) ->
     return Limit("mean KL", max(limit for limit in known if limit), difference.mean_kl)
 
 
-def _load_tokenizer(path: str, kind: str, base: str | None) -> PreTrainedTokenizerBase:
+def _load_reader(path: str, kind: str, base: str | None) -> Reader:
     if kind == "adapter":
-        return read_adapter(Path(path), base).load_tokenizer()
-    return load_tokenizer(path)
+        return read_adapter(Path(path), base).load_reader()
+    return Base.of_model(path).load_reader()
 
 
 def _plain_probes(path: Path) -> list[Probe]:
@@ -111,19 +111,7 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
     """Compute the logits of the model at `path` on the probes."""
     if kind == "gguf":
         return _load_gguf_form(Path(path), probes)
-    tokenizer = _load_tokenizer(path, kind, base)
-    if any(
-        probe.text != other.text
-        for probe, other in zip(probes, make_probes(tokenizer))
-        if not probe.plain
-    ):
-        raise RejectedError(
-            f"the chat templates differ: {path} renders the same prompts differently",
-            "diff the two",
-        )
-    for probe in probes:
-        ids = tokenizer(probe.text, add_special_tokens=probe.plain)["input_ids"]
-        _require_same_ids(path, probe, ids)
+    _refuse_other_inputs(path, _load_reader(path, kind, base), probes)
     if kind == "adapter":
         adapter = read_adapter(Path(path), base)
         adapter.refuse_other_base()
@@ -142,6 +130,27 @@ def _load_form(path: str, kind: str, base: str | None, probes: Sequence[Probe]) 
         )
     layers = num_layers(model.config)
     return Form(logits, str(dtype).removeprefix("torch."), layers)
+
+
+def _refuse_other_inputs(path: str, reader: Reader, probes: Sequence[Probe]) -> None:
+    """Raise RejectedError or LoraError where what reads a model's input makes something else of the
+    probes."""
+    own = make_probes(reader)
+    if isinstance(reader, PictureProcessor):
+        if not all(probe.is_same(other) for probe, other in zip(probes, own)):
+            raise RejectedError(
+                f"the image processors differ: {path} makes something else of the same pictures",
+                "diff their preprocessor_config.json",
+            )
+        return
+    if any(probe.text != other.text for probe, other in zip(probes, own) if not probe.plain):
+        raise RejectedError(
+            f"the chat templates differ: {path} renders the same prompts differently",
+            "diff the two",
+        )
+    for probe in probes:
+        ids = reader(probe.text, add_special_tokens=probe.plain)["input_ids"]
+        _require_same_ids(path, probe, ids)
 
 
 def _load_gguf_form(path: Path, probes: Sequence[Probe]) -> Form:

@@ -99,11 +99,9 @@ def _measure_distance(plan: Plan, written: Tensors, name: str, dtype: torch.dtyp
         for expected in plan.merge_tensor(name, dtype):
             stop = start + (len(expected) if expected.dim() else 1)
             given = written.rows(name, start, stop)
-            before = (
-                plan.weights.base.rows(name, start, stop).to(expected.dtype)
-                if name in plan.weights.base.entries
-                else torch.zeros_like(expected)  # a head, which the base lacks
-            )
+            read = plan.weights.read_before(name, start, stop)
+            # a head is not in the base's files, or of another size there
+            before = torch.zeros_like(expected) if read is None else read.to(expected.dtype)
             unequal += int((given != expected).sum())
             off += (given.double() - expected.double()).square().sum().item()
             change += (before.double() - expected.double()).square().sum().item()

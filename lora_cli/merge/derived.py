@@ -7,25 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lora_cli.common import files, provenance
-from lora_cli.models import Adapter, TrainingRecord, save_tokenizer
+from lora_cli.models import Adapter, Reader, TrainingRecord, save_reader
 
 
 def finish_folder(
     staging: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     command: str,
     sources: Sequence[Adapter],
     **contents: Any,
 ) -> None:
-    """Write tokenizer and record beside the adapter.
+    """Write what reads its input, and a record, beside the adapter.
 
     The record names the parents and holds what merging needs to know.
     """
     first = sources[0]
-    save_tokenizer(tokenizer, staging, first.base.name, first.base.revision)
+    save_reader(reader, staging, first.base.name, first.base.revision)
     # an adapter made elsewhere may name its base without a commit
     base = first.base if first.base.revision else first.base.resolve()
     # 4-bit storage is a base's that it replaces

@@ -20,6 +20,7 @@ from lora_cli.models import (
     attach,
     compute_logits,
     convert_to_float32,
+    find_statistics,
     is_finite,
     tensors,
 )
@@ -107,11 +108,14 @@ class Whole:
 
 
 def sum_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
-    """Return a checksum of each parameter in `dtype`: a few modules are loaded in float32
-    whatever their files hold."""
+    """Return a checksum of each parameter in `dtype`, as a few modules are loaded in float32
+    whatever their files hold, and of the means and variances that a model keeps."""
+    numbers = dict(model.named_parameters())
+    for path in find_statistics(model):
+        kept = model.get_submodule(path).named_buffers()
+        numbers |= {f"{path}.{name}": each for name, each in kept if each.is_floating_point()}
     return {
-        name: tensors.compute_checksum(parameter.data.to(dtype))
-        for name, parameter in model.named_parameters()
+        name: tensors.compute_checksum(number.data.to(dtype)) for name, number in numbers.items()
     }
 
 

@@ -64,7 +64,7 @@ def walk_logits(
     if not find_task_of(model).writes_next_tokens:
         with torch.inference_mode(), limit_threads(), _hook_modules(model, read, plan):
             model.eval()
-            made = [model(**make_inputs(model, probe.ids)) for probe in probes]
+            made = [model(**make_inputs(model, probe)) for probe in probes]
             return [read_rows(each).float() for each in made]
     width = max(len(probe.ids) for probe in probes)
     # later positions are hidden from earlier ones, so padding on the right changes nothing

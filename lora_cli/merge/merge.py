@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, stored, ui
 from lora_cli.merge import (
@@ -33,6 +32,7 @@ from lora_cli.models import (
     Base,
     Difference,
     Probe,
+    Reader,
     attach,
     check_trained,
     choose_limit,
@@ -44,7 +44,7 @@ from lora_cli.models import (
     num_layers,
     quantised,
     read_adapter,
-    save_tokenizer,
+    save_reader,
 )
 
 ROUTED_KL = 1e-4
@@ -103,24 +103,24 @@ def merge_adapter(
     refuse_unmergeable(adapter)
     adapter.refuse_other_base()
     with files.staged_folder(out, rejected) as staging:
-        tokenizer = adapter.load_tokenizer()
+        reader = adapter.load_reader()
         way = choose_way(adapter, stream, original)
-        probes = _make_probes(adapter, tokenizer)
+        probes = _make_probes(adapter, reader)
         dtype = adapter.base.dtype
         expected = way.compute_expected(probes) if check else None
         exact = None
         if expected is not None:
             check_against_training(adapter, way, probes, expected, original)
             exact = _check_exact(adapter, way, probes, expected)
-        modules = way.write(staging, dtype, [tokenizer.eos_token_id, *adapter.stop_token_ids])
-        output.begin_where_trained(adapter, tokenizer, staging)
+        modules = way.write(staging, dtype, [reader.eos_token_id, *adapter.stop_token_ids])
+        output.begin_where_trained(adapter, reader, staging)
         ui.say(f"  {modules} of {modules} modules merged")
         checked = None
         if check:
             weights = _check_files(way, adapter, staging, original)
             rounded = _check_rounded(adapter, way, probes, expected, staging)
             checked = Checked(exact, weights, rounded)
-        add_tokenizer_and_record(adapter, tokenizer, staging, original, checked)
+        add_reader_and_record(adapter, reader, staging, original, checked)
     return Merged(modules, dtype, checked)
 
 
@@ -177,10 +177,10 @@ def _check_files(
     return said
 
 
-def _make_probes(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+def _make_probes(adapter: Adapter, reader: Reader) -> list[Probe]:
     """Return the probe prompts: whole where training left its logits of them, else their
     beginnings, which take less time."""
-    probes = make_probes(tokenizer)
+    probes = make_probes(reader)
     if (adapter.folder / TRAINED).is_file():
         return probes
     return [probe._replace(ids=probe.ids[:SHORT]) for probe in probes]
@@ -195,21 +195,21 @@ def _describe_weights(adapter: Adapter, original: bool) -> str:
     return "dequantised, from 4 bits" if adapter.quantization and not original else "its own"
 
 
-def add_tokenizer_and_record(
+def add_reader_and_record(
     adapter: Adapter,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     folder: Path,
     original: bool,
     checked: Checked | None,
 ) -> None:
-    """Write what belongs to a merged model beside weights and configurations: tokenizer, template
-    and record."""
+    """Write what belongs to a merged model beside weights and configurations: tokenizer and
+    template, or image processor, and record."""
     found = checked and {
         "before_rounding": checked.exact and checked.exact._asdict(),
         "weights": checked.weights,
         "rounded": checked.rounded and checked.rounded._asdict(),
     }
-    save_tokenizer(tokenizer, folder, adapter.base.name, adapter.base.revision)
+    save_reader(reader, folder, adapter.base.name, adapter.base.revision)
     record = MergeRecord.model_validate(
         provenance.new_record(
             "merge",

@@ -10,10 +10,19 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.common import LoraError
-from lora_cli.models import Adapter, Base, decoder, find_shared, quantised, read_field
+from lora_cli.models import (
+    Adapter,
+    Base,
+    Reader,
+    decoder,
+    find_shared,
+    quantised,
+    read_field,
+    token_rows,
+)
 
 
 def write_config(
@@ -45,7 +54,7 @@ def refuse_tied(adapted: PeftModel, base: Base) -> None:
     if base.task.has_targets:
         _refuse_tied_pair(adapted, base)
         return
-    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    ends = (token_rows.find_embeddings(adapted), adapted.get_output_embeddings())
     if ends[1] is None:  # it writes nothing
         return
     if read_field(adapted.config, "tie_word_embeddings") and any(
@@ -76,12 +85,12 @@ def _refuse_tied_pair(adapted: PeftModel, base: Base) -> None:
             )
 
 
-def begin_where_trained(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def begin_where_trained(adapter: Adapter, reader: Reader, folder: Path) -> None:
     """Make the generation config of a merged model with an encoder begin what the decoder writes as
     the targets began that were trained."""
     if not adapter.base.task.has_targets:
         return
-    first = decoder.find_first(adapter.base.build_empty(), tokenizer)
+    first = decoder.find_first(adapter.base.build_empty(), reader)
     config = GenerationConfig.from_pretrained(str(folder))
     config.decoder_start_token_id = first.start
     if first.forced is not None:

@@ -45,15 +45,6 @@ def strip_peft_steps(path: str) -> str:
     return ".".join(step for step in steps if step not in STEPS)
 
 
-def read_as_trained(
-    stored: Tensors, name: str, trained: torch.dtype, start: int = 0, stop: int | None = None
-) -> torch.Tensor:
-    """Return rows of a tensor as training had it, in float32; integers and booleans keep their
-    type."""
-    rows = stored.rows(name, start, stop)
-    return rows.to(trained).float() if rows.is_floating_point() else rows
-
-
 class Weights:
     """The base's tensors as the adapter was trained on them, each read when it is needed.
 
@@ -81,17 +72,30 @@ class Weights:
 
     def find_entry(self, name: str) -> tensors.Entry:
         """Return the type and shape of a tensor: of the base's files, or of the adapter where the
-        base has none, as of a head."""
+        base has none, or one of another size, as of a head."""
         stored = self.base.entries.get(name)
-        return self.carried.entries[self.replaced[name]] if stored is None else stored
+        own = self.carried.entries[self.replaced[name]] if name in self.replaced else None
+        if own is not None and (stored is None or stored.shape != own.shape):
+            return own
+        assert stored is not None, "what is in neither has no name"
+        return stored
+
+    def read_before(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Return rows of a tensor as the base's files have them; None where these lack it, or have
+        one of another size."""
+        if name not in self.base.entries or self.find_entry(name) != self.base.entries[name]:
+            return None
+        return self.base.rows(name, start, stop)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a tensor, in float32; integers and booleans keep their type."""
         if name in self.replaced:
-            return self.carried.rows(self.replaced[name], start, stop).float()
+            rows = self.carried.rows(self.replaced[name], start, stop)
+            return rows.float() if rows.is_floating_point() else rows
         if name in self.packed:
             return self._read_from_4bit(name)[start:stop].float()
-        return read_as_trained(self.base, name, self.trained, start, stop)
+        rows = self.base.rows(name, start, stop)
+        return rows.to(self.trained).float() if rows.is_floating_point() else rows
 
     def _read_from_4bit(self, name: str) -> torch.Tensor:
         """Return the whole tensor, quantised as bitsandbytes does it and back; it is kept until the
@@ -167,12 +171,12 @@ class Changed(NamedTuple):
 def fill_buffers(
     network: nn.Module, parameters: Mapping[str, bool], read: Callable[[str], torch.Tensor]
 ) -> None:
-    """Give the buffers of a model without weights what `read(name)` has of those that are in the
-    files, such as BART's bias of the logits: they are names that stand for no parameter."""
-    buffers = dict(network.named_buffers())
-    for name, is_parameter in parameters.items():
-        if not is_parameter:
-            buffers[name].copy_(read(name))
+    """Give the buffers of a model without weights, with an adapter or not, what `read(path)` has of
+    those that are in the files, such as BART's bias of the logits or the means of a BatchNorm: they
+    are names that stand for no parameter."""
+    for path, buffer in network.named_buffers():
+        if parameters.get(strip_peft_steps(path)) is False:
+            buffer.copy_(read(path))
 
 
 @contextmanager
@@ -214,7 +218,8 @@ class Plan(NamedTuple):
     def read(self, path: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a tensor of PEFT's model, the adapter's own or the base's, in float32."""
         if path in self.keys:
-            return self.weights.carried.rows(self.keys[path], start, stop).float()
+            rows = self.weights.carried.rows(self.keys[path], start, stop)
+            return rows.float() if rows.is_floating_point() else rows
         return self.weights.rows(strip_peft_steps(path), start, stop)
 
     def merge_tensor(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:

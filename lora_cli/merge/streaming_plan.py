@@ -3,8 +3,10 @@ weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ from lora_cli.merge.streaming import (
     Plan,
     Weights,
     fill_buffers,
-    read_as_trained,
     strip_peft_steps,
 )
 from lora_cli.models import (
@@ -53,23 +54,18 @@ def make_plan(
     stored in 4 bits (None: they were not, or the original weights are wanted). Raise Unstreamable
     where that is not possible.
     """
-    base = adapter.base.tensors
-    if base is None:
+    if adapter.base.tensors is None:
         raise Unstreamable("the base has no safetensors files")
     config = attach.read_adapter_config(adapter.folder)
     _check_config(config)
     empty = adapter.base.build_unweighted()
+    base = _name_as_part(adapter.base.tensors, empty)
     carried = Tensors([adapter.folder / "adapter_model.safetensors"])
-    head = {key.removeprefix("base_model.model.") for key in carried.entries}
-    parameters = _match_tensors(empty, base, head, adapter.base.head.left_over)
+    parameters = _match_tensors(empty, base, _read_shapes(carried), adapter.base.head.left_over)
+    wanted = {name: tuple(empty.state_dict()[name].shape) for name in parameters}
     packed = find_packed(empty, adapter, quantization) if quantization else {}
-    shapes = {key: entry.shape for key, entry in carried.entries.items()}
-    if empty.get_input_embeddings().num_embeddings < token_rows.count_rows_trained(
-        empty, adapter.folder, shapes
-    ):
-        raise Unstreamable("the adapter makes its embeddings larger")
+    _refuse_larger_embeddings(empty, adapter, carried)
     attach.refuse_slow_patterns(empty, adapter.folder)
-    fill_buffers(empty, parameters, lambda name: read_as_trained(base, name, trained))
     adapted = _attach(empty, config, adapter.folder)
     places = _find_places(adapted)
     _check_names(adapted, places, carried, adapter)
@@ -79,20 +75,38 @@ def make_plan(
     replaced = {
         strip_peft_steps(places.get(key, key)): key for key in carried.entries if key not in own
     }
-    _check_shapes(replaced, parameters, base, carried)
+    _check_shapes(replaced, wanted, carried)
     _check_tied(adapted)
     weights = Weights(base, carried, replaced, trained, packed, choose_quantiser(adapter))
-    return Plan(weights, layers, parameters, by_name), adapted
+    plan = Plan(weights, layers, parameters, by_name)
+    fill_buffers(adapted, parameters, plan.read)
+    return plan, adapted
+
+
+def _read_shapes(carried: Tensors) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors, by the names that whole ones have in the model."""
+    return {
+        key.removeprefix("base_model.model."): entry.shape for key, entry in carried.entries.items()
+    }
+
+
+def _refuse_larger_embeddings(empty: PreTrainedModel, adapter: Adapter, carried: Tensors) -> None:
+    embeddings = token_rows.find_embeddings(empty)
+    shapes = {key: entry.shape for key, entry in carried.entries.items()}
+    if embeddings is not None and embeddings.num_embeddings < token_rows.count_rows_trained(
+        empty, adapter.folder, shapes
+    ):
+        raise Unstreamable("the adapter makes its embeddings larger")
 
 
 def _check_shapes(
-    replaced: Mapping[str, str], parameters: Mapping[str, bool], base: Tensors, carried: Tensors
+    replaced: Mapping[str, str], wanted: Mapping[str, tuple[int, ...]], carried: Tensors
 ) -> None:
-    """Raise Unstreamable where a whole tensor of the adapter has no place in the base."""
+    """Raise Unstreamable where a whole tensor of the adapter has no place in the model, whose
+    tensors have the shapes `wanted`."""
     for name, key in replaced.items():
-        stored = base.entries.get(name, carried.entries[key])
-        if name not in parameters or carried.entries[key].shape != stored.shape:
-            raise Unstreamable(f"{key} has no tensor of its shape in the base's files")
+        if name not in wanted or carried.entries[key].shape != wanted[name]:
+            raise Unstreamable(f"{key} has no tensor of its shape in the model")
 
 
 def choose_quantiser(adapter: Adapter) -> torch.device:
@@ -147,22 +161,36 @@ def find_own_names(model: Base) -> dict[str, bool]:
     return {}
 
 
+def _name_as_part(base: Tensors, empty: PreTrainedModel) -> Tensors:
+    """Return the tensors of a base that was saved without any head under the names that they have
+    as a part of a model with one: `vit.layers…` for `layers…`."""
+    prefix, known = f"{empty.base_model_prefix}.", empty.state_dict()
+    named = {f"{prefix}{name}": entry for name, entry in base.entries.items()}
+    as_part = type(base) is Tensors and not any(map(known.__contains__, base.entries))
+    if not as_part or not any(map(known.__contains__, named)):
+        return base
+    made = copy.copy(base)
+    made.entries = named
+    return made
+
+
 def _match_tensors(
     empty: PreTrainedModel,
     base: Tensors,
-    head: Collection[str] = (),
+    head: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     left_over: Collection[str] = (),
 ) -> dict[str, bool]:
     """Return the tensors to write, by name, and whether each is a parameter.
 
-    An adapter may have a `head` that the base's files lack, and these a `left_over` one of another
-    task. Raise Unstreamable unless names and shapes are the model's own.
+    An adapter may have a `head` that the base's files lack, or have of another size, and these a
+    `left_over` one of another task. Raise Unstreamable unless names and shapes are the model's own.
     """
     parameters = dict(empty.named_parameters())
     whole = empty.state_dict()
+    left_over = {*left_over, *(f"{empty.base_model_prefix}.{name}" for name in left_over)}
     added = [name for name in parameters if name not in base.entries and name in head]
     missing = sorted(parameters.keys() - base.entries.keys() - {*added})
-    foreign = sorted(base.entries.keys() - whole.keys() - {*left_over})
+    foreign = sorted(base.entries.keys() - whole.keys() - left_over)
     if missing or foreign:
         name = (missing or foreign)[0]
         raise Unstreamable(
@@ -170,7 +198,7 @@ def _match_tensors(
         )
     kept = {name: entry for name, entry in base.entries.items() if name not in left_over}
     for name, entry in kept.items():
-        if entry.shape != tuple(whole[name].shape):
+        if tuple(whole[name].shape) not in (entry.shape, head.get(name)):
             raise Unstreamable(f"{name} has another shape in its files")
         if name not in parameters and name not in dict(empty.named_buffers()):
             # transformers ties such weights only if they are equal
@@ -268,7 +296,7 @@ def _check_tied(adapted: PeftModel) -> None:
     """Raise Unstreamable where tied embeddings and head get separate weights."""
     if not read_field(adapted.config, "tie_word_embeddings"):
         return
-    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    ends = (token_rows.find_embeddings(adapted), adapted.get_output_embeddings())
     saved = {
         strip_peft_steps(name)
         for name, _ in adapted.named_parameters()

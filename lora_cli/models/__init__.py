@@ -12,11 +12,16 @@ Its doors, in the order a reader needs them:
     take_over, Parent, PARENT_COPY the adapter that a recipe trains on, and what it decides; where
                                    a run keeps it
     find_task_of, save_head_config what a model does; what its head knows
+    find_statistics, shorten_names, find_alike
+                                   what keeps means and variances; modules named together
+    find_convolutions, has_linear  what a model of convolutions has to adapt
     find_positions                 how long a text a base reads
     names, hub                     what a name on the command line stands for; its commit
     attach                         a new or a trained adapter on a base; its LoRA layers
-    load_tokenizer, save_tokenizer, load_recipe_tokenizer, adds_bos, IGNORED
+    load_tokenizer, save_tokenizer, adds_bos, IGNORED
                                    the tokenizer with its chat template; -100, labels without loss
+    Reader, PictureProcessor, load_recipe_reader, save_reader, find_picture_shape
+                                   what reads a model's input: its tokenizer or image processor
     chat_template                  chat templates rendered within limits
     targets, init_weights          which modules a recipe means; what an adapter starts from
     find_shared                    the modules that have one weight: embeddings and head
@@ -52,8 +57,14 @@ from lora_cli.models.config import (
     num_layers,
     read_field,
 )
-from lora_cli.models.decoder import make_inputs
-from lora_cli.models.head import find_task_of, save_head_config
+from lora_cli.models.convolutions import find_convolutions, has_linear
+from lora_cli.models.head import (
+    find_alike,
+    find_statistics,
+    find_task_of,
+    save_head_config,
+    shorten_names,
+)
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions
 from lora_cli.models.probes import (
@@ -67,11 +78,19 @@ from lora_cli.models.probes import (
     choose_limit,
     compare_logits,
     compute_logits,
+    make_inputs,
     make_probes,
     measure_trained,
     read_logits,
     read_rows,
     save_trained,
+)
+from lora_cli.models.processor import (
+    PictureProcessor,
+    Reader,
+    find_picture_shape,
+    load_recipe_reader,
+    save_reader,
 )
 from lora_cli.models.record import TrainingRecord, read_source_prefix
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
@@ -80,7 +99,6 @@ from lora_cli.models.ties import find_shared
 from lora_cli.models.tokenizer import (
     IGNORED,
     adds_bos,
-    load_recipe_tokenizer,
     load_tokenizer,
     save_tokenizer,
 )
@@ -111,17 +129,24 @@ __all__ = [
     "count_text_parameters",
     "convert_to_float32",
     "empty",
+    "find_alike",
+    "find_convolutions",
+    "find_picture_shape",
     "find_positions",
+    "find_statistics",
     "find_task_of",
     "read_logits",
     "read_rows",
     "four_bit",
     "get_checkpoint_dtype",
+    "has_linear",
     "hub",
     "init_weights",
     "is_finite",
     "leave_out_cache",
-    "load_recipe_tokenizer",
+    "PictureProcessor",
+    "Reader",
+    "load_recipe_reader",
     "load_tokenizer",
     "decoder",
     "find_shared",
@@ -139,8 +164,10 @@ __all__ = [
     "read_source_prefix",
     "refuse_not_finite",
     "save_head_config",
+    "save_reader",
     "save_tokenizer",
     "save_trained",
+    "shorten_names",
     "split_rows",
     "take_over",
     "targets",

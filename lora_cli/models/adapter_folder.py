@@ -35,6 +35,7 @@ from lora_cli.models import (
     adapter_names,
     fingerprint,
     names,
+    processor,
     quantised,
     source,
     tokenizer,
@@ -55,7 +56,12 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    processor.FILE,
 )
+
+
+COUNTED = ".num_batches_tracked"
+"""The end of the name of BatchNorm's only tensor of whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,14 @@ class Adapter:
         tokenizer.leave_out_inputs(found, self.base.task)
         return found
 
+    def load_reader(self) -> processor.Reader:
+        """Load what reads its input, as it was trained: a tokenizer, or an image processor."""
+        if not self.base.task.reads_pictures:
+            return self.load_tokenizer()
+        if (self.folder / processor.FILE).is_file():
+            return processor.load_processor(str(self.folder))
+        return self.base.load_reader()
+
 
 def read_adapter(path: Path, base: str | None = None) -> Adapter:
     """Read and check the adapter in a folder, or called so on the hub; `base` overrides the base it
@@ -186,13 +200,21 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     )
     record = _read_record(folder)
     named = _choose_base(hub_name or str(folder), base, config, record)
-    task = find_task(config.get("task_type")) or DEFAULT_TASK
+    task = _find_task(config)
     named = replace(named, task=task, head_settings=_find_settings(folder, shapes, task, record))
     given = folder if respelled != folder else None
     replaced = _find_replaced(named, config, record) if base is not None else None
     found = Adapter(respelled, named, record, not _changes_base(config), hub_name, given, replaced)
     _warn_of_no_change(respelled, str(found))
     return found
+
+
+def _find_task(config: Mapping[str, Any]) -> Task:
+    """Return the task of an adapter by its configuration: PEFT names the class of the base where it
+    has no name for the task."""
+    mapping = config.get("auto_mapping")
+    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return find_task(config.get("task_type"), str(kind)) or DEFAULT_TASK
 
 
 def _find_settings(
@@ -361,7 +383,11 @@ def _check_weights(folder: Path, hub_name: str | None) -> dict[str, tuple[int, .
         with safe_open(weights, framework="pt") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
-            whole = [name for name, each in slices.items() if "F" not in each.get_dtype()]
+            whole = [
+                name
+                for name, each in slices.items()
+                if "F" not in each.get_dtype() and not name.endswith(COUNTED)
+            ]
     except SafetensorError as error:
         raise LoraError(f"{weights} is damaged or cut off: {error}", "copy it again") from error
     if not shapes:

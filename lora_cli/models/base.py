@@ -39,6 +39,7 @@ from lora_cli.models import (
     four_bit,
     hub,
     names,
+    processor,
     quantised,
     settings,
     tensors,
@@ -46,7 +47,7 @@ from lora_cli.models import (
     tokenizer,
 )
 from lora_cli.models.config import get_checkpoint_dtype, load_config
-from lora_cli.models.head import Head, HeadSettings, find_head, list_lacking
+from lora_cli.models.head import Head, HeadSettings, find_head, find_statistics, list_lacking
 from lora_cli.models.quantised import Quantised
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import DEFAULT_TASK, Recipe, Task, recognise_task
@@ -264,6 +265,12 @@ class Base:
         """Load its tokenizer, as `tokenizer.load_tokenizer`."""
         return tokenizer.load_tokenizer(self.name, self.revision, **roles)
 
+    def load_reader(self) -> processor.Reader:
+        """Load what reads its input: its tokenizer, or, for pictures, its image processor."""
+        if self.task.reads_pictures:
+            return processor.load_processor(self.name, self.revision)
+        return self.load_tokenizer()
+
     def load(
         self,
         dtype: torch.dtype | None = None,
@@ -478,10 +485,12 @@ def leave_out_cache(network: PreTrainedModel) -> None:
 
 
 def convert_to_float32(base: PreTrainedModel) -> PreTrainedModel:
-    """Convert every weight to float32, exactly; buffers such as rotary frequencies stay as they
-    are."""
+    """Convert every weight to float32, exactly, and the means and variances that a model keeps;
+    other buffers, such as rotary frequencies, stay as they are."""
     for parameter in base.parameters():
         parameter.data = parameter.data.float()
+    for path in find_statistics(base):
+        base.get_submodule(path).float()
     base.config.dtype = torch.float32
     return base
 

@@ -58,7 +58,7 @@ def refuse_beginless(network: PreTrainedModel, name: str) -> None:
         ) from error
 
 
-def make_inputs(
+def make_text_inputs(
     model: nn.Module, ids: Sequence[int], device: torch.device | None = None
 ) -> dict[str, torch.Tensor]:
     """Return what a model of any task is given to say something of a text; a decoder beside an

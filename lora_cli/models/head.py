@@ -71,16 +71,86 @@ def find_head(network: PreTrainedModel, report: Mapping[str, Any], task: Task, n
     missing = {_name_key(key) for what in LACKING for key in report[what]} & set(parameters)
     modules = _find_outermost(network, missing, parameters)
     _refuse_lack(network, modules, missing, name)
+    _refuse_lack_of_statistics(network, modules, report, name)
     left_over = tuple(sorted(map(_name_key, report["unexpected_keys"])))
     _refuse_foreign(network, left_over, name)
     taken = [
         path
         for path, module in network.named_modules()
-        if path.rpartition(".")[2] in task.peft_heads
+        if _is_head(path, network, task)
         and not _is_inside(path, modules)
         and any(True for _ in module.parameters())
     ]
     return Head((*modules, *taken), left_over)
+
+
+def _is_head(path: str, network: PreTrainedModel, task: Task) -> bool:
+    """Return whether a module is trained whole in any case: what PEFT calls a head or, for a task
+    that it has no name for, what stands beside the base and has an output for each label."""
+    if task.peft_type is not None:
+        return path.rpartition(".")[2] in task.peft_heads
+    if not path or "." in path or path == _name_base(network):
+        return False
+    weights = network.get_submodule(path).parameters()
+    return any(each.dim() > 1 and len(each) == network.config.num_labels for each in weights)
+
+
+def _name_base(network: PreTrainedModel) -> str:
+    """Return the child that is the base, by transformers' name for it or, where that is another
+    one, by its size."""
+    children = dict(network.named_children())
+    if network.base_model_prefix in children:
+        return network.base_model_prefix
+    return max(children, key=lambda name: sum(each.numel() for each in children[name].parameters()))
+
+
+def find_statistics(network: nn.Module) -> list[str]:
+    """Return the modules that keep a mean and a variance of what has passed through them, such as
+    BatchNorm's: training changes these, and they are no parameters."""
+    return [
+        path
+        for path, module in network.named_modules()
+        if STATISTICS in dict(module.named_buffers(recurse=False))
+    ]
+
+
+STATISTICS = "running_mean"
+"""What torch calls such a mean; running_var is beside it."""
+
+
+def shorten_names(network: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Return how modules are named together: by the shortest ends of their names that no other
+    module has, nor that a longer step ends in, which PEFT takes for the same."""
+    wanted = set(modules)
+    names = [path for path, _ in network.named_modules() if path]
+    found: dict[str, None] = {}
+    for path in sorted(wanted):
+        steps = path.split(".")
+        ends = (".".join(steps[at:]) for at in range(len(steps) - 1, 0, -1))
+        found[next((end for end in ends if _means_only(end, wanted, names)), path)] = None
+    return list(found)
+
+
+def find_alike(network: nn.Module, head: Iterable[str]) -> list[str]:
+    """Return the norms that PEFT trains whole because their names end as that of a head's module
+    does: it does not look where a step begins."""
+    found = [
+        path
+        for path, _ in network.named_modules()
+        if path.endswith(tuple(head)) and not _is_inside(path, head)
+    ]
+    sizes = {
+        path: [each.dim() for each in network.get_submodule(path).parameters()] for path in found
+    }
+    return [path for path, dimensions in sizes.items() if dimensions and max(dimensions) == 1]
+
+
+def _means_only(end: str, wanted: set[str], names: Iterable[str]) -> bool:
+    return all(
+        name in wanted and (name == end or name.endswith(f".{end}"))
+        for name in names
+        if name.endswith(end)
+    )
 
 
 LACKING = ("missing_keys", "mismatched_keys")
@@ -139,6 +209,25 @@ def _refuse_lack(
             )
 
 
+def _refuse_lack_of_statistics(
+    network: PreTrainedModel, head: Iterable[str], report: Mapping[str, Any], name: str
+) -> None:
+    """Raise LoraError where a mean or variance of the base is missing, which transformers fills
+    with 0 or 1."""
+    missing = {_name_key(key) for what in LACKING for key in report[what]}
+    own = [path for path in find_statistics(network) if not _is_inside(path, head)]
+    kept = [f"{path}.{what}" for path in own for what in KEPT]
+    if lost := sorted(missing.intersection(kept)):
+        raise LoraError(
+            f"the weights of {name} do not fit {type(network).__name__}: {len(lost)} of the means "
+            f"and variances that it keeps are missing, such as {lost[0]}",
+            "take a base whose files have them",
+        )
+
+
+KEPT = (STATISTICS, "running_var")
+
+
 def _refuse_foreign(network: PreTrainedModel, left_over: Iterable[str], name: str) -> None:
     """Raise LoraError where files have layers that the model has not."""
     prefix = f"{network.base_model_prefix}."
@@ -188,12 +277,14 @@ def read_settings(
             ) from error
     if not task.counts_labels:
         return HeadSettings()
-    sizes = [shape[0] for key, shape in shapes.items() if _is_last_of_head(key, task)]
+    sizes = [shape[0] for key, shape in shapes.items() if _is_last_of_head(key, len(shape), task)]
     return HeadSettings(tuple(f"LABEL_{number}" for number in range(sizes[-1])) if sizes else ())
 
 
-def _is_last_of_head(key: str, task: Task) -> bool:
+def _is_last_of_head(key: str, dimensions: int, task: Task) -> bool:
     """Return whether a tensor is the weight of the module that has an output for each label."""
     steps = key.split(".")
+    if task.peft_type is None:  # whose heads have names of their own
+        return steps[-1] == "weight" and dimensions == 2 and "lora_" not in key
     ends = (*task.peft_heads, "out_proj")
     return steps[-1] == "weight" and "lora_A" not in key and any(end in steps for end in ends)

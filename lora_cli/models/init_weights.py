@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from lora_cli.common import UsageError
+from lora_cli.common import UsageError, files
 from lora_cli.models import attach, peft_matching
 from lora_cli.models.base import Base
 from lora_cli.recipe import Recipe, find_initialisation
@@ -182,7 +182,9 @@ def save_as_plain(adapter: Path, config: LoraConfig, start: Path) -> None:
             name: growth * alpha for name, alpha in config.alpha_pattern.items()
         }
     config.inference_mode = True
-    config.save_pretrained(str(adapter))
+    # PEFT's name of the base's class, which it writes where it has none of the task
+    saved = files.read_json(adapter / "adapter_config.json").get("auto_mapping")
+    config.save_pretrained(str(adapter), auto_mapping_dict=saved)
 
 
 def _half(name: str) -> str | None:

@@ -22,6 +22,7 @@ from lora_cli.common import LoraError, files, join_errors, provenance, show_as
 from lora_cli.models import adapter_config, adapter_contents, attach, peft_matching
 from lora_cli.models.adapter_folder import ADAPTER_FILES, TOKENIZER_FILES, Adapter, read_adapter
 from lora_cli.models.base import Base
+from lora_cli.models.head import CONFIG
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import Lora, Recipe, list_contradictions, upstream
 
@@ -117,7 +118,7 @@ class Parent:
         if (run / PARENT_COPY).is_dir():
             return
         source = self.adapter.given or self.folder
-        wanted = (*ADAPTER_FILES, *TOKENIZER_FILES)
+        wanted = (*ADAPTER_FILES, CONFIG, *TOKENIZER_FILES)
         with files.staged_folder(run / PARENT_COPY) as staging:
             for path in source.iterdir():
                 if path.is_file() and any(fnmatch(path.name, pattern) for pattern in wanted):

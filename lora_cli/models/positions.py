@@ -28,7 +28,9 @@ class Positions(NamedTuple):
 
 def find_positions(base: Base, of_target: bool = False) -> Positions | None:
     """Return a base's positions, for what it reads or, beside an encoder, what its decoder writes;
-    None where its configuration knows no limit, as with ALiBi."""
+    None where its configuration knows no limit, as with ALiBi, or it reads pictures."""
+    if base.task.reads_pictures:
+        return None
     text = base.config.get_text_config()
     count = decoder.find_room(text, of_target)
     if count is None or count < 1:

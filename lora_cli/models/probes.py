@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, stored
 from lora_cli.models import chat_template
-from lora_cli.models.decoder import make_inputs
+from lora_cli.models.decoder import make_text_inputs
 from lora_cli.models.head import find_task_of
+from lora_cli.models.processor import KINDS, PictureProcessor, Reader, make_picture
 from lora_cli.models.tensors import Tensors, is_finite
 from lora_cli.recipe import DEFAULT_TASK, Task
 
@@ -56,15 +56,29 @@ class Difference(NamedTuple):
 
 class Probe(NamedTuple):
     """A prompt as it is fed: rendered by the chat template, else plain text that still gets its
-    BOS."""
+    BOS; or a picture, called by a name."""
 
     text: str
     ids: list[int]
     plain: bool
+    pixels: torch.Tensor | None = None
+    """A picture, (1, channels, height, width)."""
+
+    def is_same(self, other: Probe) -> bool:
+        """Return whether another reader makes the same picture of it."""
+        pixels = self.pixels, other.pixels
+        return pixels[0] is not None and pixels[1] is not None and torch.equal(*pixels)
 
 
-def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
-    """Make the probe prompts for this tokenizer."""
+def make_probes(reader: Reader) -> list[Probe]:
+    """Make the probe prompts for this tokenizer, or the probe pictures for this processor."""
+    if isinstance(reader, PictureProcessor):
+        made = {kind: make_picture(kind, reader.shape[::-1]) for kind in KINDS}
+        return [
+            Probe(kind, [], True, reader([picture])["pixel_values"])
+            for kind, picture in made.items()
+        ]
+    tokenizer = reader
     if chat_template.find_template(tokenizer) is None:
         return [Probe(text, tokenizer(text)["input_ids"], True) for text in PROBES]
     texts = [
@@ -78,10 +92,10 @@ def make_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     ]
 
 
-def save_trained(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_trained(model: torch.nn.Module, reader: Reader, folder: Path) -> None:
     """Save the logits after each probe at the end of training (float32, probes × vocabulary) with
     the adapter."""
-    rows = _choose_kept(find_task_of(model), compute_logits(model, make_probes(tokenizer)))
+    rows = _choose_kept(find_task_of(model), compute_logits(model, make_probes(reader)))
     save_file({"logits": torch.cat(rows)}, folder / TRAINED)
 
 
@@ -155,13 +169,27 @@ class Tokens(Protocol):
     def ids(self) -> list[int]: ...
 
 
+def make_inputs(
+    model: torch.nn.Module,
+    probe: Tokens,
+    device: torch.device | None = None,
+    kind: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return what a model of any task is given for one probe; a picture in a type of numbers."""
+    if isinstance(probe, Probe) and probe.pixels is not None:
+        return {"pixel_values": probe.pixels.to(device, kind)}
+    return make_text_inputs(model, probe.ids, device)
+
+
 def compute_logits(model: torch.nn.Module, probes: Sequence[Tokens]) -> list[torch.Tensor]:
     """Return float32 logits, one (length, vocabulary) tensor on the CPU per probe, or one row of a
     text that is classified; `model` in eval mode, on its own device."""
     model.eval()
     device = next(model.parameters()).device
+    kind = next(each.dtype for each in model.parameters() if each.is_floating_point())
     with torch.inference_mode(), multiply_in_float32():
-        return [read_rows(model(**make_inputs(model, p.ids, device))).float().cpu() for p in probes]
+        made = [make_inputs(model, probe, device, kind) for probe in probes]
+        return [read_rows(model(**inputs)).float().cpu() for inputs in made]
 
 
 def read_logits(outputs: Any) -> torch.Tensor:

@@ -291,8 +291,11 @@ def _find_wrong_token_ids(
     where = recipe.where("lora", "trainable_token_indices")
     weights = _find_ends(model)
     given: Any = config.trainable_token_indices or {}
+    embeddings = token_rows.find_embeddings(model)
+    if given and embeddings is None:
+        yield f"{where}: a model of pictures has no rows of tokens", "leave it out"
+        return
     if not isinstance(given, dict):
-        embeddings = model.get_input_embeddings()
         given = {next(n for n, m in model.named_modules() if m is embeddings): given}
     seen: set[str] = set()
     for name, ids in given.items():
@@ -320,7 +323,7 @@ def _find_wrong_token_ids(
 
 def _find_ends(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the weights of the embeddings and of the head, by the modules' names."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [token_rows.find_embeddings(model), model.get_output_embeddings()]
     return {
         name: module.weight
         for name, module in model.named_modules()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from lora_cli.models.head import find_task_of
+
 
 def find_text_part(model: PreTrainedModel) -> str:
     """Return what the names of the text model's modules begin with, such as
-    `model.language_model.`; empty where all of the model is for text."""
+    `model.language_model.`; empty where all of the model is for its task's input."""
+    if find_task_of(model).reads_pictures:
+        return ""
     if model.config.get_text_config() is model.config:
         return ""
     text = model.get_decoder()

@@ -10,16 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.common import LoraError, files
+from lora_cli.models.head import find_task_of
 from lora_cli.models.peft_matching import matches_ending
 
 MOST_ADDED = 2**17
 """Rows that an adapter may add to its base: more than any vocabulary was ever extended by."""
+
+
+def find_embeddings(model: PreTrainedModel | PeftModel) -> Any:
+    """Return the table in which a model looks its tokens up; None for one that reads pictures."""
+    return None if find_task_of(model).reads_pictures else model.get_input_embeddings()
 
 
 def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
@@ -32,7 +38,8 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
 def grow_to_trained(model: PreTrainedModel, config: LoraConfig) -> None:
     """Let the embeddings have at least the rows that `config`, of an adapter that was trained,
     names."""
-    grow_embeddings(model, _count_named(config.trainable_token_indices))
+    if rows := _count_named(config.trainable_token_indices):
+        grow_embeddings(model, rows)
 
 
 def _count_named(given: Any) -> int:
@@ -66,6 +73,8 @@ def train_rows(model: PreTrainedModel, config: LoraConfig, ids: list[int]) -> No
 
 def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
     """Grow the embeddings of a base to those the adapter in `folder` was trained with."""
+    if find_embeddings(model) is None:
+        return
     stored = load_peft_weights(str(folder), device="cpu")
     rows = count_rows_trained(
         model, folder, {key: tuple(tensor.shape) for key, tensor in stored.items()}

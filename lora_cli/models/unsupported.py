@@ -38,7 +38,7 @@ def _find_wrong_kinds(recipe: Recipe, targeted: dict[str, nn.Module]) -> Iterato
     """Find modules without a weight that LoRA knows, and those that use theirs in a way an adapter
     would bypass."""
     where = recipe.where("lora", "target_modules")
-    for why, names in _group_by_reason(targeted, _explain_unlike_peft).items():
+    for why, names in _group_by_reason(targeted, explain_unlike_peft).items():
         more = f" ({len(names)} such modules)" if len(names) > 1 else ""
         yield (
             f"{where}: PEFT cannot adapt {names[0]}, {why}{more}",
@@ -56,7 +56,7 @@ def _group_by_reason(
     return found
 
 
-def _explain_unlike_peft(module: Any) -> str | None:
+def explain_unlike_peft(module: Any) -> str | None:
     """Explain why PEFT's adapter would not compute, or not merge into, what the module computes."""
     if isinstance(module, nn.Embedding):
         own = f"a {type(module).__name__}, which looks its rows up in its own way"
@@ -67,6 +67,8 @@ def _explain_unlike_peft(module: Any) -> str | None:
         return None
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return f"a {type(module).__name__}"
+    if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        return f"a {type(module).__name__}, which changes its weights as it runs"
     if module.groups > 1:  # PEFT builds A without any of these
         return f"a convolution with groups={module.groups}"
     if set(module.dilation) != {1}:
@@ -170,7 +172,7 @@ def _find_wrong_copies(
     where = recipe.where("lora", "modules_to_save")
     modules = dict(model.named_modules())
     given: Any = config.trainable_token_indices or {}
-    embeddings = model.get_input_embeddings()
+    embeddings = token_rows.find_embeddings(model)
     rows = given if isinstance(given, dict) else [n for n, m in modules.items() if m is embeddings]
     added = recipe.model.add_tokens or recipe.model.add_special_tokens
     for saved in config.modules_to_save or []:

@@ -7,6 +7,7 @@ Its doors, in the order a reader needs them:
     settled    … and all that a recipe becomes, with its base and the adapter it trains on
     sizes      the adapter's size, the steps, how full the batches are
     memory     what a recipe needs of a device's memory, item by item
+    rehearsal  a recipe's network without weights, and a step of it
     spread     what several processes need and lose
     flops      operations of training on a token, and the share of a device's peak
     check      `lora check`: what a recipe would train on
@@ -19,6 +20,7 @@ __all__ = [
     "flops",
     "hardware",
     "memory",
+    "rehearsal",
     "settled",
     "show",
     "sizes",

@@ -14,13 +14,15 @@ from typing import Any
 
 from lora_cli.common import files, ui
 from lora_cli.data import encoders, load, prepare, selection
-from lora_cli.models import IGNORED, load_recipe_tokenizer
+from lora_cli.models import IGNORED, PictureProcessor, Reader, load_recipe_reader
 from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe, Task
 
 TRAINED = "\x1b[1;32m"
 NOT_TRAINED = "\x1b[2m"
 """Bold green for what carries loss, faint for the rest; ⟦ ⟧ says the same without colour."""
+SHOWN = 10
+"""How many kinds of pictures are listed."""
 BARS = 10
 """Of the histogram, up to the longest row that is within the limit."""
 
@@ -31,13 +33,13 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
     found = settled.settle_recipe(recipe)
     recipe, base, parent = found.recipe, found.base, found.parent
     sizes.refuse_lack_of_experts(recipe, base)
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base, parent)
-    adapter = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
-    train, evaluation = load.load_rows(recipe, tokenizer)
-    sizes.refuse_unknown_ids(recipe, base, train, tokenizer, parent)
-    beyond = sizes.check_positions(recipe, base, tokenizer, [train, *filter(None, [evaluation])])
+    reader, new_ids, template = load_recipe_reader(recipe, base, parent)
+    adapter = sizes.measure_adapter(recipe, base, reader, new_ids, parent)
+    train, evaluation = load.load_rows(recipe, reader)
+    sizes.refuse_unknown_ids(recipe, base, train, reader, parent)
+    beyond = sizes.check_positions(recipe, base, reader, [train, *filter(None, [evaluation])])
     steps = sizes.count_steps(recipe, train)
-    encoder = load.make_encoder(recipe, tokenizer)
+    encoder = load.make_encoder(recipe, reader)
     if as_json:
         report = {
             "base": base.describe(),
@@ -53,37 +55,58 @@ def show_check(recipe: Recipe, samples: int, as_json: bool) -> None:
         }
         ui.report_json(report)
         return
-    found_lines = [
+    lines = [
         *found.list_lines(),
-        f"chat template: {template}" if template else "",
+        *([f"chat template: {template}"] if template else []),
         f"adapter: {adapter}",
         f"data: {train.summarise()}",
-        f"evaluation: {evaluation.summarise()}" if evaluation else "",
-        beyond or "",
+        *([f"evaluation: {evaluation.summarise()}"] if evaluation else []),
+        *([beyond] if beyond else []),
     ]
-    ui.report(
-        f"{recipe.method} on {base.describe()}", *(f"  {line}" for line in found_lines if line)
-    )
-    _print_rows(recipe, train, steps, encoder, samples)
+    ui.report(f"{recipe.method} on {base.describe()}", *(f"  {each}" for each in lines))
+    ui.report(*_format_rows(recipe, train, steps, reader))
+    for row in train.first[:samples]:
+        _print_sample(row, encoder, recipe.task_row)
 
 
-def _print_rows(
-    recipe: Recipe,
-    train: prepare.Prepared,
-    steps: sizes.Steps,
-    encoder: encoders.Encoder,
-    samples: int,
-) -> None:
-    """Print the rows' lengths, the steps they make, and the first `samples` of them."""
+def _format_rows(
+    recipe: Recipe, train: prepare.Prepared, steps: sizes.Steps, reader: Reader
+) -> Iterator[str]:
+    """Yield what the rows are, and the steps they make."""
+    if isinstance(reader, PictureProcessor):
+        yield from _format_pictures(train, steps, reader)
+    else:
+        yield from _format_lengths(recipe, train, steps)
+
+
+def _format_pictures(
+    train: prepare.Prepared, steps: sizes.Steps, processor: PictureProcessor
+) -> Iterator[str]:
+    """Yield what the pictures are, what is made of them, and the steps that they make."""
+    seen = train.counts.seen.most_common(SHOWN)
+    lines = [[kind, f"{number:,}"] for kind, number in seen]
+    yield ""
+    yield from ui.format_table(["pictures", "rows"], lines)
+    if more := len(train.counts.seen) - len(seen):
+        yield f"and {more:,} other kinds or sizes"
+    height, width = processor.shape
+    yield ""
+    yield f"each becomes {width}x{height}, by the base's image processor"
+    epoch = f"{steps.steps_per_epoch} steps an epoch, " if train.stream is None else ""
+    yield f"{epoch}{steps.steps} steps in all"
+
+
+def _format_lengths(recipe: Recipe, train: prepare.Prepared, steps: sizes.Steps) -> Iterator[str]:
+    """Yield how long the rows' texts are, and the steps they make."""
     counts = train.counts
     for limit, lengths in zip(
         selection.list_limits(recipe), (counts.lengths, counts.target_lengths)
     ):
-        ui.report("", *_format_histogram(lengths, limit.tokens, limit.name))
-        ui.report("", _format_quantiles(lengths, limit.name or "row"))
-    ui.report(*_format_steps(steps, train))
-    for row in train.first[:samples]:
-        _print_sample(row, encoder, recipe.task_row)
+        yield ""
+        yield from _format_histogram(lengths, limit.tokens, limit.name)
+        yield ""
+        yield _format_quantiles(lengths, limit.name or "row")
+    yield from _format_steps(steps, train)
 
 
 def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
@@ -150,8 +173,8 @@ def _count_tokens(row: selection.Kept, task: Task) -> int:
 
 def _print_sample(row: selection.Kept, encoder: encoders.Encoder, task: Task) -> None:
     trained = int((row.labels != IGNORED).sum())
-    marked = encoder.marked.format(trained)
-    about = f"{_count_tokens(row, task)} tokens, {marked} between ⟦ and ⟧"
+    about = "" if task.reads_pictures else f"{_count_tokens(row, task)} tokens, "
+    about += f"{encoder.marked.format(trained)} between ⟦ and ⟧"
     ui.report("", f"{row.place}: {about}")
     runs = [
         (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text)

@@ -1,4 +1,5 @@
-"""Count the floating-point operations of training on one token, and the share of a device's peak.
+"""Count the floating-point operations of training on one token, or one picture, and the share of a
+device's peak.
 
 A frozen weight takes 2 for the forward pass and 2 for the gradient of its input: 4N for the base,
 not the 6N of full training. A trained one takes 2 more for its own gradient. What checkpointing
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from trl.trainer.utils import get_peak_flops
 
 from lora_cli.models import find_task_of, num_active_experts, num_experts, read_field
@@ -21,10 +24,13 @@ TRAINED = 6
 
 
 class Work(NamedTuple):
-    """Operations for one token, and the device's peak in operations per second where known."""
+    """Operations for one token, or picture, and the device's peak in operations per second where
+    known."""
 
     each: float
     peak: float | None
+    unit: str = "tokens"
+    """What is counted."""
 
     def used(self, tokens_per_second: float) -> float | None:
         """Return the share of the device's peak that a speed reaches (MFU); None for an unknown
@@ -68,6 +74,21 @@ def _share_sides(adapted: PeftModel, targets: float) -> dict[int, float]:
         found |= {id(parameter): share for parameter in side.parameters()}
     head = network.get_output_embeddings()
     return found if head is None else found | {id(each): 1.0 for each in head.parameters()}
+
+
+def count_per_picture(adapted: PeftModel, shape: tuple[int, int]) -> float:
+    """Operations of training on one picture of `shape` (height, width), forward and backward, of a
+    model on the `meta` device; 0 where it does not run without weights."""
+    kind = next(parameter.dtype for parameter in adapted.parameters())
+    shown = torch.empty((1, 3, *shape), dtype=kind, device="meta")
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            adapted.eval()(pixel_values=shown)["logits"].sum().backward()
+    except (RuntimeError, NotImplementedError):  # it asks for a tensor's content
+        return 0.0
+    adapted.zero_grad()
+    return float(counter.get_total_flops())
 
 
 def _sum_attention_widths(config: Any) -> int:

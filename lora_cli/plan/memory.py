@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy
 from peft import PeftModel
-from pyarrow import compute
 from transformers import PretrainedConfig
 
 from lora_cli.data import prepare, selection
@@ -84,14 +83,15 @@ def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch
     """
     training = recipe.training
     size = training.per_device_train_batch_size
+    if recipe.task_row.reads_pictures:
+        return Batch(size, 1, training.gradient_accumulation_steps > 1)
     most = min(training.max_length, LONGEST)
     found = [min(limit.tokens, LONGEST) for limit in selection.list_limits(recipe)]
     if rows is not None and len(rows.rows):
-        columns = rows.rows.with_format("arrow")[:]
-        lengths = [
-            compute.list_value_length(columns[name]) for name in recipe.task_row.text_columns
+        found = [
+            int(prepare.find_lengths(rows.rows, column).max())
+            for column in recipe.task_row.text_columns
         ]
-        found = [compute.max(each).as_py() for each in lengths]
     longest, targets = (*found, 0)[:2]
     waiting = training.gradient_accumulation_steps > 1
     if training.packing == "step":
@@ -224,7 +224,7 @@ def _make_smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
     if recipe.training.per_device_train_batch_size > 1 and recipe.training.packing != "step":
         made = recipe.replace(recipe.trainer, {"training": {"per_device_train_batch_size": 1}})
         changes.append(("training.per_device_train_batch_size=1", made))
-    if not recipe.quantized:
+    if not (recipe.quantized or recipe.task_row.reads_pictures):
         method = {"lora": "qlora", "dora": "qdora"}[recipe.method]
         made = recipe.model_copy(
             update={"method": method, "quantization": settle_quantization(recipe)}

@@ -38,6 +38,7 @@ from lora_cli.models import (
     Parent,
     attach,
     empty,
+    find_picture_shape,
     leave_out_cache,
     quantised,
     read_logits,
@@ -79,8 +80,13 @@ UNFORESEEN = (
 )
 
 
+CHANNELS = 3
+"""Of a picture: red, green and blue."""
+
+
 class Batch(NamedTuple):
-    """What one forward pass sees: `rows` of `length` tokens, all with a label."""
+    """What one forward pass sees: `rows` of `length` tokens, all with a label; or of one picture
+    each."""
 
     rows: int
     length: int
@@ -296,6 +302,10 @@ class Rehearsal:
         """Whether the network goes through the tokens one by one."""
         self.first: tuple[int, int] | None = None
         """The length of the first rows that were rehearsed, and its operations."""
+        self.picture: tuple[int, int] | None = None
+        """Height and width of what a model of pictures takes."""
+        if recipe.task_row.reads_pictures:
+            self.picture = find_picture_shape(recipe.model.name_or_path, recipe.model.revision)
         self.quantised_from = 0
         """Bytes of the weights that 4-bit ones are made from, in the model's type; none where the
         base's files hold them in 4 bits."""
@@ -449,6 +459,10 @@ class Rehearsal:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
+        if self.picture is not None:
+            kind = getattr(torch, self.recipe.model.dtype)
+            shown = torch.zeros(batch.rows, CHANNELS, *self.picture, dtype=kind)
+            return self._task_loss({"pixel_values": shown})
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
         packed = self.recipe.training.packing not in (False, None)
         other = "position_ids" if packed else "attention_mask"
@@ -478,7 +492,7 @@ class Rehearsal:
         logits = read_logits(self.base(**inputs))
         self.live.item = HEAD
         labels = scorer.make_labels(logits)
-        return scorer.sum_loss(logits, labels, inputs["attention_mask"]) / labels.numel()
+        return scorer.sum_loss(logits, labels, inputs.get("attention_mask")) / labels.numel()
 
 
 def _extend(short: Counter[str], longer: Counter[str], share: float) -> Counter[str]:

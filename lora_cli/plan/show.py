@@ -15,16 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from pyarrow import compute
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import threads, ui
 from lora_cli.data import cache, load, prepare, sources
-from lora_cli.models import Base, attach, load_recipe_tokenizer
+from lora_cli.models import Base, Reader, attach, find_picture_shape, load_recipe_reader
 from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes, spread
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, Task
 
 SMALL = 32 << 20
 """Bytes up to which local files are prepared on the way, to count steps."""
@@ -54,12 +52,12 @@ def show_plan(
     card = hardware.parse_gpu(gpu) if gpu else None
     found = settled.settle_recipe(recipe, card, processes=processes)
     recipe, base, parent, device = found.recipe, found.base, found.parent, found.device
-    tokenizer, new_ids, _ = load_recipe_tokenizer(recipe, base, parent)
+    reader, new_ids, _ = load_recipe_reader(recipe, base, parent)
     rows = None
-    if read_data or _are_rows_at_hand(recipe, tokenizer):
-        rows, _ = load.load_rows(recipe, tokenizer)
-    beyond = sizes.check_positions(recipe, base, tokenizer, [rows] if rows else None)
-    adapted = _build_adapted(found, len(tokenizer), new_ids)
+    if read_data or _are_rows_at_hand(recipe, reader):
+        rows, _ = load.load_rows(recipe, reader)
+    beyond = sizes.check_positions(recipe, base, reader, [rows] if rows else None)
+    adapted = _build_adapted(found, len(reader), new_ids)
     trained, total = adapted.get_nb_trainable_parameters()
     kinds = count_by_kind(adapted)
     steps = sizes.count_steps(recipe, rows) if rows else None
@@ -110,10 +108,10 @@ def _foresee_spread(
     asked for."""
     if processes == 1:
         return None
+    spread.refuse_statistics(adapted, processes)
     lengths = None
     if rows is not None and len(rows.rows):
-        column = rows.rows.with_format("arrow")[:]["input_ids"]
-        lengths = compute.list_value_length(column).to_pylist()
+        lengths = prepare.find_lengths(rows.rows).tolist()
     trained, _ = adapted.get_nb_trainable_parameters()
     parts = spread.take_apart(recipe, alone["memory"]["items"], adapted)
     return spread.to_data(spread.foresee(recipe, processes, trained, parts, lengths))
@@ -129,7 +127,7 @@ def _build_adapted(found: settled.Settled, vocabulary: int, new_ids: list[int]) 
     return adapted
 
 
-def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _are_rows_at_hand(recipe: Recipe, reader: Reader) -> bool:
     """Return whether the rows are counted in a moment: small local files, or rows prepared
     before."""
     data = recipe.data
@@ -145,7 +143,7 @@ def _are_rows_at_hand(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> boo
     if data.mix or data.path is None:
         return False
     source = sources.find_source(data, "path", data.path, data.split)
-    key = cache.make_key(source.hash_content(), source.names, recipe, tokenizer, date.today())
+    key = cache.make_key(source.hash_content(), source.names, recipe, reader, date.today())
     return (cache.find_folder() / key).exists()
 
 
@@ -176,6 +174,10 @@ def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[
     None for the batch size where it does not matter.
     """
     training = forecast.recipe.training
+    if forecast.recipe.task_row.reads_pictures:
+        size = training.per_device_train_batch_size
+        most = forecast.largest(lambda n: Batch(n, 1, batch.waiting), size, 4096)
+        return {"per_device_train_batch_size": most, "max_length": None}
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = min(positions or LONGEST, LONGEST)
     if training.packing == "step":
@@ -217,13 +219,22 @@ def _estimate_time(
     peak = flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
     if peak is None:
         return None
-    mean = rows.counts.tokens / max(len(rows.rows), 1)
-    each = flops.count_per_token(
-        adapted, mean, rows.counts.trained_tokens / max(rows.counts.tokens, 1)
-    )
+    each = _count_work(recipe, adapted, rows)
+    if not each:
+        return None
     speed = ASSUMED_USE * peak / each
     source = f"assumed, not measured: {ASSUMED_USE:.0%} of {peak / 1e12:.0f} TFLOP/s"
     return Time(tokens / speed, speed, source)
+
+
+def _count_work(recipe: Recipe, adapted: PeftModel, rows: prepare.Prepared) -> float:
+    """Return the operations of training on a token, or a picture; 0 where they are not known."""
+    if recipe.task_row.reads_pictures:
+        shape = find_picture_shape(recipe.model.name_or_path, recipe.model.revision)
+        return flops.count_per_picture(adapted, shape)
+    mean = rows.counts.tokens / max(len(rows.rows), 1)
+    share = rows.counts.trained_tokens / max(rows.counts.tokens, 1)
+    return flops.count_per_token(adapted, mean, share)
 
 
 def _format_lines(
@@ -240,10 +251,8 @@ def _format_lines(
     kinds = parameters["trained_by_kind"].items()
     lines = [[kind, str(modules), f"{number:,}"] for kind, (modules, number) in kinds]
     yield from ui.format_table(["kind of module", "modules", "trained"], lines)
-    targets = f", and {batch.targets} of targets" if batch.targets else ""
-    shape = f"{batch.rows} x {batch.length} tokens{targets}"
     yield ""
-    yield f"memory at the peak of a step: {shape} in one forward pass"
+    yield f"memory at the peak of a step: {_describe_batch(recipe, batch)} in one forward pass"
     items = [*found["items"].items(), ("total", found["total"])]
     yield from ui.format_table(
         ["", "GiB"], [[name, f"{size / hardware.GIB:.2f}"] for name, size in items]
@@ -255,7 +264,7 @@ def _format_lines(
     if report["beyond_positions"]:
         yield report["beyond_positions"]
     yield from _format_limits(recipe, report["largest"])
-    yield from _format_duration(report)
+    yield from _format_duration(report, recipe.task_row)
     if report["spread"]:
         found = [spread.Spread(**each) for each in report["spread"]]
         yield ""
@@ -268,7 +277,19 @@ def _format_lines(
         yield from ui.format_table(spread.HEADER, spread.format_lines(found))
 
 
+def _describe_batch(recipe: Recipe, batch: Batch) -> str:
+    if not recipe.task_row.reads_pictures:
+        targets = f", and {batch.targets} of targets" if batch.targets else ""
+        return f"{batch.rows} x {batch.length} tokens{targets}"
+    height, width = find_picture_shape(recipe.model.name_or_path, recipe.model.revision)
+    return f"{batch.rows} pictures of {width}x{height}"
+
+
 def _format_limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:
+    if recipe.task_row.reads_pictures:
+        size = largest["per_device_train_batch_size"] or "none"
+        yield f"largest that fits: training.per_device_train_batch_size {size}"
+        return
     length = largest["max_length"] or "none"
     size = largest["per_device_train_batch_size"] or "none"
     other = f"or training.per_device_train_batch_size {size}"
@@ -277,16 +298,19 @@ def _format_limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[s
     yield f"largest that fits: training.max_length {length}; {other}"
 
 
-def _format_duration(report: dict[str, Any]) -> Iterator[str]:
+def _format_duration(report: dict[str, Any], task: Task) -> Iterator[str]:
     steps = report["steps"]
     time = report["time"]
     if steps is None:
         yield "steps: not counted, as the rows are not prepared yet (--data prepares them)"
         return
-    epoch = f"{steps['steps_per_epoch']:,} an epoch; {steps['fill']:.0%} of the batches is text"
+    epoch = f"{steps['steps_per_epoch']:,} an epoch"
+    if not task.reads_pictures:
+        epoch += f"; {steps['fill']:.0%} of the batches is text"
     yield f"steps: {steps['steps']:,} ({epoch})"
     if time is None:
-        yield "time: no speed is known; give --tokens-per-second N, as a run prints it"
+        of = f" (of {task.unit})" if task.reads_pictures else ""
+        yield f"time: no speed is known; give --tokens-per-second N{of}, as a run prints it"
     else:
-        speed = f"{time['tokens_per_second']:,.0f} tokens/s ({time['source']})"
+        speed = f"{time['tokens_per_second']:,.0f} {task.unit}/s ({time['source']})"
         yield f"time: {ui.format_duration(time['seconds'])} at {speed}"

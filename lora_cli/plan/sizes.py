@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from pyarrow import compute
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
@@ -22,6 +21,8 @@ from lora_cli.data import prepare, selection
 from lora_cli.models import (
     Base,
     Parent,
+    PictureProcessor,
+    Reader,
     attach,
     causality,
     decoder,
@@ -30,6 +31,7 @@ from lora_cli.models import (
     targets,
     token_rows,
 )
+from lora_cli.plan import try_pictures
 from lora_cli.recipe import Recipe
 
 
@@ -63,7 +65,7 @@ class Steps(NamedTuple):
 def measure_adapter(
     recipe: Recipe,
     base: Base,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     new_ids: list[int],
     parent: Parent | None = None,
 ) -> Size:
@@ -74,13 +76,17 @@ def measure_adapter(
     network = base.build_empty()
     if base.task.has_targets:
         decoder.refuse_beginless(network, base.name)
+    if isinstance(reader, PictureProcessor):
+        try_pictures.try_base(base, network, reader)
     folder = parent.folder if parent else None
-    config, left_out = targets.make_config(recipe, network, len(tokenizer), new_ids, folder)
+    config, left_out = targets.make_config(recipe, network, len(reader), new_ids, folder)
     config.init_lora_weights = True  # others need the weights
     with torch.device("meta"), attach.quiet_peft():
         adapted = attach.attach_adapter(network, config)
     if parent is not None:
         parent.refuse_unfit(adapted)
+    if isinstance(reader, PictureProcessor):
+        try_pictures.try_adapted(base, adapted, reader)
     trainable = sum(parameter.numel() for _, parameter in attach.walk_trainable(adapted))
     return Size(trainable, len(attach.find_lora_layers(adapted)), left_out)
 
@@ -97,7 +103,7 @@ def refuse_unknown_ids(
     recipe: Recipe,
     base: Base,
     rows: prepare.Prepared,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     parent: Parent | None = None,
 ) -> None:
     """Raise LoraError where rows, or what pads them, have a token for which the base lacks an
@@ -105,6 +111,8 @@ def refuse_unknown_ids(
 
     Some tokenizers have more tokens than their model; that is fine as long as none of them is used.
     """
+    if isinstance(tokenizer, PictureProcessor):
+        return
     network = base.build_empty()
     if parent is not None:
         token_rows.fit_embeddings(network, parent.folder)
@@ -129,7 +137,7 @@ def refuse_unknown_ids(
 def check_positions(
     recipe: Recipe,
     base: Base,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     rows: Sequence[prepare.Prepared] | None,
 ) -> str | None:
     """Return in words how far the rows reach beyond the positions that the base was made for; None
@@ -139,9 +147,12 @@ def check_positions(
     Rows that share a sequence count from 0 each. Of rows that are not known (None, or a stream)
     training.max_length tells.
     """
+    if isinstance(reader, PictureProcessor):
+        try_pictures.refuse_lone_picture(recipe, base.build_empty(), reader, rows)
+        return None
     positions = find_positions(base)
     if positions is not None:
-        prompts = max(len(probe.ids) for probe in make_probes(tokenizer))
+        prompts = max(len(probe.ids) for probe in make_probes(reader))
         if positions.ends and prompts > positions.number:
             raise LoraError(
                 f"model.name_or_path: {base} reads {positions.number} tokens at most, and the "
@@ -188,9 +199,7 @@ def _find_lengths(
     wrapped = given.get("packing_strategy") == "wrapped"
     if part.stream is not None or (training.packing in (True, "dataset") and wrapped):
         return [limit.tokens]
-    found: list[int] = compute.list_value_length(
-        part.rows.with_format("arrow")[:][limit.column]
-    ).to_pylist()
+    found: list[int] = prepare.find_lengths(part.rows, limit.column).tolist()
     multiple = given.get("pad_to_multiple_of") if ends else None
     if multiple and training.packing is False:
         return [math.ceil(length / multiple) * multiple for length in found]
@@ -211,7 +220,8 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
     elif training.packing != "step" and not getattr(training, "padding_free", False):
         size = training.per_device_train_batch_size
         grouped = getattr(training, "train_sampling_strategy", None) == "group_by_length"
-        texts = [_list_lengths(train, column) for column in recipe.task_row.text_columns]
+        columns = recipe.task_row.text_columns
+        texts = [prepare.find_lengths(train.rows, column).tolist() for column in columns]
         fill = (
             measure_grouped_fill(texts, size, training.seed)
             if grouped and train.stream is None
@@ -228,13 +238,6 @@ def count_steps(recipe: Recipe, train: prepare.Prepared) -> Steps:
     if total <= 0:
         total = math.ceil(epoch * training.num_train_epochs)
     return Steps(packed, rows, epoch, total, fill)
-
-
-def _list_lengths(train: prepare.Prepared, column: str) -> list[int]:
-    """Return the length of each row's text in a column."""
-    texts = train.rows.with_format("arrow")[:][column]
-    found: list[int] = compute.list_value_length(texts).to_pylist()
-    return found
 
 
 def measure_grouped_fill(texts: Sequence[list[int]], size: int, seed: int) -> float:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from lora_cli.common import LoraError
 from lora_cli.distributed import shares
+from lora_cli.models import find_statistics
 from lora_cli.plan.hardware import GIB
 from lora_cli.plan.rehearsal import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from lora_cli.recipe import Recipe
@@ -113,6 +115,18 @@ def refuse_misfit(recipe: Recipe, processes: int) -> None:
         raise LoraError(
             f"a step has {step} rows, and {processes} processes: some would have none to train on",
             f"--nproc {step}, or --set training.per_device_train_batch_size={processes}",
+        )
+
+
+def refuse_statistics(network: nn.Module, processes: int) -> None:
+    """Raise LoraError where modules of a base take means and variances of the rows that one process
+    has: several would train another run than one."""
+    kept = find_statistics(network) if processes > 1 else []
+    if kept:
+        raise LoraError(
+            f"{len(kept)} modules of the base, such as {kept[0]}, take means and variances of the "
+            "rows that are together in one process: several processes would train another run",
+            "--nproc 1",
         )
 
 

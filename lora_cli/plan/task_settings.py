@@ -6,9 +6,14 @@ Both are written into the recipe, so that planning, training, resuming and mergi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
 from lora_cli.common import LoraError, UsageError, find_nearest
 from lora_cli.data import labels, load
-from lora_cli.models import Base
+from lora_cli.models import Base, find_alike, find_statistics, shorten_names
+from lora_cli.plan import picture_settings
 from lora_cli.plan.auto import Choice
 from lora_cli.recipe import Recipe
 from lora_cli.scoring import measures
@@ -79,7 +84,8 @@ def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:
     """Return the recipe with the head of its model among the modules that are trained whole and
     never stored in 4 bits, and padding kept small; add the choices made to `choices`.
 
-    Raises LoraError where the base's files lack more than a head.
+    Raises LoraError where the base's files lack more than a head, UsageError where nothing of it
+    can be adapted, or stored as the method says.
     """
     if recipe.task_row.writes_next_tokens:
         return recipe
@@ -88,19 +94,43 @@ def settle_head(recipe: Recipe, base: Base, choices: list[Choice]) -> Recipe:
         head = list(base.head.modules)
     except LoraError as error:
         raise error.with_message(f"model.name_or_path: {error.message}") from error
+    network = base.build_empty()
     changes: dict[str, dict[str, object]] = {"lora": {}, "quantization": {}, "training": {}}
-    given = recipe.lora.modules_to_save or []
-    if new := [name for name in head if name not in given]:
-        changes["lora"]["modules_to_save"] = [*given, *new]
-        reason = "the head, trained whole: the base's files lack it, or PEFT saves it so"
-        choices.append(Choice("lora.modules_to_save", [*given, *new], reason))
+    changes["lora"] |= _settle_whole(recipe, network, head, choices)
+    if base.task.reads_pictures:
+        changes["lora"] |= picture_settings.settle_targets(recipe, network, head, choices)
     skipped = recipe.quantization.llm_int8_skip_modules or []
     if recipe.quantized and (new := [name for name in head if name not in skipped]):
         changes["quantization"]["llm_int8_skip_modules"] = [*skipped, *new]
         reason = "a head is not stored in 4 bits"
         choices.append(Choice("quantization.llm_int8_skip_modules", [*skipped, *new], reason))
     key = LENGTH_GROUPS.partition(".")[2]
-    if key not in recipe.training.model_fields_set and not recipe.data.streaming:
+    fixed = key in recipe.training.model_fields_set or recipe.data.streaming
+    if not fixed and not base.task.reads_pictures:
         changes["training"][key] = "group_by_length"
         choices.append(Choice(LENGTH_GROUPS, "group_by_length", "less padding"))
     return recipe.replace(recipe.trainer, changes)
+
+
+def _settle_whole(
+    recipe: Recipe, network: PreTrainedModel, head: Sequence[str], choices: list[Choice]
+) -> dict[str, object]:
+    """Return the keys of `lora` that change as modules are trained whole: the head, and those that
+    keep means and variances, which are no part of an adapter."""
+    statistics = find_statistics(network)
+    given = recipe.lora.modules_to_save or []
+    inside = [
+        path for path in statistics if not f"{path}.".startswith(tuple(f"{it}." for it in head))
+    ]
+    alike = find_alike(network, head)
+    wanted = dict.fromkeys([*head, *shorten_names(network, inside), *alike])
+    new = [name for name in wanted if name not in given]
+    if not new:
+        return {}
+    reason = "the head, trained whole: the base's files lack it, or PEFT saves it so"
+    if inside:
+        reason += f"; and {len(inside)} modules with means and variances, which training changes"
+    if alike:
+        reason += f"; and {len(alike)} norms whose names end as a head's does, as PEFT takes them"
+    choices.append(Choice("lora.modules_to_save", [*given, *new], reason))
+    return {"modules_to_save": [*given, *new]}

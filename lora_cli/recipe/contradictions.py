@@ -72,9 +72,36 @@ def _check_task(recipe: Recipe) -> Iterator[Problem]:
         if recipe.find_place(section, key) and getattr(getattr(recipe, section), key) not in usual:
             place = recipe.where(section, key)
             yield f"{place} is for models that write text, and task is {task.name}", "leave it out"
+    if task.reads_pictures:
+        yield from _check_pictures(recipe)
     if recipe.trainer == recipe.objective.name:
         place = recipe.where("trainer")
         yield f"{place}: {recipe.objective.trainer} trains models that write text", "trainer: auto"
+
+
+OF_TEXTS = (
+    *(("data", "on_long_row"), ("model", "add_tokens"), ("model", "add_special_tokens")),
+    *(("training", key) for key in ("max_length", "pad_token", "eos_token", "pad_to_multiple_of")),
+    ("lora", "trainable_token_indices"),
+)
+"""What is said of tokens."""
+
+
+def _check_pictures(recipe: Recipe) -> Iterator[Problem]:
+    """Pictures have no tokens, and one length."""
+    for section, key in OF_TEXTS:
+        owner = getattr(recipe, section)
+        field = type(owner).model_fields.get(key)
+        usual = field.get_default(call_default_factory=True) if field else None
+        if recipe.find_place(section, key) and getattr(owner, key, usual) not in (usual, None):
+            yield (
+                f"{recipe.where(section, key)} is for models that read texts, and task is "
+                f"{recipe.task}",
+                "leave it out",
+            )
+    if _read(recipe, "train_sampling_strategy") == "group_by_length":
+        place = recipe.where("training", "train_sampling_strategy")
+        yield f"{place}: pictures are of one length", "leave it out"
 
 
 def _check_labels(recipe: Recipe) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 TaskName = Literal[
     "causal_lm", "sequence_classification", "token_classification", "question_answering",
-    "seq2seq_lm",
+    "seq2seq_lm", "image_classification",
 ]  # fmt: skip
 Index = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -196,12 +196,12 @@ class Distributed(Section):
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 Format = Literal[
     "alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens", "labelled", "tagged",
-    "squad", "pairs",
+    "squad", "pairs", "images",
 ]  # fmt: skip
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
     "input_ids", "labels", "system", "tools", "label", "text_pair", "tokens", "tags",
-    "question", "context", "answers", "source", "target",
+    "question", "context", "answers", "source", "target", "image",
 ]  # fmt: skip
 
 
@@ -233,7 +233,8 @@ class Data(Section):
     path: Paths | None = None
     """A data set on the hub (`tatsu-lab/alpaca`), a local folder, or local files (.json .jsonl .csv
     .tsv .txt, also under .gz, .parquet .arrow), also as a pattern (`data/*.jsonl`) or a list; or
-    such files by address (https://, s3://, gs://, az://, abfs://), fetched once per machine."""
+    such files by address (https://, s3://, gs://, az://, abfs://), fetched once per machine. A
+    folder of pictures has a folder for each label (`photos/cat/1.png`)."""
     mix: Annotated[list[Rows], Field(min_length=1)] | None = None
     """Several data sets in place of path, each with a weight, and its own format and columns."""
     name: str | None = None
@@ -250,7 +251,8 @@ class Data(Section):
     """Shape of a row; `auto` goes by the columns: instruction/input/output, prompt/completion,
     OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels; also
     instruction/context/response (Dolly), question/answer, query/response, problem/solution,
-    input/output and the like, which is said."""
+    input/output and the like, which is said. Of pictures (images), image/label: a file beside the
+    table, or, in Parquet, the picture itself."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`); a dot leads into a
     column of mappings (`source: translation.de`)."""
@@ -485,8 +487,8 @@ class Recipe(Section):
     sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
     task: TaskName = "causal_lm"
     """What the model is trained to do: write text, tell which labels a text has, or which each of
-    its words has, find answers in a text; or, with an encoder and a decoder, read a text and write
-    another."""
+    its words has, find answers in a text, or which labels a picture has; or, with an encoder and a
+    decoder, read a text and write another."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)

@@ -20,8 +20,8 @@ class Task:
     """What a model does with its input."""
 
     name: str
-    peft_type: str
-    """PEFT's `task_type`."""
+    peft_type: str | None
+    """PEFT's `task_type`; None of a task for which PEFT has none."""
     auto_class: str
     """transformers' class that loads such a model."""
     does: str
@@ -56,6 +56,8 @@ class Task:
     file in scoring/, as `file.Class`."""
     text_columns: tuple[str, ...] = ("input_ids",)
     """The columns of a row that are texts, as token ids."""
+    reads_pictures: bool = False
+    """Whether its input is pictures, and not texts."""
 
     @property
     def has_targets(self) -> bool:
@@ -71,6 +73,11 @@ class Task:
     def writes_next_tokens(self) -> bool:
         """Whether a model foretells the next token of a text, and nothing else."""
         return self.peft_type == "CAUSAL_LM"
+
+    @property
+    def unit(self) -> str:
+        """What its rows are counted by."""
+        return "pictures" if self.reads_pictures else "tokens"
 
     def find_auto_class(self, config: Any) -> Any:
         """Return transformers' class that loads the base of a configuration, with all its parts:
@@ -201,6 +208,28 @@ TASKS = (
         scorer="texts.TextScorer",
         text_columns=("input_ids", "labels"),
     ),
+    Task(
+        "image_classification",
+        None,
+        "AutoModelForImageClassification",
+        "classify pictures",
+        architectures=(
+            "ForImageClassification",
+            "ForImageClassificationWithTeacher",
+            "ForImageClassificationLearned",
+            "ForImageClassificationFourier",
+            "ForImageClassificationConvProcessing",
+        ),
+        counts_labels=True,
+        metrics=(
+            *("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
+            *("f1", "precision", "recall", "mse", "mae", "pearson", "spearman", "r2"),
+        ),
+        shown=("accuracy", "f1", "f1_macro", "matthews", "mae", "pearson"),
+        encoder="classify_pictures.PictureEncoder",
+        scorer="classes.ClassScorer",
+        reads_pictures=True,
+    ),
 )
 OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
@@ -221,11 +250,13 @@ def recognise_task(architectures: Sequence[str] | None) -> Task:
     return DEFAULT_TASK
 
 
-def find_task(peft_type: str | None) -> Task | None:
+def find_task(peft_type: str | None, architecture: str = "") -> Task | None:
     """Return the task of an adapter by PEFT's `task_type`, or None where there is no such task.
 
-    An adapter that does not name a task counts as one of the default task, as in PEFT.
+    One that names none is of a task for which PEFT has none, if it names a class of such models as
+    that of its base; else it counts as one of the default task, as in PEFT.
     """
     if peft_type is None:
-        return DEFAULT_TASK
+        found = recognise_task([architecture])
+        return found if found.peft_type is None else DEFAULT_TASK
     return next((task for task in TASKS if task.peft_type == peft_type), None)

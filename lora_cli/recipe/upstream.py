@@ -124,6 +124,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     # Trainer would log the mean so far in place of a loss that is not finite; lora stops the run
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
+    if recipe.task_row.reads_pictures:  # a row's picture becomes what the model takes in a batch
+        values["remove_unused_columns"] = False
     for name in (*OURS, *COMPILING):
         values.pop(name, None)
     if values["packing"] == "step":  # our trainers take a step's sequences one at a time

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate, cycle, islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from peft import PeftModel
-from pyarrow import compute
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lora_cli.data import prepare
 from lora_cli.distributed import ranks, shares
 from lora_cli.models import IGNORED, num_experts
 from lora_cli.speed import step_packing
@@ -114,10 +113,7 @@ class Dealt(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Dataset, padded: bool) -> None:
         self.rows, self.padded = rows, padded
-        columns = rows.with_format("arrow")
-        parts = columns.select_columns(["input_ids"]).iter(10_000)
-        lengths = [compute.list_value_length(part["input_ids"]).to_numpy() for part in parts]
-        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+        self.lengths = prepare.find_lengths(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,7 +136,7 @@ class Collate:
 
     def __call__(self, rows: Rows) -> Any:
         if self.stream:
-            lengths = [len(row["input_ids"]) for row in rows]
+            lengths = [len(row.get("input_ids", [0])) for row in rows]
             own = shares.deal(lengths, ranks.count(), self.padded)[ranks.number()]
             rows = [rows[place] for place in own]
         return self.collate(rows or [EMPTY])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pyarrow import compute
 
 from lora_cli.common import LoraError, ui
 from lora_cli.data import prepare
@@ -45,9 +44,8 @@ class Pieces(NamedTuple):
     def halve(self, recipe: Recipe, rows: prepare.Prepared) -> Pieces | None:
         """About half as much in memory at a time, the same rows in a step; None if impossible."""
         if recipe.training.packing == "step":
-            lengths = compute.list_value_length(rows.rows.with_format("arrow")[:]["input_ids"])
             # the longest row has a sequence to itself
-            least = min(self.sequence, int(compute.max(lengths).as_py()))
+            least = min(self.sequence, int(prepare.find_lengths(rows.rows).max()))
             smaller = max(self.sequence // 2, least)
             return self._replace(sequence=smaller) if smaller < self.sequence else None
         total = self.per_device_train_batch_size * self.gradient_accumulation_steps

@@ -260,7 +260,7 @@ class Watch(TrainerCallback):
             f"step {state.global_step}/{state.max_steps}",
             f"loss {self.loss:.4f}",
             f"lr {rate:.2e}",
-            f"{speed:,.0f} tokens/s",
+            f"{speed:,.0f} {self.work.unit}/s",
             *([] if used is None else [f"MFU {used:.0%}"]),
             f"{ui.format_duration(left)} left",
             force=shown,
@@ -281,7 +281,7 @@ class Watch(TrainerCallback):
         """Speed and memory for metrics.jsonl and the record; `mfu` only where the peak is known."""
         speed = self.measure_speed(state)
         found = {
-            "tokens_per_second": round(speed, 1),
+            f"{self.work.unit}_per_second": round(speed, 1),
             "peak_memory_gb": round(hardware.measure_peak_memory() / 1e9, 3),
         }
         used = self.work.used(speed)

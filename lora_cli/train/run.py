@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli import __version__
 from lora_cli.common import (
@@ -38,11 +37,12 @@ from lora_cli.data import prepare as rows
 from lora_cli.distributed import place, ranks
 from lora_cli.models import (
     Base,
+    Reader,
     TrainingRecord,
     attach,
     init_weights,
     save_head_config,
-    save_tokenizer,
+    save_reader,
     save_trained,
 )
 from lora_cli.plan import hardware, settled, spread
@@ -135,6 +135,8 @@ def _settle(recipe: Recipe, resume: bool, processes: int) -> tuple[settled.Settl
         plain_files.refuse_odd_files(folder)
     found = settled.settle_recipe(recipe, run=folder if resume else None, processes=processes)
     spread.refuse_misfit(found.recipe, processes)
+    if not found.base.task.writes_next_tokens and processes > 1:
+        spread.refuse_statistics(found.base.build_empty(), processes)
     base, parent = found.base, found.parent
     if by_deepspeed:
         zero3.refuse_experts(recipe, base.build_empty())
@@ -317,15 +319,16 @@ def _save_once(trained: PeftModel, inputs: setup.Inputs, adapter: Path, run: Run
     """Let the first process save; where weights are sharded, the others take part in gathering
     them."""
     if ranks.is_first():
-        _save(trained, inputs.tokenizer, adapter, run)
+        _save(trained, inputs.reader, adapter, run)
         run.save()
     elif sharding.is_on(trained):
         with files.scratch_folder() as scratch:
-            _save(trained, inputs.tokenizer, scratch / "adapter", run)
+            _save(trained, inputs.reader, scratch / "adapter", run)
 
 
-def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, run: Run) -> None:
-    """Write adapter, tokenizer, template, probes and record, whole or not at all.
+def _save(trained: PeftModel, reader: Reader, adapter: Path, run: Run) -> None:
+    """Write adapter, tokenizer and template or image processor, probes and record, whole or not at
+    all.
 
     NonFiniteError where a trained tensor holds NaN or infinity.
     """
@@ -336,7 +339,7 @@ def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path,
             )
     _make_room(adapter, run)
     with files.staged_folder(adapter) as staging:
-        save_trained(trained, tokenizer, staging)
+        save_trained(trained, reader, staging)
         # no whole embeddings: those that changed are among the adapter's own tensors
         with attach.quiet_peft():
             trained.save_pretrained(
@@ -348,7 +351,7 @@ def _save(trained: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: Path,
         init_weights.save_as_plain(
             staging, trained.peft_config["default"], run.folder / init_weights.START
         )
-        save_tokenizer(tokenizer, staging, run.record.base.place, run.record.base.commit)
+        save_reader(reader, staging, run.record.base.place, run.record.base.commit)
         save_head_config(trained.get_base_model(), staging)
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run.record.to_data())

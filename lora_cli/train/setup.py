@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import LoraError, gpu_faults, ui
@@ -16,18 +16,21 @@ from lora_cli.distributed import ranks
 from lora_cli.models import (
     Base,
     Parent,
+    PictureProcessor,
+    Reader,
     attach,
     causality,
     decoder,
+    find_picture_shape,
     find_positions,
     init_weights,
     leave_out_cache,
-    load_recipe_tokenizer,
+    load_recipe_reader,
     read_logits,
     refuse_not_finite,
     targets,
 )
-from lora_cli.plan import auto, flops, hardware, memory, sizes
+from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.scoring import Scorer, losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
@@ -41,7 +44,8 @@ from lora_cli.train.trainers import Watched
 class Inputs(NamedTuple):
     """What a run has ready before the base's weights are loaded."""
 
-    tokenizer: PreTrainedTokenizerBase
+    reader: Reader
+    """The tokenizer, or the image processor."""
     new_ids: list[int]
     """Ids of the tokens that the recipe adds."""
     parent: Parent | None
@@ -54,29 +58,29 @@ class Inputs(NamedTuple):
 def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) -> Inputs:
     """Tokenizer and rows; LoraError for what would waste the run, such as too small a disk."""
     sizes.refuse_lack_of_experts(recipe, base)
-    tokenizer, new_ids, template = load_recipe_tokenizer(recipe, base, parent)
+    reader, new_ids, template = load_recipe_reader(recipe, base, parent)
     if template:
         ui.say(f"  chat template: {template}")
-    size = sizes.measure_adapter(recipe, base, tokenizer, new_ids, parent)
+    size = sizes.measure_adapter(recipe, base, reader, new_ids, parent)
     if size.left_out:
         ui.say(f"  lora.target_modules: all-linear leaves out {size.left_out}")
-    train_rows, eval_rows = load.load_rows(recipe, tokenizer, run.record.day)
+    train_rows, eval_rows = load.load_rows(recipe, reader, run.record.day)
     ui.say(f"  data: {train_rows.summarise()}")
     if eval_rows:
         ui.say(f"  evaluation: {eval_rows.summarise()}")
-    sizes.refuse_unknown_ids(recipe, base, train_rows, tokenizer, parent)
+    sizes.refuse_unknown_ids(recipe, base, train_rows, reader, parent)
     both = [train_rows, *filter(None, [eval_rows])]
-    if beyond := sizes.check_positions(recipe, base, tokenizer, both):
+    if beyond := sizes.check_positions(recipe, base, reader, both):
         ui.warn(beyond)
     steps = sizes.count_steps(recipe, train_rows).steps
-    disk = disk_space.estimate_need(recipe, size.trainable, len(tokenizer), steps)
+    disk = disk_space.estimate_need(recipe, size.trainable, len(reader), steps)
     if ranks.is_first():
         disk_space.refuse_too_little(run.folder, disk)
-    _refuse_other_rows(run, train_rows, tokenizer)
-    return Inputs(tokenizer, new_ids, parent, train_rows, eval_rows, disk)
+    _refuse_other_rows(run, train_rows, reader)
+    return Inputs(reader, new_ids, parent, train_rows, eval_rows, disk)
 
 
-def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _describe_rows(rows: prepare.Prepared, reader: Reader) -> dict[str, Any]:
     """Return what a run's record keeps of the rows it trains on."""
     return {
         "fingerprint": rows.fingerprint,
@@ -86,16 +90,14 @@ def _describe_rows(rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase) -
         "tokens": rows.counts.tokens,
         "trained_tokens": rows.counts.trained_tokens,
         "left_out": dict(rows.counts.left_out),
-        "stop_token_ids": selection.find_stop_ids(tokenizer, rows.counts),
+        "stop_token_ids": selection.find_stop_ids(reader, rows.counts),
         "streamed": rows.stream is not None,
     }
 
 
-def _refuse_other_rows(
-    run: Run, train_rows: prepare.Prepared, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _refuse_other_rows(run: Run, train_rows: prepare.Prepared, reader: Reader) -> None:
     """Record the rows before training on them; LoraError when a resumed run began with others."""
-    now = _describe_rows(train_rows, tokenizer)
+    now = _describe_rows(train_rows, reader)
     before = run.record.data
     if before and before.fingerprint != now["fingerprint"]:
         changed = "the data, tokenizer or chat template have changed since"
@@ -230,7 +232,7 @@ def attach_adapter(
     set_seed(recipe.training.seed)
     parent = inputs.parent
     config, _ = targets.make_config(
-        recipe, network, len(inputs.tokenizer), inputs.new_ids, parent.folder if parent else None
+        recipe, network, len(inputs.reader), inputs.new_ids, parent.folder if parent else None
     )
     config.revision = base.revision  # so that other programs load the same base
     if parent is not None:
@@ -258,9 +260,9 @@ def _attach_new(
     rows = rows.remove_columns(list(load.find_encoder(recipe.task_row).beside))
     first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
     put_together = (
-        DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.tokenizer))
+        DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.reader))
         if recipe.task_row.writes_next_tokens
-        else make_collator(recipe, inputs.tokenizer, 0, network)
+        else make_collator(recipe, inputs.reader, 0, network)
     )
     with attach.quiet_peft():
         loss = partial(_compute_loss, make_scorer(recipe))
@@ -278,11 +280,11 @@ def _compute_loss(
         loss: torch.Tensor = network(**batch).loss
         return loss
     labels = batch.pop("labels")
-    total = scorer.sum_loss(read_logits(network(**batch)), labels, batch["attention_mask"])
+    total = scorer.sum_loss(read_logits(network(**batch)), labels, batch.get("attention_mask"))
     return total / max(losses.count_labels(labels), 1)
 
 
-def _find_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _find_pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -303,9 +305,9 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
         args=arguments,
         train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
         eval_dataset=eval_rows.rows if eval_rows else None,
-        processing_class=inputs.tokenizer,
+        processing_class=inputs.reader,
         data_collator=make_collator(
-            recipe, inputs.tokenizer, pieces.sequence, adapted.get_base_model()
+            recipe, inputs.reader, pieces.sequence, adapted.get_base_model()
         ),
     )
 
@@ -356,38 +358,44 @@ def read_loraplus(recipe: Recipe) -> dict[str, float]:
 
 
 def make_collator(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence: int,
-    network: PreTrainedModel | None = None,
+    recipe: Recipe, reader: Reader, sequence: int, network: PreTrainedModel | None = None
 ) -> Any:
     """Return the collator that makes batches of rows, or where `packing: step` sequences of up to
     `sequence` tokens; None where TRL has its own. What the decoder of a `network` with an encoder
     is fed, it makes itself."""
+    measured = losses.is_measured(recipe.model.problem_type)
+    if isinstance(reader, PictureProcessor):
+        width = len(recipe.model.labels) if measured else 1
+        dtype = getattr(torch, recipe.model.dtype)
+        return collate.PictureCollator(reader, measured, width, dtype)
     multiple = recipe.training.collect_values().get("pad_to_multiple_of")
     if recipe.task_row.has_targets:
-        return collate.PairCollator(tokenizer, partial(decoder.shift_labels, network), multiple)
+        return collate.PairCollator(reader, partial(decoder.shift_labels, network), multiple)
     if not recipe.task_row.writes_next_tokens:
         return collate.TaskCollator(
-            tokenizer,
+            reader,
             recipe.task_row.places_labels,
-            losses.is_measured(recipe.model.problem_type),
+            measured,
             multiple,
             load.find_encoder(recipe.task_row).beside,
         )
     if recipe.training.packing == "step":
         return step_packing.StepCollator(sequence)
     if not recipe.uses_trl:
-        return DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(tokenizer))
+        return DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(reader))
     return None
 
 
 def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared) -> flops.Work:
-    """Return what training on one of these tokens costs, and what the device can do at most."""
+    """Return what training on one of these tokens, or pictures, costs, and what the device can do
+    at most."""
     counts = train_rows.counts
     device = hardware.detect_device(hardware.find_training_device(recipe))
+    peak = flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
+    if recipe.task_row.reads_pictures:
+        shape = find_picture_shape(recipe.model.name_or_path, recipe.model.revision)
+        empty = rehearsal.build_adapted(recipe, adapted.get_base_model().config)
+        return flops.Work(flops.count_per_picture(empty, shape), peak, recipe.task_row.unit)
     context = counts.tokens / max(len(train_rows.rows), 1)
     each = flops.count_per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))
-    return flops.Work(
-        each, flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
-    )
+    return flops.Work(each, peak)

@@ -36,6 +36,8 @@ def _count_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
     """Return how many tokens a batch has beside its padding, without waiting for its device."""
     if step_packing.CUTS in inputs:
         return int(inputs[step_packing.CUTS][-1])
+    if "input_ids" not in inputs:
+        return len(inputs["labels"])  # pictures
     mask = inputs.get("attention_mask")
     return inputs["input_ids"].numel() if mask is None else mask.sum()
 
@@ -123,7 +125,8 @@ class Watched(Resumable):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Return what a step's tokens take; Trainer's own count is that of full training."""
-        return float(self.options.work.each * inputs["input_ids"].numel())
+        units = inputs["input_ids"].numel() if "input_ids" in inputs else len(inputs["labels"])
+        return float(self.options.work.each * units)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.options.loraplus:
@@ -243,6 +246,8 @@ class Watched(Resumable):
             self.watch.step_tokens = self.watch.step_tokens + _count_tokens(inputs)
         elif packed:
             self.state.num_input_tokens_seen += inputs[step_packing.CUTS][-1]
+        elif "input_ids" not in inputs:
+            self.state.num_input_tokens_seen += _count_tokens(inputs)
         else:
             super()._track_num_input_tokens(inputs)
 

@@ -77,6 +77,7 @@ def load_as_peft_does(adapter: Path) -> PeftModel:
             read.base.name if read.base.task.writes_text else adapter  # where its head is described
         ),
         dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # a base's own head of other labels
         **({"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kept)} if kept else {}),
     )
     if kept:  # bitsandbytes computes packed ones in another type on some CPUs
