@@ -34,11 +34,11 @@ class Rows(NamedTuple):
     is_piped: bool
     """Whether they come one by one, and answers are waited for."""
 
-    def convert(self, row: readers.Row) -> Asked | formats.BadRow:
+    def convert(self, place: str, row: readers.Row) -> Asked | formats.BadRow:
         """Return a row under our names of columns, or why there is none."""
         if isinstance(row, formats.BadRow):
             return row
-        return Asked(self.style, formats.rename_columns(row, self.columns))
+        return Asked(self.style, formats.rename_columns(row, self.columns), place)
 
 
 class Wanted(NamedTuple):

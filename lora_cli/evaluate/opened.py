@@ -23,9 +23,10 @@ from lora_cli.common import LoraError, UsageError, quote, ui
 from lora_cli.models import (
     Adapter,
     Base,
+    PictureProcessor,
+    Reader,
     attach,
     find_positions,
-    load_tokenizer,
     names,
     read_adapter,
     read_logits,
@@ -48,11 +49,17 @@ class Opened:
     """As it was given on the command line."""
     network: PreTrainedModel | PeftModel
     base: Base
-    tokenizer: PreTrainedTokenizerBase
+    reader: Any
+    """Its tokenizer, or its image processor."""
     recorded: Mapping[str, Any]
     """The section `data` of the recipe that it was trained by; empty where that is not known."""
     trained_length: int | None
     """That recipe's training.max_length."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What reads texts for it."""
+        return self.reader
 
     @property
     def task(self) -> Task:
@@ -196,8 +203,8 @@ def _open_adapter(named: Named, adapter: Adapter, shared: SharedBases) -> Opened
     _refuse_random_head(named.path, adapter)
     network = attach.load_adapter(shared.take(adapter), adapter.folder)
     dora_norms.install(network)
-    length, tokenizer = adapter.recipe.training.max_length, adapter.load_tokenizer()
-    return _finish(named.path, network, adapter.base, tokenizer, named.trained, length)
+    length, reader = adapter.recipe.training.max_length, adapter.load_reader()
+    return _finish(named.path, network, adapter.base, reader, named.trained, length)
 
 
 def _open_whole(path: str, base: Base) -> Opened:
@@ -206,19 +213,31 @@ def _open_whole(path: str, base: Base) -> Opened:
             f"{path} is a base: its files lack the head ({base.lacking[0]}), which is trained",
             f"lora train RECIPE --set model.name_or_path={quote(path)}",
         )
-    return _finish(path, to_accelerator(base.load()), base, load_tokenizer(path), {}, None)
+    return _finish(path, to_accelerator(base.load()), base, base.load_reader(), {}, None)
 
 
 def _finish(
     path: str,
     network: PreTrainedModel | PeftModel,
     base: Base,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     recorded: Mapping[str, Any],
     length: int | None,
 ) -> Opened:
-    """Return a loaded model, ready: short rows are filled at their end, with the token by which the
-    model knows that they end."""
+    """Return a loaded model, ready to be asked."""
+    if not isinstance(reader, PictureProcessor):
+        _settle_padding(path, network, reader)
+    found = Opened(path, network.eval(), base, reader, recorded, length)
+    if base.task.counts_labels and all(name.startswith(UNNAMED) for name in found.labels):
+        ui.say(f"{path} does not name its labels: they are {', '.join(found.labels[:3])}, …")
+    return found
+
+
+def _settle_padding(
+    path: str, network: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Let short rows be filled at their end, with the token by which the model knows that they
+    end."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise LoraError(
@@ -229,10 +248,6 @@ def _finish(
     tokenizer.padding_side = "right"
     for config in {id(each): each for each in (network.config, _get_text_config(network))}.values():
         config.pad_token_id = tokenizer.pad_token_id
-    found = Opened(path, network.eval(), base, tokenizer, recorded, length)
-    if base.task.counts_labels and all(name.startswith(UNNAMED) for name in found.labels):
-        ui.say(f"{path} does not name its labels: they are {', '.join(found.labels[:3])}, …")
-    return found
 
 
 def _get_text_config(network: PreTrainedModel | PeftModel) -> Any:

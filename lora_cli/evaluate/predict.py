@@ -23,6 +23,7 @@ from lora_cli.evaluate.answer_finder import AnswerFinder
 from lora_cli.evaluate.classifier import Classifier
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
 from lora_cli.evaluate.opened import Named, open_all, read_all
+from lora_cli.evaluate.picture_classifier import PictureClassifier
 from lora_cli.evaluate.predictors import Asked, Predictor, Reading, Ready, is_told
 from lora_cli.evaluate.tagger import Tagger
 from lora_cli.scoring import answers
@@ -31,6 +32,7 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "sequence_classification": Classifier,
     "token_classification": Tagger,
     "question_answering": AnswerFinder,
+    "image_classification": PictureClassifier,
 }
 """By the name of the task."""
 WINDOW = 64
@@ -103,7 +105,7 @@ def predict(
                 asking.enter_context(model.asking())
                 predictors[model.name] = kind(model, options.reading)
             answering = Answering(predictors, options)
-            _answer_all(rows, answering, write)
+            _answer_all(rows, answering, write, 1 if named[0].base.task.reads_pictures else WINDOW)
     _say_counts(answering)
     _report_scores(answering, on_stdout=out is not None)
 
@@ -233,13 +235,14 @@ def _make_plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def _answer_all(rows: Rows, answering: Answering, write: Write) -> None:
-    """Write the answers to all rows, in their order."""
+def _answer_all(rows: Rows, answering: Answering, write: Write, window: int) -> None:
+    """Write the answers to all rows, in their order; of rows that all take the same, as pictures
+    do, no more than a batch is read at a time."""
     progress = ui.Progress()
-    size = answering.options.reading.batch_size * (1 if rows.is_piped else WINDOW)
+    size = answering.options.reading.batch_size * (1 if rows.is_piped else window)
     while read := list(islice(rows.rows, size)):
-        window = [Waiting(place, row, rows.convert(row)) for place, row in read]
-        for line in answering.answer(window):
+        waiting = [Waiting(place, row, rows.convert(place, row)) for place, row in read]
+        for line in answering.answer(waiting):
             write(line)
         if write is not ui.report_json:
             progress.update(f"{answering.counted.rows:,} rows answered")

@@ -36,6 +36,8 @@ class Asked(NamedTuple):
 
     style: str
     row: dict[str, Any]
+    place: str = ""
+    """Where it stands."""
 
 
 @dataclass
@@ -108,11 +110,12 @@ def make_recipe(model: Opened, reading: Reading, *options: str) -> Recipe:
     those `options` of `data` that it was trained with."""
     kept = {name: model.recorded[name] for name in options if name in model.recorded}
     told = {"labels": model.labels, "problem_type": model.problem_type}
-    cut = next(way for way in ("truncate", "split") if way in model.task.long_rows)
+    cut = next((way for way in ("truncate", "split") if way in model.task.long_rows), "error")
+    limit = None if model.task.reads_pictures else model.find_limit(reading.max_length)
     sections: dict[str, Any] = {
         "model": {"name_or_path": model.name, **(told if model.task.counts_labels else {})},
         "data": {"path": "-", "on_long_row": cut if reading.cuts else "error", **kept},
-        "training": {"max_length": model.find_limit(reading.max_length) or NO_LIMIT},
+        "training": {"max_length": limit or NO_LIMIT},
     }
     return Recipe(task=model.task.name, output_dir="-", **sections)  # type: ignore[arg-type]
 
