@@ -14,9 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_cli.common import LoraError, RejectedError, files, provenance, quote, ui
 from lora_cli.merge import merge
-from lora_cli.models import Base, names, refuse_not_finite, save_tokenizer
+from lora_cli.models import Base, names, refuse_not_finite, save_reader
 from lora_cli.onnx_export import compare, graph
-from lora_cli.onnx_export.feeds import AXES, Feed, make_feeds
+from lora_cli.onnx_export.feeds import Feed, make_feeds
 
 
 def export(name: str, out: Path) -> None:
@@ -136,10 +136,10 @@ def _compare(
 
 
 def _write_settings(model: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Write configuration and tokenizer."""
+    """Write configuration and tokenizer, or image processor."""
     config.architectures = model.config.architectures
     config.save_pretrained(str(folder))
-    save_tokenizer(model.load_tokenizer(), folder, model.name, model.revision)
+    save_reader(model.load_reader(), folder, model.name, model.revision)
 
 
 def _write_record(
@@ -160,7 +160,7 @@ def _write_record(
         revision=model.revision,
         weights={"stored": _name(model.dtype), "written": _name(network.dtype)},
         opset=graph.OPSET,
-        inputs={name: list(AXES.values()) for name in feeds[0].inputs},
+        inputs={name: list(feeds[0].axes.values()) for name in feeds[0].inputs},
         checked={name: each._asdict() for name, each in distances.items()},
         parent=_read_parent(model),
     )

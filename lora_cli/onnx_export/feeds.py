@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError, library_errors
-from lora_cli.models import PROBES, Base, find_positions, make_probes
+from lora_cli.models import PROBES, Base, find_positions, make_inputs, make_probes
 
 LONG = 256
 """Tokens of the longest text, if the model reads as many: more than the windows (128) in which
@@ -23,6 +23,8 @@ LEAST = 16
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 AXES = {0: "batch", 1: "sequence"}
 """What may be of any size, of each of these."""
+PIXELS = "pixel_values"
+"""What models of pictures take."""
 
 Row = dict[str, list[int]]
 """One text: its token ids, and what belongs to each of them."""
@@ -34,8 +36,15 @@ class Feed(NamedTuple):
     inputs: dict[str, torch.Tensor]
 
     @property
+    def axes(self) -> dict[int, str]:
+        """What may be of any size: of pictures, how many they are."""
+        return {0: AXES[0]} if PIXELS in self.inputs else AXES
+
+    @property
     def text(self) -> torch.Tensor:
-        """Which places hold text, and not padding: (texts, tokens)."""
+        """Which places hold text, and not padding: (texts, tokens); of pictures, each is one."""
+        if PIXELS in self.inputs:
+            return torch.ones(len(self.inputs[PIXELS]), 1).bool()
         mask = self.inputs.get("attention_mask")
         return torch.ones_like(self.inputs["input_ids"]).bool() if mask is None else mask.bool()
 
@@ -44,6 +53,10 @@ def make_feeds(model: Base, network: PreTrainedModel) -> list[Feed]:
     """Return what the network of a model is compared on: first a batch padded where the tokenizer
     pads, the same batch padded on the other side, then single texts. Raises LoraError where it asks
     for what a text does not have, or its tokenizer fails."""
+    if model.task.reads_pictures:
+        pictures = [make_inputs(probe)[PIXELS] for probe in make_probes(model.load_reader())]
+        together = Feed({PIXELS: torch.cat(pictures)})
+        return [together, together, *(Feed({PIXELS: each}) for each in pictures)]
     tokenizer = model.load_tokenizer()
     names = _find_names(model, network, tokenizer)
     encode = _Encoder(tokenizer, names, _find_longest(model, tokenizer))

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_cli.common import LoraError, RejectedError, library_errors, ui
-from lora_cli.onnx_export.feeds import AXES, Feed
+from lora_cli.onnx_export.feeds import Feed
 
 FILE = "model.onnx"
 OPSET = 20
@@ -92,7 +92,7 @@ def _export(plain: Plain, feed: Feed, name: str) -> Any:
             plain,
             tuple(feed.inputs.values()),
             dynamo=True,
-            dynamic_shapes=(tuple(AXES for _ in feed.inputs),),
+            dynamic_shapes=(tuple(feed.axes for _ in feed.inputs),),
             input_names=list(feed.inputs),
             output_names=plain.outputs,
             opset_version=OPSET,
