@@ -91,7 +91,7 @@ class PictureEncoder(LabelEncoder):
                     raise BadRow(
                         "a row has no picture",
                         f"the row names {name}, and has not the picture itself",
-                        "keep the pictures in the table, or name the table's file in data.path",
+                        "keep the pictures in the table, or read the table from its file",
                     )
                 folder = place.file.parent
                 content, name = pictures.read_file(folder, name), str(folder / name)

@@ -58,7 +58,7 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
     columns are not those of its task."""
     files: list[Any] = []
     if wanted.data is None:
-        rows = _number_texts(wanted.texts)
+        rows = _number_texts(wanted.texts, predictor)
     elif wanted.data == STDIN:
         rows = readers.read_lines(sys.stdin.buffer, "stdin")
     else:
@@ -83,7 +83,14 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
     return Rows(chain(first, rows), style, names, piped)
 
 
-def _number_texts(texts: Sequence[str]) -> Iterator[tuple[str, readers.Row]]:
+def _number_texts(
+    texts: Sequence[str], predictor: type[Predictor]
+) -> Iterator[tuple[str, readers.Row]]:
+    """Return texts as rows; raises UsageError where the predictor reads none."""
+    taken = [", ".join(names) for names in predictor.layouts[-1].formats.values()]
+    if not any("text" in names for names in taken):
+        said = f"--text: a text is not what the model reads: that is {' or '.join(taken)}"
+        raise UsageError(said, "--data with a file or a folder in its place")
     return ((f"text {number}", {"text": text}) for number, text in enumerate(texts, 1))
 
 

@@ -28,6 +28,7 @@ from lora_cli.merge.merge import merge
 from lora_cli.models import Base, make_probes, read_adapter
 from lora_cli.models.head import find_statistics, shorten_names
 from lora_cli.models.probes import TRAINED, compute_logits
+from lora_cli.onnx_export import export
 from lora_cli.plan import settled, show, sizes, spread
 from lora_cli.recipe import load_recipe
 from lora_cli.train import run
@@ -131,6 +132,23 @@ def test_a_resnet_is_merged_tensor_by_tensor(trained: Path) -> None:
     assert len(plan.layers) == 6
     assert not any(changed.by_rows for changed in plan.layers.values())
     assert sum(name.endswith("running_var") for name in plan.weights.replaced) == 6
+
+
+def test_onnx_says_of_pictures_what_peft_says(trained: Path) -> None:
+    """In batches of another size than those that it was written with."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    merge(trained, trained.parent / "whole", None, None, False)
+    export.export(str(trained.parent / "whole"), trained.parent / "onnx")
+    torch.manual_seed(1)
+    shown = torch.rand(7, 3, pictures.SIDE, pictures.SIDE)
+    session = onnxruntime.InferenceSession(trained.parent / "onnx" / "model.onnx")
+    assert [each.shape[0] for each in session.get_inputs()] == ["batch"]
+    [given] = session.run(["logits"], {"pixel_values": shown.numpy()})
+    with torch.no_grad():
+        wanted = load_as_peft_does(trained)(pixel_values=shown).logits
+    torch.testing.assert_close(torch.from_numpy(given), wanted, rtol=0, atol=1e-5)
+    assert wanted.std(0).min() > 1e-3
+    AutoImageProcessor.from_pretrained(trained.parent / "onnx", backend="pil")
 
 
 @pytest.mark.parametrize("what", ["running_mean", "running_var"])
