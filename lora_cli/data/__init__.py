@@ -15,6 +15,8 @@ Its doors, in the order a reader needs them:
     tag         … words with a tag each
     asked       … a question, its text and its answers
     questions   … windows over such texts
+    classify_pictures
+                … pictures with labels
     collate     rows of other tasks as a batch
     labels      what the rows of a recipe are told apart by
     selection   which encoded rows are trained on; long rows and bad ones
@@ -26,6 +28,7 @@ __all__ = [
     "asked",
     "cache",
     "classify",
+    "classify_pictures",
     "collate",
     "encode",
     "encoders",

@@ -20,6 +20,9 @@ OPTIONS = {
     "check data.path and data.split": "name a file of rows",
     "--set data.on_bad_row=skip": "--on-bad-row skip",
     "add it to model.labels, or mend the row": "mend the row, or --no-labels",
+    "keep the pictures in the table, or read the table from its file": (
+        "--data with a file of such rows in the folder of the pictures"
+    ),
 }
 """What is said of a recipe's keys, and what this verb has in their place."""
 MEND = "mend or remove the row, or --on-bad-row skip"

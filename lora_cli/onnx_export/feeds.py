@@ -54,7 +54,9 @@ def make_feeds(model: Base, network: PreTrainedModel) -> list[Feed]:
     pads, the same batch padded on the other side, then single texts. Raises LoraError where it asks
     for what a text does not have, or its tokenizer fails."""
     if model.task.reads_pictures:
-        pictures = [make_inputs(probe)[PIXELS] for probe in make_probes(model.load_reader())]
+        pictures = [
+            make_inputs(network, probe)[PIXELS] for probe in make_probes(model.load_reader())
+        ]
         together = Feed({PIXELS: torch.cat(pictures)})
         return [together, together, *(Feed({PIXELS: each}) for each in pictures)]
     tokenizer = model.load_tokenizer()

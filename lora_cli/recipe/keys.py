@@ -487,8 +487,8 @@ class Recipe(Section):
     sft, unless the output head is adapted: SFTTrainer's loss bypasses what is put on it."""
     task: TaskName = "causal_lm"
     """What the model is trained to do: write text, tell which labels a text has, or which each of
-    its words has, find answers in a text, or which labels a picture has; or, with an encoder and a
-    decoder, read a text and write another."""
+    its words has, find answers in a text, or tell which labels a picture has; or, with an encoder
+    and a decoder, read a text and write another."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)

@@ -69,7 +69,9 @@ def test_what_is_merged_is_what_the_formulas_say(tmp_path: Path, kind: str, meth
     adapted = {path: layer for path, layer in reference.layers.items()}
     kinds = {type(layer.base) for layer in adapted.values()}
     assert getattr(nn, kind) in kinds and len(adapted) >= 3
-    inputs = [make_inputs(probe) for probe in make_probes(read_adapter(adapter).load_reader())]
+    read = read_adapter(adapter)
+    empty = read.base.build_empty()
+    inputs = [make_inputs(empty, probe) for probe in make_probes(read.load_reader())]
     with torch.no_grad():
         wanted = torch.cat([read_logits(reference(**each)) for each in map(to_double, inputs)])
     before = {path: layer.weight.detach().clone() for path, layer in adapted.items()}

@@ -8,6 +8,7 @@ Alone: pytest tests/evaluate/test_predict_pictures.py
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,23 @@ def test_a_picture_that_cannot_be_read_has_a_line_that_says_so(
     with pytest.raises(LoraError, match=r"rows.jsonl:2: .*cut.png"):
         ask(trained, data, tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_rows_on_stdin_name_no_files(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows in which folder they lie; in a file beside them they do."""
+    pictures.draw("red", 0).save(tmp_path / "red.png")
+    line = json.dumps({"image": "red.png"})
+    stream = io.TextIOWrapper(io.BytesIO(line.encode()))
+    monkeypatch.setattr("sys.stdin", stream)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoraError, match=r"stdin:1: the row names red.png") as caught:
+        ask(trained, Path("-"), tmp_path / "none.jsonl")
+    assert caught.value.hint == "--data with a file of such rows in the folder of the pictures"
+    (tmp_path / "rows.jsonl").write_text(line)
+    [said] = ask(trained, tmp_path / "rows.jsonl", tmp_path / "said.jsonl")
+    assert said["label"] in pictures.COLOURS
 
 
 def test_a_text_is_no_picture(trained: Path) -> None:
