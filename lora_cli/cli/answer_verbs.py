@@ -17,6 +17,7 @@ from lora_cli.cli.options import (
     ComparesLabels,
     KeptColumns,
     LongestRow,
+    LongestText,
     LongRow,
     MaxNewTokens,
     NewFile,
@@ -94,6 +95,7 @@ def predict(
     out: NewFile = None,
     batch_size: BatchSize = 32,
     max_length: LongestRow = None,
+    max_new_tokens: LongestText = None,
     on_long_row: Annotated[LongRow, typer.Option(help="What becomes of longer rows.")] = CUT,
     on_bad_row: Annotated[BadRow, typer.Option(help="skip: a line says why.")] = BadRow.error,
     columns: Columns = None,
@@ -111,7 +113,9 @@ def predict(
     quiet_libraries()
     from lora_cli.evaluate import predict, predictors
 
-    reading = predictors.Reading(max_length, on_long_row is CUT, labels, everything, batch_size)
+    reading = predictors.Reading(
+        max_length, on_long_row is CUT, labels, everything, batch_size, max_new_tokens
+    )
     skips = on_bad_row is BadRow.skip
     options = predict.Options(reading, keep or [], skips, as_json)
     predict.predict(paths, data, text or [], out, base, columns or [], options)

@@ -138,6 +138,10 @@ LongestRow = Annotated[
 ComparesLabels = Annotated[
     bool, typer.Option("--labels/--no-labels", help="Compare answers with what rows say is right.")
 ]
+LongestText = Annotated[
+    Optional[int],
+    typer.Option("--max-new-tokens", min=1, help="Tokens of a written text; as in training."),
+]
 SaysAll = Annotated[
     bool,
     typer.Option("--all", help="Say what is likely of all labels, words, windows over a text."),

@@ -160,7 +160,18 @@ class PairEncoder:
 
 def convert_pair(row: Mapping[str, Any]) -> Pair:
     """Return a row's source and target; raise BadRow where one is no text, or empty."""
-    return Pair(formats.get_filled_text(row, "source"), formats.get_filled_text(row, "target"))
+    return Pair(read_source(row), formats.get_filled_text(row, "target"))
+
+
+def read_source(row: Mapping[str, Any]) -> str:
+    """Return a row's source, which may be an instruction with the input that it speaks of; raise
+    BadRow where it is no text, or empty."""
+    if "instruction" not in row:
+        return formats.get_filled_text(row, "source")
+    source = formats.get_filled_text(row, "instruction")
+    if row.get("input"):
+        source += "\n\n" + formats.get_text(row, "input")
+    return source
 
 
 def find_pair(row: Mapping[str, Any]) -> Pair | None:
@@ -176,7 +187,4 @@ def find_pair(row: Mapping[str, Any]) -> Pair | None:
 
 def convert_alpaca(row: Mapping[str, Any]) -> Pair:
     """Return an instruction, with the input that it speaks of, and its output."""
-    source = formats.get_filled_text(row, "instruction")
-    if row.get("input"):
-        source += "\n\n" + formats.get_text(row, "input")
-    return Pair(source, formats.get_filled_text(row, "output"))
+    return Pair(read_source(row), formats.get_filled_text(row, "output"))

@@ -73,7 +73,7 @@ class AnswerFinder:
         for at, row in enumerate(rows):
             try:
                 question, told[at] = self._convert(row)
-                good.append(("", question))
+                good.append((row.place, question))
             except formats.BadRow as bad:
                 found[at] = bad
         for _, made in self.encoder.encode([good]):

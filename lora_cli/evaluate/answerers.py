@@ -27,7 +27,7 @@ from lora_cli.models import (
     load_tokenizer,
     names,
     read_adapter,
-    read_source_prefix,
+    read_merged_recipe,
     to_accelerator,
 )
 from lora_cli.recipe import Task
@@ -282,9 +282,10 @@ class PairAnswerer(HFAnswerer):
             kwargs |= {"do_sample": True, "temperature": sampling.temperature}
         norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
         with self._switched(weights), norms:
-            return decoder.write_targets(
+            written = decoder.write_targets(
                 weights, self.tokenizer, sources, sampling.max_new_tokens, **kwargs
             )
+        return [each.text for each in written]
 
 
 class TooLongError(LoraError):
@@ -375,7 +376,7 @@ def _open_model(path: str, bases: Bases, others: Iterable[Answerer]) -> HFAnswer
         tokenizer = _load_base_tokenizer(path, others)
         return HFAnswerer(bases, bases.plain(path), None, tokenizer)
     made = PairAnswerer(bases, bases.plain(path), None, load_tokenizer(path))
-    made.prefix = read_source_prefix(Path(path))
+    made.prefix = read_merged_recipe(Path(path)).source_prefix
     for other in others:
         if isinstance(other, PairAnswerer) and other.key.base.name == path:
             made.tokenizer, made.prefix = other.tokenizer, other.prefix

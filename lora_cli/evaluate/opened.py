@@ -25,11 +25,13 @@ from lora_cli.models import (
     Base,
     PictureProcessor,
     Reader,
+    RecordedRecipe,
     attach,
     find_positions,
     names,
     read_adapter,
     read_logits,
+    read_merged_recipe,
     refuse_not_finite,
     to_accelerator,
 )
@@ -131,14 +133,15 @@ class Named(NamedTuple):
     base: Base
 
     @property
-    def trained(self) -> dict[str, Any]:
-        """The section `data` of the recipe that an adapter was trained by, as its record has it."""
-        return dict(self.adapter.recipe.data) if self.adapter else {}
+    def recipe(self) -> RecordedRecipe:
+        """What is recorded of the recipe by which the adapter was trained, or the one in a merged
+        model."""
+        return self.adapter.recipe if self.adapter else read_merged_recipe(Path(self.path))
 
     @property
     def columns(self) -> dict[str, str]:
         """The names of columns, as ours: theirs, that training was told of."""
-        columns = self.trained.get("columns") or {}
+        columns = self.recipe.data.get("columns") or {}
         if not isinstance(columns, dict):
             raise LoraError(f"the record of {self.path} names no columns", "copy the adapter again")
         return {str(ours): str(theirs) for ours, theirs in columns.items()}
@@ -164,9 +167,7 @@ def open_all(named: Sequence[Named]) -> list[Opened]:
     """Load what was read, a base that several adapters lie on once."""
     shared = SharedBases()
     return [
-        _open_adapter(each, each.adapter, shared)
-        if each.adapter
-        else _open_whole(each.path, each.base)
+        _open_adapter(each, each.adapter, shared) if each.adapter else _open_whole(each)
         for each in named
     ]
 
@@ -203,31 +204,25 @@ def _open_adapter(named: Named, adapter: Adapter, shared: SharedBases) -> Opened
     _refuse_random_head(named.path, adapter)
     network = attach.load_adapter(shared.take(adapter), adapter.folder)
     dora_norms.install(network)
-    length, reader = adapter.recipe.training.max_length, adapter.load_reader()
-    return _finish(named.path, network, adapter.base, reader, named.trained, length)
+    return _finish(named, network, adapter.load_reader())
 
 
-def _open_whole(path: str, base: Base) -> Opened:
+def _open_whole(named: Named) -> Opened:
+    path, base = named.path, named.base
     if base.lacking:
         raise LoraError(
             f"{path} is a base: its files lack the head ({base.lacking[0]}), which is trained",
             f"lora train RECIPE --set model.name_or_path={quote(path)}",
         )
-    return _finish(path, to_accelerator(base.load()), base, base.load_reader(), {}, None)
+    return _finish(named, to_accelerator(base.load()), base.load_reader())
 
 
-def _finish(
-    path: str,
-    network: PreTrainedModel | PeftModel,
-    base: Base,
-    reader: Reader,
-    recorded: Mapping[str, Any],
-    length: int | None,
-) -> Opened:
+def _finish(named: Named, network: PreTrainedModel | PeftModel, reader: Reader) -> Opened:
     """Return a loaded model, ready to be asked."""
+    path, base, recipe = named.path, named.base, named.recipe
     if not isinstance(reader, PictureProcessor):
         _settle_padding(path, network, reader)
-    found = Opened(path, network.eval(), base, reader, recorded, length)
+    found = Opened(path, network.eval(), base, reader, recipe.data, recipe.training.max_length)
     if base.task.counts_labels and all(name.startswith(UNNAMED) for name in found.labels):
         ui.say(f"{path} does not name its labels: they are {', '.join(found.labels[:3])}, …")
     return found

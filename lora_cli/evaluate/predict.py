@@ -17,12 +17,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, UsageError, files, quote, ui
+from lora_cli.common import LoraError, UsageError, files, ui
 from lora_cli.data import formats, readers
 from lora_cli.evaluate.answer_finder import AnswerFinder
 from lora_cli.evaluate.classifier import Classifier
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
-from lora_cli.evaluate.opened import Named, open_all, read_all
+from lora_cli.evaluate.opened import open_all, read_all
+from lora_cli.evaluate.pair_writer import PairWriter
 from lora_cli.evaluate.picture_classifier import PictureClassifier
 from lora_cli.evaluate.predictors import Asked, Predictor, Reading, Ready, is_told
 from lora_cli.evaluate.tagger import Tagger
@@ -33,6 +34,7 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "token_classification": Tagger,
     "question_answering": AnswerFinder,
     "image_classification": PictureClassifier,
+    "seq2seq_lm": PairWriter,
 }
 """By the name of the task."""
 WINDOW = 64
@@ -97,7 +99,11 @@ def predict(
     wanted = Wanted(data, texts, parse_columns(columns), options.keep)
     with _open_out(out) as write:
         named = read_all(paths, base)
-        kind = _find_predictor(named[0])
+        task = named[0].base.task
+        if options.reading.max_new_tokens and not task.has_targets:
+            said = f"--max-new-tokens: {named[0].path} is for {task.name}, and writes no text"
+            raise UsageError(said, "leave it out")
+        kind = PREDICTORS[task.name]
         rows = open_rows(wanted, named[0].columns, kind)
         with ExitStack() as asking:
             predictors = {}
@@ -105,7 +111,7 @@ def predict(
                 asking.enter_context(model.asking())
                 predictors[model.name] = kind(model, options.reading)
             answering = Answering(predictors, options)
-            _answer_all(rows, answering, write, 1 if named[0].base.task.reads_pictures else WINDOW)
+            _answer_all(rows, answering, write, 1 if task.reads_pictures else WINDOW)
     _say_counts(answering)
     _report_scores(answering, on_stdout=out is not None)
 
@@ -120,19 +126,6 @@ def _refuse_contradictions(
         raise UsageError("--data and --text are both given", "leave one of them out")
     if options.as_json and out is None:
         raise UsageError("--json is for what is said beside the answers", "--out FILE for these")
-
-
-def _find_predictor(named: Named) -> type[Predictor]:
-    """Return what answers the rows of a model's task. Raises UsageError where nothing does."""
-    task = named.base.task
-    if task.name not in PREDICTORS:
-        known = " and ".join(PREDICTORS)
-        writing = f"lora generate {quote(named.path)} --file FILE"
-        raise UsageError(
-            f"{named.path} is for {task.name}, and rows are answered for {known}",
-            writing if task.has_targets else "lora verify compares it with another form of it",
-        )
-    return PREDICTORS[task.name]
 
 
 @contextmanager

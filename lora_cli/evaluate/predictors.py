@@ -29,6 +29,8 @@ class Reading(NamedTuple):
     all windows over a text."""
     batch_size: int = 32
     """Rows that are computed at once, or windows of long ones."""
+    max_new_tokens: int | None = None
+    """Tokens of a text that is written; None: as in training."""
 
 
 class Asked(NamedTuple):

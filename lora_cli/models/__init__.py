@@ -5,7 +5,7 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
-    TrainingRecord, read_source_prefix
+    TrainingRecord, read_merged_recipe
                                    what the record of a run or an adapter holds; a merged model's
     get_checkpoint_dtype, num_experts, num_active_experts, num_layers, read_field
                                    what a configuration says
@@ -92,7 +92,7 @@ from lora_cli.models.processor import (
     load_recipe_reader,
     save_reader,
 )
-from lora_cli.models.record import TrainingRecord, read_source_prefix
+from lora_cli.models.record import RecordedRecipe, TrainingRecord, read_merged_recipe
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
 from lora_cli.models.text_part import count_text_parameters
 from lora_cli.models.ties import find_shared
@@ -116,6 +116,7 @@ __all__ = [
     "TRAINED",
     "TRAINED_KL",
     "Tensors",
+    "RecordedRecipe",
     "TrainingRecord",
     "adapter_contents",
     "adds_bos",
@@ -161,7 +162,7 @@ __all__ = [
     "quantised",
     "read_adapter",
     "read_field",
-    "read_source_prefix",
+    "read_merged_recipe",
     "refuse_not_finite",
     "save_head_config",
     "save_reader",

@@ -19,6 +19,14 @@ BEGINNING = 8
 """Tokens that a decoder is fed where two forms of a model are compared."""
 
 
+class Written(NamedTuple):
+    """A text that a decoder has written."""
+
+    text: str
+    is_whole: bool
+    """Whether it has come to its end, and not to the most tokens there may be."""
+
+
 class First(NamedTuple):
     """How a decoder is begun, as training began it."""
 
@@ -95,7 +103,7 @@ def write_targets(
     sources: Mapping[str, torch.Tensor],
     most: int,
     **drawing: Any,
-) -> list[str]:
+) -> list[Written]:
     """Return the target that a model in eval mode writes for each source, of `most` tokens at most
     and no more than it has positions for; greedily unless `drawing` says otherwise.
 
@@ -107,7 +115,8 @@ def write_targets(
     begun = {} if first.forced is None else {"forced_bos_token_id": first.forced}
     positions = find_room(network.config, of_target=True)
     room = most if positions is None else min(most, positions - 1)  # the first one is fed
-    ends = network.generation_config.eos_token_id
+    given = network.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if given is None else given
     options = {"num_beams": 1, "do_sample": False, "use_cache": True} | begun | drawing
     with torch.inference_mode():
         made = adapted.generate(
@@ -115,7 +124,13 @@ def write_targets(
             max_new_tokens=room,
             decoder_start_token_id=first.start,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+            eos_token_id=ends,
             **options,
-        )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in made]
+        )[:, 1:]
+    ids = torch.tensor([] if ends is None else ends, dtype=torch.long, device=made.device)
+    if network.generation_config.forced_eos_token_id is None:
+        ended = torch.isin(made, ids).any(1)
+    else:  # the last token there may be is the end, whatever the model would write
+        ended = torch.isin(made[:, : room - 1], ids).any(1)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in made]
+    return list(map(Written, texts, ended.tolist()))

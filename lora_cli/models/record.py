@@ -168,15 +168,12 @@ class TrainingRecord(provenance.Record):
         return date.fromisoformat(self.started[:10])
 
 
-def read_source_prefix(folder: Path) -> str:
-    """Return what a merged model's sources began with in training; empty where its folder has no
-    record, or one of other models."""
+def read_merged_recipe(folder: Path) -> RecordedRecipe:
+    """Return the recipe by which the adapter in a merged model was trained; an empty one where its
+    folder has no record, or one of other models."""
     file = folder / provenance.ARTEFACT_RECORD
-    if not file.is_file():
-        return ""
-    parent = MadeRecord.read(file).parent
+    parent = MadeRecord.read(file).parent if file.is_file() else None
     if parent is None:
-        return ""
+        return RecordedRecipe()
     with stored.explain_misfits(file, "parent"):
-        recipe = TrainingRecord.model_validate(parent).recipe
-    return recipe.source_prefix
+        return TrainingRecord.model_validate(parent).recipe

@@ -129,10 +129,10 @@ class PairTrainer(TaskTrainer):
         norms = dora_norms.keep_norms(self.options.dora_layers)
         most = self.options.written_tokens
         with self.compute_loss_context_manager(), norms:
-            texts = decoder.write_targets(self.model, tokenizer, sources, most)
+            written = decoder.write_targets(self.model, tokenizer, sources, most)
         kept = [row[row != IGNORED] for row in labels[known]]
         right = [tokenizer.decode(row, skip_special_tokens=True) for row in kept]
-        return list(zip(texts, right))
+        return [(each.text, target) for each, target in zip(written, right)]
 
 
 TRAINERS = {"sft": WatchedSFTTrainer}

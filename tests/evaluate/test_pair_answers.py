@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, UsageError
 from lora_cli.evaluate import answerers, generate
 from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.predict import Options, predict
+from lora_cli.evaluate.predictors import Reading
 from lora_cli.merge.extract import convert
 from lora_cli.merge.merge import merge
 from lora_cli.recipe import load_recipe
@@ -90,6 +96,91 @@ def test_an_answer_is_drawn_and_streamed(made: Path, capsys) -> None:
     said = opened.stream(Asked([{"role": "user", "content": TEXTS[0]}]), Sampling(12, 0.0))
     assert said == answer(made / "merged")[0][0]
     assert capsys.readouterr().out.strip() == said.strip()
+
+
+def ask(paths: list[Path], data: Path | None, out: Path, reading: Reading = Reading(), **given):
+    names = [str(path) for path in paths]
+    texts = [] if data else TEXTS
+    predict(names, data and str(data), texts, out, None, [], Options(reading, **given))
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_predict_says_the_same_in_lines(made: Path, tmp_path: Path, capsys) -> None:
+    adapter, merged = made / "run" / "adapter", made / "merged"
+    [wanted] = answer(adapter)
+    said = ask([adapter, merged], None, tmp_path / "out", Reading(batch_size=3, max_new_tokens=12))
+    for line, text, target in zip(said, TEXTS, wanted, strict=True):
+        assert (line["text"], line["place"][:5]) == (text, "text ")
+        assert line["answers"] == {str(path): {"target": target} for path in (adapter, merged)}
+    assert ("not finished" in capsys.readouterr().err) == made.name.startswith("bart")
+    short = ask([merged], None, tmp_path / "1", Reading(max_new_tokens=1))
+    assert all(whole.startswith(line["target"]) for line, whole in zip(short, wanted))
+    assert "4 texts were not finished within --max-new-tokens 1" in capsys.readouterr().err
+
+
+def test_rows_of_any_format_are_read_as_in_training(made: Path, tmp_path: Path, capsys) -> None:
+    merged = made / "merged"
+    kinds = {
+        "pairs": {"document": "tree house", "summary": "tree"},
+        "alpaca": {"instruction": "tree house", "input": "", "output": "tree"},
+        "unknown": {"source": "tree house", "target": None},
+    }
+    found = {}
+    for kind, row in kinds.items():
+        file = tmp_path / f"{kind}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        [found[kind]] = ask([merged], file, tmp_path / f"{kind}.out")
+    assert len({line["target"] for line in found.values()}) == 1
+    assert [line.get("expected") for line in found.values()] == ["tree", "tree", None]
+    (tmp_path / "more.jsonl").write_text('{"instruction": "tree", "input": "glass, bad"}\n')
+    [more] = ask([merged], tmp_path / "more.jsonl", tmp_path / "more.out")
+    asked = Asked([{"role": "user", "content": "tree\n\nglass, bad"}])
+    [opened] = answerers.open_models([str(merged)]).values()
+    assert more["target"] == opened.answer([asked], Sampling(64, 0.0))[0]
+
+
+def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path, capsys) -> None:
+    base = tasks.make_base(tmp_path / "base", "t5")
+    rows = tasks.write_pairs(tmp_path / "eval.jsonl", 20, seed=4)
+    more = f", eval_path: {rows}, max_target_length: 9, source_prefix: 'tree , '"
+    recipe = tasks.write_recipe(tmp_path, "seq2seq_lm", base, "dora", data=more)
+    changed = ["training.learning_rate=0.05", "training.max_steps=30", "training.eval_steps=30"]
+    changed += ["training.eval_strategy=steps", "training.generate_at_evaluation=true"]
+    adapter = run.train(load_recipe(recipe, changed))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    wanted = [line for line in lines if "eval_rougeL" in line][-1]
+    merge(adapter, tmp_path / "merged")
+    for path in (adapter, tmp_path / "merged"):
+        capsys.readouterr()
+        ask([path], rows, tmp_path / f"{path.name}.out", as_json=True)
+        [metrics] = json.loads(capsys.readouterr().out)["metrics"].values()
+        assert len(metrics) == 6
+        assert metrics == pytest.approx({name: wanted[f"eval_{name}"] for name in metrics})
+
+
+def test_bad_rows_are_named(made: Path, tmp_path: Path) -> None:
+    rows = [{"source": "tree"}, {"source": ""}, {"source": 7}, {"source": "tree " * 80}, {"a": "b"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = Reading(cuts=False, max_length=40)
+    said = ask([made / "merged"], file, tmp_path / "out", reading, skips_bad=True)
+    assert [line.get("error") for line in said] == [
+        None,
+        "source is empty",
+        "source is a number (7), but must be text",
+        "84 tokens, over 40",
+        "there is no source; the columns are a",
+    ]
+    with pytest.raises(UsageError, match="--max-new-tokens: .* is for sequence_classification"):
+        predict([str(make_classifier(tmp_path))], None, ["tree"], None, None, [],
+                Options(Reading(max_new_tokens=4)))  # fmt: skip
+
+
+def make_classifier(folder: Path) -> Path:
+    base = tasks.make_base(folder / "base", "bert")
+    AutoModelForSequenceClassification.from_pretrained(base).save_pretrained(folder / "c")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "c")
+    return folder / "c"
 
 
 def test_it_holds_no_conversation(made: Path) -> None:
