@@ -30,9 +30,10 @@ def open_recipe(
     recipe = load_recipe(path, overrides or [])
     try:
         if needs_rows:
-            from lora_cli.data import readers
+            from lora_cli.data import picture_folder, readers
 
             readers.refuse_missing_files(recipe.data)
+            picture_folder.refuse_pictures(recipe)
         quiet_libraries()
         yield recipe
     except LoraError as error:

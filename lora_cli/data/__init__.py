@@ -17,6 +17,8 @@ Its doors, in the order a reader needs them:
     questions   … windows over such texts
     classify_pictures
                 … pictures with labels
+    picture_folder
+                … where they lie in a folder for each label
     collate     rows of other tasks as a batch
     labels      what the rows of a recipe are told apart by
     selection   which encoded rows are trained on; long rows and bad ones
@@ -36,6 +38,7 @@ __all__ = [
     "formats",
     "load",
     "pairs",
+    "picture_folder",
     "prepare",
     "questions",
     "readers",

@@ -13,9 +13,24 @@ from pathlib import Path
 
 from lora_cli.common import LoraError, find_nearest, quote, ui
 from lora_cli.data import pictures, readers
+from lora_cli.recipe import Recipe
 
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
 """What folders are called that are no labels."""
+
+
+def refuse_pictures(recipe: Recipe) -> None:
+    """Raise LoraError for pictures where the recipe's task reads texts."""
+    if recipe.task_row.reads_pictures:
+        return
+    for field, name in readers.list_named(recipe.data):
+        path = Path(name)
+        if pictures.is_picture(path) or (path.is_dir() and has_pictures(field, path)):
+            what = "a folder of pictures" if path.is_dir() else "a picture"
+            raise LoraError(
+                f"data.{field}: {name} is {what}, and models that {recipe.task_row.does} read none",
+                "task: image_classification, or name files of rows",
+            )
 
 
 def has_pictures(field: str, folder: Path) -> bool:

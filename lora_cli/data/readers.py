@@ -66,17 +66,23 @@ def guess_kind(file: Path) -> str | None:
 def refuse_missing_files(data: Data) -> None:
     """Raise LoraError for the first file that `data` names and that is missing, before a model is
     loaded."""
+    for field, name in list_named(data):
+        if stores.is_address(name):
+            refuse_address(field, name)
+            continue
+        if guess_kind(Path(name)) is None or glob.has_magic(name):
+            continue  # a folder or a data set on the hub; a pattern
+        if not Path(name).exists():
+            raise missing_file(field, Path(name))
+
+
+def list_named(data: Data) -> Iterator[tuple[str, str]]:
+    """Yield the files, folders, addresses and data sets that `data` names, with their keys."""
     named = {"path": data.path, "eval_path": data.eval_path}
     named |= {f"mix.{number}.path": rows.path for number, rows in enumerate(data.mix or [])}
     for field, given in named.items():
         for name in [given] if isinstance(given, str) else given or []:
-            if stores.is_address(name):
-                refuse_address(field, name)
-                continue
-            if guess_kind(Path(name)) is None or glob.has_magic(name):
-                continue  # a folder or a data set on the hub; a pattern
-            if not Path(name).exists():
-                raise missing_file(field, Path(name))
+            yield field, name
 
 
 def refuse_address(field: str, name: str) -> None:

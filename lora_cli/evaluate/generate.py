@@ -48,9 +48,9 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     asked = [(f"prompt {number}", {"prompt": text}) for number, text in enumerate(prompts, start=1)]
     questions = [_make_question(place, row) for place, row in asked]
     if file is not None:
-        if file.is_file() and readers.guess_kind(file) is None:
+        if file.is_file() and readers.guess_kind(file) in (None, "picture"):
             raise UsageError(
-                f"{file} is none of {', '.join(readers.KINDS)}, nor one of them with .gz",
+                f"{file} is none of {', '.join(readers.TABLES)}, nor one of them with .gz",
                 "rows as for data.path, or a file NAME.txt with a prompt on each line",
             )
         try:
