@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from lora_cli.evaluate.input_rows import Rows
 from lora_cli.evaluate.opened import open_all, read_all
-from lora_cli.evaluate.predict import PREDICTORS, WINDOW, Answering, Options, Waiting
-from lora_cli.evaluate.predictors import Reading
+from lora_cli.evaluate.predict import WINDOW, Answering, Options, Waiting
+from lora_cli.evaluate.predictors import Reading, find_predictor
 
 WORDS = [f"w{number}" for number in range(2000)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -69,13 +69,13 @@ def answer_here(folder: Path, batch_size: int, kind: str) -> Callable[[list[str]
     """Return what answers texts as `lora predict` does, its model loaded."""
     named = read_all([str(folder)], None)
     [model] = open_all(named)
-    predictor = PREDICTORS[model.task.name]
+    predictor = find_predictor(model.task)
     options = Options(Reading(batch_size=batch_size))
 
     def answer(texts: list[str]) -> list[Any]:
         rows = Rows(iter(()), "labelled" if kind == "classification" else "text", {}, False)
         asked = [
-            Waiting(str(at), {"text": text}, rows.convert({"text": text}))
+            Waiting(str(at), {"text": text}, rows.convert(str(at), {"text": text}))
             for at, text in enumerate(texts)
         ]
         answering = Answering({model.name: predictor(model, options.reading)}, options)

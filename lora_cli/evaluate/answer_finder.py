@@ -156,10 +156,6 @@ class AnswerFinder:
             self.of_none += answer["answer"] is None
         return answer
 
-    def score(self) -> dict[str, float]:
-        """Return the metrics of all rows whose answers are known."""
-        return self.scorer.score().values
-
     def list_notes(self) -> list[str]:
         """Return how many rows are scored by another answer than the one that is said: where each
         has one, an evaluation does not look whether there is none."""

@@ -99,10 +99,6 @@ class Classifier:
         )
         return [each or answer for each, answer in zip(bad, said)]
 
-    def score(self) -> dict[str, float]:
-        """Return the metrics of all rows whose label is known."""
-        return self.scorer.score().values
-
     def list_notes(self) -> list[str]:
         """Return nothing: all is in the answers."""
         return []

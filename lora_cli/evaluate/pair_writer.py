@@ -110,10 +110,6 @@ class PairWriter:
         self.scorer.gathered += [(said, right) for said, right in told if right is not None]
         return [{"target": said} for said, _ in told]
 
-    def score(self) -> dict[str, float]:
-        """Return the metrics of all rows whose target is known."""
-        return self.scorer.score().values
-
     def list_notes(self) -> list[str]:
         """Return how many texts were not brought to an end."""
         if not self.unfinished:

@@ -19,24 +19,18 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import LoraError, UsageError, files, ui
 from lora_cli.data import formats, readers
-from lora_cli.evaluate.answer_finder import AnswerFinder
-from lora_cli.evaluate.classifier import Classifier
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
 from lora_cli.evaluate.opened import open_all, read_all
-from lora_cli.evaluate.pair_writer import PairWriter
-from lora_cli.evaluate.picture_classifier import PictureClassifier
-from lora_cli.evaluate.predictors import Asked, Predictor, Reading, Ready, is_told
-from lora_cli.evaluate.tagger import Tagger
-from lora_cli.scoring import answers
+from lora_cli.evaluate.predictors import (
+    Asked,
+    Predictor,
+    Reading,
+    Ready,
+    find_predictor,
+    is_told,
+)
+from lora_cli.scoring import ClassScore, answers
 
-PREDICTORS: dict[str, type[Predictor]] = {
-    "sequence_classification": Classifier,
-    "token_classification": Tagger,
-    "question_answering": AnswerFinder,
-    "image_classification": PictureClassifier,
-    "seq2seq_lm": PairWriter,
-}
-"""By the name of the task."""
 WINDOW = 64
 """Batches that are read and sorted at a time."""
 Said = answers.Answer | formats.BadRow
@@ -103,7 +97,7 @@ def predict(
         if options.reading.max_new_tokens and not task.has_targets:
             said = f"--max-new-tokens: {named[0].path} is for {task.name}, and writes no text"
             raise UsageError(said, "leave it out")
-        kind = PREDICTORS[task.name]
+        kind = find_predictor(task)
         rows = open_rows(wanted, named[0].columns, kind)
         with ExitStack() as asking:
             predictors = {}
@@ -262,26 +256,47 @@ def _say_counts(answering: Answering) -> None:
 
 
 def _report_scores(answering: Answering, on_stdout: bool) -> None:
-    """Say the metrics of the rows of which it is known what is right; of each model a column."""
+    """Say the metrics of the rows of which it is known what is right, of each model a column; and
+    how well each class was found."""
     counted = answering.counted
-    scores = {name: each.score() for name, each in answering.predictors.items()}
+    scores = {name: each.scorer.score() for name, each in answering.predictors.items()}
     if answering.options.as_json:
-        cut = {name: counted.cut[name] for name in scores}
-        bad = dict(counted.bad)
         ui.report_json(
-            {"rows": counted.rows, "told": counted.told, "cut": cut, "bad": bad, "metrics": scores}
+            {
+                "rows": counted.rows,
+                "told": counted.told,
+                "cut": {name: counted.cut[name] for name in scores},
+                "bad": dict(counted.bad),
+                "metrics": {name: each.values for name, each in scores.items()},
+                "classes": {
+                    name: [row._asdict() for row in each.table] for name, each in scores.items()
+                },
+            }
         )
         return
-    metrics = list(dict.fromkeys(name for values in scores.values() for name in values))
+    write = ui.report if on_stdout else ui.say
+    metrics = list(dict.fromkeys(metric for each in scores.values() for metric in each.values))
     if metrics:
         rows = [
-            [
-                metric,
-                *(
-                    f"{values[metric]:.4f}" if metric in values else ""
-                    for values in scores.values()
-                ),
-            ]
+            [metric, *(_spell(each.values.get(metric)) for each in scores.values())]
             for metric in metrics
         ]
-        (ui.report if on_stdout else ui.say)(*ui.format_table(["metric", *scores], rows))
+        write(*ui.format_table(["metric", *scores], rows))
+    for name, each in scores.items():
+        if each.table:
+            whose = [f"{name}:"] if len(scores) > 1 else []
+            write("", *whose, *ui.format_table(CLASS_COLUMNS, _tabulate(each.table)))
+
+
+CLASS_COLUMNS = ("class", "precision", "recall", "f1", "support")
+
+
+def _tabulate(table: Sequence[ClassScore]) -> list[list[str]]:
+    return [
+        [row.name, *map(_spell, (row.precision, row.recall, row.f1)), f"{row.support:,}"]
+        for row in table
+    ]
+
+
+def _spell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

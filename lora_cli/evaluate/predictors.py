@@ -3,6 +3,7 @@ knowing which it is."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -11,8 +12,8 @@ import torch
 
 from lora_cli.data import encoders, formats
 from lora_cli.evaluate.opened import Opened
-from lora_cli.recipe import Recipe
-from lora_cli.scoring import answers
+from lora_cli.recipe import Recipe, Task
+from lora_cli.scoring import Scorer, answers
 
 
 class Reading(NamedTuple):
@@ -69,6 +70,8 @@ class Predictor(Protocol):
     """The column that says what would be right, where a row has it."""
     shown: ClassVar[tuple[str, ...]]
     """The columns that are repeated beside an answer."""
+    scorer: Scorer
+    """What knows of all rows of which it is known what is right."""
 
     def __init__(self, model: Opened, reading: Reading) -> None: ...
 
@@ -82,11 +85,15 @@ class Predictor(Protocol):
     def answer(self, batch: Sequence[Ready]) -> list[answers.Answer | formats.BadRow]:
         """Return what the model says of each row; note it where what is right is known."""
 
-    def score(self) -> dict[str, float]:
-        """Return the metrics of all rows of which it is known what is right."""
-
     def list_notes(self) -> list[str]:
         """Return what is to be said of the rows when all are answered."""
+
+
+def find_predictor(task: Task) -> type[Predictor]:
+    """Return the class that answers the rows of a task."""
+    module, _, name = task.predictor.partition(".")
+    found: type[Predictor] = getattr(importlib.import_module(f"lora_cli.evaluate.{module}"), name)
+    return found
 
 
 def make_layouts(encoder: type[encoders.Encoder], expected: str) -> tuple[Layout, Layout]:

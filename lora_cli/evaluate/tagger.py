@@ -164,10 +164,6 @@ class Tagger:
         ]
         return [each or answer for each, answer in zip(bad, said)]
 
-    def score(self) -> dict[str, float]:
-        """Return the metrics of all words whose tag is known."""
-        return self.scorer.score().values
-
     def list_notes(self) -> list[str]:
         """Return how many words could be told nothing of."""
         return [f"{self.lost} words have no tokens, and so no tag"] if self.lost else []

@@ -54,6 +54,8 @@ class Task:
     scorer: str = ""
     """What computes its loss and its metrics, where they are not those of next tokens: a class of a
     file in scoring/, as `file.Class`."""
+    predictor: str = ""
+    """What answers rows in `lora predict`: a class of a file in evaluate/, as `file.Class`."""
     text_columns: tuple[str, ...] = ("input_ids",)
     """The columns of a row that are texts, as token ids."""
     reads_pictures: bool = False
@@ -159,6 +161,7 @@ TASKS = (
         long_rows=("drop", "truncate", "error"),
         encoder="classify.LabelEncoder",
         scorer="classes.ClassScorer",
+        predictor="classifier.Classifier",
     ),
     Task(
         "token_classification",
@@ -174,6 +177,7 @@ TASKS = (
         long_rows=("drop", "truncate", "error"),
         encoder="tag.TagEncoder",
         scorer="tags.TagScorer",
+        predictor="tagger.Tagger",
     ),
     Task(
         "question_answering",
@@ -193,6 +197,7 @@ TASKS = (
         lost_inputs=("token_type_ids", "position_ids"),
         encoder="questions.QuestionEncoder",
         scorer="spans.AnswerScorer",
+        predictor="answer_finder.AnswerFinder",
     ),
     Task(
         "seq2seq_lm",
@@ -206,6 +211,7 @@ TASKS = (
         own_keys=("source_prefix", "source_language", "target_language", "max_target_length"),
         encoder="pairs.PairEncoder",
         scorer="texts.TextScorer",
+        predictor="pair_writer.PairWriter",
         text_columns=("input_ids", "labels"),
     ),
     Task(
@@ -228,6 +234,7 @@ TASKS = (
         shown=("accuracy", "f1", "f1_macro", "matthews", "mae", "pearson"),
         encoder="classify_pictures.PictureEncoder",
         scorer="classes.ClassScorer",
+        predictor="picture_classifier.PictureClassifier",
         reads_pictures=True,
     ),
 )

@@ -10,6 +10,16 @@ Its doors, in the order a reader needs them:
     measures               which metrics there are, by task and labels
 """
 
+from lora_cli.scoring.metrics import ClassScore
 from lora_cli.scoring.scorer import Scorer, find_scorer, make_scorer
 
-__all__ = ["Scorer", "answers", "find_scorer", "losses", "make_scorer", "measures", "spans"]
+__all__ = [
+    "ClassScore",
+    "Scorer",
+    "answers",
+    "find_scorer",
+    "losses",
+    "make_scorer",
+    "measures",
+    "spans",
+]

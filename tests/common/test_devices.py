@@ -81,7 +81,7 @@ def test_what_is_trained_whole_is_float32_beside_a_float16_base(write_recipe) ->
     base = Base.of_recipe(recipe)
     recipe, _ = auto.settle(recipe, base.config, hardware.parse_gpu("T4"))
     network = setup.load_recipe_base(recipe, base)
-    inputs = SimpleNamespace(tokenizer=base.load_tokenizer(), new_ids=[], parent=None)
+    inputs = SimpleNamespace(reader=base.load_tokenizer(), new_ids=[], parent=None)
     inputs.train_rows = SimpleNamespace(rows=Dataset.from_list([]))
     adapted = setup.attach_adapter(recipe, base, network, SimpleNamespace(folder=None), inputs)
     trained = {each.dtype for each in adapted.parameters() if each.requires_grad}

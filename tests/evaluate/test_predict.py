@@ -348,6 +348,19 @@ def test_metrics_are_of_the_rows_that_say_what_is_right(
     right = sum(line["label"] == line["expected"] for line in told)
     assert report["metrics"][str(adapter)]["accuracy"] == pytest.approx(right / 30)
     assert 0 < right < 30
+    classes = {row["name"]: row for row in report["classes"][str(adapter)]}
+    assert list(classes) == labels
+    for name, row in classes.items():
+        expected = [line for line in told if line["expected"] == name]
+        found = [line for line in told if line["label"] == name]
+        both = sum(line["label"] == line["expected"] for line in found)
+        assert row["support"] == len(expected) == 10
+        assert row["recall"] == pytest.approx(both / len(expected))
+        assert row["precision"] == pytest.approx(both / max(len(found), 1))
+    ask(adapter, tmp_path / "r.jsonl", columns=["text=sentence1", "label=label"], folder=tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-5].split() == ["class", "precision", "recall", "f1", "support"]
+    assert shown[-3].split()[::4] == ["ham", "10"]
     assert ask(adapter, tmp_path / "r.jsonl", columns=["text=sentence1"], with_labels=False,
                folder=tmp_path)[0].keys() == {"place", "text", "label", "probability"}  # fmt: skip
 

@@ -43,7 +43,9 @@ def test_labels_are_those_of_transformers_pipeline(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = pictures.write_folder(tmp_path / "photos", 7)
-    said = ask(trained, photos, tmp_path / "said.jsonl", batch_size=4)
+    said = ask(
+        trained, photos, tmp_path / "said.jsonl", reading=Reading(everything=True, batch_size=4)
+    )
     assert {line["place"] for line in said} == {str(each) for each in photos.rglob("*.png")}
     merge(trained, tmp_path / "merged", None, None, False)
     classify = pipeline(
@@ -77,7 +79,13 @@ def test_every_kind_of_rows_gives_the_same_answers(trained: Path, tmp_path: Path
         (lines, {"columns": ["image=shot"], "keep": ["id"]}),
         (tmp_path / "rows.csv", {}),
     ):
-        said = ask(trained, data, tmp_path / f"{data.suffix}.out", batch_size=5, **given)
+        said = ask(
+            trained,
+            data,
+            tmp_path / f"{data.suffix}.out",
+            reading=Reading(everything=True, batch_size=5),
+            **given,
+        )
         for file, line in zip(files, said, strict=True):
             assert (line.get("row"), line.get("expected")) == (
                 ({"id": 3}, None) if data == lines else (None, "red")
