@@ -150,7 +150,7 @@ def test_children_and_theirs_end_with_the_process(number: int, tmp_path: Path) -
         assert wait_for_end(family) == []
     else:
         assert status == 128 + number
-        assert [each for each in family if each.is_running() and each.status() != "zombie"] == []
+        assert wait_for_end(family) == []  # killed, and the kernel may take a moment
         assert not list(tmp_path.iterdir())
 
 

@@ -115,7 +115,7 @@ from lora_cli.speed import (  # noqa: E402
     step_packing,
 )
 from lora_cli.train import setup, trial  # noqa: E402
-from lora_cli.train.objectives import find_trainer  # noqa: E402
+from lora_cli.train.task_trainer import find_trainer  # noqa: E402
 
 aten = torch.ops.aten
 ON_CUDA = torch.library.Library("aten", "IMPL")
