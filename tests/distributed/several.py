@@ -44,9 +44,11 @@ def note_rows(path: Path, sharded: bool) -> Any:
 
 
 def check_part(network: Any, replicas: int = 1) -> None:
-    """Check that this process holds its part of a sharded network, and no more."""
+    """Check that this process holds its part of a sharded base, and no more. What is trained, a
+    seventh of the tiny model in 4 bits, DeepSpeed leaves whole."""
     own, whole = sharding.measure(network)
-    assert own < (0.1 + replicas / ranks.count()) * whole, (own, whole)
+    trained = sum(each.nbytes for each in network.parameters() if each.requires_grad)
+    assert own < trained + (0.05 + replicas / ranks.count()) * (whole - trained), (own, whole)
 
 
 own_let_gather = zero3._let_gather

@@ -210,6 +210,14 @@ def test_two_copies_of_a_sharded_base(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_zero3_on_four_processes(tiny: Path, tmp_path: Path) -> None:
+    kinds = {"lora": "packed", "dora": "padded", "qlora": "passes", "qdora": "packed"}
+    zero3 = {"strategy": "deepspeed-zero3"}
+    cases = {f"zero3 {method}": (method, KINDS[kind] | zero3) for method, kind in kinds.items()}
+    check_all(tmp_path, tiny, cases, [4], find_packages("deepspeed-zero3"))
+
+
+@pytest.mark.slow
 def test_zero3_is_ddp_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     """Weights are gathered as they were; each process holds no more than its part between passes."""
     strategies = ("ddp", "deepspeed-zero3")
