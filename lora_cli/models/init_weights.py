@@ -88,7 +88,12 @@ def prepare_adapter(
                 f"{where}: eva needs {needed} trained tokens, more than the first {ROWS} rows have",
                 "lower r",
             )
-        initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+        initialize_lora_eva_weights(
+            adapted,
+            batches,
+            gather_distributed_inputs=False,  # each process has the same rows
+            show_progress_bar=False,
+        )
         if (
             recipe.lora.autocast_adapter_dtype
         ):  # the modules whose rank it changed have the base's type now

@@ -163,6 +163,7 @@ def test_two_processes_train_the_run_of_one(tiny: Path, tmp_path: Path) -> None:
     cases |= {kind: ("lora", OTHERS[kind]) for kind in ("stream", "TRL's loss", "smoothing")}
     cases |= {"sharded dora packed": ("dora", STEP | SHARDED)}
     cases |= {"sharded qlora passes": ("qlora", KINDS["passes"] | SHARDED)}
+    cases |= {"eva": ("lora", STEP | {"lora": {"init_lora_weights": "eva"}})}
     cases |= {"zero2": ("lora", STEP | {"strategy": "deepspeed-zero2"})}
     check_all(tmp_path, tiny, cases, [2])
 
@@ -172,6 +173,8 @@ def test_every_method_and_way_of_batching(tiny: Path, tmp_path: Path) -> None:
     methods = ("lora", "dora", "qlora", "qdora")
     cases = {f"{method} {kind}": (method, KINDS[kind]) for method in methods for kind in KINDS}
     cases |= {kind: ("lora", given) for kind, given in OTHERS.items()}
+    starts = ("eva", "corda", "lora_ga")
+    cases |= {each: ("lora", STEP | {"lora": {"init_lora_weights": each}}) for each in starts}
     check_all(tmp_path, tiny, cases, [2, 4])
 
 
