@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import (
@@ -16,6 +16,7 @@ from transformers import (
 
 from lora_cli.common import LoraError, library_errors, remote_code
 from lora_cli.models import names, settings, tensors
+from lora_cli.recipe import ProblemType
 
 BROKEN_CONFIG = "its config.json is damaged, or of another version: copy it again"
 
@@ -34,6 +35,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         remote_code.refuse_disallowed_code(name, written)
         _refuse_impossible(name, written)
         _refuse_serving_attention(name, written)
+        _refuse_odd_fields(name, written)
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=remote_code.is_allowed()
         )
@@ -55,10 +57,15 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 MOST = (
     (r"layers?|blocks", 2_000),
     (r"experts|heads?|groups|stages|labels", 100_000),
+    (r"token_id", 2**27),
     (r"size|dim|rank|positions|position_embeddings|length|window|kernel|width|inner", 2**27),
 )
 """The largest number of a field whose name ends so, several times that of any known model (126
 layers, 16,384 experts): it says how much is built, before a weight is read."""
+
+
+POSITIVE = ("vocab_size", "max_position_embeddings", "num_labels", "hidden_size")
+"""What no model has none of."""
 
 
 def _refuse_impossible(name: str, written: Mapping[str, Any], where: str = "") -> None:
@@ -69,6 +76,8 @@ def _refuse_impossible(name: str, written: Mapping[str, Any], where: str = "") -
         most = next(
             (most for ends, most in MOST if re.search(rf"(^|_)n?({ends})$", str(key))), None
         )
+        if key in POSITIVE and isinstance(value, (int, float)) and value < 1:
+            raise LoraError(f"{name}/config.json: {where}{key} is {value}", "copy it again")
         if most and isinstance(value, (int, float)) and value > most:
             raise LoraError(
                 f"{name}/config.json: {where}{key} is {value:,}, and at most {most:,} is read",
@@ -84,6 +93,20 @@ def _refuse_serving_attention(name: str, written: Mapping[str, Any]) -> None:
                 f"{name}/config.json: {key} is {written[key]}, which is for a server",
                 "remove it from config.json",
             )
+
+
+def _refuse_odd_fields(name: str, written: Mapping[str, Any]) -> None:
+    """Raise LoraError for fields that transformers takes as they are, and that say nothing."""
+    classes, problem = written.get("architectures"), written.get("problem_type")
+    odd = None
+    if classes is not None and not (
+        isinstance(classes, list) and all(isinstance(each, str) for each in classes)
+    ):
+        odd = "architectures is not a list of names of classes"
+    elif problem is not None and problem not in get_args(ProblemType):
+        odd = f"problem_type is none of {', '.join(get_args(ProblemType))}"
+    if odd:
+        raise LoraError(f"{name}/config.json: {odd}", "copy it again")
 
 
 def read_field(config: PretrainedConfig, name: str) -> Any:
