@@ -140,6 +140,13 @@ def is_column(name: str, columns: Sequence[str]) -> bool:
     return name in columns or ("." in name and name.partition(".")[0] in columns)
 
 
+def name_columns(columns: Sequence[str], names: Mapping[Any, str]) -> list[str]:
+    """Return what columns are called once they are renamed by `names` (ours: theirs), which may
+    lead into them."""
+    renamed = {name.partition(".")[0] for name in names.values()} | {*names, *names.values()}
+    return [*(name for name in columns if name not in renamed), *names]
+
+
 def _read_inside(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return `{"": value}` of a column, or of the place in it that a name with dots leads to;
     nothing where the row has none."""

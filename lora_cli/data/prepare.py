@@ -294,8 +294,7 @@ def choose_format(
     names: Mapping[Any, str] = data.columns
     if not names and data.format == "auto":
         names = formats.guess_columns(columns, known, encoder.column_sets)
-    renamed = {name.partition(".")[0] for name in names.values()} | {*names, *names.values()}
-    named = [*(name for name in columns if name not in renamed), *names]
+    named = formats.name_columns(columns, names)
     if data.format != "auto":
         for column in known[data.format]:
             if column not in named:

@@ -72,9 +72,11 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
     if not first:
         raise LoraError(f"{wanted.data} holds no rows", "write a row on each line")
     readable = [row for _, row in first if not isinstance(row, formats.BadRow)]
-    columns = list(dict.fromkeys(name for row in readable for name in row))
+    columns = formats.list_columns(readable)
     if readable:
-        _refuse_missing(wanted, columns)
+        _refuse_missing("--column", [*wanted.columns.values()], columns, [*wanted.columns])
+        whole = {name for row in readable for name in row}
+        _refuse_missing("--keep", [name for name in wanted.keep if name not in whole], columns)
         try:
             style, names = choose_columns(wanted.columns, trained, columns, predictor)
         except prepare.UnknownColumns as error:
@@ -126,16 +128,19 @@ def _read_first(
     return first
 
 
-def _refuse_missing(wanted: Wanted, columns: Sequence[str]) -> None:
-    """Raise UsageError for a column that the command line names and the rows lack."""
-    named = [("--column", f"{ours}=", theirs) for ours, theirs in wanted.columns.items()]
-    for option, before, name in [*named, *(("--keep", "", name) for name in wanted.keep)]:
-        if name not in columns:
+def _refuse_missing(
+    option: str, named: Sequence[str], columns: Sequence[str], ours: Sequence[str] = ()
+) -> None:
+    """Raise UsageError for a column that an option names, as one of `ours` where there are any, and
+    the rows lack."""
+    before = [f"{name}=" for name in ours] or [""] * len(named)
+    for each, name in zip(before, named):
+        if not formats.is_column(name, columns):
             guess = find_nearest(name, columns)
             raise UsageError(
-                f"{option} {before}{name}: there is no column {name}; there are "
+                f"{option} {each}{name}: there is no column {name}; there are "
                 f"{', '.join(columns[: prepare.SHOWN])}",
-                f"{option} {quote(f'{before}{guess or columns[0]}')}",
+                f"{option} {quote(f'{each}{guess or columns[0]}')}",
             )
 
 
@@ -147,10 +152,10 @@ def choose_columns(
 ) -> tuple[str, Mapping[str, str]]:
     """Return the format of rows with these columns, and the names of these, as ours: theirs: as the
     command line says, else as in training, else as they are known. Raises UnknownColumns."""
-    there = {ours: theirs for ours, theirs in trained.items() if theirs in columns}
+    there = {ours: theirs for ours, theirs in trained.items() if formats.is_column(theirs, columns)}
     known = [formats.guess_columns(columns, *layout) for layout in predictor.layouts]
     for names in [given] if given else [*filter(None, [there]), *known]:
-        named = list(formats.rename_columns(dict.fromkeys(columns), names))
+        named = formats.name_columns(columns, names)
         for layout in predictor.layouts:
             if style := formats.recognise_format(named, layout.formats):
                 _say_names(names)

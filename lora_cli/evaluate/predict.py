@@ -190,7 +190,8 @@ class Answering:
             line["expected"] = _make_plain(expected)
             self.counted.told += 1
         if self.options.keep:
-            line["row"] = {name: _make_plain(waiting.row.get(name)) for name in self.options.keep}
+            kept = formats.rename_columns(waiting.row, {name: name for name in self.options.keep})
+            line["row"] = {name: _make_plain(kept.get(name)) for name in self.options.keep}
         return line
 
     def _join(self, waiting: Waiting, said: Mapping[str, Said]) -> dict[str, Any]:

@@ -139,6 +139,27 @@ def test_rows_of_any_format_are_read_as_in_training(made: Path, tmp_path: Path, 
     assert more["target"] == opened.answer([asked], Sampling(64, 0.0))[0]
 
 
+def test_texts_by_language_are_read_as_in_training(made: Path, tmp_path: Path, capsys) -> None:
+    merged, (file, source) = made / "merged", (tmp_path / "both.jsonl", tmp_path / "one.jsonl")
+    file.write_text('{"id": 7, "translation": {"de": "tree house", "en": "tree"}}\n')
+    source.write_text('{"translation": {"de": "tree house"}}\n')
+    german = "columns: translation.de as source"
+    [line] = ask([merged], file, tmp_path / "1", keep=["translation.en", "translation", "id"])
+    assert (line["source"], line["expected"]) == ("tree house", "tree")
+    whole = {"de": "tree house", "en": "tree"}
+    assert line["row"] == {"translation.en": "tree", "translation": whole, "id": 7}
+    assert f"{german}, translation.en as target" in capsys.readouterr().err
+    [alone] = ask([merged], source, tmp_path / "2")
+    assert (alone["source"], alone["target"]) == ("tree house", line["target"])
+    assert f"{german}\n" in capsys.readouterr().err
+    by_hand, options = ["source=translation.en"], Options()
+    predict([str(merged)], str(file), [], tmp_path / "3", None, by_hand, options)
+    assert json.loads((tmp_path / "3").read_text())["source"] == "tree"
+    with pytest.raises(UsageError, match="no column translation.dr; there are id, translation.de"):
+        wrong = ["source=translation.dr"]
+        predict([str(merged)], str(file), [], tmp_path / "4", None, wrong, options)
+
+
 def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path, capsys) -> None:
     base = tasks.make_base(tmp_path / "base", "t5")
     rows = tasks.write_pairs(tmp_path / "eval.jsonl", 20, seed=4)
