@@ -132,7 +132,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Rows that are computed at a
 LongestRow = Annotated[
     Optional[int],
     typer.Option(
-        "--max-length", min=1, help="Tokens of a row; default: as in training, or as a model reads."
+        "--max-length", min=2, help="Tokens of a row; default: as in training, or as a model reads."
     ),
 ]
 ComparesLabels = Annotated[

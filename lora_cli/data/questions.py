@@ -170,7 +170,7 @@ class QuestionEncoder:
             raise BadRow(
                 "a question leaves no room for its text",
                 f"the question has {others} tokens with those around it, which leaves room for "
-                f"{max(room, 0)} of its text within training.max_length {self.limit}",
+                f"{max(room, 0)} of its text within {self.limit} tokens",
                 f"--set training.max_length={others + ROOM}, or more",
             )
         return room

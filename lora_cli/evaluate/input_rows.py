@@ -92,9 +92,10 @@ def _number_texts(
     texts: Sequence[str], predictor: type[Predictor]
 ) -> Iterator[tuple[str, readers.Row]]:
     """Return texts as rows; raises UsageError where the predictor reads none."""
-    taken = [", ".join(names) for names in predictor.layouts[-1].formats.values()]
-    if not any("text" in names for names in taken):
-        said = f"--text: a text is not what the model reads: that is {' or '.join(taken)}"
+    taken = list(predictor.layouts[-1].formats.values())
+    if ("text",) not in taken:
+        read = " or ".join(", ".join(names) for names in taken)
+        said = f"--text: a text is not what the model reads: that is {read}"
         raise UsageError(said, "--data with a file or a folder in its place")
     return ((f"text {number}", {"text": text}) for number, text in enumerate(texts, 1))
 

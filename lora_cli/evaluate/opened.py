@@ -92,7 +92,7 @@ class Opened:
         asked for."""
         positions = find_positions(self.base)
         most = [positions.number] if positions else []
-        if self.tokenizer.model_max_length < LARGEST:  # else transformers' word for none
+        if SMALLEST <= self.tokenizer.model_max_length < LARGEST:
             most.append(self.tokenizer.model_max_length)
         if asked and positions and positions.ends and asked > min(most):
             raise UsageError(
@@ -121,8 +121,9 @@ class Opened:
             yield
 
 
-LARGEST = 2**24
-"""Tokens from which a tokenizer's limit is none."""
+SMALLEST, LARGEST = 2, 2**24
+"""Tokens that a tokenizer's limit is between, if it has one: transformers' word for none is a very
+large number, and 0 and 1 leave room for no text."""
 
 
 class Named(NamedTuple):
@@ -223,9 +224,22 @@ def _finish(named: Named, network: PreTrainedModel | PeftModel, reader: Reader) 
     if not isinstance(reader, PictureProcessor):
         _settle_padding(path, network, reader)
     found = Opened(path, network.eval(), base, reader, recipe.data, recipe.training.max_length)
-    if base.task.counts_labels and all(name.startswith(UNNAMED) for name in found.labels):
-        ui.say(f"{path} does not name its labels: they are {', '.join(found.labels[:3])}, …")
+    if base.task.counts_labels:
+        _refuse_labels(path, found.labels)
+        if all(name.startswith(UNNAMED) for name in found.labels):
+            ui.say(f"{path} does not name its labels: they are {', '.join(found.labels[:3])}, …")
     return found
+
+
+def _refuse_labels(path: str, labels: Sequence[str]) -> None:
+    """Raise LoraError for labels by which answers cannot be told apart."""
+    for number, name in enumerate(labels):
+        if not name or labels.index(name) < number:
+            fault = f"{name!r}, as {labels.index(name)} is" if name else "nothing"
+            raise LoraError(
+                f"{path}/config.json: id2label calls label {number} {fault}",
+                "give each label a name of its own in a copy of the file",
+            )
 
 
 def _settle_padding(

@@ -103,6 +103,27 @@ def without_padding(d: Path) -> Path:
     return path.parent
 
 
+def answering(d: Path) -> Path:
+    """A whole model that answers questions."""
+    found = tasks.make_base(d / "bert", "bert")
+    auto = transformers.AutoModelForQuestionAnswering
+    auto.from_pretrained(found).save_pretrained(d / "model")
+    transformers.AutoTokenizer.from_pretrained(found).save_pretrained(d / "model")
+    return d / "model"
+
+
+def labelled(*names: str) -> Callable[[Path], Path]:
+    """A model whose labels are called so."""
+
+    def make(d: Path) -> Path:
+        path = model(d) / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "id2label": dict(enumerate(names)), "label2id": {}}))
+        return path.parent
+
+    return make
+
+
 LONG = json.dumps({"text": " ".join(["tree"] * 100)}) + "\n"
 HERE = ("--data", "rows.jsonl")
 BAD: dict[str, Case] = {
@@ -111,6 +132,8 @@ BAD: dict[str, Case] = {
     "predict: rows twice": typed("predict", "model", "--data", "rows.jsonl", "--text", "x"),
     "predict: --json beside the answers": typed("predict", "model", "--text", "x", "--json"),
     "predict: no rows at a time": typed("predict", "model", "--text", "x", "--batch-size", "0"),
+    "predict: rows of one token": typed("predict", "model", "--text", "x", "--max-length", "1"),
+    "predict: a text without a question": asking("--text", "x", make=answering),
     "predict: no such model": typed("predict", "./gone", "--text", "x"),
     "predict: a model that writes": lambda d: [base(d), ["predict", "base", "--text", "x"]][1],
     "predict: a GGUF": lambda d: [gguf(d), ["predict", "model.gguf", "--text", "x"]][1],
@@ -150,6 +173,8 @@ BAD: dict[str, Case] = {
         *HERE, "--out", "out.jsonl", make=lambda d: [written(d / "out.jsonl", ""), model(d)][1]),
     "predict: into no folder": asking(*HERE, "--out", "gone/out.jsonl"),
     "predict: weights that are not finite": asking(make=spoilt),
+    "predict: a label without a name": asking("--text", "x", make=labelled("ham", "")),
+    "predict: two labels of one name": asking("--text", "x", make=labelled("ham", "ham")),
     "predict: nothing fills short rows": asking(make=without_padding),
     "generate: a model that classifies": lambda d: [model(d), ["generate", "model", "-p", "x"]][1],
     "generate: an adapter that classifies": lambda d: [

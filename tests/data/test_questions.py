@@ -366,7 +366,7 @@ BAD = {
     "no room": (
         row([], "table " * 30) | {"question": "lovely " * 9},
         "the question has 12 tokens with those around it, which leaves room for 12 of its text "
-        "within training.max_length 24",
+        "within 24 tokens",
         "--set training.max_length=28, or more",
     ),
 }  # fmt: skip

@@ -8,6 +8,7 @@ tests/evaluate/test_predict_answers.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,19 @@ def test_bad_rows_are_named(network: Path, tmp_path: Path) -> None:
             tmp_path / "out4",
             Options(Reading(WINDOW, cuts=False)),
         )
+
+
+@pytest.mark.parametrize("said", [0, 1])
+def test_a_tokenizer_s_limit_that_leaves_no_room_is_none(
+    network: Path, tmp_path: Path, said: int
+) -> None:
+    """The model's own number of places then is the limit."""
+    copied = Path(shutil.copytree(network, tmp_path / "model"))
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = said
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+    long = {"question": "good", "context": "table great " * 400, "answers": []}
+    data = write(tmp_path / "rows.jsonl", [long])
+    [line] = ask(copied, data, tmp_path / "out", Options(Reading(everything=True)))
+    positions = {"bert": 512, "modernbert": 8192}[network.parent.name.rstrip("0123456789")]
+    assert (len(line["windows"]) > 1) == (positions < 800)
