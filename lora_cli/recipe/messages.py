@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from lora_cli.common import find_nearest
+from lora_cli.common import find_nearest, quote
 from lora_cli.recipe.keys import (
     NOT_IN_LORA,
     NOT_IN_TRAINING,
@@ -47,7 +47,7 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
             wrong = details[0]["input"]
             yield (
                 f"{place}: {name} is {_show(wrong)}, but must be {allowed}",
-                _suggest_value(keys, wrong, details),
+                _quote_text(keys, place, details) or _suggest_value(keys, wrong, details),
             )
 
 
@@ -118,6 +118,17 @@ def _list_sections() -> dict[str, type[Section]]:
         for name, kind in kinds.items()
         if isinstance(kind, type) and issubclass(kind, Section)
     }
+
+
+def _quote_text(keys: Keys, place: Place, details: Sequence[Any]) -> str | None:
+    """Return the option that gives a value as the text that it was meant as, where YAML reads it as
+    something else: `summarize: ` is a mapping, and 7 a number."""
+    key, _, value = place.name.removeprefix("--set ").partition("=")
+    if place.line or key != spell_keys(keys) or "string_type" not in [d["type"] for d in details]:
+        return None
+    if not isinstance(details[0]["input"], (dict, int, float)) or value.startswith("{"):
+        return None
+    return f"--set {quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}"
 
 
 def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:

@@ -381,6 +381,8 @@ BAD: dict[str, Case] = {
     "recipe: --set without a value": typed("train", "r.yaml", "--set", "lora.r", make=recipe),
     "recipe: --set of nothing": typed("train", "r.yaml", "--set", "=1", make=recipe),
     "recipe: --set in a list": typed("train", "r.yaml", "--set", "data.path.0=x", make=recipe),
+    "recipe: --set of text that YAML reads otherwise": typed(
+        "train", "r.yaml", "--set", "data.source_prefix=summarize: ", make=recipe),
     "recipe: --set with an alias": typed("train", "r.yaml", "--set", "lora.r=*x", make=recipe),
     "recipe: --set with an open bracket": typed("train", "r.yaml", "--set", "data.path=[a", make=recipe),
     "recipe: --set misspelt": typed("train", "r.yaml", "--set", "training.learning_rat=1", make=recipe),
