@@ -79,6 +79,14 @@ def find_pictures(field: str, folder: Path, split: str) -> tuple[list[Path], str
     return found, rest
 
 
+def list_splits(folder: Path) -> list[str]:
+    """Return the folders in a folder, if all are called as splits are."""
+    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    splits = [name for name in there if name.lower() in SPLITS]
+    others = [name for name in there if name not in splits and not name.startswith(".")]
+    return [] if others else splits
+
+
 def mix(files: Sequence[Path]) -> list[Path]:
     """Return pictures in an order of no meaning, but always the same: any part of them, such as
     train[:90%], has pictures of each folder."""
@@ -92,12 +100,11 @@ def mix(files: Sequence[Path]) -> list[Path]:
 
 def _choose_split(field: str, folder: Path, split: str) -> tuple[Path, str]:
     """Return the folder of a split's labels, and the split in it."""
-    there = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-    splits = [name for name in there if name.lower() in SPLITS]
-    if not splits or len(splits) < len([name for name in there if not name.startswith(".")]):
+    splits = list_splits(folder)
+    if not splits:
         return folder, split
     name = re.split(r"[\[+]", split)[0].strip()
-    if name not in there:
+    if name not in splits:
         guess = find_nearest(name, splits) or splits[0]
         raise LoraError(
             f"data.{field.replace('path', 'split')}: {folder} has no split {name!r}; it has "

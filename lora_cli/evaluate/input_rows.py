@@ -6,16 +6,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from lora_cli.common import LoraError, UsageError, find_nearest, library_errors, quote, ui
-from lora_cli.data import formats, prepare, readers, sources, tables
+from lora_cli.data import formats, picture_folder, prepare, readers, sources, tables
 from lora_cli.evaluate.predictors import Asked, Predictor
 from lora_cli.recipe import Column, Data
 
 STDIN = "-"
+SPLIT = "train"
+"""Of what has several, this one is read."""
 OPTIONS = {
     "data.path: ": "--data ",
+    "data.split: ": "--data ",
     "--set data.path=": "--data ",
     "check data.path and data.split": "name a file of rows",
     "--set data.on_bad_row=skip": "--on-bad-row skip",
@@ -66,6 +70,7 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
         rows = readers.read_lines(sys.stdin.buffer, "stdin")
     else:
         source = _find_source(wanted.data)
+        _say_split(Path(wanted.data))
         rows, files = source.read_rows(), source.files
     piped = wanted.data == STDIN
     first = _read_first(rows, 1 if piped else prepare.COLUMNS_FROM)
@@ -104,7 +109,7 @@ def _find_source(data: str) -> sources.Source:
     """Return where rows come from; errors speak of --data."""
     try:
         readers.refuse_missing_files(Data(path=data))
-        return sources.find_source(Data(path=data), "path", data, "train")
+        return sources.find_source(Data(path=data), "path", data, SPLIT)
     except Exception as error:
         known = error if isinstance(error, LoraError) else library_errors.translate(error)
         if known is None:
@@ -112,7 +117,20 @@ def _find_source(data: str) -> sources.Source:
         said, hint = known.message, known.hint or ""
         for of_recipe, ours in OPTIONS.items():
             said, hint = said.replace(of_recipe, ours), hint.replace(of_recipe, ours)
+        part = Path(data, hint.removeprefix("split: "))
+        if hint.startswith("split: ") and part.exists():
+            hint = f"--data {quote(part)}"
         raise LoraError(said, hint or None, known.details) from error
+
+
+def _say_split(folder: Path) -> None:
+    """Say which of the splits in a folder is read, where there are several."""
+    splits = picture_folder.list_splits(folder) if folder.is_dir() else []
+    if others := [name for name in splits if name != SPLIT]:
+        ui.say(
+            f"{folder}: of its splits {SPLIT} is read, and not {', '.join(others)}: "
+            f"--data {quote(folder / others[0])}"
+        )
 
 
 def _read_first(

@@ -149,3 +149,20 @@ def test_a_label_that_is_not_known_is_said_unless_labels_are_not_read(
     reading = Reading(with_labels=False)
     [line] = ask(trained, tmp_path / "photos", tmp_path / "said.jsonl", reading=reading)
     assert line["label"] in pictures.COLOURS
+
+
+def test_which_split_of_a_folder_is_read_is_said(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    for split in ("train", "test"):
+        pictures.write_folder(photos / split, 1)
+    said = ask(trained, photos, tmp_path / "1")
+    assert [f"{photos}/train" in line["place"] for line in said] == [True] * 3
+    assert f"train is read, and not test: --data {photos}/test" in capsys.readouterr().err
+    assert len(ask(trained, photos / "test", tmp_path / "2")) == 3
+    assert "is read" not in capsys.readouterr().err
+    (photos / "train").rename(photos / "val")
+    with pytest.raises(LoraError, match="--data .* has no split 'train'; it has test, val") as no:
+        ask(trained, photos, tmp_path / "3")
+    assert no.value.hint == f"--data {photos}/test"
