@@ -70,7 +70,7 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
         rows = readers.read_lines(sys.stdin.buffer, "stdin")
     else:
         source = _find_source(wanted.data)
-        _say_split(Path(wanted.data))
+        _say_split(Path(wanted.data), source)
         rows, files = source.read_rows(), source.files
     piped = wanted.data == STDIN
     first = _read_first(rows, 1 if piped else prepare.COLUMNS_FROM)
@@ -123,14 +123,15 @@ def _find_source(data: str) -> sources.Source:
         raise LoraError(said, hint or None, known.details) from error
 
 
-def _say_split(folder: Path) -> None:
-    """Say which of the splits in a folder is read, where there are several."""
-    splits = picture_folder.list_splits(folder) if folder.is_dir() else []
+def _say_split(place: Path, source: sources.Source) -> None:
+    """Say which of the splits in a folder, or of a data set, is read, where there are several."""
+    splits = picture_folder.list_splits(place) if place.is_dir() else []
+    if source.table is not None:
+        splits = splits or list(source.table.info.splits or [])
     if others := [name for name in splits if name != SPLIT]:
-        ui.say(
-            f"{folder}: of its splits {SPLIT} is read, and not {', '.join(others)}: "
-            f"--data {quote(folder / others[0])}"
-        )
+        part = place / others[0]
+        instead = f": --data {quote(part)}" if part.exists() else ""
+        ui.say(f"{place}: of its splits {SPLIT} is read, and not {', '.join(others)}{instead}")
 
 
 def _read_first(

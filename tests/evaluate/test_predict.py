@@ -17,6 +17,7 @@ import pyarrow
 import pytest
 import torch
 import transformers
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -327,6 +328,21 @@ def test_every_kind_of_file_gives_the_same_answers(
     assert all(each == answers[0] for each in answers)
     assert given[-1][2]["place"] == "stdin:3"
     assert given[-2][2]["place"] == "text 3"
+
+
+def test_it_is_said_which_split_is_read(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(bert, tmp_path / "a", CLASSES, KINDS["single_label_classification"])
+    (tmp_path / "tables").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "tables" / f"{name}.csv").write_text(f"text\n{name} paris\n")
+    parts = {name: Dataset.from_list([{"text": f"{name} may"}]) for name in ("train", "dev")}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    for folder, other, text in (("tables", "test", "train paris"), ("saved", "dev", "train may")):
+        said = ask(adapter, tmp_path / folder, folder=tmp_path)
+        assert [line["text"] for line in said] == [text]
+        assert f"of its splits train is read, and not {other}" in capsys.readouterr().err
 
 
 def test_metrics_are_of_the_rows_that_say_what_is_right(
