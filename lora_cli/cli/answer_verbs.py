@@ -86,9 +86,7 @@ def chat(
 def predict(
     paths: Annotated[
         list[str],
-        typer.Argument(
-            metavar="PATH...", help="Adapters or models that classify, tag or find answers."
-        ),
+        typer.Argument(metavar="PATH...", help="Adapters or models of any task but causal_lm."),
     ],
     data: AskedRows = None,
     text: AskedTexts = None,
@@ -109,7 +107,7 @@ def predict(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Tell of each row what models say of it, as lines of JSON: labels with probabilities, values,
-    entities, answers. Several adapters of one base share it."""
+    entities, answers, texts. Several adapters of one base share it."""
     quiet_libraries()
     from lora_cli.evaluate import predict, predictors
 

@@ -272,12 +272,7 @@ class PairAnswerer(HFAnswerer):
                 f"the text has {longest} tokens, and the model reads {positions}",
                 "shorten it, or take a model that reads more",
             )
-        padded = self.tokenizer.pad(
-            {"input_ids": prompts}, padding=True, padding_side="right", return_tensors="pt"
-        )
-        sources = {
-            name: padded[name].to(weights.device) for name in ("input_ids", "attention_mask")
-        }
+        sources = decoder.pad_sources(self.tokenizer, prompts, weights.device)
         if not sampling.is_greedy:
             kwargs |= {"do_sample": True, "temperature": sampling.temperature}
         norms = dora_norms.keep_norms(dora_norms.find_layers(weights))

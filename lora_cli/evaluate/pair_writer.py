@@ -95,15 +95,8 @@ class PairWriter:
     def answer(self, batch: Sequence[Ready]) -> list[answers.Answer | formats.BadRow]:
         """Return what each source becomes."""
         tokenizer, network = self.model.tokenizer, self.model.network
-        padded = tokenizer.pad(
-            {"input_ids": [row.content[0] for row in batch]},
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        sources = {
-            name: padded[name].to(network.device) for name in ("input_ids", "attention_mask")
-        }
+        rows = [row.content[0] for row in batch]
+        sources = decoder.pad_sources(tokenizer, rows, network.device)
         written = decoder.write_targets(network, tokenizer, sources, self.most)
         self.unfinished += sum(not each.is_whole for each in written)
         told = [(each.text, row.content[1]) for each, row in zip(written, batch)]

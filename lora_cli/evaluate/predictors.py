@@ -6,10 +6,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
+from lora_cli.common import provenance, stored
 from lora_cli.data import encoders, formats
 from lora_cli.evaluate.opened import Opened
 from lora_cli.recipe import Recipe, Task
@@ -116,7 +118,8 @@ NO_LIMIT = 2**30
 
 def make_recipe(model: Opened, reading: Reading, *options: str) -> Recipe:
     """Return the recipe by which an encoder reads rows for a model: its labels, the limit, and
-    those `options` of `data` that it was trained with."""
+    those `options` of `data` that it was trained with. Raises LoraError where its record has them
+    as nothing that they can be."""
     kept = {name: model.recorded[name] for name in options if name in model.recorded}
     told = {"labels": model.labels, "problem_type": model.problem_type}
     cut = next((way for way in ("truncate", "split") if way in model.task.long_rows), "error")
@@ -126,7 +129,8 @@ def make_recipe(model: Opened, reading: Reading, *options: str) -> Recipe:
         "data": {"path": "-", "on_long_row": cut if reading.cuts else "error", **kept},
         "training": {"max_length": limit or NO_LIMIT},
     }
-    return Recipe(task=model.task.name, output_dir="-", **sections)  # type: ignore[arg-type]
+    with stored.explain_misfits(Path(model.name, provenance.ARTEFACT_RECORD), "recipe"):
+        return Recipe(task=model.task.name, output_dir="-", **sections)  # type: ignore[arg-type]
 
 
 def refuse_length(length: int, limit: int) -> None:

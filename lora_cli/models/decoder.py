@@ -97,6 +97,17 @@ def find_room(config: PretrainedConfig, of_target: bool) -> int | None:
     return next((number for number in found if isinstance(number, int)), None)
 
 
+def pad_sources(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return sources as (rows, length) `input_ids` and `attention_mask`, filled at their ends as in
+    training."""
+    padded = tokenizer.pad(
+        {"input_ids": rows}, padding=True, padding_side="right", return_tensors="pt"
+    )
+    return {name: padded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
 def write_targets(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -8,6 +8,7 @@ pytest tests/evaluate/test_pair_answers.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,17 @@ def make_classifier(folder: Path) -> Path:
     AutoModelForSequenceClassification.from_pretrained(base).save_pretrained(folder / "c")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "c")
     return folder / "c"
+
+
+def test_a_damaged_record_is_named(made: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(made / "run" / "adapter", tmp_path / "adapter")
+    record = json.loads((adapter / "lora_record.json").read_text())
+    for key, value in (("max_target_length", "x"), ("source_prefix", 7)):
+        record["recipe"]["data"][key] = value
+        (adapter / "lora_record.json").write_text(json.dumps(record))
+        with pytest.raises(LoraError, match=rf"lora_record.json.*recipe\.data\.{key}"):
+            ask([adapter], None, tmp_path / "out")
+        record["recipe"]["data"].pop(key)
 
 
 def test_it_holds_no_conversation(made: Path) -> None:
