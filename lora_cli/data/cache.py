@@ -24,6 +24,7 @@ from datasets import Dataset
 from pydantic import Field
 
 from lora_cli.common import LoraError, files, plain_files, stored, ui
+from lora_cli.data.digests import DIGEST
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.offsets import NDArray
 from lora_cli.data.selection import Counts, Kept
@@ -41,7 +42,7 @@ CODE = (
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 SOURCES = {
     *("path", "mix", "name", "revision", "split", "eval_path", "eval_split"),
-    *("streaming", "shuffle_buffer"),
+    *("streaming", "shuffle_buffer", "eval_fraction", "eval_rows"),
 }
 """Keys of `data` that say where rows come from: their content counts, whatever its name is."""
 OPTIONS = tuple(name for name in Data.model_fields if name not in SOURCES)
@@ -121,6 +122,7 @@ def make_key(source: str, names: list[str], recipe: Recipe, reader: Reader, day:
         "task": recipe.task,
         "of_model": {name: getattr(recipe.model, name) for name in OF_MODEL},
         "max_length": recipe.training.max_length,
+        "digests": recipe.data.holds_out,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -136,15 +138,15 @@ def _describe_reader(reader: Reader) -> dict[str, Any]:
     }
 
 
-def make_schema(encoder: Encoder) -> pyarrow.Schema:
-    """Return the columns of an encoder's rows."""
-    columns = encoder.columns.items()
+def make_schema(encoder: Encoder, data: Data) -> pyarrow.Schema:
+    """Return the columns of an encoder's rows, with what tells those apart that are held out."""
+    columns = {**encoder.columns, **({DIGEST: np.int64} if data.holds_out else {})}
     return pyarrow.schema(
-        {name: pyarrow.list_(pyarrow.from_numpy_dtype(kind)) for name, kind in columns}
+        {name: pyarrow.list_(pyarrow.from_numpy_dtype(kind)) for name, kind in columns.items()}
     )
 
 
-def read(entry: Path, encoder: Encoder) -> Entry | None:
+def read(entry: Path, encoder: Encoder, data: Data) -> Entry | None:
     """Return what is kept in the folder `entry`, or None where it is missing, damaged, or no rows
     of an encoder."""
     if not entry.exists():
@@ -158,7 +160,7 @@ def read(entry: Path, encoder: Encoder) -> Entry | None:
         rows.data.table.validate(full=True)  # or offsets outside the buffers end the process
         if len(rows) != kept.counts.kept or not len(kept.places) <= len(rows):
             raise ValueError(f"{len(rows)} rows, not {kept.counts.kept}")
-        if rows.data.table.schema.remove_metadata() != make_schema(encoder):
+        if rows.data.table.schema.remove_metadata() != make_schema(encoder, data):
             raise ValueError("they have other columns")
         if _hash_rows(rows) != kept.digest:
             raise ValueError("they differ from what was written")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import reduce
 from itertools import chain, pairwise, zip_longest
@@ -14,11 +15,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from lora_cli.common import LoraError, ui
-from lora_cli.data import cache, prepare, sources
+from lora_cli.data import cache, holdout, prepare, selection, sources
 from lora_cli.data.encode import Renderer
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.selection import Counts
-from lora_cli.models import IGNORED, Reader
+from lora_cli.models import Reader
 from lora_cli.recipe import Recipe, Rows, Task
 
 
@@ -48,15 +49,10 @@ def load_rows(
     `day` is the date for chat templates that write one: a resumed run trains on the rows it began
     with.
     """
-    data = recipe.data
     encoder = make_encoder(recipe, tokenizer, day)
     if recipe.task_row.writes_next_tokens and "strftime_now" in str(tokenizer.chat_template):
         ui.say(f"  the chat template writes the date into every conversation: {encoder.day}")
-    train = (
-        _load_mix(recipe, encoder, data.mix)
-        if data.mix
-        else _load_one(recipe, encoder, "path", data.path, data.split)
-    )
+    train, evaluation = _load_both(recipe, encoder)
     if (
         isinstance(encoder, Renderer)
         and encoder.adds_bos
@@ -66,16 +62,31 @@ def load_rows(
             f"rows do not begin with {encoder.tokenizer.bos_token}: the tokenizer would add it, "
             "but the chat template does not write it"
         )
-    if not (data.eval_path or data.eval_split):
-        return train, None
-    where = "eval_path" if data.eval_path else "path"
-    whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
-    evaluation = _load_one(
-        whole, encoder, where, data.eval_path or data.path, data.eval_split or "train"
-    )
-    if both := _count_shared(train.rows, evaluation.rows):
+    if evaluation and (both := _count_shared(train.rows, evaluation.rows)):
         ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
     return train, evaluation
+
+
+def _load_both(
+    recipe: Recipe, encoder: Encoder
+) -> tuple[prepare.Prepared, prepare.Prepared | None]:
+    """Return the rows to train on, and those to evaluate on: others, or some that are held out."""
+    data = recipe.data
+    parts = (
+        [_load_part(recipe, encoder, number, rows) for number, rows in enumerate(data.mix)]
+        if data.mix
+        else [_load_one(recipe, encoder, "path", data.path, data.split)]
+    )
+    evaluation = None
+    if data.holds_out:
+        parts, held = holdout.split(parts, recipe)
+        evaluation = held[0] if len(held) == 1 else _join(held, encoder)
+    elif data.evaluates:
+        where = "eval_path" if data.eval_path else "path"
+        whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
+        path, split = data.eval_path or data.path, data.eval_split or "train"
+        evaluation = _load_one(whole, encoder, where, path, split)
+    return _mix(recipe, encoder, parts, data.mix) if data.mix else parts[0], evaluation
 
 
 def _count_shared(train: Dataset, evaluation: Dataset) -> int:
@@ -111,43 +122,44 @@ def _load_one(
     )
 
 
-def _load_mix(recipe: Recipe, encoder: Encoder, mix: Sequence[Rows]) -> prepare.Prepared:
+def _mix(
+    recipe: Recipe, encoder: Encoder, parts: Sequence[prepare.Prepared], mix: Sequence[Rows]
+) -> prepare.Prepared:
     """Return several data sets as one, each as often as it weighs.
 
     They stand one after another, since training draws rows at random. Streams are drawn from at
     random, the more often the more they weigh.
     """
-    parts = [_load_part(recipe, encoder, number, rows) for number, rows in enumerate(mix)]
     seed = recipe.training.seed
     weights = [rows.weight for rows in mix]
     streams = [part.stream for part in parts if part.stream is not None]
-    counts = reduce(Counts.add, (part.counts for part in parts))
     if not streams:
         parts = [
-            _repeat_by_weight(part, weight, [seed, number], recipe.task_row.text_columns)
+            _repeat_by_weight(part, weight, [seed, number], recipe)
             for number, (part, weight) in enumerate(zip(parts, weights))
         ]
-        counts.tokens = sum(part.counts.tokens for part in parts)
-        counts.trained_tokens = sum(part.counts.trained_tokens for part in parts)
     shares = [weight / sum(weights) for weight in weights]
     drawn = interleave_datasets(streams, shares, seed) if streams else None
     weighted = "".join(f"{part.fingerprint} {weight}" for part, weight in zip(parts, weights))
-    fingerprint = hashlib.sha256(weighted.encode())
-    in_turn = chain.from_iterable(zip_longest(*(part.first for part in parts)))
-    first = [row for row in in_turn if row is not None]
-    commits = ", ".join(part.commit for part in parts if part.commit) or None
-    rows = concatenate_datasets([part.rows for part in parts])
-    if not len(rows):
+    mixed = _join(parts, encoder)
+    if not len(mixed.rows):
         raise LoraError("the weights of data.mix leave no rows", "give one of them a larger weight")
+    fingerprint = hashlib.sha256(weighted.encode()).hexdigest()[:32]
+    return mixed._replace(stream=drawn, fingerprint=fingerprint)
+
+
+def _join(parts: Sequence[prepare.Prepared], encoder: Encoder) -> prepare.Prepared:
+    """Return the rows of several parts as one, one part after another."""
+    in_turn = chain.from_iterable(zip_longest(*(part.first for part in parts)))
+    fingerprint = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode())
     return prepare.Prepared(
-        rows,
-        first[: prepare.FIRST],
-        counts,
+        concatenate_datasets([part.rows for part in parts]),
+        [row for row in in_turn if row is not None][: prepare.FIRST],
+        reduce(Counts.add, (part.counts for part in parts)),
         fingerprint.hexdigest()[:32],
-        commits,
-        drawn,
-        encoder.names,
-        encoder.by_token,
+        ", ".join(part.commit for part in parts if part.commit) or None,
+        names=encoder.names,
+        by_token=encoder.by_token,
     )
 
 
@@ -161,21 +173,19 @@ def _load_part(recipe: Recipe, encoder: Encoder, number: int, rows: Rows) -> pre
 
 
 def _repeat_by_weight(
-    part: prepare.Prepared, weight: float, seed: list[int], texts: Sequence[str]
+    part: prepare.Prepared, weight: float, seed: list[int], recipe: Recipe
 ) -> prepare.Prepared:
-    """Return the rows `weight` times, with the tokens of their `texts` counted anew; for a
-    fraction, that share of them is drawn at random."""
+    """Return the rows `weight` times, with their tokens counted anew; for a fraction, that share of
+    them is drawn at random."""
     times = int(weight)
     size = len(part.rows)
     shuffled = np.random.default_rng(seed).permutation(size)
     drawn = shuffled[: round(weight % 1 * size)]
     some = part.rows.select(np.sort(drawn))
-    tokens = times * part.counts.tokens
-    learned = times * part.counts.trained_tokens
-    tokens += sum(int(prepare.find_lengths(some, column).sum()) for column in texts)
-    for batch in some.select_columns(["labels"]).with_format("numpy").iter(cache.BATCH):
-        learned += int((np.concatenate(list(batch["labels"])) != IGNORED).sum())
-    return part._replace(
-        rows=concatenate_datasets([part.rows] * times + [some]),
-        counts=Counts(tokens=tokens, trained_tokens=learned),
+    more = selection.recount(part.counts, some, recipe)
+    counts = replace(
+        part.counts,
+        tokens=times * part.counts.tokens + more.tokens,
+        trained_tokens=times * part.counts.trained_tokens + more.trained_tokens,
     )
+    return part._replace(rows=concatenate_datasets([part.rows] * times + [some]), counts=counts)

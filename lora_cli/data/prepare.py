@@ -20,7 +20,7 @@ from datasets import Dataset, Features, IterableDataset
 from pyarrow import compute
 
 from lora_cli.common import LoraError, UsageError, find_nearest, quote, ui
-from lora_cli.data import cache, formats, readers, selection, tables
+from lora_cli.data import cache, digests, formats, readers, selection, tables
 from lora_cli.data.encode import Batch, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
@@ -99,7 +99,7 @@ def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
         source.hash_content(), source.names, recipe, encoder.tokenizer, encoder.day
     )
     entry = cache.find_folder() / key
-    found = cache.read(entry, encoder)
+    found = cache.read(entry, encoder, recipe.data)
     if found:
         ui.say(f"  {source.name}: prepared before, in {entry}")
     else:
@@ -108,10 +108,11 @@ def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
         check = partial(_refuse_useless, source, recipe, counts)
         gc.freeze()  # else each of many collections walks all that the libraries have made
         try:
-            cache.write(entry, rows, cache.make_schema(encoder), counts, check, FIRST)
+            schema = cache.make_schema(encoder, recipe.data)
+            cache.write(entry, rows, schema, counts, check, FIRST)
         finally:
             gc.unfreeze()
-        found = cache.read(entry, encoder)
+        found = cache.read(entry, encoder, recipe.data)
         assert found, "just written"
     selection.warn_of_counts(encoder, found.counts)
     return Prepared(
@@ -134,14 +135,14 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
     beginning = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"max_rows": most})}
     )
-    schema = cache.make_schema(encoder)
+    schema = cache.make_schema(encoder, recipe.data)
     batches = cache.make_batches(_select_rows(source, beginning, encoder, counts), schema, notes)
     rows = cache.give_format(Dataset(pyarrow.Table.from_batches(batches, schema)), encoder)
     _refuse_useless(source, recipe, counts)
     selection.warn_of_counts(encoder, counts)
     features = Features.from_arrow_schema(schema)
     endless = IterableDataset.from_generator(
-        partial(_repeat_rows, source, recipe, encoder), features
+        partial(_repeat_rows, source, recipe, encoder, schema.names), features
     )
     if recipe.data.shuffle_buffer > 1:
         endless = endless.shuffle(seed=recipe.training.seed, buffer_size=recipe.data.shuffle_buffer)
@@ -159,11 +160,13 @@ def stream_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[Ke
     _refuse_useless(source, recipe, counts)
 
 
-def _repeat_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[dict[str, Any]]:
+def _repeat_rows(
+    source: Source, recipe: Recipe, encoder: Encoder, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield the source's rows from the first to the last, again and again."""
     while True:
         for row in stream_rows(source, recipe, encoder):
-            yield {name: row.read(name) for name in encoder.columns}
+            yield {name: row.read(name) for name in columns}
 
 
 def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
@@ -228,11 +231,11 @@ def _encode_rows(
     convert = encoder.find_converter(style)
     batches = _convert_rows(chain(first, rows), convert, names, data, counts)
     for batch, made in encoder.encode(batches):
-        for (place, _), found in zip(batch, made):
+        for (place, row), found in zip(batch, made):
             if isinstance(found, BadRow):
                 counts.count_bad(place, found)
             else:
-                yield place, found
+                yield place, digests.add_digest(row, found) if data.holds_out else found
 
 
 HOPELESS = 10_000

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+from datasets import Dataset
 from pydantic import AfterValidator
 
 from lora_cli.common import LoraError, stored, ui
@@ -19,6 +21,8 @@ from lora_cli.models import IGNORED, PictureProcessor, Reader
 from lora_cli.recipe import Data, Recipe
 
 LISTED = 6
+BATCH = 1000
+"""Rows that are counted at a time."""
 BEGINS_INSIDE = "dropped: an answer begins inside a token of the prompt"
 
 
@@ -166,11 +170,14 @@ def _count_labels(recipe: Recipe, row: Encoded, learned: NDArray, counts: Counts
         counts.ends.update(row.labels[last].tolist())
     elif task.counts_labels:
         counts.left_out[f"cut at {recipe.training.max_length} tokens"] += bool(row.uncut)
-        several = recipe.model.problem_type == "multi_label_classification"
-        if several:
-            counts.labels.update(np.flatnonzero(row.labels).tolist())
-        elif recipe.model.problem_type != "regression":
-            counts.labels.update(row.labels[learned].tolist())
+        counts.labels.update(_list_labels(recipe, row.labels))
+
+
+def _list_labels(recipe: Recipe, labels: NDArray) -> list[int]:
+    """Return the numbers of a row's labels, where a model tells labels apart."""
+    if recipe.model.problem_type == "multi_label_classification":
+        return np.flatnonzero(labels).tolist()
+    return [] if recipe.model.problem_type == "regression" else labels[labels != IGNORED].tolist()
 
 
 def _count_row(recipe: Recipe, row: Kept, learned: NDArray, counts: Counts) -> Kept:
@@ -179,6 +186,30 @@ def _count_row(recipe: Recipe, row: Kept, learned: NDArray, counts: Counts) -> K
     counts.tokens += sum(len(row.read(column)) for column in recipe.task_row.text_columns)
     counts.trained_tokens += int(learned.sum())
     return row
+
+
+def recount(counts: Counts, rows: Dataset, recipe: Recipe) -> Counts:
+    """Return the counts of some of the rows that `counts` are of: their tokens and labels; what was
+    read is that of all."""
+    tokens = trained = 0
+    labels = Counter[int]()
+    for batch in rows.with_format("arrow").iter(BATCH):
+        for column in recipe.task_row.text_columns:
+            texts = column in batch.column_names  # a picture counts as one
+            tokens += len(batch[column].combine_chunks().flatten()) if texts else len(batch)
+        learned = batch["labels"].combine_chunks().flatten().to_numpy()
+        trained += int((learned != IGNORED).sum())
+        if recipe.task_row.counts_labels:
+            each = batch["labels"].to_numpy(zero_copy_only=False)
+            labels.update(chain.from_iterable(_list_labels(recipe, one) for one in each))
+    return replace(
+        counts,
+        kept=len(rows),
+        tokens=tokens,
+        trained_tokens=trained,
+        left_out=Counter(counts.left_out),
+        labels=labels,
+    )
 
 
 def _fit_row(row: Kept, over: Limit, policy: str, counts: Counts) -> list[Kept]:

@@ -92,7 +92,12 @@ from lora_cli.models.processor import (
     load_recipe_reader,
     save_reader,
 )
-from lora_cli.models.record import RecordedRecipe, TrainingRecord, read_merged_recipe
+from lora_cli.models.record import (
+    RecordedKept,
+    RecordedRecipe,
+    TrainingRecord,
+    read_merged_recipe,
+)
 from lora_cli.models.tensors import Tensors, is_finite, split_rows
 from lora_cli.models.text_part import count_text_parameters
 from lora_cli.models.ties import find_shared
@@ -116,6 +121,7 @@ __all__ = [
     "TRAINED",
     "TRAINED_KL",
     "Tensors",
+    "RecordedKept",
     "RecordedRecipe",
     "TrainingRecord",
     "adapter_contents",

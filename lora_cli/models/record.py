@@ -117,11 +117,34 @@ class Reduction(stored.Stored):
     pieces: RecordedPieces
 
 
+class RecordedHoldout(stored.Stored):
+    """The rows that are held out of those that were read, to evaluate on."""
+
+    rows: stored.Count
+    fingerprint: str
+
+
+class RecordedKept(stored.Stored):
+    """Which step became the adapter, and what the evaluations said of it and of the last step."""
+
+    which: Literal["best", "last"]
+    step: stored.Count
+    metric: str
+    value: float | None = None
+    """None where that step was not evaluated."""
+    last_step: stored.Count
+    last_value: float | None = None
+    why: str = ""
+    """Why the run ended before its steps were done."""
+
+
 class RecordedResults(stored.Stored):
     """How a run ended."""
 
     steps: stored.Count
     train_loss: float | None = None
+    duration_s: float | None = None
+    """Of what this process trained, in seconds."""
 
 
 class RecordedParent(stored.Stored):
@@ -158,6 +181,8 @@ class TrainingRecord(provenance.Record):
     data: RecordedData | None = None
     """The rows the run trains on; None until they are prepared."""
     reduced: list[Reduction] = []
+    holdout: RecordedHoldout | None = None
+    kept: RecordedKept | None = None
     results: RecordedResults | None = None
     resumed: list[str] = []
     changed: list[str] = []

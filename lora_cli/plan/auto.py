@@ -276,9 +276,19 @@ def choose_workers(given: Situation) -> Chosen:
 
 def choose_evaluation(given: Situation) -> Chosen:
     """When the model is evaluated."""
-    if given.recipe.data.eval_path or given.recipe.data.eval_split:
+    if given.recipe.data.evaluates:
         return "epoch", "evaluation data given"
     return "no", "no evaluation data"
+
+
+def choose_kept(given: Situation) -> Chosen:
+    """Which step becomes the adapter."""
+    training = given.recipe.training
+    if training.eval_strategy == "no":
+        return "last", "no evaluations"
+    if training.collect_values().get("save_strategy") == "no":
+        return "last", "no checkpoint is to be saved"
+    return "best", "there are evaluations"
 
 
 CHOOSERS: dict[str, Callable[[Situation], Chosen]] = {
@@ -293,6 +303,7 @@ CHOOSERS: dict[str, Callable[[Situation], Chosen]] = {
     "training.use_liger_kernel": choose_liger,
     "training.dataloader_num_workers": choose_workers,
     "training.eval_strategy": choose_evaluation,
+    "training.keep": choose_kept,
 }
 """In this order, as later choices depend on earlier ones; those of the memory plan come last."""
 

@@ -232,11 +232,12 @@ def _check_output(recipe: Recipe) -> Iterator[Problem]:
 def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
     """Evaluating needs data to evaluate on, and telling the best model needs evaluations."""
     training = recipe.training
-    data = bool(recipe.data.eval_path or recipe.data.eval_split)
+    data = recipe.data.evaluates
     for key, asks in (
         ("eval_strategy", training.eval_strategy in ("steps", "epoch")),
         ("eval_on_start", _read(recipe, "eval_on_start") is True),
-        ("load_best_model_at_end", _read(recipe, "load_best_model_at_end") is True),
+        ("keep", training.keep == "best"),
+        ("early_stopping_patience", training.early_stopping_patience is not None),
         ("save_strategy", _read(recipe, "save_strategy") == "best"),
         ("lr_scheduler_type", training.lr_scheduler_type == "reduce_lr_on_plateau"),
         ("metric_for_best_model", _read(recipe, "metric_for_best_model") is not None),
@@ -244,7 +245,10 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
     ):
         place = recipe.where("training", key)
         if asks and not data:
-            yield f"{place} needs evaluation data", "set data.eval_path or data.eval_split"
+            yield (
+                f"{place} needs evaluation data",
+                "set data.eval_fraction, data.eval_path or data.eval_split",
+            )
         elif asks and training.eval_strategy == "no" and key != "eval_on_start":
             yield f"{place} needs evaluations", "training.eval_strategy: epoch"
 
@@ -252,13 +256,17 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
 def _check_best_model(recipe: Recipe) -> Iterator[Problem]:
     """Which of two models is the better one is told by one metric."""
     metric, greater = (_read(recipe, key) for key in ("metric_for_best_model", "greater_is_better"))
-    best = _read(recipe, "save_strategy") == "best" or _read(recipe, "load_best_model_at_end")
+    training = recipe.training
+    best = _read(recipe, "save_strategy") == "best" or training.keep != "last"
     name = str(metric or "loss").removeprefix("eval_")
     place = recipe.where("training", "greater_is_better")
     if greater and name in ("loss", "perplexity"):
         yield f"{place}: a model of a lower {name} is better", "remove it"
     elif greater is not None and metric is None and not best:
         yield f"{place} has no effect", "add training.metric_for_best_model, or remove it"
+    if training.early_stopping_threshold and training.early_stopping_patience is None:
+        place = recipe.where("training", "early_stopping_threshold")
+        yield f"{place} has no effect", "add training.early_stopping_patience, or remove it"
     if _read(recipe, "save_strategy") == "best" and metric is None:
         place = recipe.where("training", "save_strategy")
         yield f"{place} needs a metric", "add training.metric_for_best_model: loss"
@@ -280,6 +288,10 @@ def _read(recipe: Recipe, key: str) -> Any:
     return getattr(recipe.training, key) if key in recipe.training.model_fields_set else None
 
 
+EVALUATED = ("eval_path", "eval_split", "eval_fraction", "eval_rows")
+"""Keys of `data` that say what to evaluate on."""
+
+
 def _check_data(recipe: Recipe) -> Iterator[Problem]:
     """What is read is named once, and each column has one name."""
     data = recipe.data
@@ -289,6 +301,10 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
         yield from _check_mix(recipe)
     if data.streaming:
         yield from _check_streaming(recipe)
+    told = [key for key in EVALUATED if getattr(data, key) is not None]
+    if len(told) > 1 and told != ["eval_path", "eval_split"]:
+        place = recipe.where("data", told[-1])
+        yield f"{place} and data.{told[0]} exclude each other", "remove one of them"
     for columns in [data.columns, *(rows.columns for rows in data.mix or [])]:
         names = list(columns.values())
         if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -247,6 +247,12 @@ class Data(Section):
     """Files or data set to evaluate on; unset: `path`, where eval_split is given."""
     eval_split: str | None = None
     """The part to evaluate on (default `train` when eval_path is given)."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold about this share of the rows of path, or mix, out of training, and evaluate on them.
+    What a row says decides: equal rows are on one side, and each stays there when others are
+    added. Of a stream, rows are held out of the first 10,000."""
+    eval_rows: Annotated[int, Field(ge=1)] | None = None
+    """The same for a number of different rows; when others are added, some may change sides."""
     format: Auto | Format = "auto"
     """Shape of a row; `auto` goes by the columns: instruction/input/output, prompt/completion,
     OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels; also
@@ -292,6 +298,16 @@ class Data(Section):
     shuffle_buffer: Annotated[int, Field(ge=1)] = 10_000
     """With streaming: each row is drawn at random from this many that were read; 1 keeps their
     order."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out of those that are read, to evaluate on."""
+        return self.eval_fraction is not None or self.eval_rows is not None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return bool(self.eval_path or self.eval_split) or self.holds_out
 
 
 class TrainingFields(Section):
@@ -351,6 +367,14 @@ class TrainingFields(Section):
     chrF and exact matches; with seq2seq_lm."""
     eval_strategy: Auto | Literal["no", "steps", "epoch"] = "auto"
     """When to evaluate; `auto`: after each epoch when there is evaluation data."""
+    keep: Auto | Literal["best", "last"] = "auto"
+    """The step that becomes adapter/: the one that evaluated best, of which a checkpoint is saved,
+    or the last; `auto`: the best where there are evaluations. metric_for_best_model says by what,
+    the loss where it is not set."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row that were no better than the best before them."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """How much better an evaluation has to be to count as such."""
     logging_steps: Annotated[float, Field(gt=0)] = 10
     """Steps between two records in metrics.jsonl."""
     save_total_limit: Annotated[int, Field(ge=1)] | None = 2
@@ -375,6 +399,11 @@ class TrainingFields(Section):
     and continue from the last step."""
     save_only_model: bool = False
     """Save checkpoints without the optimiser's state: such a run cannot be resumed."""
+
+    @property
+    def tells_best(self) -> bool:
+        """Whether evaluations are compared with each other; settled."""
+        return self.keep == "best" or self.early_stopping_patience is not None
 
 
 JUDGED_LATE = {"lr_scheduler_type", "optim", "use_liger_kernel"}
@@ -417,6 +446,7 @@ NOT_IN_TRAINING = {
     "--trust-remote-code",
     "hub_token": "keep secrets out of recipes: set HF_TOKEN in the environment",
     "disable_tqdm": "lora draws its own progress line",
+    "load_best_model_at_end": "use training.keep: best",
     "do_train": "lora train always trains",
     "do_eval": "use training.eval_strategy",
     "do_predict": "use lora generate",
@@ -575,6 +605,11 @@ class Recipe(Section):
             for key in sorted(section.model_fields_set - (own.model_fields.keys() - JUDGED_LATE)):
                 if self.find_place(name, key):
                     yield name, key
+
+    def list_overridden(self) -> list[str]:
+        """Return the keys that were given by --set, as `section.key`."""
+        given = [keys for keys, place in self._places.items() if not place.line]
+        return [".".join(map(str, keys)) for keys in given]
 
     def list_untried(self) -> list[tuple[str, str]]:
         """Return the keys that the recipe sets and whose values only a training can judge."""

@@ -104,6 +104,9 @@ OURS = (
     "stop_on_loss_above",
     "on_oom",
     "generate_at_evaluation",
+    "keep",
+    "early_stopping_patience",
+    "early_stopping_threshold",
 )
 """Keys of `training` that lora acts on itself, beside COMPILING."""
 NEWER_NAMES = ("activation_checkpointing", "activation_checkpointing_kwargs")
@@ -126,6 +129,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     values["disable_tqdm"] = True
     if recipe.task_row.reads_pictures:  # a row's picture becomes what the model takes in a batch
         values["remove_unused_columns"] = False
+    _settle_best(recipe, values)
     for name in (*OURS, *COMPILING):
         values.pop(name, None)
     if values["packing"] == "step":  # our trainers take a step's sequences one at a time
@@ -149,6 +153,14 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     return _use_one_gpu(
         _build(recipe, "training", values, lambda given: config_class(recipe.output_dir, **given))
     )
+
+
+def _settle_best(recipe: Recipe, values: dict[str, Any]) -> None:
+    """Say in the arguments by what evaluations are compared, where they are."""
+    if recipe.training.tells_best:
+        values.setdefault("metric_for_best_model", "loss")
+    if str(values.get("metric_for_best_model")).endswith("perplexity"):
+        values.setdefault("greater_is_better", False)  # transformers' guess is by the name `loss`
 
 
 def _use_one_gpu(arguments: TrainingArguments) -> TrainingArguments:

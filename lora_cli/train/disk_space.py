@@ -58,6 +58,7 @@ def estimate_need(recipe: Recipe, trained: int, tokens: int, steps: int) -> Need
         saves = min(
             saves, training.save_total_limit + 1
         )  # the oldest goes after the newest is there
+    saves += training.keep == "best"  # which goes when there is a better one
     parent = 0 if recipe.model.adapter is None else adapter
     return Need(adapter, checkpoint, saves, parent)
 

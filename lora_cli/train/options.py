@@ -32,6 +32,12 @@ class RunOptions:
     """LoRA+'s arguments of PEFT's optimiser helper; empty for one learning rate."""
     dora_layers: Sequence[FactoredDora]
     """Layers whose norms are the same in all sequences of a step."""
+    keeps_best: bool = False
+    """Whether the step that evaluated best becomes the adapter."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row that were no better."""
+    least_gain: float = 0.0
+    """How much better an evaluation has to be for that."""
     scorer: Scorer | None = None
     """What computes the loss and the metrics of a task other than writing."""
     written_tokens: int = 0

@@ -17,6 +17,7 @@ from lora_cli.data import prepare
 from lora_cli.distributed import ranks
 from lora_cli.plan import memory
 from lora_cli.recipe import Recipe
+from lora_cli.train import outcome
 from lora_cli.train.run_folder import Run
 
 SPELLINGS = (
@@ -172,8 +173,8 @@ def train_through(
     recipe: Recipe,
     rows: prepare.Prepared,
     run: Run,
-) -> tuple[int, float, dict[str, float]]:
-    """Train from `checkpoint` to the end; returns the steps, their mean loss, and speed and memory.
+) -> outcome.Trained:
+    """Train from `checkpoint` to the end, and return how that was.
 
     Where memory runs out amid a step and `training.on_oom` is reduce, the last step is saved, and a
     trainer that `make()` gives goes on from it; otherwise that is a LoraError, by which several
@@ -183,11 +184,7 @@ def train_through(
         try:
             with trainer.signals.listen():
                 result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            return (
-                result.global_step,
-                result.metrics["train_loss"],
-                trainer.watch.measure_effort(trainer.state),
-            )
+            return outcome.describe_end(trainer, result.global_step, result.metrics["train_loss"])
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

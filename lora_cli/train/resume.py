@@ -23,6 +23,7 @@ from lora_cli.common import LoraError, files, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.train import checkpoints, random_state, saved_state, sharding, zero3
+from lora_cli.train.early_stopping import EarlyStopping
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import Watch
 from lora_cli.train.signals import Signals
@@ -68,6 +69,7 @@ class Resumable(TypedTrainer):
     def __init__(self, options: RunOptions, **given: Any) -> None:
         self.options = options
         self.signals = Signals()
+        self.stopping = EarlyStopping(options.patience, options.least_gain)
         self.boundary: dict[str, Any] | None = {} if options.reduce_on_oom else None
         """What `save_last_step` puts back; None where it is never called."""
         self._network = given["model"]
@@ -216,6 +218,13 @@ class Resumable(TypedTrainer):
                 "otherwise, and dropout draws other numbers"
             )
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_best and self.options.keeps_best:
+            self.state.best_global_step = self.state.global_step
+            self.control.should_save = True
+        return is_best
+
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         if ranks.is_first():
@@ -232,7 +241,7 @@ class Resumable(TypedTrainer):
     def _refuse_unusable(self, best: Path) -> None:
         found = checkpoints.read_checkpoint(best, self.options.run_id)
         if isinstance(found, checkpoints.Unusable):
-            option = "--allow-changes training.load_best_model_at_end"
+            option = "--set training.keep=last"
             raise LoraError(
                 f"the best model, {best}, cannot be loaded: {found.reason}",
                 f"--resume {option} takes the last one instead",
@@ -243,7 +252,7 @@ class Resumable(TypedTrainer):
         return float(self.state.epoch).is_integer()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.stopping.is_over:
             self.control.should_training_stop = True  # Trainer would train one more step
             return
         super()._run_epoch(*args, **kwargs)

@@ -51,6 +51,7 @@ from lora_cli.train import (
     checkpoints,
     disk_space,
     out_of_memory,
+    outcome,
     random_state,
     run_folder,
     setup,
@@ -78,6 +79,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
     with files.made_folder(folder), lock.hold_folder(folder):
         files.remove_leftovers(folder)
         settled_recipe = found.recipe.to_data()
+        allowed = run_folder.list_allowed(recipe, resume, allowed)
         draft = run_folder.draft_run(folder, settled_recipe, contents, resume, allowed)
         run = run_folder.begin_run(draft)
         with _record_ending(run):
@@ -109,6 +111,7 @@ def prepare(recipe: Recipe, resume: bool, allowed: Sequence[str], nodes: place.N
     processes = nodes.processes * nodes.machines
     found, contents = _settle(recipe, resume, processes)
     _say_settled(found, folder)
+    allowed = run_folder.list_allowed(recipe, resume, allowed)
     run = run_folder.draft_run(folder, found.recipe.to_data(), contents, resume, allowed)
     with translate_refusals(found.recipe.list_passed_on()):
         setup.prepare_inputs(found.recipe, found.base, found.parent, run)
@@ -225,22 +228,33 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
         translate_refusals(passed_on, lambda: trainer.watch.stepped),
         checkpoints.fetched(checkpoint, run.id) as begun,
     ):
-        steps, mean_loss, effort = out_of_memory.train_through(
-            trainer, make, begun, recipe, inputs.train_rows, run
-        )
+        trained = out_of_memory.train_through(trainer, make, begun, recipe, inputs.train_rows, run)
     chosen = trainer.args.load_best_model_at_end  # the first steps may have been the best
     _judge_untrained(adapted, trainer.watch.had_rate and not chosen)
     adapter = run.folder / "adapter"
-    run.add(
-        status="finished",
-        parameters=parameters,
-        results={"steps": steps, "train_loss": mean_loss} | effort,
-    )
+    seconds = _measure_duration(began)
+    run.add(status="finished", parameters=parameters, results=_list_results(trained, seconds))
+    if ranks.is_first():
+        _say_kept(run, trained)
     with disk_space.translate_full_disk(run.folder, inputs.disk):
         _save_once(adapted, inputs, adapter, run)
-    duration = _measure_duration(began)
-    ui.say(f"trained {steps} steps in {duration}, mean loss {mean_loss:.4f}; adapter in {adapter}")
+    said = f"trained {trained.steps} steps in {ui.format_duration(seconds)}"
+    ui.say(f"{said}, mean loss {trained.mean_loss:.4f}; adapter in {adapter}")
     return adapter
+
+
+def _list_results(trained: outcome.Trained, seconds: float) -> dict[str, Any]:
+    """Return what a run's record says of how it ended."""
+    results = {"steps": trained.steps, "train_loss": trained.mean_loss}
+    return results | {"duration_s": round(seconds, 3)} | trained.effort
+
+
+def _say_kept(run: Run, trained: outcome.Trained) -> None:
+    """Say, and note, which step becomes the adapter, where evaluations tell steps apart."""
+    kept = outcome.find_kept(run.folder, trained)
+    if kept is not None:
+        ui.say(*outcome.list_lines(kept))
+        run.add(kept=kept.to_data())
 
 
 def _count_parameters(adapted: PeftModel) -> dict[str, int]:
@@ -284,13 +298,13 @@ def _judge_untrained(adapted: PeftModel, learnt: bool) -> None:
     ui.warn(f"{len(untrained)} of {len(layers)} adapted modules were not trained ({kinds}): {why}")
 
 
-def _measure_duration(began: threads.Moment) -> str:
-    """Return in words how long it was since `began`; warn where other work made it longer."""
+def _measure_duration(began: threads.Moment) -> float:
+    """Return the seconds since `began`; warn where other work made them more."""
     ended = threads.look()
     slow = threads.explain_slowness(began, ended, torch.get_num_threads())
     if slow and not torch.cuda.is_available():
         ui.warn(slow)
-    return ui.format_duration(ended.clock - began.clock)
+    return ended.clock - began.clock
 
 
 def _say_packed(recipe: Recipe, trainer: Watched, train_rows: rows.Prepared) -> None:

@@ -23,7 +23,7 @@ from lora_cli.common import (
 )
 from lora_cli.models import PARENT_COPY, TrainingRecord
 from lora_cli.plan import auto, settled
-from lora_cli.recipe import strict_yaml
+from lora_cli.recipe import Recipe, strict_yaml
 
 EXTENDING = (
     "training.max_steps",
@@ -32,7 +32,9 @@ EXTENDING = (
     "training.eval_steps",
     "training.per_device_eval_batch_size",
     "training.dataloader_num_workers",
-    "training.load_best_model_at_end",
+    "training.keep",
+    "training.early_stopping_patience",
+    "training.early_stopping_threshold",
     "training.max_grad_norm",
     "data.eval_path",
     "data.eval_split",
@@ -109,6 +111,13 @@ class Run:
         """Put a choice in the place of an earlier one for its key, without writing the record."""
         others = [made.to_data() for made in self.record.choices if made.name != choice.name]
         self.add(choices=[*others, choice._asdict()])
+
+
+def list_allowed(recipe: Recipe, resume: bool, allowed: Sequence[str]) -> list[str]:
+    """Return the keys that a resumed run may change: those that are `allowed`, and what --set gives
+    of those that can be."""
+    given = recipe.list_overridden() if resume else []
+    return [*allowed, *(key for key in given if key in EXTENDING)]
 
 
 def begin_run(draft: Run) -> Run:
@@ -201,7 +210,7 @@ def _refuse_other_run(
     """Raise LoraError unless the run of the record `before` goes on with these changes, and the
     base and the adapter to train on that `contents` name."""
     extended = changes and all(change.key in EXTENDING for change in changes)
-    if before.status == "finished" and not (extended or allowed):
+    if before.status == "finished" and not (extended or (allowed and changes)):
         raise LoraError(
             f"the run in {folder} is finished", f"lora merge {quote(folder / 'adapter')} OUT"
         )
@@ -232,9 +241,32 @@ def _keep_from_before(record: TrainingRecord, changes: list[Change]) -> dict[str
     names = ("id", "started", "data", "choices", "reduced")
     kept = {name: before[name] for name in names if name in before}
     kept["resumed"] = [*record.resumed, provenance.now()]
+    _say_schedule(before["recipe"], changes)
     if changes:
         kept["changed"] = [*record.changed, *map(str, changes)]
     return kept
+
+
+ENDLESS = ("constant", "reduce_lr_on_plateau")
+WARMED_UP = ("constant_with_warmup", "inverse_sqrt")
+"""Schedules that do not depend on how many steps there are in all, but for their warm-up."""
+LENGTHS = ("training.max_steps", "training.num_train_epochs")
+
+
+def _say_schedule(recipe: dict[str, Any], changes: Sequence[Change]) -> None:
+    """Warn where a run of another number of steps is not what it would have been from the start:
+    its learning rates so far were those of the number before."""
+    lengths = [change for change in changes if change.key in LENGTHS]
+    training = recipe.get("training", {})
+    schedule, warmup = training.get("lr_scheduler_type"), training.get("warmup_steps", 0)
+    counted = warmup >= 1 or warmup == 0  # else it is a share of the steps
+    if not lengths or schedule in ENDLESS or (schedule in WARMED_UP and counted):
+        return
+    ui.warn(
+        f"{'; '.join(map(str, lengths))}: the steps so far had the learning rates of a {schedule} "
+        "schedule of the number before, and from here on they are those of the new one; the run is "
+        "not what it would have been from its first step"
+    )
 
 
 def _check_changes(folder: Path, changes: list[Change], allowed: Sequence[str]) -> None:

@@ -57,6 +57,24 @@ class ControlState(stored.Stored):
     attributes: Annotated[dict[str, Any], Field(max_length=0)] = {}
 
 
+class StoppingState(stored.Stored):
+    """How long evaluations have been no better, as transformers' EarlyStoppingCallback has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    args: dict[Literal["early_stopping_patience", "early_stopping_threshold"], Number | None] = {}
+    attributes: dict[Literal["early_stopping_patience_counter"], stored.Count] = {}
+
+
+class Callbacks(stored.Stored):
+    """What Trainer writes of callbacks that have a state."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    TrainerControl: ControlState = ControlState()
+    EarlyStopping: StoppingState = StoppingState()
+
+
 class SavedTrainerState(stored.Stored):
     """transformers' TrainerState as its file has it."""
 
@@ -79,7 +97,7 @@ class SavedTrainerState(stored.Stored):
     is_hyper_param_search: Literal[False] = False
     trial_name: None = None
     trial_params: None = None
-    stateful_callbacks: dict[Literal["TrainerControl"], ControlState] = {}
+    stateful_callbacks: Callbacks = Callbacks()
 
     @model_validator(mode="after")
     def _refuse_unknown(self) -> Self:

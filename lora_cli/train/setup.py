@@ -77,6 +77,8 @@ def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) 
     if ranks.is_first():
         disk_space.refuse_too_little(run.folder, disk)
     _refuse_other_rows(run, train_rows, reader)
+    if eval_rows and recipe.data.holds_out:
+        run.update(holdout={"rows": len(eval_rows.rows), "fingerprint": eval_rows.fingerprint})
     return Inputs(reader, new_ids, parent, train_rows, eval_rows, disk)
 
 
@@ -294,6 +296,8 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
     pieces = out_of_memory.read_pieces(recipe, run)
     arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
     arguments.save_total_limit = None  # Trainer would also delete checkpoints of other runs
+    # given to its constructor, it would ask for checkpoints at evaluations and at no other step
+    arguments.load_best_model_at_end = recipe.training.keep == "best"
     batches = dealing.spread(arguments, adapted, train_rows.stream is not None)
     if arguments.dataloader_pin_memory and not recipe.find_place("training", "accelerator_config"):
         arguments.accelerator_config.non_blocking = adapted.device.type == "cuda"
@@ -326,6 +330,9 @@ def make_options(
         work=count_work(recipe, adapted, train_rows),
         keep_checkpoints=training.save_total_limit,
         loss_limit=training.stop_on_loss_above,
+        keeps_best=training.keep == "best",
+        patience=training.early_stopping_patience,
+        least_gain=training.early_stopping_threshold,
         reduce_on_oom=training.on_oom == "reduce",
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),

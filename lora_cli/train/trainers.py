@@ -75,6 +75,8 @@ class Watched(Resumable):
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(self.watch)
+        if self.options.patience is not None:
+            self.add_callback(self.stopping)
         self.add_callback(Boundaries(self))
 
     def _install_loss_head(self) -> bool:

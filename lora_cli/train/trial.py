@@ -152,7 +152,7 @@ def _train_miniature(recipe: Recipe, folder: Path, metrics: Sequence[str]) -> No
     _refuse_upload(recipe, arguments)
     adapted = _build_miniature(recipe)
     tokenizer = _make_tokenizer()
-    evaluates = bool(recipe.data.eval_path or recipe.data.eval_split)
+    evaluates = recipe.data.evaluates
     trainer = find_trainer(recipe)(
         _make_options(recipe),
         model=adapted,

@@ -362,7 +362,7 @@ BAD: dict[str, Case] = {
     "recipe: no such compiler": with_(training="torch_compile: true, torch_compile_backend: inducto"),
     "recipe: no such way of compiling": with_(training="torch_compile_mode: max"),
     "recipe: evaluation without data": with_(training="eval_strategy: steps"),
-    "recipe: the best model without evaluation": with_(training="load_best_model_at_end: true"),
+    "recipe: the best model without evaluation": with_(training="keep: best"),
     "recipe: the best by a metric that there is not": with_(
         data="eval_path: rows.jsonl", training="metric_for_best_model: acuracy"),
     "recipe: the best is the worst": with_(

@@ -306,7 +306,7 @@ def of_two_chat_templates_one_is_chosen(place: Place) -> Made:
 def the_best_step_is_by_a_metric_there_is(place: Place) -> Made:
     text = (
         f"data: {{eval_path: {place.model.parent / 'eval.jsonl'}}}\n"
-        "training: {metric_for_best_model: accuracy, load_best_model_at_end: true, "
+        "training: {metric_for_best_model: accuracy, keep: best, "
         "eval_strategy: steps, eval_steps: 1, save_steps: 1}\n"
     )
     return ["check", place.write_recipe(text)], 2, ["training.metric_for_best_model"]

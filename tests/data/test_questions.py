@@ -463,8 +463,10 @@ def test_kept_rows_are_read_again_and_labels_looked_at(loaded: Loader, capfd) ->
     assert again.rows[:] == once.rows[:] and again.counts == once.counts
     assert "prepared before" in capfd.readouterr().err
     [entry] = cache.find_folder().iterdir()
-    encoder = load.make_encoder(loaded.settle(loaded.folder / "rows.jsonl"), loaded.tokenizer)
-    assert isinstance(encoder, QuestionEncoder) and cache.read(entry, encoder) is not None
+    recipe = loaded.settle(loaded.folder / "rows.jsonl")
+    encoder = load.make_encoder(recipe, loaded.tokenizer)
+    assert isinstance(encoder, QuestionEncoder)
+    assert cache.read(entry, encoder, recipe.data) is not None
     lengths = np.array([9, 9])
     ids = np.zeros(18, np.int32)
     good = np.array([5, 6, 0, 0])

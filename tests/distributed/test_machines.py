@@ -48,7 +48,7 @@ def test_machines_that_share_no_disk_go_on_as_one_run(
     tiny: Path, tmp_path: Path, strategy: str
 ) -> None:
     """One of them has the checkpoints: bit for bit as where both read them, the best model too."""
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    best = {"eval_strategy": "steps", "eval_steps": 2, "keep": "best"}
     adapters = {}
     for name, folders in (("shared", ("a", "a")), ("apart", ("b", "c"))):
         for folder in {tmp_path / each for each in folders}:

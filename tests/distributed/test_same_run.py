@@ -45,7 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "odd": PADDED | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
     "rows one by one": PADDED | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5},
     "LoRA+": STEP | {"loraplus_lr_ratio": 4},
-    "the best": STEP | {"save_strategy": "steps", "save_steps": 5, "load_best_model_at_end": True},
+    "the best": STEP | {"save_strategy": "steps", "save_steps": 5, "keep": "best"},
 }  # fmt: skip
 
 

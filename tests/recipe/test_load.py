@@ -259,7 +259,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "training: {eval_strategy: epoch}\n",
-            "r.yaml:3: training.eval_strategy needs evaluation data | set data.eval_path or data.eval_split",
+            "r.yaml:3: training.eval_strategy needs evaluation data | set data.eval_fraction, data.eval_path or data.eval_split",
         ),
         (
             MINIMAL + "training: {lr_scheduler_type: cosin}\n",

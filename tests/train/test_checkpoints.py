@@ -274,10 +274,12 @@ def test_a_changed_recipe_is_refused_unless_it_may_change(
     path = write_recipe(STEPS)
     train.train(load.load_recipe(path))
     longer = ["training.max_steps=6"]
+    edited = path.with_name("edited.yaml")
+    edited.write_text(path.read_text().replace("max_steps: 4", "max_steps: 6"))
     with pytest.raises(
         LoraError, match=r"differs from the run in .*: training.max_steps 4 -> 6"
     ) as caught:
-        train.train(load.load_recipe(path, longer), resume=True)
+        train.train(load.load_recipe(edited), resume=True)
     assert caught.value.hint == "undo the change, or allow it: --allow-changes training.max_steps"
     with pytest.raises(LoraError, match="lora.r: a resumed run cannot change it"):
         train.train(load.load_recipe(path, ["lora.r=4"]), resume=True, allowed=["lora.r"])
@@ -288,8 +290,9 @@ def test_a_changed_recipe_is_refused_unless_it_may_change(
             allowed=["training.max_steps"],
         )
     capsys.readouterr()
-    train.train(load.load_recipe(path, longer), resume=True, allowed=["training.max_steps"])
+    train.train(load.load_recipe(path, longer), resume=True)
     assert "resuming from" in (said := capsys.readouterr().err) and "checkpoint-4" in said
+    assert "had the learning rates of a cosine schedule of the number before" in said
     run = tmp_path / "run"
     written = json.loads((run / "record.json").read_text())
     assert (written["results"]["steps"], written["changed"]) == (6, ["training.max_steps 4 -> 6"])
@@ -398,7 +401,7 @@ def test_the_best_model_is_kept_and_is_the_result_of_a_resumed_run_too(
     text = (
         f"data: {{max_rows: 16, eval_path: {tiny / 'eval.jsonl'}, eval_split: 'train[:8]'}}\n"
         "training: {max_steps: 4, save_strategy: steps, save_steps: 1, eval_strategy: steps, eval_steps: 1, "
-        "load_best_model_at_end: true, save_total_limit: 1}\n"
+        "keep: best, save_total_limit: 1}\n"
     )
     evaluate = objectives.WatchedSFTTrainer.evaluate
 

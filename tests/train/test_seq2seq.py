@@ -187,7 +187,7 @@ def test_it_learns_to_write_and_is_scored_by_what_it_writes(repeater: Path, tmp_
         "training.max_steps=120", "training.per_device_train_batch_size=16", "lora.r=8",
         "training.eval_strategy=steps", "training.eval_steps=60", "training.eval_on_start=true",
         "training.generate_at_evaluation=true", "training.metric_for_best_model=exact",
-        "training.load_best_model_at_end=true", "training.save_steps=60",
+        "training.keep=best", "training.save_steps=60",
     )  # fmt: skip
     found = [each for each in read_metrics(adapter) if "eval_loss" in each]
     assert found[0]["eval_exact"] < 0.2  # some read the same backwards

@@ -49,7 +49,7 @@ REFUSED = {
 }  # fmt: skip
 """What is added to `training`, and what of the message and of the hint it gets."""
 ACCEPTED = (
-    "metric_for_best_model: loss, load_best_model_at_end: true, save_strategy: epoch",
+    "metric_for_best_model: loss, keep: best, save_strategy: epoch",
     "metric_for_best_model: eval_perplexity, greater_is_better: false, save_strategy: best",
     "optim: sgd, optim_args: 'momentum=0.9', loraplus_lr_ratio: 16",
     "optim: adamw_bnb_8bit, optim_target_modules: [c_attn]",
