@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from lora_cli import cli
 from lora_cli.recipe import schema
+from tests.report import written
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_cli"
@@ -36,6 +37,7 @@ ORDER = [
     {"gguf", "onnx_export"},
     {"train"},
     {"evaluate"},
+    {"report"},
     {"doctor"},
     {"cli"},
 ]
@@ -203,7 +205,7 @@ def test_no_function_is_over_forty_lines() -> None:
 
 SHOWN_COMMAND = re.compile(
     r"(?:\b(?:rm|ls|sed|jq|kill|gzip|mkdir|cp|mv|chmod|pip install|vllm serve|ollama create|llama-server"
-    r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|recipes|schema))"
+    r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|runs|report|recipes|schema))"
     r"|(?:^|, |: )(?:head|cat|less)|(?<![\w-])--(?:set|base|prompt|file|imatrix|llama-cpp)| >)"
     r"(?: [^,;:()⟦\n]*| ?[\w.]*=)?⟦([^⟧]*)⟧(?!:| does not exist)"
 )
@@ -303,6 +305,15 @@ def test_a_missing_file_of_rows_is_answered_without_torch(tmp_path: Path) -> Non
         "data.path=FILE\n"
     )
     assert not modules & (HEAVY - {"numpy"})  # the rows are shuffled by numpy
+
+
+@pytest.mark.parametrize("verb", ["runs", "report"])
+def test_runs_are_looked_at_without_torch(verb: str, tmp_path: Path) -> None:
+    run = written.write_run(tmp_path / "run")
+    status, modules, _ = modules_after([verb, str(run)])
+    assert status == 0
+    assert ("jinja2" in modules) == (verb == "report")
+    assert not modules & HEAVY
 
 
 def test_typer_is_refused_where_it_has_no_usage_error() -> None:

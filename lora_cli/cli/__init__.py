@@ -20,6 +20,7 @@ from lora_cli.cli import (
     gguf_verbs,
     help_verbs,
     onnx_verbs,
+    report_verbs,
     training_verbs,
 )
 from lora_cli.common import (
@@ -45,6 +46,7 @@ for group in (
     gguf_verbs,
     onnx_verbs,
     answer_verbs,
+    report_verbs,
     help_verbs,
 ):
     app.add_typer(group.verbs)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -63,9 +66,23 @@ def train(
                 words = [*sys.argv[1:], "--resume"]
             return
         with ranks.joined(own):
-            adapter = run.train(loaded, resume, allowed or [])
+            with _reported(Path(loaded.output_dir)):
+                adapter = run.train(loaded, resume, allowed or [])
             if ranks.is_first():
                 ui.report_path(adapter)
+
+
+@contextmanager
+def _reported(folder: Path) -> Iterator[None]:
+    """Write the report of the run in the block when that ends, well or not."""
+    from lora_cli.report import history, report
+
+    before = history.stamp(folder)
+    try:
+        yield
+    finally:
+        if ranks.is_first():
+            report.write_after(folder, before)
 
 
 def _parse_nproc(text: str) -> int | None:

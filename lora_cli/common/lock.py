@@ -51,6 +51,21 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def find_owner(folder: Path) -> str | None:
+    """Return who owns a run's folder, such as `process 12 on host`; None where nobody does.
+
+    LoraError where this user may not know.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    with _try(path, folder) as mine:
+        if mine:
+            return None
+    host, process = _read_owner(path)
+    return f"process {process} on {host}" if process else None
+
+
 @contextmanager
 def hold(*targets: Path) -> Iterator[None]:
     """Be the only one who makes these files or folders, in folders that exist, inside the block.

@@ -22,6 +22,9 @@ RUN_RECORD = "record.json"
 ARTEFACT_RECORD = "lora_record.json"
 RESOLVED_RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+EVALUATIONS = "evaluations"
+REPORT, REPORT_NUMBERS = "report.html", "report.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 

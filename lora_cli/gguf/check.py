@@ -90,3 +90,9 @@ class Checker:
         if cost := self._base.get(name):
             said += f" (the base as {name}: mean KL {cost.mean_kl:.1e}, top-1 {cost.top1:.1%})"
         return said
+
+    def list_figures(self, name: str) -> dict[str, dict[str, float] | None]:
+        """Return the figures of a checked file of type `name`: its `likeness` to the model, and
+        that of the base's to the base, None where that was not measured."""
+        cost = self._base.get(name)
+        return {"likeness": self._likeness[name]._asdict(), "base": cost and cost._asdict()}

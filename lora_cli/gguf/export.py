@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -203,10 +203,11 @@ def _make_each(
         checker = _make_checker(merged, exact, targets, means, base)
     for name, target in targets.items():
         made, digests = _make(name, means.scratch / target.name, exact, merged, means)
-        report = parity.NO_ENGINE
+        report, figures = parity.NO_ENGINE, None
         if checker and exact:
             report = checker.check(made, name, digests, exact.file)
-        record = _write_record(made, name, report, merged, means)
+            figures = checker.list_figures(name)
+        record = _write_record(made, _describe(name, report, figures, means), merged)
         files.move_together({made: target, record: target.with_name(f"{target.name}.json")})
         if exact and made == exact.file:
             exact = exact._replace(file=target)
@@ -261,18 +262,24 @@ def _make(
     return file, quantize.quantize(exact.file, file, name, exact.matrix)
 
 
-def _write_record(made: Path, name: str, report: str, merged: Path, means: Means) -> Path:
+def _describe(
+    name: str, report: str, figures: dict[str, Any] | None, means: Means
+) -> dict[str, Any]:
+    """Return what a file's record says of its type, and of how it was checked."""
+    return {
+        "type": name,
+        "llama_cpp": VERSION,
+        "imatrix": means.weighted,
+        "checked": report,
+        "figures": figures,
+    }
+
+
+def _write_record(made: Path, described: dict[str, Any], merged: Path) -> Path:
     """Write beside a file what it is, how it was checked, and the record of the model it was made
     from."""
     record = _read_record(merged)
-    contents = provenance.new_record(
-        "export-gguf",
-        type=name,
-        llama_cpp=VERSION,
-        imatrix=means.weighted,
-        checked=report,
-        parent=record and record.to_data(),
-    )
+    contents = provenance.new_record("export-gguf", **described, parent=record and record.to_data())
     file = made.with_name(f"{made.name}.json")
     files.write_json(file, contents)
     return file

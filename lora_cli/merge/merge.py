@@ -75,11 +75,13 @@ class MergeRecord(provenance.Record):
 class Checked(NamedTuple):
     """How a merged model was checked. `exact`: the distance of its logits from those of base with
     adapter before the weights were rounded, both in float32, and `rounded` after, None where it was
-    not measured; `weights`: the files against the adapter merged again."""
+    not measured; `weights`: the files against the adapter merged again; `trained`: base with
+    adapter against the end of training, None for an adapter that was saved without its logits."""
 
     exact: Difference | None
     weights: str
     rounded: Difference | None
+    trained: str | None = None
 
 
 def merge_adapter(
@@ -108,9 +110,9 @@ def merge_adapter(
         probes = _make_probes(adapter, reader)
         dtype = adapter.base.dtype
         expected = way.compute_expected(probes) if check else None
-        exact = None
+        exact = trained = None
         if expected is not None:
-            check_against_training(adapter, way, probes, expected, original)
+            trained = check_against_training(adapter, way, probes, expected, original)
             exact = _check_exact(adapter, way, probes, expected)
         modules = way.write(staging, dtype, [reader.eos_token_id, *adapter.stop_token_ids])
         output.begin_where_trained(adapter, reader, staging)
@@ -119,7 +121,7 @@ def merge_adapter(
         if check:
             weights = _check_files(way, adapter, staging, original)
             rounded = _check_rounded(adapter, way, probes, expected, staging)
-            checked = Checked(exact, weights, rounded)
+            checked = Checked(exact, weights, rounded, trained)
         add_reader_and_record(adapter, reader, staging, original, checked)
     return Merged(modules, dtype, checked)
 
@@ -208,6 +210,7 @@ def add_reader_and_record(
         "before_rounding": checked.exact and checked.exact._asdict(),
         "weights": checked.weights,
         "rounded": checked.rounded and checked.rounded._asdict(),
+        "trained": checked.trained,
     }
     save_reader(reader, folder, adapter.base.name, adapter.base.revision)
     record = MergeRecord.model_validate(
@@ -250,17 +253,18 @@ def check_against_training(
     probes: Sequence[Probe],
     expected: Sequence[torch.Tensor],
     original: bool,
-) -> None:
-    """Check that base with adapter is the function that training left, and say so.
+) -> str | None:
+    """Check that base with adapter is the function that training left, and say so; return how far
+    it lies from it in words, None where that is not known.
 
     For an adapter trained on 4-bit weights, also say how far off the original weights are.
     """
     other = way.compute_on_other_weights(probes) if adapter.quantization else expected
     if adapter.replaced:
         _say_replaced(adapter, probes, expected)
-        return
+        return None
     if other is None:
-        return
+        return None
     trained = other if original else expected
     kept = check_trained(
         adapter.folder,
@@ -276,6 +280,7 @@ def check_against_training(
         into = "original weights, as asked" if original else "dequantised weights"
         which = "they lie" if original else "the original ones would lie"
         ui.say(f"  merged into the {into}; {which} this far from what was trained: {apart}")
+    return kept
 
 
 def _compute_rough(adapter: Adapter, probes: Sequence[Probe]) -> list[torch.Tensor] | None:

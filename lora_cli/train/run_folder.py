@@ -177,7 +177,8 @@ def _is_chosen_anew(change: Change, contents: dict[str, Any]) -> bool:
 
 def _clear_failed(folder: Path) -> None:
     """Remove the record of a run that failed before it saved anything."""
-    for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS):
+    report = (provenance.REPORT, provenance.REPORT_NUMBERS)
+    for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, *report):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / PARENT_COPY, ignore_errors=True)
 
@@ -196,7 +197,7 @@ def _refuse_begun(folder: Path) -> None:
 def _saved_nothing(folder: Path) -> bool:
     """Return whether the folder holds only what a run writes before its first checkpoint."""
     early = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
-    early.add(PARENT_COPY)
+    early |= {PARENT_COPY, provenance.REPORT, provenance.REPORT_NUMBERS}
     return {path.name for path in folder.iterdir()} <= early
 
 
