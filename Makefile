@@ -1,6 +1,6 @@
 # make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
 # make test   sets everything up, and passes the tests
-# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once, and fetches a real model and DeepSpeed
+# make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once, and Chromium, to look at reports; fetches a real model and DeepSpeed
 # make test-lesser-cpu   passes them as a processor without AVX-512 would, and as one without AVX
 PYTHON ?= python3
 VENV ?= .venv

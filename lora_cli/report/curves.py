@@ -55,8 +55,9 @@ def thin(series: Series, buckets: int = BUCKETS) -> list[list[Point]]:
     for end in range(1, len(places) + 1):
         if end == len(places) or places[end] != places[start]:
             kept, broken = _keep_extremes(series.values[start:end])
-            steps += [series.steps[start + at] for at in kept]
-            values += [series.values[start + at] for at in kept]
+            for at in kept:
+                steps += [series.steps[start + at]] * (1 + broken)
+                values += [None] * broken + [series.values[start + at]]
             if broken:
                 steps.append(series.steps[end - 1])
                 values.append(None)

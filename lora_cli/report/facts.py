@@ -9,7 +9,7 @@ from datetime import UTC
 from typing import Any
 
 from lora_cli import __version__
-from lora_cli.common import privacy, provenance
+from lora_cli.common import escape, privacy, provenance
 from lora_cli.report import answers, differences, outcome, verdict
 from lora_cli.report.history import Evaluation, History, Made, describe_path, write_command
 from lora_cli.report.metrics import Metrics
@@ -41,7 +41,7 @@ def gather(runs: Sequence[History]) -> dict[str, Any]:
         "differences": differences.compare([run.record for run in runs]) if len(runs) > 1 else [],
     }
     made: dict[str, Any] = privacy.make_portable(found)
-    return made
+    return privacy.map_texts(made, lambda text: escape(text, "\n\t"))
 
 
 def gather_run(run: History) -> dict[str, Any]:

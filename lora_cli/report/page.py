@@ -31,7 +31,7 @@ def render(runs: Sequence[History], said: Mapping[str, Any]) -> str:
     environment.filters |= {"exact": json.dumps, "shown": show_number}
     page = environment.get_template("page.html")
     drawn = [draw_run(run, of_run) for run, of_run in zip(runs, said["runs"], strict=True)]
-    compared = draw_together(runs) if len(runs) > 1 else []
+    compared = draw_together(runs, [each["name"] for each in said["runs"]]) if len(runs) > 1 else []
     return page.render(**said, drawn=drawn, compared=compared, colours=COLOURS)
 
 
@@ -86,7 +86,7 @@ def describe(curve: Mapping[str, Any]) -> str:
     )
 
 
-def draw_together(runs: Sequence[History]) -> list[charts.Chart]:
+def draw_together(runs: Sequence[History], names: Sequence[str]) -> list[charts.Chart]:
     """Return the charts in which runs are compared: training loss and evaluation loss."""
     found = []
     for name, (title, unit) in list(facts.CURVES.items())[:2]:
@@ -95,7 +95,7 @@ def draw_together(runs: Sequence[History]) -> list[charts.Chart]:
             series = run.metrics.get(name)
             smoothed = curves.smooth(series)[0] if name == "loss" else Series()
             drawn = smoothed if smoothed.steps else series
-            lines.append(charts.Line(run.name, drawn, f"s{at + 1}", dots=name != "loss"))
+            lines.append(charts.Line(names[at], drawn, f"s{at + 1}", dots=name != "loss"))
         ends = [(line.label, line.series.finite()) for line in lines]
         said = "; ".join(f"{label} ends at {show_number(end[-1][1])}" for label, end in ends if end)
         chart = charts.lay_out(title, unit, f"{said}.", lines)

@@ -96,6 +96,18 @@ def test_the_gguf_files_answer_in_llama_cpp(runs, lora, method: str) -> None:
             assert answer.startswith(wanted)
         record = json.loads(file.with_name(f"{file.name}.json").read_text())
         assert record["parent"]["parent"]["recipe"]["method"] == method
+        likeness = record["figures"]["likeness"]
+        said = f"mean KL {likeness['mean_kl']:.1e}, top-1 {likeness['top1']:.1%}"
+        assert f"in llama.cpp: {said}, perplexity" in record["checked"]
+        assert (record["figures"]["base"] is None) == ("f16" in file.name)
+    assert "mean KL" in record["parent"]["checked"]["trained"]
+    done = lora("report", run, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    [reported] = json.loads((run / "report.json").read_text())["runs"]
+    parity = {each["name"]: each["figures"] for each in reported["parity"]}
+    assert parity.keys() == {"merged", *(file.name for file in files)}
+    assert parity[file.name][0]["mean_kl"] == likeness["mean_kl"]
+    assert len(parity["merged"]) == 1  # of a float32 base nothing is rounded
 
 
 def test_an_adapter_is_exported_by_merging_it_on_the_way(runs, lora, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_the_record_tells_what_is_exact_from_what_is_rounded(deep: Path, right: 
     assert right.rounded is not None
     assert record["before_rounding"] == right.exact._asdict()
     assert record["rounded"] == right.rounded._asdict()
+    assert record["trained"] == right.trained
     assert record["weights"] == f"merged again: {right.weights.partition(': ')[2]}"
     assert 0 < right.exact.max_abs < 1e-3 * right.rounded.max_abs, "bfloat16 has 16 bits fewer"
     # PEFT and transformers alone come to the same distance, over all positions of longer probes
