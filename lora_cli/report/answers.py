@@ -15,6 +15,8 @@ LONGEST = 1500
 """Characters of a text that are shown."""
 MOST_PROMPTS, MOST_ROWS = 6, 6
 """Sample prompts and rows of an evaluation that are shown."""
+JUDGES = ("exact", "normalised", "numeric", "json_equal")
+"""The metrics that call an answer right or wrong; the first that was counted is shown."""
 MOST_COMPARED = 20_000
 """Rows of an evaluation among which those are looked for that differ."""
 
@@ -38,8 +40,8 @@ class Row:
     prompt: str
     expected: str | None
     answers: dict[str, str] = field(default_factory=dict)
-    right: dict[str, bool] = field(default_factory=dict)
-    """Whether an answer is exactly what is right, where that was scored."""
+    marks: dict[str, str] = field(default_factory=dict)
+    """Whether an answer is right, such as `exact: wrong`, where that was scored."""
 
     @property
     def differs(self) -> bool:
@@ -72,7 +74,9 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
         said = _parse_answer(line)
         if said is None:
             unreadable += 1
-        elif said["row"] in digests or len(digests) < MOST_COMPARED:
+        elif said["answer"] is not None and (
+            said["row"] in digests or len(digests) < MOST_COMPARED
+        ):
             digest = hashlib.blake2b(said["answer"].encode("utf-8", "replace"), digest_size=8)
             digests.setdefault(said["row"], {})[said["model"]] = digest.digest()
     ordered = sorted(digests, key=lambda row: (len(set(digests[row].values())) < 2, row))
@@ -93,20 +97,22 @@ def _collect(path: Path, wanted: Mapping[int, None]) -> dict[int, Row]:
         right = show(expected) if isinstance(expected, str) else None
         row = rows.setdefault(said["row"], Row(said["row"], place, prompt, right))
         label = show(said["model"])
-        row.answers[label] = show(said["answer"])
+        row.answers[label] = "(none)" if said["answer"] is None else show(said["answer"])
         scores = said.get("scores")
-        exact = scores.get("exact") if isinstance(scores, dict) else None
-        if isinstance(exact, (int, float)):
-            row.right[label] = exact == 1
+        for name in reversed(JUDGES):
+            if isinstance(scores, dict) and isinstance(scores.get(name), (int, float)):
+                row.marks[label] = f"{name}: {'right' if scores[name] == 1 else 'wrong'}"
     return rows
 
 
 def _parse_answer(line: bytes) -> dict[str, Any] | None:
-    """Return a line of answers.jsonl, None for one that is none."""
+    """Return a line of answers.jsonl, whose `answer` is None where there is none; None for a line
+    that is none."""
     said = parse_object(line)
     if said is None or type(said.get("row")) is not int:
         return None
-    texts = all(isinstance(said.get(name), str) for name in ("model", "answer"))
+    answer = said.setdefault("answer", None)
+    texts = isinstance(said.get("model"), str) and (answer is None or isinstance(answer, str))
     return said if texts else None
 
 

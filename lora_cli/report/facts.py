@@ -202,12 +202,15 @@ def _gather_scores(name: str, evaluation: Evaluation) -> dict[str, Any]:
     """Return what an evaluation on held-out rows measured of each model."""
     models = []
     for model in evaluation.models:
-        given = model.get("metrics")
-        metrics = {
-            answers.show(metric): value
-            for metric in (given if isinstance(given, dict) else {})
-            if (value := outcome.find_value(model, metric))
-        }
+        differences = {"metrics": model.get("differences")}
+        metrics, apart = (
+            {
+                answers.show(metric): value
+                for metric in outcome.list_metrics(each)
+                if (value := outcome.find_value(each, metric))
+            }
+            for each in (model, differences)
+        )
         forgetting = model.get("forgetting")
         forgetting = forgetting if isinstance(forgetting, dict) else {}
         models.append(
@@ -215,6 +218,11 @@ def _gather_scores(name: str, evaluation: Evaluation) -> dict[str, Any]:
                 "label": answers.show(str(model.get("label") or model.get("kind") or "model")),
                 "kind": answers.show(str(model.get("kind") or "")),
                 "metrics": metrics,
+                "differences": {
+                    name: {key: value[key] for key in ("value", "low", "high") if key in value}
+                    for name, value in apart.items()
+                    if name in metrics
+                },
                 "forgetting": {
                     key: count
                     for key in ("loss", "tokens")
@@ -225,6 +233,7 @@ def _gather_scores(name: str, evaluation: Evaluation) -> dict[str, Any]:
     data = evaluation.data
     said: dict[str, Any] = {"name": answers.show(name), "started": answers.show(evaluation.started)}
     said |= {"data": answers.show(str(data.get("name") or "")), "models": models}
+    said |= {"against": answers.show(str(evaluation.to_data().get("against") or "the first"))}
     said |= {"sha256": answers.show(str(data.get("sha256") or ""))}
     counts = {"rows": data.get("rows"), "differing": evaluation.differing}
     return said | {key: value for key, value in counts.items() if number(value) is not None}

@@ -100,13 +100,29 @@ def find_pair(run: History) -> list[dict[str, Any] | None]:
     return [found.find_kind(kind) if found else None for kind in ("base", "adapter")]
 
 
+def list_metrics(model: Mapping[str, Any] | None) -> list[str]:
+    """Return the names of what was measured of an evaluated model."""
+    metrics = (model or {}).get("metrics")
+    return list(metrics) if isinstance(metrics, dict) else []
+
+
+def find_difference(run: History, metric: str) -> dict[str, float] | None:
+    """Return by how much a metric of the adapter is larger than the base's on the same rows, with
+    its interval; None where the newest evaluation did not compare the two."""
+    found, (base, adapter) = find_scores(run), find_pair(run)
+    if found is None or base is None or found.to_data().get("against") != base.get("label"):
+        return None
+    return find_value({"metrics": (adapter or {}).get("differences")}, metric)
+
+
 def find_value(model: Mapping[str, Any] | None, metric: str) -> dict[str, float] | None:
-    """Return a metric of an evaluated model: `value`, and `low`, `high` and `count` where they are
-    known."""
-    given = ((model or {}).get("metrics") or {}).get(metric)
+    """Return a metric of an evaluated model: `value`, and where they are known its interval `low`
+    to `high`, and how many rows (`count`) and `tokens` it is of."""
+    metrics = (model or {}).get("metrics")
+    given = metrics.get(metric) if isinstance(metrics, dict) else None
     if not isinstance(given, dict) or number(given.get("value")) is None:
         return None
-    names = ("value", "low", "high", "count")
+    names = ("value", "low", "high", "count", "tokens")
     return {name: found for name in names if (found := number(given.get(name))) is not None}
 
 

@@ -119,7 +119,7 @@ def _judge_scores(run: History) -> Iterator[Sentence]:
     base, adapter = outcome.find_pair(run)
     pairs = [
         (name, before, after)
-        for name in ((adapter or {}).get("metrics") or {})
+        for name in outcome.list_metrics(adapter)
         if (before := outcome.find_value(base, name))
         and (after := outcome.find_value(adapter, name))
     ]
@@ -129,21 +129,32 @@ def _judge_scores(run: History) -> Iterator[Sentence]:
         yield Sentence("open", text, command)
         return
     for name, before, after in sorted(pairs, key=lambda each: each[0] not in ("exact", "loss"))[:2]:
-        yield _compare_scores(name, before, after)
+        yield _compare_scores(name, before, after, outcome.find_difference(run, name))
 
 
-def _compare_scores(name: str, before: dict[str, float], after: dict[str, float]) -> Sentence:
-    """Say how a metric of the base became the adapter's."""
+def _compare_scores(
+    name: str,
+    before: dict[str, float],
+    after: dict[str, float],
+    difference: dict[str, float] | None,
+) -> Sentence:
+    """Say how a metric of the base became the adapter's; `difference`: that of the same rows."""
     change = after["value"] - before["value"]
     better = -change if outcome.is_better_less(name) else change
-    counted = "count" in after and not outcome.is_better_less(name)
-    rows = f" of {int(after['count']):,} held-out rows" if counted else " on held-out rows"
+    rows = f" of {int(after['count']):,} held-out rows" if "count" in after else ""
     said = f"{name}{rows}: {before['value']:.4g} before, {after['value']:.4g} after"
-    if {"low", "high"} <= before.keys() & after.keys():
-        apart = after["low"] > before["high"] or after["high"] < before["low"]
-        said += "; the intervals do not overlap" if apart else "; the intervals overlap"
-        if not apart:
-            return Sentence("look", f"No clear difference in {said}.")
+    clear = None
+    if difference and {"low", "high"} <= difference.keys():
+        low, high = difference["low"], difference["high"]
+        clear, said = (
+            not low <= 0 <= high,
+            f"{said}; the difference lies in {low:.4g} to {high:.4g}",
+        )
+    elif {"low", "high"} <= before.keys() & after.keys():
+        clear = after["low"] > before["high"] or after["high"] < before["low"]
+        said += f"; the intervals {'do not overlap' if clear else 'overlap'}"
+    if clear is False:
+        return Sentence("look", f"No clear difference in {said}.")
     word = "Better" if better > 0 else "Worse" if better < 0 else "The same"
     return Sentence("yes" if better > 0 else "look", f"{word} in {said}.")
 

@@ -179,6 +179,15 @@ def test_rows_that_differ_come_first_and_whole_answers_are_compared(tmp_path: Pa
     assert len(rows) == answers.MOST_ROWS
 
 
+def test_rows_without_an_answer_are_no_damage(tmp_path: Path) -> None:
+    line = {"place": "f", "model": "m", "prompt": None, "expected": None, "scores": {}}
+    lines = [line | {"row": 1, "answer": None}, line | {"row": 2, "answer": "x"}]
+    lines.append(line | {"row": 2, "model": "n", "answer": None})
+    rows, unreadable = answers.read_rows(written.write_lines(tmp_path / "a.jsonl", *lines))
+    assert [(row.row, row.answers) for row in rows] == [(2, {"m": "x", "n": "(none)"})]
+    assert unreadable == 0
+
+
 def test_a_strangers_text_is_cut_and_what_hides_is_written_out() -> None:
     assert answers.show("a\x1b[31mb\u202ec\td\ne\x07") == "a\\x1b[31mb\\u202ec\td\ne\\x07"
     shown = answers.show("é" * 1_000_000)

@@ -78,14 +78,26 @@ def test_by_a_metric_of_which_more_is_better(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_before_and_after(before: float, after: float, said: str, tmp_path: Path) -> None:
     run = written.write_run(tmp_path / "run")
-    written.write_evaluation(run, exact=(before, after))
+    written.write_evaluation(run, exact=(before, after), paired=False)
     found = judge(run)
     assert said in found
-    assert "yes: Better in loss on held-out rows: 2.5 before, 0.875 after." in found
+    assert "yes: Better in loss of 200 held-out rows: 2.5 before, 0.875 after." in found
     assert (
         "yes: It has forgotten little or nothing: loss on general text: 3.2500 before, 3.3125 after."
         in found
     )
+
+
+def test_the_difference_on_the_same_rows_counts_more_than_two_intervals(tmp_path: Path) -> None:
+    run = written.write_run(tmp_path / "run")
+    written.write_evaluation(run, exact=(0.60, 0.62))
+    start = (
+        "yes: Better in exact of 200 held-out rows: 0.6 before, 0.62 after; the difference lies in"
+    )
+    assert f"{start} 0.005 to 0.035." in judge(run)
+    written.write_evaluation(run, exact=(0.60, 0.61))
+    start = "look: No clear difference in exact of 200 held-out rows: 0.6 before, 0.61 after; the"
+    assert f"{start} difference lies in -0.005 to 0.025." in judge(run)
 
 
 def test_what_has_been_forgotten_is_pointed_at(tmp_path: Path) -> None:

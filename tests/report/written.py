@@ -116,15 +116,21 @@ def write_samples(folder: Path, *answers: tuple[int, str, str]) -> None:
 
 
 def write_evaluation(
-    folder: Path, name: str = "eval", exact: tuple[float, float] = (0.03, 0.61), rows: int = 4
+    folder: Path,
+    name: str = "eval",
+    exact: tuple[float, float] = (0.03, 0.61),
+    rows: int = 4,
+    paired: bool = True,
 ) -> Path:
     """What `lora evaluate` leaves of base and adapter, whose exact matches are given."""
     models = []
     for kind, share, loss, general in zip(("base", "adapter"), exact, (2.5, 0.875), (3.25, 3.3125)):
         metrics = {
             "exact": {"value": share, "low": share - 0.02, "high": share + 0.02, "count": 200},
-            "loss": {"value": loss, "low": None, "high": None, "count": 4321},
+            "loss": {"value": loss, "low": None, "high": None, "count": 200, "tokens": 4321},
         }
+        apart = exact[1] - exact[0]
+        differences = {"exact": {"value": apart, "low": apart - 0.015, "high": apart + 0.015}}
         label = "owner/base" if kind == "base" else "runs/one/adapter"
         forgetting = {"loss": general, "tokens": 2048}
         models.append(
@@ -133,6 +139,7 @@ def write_evaluation(
                 "kind": kind,
                 "path": label,
                 "metrics": metrics,
+                "differences": differences if kind == "adapter" and paired else {},
                 "forgetting": forgetting,
             }
         )
@@ -145,6 +152,7 @@ def write_evaluation(
             "versions": {"lora-cli": "0.1.0"},
             "data": {"name": "eval.jsonl", "sha256": "c" * 64, "rows": 200},
             "sampling": {"temperature": 0.0},
+            "against": "owner/base",
             "models": models,
             "differing": 150,
         },
