@@ -120,6 +120,9 @@ def test_one_run_with_everything(run: Path) -> None:
     assert len(ids) == len(set(ids))
     for chart in charts:
         assert set(str(chart["aria-labelledby"]).split()) <= set(ids)
+    keys = [each["key"] for each in said["runs"][0]["recipe"]]
+    assert "lora.r" in keys
+    assert "training.packing" not in keys  # auto chose it
     text = " ".join(read.texts)
     for part in ("a prompt", "before", "after", "no idea about 1", "dropped: over 128 tokens"):
         assert part in text

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "best at the end": (log(at_5=1.0, at_10=0.9), {}, "yes: Evaluation was best where it stopped: loss 0.9000 at step 10."),
     "best before": (log(at_5=0.9, at_10=1.0), {}, "look: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the last step is what was kept."),
     "best kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "best", "step": 5}}, "yes: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the best step is what was kept."),
+    "last kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "last", "step": 10}}, "look: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the last step is what was kept."),
     "finished": (log(1.0), {}, "yes: The run finished: 100 steps in 5m22s."),
     "died": (log(1.0, 2.0), {"status": "running", "results": None}, "look: The run died after 2 steps: its record says running, but no process holds its folder."),
     "interrupted": (log(1.0, 2.0), {"status": "interrupted", "results": None}, "look: The run was interrupted after 2 steps."),
@@ -58,6 +59,15 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
 def test_a_sentence_of_the_verdict(name: str, tmp_path: Path) -> None:
     lines, changes, said = CASES[name]
     assert said in judge(write(tmp_path / "run", lines, **changes))
+
+
+def test_rows_that_were_cut_are_not_left_out(tmp_path: Path) -> None:
+    data = written.make_record()["data"] | {
+        "left_out": {"cut at 128 tokens": 300, "dropped: bad": 9}
+    }
+    assert not [
+        each for each in judge(write(tmp_path / "run", [], data=data)) if "left out" in each
+    ]
 
 
 def test_by_a_metric_of_which_more_is_better(tmp_path: Path) -> None:
