@@ -240,18 +240,19 @@ def find_entities(sentences: Sequence[list[str]]) -> Iterator[tuple[str, int, in
 def _score_answer(predicted: str, expected: Sequence[str]) -> tuple[float, float]:
     """Return exact match and F1 of words with the best accepted answer. One that has no words is
     none, as in SQuAD's program."""
-    words = _split_words(predicted)
-    accepted = [each for each in map(_split_words, expected) if each] or [[]]
-    return float(words in accepted), max(_overlap(words, each) for each in accepted)
+    words = split_words(predicted)
+    accepted = [each for each in map(split_words, expected) if each] or [[]]
+    return float(words in accepted), max(measure_overlap(words, each) for each in accepted)
 
 
-def _split_words(answer: str) -> list[str]:
-    """Return an answer's words, without what SQuAD's program does not count."""
+def split_words(answer: str) -> list[str]:
+    """Return an answer's words as SQuAD's program counts them: in lower case, without ASCII's
+    punctuation and the articles a, an and the."""
     plain = answer.lower().translate(NO_PUNCTUATION)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _overlap(words: list[str], others: list[str]) -> float:
+def measure_overlap(words: list[str], others: list[str]) -> float:
     """Return F1 of the words that two answers share; of two empty ones 1.0."""
     if not words or not others:
         return float(words == others)

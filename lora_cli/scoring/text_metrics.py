@@ -51,8 +51,8 @@ def score_texts(predicted: Sequence[str], expected: Sequence[str | Sequence[str]
         return Scores({})
     rouge = [_score_rouge(*pair) for pair in pairs]
     values = {name: fmean(each[name] for each in rouge) for name in rouge[0]}
-    values["bleu"] = _score_bleu(pairs)
-    values["chrf"] = _score_chrf(pairs)
+    values["bleu"] = combine_bleu(sum(count_bleu(*pair) for pair in pairs))
+    values["chrf"] = combine_chrf(sum(count_chrf(*pair) for pair in pairs))
     values["exact"] = fmean(text.strip() in map(str.strip, each) for text, each in pairs)
     return Scores(values)
 
@@ -106,33 +106,33 @@ def _count_shared(grams: Counter[Any], others: Counter[Any]) -> int:
     return sum(min(number, others[gram]) for gram, number in grams.items() if gram in others)
 
 
-def _score_bleu(pairs: list[Pair]) -> float:
-    """Return BLEU of a corpus (Papineni et al., 2002), 0 to 100."""
-    right, total = [0] * BLEU_ORDER, [0] * BLEU_ORDER
-    length, wanted = 0, 0
-    for text, accepted in pairs:
-        words, others = _split_13a(text), [_split_13a(each) for each in accepted]
-        length += len(words)
-        wanted += min((abs(len(each) - len(words)), len(each)) for each in others)[1]
-        for at in range(BLEU_ORDER):
-            grams = _count_ngrams(words, at + 1)
-            limits = reduce(or_, (_count_ngrams(each, at + 1) for each in others))
-            right[at] += _count_shared(grams, limits)
-            total[at] += grams.total()
-    return _combine_bleu(right, total, length, wanted)
+def count_bleu(text: str, accepted: Sequence[str]) -> NDArray[Any]:
+    """Return what BLEU counts of a text (2 + 2 * orders): its length in words, that of the expected
+    text nearest in length, n-grams of each order that are right, and all of them. The counts of a
+    corpus are the sums of its texts'."""
+    words, others = _split_13a(text), [_split_13a(each) for each in accepted]
+    wanted = min((abs(len(each) - len(words)), len(each)) for each in others)[1]
+    right, total = [], []
+    for order in range(1, BLEU_ORDER + 1):
+        grams = _count_ngrams(words, order)
+        limits = reduce(or_, (_count_ngrams(each, order) for each in others))
+        right.append(_count_shared(grams, limits))
+        total.append(grams.total())
+    return np.array([len(words), wanted, *right, *total], np.int64)
 
 
-def _combine_bleu(right: list[int], total: list[int], length: int, wanted: int) -> float:
-    """Return BLEU from how many n-grams of each order are right, of how many, and the lengths in
-    words. An order without a right one counts as half of one, the next such as a quarter, …."""
-    if not any(right) or not all(total):
+def combine_bleu(counts: NDArray[Any]) -> float:
+    """Return BLEU of a corpus (Papineni et al., 2002), 0 to 100, from its counts. An order without
+    a right n-gram counts as half of one, the next such as a quarter, …."""
+    (length, wanted), (right, total) = counts[:2], counts[2:].reshape(2, BLEU_ORDER)
+    if not right.any() or not total.all():
         return 0.0
     logarithms, smoothing = 0.0, 1
-    for correct, number in zip(right, total):
+    for correct, number in zip(right.tolist(), total.tolist()):
         if not correct:
             smoothing *= 2
         logarithms += math.log(correct / number if correct else 1 / (smoothing * number))
-    brevity = min(0.0, 1 - wanted / length)
+    brevity = min(0.0, 1 - float(wanted / length))
     return 100 * math.exp(brevity + logarithms / BLEU_ORDER)
 
 
@@ -147,15 +147,12 @@ def _split_13a(text: str) -> tuple[str, ...]:
     return tuple(line.split())
 
 
-def _score_chrf(pairs: list[Pair]) -> float:
-    """Return chrF2 of a corpus (Popović, 2015), 0 to 100: the counts of each text with the expected
-    one that makes its own chrF best are added up."""
-    counts = np.zeros((CHRF_ORDER, 3), np.int64)
-    for text, accepted in pairs:
-        grams = _count_characters(text)
-        found = [_compare_characters(grams, _count_characters(each)) for each in accepted]
-        counts += max(found, key=_combine_chrf)
-    return _combine_chrf(counts)
+def count_chrf(text: str, accepted: Sequence[str]) -> NDArray[Any]:
+    """Return what chrF counts of a text (orders * 3), with the expected one that makes its own chrF
+    best. The counts of a corpus are the sums of its texts'."""
+    grams = _count_characters(text)
+    found = [_compare_characters(grams, _count_characters(each)).ravel() for each in accepted]
+    return max(found, key=combine_chrf)
 
 
 def _count_characters(text: str) -> list[Counter[str]]:
@@ -174,9 +171,10 @@ def _compare_characters(grams: list[Counter[str]], others: list[Counter[str]]) -
     return np.array(rows, np.int64)
 
 
-def _combine_chrf(counts: NDArray[np.int64]) -> float:
-    """Return chrF2 from counts (orders, 3): precision and recall are means over the orders that
-    both sides have, and recall weighs twice."""
+def combine_chrf(counts: NDArray[Any]) -> float:
+    """Return chrF2 (Popović, 2015), 0 to 100, from counts (orders * 3): precision and recall are
+    means over the orders that both sides have, and recall weighs twice."""
+    counts = counts.reshape(CHRF_ORDER, 3)
     counts = counts[counts[:, 0] > 0]  # of an order that nothing was expected of there are none
     if not counts[:, 2].any():
         return 0.0
