@@ -7,7 +7,7 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -69,6 +69,16 @@ class Answerer(Protocol):
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One answer each."""
 
+    def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
+        """One answer each, with whether it ended by itself; all that are given are one batch."""
+
+    def count_tokens(self, conversation: Asked) -> int:
+        """How many tokens the model reads before it answers."""
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens prompt and answer may have together; None where nothing limits it."""
+
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """Print one answer to stdout as it comes, and return it."""
 
@@ -107,6 +117,15 @@ class Bases:
         base = attach.load_adapter(base, adapter.folder, name)
         dora_norms.install(base)
         self.loaded[key] = base.eval()
+        return key
+
+    def bare(self, adapter: Adapter) -> Stored:
+        """Load the base of an adapter as training did, shared with adapters on it; return its
+        key."""
+        key = self.key(adapter)._replace(alone=None)
+        if key not in self.loaded:
+            base = adapter.load_base()
+            self.loaded[key] = (base if adapter.quantization else to_accelerator(base)).eval()
         return key
 
     def plain(self, name: str) -> Stored:
@@ -161,16 +180,36 @@ class HFAnswerer:
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """Greedy or sampled answers, `BATCH` conversations at a time."""
-        prompts = [self._ids(asked) for asked in conversations]
         answers: list[str] = []
-        for start in range(0, len(prompts), BATCH):
-            answers += self._generate(prompts[start : start + BATCH], sampling)
+        for start in range(0, len(conversations), BATCH):
+            written = self.write(conversations[start : start + BATCH], sampling)
+            answers += [each.text for each in written]
         return answers
+
+    def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
+        """Answers with whether each ended by itself; all that are given are one batch."""
+        return self._generate([self._ids(asked) for asked in conversations], sampling)
+
+    def count_tokens(self, conversation: Asked) -> int:
+        """How many tokens the prompt has."""
+        return len(self._ids(conversation))
+
+    @property
+    def network(self) -> PreTrainedModel | PeftModel:
+        """The model with its adapters."""
+        return self.bases.loaded[self.key]
+
+    @property
+    def positions(self) -> int | None:
+        """Those of its configuration."""
+        config = self.network.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
 
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
         streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return self._generate([self._ids(conversation)], sampling, streamer=streamer)[0]
+        [written] = self._generate([self._ids(conversation)], sampling, streamer=streamer)
+        return written.text
 
     def _ids(self, asked: Asked) -> list[int]:
         messages = asked.messages
@@ -186,11 +225,12 @@ class HFAnswerer:
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
+    def _generate(
+        self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any
+    ) -> list[decoder.Written]:
         """Generate left-padded, with the pads masked; cut at the token that ends a turn."""
-        weights, tokenizer = self.bases.loaded[self.key], self.tokenizer
-        positions = getattr(weights.config.get_text_config(), "max_position_embeddings", None)
-        room = limit_answer(max(map(len, prompts)), positions, sampling.max_new_tokens)
+        weights, tokenizer = self.network, self.tokenizer
+        room = limit_answer(max(map(len, prompts)), self.positions, sampling.max_new_tokens)
         pad = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
@@ -208,17 +248,21 @@ class HFAnswerer:
         )
         # a token is computed with the same norms as the one before
         norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
-        with torch.inference_mode(), self._switched(weights), norms:
+        ends = self._ends(weights)
+        with torch.inference_mode(), self.switched(), norms:
             output = weights.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=room,
-                eos_token_id=self._ends(weights),
+                eos_token_id=ends,
                 pad_token_id=pad,
                 **drawing,
                 **kwargs,
             )
-        return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
+        written = [row[width:].tolist() for row in output]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in written]
+        ended = [not set(ends).isdisjoint(row) for row in written]
+        return list(map(decoder.Written, texts, ended))
 
     def _ends(self, weights: PreTrainedModel) -> list[int]:
         """Return the tokens that end an answer: the tokenizer's, those of training, and those of
@@ -233,7 +277,9 @@ class HFAnswerer:
             }
         )
 
-    def _switched(self, weights: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
+    def switched(self) -> AbstractContextManager[None]:
+        """Its own adapter on inside, or none."""
+        weights = self.network
         if not isinstance(weights, PeftModel):
             return nullcontext()
         if self.adapter is None:
@@ -262,9 +308,11 @@ class PairAnswerer(HFAnswerer):
         ids = self.tokenizer(self.prefix + asked.messages[0]["content"])["input_ids"]
         return list(ids)
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any) -> list[str]:
+    def _generate(
+        self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any
+    ) -> list[decoder.Written]:
         """Generate from sources that are padded at their ends, as in training."""
-        weights = self.bases.loaded[self.key]
+        weights = self.network
         positions = decoder.find_room(weights.config, of_target=False)
         longest = max(map(len, prompts))
         if positions is not None and longest > positions:
@@ -276,11 +324,10 @@ class PairAnswerer(HFAnswerer):
         if not sampling.is_greedy:
             kwargs |= {"do_sample": True, "temperature": sampling.temperature}
         norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
-        with self._switched(weights), norms:
-            written = decoder.write_targets(
+        with self.switched(), norms:
+            return decoder.write_targets(
                 weights, self.tokenizer, sources, sampling.max_new_tokens, **kwargs
             )
-        return [each.text for each in written]
 
 
 class TooLongError(LoraError):
@@ -316,23 +363,39 @@ class GGUFAnswerer:
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One after the other."""
-        return ["".join(self._stream(asked, sampling)) for asked in conversations]
+        return [each.text for each in self.write(conversations, sampling)]
+
+    def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
+        """One after the other."""
+        return [
+            decoder.Written(*self.model.write(*self._make_prompt(asked, sampling)))
+            for asked in conversations
+        ]
+
+    def count_tokens(self, conversation: Asked) -> int:
+        """How many tokens the prompt has."""
+        return len(self.model.tokenize(self.model.render(*conversation)))
+
+    @property
+    def positions(self) -> int | None:
+        """Those of the model, and of the context that it is opened with."""
+        return min(self.model.metadata["n_ctx_train"], engine.CONTEXT)
 
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
         pieces, shown = [], ui.Answer()
-        for piece in self._stream(conversation, sampling):
+        for piece in self.model.stream(*self._make_prompt(conversation, sampling)):
             shown.add(piece)
             pieces.append(piece)
         shown.end()
         return "".join(pieces)
 
-    def _stream(self, asked: Asked, sampling: Sampling) -> Iterator[str]:
+    def _make_prompt(self, asked: Asked, sampling: Sampling) -> tuple[str, int, float]:
+        """Return the prompt, how many tokens its answer may have, and the temperature."""
         prompt = self.model.render(*asked)
-        positions = min(self.model.metadata["n_ctx_train"], engine.CONTEXT)
-        room = limit_answer(len(self.model.tokenize(prompt)), positions, sampling.max_new_tokens)
-        temperature = 0.0 if sampling.is_greedy else sampling.temperature
-        return self.model.stream(prompt, room, temperature)
+        length = len(self.model.tokenize(prompt))
+        room = limit_answer(length, self.positions, sampling.max_new_tokens)
+        return prompt, room, 0.0 if sampling.is_greedy else sampling.temperature
 
 
 def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answerer]:

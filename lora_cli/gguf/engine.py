@@ -103,7 +103,20 @@ class GGUFModel:
     ) -> str:
         """Return the answer to `prompt`, up to an end-of-generation token (left out) or
         `max_new_tokens`; see `stream`."""
-        return "".join(self.stream(prompt, max_new_tokens, temperature, seed))
+        return self.write(prompt, max_new_tokens, temperature, seed)[0]
+
+    def write(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> tuple[str, bool]:
+        """Return the answer to `prompt`, and whether it ended by itself, and not at
+        `max_new_tokens`; see `stream`."""
+        pieces = list(self._walk_pieces(prompt, max_new_tokens, temperature, seed))
+        text = "".join(piece["content"] for piece in pieces)
+        return text, pieces[-1].get("stop_type") in ("eos", "word")
 
     def stream(
         self,
@@ -119,6 +132,13 @@ class GGUFModel:
         top-p 0.95, min-p 0.05). Raises LoraError when the prompt does not fit into `n_ctx` or holds
         ids outside the vocabulary.
         """
+        for piece in self._walk_pieces(prompt, max_new_tokens, temperature, seed):
+            yield piece["content"]
+
+    def _walk_pieces(
+        self, prompt: str | Sequence[int], max_new_tokens: int, temperature: float, seed: int
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yield what the server says of each piece of an answer, the last time why it stopped."""
         body = {
             "n_predict": max_new_tokens,
             "temperature": temperature,
@@ -131,7 +151,7 @@ class GGUFModel:
                     piece = json.loads(line.removeprefix(b"data: "))
                     if "error" in piece:
                         raise LoraError(f"llama.cpp stopped answering: {_read_message(piece)}")
-                    yield piece["content"]
+                    yield piece
 
     def logprobs(self, prompt_ids: Sequence[int]) -> list[float]:
         """Return natural-log probabilities of the token after `prompt_ids`, one per token id of the
