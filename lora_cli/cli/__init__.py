@@ -17,6 +17,7 @@ from lora_cli import __version__
 from lora_cli.cli import (
     adapter_verbs,
     answer_verbs,
+    evaluate_verbs,
     gguf_verbs,
     help_verbs,
     onnx_verbs,
@@ -47,6 +48,7 @@ for group in (
     onnx_verbs,
     answer_verbs,
     report_verbs,
+    evaluate_verbs,
     help_verbs,
 ):
     app.add_typer(group.verbs)

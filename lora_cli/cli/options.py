@@ -177,6 +177,39 @@ Temperature = Annotated[
     typer.Option(min=0.0, callback=require_finite, help="0 takes the likeliest token each time."),
 ]
 
+HeldOutRows = Annotated[
+    Optional[str],
+    typer.Option("--data", metavar="FILE", help="Held-out rows, as for data.path."),
+]
+MetricNames = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="NAMES",
+        help="loss, perplexity, exact, normalised, f1, contains, numeric, json_valid, json_equal, "
+        "regex, chrf, bleu, with commas between; default: by the data.",
+    ),
+]
+Pattern = Annotated[
+    Optional[str],
+    typer.Option(metavar="PATTERN", help="Its first group is compared; without one it must occur."),
+]
+ResultFolder = Annotated[
+    Optional[Path],
+    typer.Option("--out", metavar="DIR", help="Default: evaluations/NAME in the adapter's run."),
+]
+FirstRows = Annotated[Optional[int], typer.Option(min=1, help="Score the first rows only.")]
+Forgetting = Annotated[
+    bool,
+    typer.Option("--forgetting/--no-forgetting", help="Measure the loss on a general text, too."),
+]
+TaskNames = Annotated[
+    Optional[str], typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between.")
+]
+TaskFiles = Annotated[
+    Optional[Path], typer.Option(metavar="DIR", help="A folder with lm-eval's task files.")
+]
+ShownRows = Annotated[int, typer.Option(min=0, help="Print so many rows answered differently.")]
+
 
 class LongRow(StrEnum):
     """What becomes of a row of more tokens than `--max-length`."""

@@ -408,13 +408,13 @@ def open_models(paths: Sequence[str], base: str | None = None) -> dict[str, Answ
         if kinds[path] == "gguf":
             answerers[path] = GGUFAnswerer(Path(path))
         elif kinds[path] == "adapter":
-            answerers[path] = _open_adapter(read_adapter(Path(path), base), bases, len(answerers))
+            answerers[path] = open_adapter(read_adapter(Path(path), base), bases, len(answerers))
         else:
             answerers[path] = _open_model(path, bases, answerers.values())
     return {path: answerers[path] for path in paths}
 
 
-def _open_adapter(adapter: Adapter, bases: Bases, number: int) -> HFAnswerer:
+def open_adapter(adapter: Adapter, bases: Bases, number: int) -> HFAnswerer:
     """Open the adapter that is the so many-th that answers."""
     refuse_other_task(str(adapter), adapter.base.task)
     name = f"adapter_{number}"

@@ -46,7 +46,7 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     """Read the prompts of the command line, then the rows of a file that `lora train` could
     read."""
     asked = [(f"prompt {number}", {"prompt": text}) for number, text in enumerate(prompts, start=1)]
-    questions = [_make_question(place, row) for place, row in asked]
+    questions = [make_question(place, row) for place, row in asked]
     if file is not None:
         if file.is_file() and readers.guess_kind(file) in (None, "picture"):
             raise UsageError(
@@ -54,7 +54,7 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
                 "rows as for data.path, or a file NAME.txt with a prompt on each line",
             )
         try:
-            questions += [_make_question(place, row) for place, row in readers.read(file)]
+            questions += [make_question(place, row) for place, row in readers.read(file)]
         except OSError as error:
             raise UsageError(
                 f"{file} cannot be read: {error.strerror}", f"ls -l {quote(file)}"
@@ -64,7 +64,7 @@ def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
     return questions
 
 
-def _make_question(place: str, row: readers.Row) -> Question:
+def make_question(place: str, row: readers.Row) -> Question:
     """Make the question of a row; its answer, where it has one, is the expected one."""
     if isinstance(row, formats.BadRow):
         raise _refuse_row(place, row)

@@ -69,8 +69,8 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
     elif wanted.data == STDIN:
         rows = readers.read_lines(sys.stdin.buffer, "stdin")
     else:
-        source = _find_source(wanted.data)
-        _say_split(Path(wanted.data), source)
+        source = find_source(wanted.data)
+        say_split(Path(wanted.data), source)
         rows, files = source.read_rows(), source.files
     piped = wanted.data == STDIN
     first = _read_first(rows, 1 if piped else prepare.COLUMNS_FROM)
@@ -105,7 +105,7 @@ def _number_texts(
     return ((f"text {number}", {"text": text}) for number, text in enumerate(texts, 1))
 
 
-def _find_source(data: str) -> sources.Source:
+def find_source(data: str) -> sources.Source:
     """Return where rows come from; errors speak of --data."""
     try:
         readers.refuse_missing_files(Data(path=data))
@@ -123,7 +123,7 @@ def _find_source(data: str) -> sources.Source:
         raise LoraError(said, hint or None, known.details) from error
 
 
-def _say_split(place: Path, source: sources.Source) -> None:
+def say_split(place: Path, source: sources.Source) -> None:
     """Say which of the splits in a folder, or of a data set, is read, where there are several."""
     splits = picture_folder.list_splits(place) if place.is_dir() else []
     if source.table is not None:

@@ -32,8 +32,12 @@ class Interval(NamedTuple):
     value: float | None
     low: float | None
     high: float | None
-    count: int
-    """Rows that it is of."""
+    rows: int
+    """How many it is of."""
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as evaluation.json has it."""
+        return {"value": self.value, "low": self.low, "high": self.high, "count": self.rows}
 
 
 def divide(sums: Numbers) -> float:

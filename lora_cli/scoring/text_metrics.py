@@ -51,10 +51,14 @@ def score_texts(predicted: Sequence[str], expected: Sequence[str | Sequence[str]
         return Scores({})
     rouge = [_score_rouge(*pair) for pair in pairs]
     values = {name: fmean(each[name] for each in rouge) for name in rouge[0]}
-    values["bleu"] = combine_bleu(sum(count_bleu(*pair) for pair in pairs))
-    values["chrf"] = combine_chrf(sum(count_chrf(*pair) for pair in pairs))
+    values["bleu"] = combine_bleu(_add_up([count_bleu(*pair) for pair in pairs]))
+    values["chrf"] = combine_chrf(_add_up([count_chrf(*pair) for pair in pairs]))
     values["exact"] = fmean(text.strip() in map(str.strip, each) for text, each in pairs)
     return Scores(values)
+
+
+def _add_up(counts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.sum(counts, axis=0)
 
 
 def _score_rouge(text: str, accepted: Sequence[str]) -> dict[str, float]:

@@ -1,0 +1,145 @@
+"""Read the rows that models are scored on: any that `lora train` reads, and prompts alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_cli.common import LoraError, UsageError, quote, ui
+from lora_cli.data import formats, sources
+from lora_cli.evaluate.generate import Question, make_question
+from lora_cli.evaluate.input_rows import find_source, say_split
+
+MEND = "mend or remove the row, or --on-bad-row skip"
+LOSS_ONLY = ("text", "tokens")
+"""Formats of rows that ask nothing."""
+
+
+class HeldRow(NamedTuple):
+    """A row: its number from 1, where it stands, its columns under our names, and its format."""
+
+    number: int
+    place: str
+    row: dict[str, Any]
+    style: str
+    question: Question | None
+    """What is asked; None of a text, which asks nothing."""
+
+    @property
+    def expected(self) -> str | None:
+        """The answer that is expected."""
+        return self.question.expected if self.question else None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether it holds something that a model learns to write."""
+        if self.question is None or self.expected is not None:
+            return True
+        return self.style in ("messages", "sharegpt") or isinstance(self.row.get("prompt"), list)
+
+
+class Bad(NamedTuple):
+    """A row that no model is scored on, and why."""
+
+    place: str
+    said: str
+    hint: str
+
+
+class HeldOut(NamedTuple):
+    """The rows of a file, a folder or a data set, and what names them to others."""
+
+    name: str
+    """Of a file no more than its name."""
+    sha256: str
+    rows: list[HeldRow]
+    bad: list[Bad]
+
+    @property
+    def expected(self) -> list[str]:
+        """The answers that are expected, of the rows that have one."""
+        return [row.expected for row in self.rows if row.expected is not None]
+
+
+def read_held_out(
+    data: str, given: Mapping[str, str], trained: Mapping[str, str], max_rows: int | None
+) -> HeldOut:
+    """Read rows, their columns named as on the command line (`given`, ours: theirs), as in
+    training, or as they are known. Raises LoraError where there are none."""
+    source = find_source(data)
+    say_split(Path(data), source)
+    read = list(islice(source.read_rows(), max_rows))
+    if not read:
+        raise LoraError(f"{data} holds no rows", "write a row on each line")
+    columns = formats.list_columns(row for _, row in read if isinstance(row, dict))
+    for ours, theirs in given.items():
+        if not formats.is_column(theirs, columns):
+            raise UsageError(
+                f"--column {ours}={theirs}: there is no column {theirs}; there are "
+                f"{', '.join(columns[:20])}",
+                f"--column {quote(f'{ours}={columns[0]}')}" if columns else None,
+            )
+    there = {ours: name for ours, name in trained.items() if formats.is_column(name, columns)}
+    rows, bad = [], []
+    for number, (place, row) in enumerate(read, 1):
+        made = _make_row(number, str(place), row, given or there)
+        if isinstance(made, Bad):
+            bad.append(made)
+        else:
+            rows.append(made)
+    return HeldOut(Path(data).name, _hash(source), rows, bad)
+
+
+def _make_row(number: int, place: str, row: Any, names: Mapping[str, str]) -> HeldRow | Bad:
+    try:
+        if isinstance(row, formats.BadRow):
+            raise row
+        row = formats.rename_columns(row, names) if names else row
+        style = formats.recognise_format(row)
+        if style in LOSS_ONLY:
+            return HeldRow(number, place, row, str(style), None)
+        question = make_question(place, row)
+        return HeldRow(number, place, question.row, question.style, question)
+    except formats.BadRow as bad:
+        return Bad(place, bad.said, MEND)
+    except UsageError as error:
+        return Bad(place, error.message.removeprefix(f"{place}: "), error.hint or MEND)
+
+
+def refuse_bad(held: HeldOut, skips_bad: bool) -> None:
+    """Raise LoraError for the first row that no model can be scored on, unless such are skipped;
+    then say how many there are."""
+    if not held.bad:
+        return
+    place, said, hint = held.bad[0]
+    if not skips_bad:
+        raise LoraError(f"{place}: {said}", MEND if "--set" in hint else hint)
+    total = len(held.rows) + len(held.bad)
+    ui.warn(f"{len(held.bad)} bad rows of {total} are left out; the first is {place}: {said}")
+    if not held.rows:
+        raise LoraError("no row is left to score", "mend the rows")
+
+
+def _hash(source: sources.Source) -> str:
+    """Return a file's SHA-256, as `sha256sum` has it; of several files, or a table, a hash of what
+    is read."""
+    if len(source.files) != 1:
+        return source.hash_content()
+    with source.files[0].open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shorten_place(place: str, data: str) -> str:
+    """Return where a row stands without the folder that its file is in."""
+    folder = str(Path(data).parent)
+    return place.removeprefix(f"{folder}/") if folder != "." else place
+
+
+def list_numbers(rows: Sequence[HeldRow], wanted: Sequence[int]) -> str:
+    """Return where some rows stand, such as `rows.jsonl:3, rows.jsonl:9 and 4 more`."""
+    places = [row.place for row in rows if row.number in set(wanted)]
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return ", ".join(places[:3]) + more
