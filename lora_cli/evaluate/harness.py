@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,10 +123,10 @@ def _unchanged(network: Any) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep lm-eval's own words and bars off the screen."""
-    before = logging.root.manager.disable
+    before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
-        with ui.silence_libraries():
+        with redirect_stderr(nowhere), redirect_stdout(nowhere):
             yield
     finally:
         logging.disable(before)

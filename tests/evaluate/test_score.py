@@ -1,0 +1,443 @@
+"""`lora evaluate`: losses are those of plain transformers and of training itself, batches do not
+matter, a killed evaluation ends with the same files, and odd rows are each told once.
+
+Hermetic: the tiny model, an adapter trained here, merged, and converted for llama.cpp. Alone: pytest
+tests/evaluate/test_score.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.evaluate import compute_scores, score, scored_models
+from lora_cli.evaluate.answerers import Sampling
+from lora_cli.evaluate.forgetting import read_passages
+from lora_cli.evaluate.score import Request
+from lora_cli.gguf import tools
+from lora_cli.merge import merge
+from lora_cli.recipe import load
+from lora_cli.train import run
+from tests.conftest import ROOT
+
+ROWS = 12
+
+
+class Made(NamedTuple):
+    """An adapter, merged and as a GGUF, with rows that it was not trained on."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    gguf: Path
+    data: Path
+    eval_loss: float
+    """What training said of these rows."""
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    folder = tmp_path_factory.mktemp("score")
+    data = folder / "held out.jsonl"
+    rows = (tiny / "eval.jsonl").read_text().splitlines()[:ROWS]
+    data.write_text("".join(f"{row}\n" for row in rows))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}}}\n"
+        f"data: {{path: {tiny / 'train.jsonl'}, max_rows: 200, eval_path: {data}}}\n"
+        "training: {max_steps: 20, per_device_train_batch_size: 8, learning_rate: 2e-3, "
+        "max_length: 128, save_strategy: 'no', eval_strategy: steps, eval_steps: 20}\n"
+        f"output_dir: {folder / 'run'}\n"
+    )
+    run.train(load.load_recipe(recipe, []))
+    adapter = folder / "run" / "adapter"
+    merge.merge(adapter, folder / "merged")
+    gguf = folder / "tiny.gguf"
+    tools.convert(folder / "merged", gguf, "f32", tools.find_converter())
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    [eval_loss] = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    yield Made(tiny / "model", adapter, folder / "merged", gguf, data, eval_loss)
+
+
+def evaluate(paths: list[Path], out: Path, **given: Any) -> dict[str, Any]:
+    """What `lora evaluate` writes."""
+    request = Request(given.pop("data", None), out=out, sampling=Sampling(12, 0.0))._replace(
+        **given
+    )
+    score.evaluate([str(path) for path in paths], request)
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def read_answers(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation of all forms."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    evaluate([made.adapter, made.merged, made.gguf], out, data=str(made.data))
+    return out
+
+
+def sum_plainly(network: Any, tokenizer: Any, row: dict[str, str]) -> tuple[float, int]:
+    """Cross entropy over an answer's tokens by transformers alone."""
+    asked = [{"role": "user", "content": row["prompt"]}]
+    told = [*asked, {"role": "assistant", "content": row["completion"]}]
+    before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(told, tokenize=False)
+    assert text.startswith(before)
+    skipped = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    trained = len(tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        logits = network(input_ids=ids).logits[0].double()
+    losses = functional.cross_entropy(
+        logits[skipped - 1 : trained - 1], ids[0, skipped:trained], reduction="sum"
+    )
+    return float(losses), trained - skipped
+
+
+def test_losses_are_plain_transformers_and_training_s_own(made: Made, whole: Path) -> None:
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    found = {each["kind"]: each["metrics"]["loss"] for each in evaluation["models"]}
+    tokenizer = AutoTokenizer.from_pretrained(made.adapter)
+    base = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32).eval()
+    networks = {"base": base, "merged": merged}
+    rows = [json.loads(line) for line in made.data.read_text().splitlines()]
+    wanted = {}
+    for kind, network in networks.items():
+        sums = [sum_plainly(network, tokenizer, row) for row in rows]
+        wanted[kind] = sum(each for each, _ in sums) / sum(tokens for _, tokens in sums)
+    adapted = PeftModel.from_pretrained(base, made.adapter).eval()
+    sums = [sum_plainly(adapted, tokenizer, row) for row in rows]
+    wanted["adapter"] = sum(each for each, _ in sums) / sum(tokens for _, tokens in sums)
+    for kind, loss in wanted.items():
+        assert found[kind]["value"] == pytest.approx(loss, abs=1e-5)
+        assert found[kind]["tokens"] == sum(tokens for _, tokens in sums)
+        assert found[kind]["low"] < loss < found[kind]["high"]
+    assert found["adapter"]["value"] == pytest.approx(made.eval_loss, abs=1e-5)
+    assert found["gguf"]["value"] == pytest.approx(found["merged"]["value"], abs=1e-3)
+    assert wanted["base"] - wanted["adapter"] > 1, "the adapter changes nothing"
+
+
+def test_what_is_written(made: Made, whole: Path) -> None:
+    evaluation, lines = json.loads((whole / "evaluation.json").read_text()), read_answers(whole)
+    assert [each["label"] for each in evaluation["models"]][:1] == ["base"]
+    assert evaluation["data"]["name"] == "held out.jsonl"
+    assert str(made.data.parent) not in json.dumps([evaluation["data"], lines[0]["place"]])
+    assert len(lines) == 4 * ROWS
+    assert set(lines[0]) >= {"row", "place", "model", "prompt", "expected", "answer", "scores"}
+    assert lines[0]["place"] == "held out.jsonl:1"
+    for model in evaluation["models"]:
+        own = [line for line in lines if line["model"] == model["label"]]
+        right = [line["answer"].strip() == line["expected"].strip() for line in own]
+        assert model["metrics"]["exact"]["value"] == pytest.approx(sum(right) / ROWS)
+        assert model["metrics"]["perplexity"]["value"] == pytest.approx(
+            math.exp(model["metrics"]["loss"]["value"])
+        )
+    said = {
+        row: {line["answer"].strip() for line in lines if line["row"] == row}
+        for row in range(1, ROWS + 1)
+    }
+    assert evaluation["differing"] == sum(len(each) > 1 for each in said.values()) > 0
+    by_form = {
+        m: [line["answer"] for line in lines if line["model"] == m]
+        for m in {ln["model"] for ln in lines}
+    }
+    others = [answers for label, answers in by_form.items() if label != "base"]
+    assert all(answers == others[0] for answers in others), "adapter, merged and GGUF say the same"
+    assert not list(whole.glob(".answers*"))
+
+
+def test_forgetting_is_the_loss_of_the_general_text(made: Made, whole: Path) -> None:
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    base, adapter, *others = [each["forgetting"] for each in evaluation["models"]]
+    tokenizer = AutoTokenizer.from_pretrained(made.adapter)
+    network = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32).eval()
+    total, tokens = 0.0, 0
+    for passage in read_passages():
+        ids = tokenizer(passage, return_tensors="pt")["input_ids"][:, :512]
+        with torch.no_grad():
+            total += float(network(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert base["loss"] == pytest.approx(total / tokens, abs=1e-5)
+    assert base["tokens"] == tokens
+    assert base["difference"] is None
+    assert adapter["difference"]["value"] == pytest.approx(adapter["loss"] - base["loss"])
+    assert adapter["difference"]["low"] > 0, "twenty steps at 2e-3 make the tiny model forget"
+    assert all(each["loss"] == pytest.approx(adapter["loss"], abs=1e-3) for each in others)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_batches_do_not_matter(made: Made, whole: Path, tmp_path: Path, size: int) -> None:
+    evaluate([made.adapter], tmp_path / "out", data=str(made.data), batch_size=size)
+    ones = [line for line in read_answers(whole) if line["model"] in ("base", str(made.adapter))]
+    labels = {line["model"] for line in read_answers(tmp_path / "out")}
+    ones = [line for line in read_answers(whole) if line["model"] in labels]
+    others = read_answers(tmp_path / "out")
+    assert len(ones) == len(others) == 2 * ROWS
+    for one, other in zip(ones, others):
+        assert one["answer"] == other["answer"]
+        assert one["scores"]["loss"] == pytest.approx(other["scores"]["loss"], abs=1e-5)
+
+
+KILLED = """
+import os, signal, sys
+from lora_cli.evaluate import kept_scores
+add, calls = kept_scores.Kept.add, []
+def add_and_die(self, records):
+    calls.append(1)
+    if len(calls) == int(sys.argv.pop()):
+        self.file.open("a").write('[{"row": 3, "answer": "cut o')
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.argv.append(str(at))
+    add(self, records)
+at = int(sys.argv[-1])
+kept_scores.Kept.add = add_and_die
+from lora_cli.evaluate import score
+from lora_cli.evaluate.answerers import Sampling
+score.evaluate([sys.argv[1]], score.Request(
+    sys.argv[2], out=__import__("pathlib").Path(sys.argv[3]), sampling=Sampling(12, 0.0),
+    batch_size=3))
+"""
+
+
+@pytest.mark.parametrize("at", [2, 7, 12])
+def test_a_killed_evaluation_ends_with_the_same_files(
+    made: Made, tmp_path: Path, at: int, capsys
+) -> None:
+    """Amid losses, in the answers of the base, and in the adapter's."""
+    given = {"data": str(made.data), "batch_size": 3}
+    evaluate([made.adapter], tmp_path / "whole", **given)
+    words = [sys.executable, "-c", KILLED, made.adapter, made.data, tmp_path / "out", at]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=env)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    assert list((tmp_path / "out").glob(".answers*"))
+    capsys.readouterr()
+    found = evaluate([made.adapter], tmp_path / "out", **given)
+    assert "goes on; " in capsys.readouterr().err
+    wanted = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
+    assert found | {"started": ""} == wanted | {"started": ""}
+    files = [tmp_path / name / "answers.jsonl" for name in ("out", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list((tmp_path / "out").glob(".answers*"))
+
+
+def test_what_is_finished_is_not_computed_again(
+    made: Made, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    out, opened = tmp_path / "out", []
+    given = {"data": str(made.data), "general": False, "metrics": ["exact"]}
+    before = evaluate([made.adapter], out, **given)
+    own = scored_models.Shelf.open
+    monkeypatch.setattr(
+        scored_models.Shelf,
+        "open",
+        lambda self, each: (opened.append(each.label), own(self, each))[1],
+    )
+    again = evaluate([made.adapter], out, **given | {"metrics": ["exact", "f1"]})
+    assert not opened
+    assert again["models"][0]["metrics"]["exact"] == before["models"][0]["metrics"]["exact"]
+    evaluate([made.adapter, made.merged], out, **given)
+    assert (
+        opened
+        == [evaluate([made.merged], tmp_path / "m", **given)["models"][0]["label"]] * 1 + opened[1:]
+    )
+    opened.clear()
+    evaluate([made.adapter, made.merged], out, **given, sampling=Sampling(3, 0.0))
+    assert len(opened) == 3
+    opened.clear()
+    evaluate([made.adapter, made.merged], out, **given, sampling=Sampling(3, 0.0), fresh=True)
+    assert len(opened) == 3
+    # answers that somebody has changed are not taken for those that were computed
+    opened.clear()
+    text = (out / "answers.jsonl").read_text()
+    (out / "answers.jsonl").write_text(text.replace('"exact": 0.0', '"exact": 1.0'))
+    evaluate([made.adapter, made.merged], out, **given, sampling=Sampling(3, 0.0))
+    assert len(opened) == 3
+    assert "is not as it was written" in capsys.readouterr().err
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_rows_of_any_format(made: Made, tmp_path: Path, capsys) -> None:
+    turns = [
+        {"role": "user", "content": "Reverse: sun"},
+        {"role": "assistant", "content": "sun"},
+    ]
+    rows = [
+        {"prompt": "Reverse: red fan", "completion": "fan red"},
+        {"prompt": "Reverse: ant"},
+        {"messages": [*turns, {"role": "user", "content": "again"}, turns[1]]},
+        {"text": "red fan jet"},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+        {"instruction": "Reverse: box", "output": "box"},
+        {"question": "Reverse: cat", "answer": "cat"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    found = evaluate(
+        [made.adapter], tmp_path / "out", data=str(data), adds_base=False, general=False
+    )
+    lines = read_answers(tmp_path / "out")
+    assert [line["row"] for line in lines if line["answer"] is None] == [4, 5]
+    assert [line["row"] for line in lines if line["expected"] is None] == [2, 4, 5]
+    assert [line["row"] for line in lines if "tokens" not in line] == [2]
+    assert lines[4]["tokens"] == 2
+    assert found["models"][0]["metrics"]["loss"]["count"] == 7
+    assert found["models"][0]["metrics"]["exact"]["count"] == 5
+    only_asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "Hi"}])
+    found = evaluate([made.adapter], tmp_path / "o", data=str(only_asked), general=False)
+    assert found["metrics"] == []
+    assert read_answers(tmp_path / "o")[0]["answer"] is not None
+    assert "no row has an expected answer" in capsys.readouterr().err
+
+
+def test_odd_rows_are_told_each_once(made: Made, tmp_path: Path, capsys) -> None:
+    rows = [
+        {"prompt": "Reverse: red fan", "completion": "fan red"},
+        {"prompt": "red " * 3000, "completion": "fan"},
+        {"prompt": "Reverse: red fan", "completion": "fan red"},
+        {"prompt": 7, "completion": "fan"},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    given = {"data": str(data), "general": False, "adds_base": False}
+    with pytest.raises(LoraError, match=r"rows.jsonl:4: prompt is a number") as caught:
+        evaluate([made.adapter], tmp_path / "out", **given)
+    write_rows(data, rows[:3])
+    with pytest.raises(
+        LoraError, match=r"rows.jsonl:2: .* reads \d+ tokens, and the row has 3\d\d\d"
+    ) as caught:
+        evaluate([made.adapter], tmp_path / "out", **given)
+    assert "--on-bad-row skip" in caught.value.hint
+    capsys.readouterr()
+    write_rows(data, rows)
+    found = evaluate(
+        [made.adapter], tmp_path / "out", **given, skips_bad=True, sampling=Sampling(1, 0.0)
+    )
+    said = capsys.readouterr().err
+    assert f"1 bad rows of 4 are left out; the first is {data}:4: prompt is a number" in said
+    assert f"1 of 3 rows are left out: {data}:2\n" in said
+    assert "2 of 3 answers did not end within 1 tokens" in said
+    assert found["models"][0]["unended"] == 2
+    assert found["models"][0]["metrics"]["loss"]["count"] == 2
+    # without skipping, what was skipped is an error again
+    write_rows(data, rows[:3])
+    with pytest.raises(LoraError, match="rows.jsonl:2"):
+        evaluate([made.adapter], tmp_path / "out", **given)
+
+
+def test_a_loss_that_is_not_finite_is_told(made: Made, tmp_path: Path, monkeypatch, capsys) -> None:
+    own = compute_scores.token_losses.sum_losses
+
+    def spoil(answerer, pieces):
+        return [each._replace(total=math.nan) for each in own(answerer, pieces)]
+
+    monkeypatch.setattr(compute_scores.token_losses, "sum_losses", spoil)
+    found = evaluate(
+        [made.adapter], tmp_path / "out", data=str(made.data), metrics=["loss"], adds_base=False
+    )
+    assert found["models"][0]["metrics"]["loss"]["value"] is None
+    assert found["models"][0]["forgetting"]["loss"] is None
+    output = capsys.readouterr()
+    assert "12 of 12 rows have a loss that is not finite" in output.err
+    assert "not finite" in output.out
+    json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_gguf_alone_has_answers_and_says_why_no_loss(made: Made, tmp_path: Path, capsys) -> None:
+    found = evaluate([made.gguf], tmp_path / "out", data=str(made.data), max_rows=2)
+    said = capsys.readouterr().err
+    assert "no loss: a GGUF file does not tell which tokens are the answer's" in said
+    assert found["models"][0]["metrics"]["loss"]["count"] == 0
+    assert found["models"][0]["metrics"]["exact"]["count"] == 2
+    assert found["models"][0]["forgetting"] is None
+
+
+@pytest.mark.parametrize("heading", [1, 0])
+def test_numbers_are_counted_as_by_hand(
+    made: Made, tmp_path: Path, monkeypatch, heading: int
+) -> None:
+    """Answers and expected ones as GSM8K writes them, whose numbers are read here by other means."""
+    answers = ["12 - 2 = 10\n#### 10", "so it is $1,200.", "#### 7 apples", "I cannot say", "-3.50"]
+    right = ["#### 10", "1000+200\n#### 1,200", "#### 8", "#### 0", "#### -3.5"]
+    rows = [{"question": f"{n}?", "answer": text} for n, text in enumerate(right)]
+    data = write_rows(tmp_path / "gsm.jsonl", rows)
+
+    def write(self, asked, sampling):
+        numbers = [int(each.messages[-1]["content"].rstrip("?")) for each in asked]
+        return [compute_scores.formats and _written(answers[number]) for number in numbers]
+
+    from lora_cli.evaluate import answerers
+
+    monkeypatch.setattr(answerers.HFAnswerer, "write", write)
+    found = evaluate(
+        [made.adapter], tmp_path / "out", data=str(data), adds_base=False, general=False
+    )
+    by_hand = [10 == 10, 1200 == 1200, 7 == 8, False, -3.5 == -3.5]
+    assert found["metrics"] == ["loss", "perplexity", "numeric", "f1"]
+    assert found["models"][0]["metrics"]["numeric"]["value"] == sum(by_hand) / 5
+    scores = [line["scores"]["numeric"] for line in read_answers(tmp_path / "out")]
+    assert scores == list(map(float, by_hand))
+
+
+def _written(text: str):
+    from lora_cli.models import decoder
+
+    return decoder.Written(text, True)
+
+
+def test_a_model_of_another_task_is_sent_to_lora_predict(tmp_path: Path) -> None:
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+    folder = tmp_path / "a classifier"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="lora predict has their metrics") as caught:
+        evaluate([folder], tmp_path / "out", data="my rows.jsonl")
+    assert caught.value.hint == f"lora predict '{folder}' --data 'my rows.jsonl'"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": None}, "there is nothing to score models on"),
+        ({"metrics": ["exakt"]}, "--metrics exakt: there is no such metric"),
+        ({"metrics": ["regex"]}, "--metrics regex needs a pattern"),
+        ({"pattern": "("}, "is not a regular expression"),
+        ({"tasks_path": Path("x")}, "--tasks-path is for --tasks"),
+        ({"data": "gone.jsonl"}, "gone.jsonl does not exist"),
+        ({"columns": ["prompt=gone"]}, "--column prompt=gone: there is no column gone"),
+    ],
+)
+def test_wrong_options(made: Made, tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoraError, match=said.replace("(", r"\(")):
+        evaluate([made.adapter], tmp_path / "out", **{"data": str(made.data)} | given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(LoraError, match=r"holds thesis.tex, and no evaluation"):
+        evaluate([made.adapter], tmp_path / "out", data=str(made.data))
