@@ -215,8 +215,7 @@ def _compute_answers(computing: Computing) -> None:
     batches, done = _batch_answers(computing, rows), 0
     for batch in batches:
         done += len(batch)
-        missing = [row for row in batch if kept.lacks([row.number], "answer")]
-        if missing:
+        if kept.lacks([row.number for row in batch], "answer"):
             if alone:
                 set_seed(batch[0].number)
             asked = [row.question.asked(answerer.chat_template) for row in batch if row.question]
@@ -225,7 +224,7 @@ def _compute_answers(computing: Computing) -> None:
                 [
                     {"row": row.number, "answer": each.text, "ended": each.is_whole}
                     for row, each in zip(batch, written)
-                    if row in missing
+                    if kept.lacks([row.number], "answer")
                 ]
             )
         computing.tell("answers", done, sum(map(len, batches)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_cli.common import LoraError, UsageError, find_nearest, quote, ui
+from lora_cli.common import LoraError, UsageError, find_nearest, library_errors, quote, ui
 from lora_cli.evaluate.answerers import Answerer, HFAnswerer
 from lora_cli.speed import dora_norms
 
@@ -53,9 +53,10 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
     for name in names:
         if not manager.match_tasks([name]):
             guess = find_nearest(name, known)
+            look = f"lm-eval ls tasks{f' --include_path {quote(folder)}' if folder else ''}"
             raise UsageError(
-                f"--tasks {name}: lm-eval knows no such task",
-                f"did you mean {guess}?" if guess else "lm-eval ls tasks",
+                f"--tasks {name}: lm-eval knows no such task, or cannot read its file",
+                f"did you mean {guess}?" if guess else look,
             )
     hashed = hashlib.sha256("\n".join(sorted(names)).encode())
     for file in sorted(folder.rglob("*")) if folder else []:
@@ -81,13 +82,21 @@ def run_tasks(
     network = answerer.network
     norms = dora_norms.keep_norms(dora_norms.find_layers(network))
     with _quiet(), torch.inference_mode(), answerer.switched(), norms, _unchanged(network):
-        found = harness.simple_evaluate(
-            model=_wrap(answerer, batch_size),
-            tasks=tasks.names,
-            task_manager=tasks.manager,
-            log_samples=False,
-            verbosity="ERROR",
-        )
+        try:
+            found = harness.simple_evaluate(
+                model=_wrap(answerer, batch_size),
+                tasks=tasks.names,
+                task_manager=tasks.manager,
+                log_samples=False,
+                verbosity="ERROR",
+            )
+        except Exception as error:  # of a task's file, its data, or what these need
+            if library_errors.translate(error) is not None:
+                raise
+            raise LoraError(
+                f"lm-eval could not run {', '.join(tasks.names)}: {type(error).__name__}: {error}",
+                f"lm-eval validate --tasks {quote(tasks.names[0])}",
+            ) from error
     return {name: _read_results(values) for name, values in found["results"].items()}
 
 

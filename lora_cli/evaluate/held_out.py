@@ -140,6 +140,7 @@ def shorten_place(place: str, data: str) -> str:
 
 def list_numbers(rows: Sequence[HeldRow], wanted: Sequence[int]) -> str:
     """Return where some rows stand, such as `rows.jsonl:3, rows.jsonl:9 and 4 more`."""
-    places = [row.place for row in rows if row.number in set(wanted)]
+    asked = set(wanted)
+    places = [row.place for row in rows if row.number in asked]
     more = f" and {len(places) - 3} more" if len(places) > 3 else ""
     return ", ".join(places[:3]) + more

@@ -309,7 +309,7 @@ class Run:
 
     def show_differing(self) -> None:
         """Print the rows in which models differ, as many as are asked for."""
-        if len(self.scored) < 2 or not self.wanted.answers:
+        if len(self.scored) < 2 or not self.wanted.answers or not self.rows:
             return
         ui.report("", f"{len(self.differing)} of {len(self.rows)} rows are answered differently")
         shown = self.differing[: self.request.show]

@@ -137,7 +137,8 @@ def measure(name: str, counted: Counted) -> dict[str, Any]:
 def compare(name: str, one: Counted, other: Counted) -> dict[str, Any] | None:
     """Return by how much the second is larger, over the rows that both have; None without any, and
     of losses over other tokens."""
-    shared = [number for number in one.numbers if number in set(other.numbers)]
+    there = set(other.numbers)
+    shared = [number for number in one.numbers if number in there]
     if not shared:
         return None
     pair = one.of(shared), other.of(shared)
