@@ -38,6 +38,7 @@ ORDER = [
     {"train"},
     {"evaluate"},
     {"report"},
+    {"serve"},
     {"doctor"},
     {"cli"},
 ]

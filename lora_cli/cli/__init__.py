@@ -22,6 +22,7 @@ from lora_cli.cli import (
     help_verbs,
     onnx_verbs,
     report_verbs,
+    serve_verbs,
     training_verbs,
 )
 from lora_cli.common import (
@@ -46,6 +47,7 @@ for group in (
     adapter_verbs,
     gguf_verbs,
     onnx_verbs,
+    serve_verbs,
     answer_verbs,
     report_verbs,
     evaluate_verbs,

@@ -209,6 +209,51 @@ TaskFiles = Annotated[
     Optional[Path], typer.Option(metavar="DIR", help="A folder with lm-eval's task files.")
 ]
 ShownRows = Annotated[int, typer.Option(min=0, help="Print so many rows answered differently.")]
+MoreAdapters = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--adapter",
+        metavar="NAME=PATH",
+        help="One more adapter on the same base; may be repeated.",
+    ),
+]
+Host = Annotated[str, typer.Option(help="The address to listen at.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")]
+ApiKey = Annotated[
+    Optional[str],
+    typer.Option(envvar="LORA_API_KEY", help="Who asks must know it; default: a random one."),
+]
+NoApiKey = Annotated[bool, typer.Option("--no-api-key", help="Let anybody ask.")]
+LongestContext = Annotated[
+    Optional[int],
+    typer.Option(
+        min=2, help="Tokens of prompt and answer; default: what the model reads, a GGUF 4096."
+    ),
+]
+MaxBody = Annotated[
+    float, typer.Option(min=0.001, callback=require_finite, help="Megabytes of a request.")
+]
+MaxRequests = Annotated[
+    int, typer.Option(min=1, help="Requests that wait or are answered; more get 503.")
+]
+RequestTime = Annotated[
+    float, typer.Option(min=0.1, callback=require_finite, help="Seconds that a request may take.")
+]
+Grace = Annotated[
+    float,
+    typer.Option(
+        min=0, callback=require_finite, help="Seconds for an answer when the server is ended."
+    ),
+]
+
+
+class OtherEngine(StrEnum):
+    """Another engine that serves what was trained."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    ollama = "ollama"
+    llama_cpp = "llama.cpp"
 
 
 class LongRow(StrEnum):

@@ -9,6 +9,7 @@ Its doors, in the order a reader needs them:
     score      `lora evaluate`: base, adapter, merged model and GGUF file scored on held-out rows
     answerers  what answers, whatever form a model has
     verify     `lora verify`: adapter, merged model and GGUF file compared
+    answerers  … what answers conversations, for other rooms
 """
 
 __all__ = [

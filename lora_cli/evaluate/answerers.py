@@ -188,11 +188,11 @@ class HFAnswerer:
 
     def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
         """Answers with whether each ended by itself; all that are given are one batch."""
-        return self._generate([self._ids(asked) for asked in conversations], sampling)
+        return self._generate([self.encode(asked) for asked in conversations], sampling)
 
     def count_tokens(self, conversation: Asked) -> int:
         """How many tokens the prompt has."""
-        return len(self._ids(conversation))
+        return len(self.encode(conversation))
 
     @property
     def network(self) -> PreTrainedModel | PeftModel:
@@ -208,10 +208,12 @@ class HFAnswerer:
     def stream(self, conversation: Asked, sampling: Sampling) -> str:
         """One answer, printed as it comes."""
         streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [written] = self._generate([self._ids(conversation)], sampling, streamer=streamer)
+        [written] = self._generate([self.encode(conversation)], sampling, streamer=streamer)
         return written.text
 
-    def _ids(self, asked: Asked) -> list[int]:
+    def encode(self, asked: Asked) -> list[int]:
+        """Return the prompt of a conversation as token ids. Raises LoraError where the model holds
+        none."""
         messages = asked.messages
         if self.chat_template is None and len(messages) > 1:
             raise LoraError(
@@ -226,9 +228,25 @@ class HFAnswerer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generate(
-        self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **kwargs: Any
     ) -> list[decoder.Written]:
-        """Generate left-padded, with the pads masked; cut at the token that ends a turn."""
+        """Return the texts of what is written, and whether each ended by itself."""
+        ends = set(self.list_ends())
+        written = self.write_ids(prompts, sampling, **kwargs).tolist()
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+        return [
+            decoder.Written(text, not ends.isdisjoint(row)) for text, row in zip(texts, written)
+        ]
+
+    def write_ids(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return the token ids (prompts × longest answer) that are written after prompts, each up
+        to one that ends an answer, filled with padding after it.
+
+        The prompts are padded on the left, with the pads masked. `kwargs` are generate's. Raises
+        TooLongError.
+        """
         weights, tokenizer = self.network, self.tokenizer
         room = limit_answer(max(map(len, prompts)), self.positions, sampling.max_new_tokens)
         pad = (
@@ -236,7 +254,8 @@ class HFAnswerer:
         )
         width = max(map(len, prompts))
         ids = torch.tensor(
-            [[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=weights.device
+            [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts],
+            device=weights.device,
         )
         mask = torch.tensor(
             [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=weights.device
@@ -248,26 +267,22 @@ class HFAnswerer:
         )
         # a token is computed with the same norms as the one before
         norms = dora_norms.keep_norms(dora_norms.find_layers(weights))
-        ends = self._ends(weights)
         with torch.inference_mode(), self.switched(), norms:
             output = weights.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=room,
-                eos_token_id=ends,
+                eos_token_id=self.list_ends(),
                 pad_token_id=pad,
                 **drawing,
                 **kwargs,
             )
-        written = [row[width:].tolist() for row in output]
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in written]
-        ended = [not set(ends).isdisjoint(row) for row in written]
-        return list(map(decoder.Written, texts, ended))
+        return output[:, width:]
 
-    def _ends(self, weights: PreTrainedModel) -> list[int]:
-        """Return the tokens that end an answer: the tokenizer's, those of training, and those of
+    def list_ends(self) -> list[int]:
+        """List the tokens that end an answer: the tokenizer's, those of training, and those of
         the generation config."""
-        configured = weights.generation_config.eos_token_id
+        configured = self.bases.loaded[self.key].generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
         return sorted(
             {
@@ -299,7 +314,8 @@ class PairAnswerer(HFAnswerer):
         """None: it reads texts."""
         return None
 
-    def _ids(self, asked: Asked) -> list[int]:
+    def encode(self, asked: Asked) -> list[int]:
+        """Return a source as token ids, after what each began with in training."""
         if len(asked.messages) > 1:
             raise LoraError(
                 "this model reads a text and writes another: it holds no conversation",
@@ -309,7 +325,7 @@ class PairAnswerer(HFAnswerer):
         return list(ids)
 
     def _generate(
-        self, prompts: list[list[int]], sampling: Sampling, **kwargs: Any
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **kwargs: Any
     ) -> list[decoder.Written]:
         """Generate from sources that are padded at their ends, as in training."""
         weights = self.network
@@ -431,14 +447,19 @@ def _open_model(path: str, bases: Bases, others: Iterable[Answerer]) -> HFAnswer
     task = Base.of_model(path).task
     refuse_other_task(path, task)
     if not task.has_targets:
-        tokenizer = _load_base_tokenizer(path, others)
-        return HFAnswerer(bases, bases.plain(path), None, tokenizer)
+        return open_base(path, bases, others)
     made = PairAnswerer(bases, bases.plain(path), None, load_tokenizer(path))
     made.prefix = read_merged_recipe(Path(path)).source_prefix
     for other in others:
         if isinstance(other, PairAnswerer) and other.key.base.name == path:
             made.tokenizer, made.prefix = other.tokenizer, other.prefix
     return made
+
+
+def open_base(path: str, bases: Bases, others: Iterable[Answerer]) -> HFAnswerer:
+    """Open a causal model without an adapter, on the weights of adapters where they are its own."""
+    tokenizer = _load_base_tokenizer(path, others)
+    return HFAnswerer(bases, bases.plain(path), None, tokenizer)
 
 
 def refuse_other_task(path: str, task: Task) -> None:

@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 import urllib.error
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -137,15 +137,20 @@ class GGUFModel:
 
     def _walk_pieces(
         self, prompt: str | Sequence[int], max_new_tokens: int, temperature: float, seed: int
-    ) -> Iterator[Mapping[str, Any]]:
-        """Yield what the server says of each piece of an answer, the last time why it stopped."""
-        body = {
-            "n_predict": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "stream": True,
-        }
-        with self._open("/completion", {"prompt": self._ids(prompt), **body}) as reply:
+    ) -> Iterator[dict[str, Any]]:
+        body = {"n_predict": max_new_tokens, "temperature": temperature, "seed": seed}
+        return self.write_pieces(self.encode(prompt), body)
+
+    def write_pieces(
+        self, prompt: Sequence[int], body: Mapping[str, Any]
+    ) -> Generator[dict[str, Any]]:
+        """Yield llama.cpp's own pieces of the answer to a prompt; the last has `stop_type`.
+        Dropping the iterator stops llama.cpp.
+
+        `body`: more of what POST /completion takes. Raises LoraError as `stream` does.
+        """
+        asked = {**body, "prompt": list(prompt), "stream": True}
+        with self._open("/completion", asked) as reply:
             for line in reply:
                 if line.startswith(b"data: "):
                     piece = json.loads(line.removeprefix(b"data: "))
@@ -191,7 +196,8 @@ class GGUFModel:
     ) -> None:
         self.close()
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return a prompt as token ids; a text gets the GGUF's BOS unless it begins with it."""
         if not isinstance(prompt, str):
             return list(prompt)
         has_bos = bool(self.bos_token) and prompt.startswith(self.bos_token)
