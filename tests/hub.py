@@ -1,5 +1,4 @@
-"""A Hugging Face hub on 127.0.0.1 that serves local folders under any repository name. Standard
-library only.
+"""A Hugging Face hub on 127.0.0.1 that serves local folders under any repository name.
 
     with LoopbackHub() as hub:
         hub.add_model("HuggingFaceTB/SmolLM2-135M", {"main": folder, "v2": other})
@@ -10,11 +9,16 @@ library only.
 It speaks what transformers, peft, datasets and huggingface_hub ask when they read: repository info,
 trees, file metadata, ranges, and the refusals of the real one (`models/test_hub.py` holds it to
 that). A folder is copied into memory when added, so a commit never changes, and its sha follows
-from its content. Uploads are not served.
+from its content.
+
+It takes uploads to models as well, as huggingface_hub sends them without Xet: repositories and
+branches are made, large files arrive by LFS, small ones in the commit. `sent` has the body of every
+request, byte for byte.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -28,6 +32,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 
+import yaml
+
 LFS_SUFFIXES = {
     ".arrow",
     ".bin",
@@ -37,9 +43,14 @@ LFS_SUFFIXES = {
     ".pt",
     ".safetensors",
 }  # as in a new repository
+LARGE = 10 * 2**20
+"""Bytes from which any file goes by LFS."""
+WRITES = "preupload|commit|branch"
 API = re.compile(
-    r"/api/(model|dataset)s/(.+?)(?:/(revision|tree|paths-info)(?:/([^/]+)(?:/(.+))?)?)?"
+    rf"/api/(model|dataset)s/(.+?)(?:/(revision|tree|paths-info|{WRITES})(?:/([^/]+)(?:/(.+))?)?)?"
 )
+LFS = re.compile(r"/(.+)\.git/info/lfs/objects/(batch|verify)")
+STORE = re.compile(r"/lfs-store/([0-9a-f]{64})")
 RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
 Entry = dict[str, object]
 
@@ -60,6 +71,10 @@ class Refusal(Exception):
         self.reply = Reply(status, headers, json.dumps({"error": message}).encode())
 
 
+def goes_by_lfs(name: str, size: int) -> bool:
+    return bool(size) and (PurePosixPath(name).suffix in LFS_SUFFIXES or size >= LARGE)
+
+
 @dataclass(frozen=True)
 class File:
     """Content with its names: `oid` is git's, `etag` is the LFS sha256 where the real hub would use
@@ -71,11 +86,13 @@ class File:
 
     @classmethod
     def read(cls, path: Path) -> File:
-        data = path.read_bytes()
+        return cls.of(path.name, path.read_bytes())
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> File:
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        return cls(
-            data, oid, hashlib.sha256(data).hexdigest() if path.suffix in LFS_SUFFIXES else oid
-        )
+        is_lfs = goes_by_lfs(name, len(data))
+        return cls(data, oid, hashlib.sha256(data).hexdigest() if is_lfs else oid)
 
     def entry(self, path: str) -> Entry:
         size = len(self.data)
@@ -91,10 +108,15 @@ class Commit:
     """A folder as it was when added: `files` by path, and `entries`, the tree with its directories,
     by path."""
 
-    def __init__(self, repository: str, folder: Path) -> None:
+    @classmethod
+    def read(cls, repository: str, folder: Path) -> Commit:
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         assert paths, f"{folder} holds no files"
-        self.files = {path.relative_to(folder).as_posix(): File.read(path) for path in paths}
+        files = {path.relative_to(folder).as_posix(): File.read(path) for path in paths}
+        return cls(repository, files)
+
+    def __init__(self, repository: str, files: Mapping[str, File]) -> None:
+        self.files = dict(files)
         listing = "".join(f"\n{path} {file.oid}" for path, file in self.files.items())
         self.sha = hashlib.sha1(f"{repository}{listing}".encode()).hexdigest()
         directories = sorted(
@@ -124,7 +146,7 @@ class Commit:
 
 class Repository:
     def __init__(self, kind: str, name: str) -> None:
-        self.kind, self.name, self.gated = kind, name, False
+        self.kind, self.name, self.gated, self.private = kind, name, False, False
         self.refs: dict[str, str] = {}
         self.commits: dict[str, Commit] = {}
 
@@ -135,13 +157,17 @@ class Repository:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return self.commits[sha]
 
+    def add(self, revision: str, commit: Commit) -> None:
+        self.commits[commit.sha] = commit
+        self.refs[revision] = commit.sha
+
     def info(self, commit: Commit) -> Entry:
         siblings = [{"rfilename": path} for path in commit.files]
         gated = "manual" if self.gated else False
         return {
             "id": self.name,
             "sha": commit.sha,
-            "private": False,
+            "private": self.private,
             "gated": gated,
             "tags": [],
             "siblings": siblings,
@@ -181,6 +207,12 @@ class LoopbackHub:
         self.hostile: Callable[[str, str, Reply], Reply] | None = None
         """What becomes of the reply to a (method, target)."""
         self.requests: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, str, bytes]] = []
+        """The (method, target, body) of every request that had one."""
+        self.account, self.organizations, self.role = "loopback", ["org"], "write"
+        """Whose every token is, and what it may do."""
+        self.stored: dict[str, bytes] = {}
+        """Large files by their sha256, as the store behind LFS keeps them."""
         self.strays: list[tuple[str, str]] = []
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._server = _Server(self)
@@ -218,9 +250,7 @@ class LoopbackHub:
         repository = self._repositories.setdefault((kind, name), Repository(kind, name))
         repository.gated = gated
         for revision, folder in revisions.items():
-            commit = Commit(f"{kind} {name}", folder)
-            repository.commits[commit.sha] = commit
-            repository.refs[revision] = commit.sha
+            repository.add(revision, Commit.read(f"{kind} {name}", folder))
         return {revision: repository.refs[revision] for revision in revisions}
 
     def environ(self, cache: Path, *, offline: bool = False) -> dict[str, str]:
@@ -257,12 +287,24 @@ class LoopbackHub:
             **dict.fromkeys(["no_proxy", "NO_PROXY"], "127.0.0.1,localhost"),
         }
 
-    def answer(self, method: str, target: str, form: str, token: str | None) -> Reply:
+    def answer(self, method: str, target: str, body: bytes, token: str | None) -> Reply:
         """One request without the wire. Raises Refusal."""
         self.requests.append((method, target))
+        if body:
+            self.sent.append((method, target, body))
         path, _, query = target.partition("?")
         if path == "/api/whoami-v2" and token:
-            return _json({"type": "user", "name": "loopback", "fullname": "loopback", "orgs": []})
+            return _json(
+                {
+                    "type": "user",
+                    "name": self.account,
+                    "fullname": self.account,
+                    "orgs": [{"type": "org", "name": name} for name in self.organizations],
+                    "auth": {"type": "access_token", "accessToken": {"role": self.role}},
+                }
+            )
+        if reply := self._take(method, path, body, token):
+            return reply
         if match := RESOLVE.fullmatch(path):
             dataset, name, revision, file = match.groups()
             repository = self._repository("dataset" if dataset else "model", name, token)
@@ -270,6 +312,8 @@ class LoopbackHub:
         if match := API.fullmatch(path):
             kind, name, verb, revision, folder = match.groups()
             repository = self._repository(kind, name, token)
+            if verb and verb in WRITES:
+                return self._write(repository, verb, unquote(revision), body, token)
             commit = repository.at(unquote(revision or "main"))
             if verb == "tree":
                 return _json(
@@ -279,7 +323,7 @@ class LoopbackHub:
                 return _json(
                     [
                         commit.entries[path]
-                        for path in parse_qs(form)["paths"]
+                        for path in parse_qs(body.decode())["paths"]
                         if path in commit.entries
                     ]
                 )
@@ -287,9 +331,120 @@ class LoopbackHub:
         self.strays.append((method, target))
         raise Refusal(403, "", f"the loopback hub does not serve {target}")
 
+    def _take(self, method: str, path: str, body: bytes, token: str | None) -> Reply | None:
+        """The reply to what an upload asks outside of a repository's API; None for the rest."""
+        if method == "PUT" and (match := STORE.fullmatch(path)):
+            if hashlib.sha256(body).hexdigest() != match[1]:
+                raise Refusal(400, "", "the content is not what its name says")
+            self.stored[match[1]] = body
+            return Reply(200, {}, b"")
+        if method != "POST":
+            return None
+        if path == "/api/repos/create":
+            return self._create(json.loads(body), token)
+        if path == "/api/validate-yaml":
+            return _validate(json.loads(body)["content"])
+        if match := LFS.fullmatch(path):
+            self._refuse_reader(match[1], token)
+            return self._batch(match[1], json.loads(body), match[2])
+        return None
+
+    def _create(self, asked: dict, token: str | None) -> Reply:
+        owner = asked["organization"] or self.account
+        name = f"{owner}/{asked['name']}"
+        if not token:
+            raise Refusal(401, "", "Invalid username or password.")
+        if self.role == "read" or owner not in (self.account, *self.organizations):
+            said = f'You don\'t have the rights to create a model under the namespace "{owner}"'
+            raise Refusal(403, "", said)
+        if ("model", name) in self._repositories:
+            raise Refusal(409, "", "You already created this model repo")
+        made = self._repositories["model", name] = Repository("model", name)
+        made.private = asked.get("visibility") == "private"
+        rules = "".join(f"*{each} filter=lfs diff=lfs merge=lfs -text\n" for each in LFS_SUFFIXES)
+        first = {".gitattributes": File.of(".gitattributes", rules.encode())}
+        made.add("main", Commit(f"model {name}", first))
+        return _json({"url": f"{self.url}/{name}", "name": name})
+
+    def _refuse_reader(self, name: str, token: str | None) -> None:
+        owner = name.partition("/")[0]
+        if not token:
+            raise Refusal(401, "", "Invalid username or password.")
+        if self.role == "read" or owner not in (self.account, *self.organizations):
+            raise Refusal(403, "", "you do not have write access to this repository")
+
+    def _batch(self, name: str, asked: dict, verb: str) -> Reply:
+        """LFS's batch and verify: what is stored already is not to be uploaded again."""
+        if verb == "verify":
+            stored = self.stored.get(asked["oid"])
+            if stored is None or len(stored) != asked["size"]:
+                raise Refusal(404, "", "the object does not exist")
+            return _json({})
+        objects = []
+        for each in asked["objects"]:
+            upload = {"href": f"{self.url}/lfs-store/{each['oid']}"}
+            verify = {"href": f"{self.url}/{name}.git/info/lfs/objects/verify"}
+            missing = each["oid"] not in self.stored
+            actions = {"actions": {"upload": upload, "verify": verify}} if missing else {}
+            objects.append({"oid": each["oid"], "size": each["size"], **actions})
+        return _json({"transfer": "basic", "objects": objects})
+
+    def _write(
+        self, repository: Repository, verb: str, revision: str, body: bytes, token: str | None
+    ) -> Reply:
+        self._refuse_reader(repository.name, token)
+        if verb == "branch":
+            if revision in repository.refs:
+                raise Refusal(409, "", "Reference already exists")
+            repository.refs[revision] = repository.at("main").sha
+            return _json({})
+        head = repository.at(revision)
+        if verb == "preupload":
+            files = [
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if goes_by_lfs(each["path"], each["size"]) else "regular",
+                    "shouldIgnore": False,
+                    "oid": head.files[each["path"]].etag if each["path"] in head.files else None,
+                }
+                for each in json.loads(body)["files"]
+            ]
+            return _json({"files": files})
+        return self._commit(repository, revision, [json.loads(line) for line in body.splitlines()])
+
+    def _commit(self, repository: Repository, revision: str, lines: list[dict]) -> Reply:
+        head, (header, *operations) = repository.at(revision), lines
+        parent = header["value"].get("parentCommit")
+        if parent is not None and parent != head.sha:
+            raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
+        files = dict(head.files)
+        for each in operations:
+            value = each["value"]
+            if each["key"] == "lfsFile":
+                if value["oid"] not in self.stored:
+                    raise Refusal(422, "", f"the object of {value['path']} does not exist")
+                data = self.stored[value["oid"]]
+            else:
+                assert each["key"] == "file", each["key"]
+                data = base64.b64decode(value["content"])
+            files[value["path"]] = File.of(value["path"], data)
+        made = Commit(f"model {repository.name} {head.sha}", files)
+        repository.add(revision, made)
+        address = f"{self.url}/{repository.name}/commit/{made.sha}"
+        return _json({"commitUrl": address, "commitOid": made.sha, "pullRequestUrl": None})
+
+    def files_of(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        """What a branch of a model holds."""
+        commit = self._repositories["model", name].at(revision)
+        return {path: file.data for path, file in commit.files.items()}
+
+    def is_private(self, name: str) -> bool:
+        return self._repositories["model", name].private
+
     def _repository(self, kind: str, name: str, token: str | None) -> Repository:
-        if (kind, name) in self._repositories:
-            return self._repositories[kind, name]
+        found = self._repositories.get((kind, name))
+        if found and (token or not found.private):
+            return found
         if token:
             raise Refusal(404, "RepoNotFound", "Repository not found")
         raise Refusal(
@@ -299,6 +454,22 @@ class LoopbackHub:
 
 def _json(value: object) -> Reply:
     return Reply(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+def _validate(card: str) -> Reply:
+    """The hub's opinion of a card's metadata: YAML, and of the right kinds."""
+    front = re.match(r"---\n(.*?)^---", card, re.DOTALL | re.MULTILINE)
+    try:
+        data = yaml.safe_load(front[1]) if front else {}
+        said = "" if isinstance(data, dict) else "metadata must be a mapping"
+    except yaml.YAMLError as error:
+        said, data = str(error), {}
+    if isinstance(data, dict) and "/" not in str(data.get("base_model", "a/b")):
+        said = '"base_model" with value is not valid. Use a model id from https://hf.co/models.'
+    body = {"errors": [{"message": said}] if said else [], "warnings": []}
+    return Reply(
+        400 if said else 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+    )
 
 
 def _ranged(reply: Reply, wanted: str) -> Reply:
@@ -336,10 +507,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _reply(self) -> None:
-        form = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        body = self._read_body()
         try:
             reply = self.server.hub.answer(
-                self.command, self.path, form, self.headers.get("Authorization")
+                self.command, self.path, body, self.headers.get("Authorization")
             )
             reply = _ranged(reply, self.headers["Range"]) if self.headers["Range"] else reply
         except Refusal as refusal:
@@ -358,7 +529,17 @@ class _Handler(BaseHTTPRequestHandler):
             while self.command != "HEAD" and endless:
                 self.wfile.write(b"10000\r\n" + b" " * 2**16 + b"\r\n")
 
-    do_GET = do_HEAD = do_POST = do_CONNECT = _reply
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = bytearray()
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return bytes(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_CONNECT = _reply
 
     def log_message(self, *line: object) -> None:
         """Silent: `requests` is the log."""

@@ -31,7 +31,7 @@ ORDER = [
     {"recipe", "distributed"},
     {"models"},
     {"data", "speed"},
-    {"scoring"},
+    {"scoring", "card"},
     {"plan"},
     {"merge"},
     {"gguf", "onnx_export"},
@@ -39,6 +39,7 @@ ORDER = [
     {"evaluate"},
     {"report"},
     {"serve"},
+    {"publish"},
     {"doctor"},
     {"cli"},
 ]
@@ -207,6 +208,7 @@ def test_no_function_is_over_forty_lines() -> None:
 SHOWN_COMMAND = re.compile(
     r"(?:\b(?:rm|ls|sed|jq|kill|gzip|mkdir|cp|mv|chmod|pip install|vllm serve|ollama create|llama-server"
     r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|runs|report|recipes|schema))"
+    r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|push|card|recipes|schema))"
     r"|(?:^|, |: )(?:head|cat|less)|(?<![\w-])--(?:set|base|prompt|file|imatrix|llama-cpp)| >)"
     r"(?: [^,;:()⟦\n]*| ?[\w.]*=)?⟦([^⟧]*)⟧(?!:| does not exist)"
 )

@@ -21,6 +21,7 @@ from lora_cli.cli import (
     gguf_verbs,
     help_verbs,
     onnx_verbs,
+    publish_verbs,
     report_verbs,
     serve_verbs,
     training_verbs,
@@ -51,6 +52,7 @@ for group in (
     answer_verbs,
     report_verbs,
     evaluate_verbs,
+    publish_verbs,
     help_verbs,
 ):
     app.add_typer(group.verbs)

@@ -147,9 +147,9 @@ def warn(text: str) -> None:
     say(f"warning: {text}")
 
 
-def ask() -> None:
+def ask(text: str = "> ") -> None:
     """Print what asks for a line to stderr."""
-    _write(sys.stderr, "> ")
+    _write(sys.stderr, text)
 
 
 def report(*lines: str) -> None:

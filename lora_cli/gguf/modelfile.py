@@ -181,6 +181,14 @@ def write_modelfile(folder: Path, ggufs: Sequence[Path], merged: Path) -> None:
     ui.warn(f"no Modelfile: Ollama's language cannot hold the model's {' and '.join(odd)}")
 
 
+def is_of(path: Path, gguf: Path) -> bool:
+    """Return whether a file that exists is a Modelfile of ours for this GGUF."""
+    if not _is_ours(path):
+        return False
+    text = path.read_text(encoding="utf-8")
+    return dict(reversed(list(read_modelfile(text)))).get("FROM") == f"./{gguf.name}"
+
+
 def _is_ours(path: Path) -> bool:
     """Return whether a file that exists is a Modelfile of ours."""
     if not path.is_file():

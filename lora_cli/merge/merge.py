@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_cli.card import write_card
 from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, stored, ui
 from lora_cli.merge import (
     compare_weights,
@@ -110,19 +111,19 @@ def merge_adapter(
         probes = _make_probes(adapter, reader)
         dtype = adapter.base.dtype
         expected = way.compute_expected(probes) if check else None
-        exact = trained = None
+        exact = trained = checked = None
         if expected is not None:
             trained = check_against_training(adapter, way, probes, expected, original)
             exact = _check_exact(adapter, way, probes, expected)
         modules = way.write(staging, dtype, [reader.eos_token_id, *adapter.stop_token_ids])
         output.begin_where_trained(adapter, reader, staging)
         ui.say(f"  {modules} of {modules} modules merged")
-        checked = None
         if check:
             weights = _check_files(way, adapter, staging, original)
             rounded = _check_rounded(adapter, way, probes, expected, staging)
             checked = Checked(exact, weights, rounded, trained)
         add_reader_and_record(adapter, reader, staging, original, checked)
+        write_card(staging, files.name_artefact(out))
     return Merged(modules, dtype, checked)
 
 

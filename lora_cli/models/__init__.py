@@ -5,7 +5,8 @@ Its doors, in the order a reader needs them:
 
     Base                           a base model at one commit: its configuration, files, weights
     read_adapter, Adapter          an adapter's folder, read and checked once, with its base
-    TrainingRecord, read_merged_recipe
+    ADAPTER_FILES, TOKENIZER_FILES what such folders hold
+    TrainingRecord, MadeRecord, read_merged_recipe
                                    what the record of a run or an adapter holds; a merged model's
     get_checkpoint_dtype, num_experts, num_active_experts, num_layers, read_field
                                    what a configuration says
@@ -42,7 +43,12 @@ Its doors, in the order a reader needs them:
                                    what training left behind, for later comparison
 """
 
-from lora_cli.models.adapter_folder import Adapter, read_adapter
+from lora_cli.models.adapter_folder import (
+    ADAPTER_FILES,
+    TOKENIZER_FILES,
+    Adapter,
+    read_adapter,
+)
 from lora_cli.models.base import (
     Base,
     convert_to_float32,
@@ -93,6 +99,7 @@ from lora_cli.models.processor import (
     save_reader,
 )
 from lora_cli.models.record import (
+    MadeRecord,
     RecordedKept,
     RecordedRecipe,
     TrainingRecord,
@@ -109,15 +116,18 @@ from lora_cli.models.tokenizer import (
 )
 
 __all__ = [
+    "ADAPTER_FILES",
     "Adapter",
     "Base",
     "Difference",
     "IGNORED",
+    "MadeRecord",
     "Limit",
     "PARENT_COPY",
     "PROBES",
     "Parent",
     "Probe",
+    "TOKENIZER_FILES",
     "TRAINED",
     "TRAINED_KL",
     "Tensors",

@@ -19,10 +19,10 @@ import torch
 from peft import PeftModel
 
 from lora_cli import __version__
+from lora_cli.card import write_card
 from lora_cli.common import (
     LoraError,
     endings,
-    escape,
     files,
     gpu_faults,
     lock,
@@ -361,7 +361,6 @@ def _save(trained: PeftModel, reader: Reader, adapter: Path, run: Run) -> None:
                 save_embedding_layers=False,
                 state_dict=sharding.gather_trained(trained) if sharding.is_on(trained) else None,
             )
-        _name_parent(staging / "README.md", run)
         init_weights.save_as_plain(
             staging, trained.peft_config["default"], run.folder / init_weights.START
         )
@@ -369,14 +368,7 @@ def _save(trained: PeftModel, reader: Reader, adapter: Path, run: Run) -> None:
         save_head_config(trained.get_base_model(), staging)
         files.leave_out_home(staging)
         files.write_json(staging / provenance.ARTEFACT_RECORD, run.record.to_data())
-
-
-def _name_parent(card: Path, run: Run) -> None:
-    """Add to PEFT's model card which adapter this one was trained on from."""
-    if parent := run.record.parent:
-        name = escape(str(parent.name)).replace("`", "'")
-        said = f"Trained on from the adapter `{name}` (sha256 `{parent.sha256}`)."
-        files.write_text(card, f"{card.read_text(encoding='utf-8')}\n\n{said}\n")
+        write_card(staging, files.name_artefact(adapter))
 
 
 def _make_room(adapter: Path, run: Run) -> None:

@@ -1,0 +1,98 @@
+"""What `lora evaluate` found, before and after: evaluation.json as a table of the card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_cli.card.markdown import code, plain, table
+from lora_cli.card.portable import name_file
+from lora_cli.common import provenance, read_json, stored
+
+FILE = "evaluation.json"
+
+
+class Metric(stored.Stored):
+    """A metric with the interval that it lies in."""
+
+    value: float | int | None
+    low: float | int | None = None
+    high: float | int | None = None
+    count: int | None = None
+
+
+class Judged(stored.Stored):
+    """A model, and what was measured of it."""
+
+    label: str
+    kind: str = ""
+    metrics: dict[str, Metric] = {}
+    forgetting: dict[str, Any] | None = None
+
+
+class EvaluatedData(stored.Stored):
+    """The rows that were asked: the name of their file, and the sha256 of its content."""
+
+    name: str
+    sha256: str | None = None
+    rows: int | None = None
+
+
+class Evaluation(stored.Stored):
+    """What stands in evaluation.json."""
+
+    data: EvaluatedData
+    models: list[Judged]
+
+
+def find_evaluations(artefact: Path, run_id: Any) -> list[Path]:
+    """Return the evaluations in the folder of the run that an artefact came from, where that is
+    the folder around it."""
+    run = artefact.resolve().parent
+    record = run / provenance.RUN_RECORD
+    if not record.is_file() or not run_id or read_json(record).get("id") != run_id:
+        return []
+    return sorted(run.glob(f"evaluations/*/{FILE}"))
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Return what an evaluation found. LoraError where the file is none."""
+    return Evaluation.read(path / FILE if path.is_dir() else path).to_data()
+
+
+def list_evaluated(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a table for each evaluation: a line for each model, of names, not of rows."""
+    if evaluations:
+        yield "## Evaluation"
+    for each in evaluations:
+        data, models = each["data"], each["models"]
+        rows = f", {data['rows']:,} rows" if data.get("rows") else ""
+        digest = f", sha256 {code(data['sha256'])}" if data.get("sha256") else ""
+        yield f"On {code(name_file(data['name']))}{rows}{digest}:"
+        names = list(dict.fromkeys(name for model in models for name in model.get("metrics", {})))
+        forgets = ["loss on general text"] if any(m.get("forgetting") for m in models) else []
+        header = ["", *map(plain, names), *forgets]
+        yield table(header, [_list_cells(model, names, bool(forgets)) for model in models])
+
+
+def _list_cells(model: dict[str, Any], names: Sequence[str], forgets: bool) -> list[str]:
+    label = name_file(model["label"])
+    metrics = model.get("metrics", {})
+    cells = [f"{plain(model.get('kind') or '')} {code(label)}".strip()]
+    cells += [_show(metrics.get(name)) for name in names]
+    if forgets:
+        cells.append(_round((model.get("forgetting") or {}).get("loss")))
+    return cells
+
+
+def _show(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return ""
+    value, low, high = (metric.get(key) for key in ("value", "low", "high"))
+    interval = f" ({_round(low)} to {_round(high)})" if None not in (low, high) else ""
+    return f"{_round(value)}{interval}"
+
+
+def _round(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else ""
