@@ -262,7 +262,15 @@ def test_nothing_but_ui_writes_to_the_screen() -> None:
                 writers.add(str(path.relative_to(PACKAGE)))
             if isinstance(node, ast.keyword) and node.arg == "file":
                 assert "sys.std" not in ast.unparse(node.value)
-    assert writers == PROGRAMS
+    assert writers - {"common/ui.py"} == PROGRAMS
+
+
+def test_rich_is_for_pictures_alone() -> None:
+    """Which come from ui, and are no part of what is imported elsewhere than on a terminal."""
+    users = [str(path.relative_to(PACKAGE)) for path in FILES if "rich" in packages([path])]
+    assert users == ["common/screen.py"]
+    importers = [each.path for each in EVERY if "screen" in (each.name, each.source[-6:])]
+    assert {*importers} == {"common/ui"}
 
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "numpy"}

@@ -44,19 +44,26 @@ class WarmCLI:
         cwd: Path | None = None,
         input: str = "",
         program: str | None = None,
+        terminal: str | None = None,
+        environment: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run one command to its end: of `lora`, or of the Python file `program`."""
+        """Run one command to its end: of `lora`, or of the Python file `program`; on a `terminal`
+        (a device's path), with an `environment` that only its own code reads."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "0").write_text(input, encoding="utf-8")
             call = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "folder": folder}
             call |= {"program": program} if program else {}
+            call |= {"terminal": terminal, "environment": environment or {}}
             assert self.process.stdin is not None
             assert self.process.stdout is not None
             self.process.stdin.write(json.dumps(call) + "\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
             assert answer, "the warm process died"
-            out, err = ((Path(folder) / name).read_text(encoding="utf-8") for name in "12")
+            out, err = (
+                "" if terminal else (Path(folder) / name).read_text(encoding="utf-8")
+                for name in "12"
+            )
         command = [program or "lora", *arguments]
         return subprocess.CompletedProcess(command, int(answer), out, err)
 
@@ -89,14 +96,19 @@ def run_command(call: dict) -> None:
     from lora_cli.cli import main
 
     os.chdir(call["cwd"])
+    os.environ.update(call["environment"])
+    if call["terminal"]:
+        os.setsid()  # the first terminal that it opens then is its own
     for number, flags in (
         (0, os.O_RDONLY),
         (1, os.O_WRONLY | os.O_CREAT),
         (2, os.O_WRONLY | os.O_CREAT),
     ):
-        opened = os.open(f"{call['folder']}/{number}", flags)
+        opened = os.open(call["terminal"] or f"{call['folder']}/{number}", flags)
         os.dup2(opened, number)
         os.close(opened)
+    if call["terminal"]:
+        sys.stdout, sys.stderr = (open(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = [call.get("program", "lora"), *call["arguments"]]
     if "program" in call:

@@ -134,8 +134,8 @@ def _list_results(facts: Facts) -> Iterator[str]:
     if kept:
         metric = kept.get("metric") or "eval_loss"
         rows.append([f"kept step ({plain(kept.get('which'))})", _number(kept.get("step"))])
-        rows.append([f"{plain(metric)} there", _number(kept.get("loss"))])
-        rows.append([f"{plain(metric)} at the last step", _number(kept.get("last_loss"))])
+        rows.append([f"{plain(metric)} there", _number(kept.get("value"))])
+        rows.append([f"{plain(metric)} at the last step", _number(kept.get("last_value"))])
     yield "## Training"
     yield table(["", ""], rows)
 

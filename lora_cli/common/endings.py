@@ -99,6 +99,7 @@ def end(number: int, _frame: FrameType | None = None) -> None:
         return
     for each in NUMBERS:
         signal.signal(each, _wait)
+    ui.remove_picture()
     for words in reversed(_last_words):
         with suppress(Exception):  # the disk may be full, the terminal gone
             words()

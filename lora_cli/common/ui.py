@@ -1,5 +1,5 @@
-"""Write to the screen, which nothing else does: prose and one progress line to stderr, results to
-stdout.
+"""Write to the screen, which nothing else does: prose, one progress line or a picture to stderr,
+results to stdout.
 
 What is given as a line is shown as one, whoever wrote what is in it: controls of the terminal are
 written out, and secrets are ***.
@@ -7,6 +7,7 @@ written out, and secrets are ***.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import io
 import json
@@ -16,14 +17,17 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError
 from lora_cli.common.shown import HIDDEN, escape, name_given
+
+if TYPE_CHECKING:  # rich is for terminals
+    from lora_cli.common.screen import Line, Region
 
 TWINS = {
     "…": "...",
@@ -41,8 +45,16 @@ TWINS = {
     "Δ": "delta ",
     "‖": "||",
     "²": "^2",
-    "█": "#",
     "▁": "_",
+    "▂": ".",
+    "▃": "-",
+    "▄": "=",
+    "▅": "+",
+    "▆": "*",
+    "▇": "%",
+    "█": "#",
+    "━": "=",
+    "─": "-",
 }
 """What our own marks become where the output's encoding has none of them."""
 
@@ -220,13 +232,33 @@ def _clean(text: str, keep: str = "") -> str:
 
 
 def _write(stream: Any, text: Any) -> None:
-    """Write to stdout or stderr at once. One that fails gets no more: Python would try again at the
-    end."""
-    try:
+    """Write to stdout or stderr at once, above what a `Screen` shows there. One that fails gets no
+    more: Python would try again at the end."""
+    region = _find_region(stream) if isinstance(text, str) else None
+    with _silenced_where_it_fails(stream):
         if stream is not sys.stderr:
             sys.stdout.flush()
-        stream.write(text)
-        stream.flush()
+        shown = f"{ERASE}{text}" if region else text
+        try:
+            stream.write(shown)
+            stream.flush()
+        except RuntimeError:  # a signal has come amid another write, whose buffer is not ours
+            _write_past_buffer(stream, shown)
+            return
+        if region and text.endswith("\n"):
+            region.refresh()
+
+
+def _write_past_buffer(stream: Any, text: Any) -> None:
+    data = text if isinstance(text, bytes) else text.encode(stream.encoding, stream.errors)
+    os.write(stream.fileno(), data)
+
+
+@contextmanager
+def _silenced_where_it_fails(stream: Any) -> Iterator[None]:
+    """Let what is written to a stream that fails inside go nowhere from then on."""
+    try:
+        yield
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise
@@ -278,6 +310,8 @@ class Progress:
         On a narrow terminal parts are left out, from the last but one backwards: the first and the
         last say most.
         """
+        if _region is not None:  # which has no room for another line
+            return
         if width := _measure_line():
             shown = [_clean(part) for part in parts]
             while len("  ".join(shown)) > width and len(shown) > 2:
@@ -289,7 +323,7 @@ class Progress:
 
     def clear(self) -> None:
         """Clear the line, to make room for prose."""
-        if _measure_line():
+        if _region is None and _measure_line():
             self._rewrite("")
 
     def _rewrite(self, text: str) -> None:
@@ -297,15 +331,103 @@ class Progress:
             _write(sys.stderr, f"\r\x1b[2K{text}")
 
 
+ERASE = "\r\x1b[J"
+"""Back to the line's beginning, and nothing from there on."""
+_region: Region | None = None
+"""What is shown at the terminal's end."""
+INTERVAL = 0.25
+"""Seconds between two drawings, at least."""
+SMALLEST = (36, 8)
+"""Columns and rows of a window that a picture is drawn in."""
+
+
+class Screen:
+    """A picture of some lines at the end of a terminal, drawn anew in place; what is said meanwhile
+    appears above it."""
+
+    def __init__(self) -> None:
+        self.last = float("-inf")
+
+    def is_due(self) -> bool:
+        """Return whether it is time for another drawing."""
+        return time.monotonic() - self.last >= INTERVAL
+
+    def show(self, draw: Callable[[int, int], Sequence[Line]]) -> bool:
+        """Draw the lines that `draw` gives for so many columns and rows, of whoever's texts.
+
+        Return False, with nothing drawn, where there is no place for a picture: no terminal of
+        ours, one that cannot go back a line, or a small window.
+        """
+        global _region
+        columns, rows = _measure_window()
+        if columns < SMALLEST[0] or rows < SMALLEST[1]:
+            self.close()
+            return False
+        self.last = time.monotonic()
+        lines = [[(_clean(text), style) for text, style in line] for line in draw(columns, rows)]
+        with suppress(OSError), _silenced_where_it_fails(sys.stderr):
+            if _region is None:
+                _region = _open_region()
+            _region.draw(lines, columns, rows)
+        return True
+
+    def close(self) -> None:
+        """Remove the picture."""
+        remove_picture()
+
+
+def _find_region(stream: Any) -> Region | None:
+    """Return what is shown on the terminal that a stream goes to, if that is ours to draw on."""
+    shown = _region is not None and stream.isatty() and not _is_background(stream.fileno())
+    return _region if shown else None
+
+
+def _open_region() -> Region:
+    from lora_cli.common.screen import Region
+
+    region = Region(sys.stderr, ERASE, bool(os.environ.get("NO_COLOR")))
+    region.begin()
+    atexit.register(remove_picture)
+    return region
+
+
+def remove_picture() -> None:
+    """Leave the terminal as it was before a picture was shown, with the cursor where that began."""
+    global _region
+    region = _find_region(sys.stderr)
+    _region = None
+    if region is not None:
+        with suppress(OSError), _silenced_where_it_fails(region.stream):
+            try:
+                region.stop()
+            except RuntimeError:  # as in _write
+                _write_past_buffer(region.stream, ERASE)
+
+
+def wrap(text: str, width: int, most: int) -> list[str]:
+    """Return whoever's text in `most` pieces at most of up to `width` cells, for a picture."""
+    from lora_cli.common import screen
+
+    return list(screen.wrap(_clean(text), width, most))
+
+
 def _measure_line() -> int:
     """Return how many characters a line on stderr may have, 0 where it is no terminal of ours."""
+    return max(0, _measure_window()[0] - 1)
+
+
+def _measure_window() -> tuple[int, int]:
+    """Return columns and rows of the terminal that stderr is, (0, 0) where it is none of ours, or
+    cannot go back."""
     try:
         if _hushed or not sys.stderr.isatty() or _is_background(sys.stderr.fileno()):
-            return 0
-        # one that nobody has given a size says 0
-        return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            return 0, 0
+        if os.environ.get("TERM") in ("dumb", "unknown"):
+            return 0, 0
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+        return columns or 80, rows or 24  # one that nobody has given a size says 0
     except OSError:  # it has just been closed
-        return 0
+        return 0, 0
 
 
 def _is_background(terminal: int) -> bool:

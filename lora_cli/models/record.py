@@ -183,6 +183,8 @@ class TrainingRecord(provenance.Record):
     reduced: list[Reduction] = []
     holdout: RecordedHoldout | None = None
     kept: RecordedKept | None = None
+    planned_memory_gb: float | None = None
+    """The most memory that the plan foresaw, as results have the most there was; in 10^9 bytes."""
     results: RecordedResults | None = None
     resumed: list[str] = []
     changed: list[str] = []

@@ -206,6 +206,14 @@ def _squeeze(name: str) -> str:
     return re.sub(r"\W", "", name).casefold()
 
 
+def measure_memory() -> int:
+    """Return the bytes that this process has now: of CUDA's allocator if there is one, else
+    resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
 def measure_peak_memory() -> int:
     """Return the most bytes this process has had: of CUDA's allocator if there is one, else
     resident."""

@@ -46,5 +46,10 @@ class RunOptions:
     """How a step's rows come, where they are dealt over several processes."""
     sharded: Literal["fsdp", "deepspeed-zero3"] | None = None
     """By what each of several processes holds a part of the base."""
+    subject: Sequence[str] = ()
+    """What is trained on what, for the screen: method and base; the data."""
+    planned: int | None = None
+    """Bytes that the plan says the run takes at most, as this process's memory is measured; None
+    where nobody asked the plan."""
     replicas: int = 1
     """Copies of it that are sharded so, among all processes."""

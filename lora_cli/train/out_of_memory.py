@@ -191,7 +191,7 @@ def train_through(
             now = read_pieces(recipe, run)
             smaller = _choose_smaller(error, recipe, now, rows, trainer.in_step)
         finally:
-            trainer.watch.progress.clear()
+            trainer.watch.clear()
         gc.collect()  # the failed step's tensors, as its error no longer refers to them
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()

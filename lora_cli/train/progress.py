@@ -1,4 +1,4 @@
-"""Watch a run: draw the progress line, write metrics.jsonl, stop at a loss that is not finite."""
+"""Watch a run: show where it is, write metrics.jsonl, stop at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli.common import LoraError, files, ui
+from lora_cli.common import LoraError, files, provenance, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
 from lora_cli.recipe import TASKS
+from lora_cli.train.picture import Line, Picture
 from lora_cli.train.saved_state import WatchState
 
 SKIPPED = 20
@@ -107,7 +108,7 @@ def describe_evaluation(logs: Mapping[str, float]) -> str:
 
 
 class Watch(TrainerCallback):
-    """Stops a run that is not finite, draws the progress line and writes metrics.jsonl.
+    """Stops a run that is not finite, shows where it is and writes metrics.jsonl.
 
     The step's loss is summed on the device and read once per optimiser step, before the optimiser
     can spread a value that is not finite into the weights. A GPU would stand idle meanwhile: where
@@ -115,24 +116,35 @@ class Watch(TrainerCallback):
     this one is logged, saved or the last.
     """
 
+    has_scaler = False
+    """Whether losses are scaled for float16: a step whose gradients overflow is then skipped by the
+    scaler, which starts high and looks for the largest scale in that way."""
+    skipped = 0
+    """Steps in a row that were."""
+    overflowed = 0
+    """Steps of this process that were."""
+    evaluated = 0
+    """Batches of the evaluation that is being made."""
+
     def __init__(
-        self, folder: Path, work: flops.Work, limit: float | None, where: Callable[[int], str]
+        self,
+        folder: Path,
+        work: flops.Work,
+        limit: float | None,
+        where: Callable[[int], str],
+        picture: Picture | None = None,
     ) -> None:
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics = folder / provenance.METRICS
         self.progress = ui.Progress()
+        self.screen = ui.Screen()
+        self.picture = picture or Picture()
+        """What the screen shows of the run."""
         self.step_loss: torch.Tensor | float = 0.0
         self.step_tokens: torch.Tensor | int = 0
         self.state: TrainerState | None = None
         self.loss = float("nan")
         self.gradient_norm: torch.Tensor | float = 0.0
         """Of the step's gradients before they are clipped."""
-        self.has_scaler = False
-        """Whether losses are scaled for float16: a step whose gradients overflow is then skipped by
-        the scaler, which starts high and looks for the largest scale in that way."""
-        self.skipped = 0
-        """Steps in a row that were."""
-        self.overflowed = 0
-        """Steps of this process that were."""
         self.began = 0.0
         self.began_step = 0
         self.began_tokens = 0
@@ -175,6 +187,7 @@ class Watch(TrainerCallback):
             text = self.metrics.read_text(encoding="utf-8", errors="replace")
             lines = text.splitlines(keepends=True)
         files.write_text(self.metrics, "".join(lines[: self.lines]))
+        self.picture.recall(lines[: self.lines])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,8 +197,12 @@ class Watch(TrainerCallback):
         self.began_step = state.global_step
         self.began_tokens = int(state.num_input_tokens_seen)
         self.state = state
-        if not state.global_step and ranks.is_first():
+        if not ranks.is_first():
+            return
+        if not state.global_step:
             files.write_text(self.metrics, "")
+        self.picture.step, self.picture.steps = state.global_step, state.max_steps
+        self.show_doing("", force=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,6 +239,8 @@ class Watch(TrainerCallback):
             self.state.num_input_tokens_seen += tokens
         self.loss = loss
         self.loss_sum += loss
+        self.picture.losses.add(loss)
+        self.picture.norm = norm
         reason = None
         overflows = not math.isfinite(norm)
         self.skipped = self.skipped + 1 if overflows else 0
@@ -244,27 +263,67 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Redraw the progress line."""
+        """Show where the run is."""
         shown = state.global_step in (1, state.max_steps)
         due = control.should_log or control.should_save or control.should_evaluate
         if shown or due or control.should_training_stop or control.should_epoch_stop:
             self.read_step()
         self.stepped = True
+        if not ranks.is_first() or not (shown or self.screen.is_due()):
+            return
+        self._look(state, kwargs["lr_scheduler"].get_last_lr()[0])
+        if not self.screen.show(self._draw):
+            used = self.picture.used
+            self.progress.update(
+                f"step {state.global_step}/{state.max_steps}",
+                f"loss {self.loss:.4f}",
+                f"lr {self.picture.rate:.2e}",
+                f"{self.picture.speed:,.0f} {self.work.unit}/s",
+                *([] if used is None else [f"MFU {used:.0%}"]),
+                f"{ui.format_duration(self.picture.left or 0)} left",
+                force=shown,
+            )
+
+    def _look(self, state: TrainerState, rate: float) -> None:
+        """Note what is shown of the step that has ended."""
+        picture = self.picture
         elapsed = time.monotonic() - self.began
         done = max(1, state.global_step - self.began_step)
-        speed = self.measure_speed(state)
-        used = self.work.used(speed)
-        left = elapsed / done * (state.max_steps - state.global_step)
-        rate = kwargs["lr_scheduler"].get_last_lr()[0]
-        self.progress.update(
-            f"step {state.global_step}/{state.max_steps}",
-            f"loss {self.loss:.4f}",
-            f"lr {rate:.2e}",
-            f"{speed:,.0f} {self.work.unit}/s",
-            *([] if used is None else [f"MFU {used:.0%}"]),
-            f"{ui.format_duration(left)} left",
-            force=shown,
-        )
+        picture.step, picture.steps, picture.doing = state.global_step, state.max_steps, ""
+        picture.left = elapsed / done * (state.max_steps - state.global_step)
+        picture.loss, picture.rate = self.loss, rate
+        picture.speed = self.measure_speed(state)
+        picture.used = self.work.used(picture.speed)
+
+    def _draw(self, columns: int, rows: int) -> list[Line]:
+        self.picture.memory = hardware.measure_memory()
+        self.picture.peak = hardware.measure_peak_memory()
+        return self.picture.draw(columns, rows)
+
+    def show_doing(self, what: str, force: bool = False) -> None:
+        """Show in the picture what goes on between two steps; elsewhere nothing."""
+        self.picture.doing = what
+        if ranks.is_first() and (force or self.screen.is_due()):
+            self.screen.show(self._draw)
+
+    def clear(self) -> None:
+        """Remove what is drawn, to make room for prose."""
+        self.progress.clear()
+        self.screen.close()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far an evaluation is."""
+        self.evaluated += 1
+        self.show_doing(f"evaluating {self.evaluated}/{len(kwargs['eval_dataloader'])}")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The evaluation has ended."""
+        self.evaluated = 0
+        self.picture.doing = ""
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -336,5 +395,6 @@ class Watch(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **plain}) + "\n")
         self.lines += 1
         if "eval_loss" in logs:
+            self.picture.add_evaluation(state.global_step, logs["eval_loss"])
             self.progress.clear()
             ui.say(f"step {state.global_step}: {describe_evaluation(logs)}")

@@ -34,7 +34,7 @@ from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.scoring import Scorer, losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
-from lora_cli.train import dealing, disk_space, out_of_memory
+from lora_cli.train import dealing, disk_space, out_of_memory, picture
 from lora_cli.train.options import RunOptions
 from lora_cli.train.run_folder import Run
 from lora_cli.train.task_trainer import find_trainer
@@ -53,6 +53,9 @@ class Inputs(NamedTuple):
     train_rows: prepare.Prepared
     eval_rows: prepare.Prepared | None
     disk: disk_space.Need
+    planned: int | None = None
+    """Bytes that this process has at most as it trains, by the memory plan; None where there is
+    none."""
 
 
 def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) -> Inputs:
@@ -79,7 +82,25 @@ def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) 
     _refuse_other_rows(run, train_rows, reader)
     if eval_rows and recipe.data.holds_out:
         run.update(holdout={"rows": len(eval_rows.rows), "fingerprint": eval_rows.fingerprint})
-    return Inputs(reader, new_ids, parent, train_rows, eval_rows, disk)
+    planned = _foresee_memory(recipe, base, train_rows) if ranks.is_first() else None
+    if planned is not None:
+        run.add(planned_memory_gb=round(planned / 1e9, 3))
+    return Inputs(reader, new_ids, parent, train_rows, eval_rows, disk, planned)
+
+
+def _foresee_memory(recipe: Recipe, base: Base, rows: prepare.Prepared) -> int | None:
+    """Return how many bytes this process has at most as it trains, if the memory plan can say it,
+    and it is more than a small part of the device's."""
+    device = hardware.detect_device(hardware.find_training_device(recipe))
+    if recipe.distributed.shards or auto.is_far_below(recipe, base.config, device):
+        return None
+    batch = memory.largest_batch(recipe, None if rows.stream is not None else rows)
+    try:
+        need = memory.make_forecast(recipe, base.config, device).need(batch)
+    except LoraError:  # what is mistaken is said where it is used
+        return None
+    # what is there already, a CPU's tensors are beside
+    return need.total + (hardware.measure_memory() if device.kind == "cpu" else 0)
 
 
 def _describe_rows(rows: prepare.Prepared, reader: Reader) -> dict[str, Any]:
@@ -304,7 +325,7 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
     if arguments.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return find_trainer(recipe)(
-        make_options(recipe, adapted, train_rows, run, batches),
+        make_options(recipe, adapted, inputs, run, batches),
         model=adapted,
         args=arguments,
         train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
@@ -319,7 +340,7 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
 def make_options(
     recipe: Recipe,
     adapted: PeftModel,
-    train_rows: prepare.Prepared,
+    inputs: Inputs,
     run: Run,
     batches: dealing.Batches | None,
 ) -> RunOptions:
@@ -327,7 +348,7 @@ def make_options(
     training = recipe.training
     return RunOptions(
         run_id=run.id,
-        work=count_work(recipe, adapted, train_rows),
+        work=count_work(recipe, adapted, inputs.train_rows),
         keep_checkpoints=training.save_total_limit,
         loss_limit=training.stop_on_loss_above,
         keeps_best=training.keep == "best",
@@ -342,6 +363,8 @@ def make_options(
         sharded=find_sharding(recipe),
         replicas=recipe.distributed.replicas,
         dora_layers=dora_norms.find_layers(adapted),
+        subject=picture.name_subject(recipe),
+        planned=inputs.planned,
     )
 
 

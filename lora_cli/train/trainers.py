@@ -23,6 +23,7 @@ from lora_cli.models import IGNORED, attach
 from lora_cli.speed import document_attention, dora_norms, loss_head, step_packing
 from lora_cli.train import checkpoints, dealing, random_state
 from lora_cli.train.options import RunOptions
+from lora_cli.train.picture import Picture
 from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Boundaries, Resumable
 
@@ -71,7 +72,11 @@ class Watched(Resumable):
         ):  # accelerate would give each process other batches, and some rows twice
             self.accelerator.prepare_data_loader = self._deal_loader
         self.watch = Watch(
-            Path(self.args.output_dir), options.work, options.loss_limit, self.describe_step
+            Path(self.args.output_dir),
+            options.work,
+            options.loss_limit,
+            self.describe_step,
+            Picture(options.subject, options.work.unit, options.planned),
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(self.watch)

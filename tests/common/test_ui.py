@@ -144,7 +144,8 @@ def test_closed_streams_are_no_place_for_other_files(closed: str, tmp_path: Path
     assert subprocess.run(["bash", "-c", words], cwd=ROOT).returncode == 0
 
 
-def test_a_program_in_the_background_draws_no_line() -> None:
+def test_a_program_in_the_background_draws_no_line(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     code = "from lora_cli.common import ui\nui.open_streams()\nui.Progress().update('a\\x1bb')"
     command = f"{sys.executable} -c {shlex.quote(code)}"
     for words, drawn in ((command, True), (f"set -m; {command} & wait", False)):
