@@ -53,7 +53,7 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
     for name in names:
         if not manager.match_tasks([name]):
             guess = find_nearest(name, known)
-            look = f"lm-eval ls tasks{f' --include_path {quote(folder)}' if folder else ''}"
+            look = "lm-eval ls tasks" + (f" --include_path {quote(folder)}" if folder else "")
             raise UsageError(
                 f"--tasks {name}: lm-eval knows no such task, or cannot read its file",
                 f"did you mean {guess}?" if guess else look,

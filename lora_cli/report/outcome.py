@@ -84,7 +84,7 @@ def keeps_best(record: SeenRun) -> bool:
     """Return whether the run's adapter is that of its best evaluation."""
     if record.kept:
         return record.kept.get("which") == "best"
-    return record.get("training", "load_best_model_at_end") is True
+    return record.get("training", "keep") == "best"
 
 
 def find_scores(run: History) -> Evaluation | None:
