@@ -382,7 +382,8 @@ class TrainingFields(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random in the run."""
     report_to: str | list[str] = "none"
-    """Also log to wandb, tensorboard, trackio, …"""
+    """Also log to wandb, tensorboard, trackio, mlflow, …: these get the settled recipe, the answers
+    to sample prompts and the best step, too. One that fails is left out, and the run goes on."""
     eos_token: str | None = None
     """Token that ends an answer, where it is not the tokenizer's own; saved with the adapter's
     tokenizer."""

@@ -32,6 +32,8 @@ class RunOptions:
     """LoRA+'s arguments of PEFT's optimiser helper; empty for one learning rate."""
     dora_layers: Sequence[FactoredDora]
     """Layers whose norms are the same in all sequences of a step."""
+    recipe: str = ""
+    """As it is settled, in YAML, for trackers."""
     keeps_best: bool = False
     """Whether the step that evaluated best becomes the adapter."""
     patience: int | None = None

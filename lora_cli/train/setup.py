@@ -31,7 +31,7 @@ from lora_cli.models import (
     targets,
 )
 from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
-from lora_cli.recipe import Recipe, upstream
+from lora_cli.recipe import Recipe, strict_yaml, upstream
 from lora_cli.scoring import Scorer, losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
 from lora_cli.train import dealing, disk_space, out_of_memory, picture
@@ -351,6 +351,7 @@ def make_options(
         work=count_work(recipe, adapted, inputs.train_rows),
         keep_checkpoints=training.save_total_limit,
         loss_limit=training.stop_on_loss_above,
+        recipe=strict_yaml.dump(run.record.recipe.to_data()),
         keeps_best=training.keep == "best",
         patience=training.early_stopping_patience,
         least_gain=training.early_stopping_threshold,

@@ -21,7 +21,7 @@ from lora_cli.common import LoraError, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import IGNORED, attach
 from lora_cli.speed import document_attention, dora_norms, loss_head, step_packing
-from lora_cli.train import checkpoints, dealing, random_state
+from lora_cli.train import checkpoints, dealing, random_state, trackers
 from lora_cli.train.options import RunOptions
 from lora_cli.train.picture import Picture
 from lora_cli.train.progress import Watch
@@ -79,6 +79,10 @@ class Watched(Resumable):
             Picture(options.subject, options.work.unit, options.planned),
         )
         self.remove_callback(PrinterCallback)
+        folder = Path(self.args.output_dir)
+        self.callback_handler.callbacks = [
+            trackers.guard(each, options.recipe, folder) for each in self.callback_handler.callbacks
+        ]
         self.add_callback(self.watch)
         if self.options.patience is not None:
             self.add_callback(self.stopping)
