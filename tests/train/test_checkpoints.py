@@ -381,6 +381,11 @@ def test_a_signal_saves_and_says_how_to_go_on(write_recipe, tmp_path: Path) -> N
             in said
         )
         assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
+        reported = json.loads((folder / "report.json").read_text())["runs"][0]
+        assert (reported["state"], reported["summary"]["steps"] >= max(saved)) == (
+            "interrupted",
+            True,
+        )
     resolved = load.load_recipe(recipe, [f"training.max_steps={max(saved) + 1}"])
     train.train(resolved, resume=True, allowed=["training.max_steps"])
 
