@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_cli.common import LoraError, UsageError, lock, privacy, provenance, quote, stored
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    lock,
+    plain_files,
+    privacy,
+    provenance,
+    quote,
+    stored,
+)
 from lora_cli.report import answers, metrics
 from lora_cli.report.seen import SeenMade, SeenRun
 
@@ -164,13 +173,11 @@ def read_made(path: Path) -> Made | None:
 
     LoraError where its record cannot be read.
     """
-    if path.suffix == ".gguf" and path.is_file():
-        record = path.with_name(f"{path.name}.json")
-        return Made("gguf", path, SeenMade.read(record)) if record.is_file() else None
-    record = path / provenance.ARTEFACT_RECORD
+    record = _find_record(path)
     if not record.is_file() or (path / "adapter_config.json").is_file():
         return None
-    return Made("merged", path, SeenMade.read(record))
+    kind: Literal["merged", "gguf"] = "merged" if record.parent == path else "gguf"
+    return Made(kind, path, SeenMade.read(record))
 
 
 def _find_made(run: History) -> list[Made]:
@@ -179,15 +186,28 @@ def _find_made(run: History) -> list[Made]:
         return []
     found: dict[Path, Made] = {}
     for path in _list_candidates(run.folder):
+        is_inside = path.is_relative_to(run.folder)
         try:
-            made = read_made(path)
+            made = read_made(path) if is_inside or _mentions(path, run.record.id) else None
         except LoraError as error:
-            if path.is_relative_to(run.folder):
-                run.problems.append(error.message)
+            run.problems += [error.message] if is_inside else []
             continue
         if made and made.record.run_id == run.record.id:
             found.setdefault(path.resolve(), made)
     return sorted(found.values(), key=lambda made: (made.kind != "merged", made.record.started))
+
+
+def _find_record(path: Path) -> Path:
+    """Return where the record of a merged model, or of a GGUF file, is."""
+    is_file = path.suffix == ".gguf" and path.is_file()
+    return path.with_name(f"{path.name}.json") if is_file else path / provenance.ARTEFACT_RECORD
+
+
+def _mentions(path: Path, run_id: str) -> bool:
+    """Return whether the record of a path speaks of a run at all: with a thousand models beside a
+    run, none of the others' is taken apart."""
+    record = _find_record(path)
+    return record.is_file() and run_id in plain_files.read_small(record)
 
 
 def _list_candidates(folder: Path) -> list[Path]:
