@@ -24,12 +24,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.evaluate import compute_scores, score, scored_models
+from lora_cli.evaluate import answerers, compute_scores, score, scored_models
 from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.forgetting import read_passages
 from lora_cli.evaluate.score import Request
 from lora_cli.gguf import tools
 from lora_cli.merge import merge
+from lora_cli.models import decoder
 from lora_cli.recipe import load
 from lora_cli.train import run
 from tests.conftest import ROOT
@@ -187,7 +188,6 @@ def test_forgetting_is_the_loss_of_the_general_text(made: Made, whole: Path) -> 
 @pytest.mark.parametrize("size", [1, 5])
 def test_batches_do_not_matter(made: Made, whole: Path, tmp_path: Path, size: int) -> None:
     evaluate([made.adapter], tmp_path / "out", data=str(made.data), batch_size=size)
-    ones = [line for line in read_answers(whole) if line["model"] in ("base", str(made.adapter))]
     labels = {line["model"] for line in read_answers(tmp_path / "out")}
     ones = [line for line in read_answers(whole) if line["model"] in labels]
     others = read_answers(tmp_path / "out")
@@ -195,6 +195,25 @@ def test_batches_do_not_matter(made: Made, whole: Path, tmp_path: Path, size: in
     for one, other in zip(ones, others):
         assert one["answer"] == other["answer"]
         assert one["scores"]["loss"] == pytest.approx(other["scores"]["loss"], abs=1e-5)
+
+
+def test_little_room_for_an_answer_is_each_row_s_own(
+    made: Made, tmp_path: Path, monkeypatch
+) -> None:
+    """A model of few positions, which the longest prompt of a batch would take from all."""
+    monkeypatch.setattr(answerers.HFAnswerer, "positions", 34)
+    rows = [{"prompt": "Reverse: red fan" + " jet" * n, "completion": "x"} for n in range(6)]
+    given = {
+        "data": str(write_rows(tmp_path / "rows.jsonl", rows)),
+        "metrics": ["exact"],
+        "general": False,
+        "sampling": Sampling(30, 0.0),
+    }
+    for size in (1, 6):
+        evaluate([made.base], tmp_path / str(size), batch_size=size, **given)
+    ones, others = read_answers(tmp_path / "1"), read_answers(tmp_path / "6")
+    assert ones == others
+    assert len({line["answer"] for line in ones}) > 1
 
 
 KILLED = """
@@ -218,17 +237,19 @@ score.evaluate([sys.argv[1]], score.Request(
 """
 
 
-@pytest.mark.parametrize("at", [2, 7, 12])
+@pytest.mark.parametrize("at", [2, 12])
 def test_a_killed_evaluation_ends_with_the_same_files(
     made: Made, tmp_path: Path, at: int, capsys
 ) -> None:
-    """Amid losses, in the answers of the base, and in the adapter's."""
+    """Amid losses of the base, and amid what the adapter says."""
     given = {"data": str(made.data), "batch_size": 3}
     evaluate([made.adapter], tmp_path / "whole", **given)
-    words = [sys.executable, "-c", KILLED, made.adapter, made.data, tmp_path / "out", at]
+    words = [sys.executable, "-c", KILLED, made.adapter, made.data, tmp_path / "out"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=env)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    for calls in (at, 2):  # twice, so what the first one left half is written on
+        command = [str(word) for word in (*words, calls)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out" / "evaluation.json").exists()
     assert list((tmp_path / "out").glob(".answers*"))
     capsys.readouterr()
@@ -387,9 +408,7 @@ def test_numbers_are_counted_as_by_hand(
 
     def write(self, asked, sampling):
         numbers = [int(each.messages[-1]["content"].rstrip("?")) for each in asked]
-        return [compute_scores.formats and _written(answers[number]) for number in numbers]
-
-    from lora_cli.evaluate import answerers
+        return [decoder.Written(answers[number], True) for number in numbers]
 
     monkeypatch.setattr(answerers.HFAnswerer, "write", write)
     found = evaluate(
@@ -400,12 +419,6 @@ def test_numbers_are_counted_as_by_hand(
     assert found["models"][0]["metrics"]["numeric"]["value"] == sum(by_hand) / 5
     scores = [line["scores"]["numeric"] for line in read_answers(tmp_path / "out")]
     assert scores == list(map(float, by_hand))
-
-
-def _written(text: str):
-    from lora_cli.models import decoder
-
-    return decoder.Written(text, True)
 
 
 def test_a_model_of_another_task_is_sent_to_lora_predict(tmp_path: Path) -> None:
