@@ -24,7 +24,7 @@ from lora_cli.evaluate.held_out import HeldRow, list_numbers
 from lora_cli.evaluate.kept_scores import GENERAL, Kept
 from lora_cli.evaluate.scored_models import Scored
 from lora_cli.evaluate.token_losses import Loss, Piece
-from lora_cli.gguf import parity
+from lora_cli.gguf import llama_api
 from lora_cli.models import make_probes
 
 MEND = "shorten the row, or --on-bad-row skip"
@@ -111,12 +111,21 @@ def _find_reader(computing: Computing) -> PreTrainedTokenizerBase | None:
             "a GGUF file does not tell which tokens are the answer's: name the adapter or model "
             "that it was made from beside it"
         )
-    elif not parity.find_engine():
-        computing.why_no_loss = "llama.cpp's logits cannot be read here"
+    elif lack := _find_lack_of_logits():
+        computing.why_no_loss = lack
     elif other := _find_other_tokens(answerer, reader):
         computing.why_no_loss = f"it splits {other!r} into other tokens than the models beside it"
     else:
         return reader
+    return None
+
+
+def _find_lack_of_logits() -> str | None:
+    """Return why llama.cpp's logits cannot be read here; None where they can."""
+    try:
+        llama_api.load_api()
+    except LoraError as error:
+        return error.message
     return None
 
 

@@ -135,7 +135,8 @@ def _choose_folder(scored: Sequence[Scored], request: Request) -> Path:
     for each in scored:
         run = Path(each.path).resolve().parent
         if each.kind == "adapter" and (run / provenance.RUN_RECORD).is_file():
-            return Path(each.path).parent / "evaluations" / (name or "rows")
+            beside = Path(each.path).parent if Path(each.path).name else run
+            return beside / "evaluations" / (name or "rows")
     return Path("evaluation")
 
 

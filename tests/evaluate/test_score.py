@@ -24,8 +24,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.evaluate import answerers, compute_scores, score, scored_models
-from lora_cli.evaluate.answerers import Sampling
+from lora_cli.evaluate import compute_scores, score, scored_models
+from lora_cli.evaluate.answerers import HFAnswerer, Sampling
 from lora_cli.evaluate.forgetting import read_passages
 from lora_cli.evaluate.score import Request
 from lora_cli.gguf import tools
@@ -166,6 +166,21 @@ def test_what_is_written(made: Made, whole: Path) -> None:
     assert not list(whole.glob(".answers*"))
 
 
+def test_a_base_is_without_its_adapter_also_after_it(
+    made: Made, whole: Path, tmp_path: Path
+) -> None:
+    """They share weights, on which the adapter lies by then."""
+    given = {"data": str(made.data), "metrics": ["loss", "exact"], "general": False}
+    evaluate([made.adapter, made.base], tmp_path / "out", **given, adds_base=False)
+    lines = read_answers(tmp_path / "out")
+    own = [line for line in lines if line["model"] == "base"]
+    wanted = [line for line in read_answers(whole) if line["model"] == "base"]
+    assert len(lines) == 2 * ROWS
+    assert [line["answer"] for line in own] == [line["answer"] for line in wanted]
+    for one, other in zip(own, wanted):
+        assert one["scores"]["loss"] == pytest.approx(other["scores"]["loss"], abs=1e-5)
+
+
 def test_forgetting_is_the_loss_of_the_general_text(made: Made, whole: Path) -> None:
     evaluation = json.loads((whole / "evaluation.json").read_text())
     base, adapter, *others = [each["forgetting"] for each in evaluation["models"]]
@@ -201,7 +216,7 @@ def test_little_room_for_an_answer_is_each_row_s_own(
     made: Made, tmp_path: Path, monkeypatch
 ) -> None:
     """A model of few positions, which the longest prompt of a batch would take from all."""
-    monkeypatch.setattr(answerers.HFAnswerer, "positions", 34)
+    monkeypatch.setattr(HFAnswerer, "positions", 34)
     rows = [{"prompt": "Reverse: red fan" + " jet" * n, "completion": "x"} for n in range(6)]
     given = {
         "data": str(write_rows(tmp_path / "rows.jsonl", rows)),
@@ -230,7 +245,7 @@ def add_and_die(self, records):
 at = int(sys.argv[-1])
 kept_scores.Kept.add = add_and_die
 from lora_cli.evaluate import score
-from lora_cli.evaluate.answerers import Sampling
+from lora_cli.evaluate.answerers import HFAnswerer, Sampling
 score.evaluate([sys.argv[1]], score.Request(
     sys.argv[2], out=__import__("pathlib").Path(sys.argv[3]), sampling=Sampling(12, 0.0),
     batch_size=3))
@@ -396,10 +411,7 @@ def test_a_gguf_alone_has_answers_and_says_why_no_loss(made: Made, tmp_path: Pat
     assert found["models"][0]["forgetting"] is None
 
 
-@pytest.mark.parametrize("heading", [1, 0])
-def test_numbers_are_counted_as_by_hand(
-    made: Made, tmp_path: Path, monkeypatch, heading: int
-) -> None:
+def test_numbers_are_counted_as_by_hand(made: Made, tmp_path: Path, monkeypatch, capsys) -> None:
     """Answers and expected ones as GSM8K writes them, whose numbers are read here by other means."""
     answers = ["12 - 2 = 10\n#### 10", "so it is $1,200.", "#### 7 apples", "I cannot say", "-3.50"]
     right = ["#### 10", "1000+200\n#### 1,200", "#### 8", "#### 0", "#### -3.5"]
@@ -408,17 +420,19 @@ def test_numbers_are_counted_as_by_hand(
 
     def write(self, asked, sampling):
         numbers = [int(each.messages[-1]["content"].rstrip("?")) for each in asked]
-        return [decoder.Written(answers[number], True) for number in numbers]
+        own = "" if self.adapter else "\x1b[31m<b>"  # the base colours the terminal
+        return [decoder.Written(own + answers[number], True) for number in numbers]
 
-    monkeypatch.setattr(answerers.HFAnswerer, "write", write)
-    found = evaluate(
-        [made.adapter], tmp_path / "out", data=str(data), adds_base=False, general=False
-    )
+    monkeypatch.setattr(HFAnswerer, "write", write)
+    found = evaluate([made.adapter], tmp_path / "out", data=str(data), general=False)
     by_hand = [10 == 10, 1200 == 1200, 7 == 8, False, -3.5 == -3.5]
     assert found["metrics"] == ["loss", "perplexity", "numeric", "f1"]
-    assert found["models"][0]["metrics"]["numeric"]["value"] == sum(by_hand) / 5
-    scores = [line["scores"]["numeric"] for line in read_answers(tmp_path / "out")]
-    assert scores == list(map(float, by_hand))
+    assert found["models"][1]["metrics"]["numeric"]["value"] == sum(by_hand) / 5
+    lines = [line for line in read_answers(tmp_path / "out") if line["model"] != "base"]
+    assert [line["scores"]["numeric"] for line in lines] == list(map(float, by_hand))
+    shown = capsys.readouterr().out
+    assert "[31m<b>" in shown
+    assert "\x1b" not in shown, "an answer wrote to the terminal"
 
 
 def test_a_model_of_another_task_is_sent_to_lora_predict(tmp_path: Path) -> None:
@@ -454,3 +468,29 @@ def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) ->
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(LoraError, match=r"holds thesis.tex, and no evaluation"):
         evaluate([made.adapter], tmp_path / "out", data=str(made.data))
+
+
+def test_the_command_line_asks_for_all_of_it(lora, tiny: Path, tmp_path: Path) -> None:
+    words = ["evaluate", tiny / "model", "--data", tiny / "eval.jsonl", "--max-rows", 2]
+    words += ["--metrics", "exact, f1,regex", "--regex", "x(.)", "--max-new-tokens", 3]
+    words += ["--no-forgetting", "--out", tmp_path / "out", "--batch-size", 1]
+    done = lora(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    said, written = (
+        json.loads(done.stdout),
+        json.loads((tmp_path / "out/evaluation.json").read_text()),
+    )
+    assert said == {name: value for name, value in written.items() if name != "answers_sha256"}
+    assert said["metrics"] == ["exact", "f1", "regex"]
+    assert said["regex"] == "x(.)"
+    assert (said["data"]["rows"], said["sampling"]["max_new_tokens"]) == (2, 3)
+    assert said["models"][0]["forgetting"] is None
+    done = lora(*words, "--show", 0)
+    assert "as computed before" in done.stderr
+    assert done.stdout.startswith("metric")
+    done = lora("evaluate", tiny / "model", "--data", tiny / "eval.jsonl", "--metrics", "exakt")
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: --metrics exakt: there is no such metric\n\nhint: did you mean exact?\n"
+    )
