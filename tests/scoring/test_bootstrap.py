@@ -39,7 +39,7 @@ def test_an_interval_is_that_of_a_plain_loop(monkeypatch, cells: int) -> None:
     low, high = draw_plainly(counted, lambda sums: sums[0] / sums[1])
     assert found.value == pytest.approx(59.6 / 24, rel=1e-12)  # by tokens, not a mean of rows
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
-    assert found.count == 5
+    assert found.rows == 5
 
 
 def test_a_difference_is_of_the_same_rows() -> None:
