@@ -24,6 +24,9 @@ from transformers import (
 from lora_cli.evaluate import answerers
 from lora_cli.serve.pieces import Assembler, Drawing, Emit, End, Token, name_token
 
+UNLIMITED = 2**15
+"""Tokens of prompt and answer for a model that has no limit of its own: memory has one."""
+
 
 class _Look(LogitsProcessor):
     """Keeps the log-probabilities of the next token; changes nothing."""
@@ -98,7 +101,7 @@ class TorchEngine:
     def find_positions(self, name: str) -> int | None:
         """Return how many tokens prompt and answer may have together, None: any."""
         limits = [self.models[name].positions, self.context]
-        return min((each for each in limits if each is not None), default=None)
+        return min((each for each in limits if each is not None), default=UNLIMITED)
 
     def measure_longest_token(self, name: str) -> int:
         """Return how many characters the longest token has."""

@@ -55,12 +55,12 @@ class Served:
         return status
 
 
-def make_adapter(base: Path, folder: Path, seed: int, dora: bool = False) -> Path:
+def make_adapter(base: Path, folder: Path, seed: int, dora: bool = False, r: int = 4) -> Path:
     """An adapter with random weights of both kinds: it changes every answer."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
-        r=4,
+        r=r,
         lora_alpha=8,
         target_modules="all-linear",
         use_dora=dora,
