@@ -206,6 +206,8 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.hostile: Callable[[str, str, Reply], Reply] | None = None
         """What becomes of the reply to a (method, target)."""
+        self.refusing: Callable[[str, str], Refusal | None] | None = None
+        """What a (method, target) is refused by, before anything is done."""
         self.requests: list[tuple[str, str]] = []
         self.sent: list[tuple[str, str, bytes]] = []
         """The (method, target, body) of every request that had one."""
@@ -292,6 +294,8 @@ class LoopbackHub:
         self.requests.append((method, target))
         if body:
             self.sent.append((method, target, body))
+        if self.refusing and (refusal := self.refusing(method, target)):
+            raise refusal
         path, _, query = target.partition("?")
         if path == "/api/whoami-v2" and token:
             return _json(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.card.markdown import code, plain, table
-from lora_cli.card.portable import name_file
+from lora_cli.card.portable import is_public_name, name_file
 from lora_cli.common import provenance, read_json, stored
 
 FILE = "evaluation.json"
@@ -77,9 +77,10 @@ def list_evaluated(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _list_cells(model: dict[str, Any], names: Sequence[str], forgets: bool) -> list[str]:
-    label = name_file(model["label"])
+    label, kind = model["label"], model.get("kind")
+    label = label if kind == "base" and is_public_name(label) else name_file(label)
     metrics = model.get("metrics", {})
-    cells = [f"{plain(model.get('kind') or '')} {code(label)}".strip()]
+    cells = [f"{plain(kind or '')} {code(label)}".strip()]
     cells += [_show(metrics.get(name)) for name in names]
     if forgets:
         cells.append(_round((model.get("forgetting") or {}).get("loss")))

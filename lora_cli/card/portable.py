@@ -13,6 +13,8 @@ from lora_cli.models import names
 
 ABSOLUTE = re.compile(r"(?:~?[/\\]|[A-Za-z]:[/\\])[^/\\\n]+[/\\][^\n]*|~[/\\]?[^\n]*|file:[^\n]*")
 """A path from the root or the home folder: of two names, since `/no_think` is a prompt."""
+AMID = re.compile(r"(?<![\w./~:@-])/[\w.+@-]+(?:/[\w.+@-]+)+")
+"""What may be such a path amid prose."""
 PLACES = ("path", "eval_path", "name_or_path", "adapter", "output_dir", "name")
 """Keys of records that hold a folder, a file or a name on the hub."""
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zip", ".gz")
@@ -79,8 +81,10 @@ def name_file(path: str) -> str:
 
 
 def leave_out_places(text: str) -> str:
-    """Return prose with ~ for the home folder and . for the current one."""
+    """Return prose with ~ for the home folder, . for the current one, and the names of other files
+    and folders that are here."""
     here = str(Path.cwd())
     if here != "/":
         text = re.sub(rf"(?<![\w./~-]){re.escape(here)}(?![\w-])", ".", text)
-    return privacy.replace_home(text)
+    text = privacy.replace_home(text)
+    return AMID.sub(lambda found: name_file(found[0]) if _is_here(found[0]) else found[0], text)

@@ -14,6 +14,8 @@ from lora_cli.common import quote, quote_words
 from lora_cli.recipe import strict_yaml
 
 HUB = "https://huggingface.co"
+DISTANCES = {"max_abs": "largest |Δlogit|", "mean_kl": "mean KL", "top1": "top-1 agreement"}
+"""How the screen calls what a merge measures."""
 
 
 def make_text(facts: Facts) -> str:
@@ -24,7 +26,7 @@ def make_text(facts: Facts) -> str:
 def _list_parts(facts: Facts) -> Iterator[str]:
     yield f"# {plain(facts.title)}"
     yield _say_what(facts)
-    yield table(["", ""], _list_attributes(facts))
+    yield table(["", "This model"], _list_attributes(facts))
     yield "## How to use it"
     yield from list_usage(facts)
     yield from _list_results(facts)
@@ -137,25 +139,29 @@ def _list_results(facts: Facts) -> Iterator[str]:
         rows.append([f"{plain(metric)} there", _number(kept.get("value"))])
         rows.append([f"{plain(metric)} at the last step", _number(kept.get("last_value"))])
     yield "## Training"
-    yield table(["", ""], rows)
+    yield table(["Measured", "Value"], rows)
 
 
 def _list_parity(facts: Facts) -> Iterator[str]:
     """Yield how what was made was compared with what it was made from."""
     rows = []
     if into := facts.made.get("into"):
-        rows.append(["weights that it was merged into", plain(into)])
+        rows.append(["the base's weights that it was merged into", plain(into)])
     if _is_checked(facts):
         rows.append(["weights that were written", plain(facts.made["checked"]["weights"])])
         for key, words in (("before_rounding", "before rounding"), ("rounded", "as written")):
             found = facts.made["checked"].get(key)
             if isinstance(found, dict):
-                said = ", ".join(f"{plain(name)} {_number(value)}" for name, value in found.items())
+                said = ", ".join(
+                    f"{plain(DISTANCES[name])} {_number(value)}"
+                    for name, value in found.items()
+                    if name in DISTANCES
+                )
                 rows.append([f"merged against base with adapter, {words}", said])
     rows += [[code(each.name), plain(each.checked)] for each in facts.ggufs if each.checked]
     if facts.ggufs or _is_checked(facts):
         yield "## Compared with what it was made from"
-        yield table(["", ""], rows)
+        yield table(["Compared", "Found"], rows)
 
 
 def _is_checked(facts: Facts) -> bool:
@@ -167,10 +173,12 @@ def _list_repetition(facts: Facts) -> Iterator[str]:
     """Yield the whole recipe, and the command that trains by it."""
     if not facts.recipe:
         return
-    version = facts.part("versions").get("lora-cli")
     yield "## How to repeat it"
-    yield "Save the recipe as `recipe.yaml`, put data and base where it says if they are no names "
-    "on the hub, and:"
+    yield (
+        "Save the recipe as `recipe.yaml`, put data and base where it says if they are no names on "
+        "the hub, and:"
+    )
+    version = facts.part("versions").get("lora-cli")
     commands = [
         "pip install " + quote_words([f"lora-cli=={version}" if version else "lora-cli"]),
         "lora train recipe.yaml",

@@ -52,7 +52,10 @@ def _write_adapter_program(facts: Facts) -> str:
         f"name, base = {facts.place!r}, {facts.base!r}{note}",
         *lines,
         f"reader = {reader}.from_pretrained(name)",
-        f"model = {task.auto_class}.from_pretrained(base, {', '.join(arguments)})",
+        f"model = {task.auto_class}.from_pretrained(",
+        "    base,",
+        *(f"    {each}," for each in arguments),
+        ")",
     ]
     if _adds_tokens(recipe):
         program.append("model.resize_token_embeddings(len(reader))  # it was trained with more")
@@ -173,12 +176,12 @@ def _list_server_usage(facts: Facts) -> list[str]:
             fence("sh", f"{merging}\nvllm serve merged\nlora export-gguf merged -q Q4_K_M"),
         ]
     served = ["vllm", "serve", facts.base or "BASE", "--enable-lora", *_list_rank(facts)]
-    served += ["--lora-modules", f"mine={facts.place}"]
+    adapter = quote_words(["--lora-modules", f"mine={facts.place}"])
     said = [_explain_patterns(facts)] if _explain_patterns(facts) else []
     exported = f"{merging}\nlora export-gguf merged -q Q4_K_M"
     return [
         "### vLLM",
-        fence("sh", quote_words(served)),
+        fence("sh", f"{quote_words(served)} \\\n  {adapter}"),
         *said,
         "### llama.cpp, Ollama",
         "They read GGUF files, which are made of the merged model where llama.cpp knows its kind:",

@@ -158,7 +158,7 @@ def _list(path: Path, sent: Sequence[Outgoing], there: Repository, wishes: Wishe
     """Say what will be uploaded, and where."""
     is_private = there.is_private if there.exists else wishes.private
     kind = "private" if is_private else "public"
-    state = "is there" if there.exists else "asked nothing" if wishes.dry_run else "new"
+    state = "is there" if there.exists else "the hub was not asked" if wishes.dry_run else "new"
     ui.say(f"{path} -> {there.name} ({kind}, {state}), branch {there.branch}")
     rows = [[each.name, _format_size(each.size)] for each in sorted(sent, key=lambda e: e.name)]
     ui.say(*(f"  {line}" for line in ui.format_table(["file", "size"], rows)))

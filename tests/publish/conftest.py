@@ -59,6 +59,7 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plac
         for words in (
             ("train", "recipe.yaml"),
             ("merge", "runs/canary/adapter", "runs/canary/merged"),
+            ("export-gguf", "runs/canary/merged"),
         ):
             done = made.run(*words)
             assert done.returncode == 0, done.stderr
