@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from lora_cli.recipe import load_recipe
-from tests.hub import LoopbackHub, Refusal, Reply
+from tests.hub import Commit, File, LoopbackHub, Refusal, Reply
 from tests.publish.conftest import BASE, KEY, ROW, TOKEN, Place
 
 ADAPTER, MERGED = "runs/canary/adapter", "runs/canary/merged"
@@ -44,6 +44,7 @@ changes = eval(sys.argv[1])
 for name, value in changes.items():
     os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 huggingface_hub.constants.HF_HUB_OFFLINE = "HF_HUB_OFFLINE" in changes
+huggingface_hub.constants.ENDPOINT = changes.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
 sys.argv = ["lora", *sys.argv[2:]]
 main()
 """
@@ -383,6 +384,12 @@ WRONG: dict[str, tuple[list[str], dict, str, str]] = {
     "nothing there": (["gone", "a/b"], {}, "gone is no adapter, merged model or GGUF", "hint: "),
     "no token": ([ADAPTER, "a/b"], {"HF_TOKEN": None}, "there is no token to upload with", LOGIN),
     "offline": ([ADAPTER, "a/b"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set", "hint: unset"),
+    "nobody answers": (
+        [ADAPTER, "a/b"],
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        "the hub cannot be reached: no connection",
+        AGAIN,
+    ),
     "another's": ([ADAPTER, "strange/b"], {}, "the token may not write to strange/b", LOGIN),
 }
 
@@ -402,6 +409,8 @@ def test_one_message_and_a_fix(place: Place, hub: LoopbackHub, tmp_path: Path, w
 
 
 ANSWERED = {
+    429: "the hub has had too many requests: no",
+    413: "the hub takes no file of this size: no",
     403: "the token may not write to loopback/answered: no",
     409: "loopback/answered is being changed by somebody else: no",
     412: "loopback/answered has changed meanwhile: no",
@@ -425,6 +434,39 @@ def test_a_token_that_reads_and_a_public_repository(place: Place, hub: LoopbackH
     hub.role = "read"
     done = place.run("push", ADAPTER, "loopback/public", "--yes")
     assert f"error: the token only reads\n\n{LOGIN}\n" in done.stderr
+
+
+def test_a_token_that_the_hub_does_not_know(place: Place, hub: LoopbackHub) -> None:
+    hub.refusing = lambda method, target: (
+        Refusal(401, "", "Invalid credentials in Authorization header")
+        if "whoami" in target
+        else None
+    )
+    done = place.run("push", ADAPTER, "loopback/unknown", "--yes")
+    said = "the hub does not know this token: Invalid credentials in Authorization header"
+    assert done.stderr.endswith(f"error: {said}\n\n{LOGIN}\n")
+    assert TOKEN not in done.stderr
+
+
+def test_two_pushes_at_once_lose_nothing(place: Place, hub: LoopbackHub) -> None:
+    """Another's commit between the look and ours."""
+    assert place.run("push", MERGED, "loopback/two", "--yes").returncode == 0
+    theirs = []
+
+    def commit(method: str, target: str) -> None:
+        if "/preupload/" in target and not theirs:
+            repository = hub._repositories["model", "loopback/two"]
+            files = {**repository.at("main").files, "theirs.txt": File.of("theirs.txt", b"mine")}
+            repository.add("main", Commit("theirs", files))
+            theirs.append(target)
+
+    hub.refusing = commit
+    done = place.run("push", ADAPTER, "loopback/two", "--yes")
+    assert done.returncode == 1
+    assert "error: loopback/two has changed meanwhile: A commit has happened since" in done.stderr
+    again = place.run("push", ADAPTER, "loopback/two", "--yes")
+    assert again.returncode == 0, again.stderr
+    assert hub.files_of("loopback/two")["theirs.txt"] == b"mine"
 
 
 def test_a_damaged_adapter_is_not_pushed(place: Place, hub: LoopbackHub, tmp_path: Path) -> None:
