@@ -55,7 +55,7 @@ def make_card(facts: Facts, before: str = "") -> Card:
     merged = data | theirs if changed else data
     ahead, behind = body[:start].strip("\n"), body[end:].strip("\n")
     added = [what for what, there in (("metadata", changed), ("text", ahead or behind)) if there]
-    kept = f"{' and '.join(added)} that you have written stay" if added else ""
+    kept = f"kept what you have written: {' and '.join(added)}" if added else ""
     return Card(_write(merged, data, text, ahead, behind), kept)
 
 

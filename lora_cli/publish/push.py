@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.card import CARD, Facts, is_edited, make_card, read_facts
-from lora_cli.common import LoraError, UsageError, plain_files, quote, ui
+from lora_cli.common import LoraError, UsageError, plain_files, privacy, quote, read_json, ui
 from lora_cli.gguf import header
 from lora_cli.models import Base, hub, read_adapter
 from lora_cli.publish import outgoing, private, remote
@@ -102,8 +102,9 @@ def _check_artefact(path: Path, facts: Facts, ggufs: Sequence[Path], naming: Nam
     """Raise LoraError where what is to be uploaded cannot be opened: weights cut off, no
     tokenizer."""
     if facts.kind == "adapter":
-        adapter = read_adapter(path, naming.base)
-        adapter.load_reader()
+        if naming.base:
+            _compare_base(path, naming)
+        read_adapter(path, naming.base).load_reader()
     elif facts.kind == "merged":
         model = Base.of_model(str(path))
         if model.tensors is None:
@@ -111,6 +112,17 @@ def _check_artefact(path: Path, facts: Facts, ggufs: Sequence[Path], naming: Nam
         model.load_reader()
     for file in ggufs if facts.kind != "gguf" else [path, *ggufs]:
         _check_gguf(file)
+
+
+def _compare_base(path: Path, naming: Naming) -> None:
+    """Warn where the base in a folder is not, file by file, what it is to be called on the hub."""
+    assert naming.base is not None, "_check_artefact has looked"
+    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    folder = Path(privacy.expand_home(named)) if isinstance(named, str) and named else None
+    if folder is None or not folder.is_dir():
+        return
+    if not remote.has_weights(naming.base, naming.commit, folder):
+        ui.warn(f"{naming.base} does not have the same files of weights as {folder}")
 
 
 def _check_gguf(file: Path) -> None:

@@ -110,6 +110,15 @@ def find_license(base: str, commit: str | None) -> dict[str, str]:
     return parse_license(plain_files.read_small(Path(file)), f"the README.md of {base}")
 
 
+def has_weights(name: str, commit: str | None, folder: Path) -> bool:
+    """Return whether a repository has the weights of a folder, file by file."""
+    with _explained(name):
+        tree = list(HfApi().list_repo_tree(name, revision=commit))
+    there = {each.path: each for each in tree if isinstance(each, RepoFile)}
+    files = [Outgoing(file.name, file) for file in folder.glob("*.safetensors")]
+    return bool(files) and all(_is_same(each, there.get(each.name)) for each in files)
+
+
 def upload(repository: Repository, files: Sequence[Outgoing], private: bool, message: str) -> str:
     """Make the repository and its branch where they are missing, and commit exactly these files;
     return the commit. LoraError for what the hub refuses."""

@@ -190,7 +190,7 @@ def test_what_was_written_around_it_stays(saved) -> None:
     assert "| steps | 9 |" in made.text
     assert "By hand." in made.text
     assert ModelCard(made.text).data.license == "mit"
-    assert made.kept == "metadata and text that you have written stay"
+    assert made.kept == "kept what you have written: metadata and text"
     assert make_card(newer, made.text).text == made.text
     inside = first.replace("## Training", "## My training")
     assert make_card(newer, inside).text == inside

@@ -272,6 +272,17 @@ def test_a_base_in_a_folder_is_named_or_refused(
     assert ModelCard(there["README.md"].decode()).data.base_model == BASE
     made = place.run("merge", "loopback/local", tmp_path / "merged")
     assert made.returncode == 0, made.stderr
+    assert "warning" not in done.stderr
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "model", other)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    hub.add_model("org/other", {"main": other})
+    done = place.run(
+        "push", "runs/local/adapter", "loopback/o", "--dry-run", "--base-name", "org/other"
+    )
+    assert "warning: org/other does not have the same files of weights as" in done.stderr
 
 
 def test_what_a_person_wrote_in_the_card_stays(place: Place, hub: LoopbackHub) -> None:
@@ -282,7 +293,7 @@ def test_what_a_person_wrote_in_the_card_stays(place: Place, hub: LoopbackHub) -
     (folder / "README.md").write_text(mine)
     done = place.run("push", folder, "loopback/mine", "--yes")
     assert done.returncode == 0, done.stderr
-    assert "README.md: metadata and text that you have written stay" in done.stderr
+    assert "README.md: kept what you have written: metadata and text" in done.stderr
     there = hub.files_of("loopback/mine")["README.md"].decode()
     assert "\n## By hand\n" in there
     assert ModelCard(there).data.to_dict()["language"] == "de"
@@ -293,6 +304,24 @@ def test_what_a_person_wrote_in_the_card_stays(place: Place, hub: LoopbackHub) -
         "README.md was written by hand here and on the hub: the one on the hub stays" in done.stderr
     )
     assert hub.files_of("loopback/mine")["README.md"].decode() == there
+
+
+def test_the_card_is_printed_or_written(place: Place, tmp_path: Path) -> None:
+    printed = place.run("card", MERGED)
+    assert printed.returncode == 0, printed.stderr
+    assert ModelCard(printed.stdout).data.base_model == BASE
+    out = tmp_path / "card.md"
+    assert place.run("card", MERGED, "-o", out).stdout == f"{out}\n"
+    assert out.read_text() == printed.stdout
+    plant(tmp_path, "card.md", "\nBy hand.\n")
+    done = place.run("card", ADAPTER, "-o", out)
+    assert done.stderr == f"{out}: kept what you have written: text\n"
+    assert ModelCard(out.read_text()).data.library_name == "peft"
+    assert "\nBy hand.\n" in out.read_text()
+    for wrong in ("runs/canary", "private/rows.jsonl", "gone"):
+        done = place.run("card", wrong)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 3
 
 
 def test_a_branch_is_made(place: Place, hub: LoopbackHub) -> None:
