@@ -136,8 +136,9 @@ def _list_results(facts: Facts) -> Iterator[str]:
     if kept:
         metric = kept.get("metric") or "eval_loss"
         rows.append([f"kept step ({plain(kept.get('which'))})", _number(kept.get("step"))])
-        rows.append([f"{plain(metric)} there", _number(kept.get("value"))])
-        rows.append([f"{plain(metric)} at the last step", _number(kept.get("last_value"))])
+        for key, words in (("value", "there"), ("last_value", "at the last step")):
+            if kept.get(key) is not None:
+                rows.append([f"{plain(metric)} {words}", _number(kept[key])])
     yield "## Training"
     yield table(["Measured", "Value"], rows)
 

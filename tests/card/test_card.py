@@ -44,7 +44,14 @@ def record(**changed) -> dict:
         "base": {"name": "org/base", "commit": COMMIT},
         "data": {"fingerprint": "f00d", "rows": 4000, "tokens": 88038},
         "results": {"steps": 3, "train_loss": 1.25},
-        "kept": {"which": "best", "step": 2, "loss": 0.75, "last_step": 3, "last_loss": 0.875},
+        "kept": {
+            "which": "best",
+            "step": 2,
+            "metric": "eval_loss",
+            "value": 0.75,
+            "last_step": 3,
+            "last_value": 0.875,
+        },
     } | changed
 
 
