@@ -62,7 +62,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def list_evaluated(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield a table for each evaluation: a line for each model, of names, not of rows."""
+    """Yield a table for each evaluation: a column for each model; no row of the data."""
     if evaluations:
         yield "## Evaluation"
     for each in evaluations:
@@ -70,21 +70,24 @@ def list_evaluated(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
         rows = f", {data['rows']:,} rows" if data.get("rows") else ""
         digest = f", sha256 {code(data['sha256'])}" if data.get("sha256") else ""
         yield f"On {code(name_file(data['name']))}{rows}{digest}:"
-        names = list(dict.fromkeys(name for model in models for name in model.get("metrics", {})))
-        forgets = ["loss on general text"] if any(m.get("forgetting") for m in models) else []
-        header = ["", *map(plain, names), *forgets]
-        yield table(header, [_list_cells(model, names, bool(forgets)) for model in models])
+        names = dict.fromkeys(name for model in models for name in model.get("metrics", {}))
+        lines = [[plain(name), *(_show(_find(model, name)) for model in models)] for name in names]
+        lost = [_round((model.get("forgetting") or {}).get("loss")) for model in models]
+        if any(lost):
+            lines.append(["loss on general text", *lost])
+        yield table(["", *map(_name_model, models)], lines)
 
 
-def _list_cells(model: dict[str, Any], names: Sequence[str], forgets: bool) -> list[str]:
-    label, kind = model["label"], model.get("kind")
+def _find(model: dict[str, Any], metric: str) -> dict[str, Any] | None:
+    found = model.get("metrics", {}).get(metric)
+    return found if isinstance(found, dict) else None
+
+
+def _name_model(model: dict[str, Any]) -> str:
+    """Return what a model is, and what it was called, without its folder."""
+    label, kind = model["label"], model.get("kind") or ""
     label = label if kind == "base" and is_public_name(label) else name_file(label)
-    metrics = model.get("metrics", {})
-    cells = [f"{plain(kind or '')} {code(label)}".strip()]
-    cells += [_show(metrics.get(name)) for name in names]
-    if forgets:
-        cells.append(_round((model.get("forgetting") or {}).get("loss")))
-    return cells
+    return plain(kind) if label == kind else f"{plain(kind)} {code(label)}".strip()
 
 
 def _show(metric: dict[str, Any] | None) -> str:

@@ -248,8 +248,9 @@ def test_evaluations_are_a_table_of_the_card(saved) -> None:
     assert not find_evaluations(folder, "another")
     facts = replace(read_facts(folder), evaluations=(read_evaluation(files[0]),))
     text = make_card(facts).text
-    assert "| base `org/base` | 0.25 (0.15 to 0.35) | 2.5 |" in text
-    assert "| adapter `adapter` | 0.75 (0.65 to 0.85) | 2.5 |" in text
+    assert "|  | base `org/base` | adapter |" in text
+    assert "| exact | 0.25 (0.15 to 0.35) | 0.75 (0.65 to 0.85) |" in text
+    assert "| loss on general text | 2.5 | 2.5 |" in text
     assert "/home" not in text
     (place / "evaluation.json").write_text('{"data": 1}')
     with pytest.raises(LoraError, match=r"evaluation\.json is damaged or not ours"):
