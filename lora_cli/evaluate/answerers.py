@@ -21,6 +21,7 @@ from lora_cli.gguf import engine
 from lora_cli.models import (
     Adapter,
     Base,
+    answering,
     attach,
     chat_template,
     decoder,
@@ -33,6 +34,7 @@ from lora_cli.models import (
 from lora_cli.recipe import Task
 from lora_cli.speed import dora_norms
 
+TooLongError, limit_answer = answering.TooLongError, answering.limit_answer
 Messages = list[dict[str, Any]]
 BATCH = 16
 COLDEST = 1e-9
@@ -220,12 +222,7 @@ class HFAnswerer:
                 "this model has no chat template: it cannot hold a conversation",
                 "lora generate PATH",
             )
-        if self.chat_template is None:
-            return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = chat_template.render(
-            self.tokenizer, messages, asked.tools, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return answering.encode_conversation(self.tokenizer, messages, asked.tools)
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, **kwargs: Any
@@ -282,15 +279,7 @@ class HFAnswerer:
     def list_ends(self) -> list[int]:
         """List the tokens that end an answer: the tokenizer's, those of training, and those of
         the generation config."""
-        configured = self.bases.loaded[self.key].generation_config.eos_token_id
-        more = configured if isinstance(configured, list) else [configured]
-        return sorted(
-            {
-                token
-                for token in [self.tokenizer.eos_token_id, *self.stops, *more]
-                if token is not None
-            }
-        )
+        return answering.find_ends(self.bases.loaded[self.key], self.tokenizer, self.stops)
 
     def switched(self) -> AbstractContextManager[None]:
         """Its own adapter on inside, or none."""
@@ -344,26 +333,6 @@ class PairAnswerer(HFAnswerer):
             return decoder.write_targets(
                 weights, self.tokenizer, sources, sampling.max_new_tokens, **kwargs
             )
-
-
-class TooLongError(LoraError):
-    """A conversation that leaves no room for an answer in what the model can read."""
-
-
-def limit_answer(longest: int, positions: int | None, wanted: int) -> int:
-    """Return how many tokens an answer may have, `wanted` at most, after a prompt of `longest`
-    tokens: beyond its `positions` a model answers at random, and does not say so.
-
-    Raises TooLongError where the prompt fills them.
-    """
-    if positions is None:
-        return wanted
-    if longest >= positions:
-        raise TooLongError(
-            f"the prompt has {longest} tokens, and prompt and answer together may have {positions}",
-            "shorten it, or take a model that reads more",
-        )
-    return min(wanted, positions - longest)
 
 
 class GGUFAnswerer:

@@ -28,6 +28,7 @@ Its doors, in the order a reader needs them:
     find_shared                    the modules that have one weight: embeddings and head
     decoder                        what a decoder beside an encoder is fed
     token_rows, adapter_contents   added tokens; what an adapter holds beside linear updates
+    answering                      what a model that writes is fed to answer, and where that ends
     causality                      whether tokens see later ones, as an encoder's do
     quantised                      what a configuration says of quantised weights, and what follows
     empty, four_bit                models without weights; guards around 4-bit weights
@@ -136,6 +137,7 @@ __all__ = [
     "TrainingRecord",
     "adapter_contents",
     "adds_bos",
+    "answering",
     "attach",
     "causality",
     "chat_template",

@@ -51,7 +51,7 @@ def _check_method(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-OF_WRITING = {
+OF_WRITING: dict[tuple[str, str], tuple[Any, ...]] = {
     ("model", "chat_template"): ("auto",),
     ("model", "system_prompt"): (None,),
     ("data", "train_on"): ("assistant",),
@@ -59,6 +59,7 @@ OF_WRITING = {
     ("training", "packed_length"): ("auto", None),
     ("training", "loss_head"): ("auto", "stock"),
     ("training", "use_liger_kernel"): ("auto", False),
+    ("training", "sample_prompts"): ([],),
 }
 """Keys that say how a model learns to write, and the values that say nothing."""
 

@@ -365,6 +365,13 @@ class TrainingFields(Section):
     generate_at_evaluation: bool = False
     """Also write a target for each source that is evaluated, greedily, and score it: ROUGE, BLEU,
     chrF and exact matches; with seq2seq_lm."""
+    sample_prompts: list[Name] = Field(default_factory=list)
+    """Prompts that are answered before the first step, at each evaluation and, where there is none,
+    at the end: greedily, as `lora generate` answers them, without changing what is trained. The
+    answers are in samples.jsonl, and those to the first prompt on the screen; with causal_lm."""
+    sample_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest answer to one of them in tokens. All together they take the time of so many tokens
+    for each prompt, one after the other."""
     eval_strategy: Auto | Literal["no", "steps", "epoch"] = "auto"
     """When to evaluate; `auto`: after each epoch when there is evaluation data."""
     keep: Auto | Literal["best", "last"] = "auto"

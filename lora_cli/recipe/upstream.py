@@ -107,6 +107,8 @@ OURS = (
     "keep",
     "early_stopping_patience",
     "early_stopping_threshold",
+    "sample_prompts",
+    "sample_tokens",
 )
 """Keys of `training` that lora acts on itself, beside COMPILING."""
 NEWER_NAMES = ("activation_checkpointing", "activation_checkpointing_kwargs")

@@ -10,6 +10,7 @@ from lora_cli.plan import flops
 from lora_cli.scoring import Scorer
 from lora_cli.speed import FactoredDora
 from lora_cli.train.dealing import Batches
+from lora_cli.train.samples import Asked
 
 
 @dataclass(frozen=True)
@@ -53,5 +54,7 @@ class RunOptions:
     planned: int | None = None
     """Bytes that the plan says the run takes at most, as this process's memory is measured; None
     where nobody asked the plan."""
+    samples: Asked = Asked()
+    """The prompts that are answered at evaluations."""
     replicas: int = 1
     """Copies of it that are sharded so, among all processes."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
 from lora_cli.recipe import TASKS
 from lora_cli.train.picture import Line, Picture
+from lora_cli.train.samples import Asked, Samples
 from lora_cli.train.saved_state import WatchState
 
 SKIPPED = 20
@@ -123,6 +124,13 @@ class Watch(TrainerCallback):
     """Steps in a row that were."""
     overflowed = 0
     """Steps of this process that were."""
+    began = 0.0
+    began_step = 0
+    began_tokens = 0
+    stepped = False
+    """Whether this process has completed a step."""
+    had_rate = False
+    """Whether one of them had a learning rate above 0."""
     evaluated = 0
     """Batches of the evaluation that is being made."""
 
@@ -133,25 +141,20 @@ class Watch(TrainerCallback):
         limit: float | None,
         where: Callable[[int], str],
         picture: Picture | None = None,
+        asked: Asked = Asked(),
     ) -> None:
         self.metrics = folder / provenance.METRICS
         self.progress = ui.Progress()
         self.screen = ui.Screen()
         self.picture = picture or Picture()
         """What the screen shows of the run."""
+        self.samples = Samples(folder, asked)
         self.step_loss: torch.Tensor | float = 0.0
         self.step_tokens: torch.Tensor | int = 0
         self.state: TrainerState | None = None
         self.loss = float("nan")
         self.gradient_norm: torch.Tensor | float = 0.0
         """Of the step's gradients before they are clipped."""
-        self.began = 0.0
-        self.began_step = 0
-        self.began_tokens = 0
-        self.stepped = False
-        """Whether this process has completed a step."""
-        self.had_rate = False
-        """Whether one of them had a learning rate above 0."""
         self.work = work
         self.untouched: set[str] | None = None
         """Trained tensors that have never had a gradient; None before the first step."""
@@ -173,7 +176,12 @@ class Watch(TrainerCallback):
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
         untouched = None if self.untouched is None else sorted(self.untouched)
-        return WatchState(untouched=untouched, loss_sum=self.loss_sum, lines=self.lines)
+        return WatchState(
+            untouched=untouched,
+            loss_sum=self.loss_sum,
+            lines=self.lines,
+            samples=self.samples.flush(),
+        )
 
     def restore_state(self, state: WatchState) -> None:
         """Go on from `state`, and drop the lines that were logged after it."""
@@ -188,6 +196,8 @@ class Watch(TrainerCallback):
             lines = text.splitlines(keepends=True)
         files.write_text(self.metrics, "".join(lines[: self.lines]))
         self.picture.recall(lines[: self.lines])
+        self.samples.cut(state.samples)
+        self.picture.sample = self.samples.show()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -305,6 +315,13 @@ class Watch(TrainerCallback):
         self.picture.doing = what
         if ranks.is_first() and (force or self.screen.is_due()):
             self.screen.show(self._draw)
+
+    def show_samples(self, answers: Sequence[str]) -> None:
+        """Write the answers of this step, and show the first one."""
+        assert self.state is not None
+        self.samples.add(self.state.global_step, answers)
+        self.picture.sample = self.samples.show()
+        self.show_doing("", force=True)
 
     def clear(self) -> None:
         """Remove what is drawn, to make room for prose."""

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lora_cli.common import LoraError, files, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
+from lora_cli.speed import dora_norms
 from lora_cli.train import checkpoints, random_state, saved_state, sharding, zero3
 from lora_cli.train.early_stopping import EarlyStopping
 from lora_cli.train.options import RunOptions
@@ -260,11 +261,43 @@ class Resumable(TypedTrainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = random_state.capture_state()
         try:
+            answers = self._answer_samples() if self.state.global_step else None
             metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         finally:
             random_state.restore_state(before)
         self.evaluation_due = False
+        if answers is not None:  # once all is done that would be done again
+            self.watch.show_samples(answers)
         return metrics
+
+    def sample(self) -> None:
+        """Answer the sample prompts before or after all steps, if that is not done."""
+        if self.watch.samples.last == self.state.global_step:
+            return
+        before = random_state.capture_state()
+        answers = self._answer_samples()
+        random_state.restore_state(before)
+        if answers is not None:
+            self.watch.show_samples(answers)
+
+    def _answer_samples(self) -> list[str] | None:
+        """Return what the model answers to the sample prompts now; None where there are none, and
+        on all processes but the first, whose model is the others' too."""
+        samples = self.watch.samples
+        self.obey_amid_evaluation()
+        if not samples.asked.prompts or not ranks.is_first():
+            return None
+        self.watch.show_doing("answering", force=True)
+        network, trained = self.model.get_base_model(), self.model.training
+        self.model.eval()
+        norms = dora_norms.keep_norms(self.options.dora_layers)
+        # each length would be compiled anew, and what is compiled too often is given up
+        eager = torch.compiler.set_stance("force_eager")
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager(), norms, eager:
+                return samples.answer(network, self.processing_class)
+        finally:
+            self.model.train(trained)
 
     def obey_amid_evaluation(self) -> None:
         """End an evaluation that a signal has come in; for each of its batches."""
@@ -361,6 +394,8 @@ class Boundaries(TrainerCallback):
         if self.trainer.options.sharded:
             ui.say(f"  sharded: {sharding.describe(self.trainer.model)}")
         self.trainer.restore_run()
+        if not state.global_step:
+            self.trainer.sample()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

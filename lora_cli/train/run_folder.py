@@ -48,9 +48,18 @@ EXTENDING = (
     "training.save_total_limit",
     "training.on_oom",
     "training.stop_on_loss_above",
+    "training.sample_prompts",
+    "training.sample_tokens",
     "distributed.strategy",
 )
 """Keys that may change when a run is resumed: the steps so far do not depend on them."""
+
+
+WRITTEN = (
+    *(provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS),
+    *(provenance.SAMPLES, provenance.REPORT, provenance.REPORT_NUMBERS),
+)
+"""Files that a run may have before its first checkpoint."""
 
 
 def refuse_foreign_folder(folder: Path) -> None:
@@ -177,8 +186,7 @@ def _is_chosen_anew(change: Change, contents: dict[str, Any]) -> bool:
 
 def _clear_failed(folder: Path) -> None:
     """Remove the record of a run that failed before it saved anything."""
-    report = (provenance.REPORT, provenance.REPORT_NUMBERS)
-    for name in (provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, *report):
+    for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / PARENT_COPY, ignore_errors=True)
 
@@ -196,8 +204,7 @@ def _refuse_begun(folder: Path) -> None:
 
 def _saved_nothing(folder: Path) -> bool:
     """Return whether the folder holds only what a run writes before its first checkpoint."""
-    early = {provenance.RUN_RECORD, provenance.RESOLVED_RECIPE, provenance.METRICS, ".lock"}
-    early |= {PARENT_COPY, provenance.REPORT, provenance.REPORT_NUMBERS}
+    early = {*WRITTEN, ".lock", PARENT_COPY}
     return {path.name for path in folder.iterdir()} <= early
 
 

@@ -25,6 +25,8 @@ class WatchState(stored.Stored):
     untouched: list[str] | None
     loss_sum: float
     lines: stored.Count
+    samples: stored.Count = 0
+    """Lines of samples.jsonl."""
 
 
 class RunState(stored.Stored):

@@ -34,7 +34,7 @@ from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.recipe import Recipe, strict_yaml, upstream
 from lora_cli.scoring import Scorer, losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
-from lora_cli.train import dealing, disk_space, out_of_memory, picture
+from lora_cli.train import dealing, disk_space, out_of_memory, picture, samples
 from lora_cli.train.options import RunOptions
 from lora_cli.train.run_folder import Run
 from lora_cli.train.task_trainer import find_trainer
@@ -366,7 +366,18 @@ def make_options(
         dora_layers=dora_norms.find_layers(adapted),
         subject=picture.name_subject(recipe),
         planned=inputs.planned,
+        samples=_settle_samples(recipe, run),
     )
+
+
+def _settle_samples(recipe: Recipe, run: Run) -> samples.Asked:
+    """Return the prompts that are answered at evaluations."""
+    prompts = recipe.training.sample_prompts
+    if prompts and find_sharding(recipe):
+        ui.say("  training.sample_prompts: left out, as a sharded model does not write")
+        return samples.Asked()
+    stops = run.record.data.stop_token_ids if run.record.data else []
+    return samples.Asked(prompts, recipe.training.sample_tokens, stops)
 
 
 def find_sharding(recipe: Recipe) -> Literal["fsdp", "deepspeed-zero3"] | None:

@@ -77,6 +77,7 @@ class Watched(Resumable):
             options.loss_limit,
             self.describe_step,
             Picture(options.subject, options.work.unit, options.planned),
+            options.samples,
         )
         self.remove_callback(PrinterCallback)
         folder = Path(self.args.output_dir)
@@ -127,7 +128,10 @@ class Watched(Resumable):
         # PEFT casts inputs to the adapter's float32 and autocast casts them back: the same values,
         # for time and memory
         with attach.keep_input_types(self.model, half):
-            return super().train(*args, **kwargs)
+            ended = super().train(*args, **kwargs)
+            if self.args.eval_strategy == "no":
+                self.sample()
+            return ended
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self.watch.gradient_norm = super()._get_grad_norm(*args, **kwargs)
