@@ -23,6 +23,8 @@ class Trained(NamedTuple):
     """None where it is not asked for, or no evaluation gave a number."""
     why: str
     """Why it ended before its steps were done."""
+    seen: int = 0
+    """Tokens, or pictures, that were trained on in all."""
 
 
 def describe_end(trainer: Any, steps: int, mean_loss: float) -> Trained:
@@ -34,8 +36,9 @@ def describe_end(trainer: Any, steps: int, mean_loss: float) -> Trained:
         number = trainer.stopping.early_stopping_patience_counter
         why = f"{number} evaluations in a row were no better than the best before them"
     metric = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    seen = int(state.num_input_tokens_seen)
     effort = trainer.watch.measure_effort(state)
-    return Trained(steps, mean_loss, effort, f"eval_{metric}", best, why)
+    return Trained(steps, mean_loss, effort, f"eval_{metric}", best, why, seen)
 
 
 def find_kept(folder: Path, trained: Trained) -> RecordedKept | None:

@@ -53,6 +53,7 @@ from lora_cli.train import (
     out_of_memory,
     outcome,
     random_state,
+    receipt,
     run_folder,
     setup,
     sharding,
@@ -240,6 +241,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
         _save_once(adapted, inputs, adapter, run)
     said = f"trained {trained.steps} steps in {ui.format_duration(seconds)}"
     ui.say(f"{said}, mean loss {trained.mean_loss:.4f}; adapter in {adapter}")
+    ui.say(*receipt.list_lines(run.folder, run.record, recipe, trained.seen))
     return adapter
 
 
