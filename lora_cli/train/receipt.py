@@ -42,25 +42,20 @@ def _list_numbers(record: TrainingRecord, unit: str, seen: int) -> Iterator[tupl
 
 
 def list_commands(folder: Path, recipe: Recipe) -> Iterator[str]:
-    """Yield commands that work as pasted, for an adapter of the recipe's task in the folder of its
+    """Return commands that work as pasted, for an adapter of the recipe's task in the folder of its
     run."""
-    trust = " --trust-remote-code" if remote_code.is_allowed() else ""
+    trust = ["--trust-remote-code"] if remote_code.is_allowed() else []
     adapter, task = quote(folder / "adapter"), recipe.task_row
-    prompts = recipe.training.sample_prompts
-    rows = _find_rows(recipe)
-    if task.writes_next_tokens:
-        first = prompts[0] if prompts else ""
-        short = first.isprintable() and 0 < len(first) <= SHORT and not first.startswith("-")
-        yield (
-            f"lora generate {adapter} --prompt {quote(first)}{trust}"
-            if short
-            else f"lora chat {adapter}{trust}"
-        )
-    if rows:
+    commands = [["merge", adapter, quote(folder / "merged"), *trust], ["report", quote(folder)]]
+    if rows := _find_rows(recipe):
         verb = "evaluate" if task.writes_next_tokens else "predict"
-        yield f"lora {verb} {adapter} --data {rows}{trust}"
-    yield f"lora merge {adapter} {quote(folder / 'merged')}{trust}"
-    yield f"lora report {quote(folder)}"
+        commands.insert(0, [verb, adapter, "--data", rows, *trust])
+    if task.writes_next_tokens:
+        first = next(iter(recipe.training.sample_prompts), "")
+        short = first.isprintable() and 0 < len(first) <= SHORT and not first.startswith("-")
+        asked = ["generate", adapter, "--prompt", quote(first)] if short else ["chat", adapter]
+        commands.insert(0, [*asked, *trust])
+    return (" ".join(["lora", *words]) for words in commands)
 
 
 def _find_rows(recipe: Recipe) -> str | None:
