@@ -84,7 +84,9 @@ def keeps_best(record: SeenRun) -> bool:
     """Return whether the run's adapter is that of its best evaluation."""
     if record.kept:
         return record.kept.get("which") == "best"
-    return record.get("training", "keep") == "best"
+    # runs from before `keep` have the other key
+    given = (record.get("training", name) for name in ("keep", "load_best_model_at_end"))
+    return next(given) == "best" or next(given) is True
 
 
 def find_scores(run: History) -> Evaluation | None:

@@ -47,7 +47,9 @@ def _judge_ending(run: History) -> Iterator[Sentence]:
     resume = write_command("lora", "train", f"{run.folder}/recipe.yaml", "--resume")
     if run.state == "finished":
         took = f" in {format_duration(run.record.duration)}" if run.record.duration else ""
-        yield Sentence("yes", f"The run finished: {steps:,} steps{took}.")
+        why = answers.show(str((run.record.kept or {}).get("why") or ""))
+        early = f" It ended before its steps were done: {why}." if why else ""
+        yield Sentence("yes", f"The run finished: {steps:,} steps{took}.{early}")
     elif run.state == "died":
         text = f"The run died {after}: its record says running, but no process holds its folder."
         yield Sentence("look", text, resume)

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "best kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "best", "step": 5}}, "yes: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the best step is what was kept."),
     "last kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "last", "step": 10}}, "look: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the last step is what was kept."),
     "finished": (log(1.0), {}, "yes: The run finished: 100 steps in 5m22s."),
+    "ended early": (log(1.0), {"kept": {"which": "best", "step": 5, "why": "no better for 3"}}, "yes: The run finished: 100 steps in 5m22s. It ended before its steps were done: no better for 3."),
     "died": (log(1.0, 2.0), {"status": "running", "results": None}, "look: The run died after 2 steps: its record says running, but no process holds its folder."),
     "interrupted": (log(1.0, 2.0), {"status": "interrupted", "results": None}, "look: The run was interrupted after 2 steps."),
     "failed": ([], {"status": "failed", "results": None}, "look: The run failed before its first logged step."),
@@ -68,6 +69,16 @@ def test_rows_that_were_cut_are_not_left_out(tmp_path: Path) -> None:
     assert not [
         each for each in judge(write(tmp_path / "run", [], data=data)) if "left out" in each
     ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("keep", "best"), ("load_best_model_at_end", True)])
+def test_a_recipe_of_any_version_says_that_the_best_step_is_kept(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    record = written.make_record()
+    record["recipe"]["training"][key] = value
+    said = judge(write(tmp_path / "run", log(at_5=0.9, at_10=1.0), **record))
+    assert any(each.endswith("; the best step is what was kept.") for each in said)
 
 
 def test_by_a_metric_of_which_more_is_better(tmp_path: Path) -> None:
