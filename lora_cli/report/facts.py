@@ -182,10 +182,11 @@ def _gather_evaluations(run: History, evaluations: Sequence[dict[str, Any]]) -> 
 
 
 def _gather_samples(run: History) -> dict[str, Any]:
-    """Return the sample prompts with their first answer and their last."""
-    found = []
+    """Return the sample prompts with their first answer, and that of the step that became the
+    adapter, or else their last."""
+    found, kept = [], outcome.find_kept_step(run.record)
     for prompt, given in run.samples.prompts.items():
-        first, last = min(given), max(given)
+        first, last = min(given), kept if kept in given else max(given)
         found.append(
             {
                 "prompt": prompt,

@@ -204,6 +204,16 @@ def test_what_strangers_write_stays_text(run: Path) -> None:
     assert "\\x1b[31m\\u202e\\x00\\x9b" in text
 
 
+def test_the_sample_of_the_step_that_was_kept_is_shown(run: Path) -> None:
+    kept = {"which": "best", "step": 60, "metric": "eval_loss"}
+    written.write_json(run / "record.json", written.make_record(kept=kept))
+    written.write_samples(run, *((step, "q", f"at {step}") for step in (0, 60, 100)))
+    read, said = check(report.write_report([run], None))
+    [sample] = said["runs"][0]["samples"]["prompts"]
+    assert (sample["first"], sample["last"], sample["last_step"]) == ("at 0", "at 60", 60)
+    assert "adapter, step " in read.texts
+
+
 def test_megabytes_are_cut(run: Path) -> None:
     written.write_samples(run, (0, "p" * 500_000, "a" * 3_000_000), (5, "q", "b" * 3_000_000))
     target = report.write_report([run], None)
