@@ -216,8 +216,14 @@ def test_little_room_for_an_answer_is_each_row_s_own(
     made: Made, tmp_path: Path, monkeypatch
 ) -> None:
     """A model of few positions, which the longest prompt of a batch would take from all."""
-    monkeypatch.setattr(HFAnswerer, "positions", 34)
     rows = [{"prompt": "Reverse: red fan" + " jet" * n, "completion": "x"} for n in range(6)]
+    tokenizer = AutoTokenizer.from_pretrained(made.base)
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    lengths = [
+        len(tokenizer.apply_chat_template(each, add_generation_prompt=True, return_dict=False))
+        for each in asked
+    ]
+    monkeypatch.setattr(HFAnswerer, "positions", max(lengths) + 1)
     given = {
         "data": str(write_rows(tmp_path / "rows.jsonl", rows)),
         "metrics": ["exact"],
@@ -225,10 +231,13 @@ def test_little_room_for_an_answer_is_each_row_s_own(
         "sampling": Sampling(30, 0.0),
     }
     for size in (1, 6):
-        evaluate([made.base], tmp_path / str(size), batch_size=size, **given)
+        evaluate([made.merged], tmp_path / str(size), batch_size=size, **given)
     ones, others = read_answers(tmp_path / "1"), read_answers(tmp_path / "6")
     assert ones == others
-    assert len({line["answer"] for line in ones}) > 1
+    written = [
+        len(tokenizer(line["answer"], add_special_tokens=False)["input_ids"]) for line in ones
+    ]
+    assert max(written) > 1, "the room that the longest row has"
 
 
 KILLED = """
