@@ -187,7 +187,7 @@ def find_held_secret(data: Any) -> tuple[tuple[str | int, ...], str] | None:
     values = dict(find_secrets(arguments=[]))
     known = {name: _compile_known((value,)) for name, value in values.items()}
     for place, text in _walk_texts(data, ()):
-        for spelt in (text, urllib.parse.unquote(text), SEQUENCE.sub("", text)):
+        for spelt in dict.fromkeys((text, urllib.parse.unquote(text), SEQUENCE.sub("", text))):
             for name, pattern in known.items():
                 if pattern and pattern.search(spelt):
                     return place, f"the value of {name}"

@@ -83,5 +83,6 @@ def find_places(paths: Iterable[Path | str]) -> list[str]:
     """Return the folders of this machine that no file may name: the home folder, the current one,
     and these, without what is too short to be told from other words."""
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises where there is none
-    found = [home, str(Path.cwd()), *(str(Path(each).expanduser().absolute()) for each in paths)]
+    given = [Path(each).absolute() for each in (home, Path.cwd(), *paths) if str(each) != "~"]
+    found = [str(each) for path in given for each in (path, path.resolve())]
     return [each for each in dict.fromkeys(found) if each.startswith("/") and len(each) > 4]
