@@ -18,7 +18,7 @@ import pytest
 from lora_cli.common import LoraError, UsageError
 from lora_cli.evaluate import answerers
 from lora_cli.serve import asked, serve
-from lora_cli.serve.pieces import Assembler, End, Piece
+from lora_cli.serve.pieces import Assembler, Drawing, End, Piece
 from lora_cli.serve.torch_engine import TorchEngine
 from tests.serve.serving import make_adapter
 
@@ -76,6 +76,26 @@ def test_adapters_of_two_bases_are_not_served_together(lora, adapters, tmp_path:
     )
     said = refuse(lora, adapters["plain"], "--adapter", f"other={other}", "--port", 0)
     assert "serve each by a server of its own" in said
+
+
+def test_adapters_lie_on_one_base_which_is_served_too(adapters, tiny: Path) -> None:
+    given = [f"dora={adapters['dora']}"]
+    for path, names in (
+        (adapters["plain"], ["plain", "dora", "model"]),
+        (tiny / "model", ["dora", "model"]),
+    ):
+        engines = serve.open_engines(str(path), given, None, 100)
+        assert list(engines) == names
+        [engine] = set(engines.values())
+        models = engine.models.values()
+        assert len({id(each) for model in models for each in model.bases.loaded.values()}) == 1
+        assert {engine.find_positions(name) for name in names} == {100}
+        said = set()
+        for name in [*names, *names]:
+            prompt = engine.render(name, answerers.Asked([{"role": "user", "content": "red dog"}]))
+            end = engine.write(name, prompt, Drawing(20, 0.0), lambda piece: None, lambda: True)
+            said.add((name, end.text))
+        assert len(said) == len(names)
 
 
 def test_a_port_in_use_is_named(lora, tiny: Path) -> None:

@@ -303,4 +303,4 @@ def test_the_end_sends_away_who_waits_and_stops_who_is_answered(
         status, reply, _ = read_reply(client)
         assert (status, reply["error"]["message"]) == (503, said)
         client.close()
-    assert engine.writing == 0
+    wait_for(lambda: engine.writing == 0)
