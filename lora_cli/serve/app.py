@@ -179,7 +179,7 @@ class Service:
             raise refuse(said, "messages")
         try:
             return engine.render(name, conversation)
-        except TemplateError as error:
+        except (TemplateError, LoraError) as error:
             raise refuse(f"the chat template refuses it: {error}", "messages") from None
 
     async def _answer_whole(self, request: Request, job: Job, reply: Reply) -> Response:

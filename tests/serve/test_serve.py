@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import openai
 import pytest
@@ -293,6 +294,39 @@ def test_what_there_is_not(served: Served) -> None:
         complete(served, "plane", "a")
     assert post(served, b"{}", "/v1/embeddings")[1]["error"]["code"] == "unknown_url"
     assert post(served, b"{}", "/v1/models")[0] == 405
+
+
+FIELDS = (
+    "model messages max_tokens temperature top_p seed stop n stream stream_options logprobs user "
+    "top_logprobs tools tool_choice response_format logit_bias prompt echo suffix best_of audio x"
+).split()
+VALUES = [
+    *(None, True, False, 0, 1, -1, 2**70, -(2**63), 1e308, 0.5, "", "a", "\0", "dog " * 600),
+    *([], {}, [None], ["a"], [["a"]], [1, 2], [[1, 2]], [10**9], {"a": 1}, ["a"] * 5),
+    *({"type": "text"}, {"include_usage": True}, [{"type": "function", "function": {"name": "f"}}]),
+    [{"role": "user"}],
+    [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "user", "content": "a", "tool_calls": [1]}],
+    [{"role": "system", "content": "<|end|>"}],
+    [{"role": "tool", "content": "a"}],
+]
+
+
+def test_whatever_is_asked_has_an_answer_or_a_reason(served: Served) -> None:
+    random, statuses = Random(3), []
+    for _ in range(150):
+        path, name = random.choice([("/chat/completions", "messages"), ("/completions", "prompt")])
+        body = {"model": "plain", name: ask("a") if name == "messages" else "a", "max_tokens": 3}
+        body |= {random.choice(FIELDS): random.choice(VALUES) for _ in range(random.choice([1, 2]))}
+        try:
+            status, reply, _ = post(served, json.dumps(body).encode(), f"/v1{path}")
+        except json.JSONDecodeError:  # a stream
+            continue
+        statuses.append(status)
+        assert status in (200, 400, 404), (body, reply)
+        assert status == 200 or reply["error"]["message"]
+    assert statuses.count(200) > 3
+    assert statuses.count(400) > 50
 
 
 # The end ------------------------------------------------------------------------------------------
