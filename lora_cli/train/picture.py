@@ -178,11 +178,11 @@ class Picture:
         yield self._draw_memory(wide)
 
     def _draw_memory(self, wide: bool) -> Line:
-        peak = max(self.memory, self.peak)
-        said = f"{memory.format_bytes(self.memory)} now, peak {memory.format_bytes(peak)}"
+        now, peak = memory.format_bytes(self.memory), max(self.memory, self.peak)
+        said = f"{now}{' now' * wide}, peak {memory.format_bytes(peak)}"
         if self.planned is not None:
-            said += f" of {memory.format_bytes(self.planned)} planned"
-        return [_label(f"{'memory':{LABEL if wide else 7}}"), (said, "")]
+            said += f" of {memory.format_bytes(self.planned)}{' planned' * wide}"
+        return [_label(f"{'memory':{LABEL}}" if wide else "mem "), (said, "")]
 
     def _draw_sample(self, width: int, wide: bool, room: int) -> Iterator[Line]:
         """Draw the sample prompt and its answers, each in as many lines as there is room for."""

@@ -63,8 +63,7 @@ def texts(lines: list) -> list[str]:
 def test_nothing_is_wider_than_the_window_nor_higher(columns: int, rows: int) -> None:
     lines = texts(full().draw(columns, rows))
     assert len(lines) <= rows - 2
-    names = [*lines[:1], *(line for line in lines if "planned" in line)]
-    assert all(len(line) <= columns - 1 for line in lines if line not in names)
+    assert all(len(line) <= max(columns, 40) - 1 for line in lines)
     assert any(line.startswith("step 1240/50000") and "2h03m left" in line for line in lines)
 
 
@@ -74,7 +73,7 @@ def test_every_number_is_shown() -> None:
         for word in ("qdora on SmolLM2-135M-Instruct", "train.jsonl and 3 more", "1.2500", "1.7500",
                      "best 1.5000 at", "1.85e-04", "0.834", "14,676 tokens/s", "MFU 44%"):  # fmt: skip
             assert word in said
-        assert re.search(r"2.0 GiB now, peak 2.5 GiB of 3.0 GiB planned", said)
+        assert re.search(r"2.0 GiB( now)?, peak 2.5 GiB of 3.0 GiB", said)
         assert "now" in said and "red fan jet" in said
     assert len(re.findall("I am", wide)) > 30
     assert "…" in wide
