@@ -122,8 +122,16 @@ def test_a_task_of_a_local_file_is_what_transformers_say(
         return found
 
     monkeypatch.setattr(harness, "run_tasks", run_tasks)
-    request = Request(None, out=tmp_path / "out", tasks=["turns"], tasks_path=tasks, general=False)
-    score.evaluate([str(adapter)], request)
+    request = Request(
+        None,
+        out=tmp_path / "out",
+        tasks=["turns"],
+        tasks_path=tasks,
+        general=False,
+        adds_base=False,
+    )
+    paths = [str(adapter), str(tiny / "model")]  # the base with the adapter on it by then
+    score.evaluate(paths, request)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     said = {each["kind"]: each["tasks"]["results"]["turns"][0] for each in found["models"]}
     assert {kind: result[:2] for kind, result in said.items()} == {
@@ -135,7 +143,7 @@ def test_a_task_of_a_local_file_is_what_transformers_say(
     assert "turns" in output.out
     # a second time nothing is computed
     monkeypatch.setattr(harness, "run_tasks", lambda *given: pytest.fail("computed again"))
-    score.evaluate([str(adapter)], request)
+    score.evaluate(paths, request)
 
 
 @pytest.mark.slow  # lm-eval reads the files of all its tasks each time

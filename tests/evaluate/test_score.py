@@ -389,6 +389,7 @@ def test_odd_rows_are_told_each_once(made: Made, tmp_path: Path, capsys) -> None
     assert found["models"][0]["metrics"]["loss"]["count"] == 2
     # without skipping, what was skipped is an error again
     write_rows(data, rows[:3])
+    evaluate([made.adapter], tmp_path / "out", **given, skips_bad=True)
     with pytest.raises(LoraError, match="rows.jsonl:2"):
         evaluate([made.adapter], tmp_path / "out", **given)
 
