@@ -300,7 +300,8 @@ def test_both_ways_write_the_same_folder(
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "streamed").iterdir())
     for name in names:
-        if name not in ("model.safetensors", "lora_record.json"):
+        # a card has the folder's name and the figures, which differ in their last digits
+        if name not in ("model.safetensors", "lora_record.json", "README.md"):
             assert (tmp_path / "streamed" / name).read_bytes() == (
                 tmp_path / "whole" / name
             ).read_bytes(), name
