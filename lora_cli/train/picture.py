@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lora_cli.common import ui
 from lora_cli.plan import memory
@@ -71,6 +72,10 @@ class Picture:
     unit: str = "tokens"
     planned: int | None = None
     """Bytes that the plan says are taken at most."""
+    metric: str = "eval_loss"
+    """What tells the best evaluation."""
+    greater: bool = False
+    """Whether more of it is better."""
     step: int = 0
     steps: int = 0
     left: float | None = None
@@ -80,7 +85,7 @@ class Picture:
     loss: float = math.nan
     losses: Curve = field(default_factory=Curve)
     evaluated: tuple[int, float] | None = None
-    """Step and loss of the last evaluation."""
+    """Step of the last evaluation, and what the metric was."""
     best: tuple[int, float] | None = None
     evaluations: Curve = field(default_factory=Curve)
     rate: float = 0.0
@@ -93,12 +98,15 @@ class Picture:
     sample: tuple[str, str, str] | None = None
     """A prompt, the base's answer and the newest one."""
 
-    def add_evaluation(self, step: int, loss: float) -> None:
-        """Note an evaluation."""
-        self.evaluated = (step, loss)
-        self.evaluations.add(loss)
-        if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
-            self.best = (step, loss)
+    def add_evaluation(self, step: int, found: Mapping[str, Any]) -> None:
+        """Note an evaluation, by what was found of each metric; None is no finite number."""
+        given = found.get(self.metric)
+        value = math.nan if given is None else float(given)
+        self.evaluated = (step, value)
+        self.evaluations.add(value)
+        sign = -1 if self.greater else 1
+        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best[1]):
+            self.best = (step, value)
 
     def recall(self, lines: Sequence[str]) -> None:
         """Take up the curves of a run that goes on from the lines of its metrics.jsonl."""
@@ -110,8 +118,8 @@ class Picture:
                 for _ in range(step - last):  # a line for several steps has their mean
                     self.losses.add(loss)
                 last = step
-            if (loss := found.get("eval_loss")) is not None:
-                self.add_evaluation(step, loss)
+            if "eval_loss" in found:
+                self.add_evaluation(step, found)
 
     def draw(self, columns: int, rows: int) -> list[Line]:
         """Return the lines for a window. Where they are too many, those at the end are left out."""
@@ -149,7 +157,8 @@ class Picture:
             best = ""
             if self.best is not None:
                 best = f"  best {self.best[1]:.4f} at{' step' * wide} {self.best[0]}"
-            name = "evaluation" if wide else "eval"
+            other = self.metric.removeprefix("eval_").replace("loss", "")
+            name = (other or "evaluation")[: LABEL - 1] if wide else "eval"
             yield self._draw_curve(name, self.evaluated[1], self.evaluations, best, width, wide)
 
     def _draw_curve(

@@ -412,6 +412,6 @@ class Watch(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **plain}) + "\n")
         self.lines += 1
         if "eval_loss" in logs:
-            self.picture.add_evaluation(state.global_step, logs["eval_loss"])
+            self.picture.add_evaluation(state.global_step, logs)
             self.progress.clear()
             ui.say(f"step {state.global_step}: {describe_evaluation(logs)}")

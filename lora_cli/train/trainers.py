@@ -76,7 +76,7 @@ class Watched(Resumable):
             options.work,
             options.loss_limit,
             self.describe_step,
-            Picture(options.subject, options.work.unit, options.planned),
+            self._make_picture(),
             options.samples,
         )
         self.remove_callback(PrinterCallback)
@@ -88,6 +88,17 @@ class Watched(Resumable):
         if self.options.patience is not None:
             self.add_callback(self.stopping)
         self.add_callback(Boundaries(self))
+
+    def _make_picture(self) -> Picture:
+        """Return the picture of a run that has not begun."""
+        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        return Picture(
+            self.options.subject,
+            self.options.work.unit,
+            self.options.planned,
+            f"eval_{metric}",
+            bool(self.args.greater_is_better),
+        )
 
     def _install_loss_head(self) -> bool:
         """Let the model compute the loss at trained tokens, and return whether it does.

@@ -49,7 +49,7 @@ def full() -> Picture:
     for number in range(400):
         picture.losses.add(1 / (number + 1))
     for step, loss in ((400, 2.0), (800, 1.5), (1200, 1.75)):
-        picture.add_evaluation(step, loss)
+        picture.add_evaluation(step, {"eval_loss": loss})
     picture.sample = ("Reverse: jet fan red\n", "I am " * 90, "red fan jet")
     return picture
 
@@ -171,3 +171,16 @@ def test_a_window_changes_and_ctrl_c_ends_a_run(
     assert not terminal.screen.cursor.hidden
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["status"] == "interrupted"
+
+
+def test_the_best_evaluation_is_told_by_the_run_s_metric() -> None:
+    """Which may be better where it is greater, and is taken up again from metrics.jsonl."""
+    picture = Picture(("lora", "rows"), metric="eval_accuracy", greater=True, steps=30)
+    lines = [
+        {"step": step, "eval_loss": loss, "eval_accuracy": share}
+        for step, loss, share in ((10, 0.2, 0.5), (20, 0.9, 0.75), (30, 0.3, None))
+    ]
+    picture.recall([json.dumps(line) for line in lines])
+    assert picture.best == (20, 0.75)
+    [said] = [line for line in texts(picture.draw(80, 24)) if "best" in line]
+    assert said.startswith("accuracy       -") and said.endswith("best 0.7500 at step 20")
