@@ -71,6 +71,14 @@ class Region(Live):
         self.height = len(shown)
         self.update(Group(*shown), refresh=True)
 
+    def draw_again(self, columns: int, rows: int) -> None:
+        """Draw the lines below what was printed; in a window of another size, which would wrap
+        them, none until they are drawn for it."""
+        if self.console.size != (columns, rows):
+            self.height = 1
+            self.update(Text())
+        self.refresh()
+
     def refresh(self) -> None:
         """Draw again, but not on a terminal that is halted (Ctrl-S) and would halt us."""
         if sys.platform == "win32" or select.select([], [self.stream], [], 0)[1]:

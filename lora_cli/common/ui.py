@@ -246,7 +246,7 @@ def _write(stream: Any, text: Any) -> None:
             _write_past_buffer(stream, shown)
             return
         if region and text.endswith("\n"):
-            region.refresh()
+            region.draw_again(*_measure_window())
 
 
 def _write_past_buffer(stream: Any, text: Any) -> None:
