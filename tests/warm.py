@@ -96,18 +96,18 @@ def run_command(call: dict) -> None:
     from lora_cli.cli import main
 
     os.chdir(call["cwd"])
-    os.environ.update(call["environment"])
-    if call["terminal"]:
+    os.environ.update(call.get("environment", {}))
+    if call.get("terminal"):
         os.setsid()  # the first terminal that it opens then is its own
     for number, flags in (
         (0, os.O_RDONLY),
         (1, os.O_WRONLY | os.O_CREAT),
         (2, os.O_WRONLY | os.O_CREAT),
     ):
-        opened = os.open(call["terminal"] or f"{call['folder']}/{number}", flags)
+        opened = os.open(call.get("terminal") or f"{call['folder']}/{number}", flags)
         os.dup2(opened, number)
         os.close(opened)
-    if call["terminal"]:
+    if call.get("terminal"):
         sys.stdout, sys.stderr = (open(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = [call.get("program", "lora"), *call["arguments"]]
