@@ -21,7 +21,8 @@ def add_digest(row: Any, found: Sequence[Encoded]) -> list[Encoded]:
     """Return what a row became with the row's digest beside it, int64 of shape (1,).
 
     `row` is what an encoder takes: neither where it was read nor what its columns were called is
-    part of it. Of a picture, it is the file's bytes and the label.
+    part of it, nor what the chat template does not read, as an id of each turn. Of a picture, it is
+    the file's bytes and the label.
     """
     return [
         each._replace(others={**each.others, DIGEST: _make_digest(row, each)}) for each in found
@@ -32,6 +33,18 @@ def _make_digest(row: Any, encoded: Encoded) -> NDArray:
     if "image" in encoded.others:
         content = encoded.others["image"].tobytes() + encoded.labels.tobytes()
     else:
-        content = json.dumps(row, sort_keys=True, default=repr).encode()
+        read = _leave_out_unread(row, encoded.unread)
+        content = json.dumps(read, sort_keys=True, default=repr).encode()
     number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
     return np.array([number % LARGEST], np.int64)
+
+
+def _leave_out_unread(row: Any, unread: Sequence[str]) -> Any:
+    """Return a row without what `unread` names: keys of a conversation's turns, and tools."""
+    if not unread:
+        return row
+    messages = [
+        {key: value for key, value in message.items() if key not in unread}
+        for message in row.messages
+    ]
+    return row._replace(messages=messages, tools=None if "tools" in unread else row.tools)

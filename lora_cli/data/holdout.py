@@ -60,6 +60,12 @@ def _find_bound(digests: NDArray, recipe: Recipe) -> int:
     """Return the number below which a digest is held out."""
     data = recipe.data
     different = np.unique(digests)
+    key = "data.eval_rows" if data.eval_rows is not None else "data.eval_fraction"
+    if len(different) < 2:
+        raise UsageError(
+            f"{key}: all rows say the same: none can be held out and the others trained on",
+            f"give data.path more rows, or data.eval_path others, and leave {key} out",
+        )
     if data.eval_rows is not None:
         if len(different) <= data.eval_rows:
             raise UsageError(

@@ -97,6 +97,21 @@ def test_equal_rows_of_a_mix_are_on_one_side(tmp_path: Path, tokenizer) -> None:
     assert len(set(texts(train)) | set(texts(held))) > 250  # a part of the second is not drawn
 
 
+def test_rows_that_differ_in_what_is_not_read_are_equal(tmp_path: Path, tokenizer) -> None:
+    """An id of a turn, a name, tools: this template reads none of them."""
+    rows = [turns(n) for n in range(100)]
+    for n in range(100):
+        named = turns(n) | {"tools": [{"type": "function", "function": {"name": f"f{n}"}}]}
+        for message in named["messages"]:
+            message |= {"id": n, "name": None if n % 2 else f"u{n}"}
+        rows.append(named)
+    file = write(tmp_path / "a.jsonl", rows)
+    train, held = read(tmp_path, tokenizer, f"{{path: {file}, eval_rows: 30}}")
+    assert held is not None
+    assert len(held.rows) == 60
+    assert not set(texts(train)) & set(texts(held))
+
+
 def test_what_a_stream_holds_out_never_comes(tmp_path: Path, tokenizer) -> None:
     """Also not when the data are read again, and where it stands beyond the first rows."""
     file = write(tmp_path / "a.jsonl", [pair(n) for n in range(100)])
@@ -161,3 +176,11 @@ def test_what_cannot_be_held_out_is_refused(
     file = write(tmp_path / "a.jsonl", [pair(n) for n in range(5)] * 3)
     with pytest.raises(LoraError, match=message):
         read(tmp_path, tokenizer, f"{{path: {file}, {held}}}")
+
+
+@pytest.mark.parametrize("held", ["eval_rows: 1", "eval_fraction: 0.5"])
+def test_rows_that_all_say_the_same_ask_for_others(tmp_path: Path, tokenizer, held: str) -> None:
+    file = write(tmp_path / "a.jsonl", [pair(1)] * 3)
+    with pytest.raises(LoraError, match="all rows say the same") as raised:
+        read(tmp_path, tokenizer, f"{{path: {file}, {held}}}")
+    assert "--set" not in raised.value.hint
