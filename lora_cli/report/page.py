@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from lora_cli.common import format_duration
 from lora_cli.report import charts, curves, facts, outcome
@@ -32,7 +32,10 @@ def render(runs: Sequence[History], said: Mapping[str, Any]) -> str:
     page = environment.get_template("page.html")
     drawn = [draw_run(run, of_run) for run, of_run in zip(runs, said["runs"], strict=True)]
     compared = draw_together(runs, [each["name"] for each in said["runs"]]) if len(runs) > 1 else []
-    return page.render(**said, drawn=drawn, compared=compared, colours=COLOURS)
+    try:
+        return page.render(**said, drawn=drawn, compared=compared, colours=COLOURS)
+    except TemplateError as error:  # a model's chat template is what one of jinja's is known as
+        raise RuntimeError(f"the report's template: {error}") from error
 
 
 def show_number(value: float, how: str = "") -> str:

@@ -95,10 +95,12 @@ def _judge_evaluation(run: History) -> Iterator[Sentence]:
     evaluations = run.metrics.list_evaluations()
     best = outcome.find_best(run.record, evaluations)
     if best is None:
-        text = (
-            "Not evaluated during the run: whether it learnt more than its own rows is not known."
-        )
-        yield Sentence("open", text)
+        unknown = "whether it learnt more than its own rows is not known."
+        if evaluations:
+            times = "evaluation was" if len(evaluations) == 1 else "evaluations were"
+            yield Sentence("look", f"{len(evaluations):,} {times} not finite: {unknown}")
+        else:
+            yield Sentence("open", f"Not evaluated during the run: {unknown}")
         return
     name = "loss" if best.metric == "loss" else best.metric
     if len(evaluations) == 1:
@@ -127,8 +129,10 @@ def _judge_scores(run: History) -> Iterator[Sentence]:
     ]
     if not pairs:
         text = "Not compared with its base on held-out rows."
-        command = f"{write_command('lora', 'evaluate', str(run.folder / 'adapter'))} --data FILE"
-        yield Sentence("open", text, command)
+        adapter = run.folder / "adapter"
+        command = f"{write_command('lora', 'evaluate', str(adapter))} --data FILE"
+        is_there = run.state == "finished" or adapter.is_dir()
+        yield Sentence("open", text, command if is_there else None)
         return
     for name, before, after in sorted(pairs, key=lambda each: each[0] not in ("exact", "loss"))[:2]:
         yield _compare_scores(name, before, after, outcome.find_difference(run, name))

@@ -7,6 +7,7 @@ Hermetic: runs written by hand. Alone: pytest tests/report/test_page.py
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -158,6 +159,21 @@ def test_runs_with_nothing_but_a_record(tmp_path: Path) -> None:
         (tmp_path / f"{at}" / "record.json").write_text(text)
         check(report.write_report([tmp_path / f"{at}"], None))
     check(report.write_report([tmp_path / f"{at}" for at in range(6)], tmp_path / "all.html"))
+
+
+def test_a_run_of_which_no_evaluation_was_finite(tmp_path: Path) -> None:
+    run = written.write_run(tmp_path / "run")
+    lines = [{"step": step, "eval_loss": math.nan} for step in (10, 20)]
+    written.write_lines(run / "metrics.jsonl", *lines)
+    read, _ = check(report.write_report([run], None))
+    assert "2 evaluations were not finite" in " ".join(read.texts)
+    assert " ".join(read.texts).count("not finite") >= 3
+
+
+def test_a_fault_of_the_page_is_none_of_a_chat_template() -> None:
+    """Which is what the table of libraries' errors takes jinja's for."""
+    with pytest.raises(RuntimeError, match=r"the report's template: '\w+' is undefined"):
+        page.render([], {"runs": []})
 
 
 BAD = "</pre></svg></style><script>alert(1)</script><img src=x onerror=y>\"'>{{ 7*7 }}\x1b[31m\u202e\0\x9b&lt;"

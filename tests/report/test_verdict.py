@@ -26,7 +26,7 @@ def write(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path:
     return run
 
 
-def log(*losses: float | None, **evaluations: float) -> list[dict[str, Any]]:
+def log(*losses: float | None, **evaluations: float | None) -> list[dict[str, Any]]:
     """Lines of these losses at steps 1, 2, …, and of evaluations `at_STEP`."""
     found: list[dict[str, Any]] = [{"step": at + 1, "loss": loss} for at, loss in enumerate(losses)]
     named = {int(name.removeprefix("at_")): loss for name, loss in evaluations.items()}
@@ -40,6 +40,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "logged once": (log(2.0), {}, "open: Whether the training loss fell is not known: it was logged once at most."),
     "not evaluated": (log(2.0, 1.0), {}, "open: Not evaluated during the run: whether it learnt more than its own rows is not known."),
     "evaluated once": (log(at_5=1.0), {}, "open: Evaluated once, at step 5: loss 1.0000. Whether it was better before is not known."),
+    "evaluations not finite": (log(2.0, 1.0) + log(at_5=None, at_10=None), {}, "look: 2 evaluations were not finite: whether it learnt more than its own rows is not known."),
     "best at the end": (log(at_5=1.0, at_10=0.9), {}, "yes: Evaluation was best where it stopped: loss 0.9000 at step 10."),
     "best before": (log(at_5=0.9, at_10=1.0), {}, "look: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the last step is what was kept."),
     "best kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "best", "step": 5}}, "yes: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the best step is what was kept."),
@@ -60,6 +61,18 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
 def test_a_sentence_of_the_verdict(name: str, tmp_path: Path) -> None:
     lines, changes, said = CASES[name]
     assert said in judge(write(tmp_path / "run", lines, **changes))
+
+
+def test_a_command_for_an_adapter_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    """A run that failed before it saved any has none to evaluate."""
+    run = write(tmp_path / "run", [], status="failed", results=None)
+
+    def commands() -> list[str | None]:
+        return [each.command for each in verdict.judge(history.read_run(run)) if each.command]
+
+    assert commands() == [f"lora evaluate {run}/adapter --data FILE"]
+    (run / "adapter").rmdir()
+    assert commands() == []
 
 
 def test_rows_that_were_cut_are_not_left_out(tmp_path: Path) -> None:
