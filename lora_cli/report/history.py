@@ -108,7 +108,9 @@ def read_runs(paths: Sequence[Path]) -> list[History]:
                 f"{made.path} was made of none of these runs", "give the run that it was made of"
             )
         for run in owners:
-            if made.path.resolve() not in {each.path.resolve() for each in run.made}:
+            if run.record.is_before_it_went_on(made.record.started):
+                run.problems = list(dict.fromkeys([*run.problems, _explain_earlier(made.path)]))
+            elif made.path.resolve() not in {each.path.resolve() for each in run.made}:
                 run.made.append(made)
     return runs
 
@@ -150,22 +152,33 @@ def read_run(folder: Path) -> History:
         run.samples = answers.read_samples(folder / provenance.SAMPLES)
     except LoraError as error:
         run.problems.append(error.message)
-    run.evaluations, problems = read_evaluations(folder)
+    run.evaluations, problems = read_evaluations(folder, record)
     run.problems += problems
     run.made = _find_made(run)
     return run
 
 
-def read_evaluations(folder: Path) -> tuple[list[tuple[Path, Evaluation]], list[str]]:
-    """Return the evaluations in a run's folder, the oldest first, and what is wrong with those that
-    cannot be read."""
+def read_evaluations(
+    folder: Path, record: SeenRun
+) -> tuple[list[tuple[Path, Evaluation]], list[str]]:
+    """Return the evaluations in a run's folder, the oldest first, and what is wrong with the
+    others: they cannot be read, or are of the adapter from before the run went on."""
     found, problems = [], []
     for file in sorted((folder / provenance.EVALUATIONS).glob(f"*/{EVALUATION}")):
         try:
-            found.append((file.parent, Evaluation.read(file)))
+            evaluation = Evaluation.read(file)
         except LoraError as error:
             problems.append(error.message)
+            continue
+        if record.is_before_it_went_on(evaluation.started):
+            problems.append(_explain_earlier(file.parent))
+        else:
+            found.append((file.parent, evaluation))
     return sorted(found, key=lambda each: each[1].started), problems
+
+
+def _explain_earlier(path: Path) -> str:
+    return f"{path} is of the adapter from before the run went on"
 
 
 def read_made(path: Path) -> Made | None:
@@ -192,8 +205,12 @@ def _find_made(run: History) -> list[Made]:
         except LoraError as error:
             run.problems += [error.message] if is_inside else []
             continue
-        if made and made.record.run_id == run.record.id:
-            found.setdefault(path.resolve(), made)
+        if not made or made.record.run_id != run.record.id or path.resolve() in found:
+            continue
+        if run.record.is_before_it_went_on(made.record.started):
+            run.problems.append(_explain_earlier(path))
+        else:
+            found[path.resolve()] = made
     return sorted(found.values(), key=lambda made: (made.kind != "merged", made.record.started))
 
 

@@ -105,7 +105,7 @@ def read_listed(folder: Path, top: Path) -> Listed:
         steps = number((record.results or {}).get("steps"))
         if steps is None:
             steps = metrics.find_last_step(folder / provenance.METRICS)
-        scored = history.read_evaluations(folder)[0]
+        scored = history.read_evaluations(folder, record)[0]
     except LoraError as error:
         return Listed(
             folder, values | {"state": "unreadable", "problem": error.message}, error.message

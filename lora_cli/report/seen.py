@@ -55,6 +55,12 @@ class SeenRun(stored.Stored):
             raise stored.explain_damage(path, "it says of no run what that trained on")
         return record
 
+    def is_before_it_went_on(self, time: str) -> bool:
+        """Return whether a time, in ISO 8601, is from before the run was resumed last; what was
+        made of its adapter then was made of another one."""
+        made, resumed = parse_time(time), parse_time(self.resumed[-1] if self.resumed else None)
+        return bool(made and resumed and made < resumed)
+
     def get(self, section: str, key: str) -> Any:
         """Return a value of the resolved recipe, None where that has none."""
         found = self.recipe.get(section)

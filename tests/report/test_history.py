@@ -137,6 +137,28 @@ def test_paths_are_runs_their_adapters_and_what_was_made_of_them(tmp_path: Path)
     assert (second.folder, [made.path for made in second.made]) == (other, [gguf])
 
 
+def test_what_was_made_before_a_run_went_on_is_none_of_its_adapter(tmp_path: Path) -> None:
+    """Another adapter lies there since: neither its scores nor its parity are this one's."""
+    changes: dict[str, object] = {"resumed": ["2026-11-27T05:30:00+00:00"]}
+    run = written.write_run(tmp_path / "run", **changes)
+    early = written.write_evaluation(run, "early")
+    merged = written.write_merged(run / "merged")
+    file = written.write_gguf(merged / "m-Q4_K_M.gguf")
+    late = written.write_evaluation(run, "late") / "evaluation.json"
+    late.write_text(late.read_text().replace("T05:00:00", "T06:00:00"))
+    found = history.read_run(run)
+    assert [folder.name for folder, _ in found.evaluations] == ["late"]
+    assert not found.made
+    before = {path.name for path in (early, merged, file)}
+    assert {text.partition(" is of")[0].rpartition("/")[2] for text in found.problems} == before
+    [given] = history.read_runs([run, file])
+    assert not given.made
+    assert given.problems == found.problems
+    record = json.loads((run / "record.json").read_text()) | {"resumed": []}
+    (run / "record.json").write_text(json.dumps(record))
+    assert len(history.read_run(run).made) == 2
+
+
 def test_paths_that_name_no_run_are_refused(tmp_path: Path) -> None:
     run = written.write_run(tmp_path / "a" / "run")
     merged = written.write_merged(tmp_path / "b" / "out", run_id="another")
