@@ -3,9 +3,8 @@ as sparklines."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,11 +107,10 @@ class Picture:
         if math.isfinite(value) and (self.best is None or sign * value < sign * self.best[1]):
             self.best = (step, value)
 
-    def recall(self, lines: Sequence[str]) -> None:
-        """Take up the curves of a run that goes on from the lines of its metrics.jsonl."""
+    def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Take up the curves of a run that goes on from what its metrics.jsonl says."""
         last = 0
-        for line in lines:
-            found = json.loads(line)
+        for found in lines:
             step = found["step"]
             if (loss := found.get("loss")) is not None:
                 for _ in range(step - last):  # a line for several steps has their mean

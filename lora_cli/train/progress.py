@@ -18,6 +18,7 @@ from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
 from lora_cli.recipe import TASKS
+from lora_cli.train import saved_state
 from lora_cli.train.picture import Line, Picture
 from lora_cli.train.samples import Asked, Samples
 from lora_cli.train.saved_state import WatchState
@@ -190,12 +191,9 @@ class Watch(TrainerCallback):
         self.lines = state.lines
         if not ranks.is_first():
             return
-        lines = []
-        if self.metrics.is_file():
-            text = self.metrics.read_text(encoding="utf-8", errors="replace")
-            lines = text.splitlines(keepends=True)
-        files.write_text(self.metrics, "".join(lines[: self.lines]))
-        self.picture.recall(lines[: self.lines])
+        logged = saved_state.cut_lines(self.metrics, self.lines)
+        self.lines = len(logged)
+        self.picture.recall(logged)
         self.samples.cut(state.samples)
         self.picture.sample = self.samples.show()
 

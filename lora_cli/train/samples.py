@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.common import files, privacy, provenance
 from lora_cli.models import answering
+from lora_cli.train import saved_state
 
 
 class Asked(NamedTuple):
@@ -82,14 +83,12 @@ class Samples:
 
     def cut(self, lines: int) -> None:
         """Drop the lines that were written after the checkpoint that a run goes on from."""
-        if not self.file.is_file():
+        if not lines and not self.file.is_file():
             return
-        text = self.file.read_text(encoding="utf-8", errors="replace")
-        kept = text.split("\n")[:lines]  # an answer may hold other ends of lines
-        files.write_text(self.file, "".join(f"{line}\n" for line in kept))
-        self.lines = len(kept)
-        for line in map(json.loads, kept):
-            self.last = line["step"]
-            self.answers[line["prompt"]] = line["answer"]
-            if not line["step"]:
-                self.first_answers[line["prompt"]] = line["answer"]
+        answers = saved_state.cut_lines(self.file, lines, {"prompt": str, "answer": str})
+        self.lines = len(answers)
+        for found in answers:
+            self.last = found["step"]
+            self.answers[found["prompt"]] = found["answer"]
+            if not found["step"]:
+                self.first_answers[found["prompt"]] = found["answer"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from transformers import TrainerState
 
-from lora_cli.common import stored
+from lora_cli.common import files, stored, ui
 from lora_cli.train.random_state import State
 
 TRAINER_STATE = "trainer_state.json"
@@ -120,3 +123,34 @@ def read_states(checkpoint: Path, step: int) -> SavedTrainerState:
     for file in sorted(checkpoint.glob("rng_state_*.json")):
         State.read(file)
     return state
+
+
+def cut_lines(
+    file: Path, lines: int, kinds: Mapping[str, type] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Cut a run's file of JSON lines to the `lines` that it had at a checkpoint, and return what
+    they say; each has a step, and under the names in `kinds` what is of that type.
+
+    Warns where some of them are missing or damaged; these are left out.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    # split by nothing else: an answer may hold other ends of lines
+    read = [(line, _read_line(line, {"step": int, **kinds})) for line in text.split("\n")[:lines]]
+    whole = [(line, found) for line, found in read if found is not None]
+    if len(whole) < lines:
+        left = f"{len(whole)} of the {lines} lines up to the checkpoint"
+        ui.warn(f"{file} has {left}: the others are missing or damaged")
+    files.write_text(file, "".join(f"{line}\n" for line, _ in whole))
+    return [found for _, found in whole]
+
+
+def _read_line(line: str, kinds: Mapping[str, type]) -> dict[str, Any] | None:
+    """Return what a line says; None where it is none of ours."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    is_ours = isinstance(found, dict) and all(
+        isinstance(found.get(name), kind) for name, kind in kinds.items()
+    )
+    return found if is_ours else None

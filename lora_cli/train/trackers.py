@@ -55,7 +55,8 @@ class Tracker(TrainerCallback):
             self._give_up(error)
 
     def _tell_samples(self) -> None:
-        lines = self.samples.read_text("utf-8").splitlines() if self.samples.is_file() else []
+        text = self.samples.read_text("utf-8") if self.samples.is_file() else ""
+        lines = text.split("\n")[:-1]  # an answer may hold other ends of lines
         if new := [json.loads(line) for line in lines[self.told :]]:
             self._tell("samples", new)
         self.told = len(lines)

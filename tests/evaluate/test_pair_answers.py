@@ -81,7 +81,7 @@ def test_the_prefix_is_remembered(made: Path) -> None:
         [opened] = answerers.open_models([str(path)]).values()
         assert opened.prefix == PREFIX
         asked = Asked([{"role": "user", "content": "tree"}])
-        assert opened._ids(asked) == opened.tokenizer(PREFIX + "tree")["input_ids"]
+        assert opened.encode(asked) == opened.tokenizer(PREFIX + "tree")["input_ids"]
     [base] = answerers.open_models([str(made / "base")]).values()
     assert base.prefix == ""
     both = answerers.open_models([str(made / "base"), str(adapter)])

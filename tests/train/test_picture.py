@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_takes_its_curves_up() -> None:
     lines = [{"step": 1, "eval_loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 4, "loss": 1.0},
              {"step": 4, "eval_loss": None}, {"step": 6, "loss": None}]  # fmt: skip
     picture = Picture()
-    picture.recall([json.dumps(line) for line in lines])
+    picture.recall(lines)
     assert picture.losses.points == [2.0, 2.0, 1.0, 1.0]
     assert (picture.best, picture.evaluations.points) == ((1, 3.0), [3.0])
 

@@ -149,6 +149,33 @@ def test_prompts_may_change_where_a_run_goes_on(write_recipe, tiny: Path, tmp_pa
     ]
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "others"])
+def test_files_that_are_damaged_are_mended_where_a_run_goes_on(
+    write_recipe, tiny: Path, tmp_path: Path, capsys, damage: str
+) -> None:
+    """What was said of steps that are done is no reason to lose those that are to come."""
+    folder = tmp_path / "run"
+    adapter = run.train(recipe(write_recipe, tiny, folder, ASKED))
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        file = folder / name
+        whole = file.read_bytes()
+        if damage == "missing":
+            file.unlink()
+        else:
+            texts = {"cut": whole[:40], "empty": b"", "others": b'[1]\n{"step": "x"}\n\xff\n'}
+            file.write_bytes(texts[damage])
+    longer = recipe(write_recipe, tiny, folder, ASKED)
+    longer = longer.replace("auto", {"training": {"max_steps": 8}})
+    run.train(longer, resume=True, allowed=["training.max_steps"])
+    said = capsys.readouterr().err
+    assert f"{folder / 'samples.jsonl'} has 0 of the 8 lines up to the checkpoint" in said
+    assert f"{folder / 'metrics.jsonl'} has 0 of the " in said
+    assert adapter.is_dir()
+    assert [(line["step"], line["prompt"]) for line in read(folder)] == [(8, p) for p in PROMPTS]
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in logged} == {8}
+
+
 def test_a_prompt_that_leaves_no_room_has_no_answer(
     write_recipe, tiny: Path, tmp_path: Path
 ) -> None:
