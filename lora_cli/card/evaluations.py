@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,31 @@ class Evaluation(stored.Stored):
     models: list[Judged]
 
 
-def find_evaluations(artefact: Path, run_id: Any) -> list[Path]:
+def find_evaluations(artefact: Path, training: Mapping[str, Any]) -> list[Path]:
     """Return the evaluations in the folder of the run that an artefact came from, where that is
-    the folder around it."""
+    the folder around it; `training` is that run's record when the artefact was made.
+
+    Those of another adapter, from before the run went on or since, are left out.
+    """
     run = artefact.resolve().parent
     record = run / provenance.RUN_RECORD
-    if not record.is_file() or not run_id or read_json(record).get("id") != run_id:
+    known = read_json(record) if record.is_file() else {}
+    if not training.get("id") or known.get("id") != training["id"]:
         return []
-    return sorted(run.glob(f"evaluations/*/{FILE}"))
+    resumed = training.get("resumed") or []
+    since = (known.get("resumed") or [])[len(resumed) :]
+    first, end = (resumed[-1] if resumed else ""), (since[0] if since else None)
+    found = sorted(run.glob(f"evaluations/*/{FILE}"))
+    return [each for each in found if _is_within(each, first, end)]
+
+
+def _is_within(evaluation: Path, first: str, end: str | None) -> bool:
+    """Return whether an evaluation was begun from `first` on and before `end`, in ISO 8601, UTC."""
+    found = read_json(evaluation)
+    started = found.get("started") if isinstance(found, dict) else None
+    if not isinstance(started, str):
+        return True
+    return first <= started and (end is None or started < end)
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

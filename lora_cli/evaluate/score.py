@@ -95,6 +95,9 @@ def _refuse_contradictions(request: Request) -> None:
     if "regex" in request.metrics and request.pattern is None:
         raise UsageError("--metrics regex needs a pattern", "--regex PATTERN")
     if request.pattern is not None:
+        if request.metrics and "regex" not in request.metrics:
+            named = ",".join([*request.metrics, "regex"])
+            raise UsageError("--regex is for the metric regex", f"--metrics {named}")
         regexes.refuse_pattern(request.pattern)
     if request.tasks_path is not None and not request.tasks:
         raise UsageError("--tasks-path is for --tasks", "--tasks NAME")

@@ -38,7 +38,7 @@ def show_card(path: Path, out: Path | None) -> None:
 
 def add_evaluations(facts: Facts, path: Path) -> Facts:
     """Return facts with what `lora evaluate` found in the run that the artefact came from."""
-    found = find_evaluations(path, facts.training.get("id"))
+    found = find_evaluations(path, facts.training)
     return replace(facts, evaluations=tuple(read_evaluation(file) for file in found))
 
 

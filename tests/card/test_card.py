@@ -243,9 +243,9 @@ def test_evaluations_are_a_table_of_the_card(saved) -> None:
     ]
     data = {"name": "held.jsonl", "sha256": "e" * 64, "rows": 8}
     (place / "evaluation.json").write_text(json.dumps({"data": data, "models": models}))
-    files = find_evaluations(folder, "abc")
+    files = find_evaluations(folder, {"id": "abc"})
     assert files == [place / "evaluation.json"]
-    assert not find_evaluations(folder, "another")
+    assert not find_evaluations(folder, {"id": "another"})
     facts = replace(read_facts(folder), evaluations=(read_evaluation(files[0]),))
     text = make_card(facts).text
     assert "|  | base `org/base` | adapter |" in text
@@ -255,3 +255,22 @@ def test_evaluations_are_a_table_of_the_card(saved) -> None:
     (place / "evaluation.json").write_text('{"data": 1}')
     with pytest.raises(LoraError, match=r"evaluation\.json is damaged or not ours"):
         read_evaluation(files[0])
+
+
+def test_evaluations_of_another_adapter_of_the_run_are_left_out(saved) -> None:
+    """A run that goes on makes another adapter, and moves the one before aside."""
+    folder = saved(record())
+    times = [f"2026-11-27T0{hour}:00:00+00:00" for hour in range(5)]
+    (folder.parent / "record.json").write_text(json.dumps(record() | {"resumed": times[1::2]}))
+    for number, time in enumerate(times):
+        place = folder.parent / "evaluations" / str(number)
+        place.mkdir(parents=True)
+        (place / "evaluation.json").write_text(json.dumps({"started": time}))
+
+    def find(*resumed: str) -> list[str]:
+        found = find_evaluations(folder, {"id": "abc", "resumed": list(resumed)})
+        return [each.parent.name for each in found]
+
+    assert find() == ["0"]
+    assert find(times[1]) == ["1", "2"]
+    assert find(times[1], times[3]) == ["3", "4"]

@@ -59,14 +59,14 @@ def test_samples_are_told_once_and_as_text(recipe, tmp_path: Path, monkeypatch) 
 
     def log(self, args, state, control, **given):
         with (tmp_path / "run" / "samples.jsonl").open("a") as file:
-            sample = {"step": state.global_step, "prompt": "a # b\nc", "answer": "<b>\n"}
-            file.write(json.dumps(sample) + "\n")
+            sample = {"step": state.global_step, "prompt": "a # b\nc", "answer": "<b>\u2028\n"}
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         on_log(self, args, state, control, **given)
 
     monkeypatch.setattr(trackers.Tracker, "on_log", log)
     train.train(recipe)
     said = text(read(tmp_path / "run"), "samples")
-    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().split("\n")[:-1]
     assert len(said) == len(lines) >= 4
     assert said[0] == "    > a # b\n    > c\n    <b>"
 
