@@ -92,15 +92,21 @@ def _refuse_contradictions(request: Request) -> None:
                 f"--metrics {name}: there is no such metric",
                 f"did you mean {guess}?" if guess else f"they are {known}",
             )
-    if "regex" in request.metrics and request.pattern is None:
-        raise UsageError("--metrics regex needs a pattern", "--regex PATTERN")
-    if request.pattern is not None:
-        if request.metrics and "regex" not in request.metrics:
-            named = ",".join([*request.metrics, "regex"])
-            raise UsageError("--regex is for the metric regex", f"--metrics {named}")
-        regexes.refuse_pattern(request.pattern)
+    _refuse_pattern(request)
     if request.tasks_path is not None and not request.tasks:
         raise UsageError("--tasks-path is for --tasks", "--tasks NAME")
+
+
+def _refuse_pattern(request: Request) -> None:
+    """Raise UsageError for a metric without its pattern, and a pattern without its metric."""
+    if "regex" in request.metrics and request.pattern is None:
+        raise UsageError("--metrics regex needs a pattern", "--regex PATTERN")
+    if request.pattern is None:
+        return
+    if request.metrics and "regex" not in request.metrics:
+        named = ",".join([*request.metrics, "regex"])
+        raise UsageError("--regex is for the metric regex", f"--metrics {named}")
+    regexes.refuse_pattern(request.pattern)
 
 
 def _read_rows(request: Request, scored: Sequence[Scored]) -> HeldOut | None:

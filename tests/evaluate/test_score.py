@@ -461,6 +461,7 @@ def test_a_model_of_another_task_is_sent_to_lora_predict(tmp_path: Path) -> None
         ({"data": None}, "there is nothing to score models on"),
         ({"metrics": ["exakt"]}, "--metrics exakt: there is no such metric"),
         ({"metrics": ["regex"]}, "--metrics regex needs a pattern"),
+        ({"metrics": ["exact"], "pattern": "x"}, "--regex is for the metric regex"),
         ({"pattern": "("}, "is not a regular expression"),
         ({"tasks_path": Path("x")}, "--tasks-path is for --tasks"),
         ({"data": "gone.jsonl"}, "gone.jsonl does not exist"),
