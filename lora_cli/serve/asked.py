@@ -51,6 +51,7 @@ LEFT_ALONE = {
 }
 """Fields that change no answer."""
 STOPS = 4
+PROMPT = "a prompt is a text, or a list of token ids"
 Count = Annotated[int, Field(ge=1)]
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
@@ -155,7 +156,7 @@ def read_completion(data: Mapping[str, Any], most: int) -> Wanted:
             raise refuse("one prompt a request", "prompt", "unsupported_value")
         prompt = prompt[0]
     if isinstance(prompt, list) and not all(type(each) is int for each in prompt):
-        raise refuse("a prompt is a text, or a list of token ids", "prompt")
+        raise refuse(PROMPT, "prompt")
     if not prompt:
         raise refuse("the prompt is empty", "prompt")
     limit = 16 if fields.max_tokens is None else fields.max_tokens  # as in OpenAI's
@@ -179,6 +180,8 @@ def _read(model: type[Fields], data: Mapping[str, Any]) -> Fields:
         return model.model_validate({key: data[key] for key in model.model_fields if key in data})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if first["loc"][0] == "prompt" and first["type"] != "missing":
+            raise refuse(PROMPT, "prompt") from None  # pydantic tells of one of the two kinds
         place = ".".join(str(each) for each in first["loc"] if not str(each).endswith("]"))
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
         raise refuse(f"{place}: {first['msg']}", place, code) from None

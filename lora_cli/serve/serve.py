@@ -74,6 +74,8 @@ def settle_address(host: str, port: int, key: str | None, without_key: bool) -> 
             "--api-key has to be characters of ASCII without spaces, and some",
             "leave it out: a random one is made",
         )
+    if re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host):  # as an address spells it
+        host = host[1:-1]
     given = key is not None or without_key
     if not given and not is_loopback(host):
         raise UsageError(
@@ -133,6 +135,8 @@ def _listen(address: Address) -> socket.socket:
         listener.bind(place)
         # a second server that was started meanwhile is refused here, not after loading
         listener.listen(2048)
+    except UnicodeError:  # of a name with an empty part, or one of over 63 letters
+        raise LoraError(f"--host {address.host} is no machine", "--host 127.0.0.1") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise LoraError(f"{where} is in use", "--port 0 takes one that is free") from None

@@ -105,6 +105,13 @@ def test_a_port_in_use_is_named(lora, tiny: Path) -> None:
     assert f"error: 127.0.0.1:{port} is in use\n\nhint: --port 0" in said
 
 
+@pytest.mark.parametrize("host", ["a..b", "..", "a" * 100, "bücher.."])
+def test_a_host_that_is_none_is_named(lora, tiny: Path, host: str) -> None:
+    # socket.getaddrinfo raises UnicodeError of these, which is no OSError
+    said = refuse(lora, tiny / "model", "--host", host, "--no-api-key", status=1)
+    assert "error: --host " in said and "bug" not in said
+
+
 def test_no_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(LoraError, match="serving needs uvicorn") as caught:
@@ -125,6 +132,7 @@ def test_others_are_not_let_in_unasked() -> None:
     assert all(re.fullmatch("[0-9a-f]{32}", each.key) and each.was_made for each in made)
     assert made[0].key != made[1].key
     assert serve.settle_address("0.0.0.0", 1, "key", False).is_local is False
+    assert serve.settle_address("[::1]", 1, None, False).host == "::1"  # as an address spells it
 
 
 def test_commands_of_other_engines(lora, adapters, tiny: Path) -> None:

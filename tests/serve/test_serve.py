@@ -238,6 +238,15 @@ def test_what_would_be_ignored_is_refused(served: Served, case: str) -> None:
     assert reply["error"]["code"]
 
 
+@pytest.mark.parametrize("prompt", [5, None, {}, [], [1, "a"]])
+def test_a_prompt_that_is_none_is_named_as_the_field_it_is(served: Served, prompt) -> None:
+    body = json.dumps({"model": "plain", "prompt": prompt}).encode()
+    status, reply, _ = post(served, body, "/v1/completions")
+    assert status == 400
+    assert reply["error"]["param"] == "prompt", "not prompt.str"
+    assert reply["error"]["message"] == "a prompt is a text, or a list of token ids"
+
+
 def post(served: Served, body: bytes, path: str = "/v1/chat/completions", **headers):
     given = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | {
         name.replace("_", "-"): value for name, value in headers.items()
