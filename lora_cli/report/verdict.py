@@ -129,9 +129,9 @@ def _judge_scores(run: History) -> Iterator[Sentence]:
     ]
     if not pairs:
         text = "Not compared with its base on held-out rows."
-        adapter = run.folder / "adapter"
-        command = f"{write_command('lora', 'evaluate', str(adapter))} --data FILE"
-        is_there = run.state == "finished" or adapter.is_dir()
+        folder = run.folder / "adapter"
+        command = f"{write_command('lora', 'evaluate', str(folder))} --data FILE"
+        is_there = run.state == "finished" or folder.is_dir()
         yield Sentence("open", text, command if is_there else None)
         return
     for name, before, after in sorted(pairs, key=lambda each: each[0] not in ("exact", "loss"))[:2]:
