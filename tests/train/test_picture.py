@@ -185,7 +185,7 @@ def test_the_best_evaluation_is_told_by_the_run_s_metric() -> None:
         {"step": step, "eval_loss": loss, "eval_accuracy": share}
         for step, loss, share in ((10, 0.2, 0.5), (20, 0.9, 0.75), (30, 0.3, None))
     ]
-    picture.recall([json.dumps(line) for line in lines])
+    picture.recall(lines)
     assert picture.best == (20, 0.75)
     [said] = [line for line in texts(picture.draw(80, 24)) if "best" in line]
     assert said.startswith("accuracy       -") and said.endswith("best 0.7500 at step 20")
