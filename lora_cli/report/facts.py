@@ -80,6 +80,7 @@ def summarise(run: History, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
         "task": differences.plain(record.recipe.get("task")),
         "started": show_time(record.started),
         "duration_s": record.duration,
+        "duration_of": "since it was resumed" if record.is_timed_in_part else None,
         "steps": verdict.count_steps(run),
         "loss_first": fall and fall.first,
         "loss_last": fall and fall.last,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, escape, format_duration, privacy, provenance, quote, ui
+from lora_cli.common import LoraError, escape, privacy, provenance, quote, ui
 from lora_cli.report import history, metrics, outcome
 from lora_cli.report.seen import SeenRun, number
 
@@ -130,6 +130,7 @@ def read_listed(folder: Path, top: Path) -> Listed:
         },
         "exact": outcome.find_exact([each for _, each in scored]),
         "seconds": record.duration,
+        "took": record.took,
         "short_base": record.short_base,
     }
     return Listed(folder, values)
@@ -147,12 +148,11 @@ def list_cells(listed: Listed) -> list[str]:
         if best["metric"] != "loss":
             evaluation = f"{best['metric']} {evaluation}"
     exact = "" if values["exact"] is None else f"{values['exact']:.1%}"
-    seconds = "" if values["seconds"] is None else format_duration(values["seconds"])
     state = values["state"]
     if state == "died":
         state = "died (recorded as running, no process holds it)"
     elif values["owner"]:
         state = f"running: {values['owner']}"
     cells = [values["name"], values["short_base"], values["method"], f"{values['steps']:,}"]
-    shown = [*cells, evaluation, exact, seconds, state]
+    shown = [*cells, evaluation, exact, values["took"], state]
     return [escape(each)[:LONGEST_NAME] for each in shown]

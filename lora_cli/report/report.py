@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -45,9 +46,9 @@ def write_page(runs: Sequence[history.History], target: Path) -> Path:
         files.write_json(numbers, said)
         files.write_text(target, text)
     except OSError as error:
-        raise LoraError(
-            f"{target} cannot be written: {error.strerror}", f"ls -ld {quote(target.parent)}"
-        ) from error
+        look = "df -h" if error.errno == errno.ENOSPC else "ls -ld"
+        hint = f"{look} {quote(target.parent)}"
+        raise LoraError(f"{target} cannot be written: {error.strerror}", hint) from error
     return target
 
 

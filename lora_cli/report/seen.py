@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import privacy, stored
+from lora_cli.common import format_duration, privacy, stored
 
 
 class SeenBase(stored.Stored):
@@ -87,6 +87,19 @@ class SeenRun(stored.Stored):
             return said
         began, ended = parse_time(self.started), parse_time(self.updated)
         return (ended - began).total_seconds() if began and ended else None
+
+    @property
+    def is_timed_in_part(self) -> bool:
+        """Whether the duration is that since the run was resumed last."""
+        return bool(self.resumed) and number((self.results or {}).get("duration_s")) is not None
+
+    @property
+    def took(self) -> str:
+        """The duration in words."""
+        if self.duration is None:
+            return ""
+        part = " since it was resumed" if self.is_timed_in_part else ""
+        return f"{format_duration(self.duration)}{part}"
 
 
 class SeenMade(stored.Stored):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from lora_cli.common import format_duration
 from lora_cli.report import answers, outcome
 from lora_cli.report.history import History, Made, write_command
 from lora_cli.report.seen import number
@@ -46,7 +45,8 @@ def _judge_ending(run: History) -> Iterator[Sentence]:
     after = f"after {steps:,} steps" if steps else "before its first logged step"
     resume = write_command("lora", "train", f"{run.folder}/recipe.yaml", "--resume")
     if run.state == "finished":
-        took = f" in {format_duration(run.record.duration)}" if run.record.duration else ""
+        joined = "," if run.record.is_timed_in_part else " in"
+        took = f"{joined} {run.record.took}" if run.record.duration else ""
         why = answers.show(str((run.record.kept or {}).get("why") or ""))
         early = f" It ended before its steps were done: {why}." if why else ""
         yield Sentence("yes", f"The run finished: {steps:,} steps{took}.{early}")

@@ -35,6 +35,8 @@ def describe_end(trainer: Any, steps: int, mean_loss: float) -> Trained:
     if trainer.stopping.is_over and steps < state.max_steps:
         number = trainer.stopping.early_stopping_patience_counter
         why = f"{number} evaluations in a row were no better than the best before them"
+        if number == 1:
+            why = "an evaluation was no better than the best before it"
     metric = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
     seen = int(state.num_input_tokens_seen)
     effort = trainer.watch.measure_effort(state)

@@ -239,8 +239,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
         _say_kept(run, trained)
     with disk_space.translate_full_disk(run.folder, inputs.disk):
         _save_once(adapted, inputs, adapter, run)
-    said = f"trained {trained.steps} steps in {ui.format_duration(seconds)}"
-    ui.say(f"{said}, mean loss {trained.mean_loss:.4f}; adapter in {adapter}")
+    _say_trained(run, trained, seconds)
     ui.say(*receipt.list_lines(run.folder, run.record, recipe, trained.seen))
     return adapter
 
@@ -249,6 +248,13 @@ def _list_results(trained: outcome.Trained, seconds: float) -> dict[str, Any]:
     """Return what a run's record says of how it ended."""
     results = {"steps": trained.steps, "train_loss": trained.mean_loss}
     return results | {"duration_s": round(seconds, 3)} | trained.effort
+
+
+def _say_trained(run: Run, trained: outcome.Trained, seconds: float) -> None:
+    took = ui.format_duration(seconds)
+    took = f", {took} since it was resumed" if run.record.resumed else f" in {took}"
+    said = f"trained {trained.steps} steps{took}, mean loss {trained.mean_loss:.4f}"
+    ui.say(f"{said}; adapter in {run.folder / 'adapter'}")
 
 
 def _say_kept(run: Run, trained: outcome.Trained) -> None:

@@ -6,6 +6,7 @@ Hermetic: runs written by hand. Alone: pytest tests/report/test_page.py
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -323,9 +324,17 @@ def test_a_report_that_fails_is_a_warning(
 def test_a_folder_that_cannot_be_written_is_named(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+
     def fail(*given: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(report.files, "write_text", fail)
-    with pytest.raises(LoraError, match=r"report\.html cannot be written: No space left on device"):
+    said = r"report\.html cannot be written: No space left on device"
+    with pytest.raises(LoraError, match=said) as raised:
         report.write_report([run], None)
+    assert raised.value.hint == f"df -h {run}"
+    error = OSError(errno.EACCES, "Permission denied")
+    with pytest.raises(LoraError, match="cannot be written: Permission denied") as raised:
+        report.write_report([run], None)
+    assert raised.value.hint == f"ls -ld {run}"

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "best kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "best", "step": 5}}, "yes: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the best step is what was kept."),
     "last kept": (log(at_5=0.9, at_10=1.0), {"kept": {"which": "last", "step": 10}}, "look: Evaluation was best at step 5 (loss 0.9000), not where it stopped (step 10: 1.0000); the last step is what was kept."),
     "finished": (log(1.0), {}, "yes: The run finished: 100 steps in 5m22s."),
+    "resumed": (log(1.0), {"resumed": ["2026-11-27T05:00:00+00:00"]}, "yes: The run finished: 100 steps, 5m22s since it was resumed."),
     "ended early": (log(1.0), {"kept": {"which": "best", "step": 5, "why": "no better for 3"}}, "yes: The run finished: 100 steps in 5m22s. It ended before its steps were done: no better for 3."),
     "died": (log(1.0, 2.0), {"status": "running", "results": None}, "look: The run died after 2 steps: its record says running, but no process holds its folder."),
     "interrupted": (log(1.0, 2.0), {"status": "interrupted", "results": None}, "look: The run was interrupted after 2 steps."),
