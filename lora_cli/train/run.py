@@ -236,7 +236,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     seconds = _measure_duration(began)
     run.add(status="finished", parameters=parameters, results=_list_results(trained, seconds))
     if ranks.is_first():
-        _say_kept(run, trained)
+        _say_kept(run, trained, recipe.training.tells_best)
     with disk_space.translate_full_disk(run.folder, inputs.disk):
         _save_once(adapted, inputs, adapter, run)
     _say_trained(run, trained, seconds)
@@ -257,12 +257,15 @@ def _say_trained(run: Run, trained: outcome.Trained, seconds: float) -> None:
     ui.say(f"{said}; adapter in {run.folder / 'adapter'}")
 
 
-def _say_kept(run: Run, trained: outcome.Trained) -> None:
-    """Say, and note, which step becomes the adapter, where evaluations tell steps apart."""
+def _say_kept(run: Run, trained: outcome.Trained, choosing: bool) -> None:
+    """Say, and note, which step becomes the adapter, where evaluations tell steps apart; warn where
+    they were to, by `choosing`, and there were none."""
     kept = outcome.find_kept(run.folder, trained)
     if kept is not None:
         ui.say(*outcome.list_lines(kept))
         run.add(kept=kept.to_data())
+    elif choosing:
+        ui.warn("nothing was evaluated: the last step is kept, as none can be told to be better")
 
 
 def _count_parameters(adapted: PeftModel) -> dict[str, int]:

@@ -94,6 +94,14 @@ def test_the_best_step_is_what_is_kept_and_merged(recipe, scripted, tmp_path: Pa
     assert told["kept"]["step"] == 10
 
 
+def test_a_run_that_ends_before_its_first_evaluation_says_so(
+    recipe, tmp_path: Path, capsys
+) -> None:
+    train.train(recipe("run", more=", eval_delay: 100, early_stopping_patience: 1", epochs=2))
+    assert "warning: nothing was evaluated: the last step is kept" in capsys.readouterr().err
+    assert record(tmp_path / "run").get("kept") is None
+
+
 def test_the_last_step_is_kept_where_it_is_asked_for(recipe, scripted, tmp_path: Path) -> None:
     adapter = train.train(recipe("run", "training.keep=last"))
     kept = record(tmp_path / "run")["kept"]
