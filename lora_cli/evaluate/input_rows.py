@@ -3,6 +3,7 @@ columns told as in training."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -117,6 +118,7 @@ def find_source(data: str) -> sources.Source:
         said, hint = known.message, known.hint or ""
         for of_recipe, ours in OPTIONS.items():
             said, hint = said.replace(of_recipe, ours), hint.replace(of_recipe, ours)
+        hint = re.sub(r"(--data )\[(.+)\]$", r"\1\2", hint)  # a recipe's list of files
         part = Path(data, hint.removeprefix("split: "))
         if hint.startswith("split: ") and part.exists():
             hint = f"--data {quote(part)}"

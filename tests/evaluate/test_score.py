@@ -17,14 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
 import pytest
 import torch
 from peft import PeftModel
+from pyarrow import parquet
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.evaluate import compute_scores, score, scored_models
+from lora_cli.evaluate import compute_scores, input_rows, score, scored_models
 from lora_cli.evaluate.answerers import HFAnswerer, Sampling
 from lora_cli.evaluate.forgetting import read_passages
 from lora_cli.evaluate.score import Request
@@ -472,6 +474,16 @@ def test_wrong_options(made: Made, tmp_path: Path, given: dict[str, Any], said: 
     with pytest.raises(LoraError, match=said.replace("(", r"\(")):
         evaluate([made.adapter], tmp_path / "out", **{"data": str(made.data)} | given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_unlike_files_is_answered_with_an_option_that_works(tmp_path: Path) -> None:
+    """A recipe takes a list of files, --data one."""
+    for name, columns in (("a", ["prompt", "completion"]), ("b", ["prompt", "other"])):
+        table = pyarrow.table({column: ["x"] for column in columns})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(LoraError, match="--data the folder .* cannot be read as rows") as caught:
+        input_rows.find_source(str(tmp_path))
+    assert caught.value.hint == f"name its files of rows: --data {tmp_path}/NAME.jsonl"
 
 
 def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) -> None:
