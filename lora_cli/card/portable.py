@@ -85,6 +85,6 @@ def leave_out_places(text: str) -> str:
     and folders that are here."""
     here = str(Path.cwd())
     if here != "/":
-        text = re.sub(rf"(?<![\w./~-]){re.escape(here)}(?![\w-])", ".", text)
+        text = re.sub(rf"(?:(?<![\w./~-])|(?<=://)){re.escape(here)}(?![\w-])", ".", text)
     text = privacy.replace_home(text)
     return AMID.sub(lambda found: name_file(found[0]) if _is_here(found[0]) else found[0], text)

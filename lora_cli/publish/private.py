@@ -6,7 +6,8 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Iterable, Sequence
+import urllib.parse
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lora_cli.common import LoraError, privacy, quote
@@ -16,6 +17,11 @@ WEIGHTS = (".safetensors", ".gguf", ".model")
 """Files that are no text."""
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 """Files of words, any of which a tokenizer may have: `/root` is one."""
+
+ADDRESS = r"(?<=://)|(?<=://localhost)"
+"""What a path of this machine follows in the address of a file."""
+SPACE, SLASH = re.compile(r"\\+[bfnrt]"), re.compile(r"\\(?:/|u002[fF])")
+"""How JSON spells what stands before a path, and in one."""
 
 
 def refuse_private(sent: Iterable[Outgoing], places: Sequence[str]) -> None:
@@ -49,9 +55,19 @@ def _find_in_text(text: str, name: str, places: Sequence[str]) -> str | None:
         return known
     after = "(?=/)" if name in WORDS else r"(?![\w-])"
     for place in places:
-        if re.search(rf"(?<![\w./~-]){re.escape(place)}{after}", text):
+        shape = re.compile(rf"(?:(?<![\w./~-])|{ADDRESS}){re.escape(place)}{after}")
+        if any(shape.search(spelt) for spelt in _spell(text)):
             return f"a folder of this machine, {place}"
     return None
+
+
+def _spell(text: str) -> Iterator[str]:
+    """Yield a text as it is, as JSON and as an address would read it."""
+    yield text
+    if "\\" in text:
+        yield SLASH.sub("/", SPACE.sub(" ", text))
+    if "%" in text:
+        yield urllib.parse.unquote(text)
 
 
 def _refuse_in_weights(each: Outgoing, places: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from lora_cli.common import LoraError
+from lora_cli.publish import outgoing, private
 from lora_cli.recipe import load_recipe
 from tests.hub import Commit, File, LoopbackHub, Refusal, Reply
 from tests.publish.conftest import BASE, KEY, ROW, TOKEN, Place
@@ -231,6 +233,25 @@ PLANTED = {
         "holds a folder of this machine",
     ),
 }
+
+
+SPELT = {
+    "after a line's end in JSON": json.dumps({"chat_template": "hello\n/home/ada/notes"}),
+    "after a tab of a template in JSON": json.dumps({"chat_template": "{{ '\\t/home/ada/x' }}"}),
+    "slashes of JSON": '{"a": "\\/home\\/ada\\/notes"}',
+    "an address": "see file:///home/ada/notes",
+    "an address with a machine": "see file://localhost/home/ada/notes",
+    "an address's spelling": "see %2Fhome%2Fada%2Fnotes",
+}
+
+
+@pytest.mark.parametrize("how", SPELT)
+def test_a_place_is_found_however_it_is_spelt(how: str) -> None:
+    sent = outgoing.Outgoing("tokenizer_config.json", SPELT[how].encode())
+    with pytest.raises(LoraError, match="holds a folder of this machine, /home/ada"):
+        private.refuse_private([sent], ["/home/ada"])
+    other = outgoing.Outgoing("tokenizer_config.json", b"https://a.example/home/ada, x/home/ada")
+    private.refuse_private([other], ["/home/ada"])
 
 
 @pytest.mark.parametrize("what", PLANTED)
