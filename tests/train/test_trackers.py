@@ -68,7 +68,7 @@ def test_samples_are_told_once_and_as_text(recipe, tmp_path: Path, monkeypatch) 
     said = text(read(tmp_path / "run"), "samples")
     lines = (tmp_path / "run" / "samples.jsonl").read_text().split("\n")[:-1]
     assert len(said) == len(lines) >= 4
-    assert said[0] == "    > a # b\n    > c\n    <b>"
+    assert said[0] == "    > a # b\n    > c\n    <b>\n    "
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_train_end"])
