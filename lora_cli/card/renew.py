@@ -23,6 +23,9 @@ FRONT = re.compile(
     r"\A(?:\ufeff)?---[ \t]*\r?\n(?P<data>.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE
 )
 
+WRITTEN = ("base_model", "library_name", "licence", "model_name", "pipeline_tag", "tags")
+"""Metadata that PEFT and TRL write by themselves."""
+
 
 class Card(NamedTuple):
     """A card, and what was kept of the one before it, in words."""
@@ -42,7 +45,9 @@ def make_card(facts: Facts, before: str = "") -> Card:
     front, body = split_card(before)
     place = _find_section(body)
     if not before.strip() or (place is None and _is_template(body)):
-        return Card(_write(data, data, text, "", ""))
+        own = _find_own(front)
+        kept = "kept what you have written: metadata" if own else ""
+        return Card(_write(data | own, data, text, "", ""), kept)
     if place is None:
         return Card(before, "it is not lora's: it stays as it is")
     start, section, end = place
@@ -70,7 +75,7 @@ def is_edited(text: str) -> bool:
     front, body = split_card(text)
     place = _find_section(body)
     if not text.strip() or (place is None and _is_template(body)):
-        return False
+        return bool(_find_own(front))
     if place is None:
         return True
     start, section, end = place
@@ -107,6 +112,13 @@ def _read_metadata(front: str) -> dict[str, Any]:
     return dict(read.data.to_dict())
 
 
+def _find_own(front: str) -> dict[str, Any]:
+    """Return what a person added to the metadata of a library's template."""
+    if not front.strip():
+        return {}
+    return {key: value for key, value in _read_metadata(front).items() if key not in WRITTEN}
+
+
 def _digest(text: str) -> str:
     lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
@@ -114,7 +126,9 @@ def _digest(text: str) -> str:
 
 def _is_template(body: str) -> bool:
     """Return whether this is huggingface_hub's empty template, as PEFT and TRL save it."""
-    plain = re.split(r"^### Framework versions", body, flags=re.MULTILINE)[0]
+    plain, *rest = re.split(r"^### Framework versions", body, flags=re.MULTILINE)
+    if not all(re.fullmatch(r"- .+ \S+", line) for line in _squeeze("".join(rest)).splitlines()):
+        return False  # somebody wrote on after the versions
     return _squeeze(plain) == _squeeze(_make_template())
 
 

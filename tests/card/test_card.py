@@ -185,6 +185,22 @@ def test_the_library_s_empty_template_is_replaced(saved) -> None:
     assert make_card(read_facts(folder), filled).text == filled
 
 
+def test_what_was_written_into_the_library_s_template_stays(saved) -> None:
+    facts = read_facts(saved(record()))
+    theirs = str(ModelCard.from_template(ModelCardData()))
+    body = theirs.split("---\n", 2)[-1] if theirs.startswith("---") else theirs
+    front = "---\nbase_model: /home/ada/base\nlibrary_name: peft\nlicense: mit\n---\n"
+    card = f"{front}{body}\n### Framework versions\n\n- PEFT 0.20.0\n"
+    made = make_card(facts, card)
+    assert ModelCard(made.text).data.license == "mit", "added by hand: PEFT writes none"
+    assert "/home/ada" not in made.text
+    assert made.kept and is_edited(card) and is_edited(made.text)
+    assert not is_edited(card.replace("license: mit\n", ""))
+    noted = f"{card}\n## What I found\n\nIt likes short questions.\n"
+    assert make_card(facts, noted).text == noted
+    assert is_edited(noted)
+
+
 def test_what_was_written_around_it_stays(saved) -> None:
     folder = saved(record())
     facts = read_facts(folder)
