@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ REFUSALS = {
     429: ("the hub has had too many requests", f"wait some minutes, and {AGAIN}"),
 }
 """What answers mean to somebody who uploads."""
+NONSENSE = (AttributeError, KeyError, TypeError, json.JSONDecodeError)
+"""What becomes of an answer that is a page, a list, or an object without what belongs in it."""
 
 
 class Repository(NamedTuple):
@@ -62,7 +65,7 @@ def find_account() -> str:
         raise LoraError("there is no token to upload with", LOGIN)
     with _explained("the hub"):
         found = HfApi().whoami()
-    access = found.get("auth", {}).get("accessToken", {})
+        access = found.get("auth", {}).get("accessToken", {})
     if isinstance(access, dict) and access.get("role") == "read":
         raise LoraError("the token only reads", LOGIN)
     return str(found.get("name"))
@@ -177,6 +180,11 @@ def _explained(name: str) -> Iterator[None]:
             said, hint = REFUSALS[raised.response.status_code]
             why = _find_reason(raised)
             raise LoraError(f"{said.format(name=name)}{why}", hint) from error
+        if isinstance(error, NONSENSE):  # huggingface_hub takes what it is told for a hub's
+            said = f"{find_address()} does not answer as a hub does ({type(error).__name__})"
+            raise LoraError(
+                said, "is HF_ENDPOINT a hub? a proxy or a login page answers too"
+            ) from error
         known = library_errors.translate(error)
         if known is not None:
             fix = AGAIN if known.hint == library_errors.CONNECTION else known.hint

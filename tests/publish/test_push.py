@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from lora_cli.common import LoraError
-from lora_cli.publish import outgoing, private
+from lora_cli.publish import outgoing, private, remote
 from lora_cli.recipe import load_recipe
 from tests.hub import Commit, File, LoopbackHub, Refusal, Reply
 from tests.publish.conftest import BASE, KEY, ROW, TOKEN, Place
@@ -456,6 +456,30 @@ def test_one_message_and_a_fix(place: Place, hub: LoopbackHub, tmp_path: Path, w
     assert error[2].startswith(hint)
     assert len(error) == 3
     assert not [target for _, target, _ in hub.sent if "/commit/" in target]
+
+
+def fail_at(error: Exception):
+    def fail(*given: object, **named: object):
+        raise error
+
+    return fail
+
+
+NONSENSE = {  # what huggingface_hub makes of them, seen with a server that answered so
+    "a list": lambda *given: [1],
+    "nothing": lambda *given: None,
+    "a login page": fail_at(json.JSONDecodeError("Expecting value", "<html>", 0)),
+    "an object without its parts": fail_at(KeyError("id")),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_what_answers_as_no_hub_does_is_one_message(monkeypatch, what: str) -> None:
+    monkeypatch.setattr(remote, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(remote.HfApi, "whoami", NONSENSE[what])
+    with pytest.raises(LoraError, match="does not answer as a hub does") as caught:
+        remote.find_account()
+    assert "HF_ENDPOINT" in str(caught.value.hint)
 
 
 ANSWERED = {
