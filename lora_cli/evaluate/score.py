@@ -139,13 +139,21 @@ def _choose_metrics(request: Request, held: HeldOut | None) -> answer_metrics.Ch
 
 
 def _choose_folder(scored: Sequence[Scored], request: Request) -> Path:
-    """Return where results are put by default: in the run of the first adapter, else here."""
+    """Return where results are put by default: in the run of the first adapter, else here.
+
+    Those of its first rows, or of a checkpoint, do not take the place of the others.
+    """
     name = Path(request.data).name.partition(".")[0] if request.data else "tasks"
+    name = name or "rows"
+    if request.max_rows is not None:
+        name += f"-first-{request.max_rows}"
     for each in scored:
-        run = Path(each.path).resolve().parent
+        folder = Path(each.path).resolve()
+        run = folder.parent
         if each.kind == "adapter" and (run / provenance.RUN_RECORD).is_file():
             beside = Path(each.path).parent if Path(each.path).name else run
-            return beside / "evaluations" / (name or "rows")
+            of = "" if folder.name == "adapter" else f"-{folder.name}"
+            return beside / "evaluations" / f"{name}{of}"
     return Path("evaluation")
 
 

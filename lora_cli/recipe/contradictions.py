@@ -234,6 +234,10 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
     """Evaluating needs data to evaluate on, and telling the best model needs evaluations."""
     training = recipe.training
     data = recipe.data.evaluates
+    if recipe.data.holds_out and training.eval_strategy == "no":
+        place = recipe.where("training", "eval_strategy")
+        key = "eval_rows" if recipe.data.eval_fraction is None else "eval_fraction"
+        yield f"{place}: nobody looks at the rows of data.{key}", "training.eval_strategy: epoch"
     for key, asks in (
         ("eval_strategy", training.eval_strategy in ("steps", "epoch")),
         ("eval_on_start", _read(recipe, "eval_on_start") is True),

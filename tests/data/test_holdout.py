@@ -168,6 +168,10 @@ def test_the_share_does_not_prepare_the_rows_anew(tmp_path: Path, tokenizer, cap
         ("eval_fraction: 0.1, eval_rows: 3", "exclude each other"),
         ("eval_fraction: 0.1, eval_split: test", "exclude each other"),
         ("eval_fraction: 1.5", "eval_fraction"),
+        (
+            "eval_rows: 3}\ntraining: {eval_strategy: no",
+            "nobody looks at the rows of data.eval_rows",
+        ),
     ],
 )
 def test_what_cannot_be_held_out_is_refused(

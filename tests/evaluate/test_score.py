@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -517,3 +518,20 @@ def test_the_command_line_asks_for_all_of_it(lora, tiny: Path, tmp_path: Path) -
         done.stderr
         == "error: --metrics exakt: there is no such metric\n\nhint: did you mean exact?\n"
     )
+
+
+def test_the_first_rows_and_a_checkpoint_have_folders_of_their_own(
+    made: Made, tmp_path: Path
+) -> None:
+    """Or they would take the place of the adapter's own evaluation."""
+    shutil.copytree(made.adapter.parent, tmp_path / "run")
+    shutil.copytree(made.adapter, tmp_path / "run" / "checkpoint-20")
+    for name, rows in (("adapter", 1), ("adapter", 2), ("checkpoint-20", 2)):
+        request = Request(
+            str(made.data), ("exact",), max_rows=rows, general=False, adds_base=False,
+            sampling=Sampling(2, 0.0),
+        )  # fmt: skip
+        score.evaluate([str(tmp_path / "run" / name)], request)
+    found = {path.name for path in (tmp_path / "run" / "evaluations").iterdir()}
+    first = "held out-first-"
+    assert found == {f"{first}1", f"{first}2", f"{first}2-checkpoint-20"}
