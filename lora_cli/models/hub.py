@@ -53,7 +53,10 @@ def check_answer(response: Any) -> None:
     if speaks or response.is_error:
         response._content = _read_body(response)  # as response.read() would, which has no limit
     if speaks and response.is_success and response.request.method != "HEAD":
-        files.parse_json(response.content, f"the hub's answer to {response.url}")
+        try:
+            files.parse_json(response.content, f"the hub's answer to {response.url}")
+        except LoraError as error:  # whose hint is to look into a file
+            raise LoraError(error.message, HINT) from None
 
 
 def _read_body(response: Any) -> bytes:

@@ -13,11 +13,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from lora_cli.common import LoraError
+from lora_cli.models.hub import HINT, check_answer
 from lora_cli.publish import outgoing, private, remote
 from lora_cli.recipe import load_recipe
 from tests.hub import Commit, File, LoopbackHub, Refusal, Reply
@@ -480,6 +482,14 @@ def test_what_answers_as_no_hub_does_is_one_message(monkeypatch, what: str) -> N
     with pytest.raises(LoraError, match="does not answer as a hub does") as caught:
         remote.find_account()
     assert "HF_ENDPOINT" in str(caught.value.hint)
+
+
+def test_a_login_page_in_place_of_the_hub_is_no_file_to_look_into() -> None:
+    request = httpx.Request("GET", "https://hub.example/api/whoami-v2")
+    page = httpx.ByteStream(b"<html>log in</html>")
+    with pytest.raises(LoraError, match="not valid JSON") as caught:
+        check_answer(httpx.Response(200, request=request, stream=page))
+    assert caught.value.hint == HINT, "it was `less` of an address"
 
 
 ANSWERED = {
