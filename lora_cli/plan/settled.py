@@ -36,6 +36,10 @@ class Settled(NamedTuple):
         return [*found, *map(str, self.choices)]
 
 
+NEWER: dict[str, Any] = {"early_stopping_threshold": 0.0, "sample_prompts": [], "sample_tokens": 64}
+"""Keys of `training` that earlier versions had not, and what they did."""
+
+
 def read_recorded(run: Path) -> dict[str, Any]:
     """Return the resolved recipe of the run in a folder, with what a key meant that it was begun
     before."""
@@ -46,6 +50,9 @@ def read_recorded(run: Path) -> dict[str, Any]:
     if training.get("packing") == "step" and "packed_length" not in training:
         longest = recipe.training.max_length or step_packing.SEQUENCE
         training["packed_length"] = min(longest, step_packing.SEQUENCE)
+    if training:
+        best = training.pop("load_best_model_at_end", False)  # its name before
+        recorded["training"] = {"keep": "best" if best else "last"} | NEWER | training
     return recorded
 
 

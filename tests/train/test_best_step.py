@@ -240,3 +240,26 @@ def test_a_lower_perplexity_is_better(recipe, tmp_path: Path) -> None:
     kept = record(tmp_path / "run")["kept"]
     assert kept["metric"] == "eval_perplexity"
     assert values[kept["step"]] == kept["value"] == min(values.values())
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_run_of_a_version_without_these_keys_goes_on(
+    recipe, scripted, tmp_path: Path, monkeypatch, best: bool
+) -> None:
+    """It kept what its recipe said by another name."""
+    keep = f"training.keep={'best' if best else 'last'}"
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, 5)
+        with pytest.raises(SystemExit):
+            train.train(recipe("run", keep))
+    file = tmp_path / "run" / "record.json"
+    written = json.loads(file.read_text())
+    training = written["recipe"]["training"]
+    for key in [key for key in training if key.startswith(("early_", "sample_", "keep"))]:
+        del training[key]
+    training["load_best_model_at_end"] = best
+    file.write_text(json.dumps(written))
+    train.train(recipe("run", keep), resume=True)
+    found = record(tmp_path / "run")
+    assert found["kept"]["step"] == (10 if best else 16)
+    assert "changed" not in found
