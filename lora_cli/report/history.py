@@ -35,8 +35,19 @@ class Evaluation(stored.Stored):
     differing: int | None = None
 
     def find_kind(self, kind: str) -> dict[str, Any] | None:
-        """Return the first model of a kind: base, adapter, merged or gguf."""
-        return next((model for model in self.models if model.get("kind") == kind), None)
+        """Return the first model of a kind: base, adapter, merged or gguf.
+
+        A checkpoint, or what the adapter was before the run went on, is not the run's adapter.
+        """
+        found = [model for model in self.models if model.get("kind") == kind]
+        if kind == "adapter":
+            found = [each for each in found if not _is_earlier(each.get("path"))]
+        return next(iter(found), None)
+
+
+def _is_earlier(path: Any) -> bool:
+    """Return whether a model's folder is named like a checkpoint, or an adapter of fewer steps."""
+    return bool(re.fullmatch(r"(checkpoint|adapter)-\d+", Path(str(path)).name))
 
 
 class Made(NamedTuple):

@@ -243,3 +243,12 @@ def test_a_record_is_read_with_whatever_json_holds(tmp_path: Path) -> None:
     record["parameters"] = {"trainable": {}}
     written.write_json(run / "record.json", record)
     assert history.read_run(run).record.duration == 300
+
+
+def test_a_checkpoint_s_scores_are_not_the_adapter_s() -> None:
+    """Nor are those of the adapter of fewer steps, from before the run went on."""
+    names = ("run/checkpoint-20", "run/adapter-20/", "run/adapter", "other")
+    models = [{"kind": "adapter", "path": name} for name in names]
+    found = history.Evaluation(models=models)
+    assert found.find_kind("adapter") == models[2]
+    assert history.Evaluation(models=models[:2]).find_kind("adapter") is None
