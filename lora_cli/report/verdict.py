@@ -10,7 +10,8 @@ from lora_cli.report.history import History, Made, write_command
 from lora_cli.report.seen import number
 
 FORGOTTEN = 1.05
-"""Loss on general text over the base's, from where on it is pointed at."""
+"""Loss on general text over the base's, from where on it is pointed at, where its interval lies
+above."""
 DROPPED = 0.1
 """The share of rows left out from where on it is pointed at."""
 
@@ -166,19 +167,30 @@ def _compare_scores(
 
 
 def _judge_forgetting(run: History) -> Iterator[Sentence]:
-    before, after = map(_read_forgetting, outcome.find_pair(run))
+    base, adapter = map(_read_forgetting, outcome.find_pair(run))
+    before, after = number(base.get("loss")), number(adapter.get("loss"))
     if before is None or after is None:
         return
     said = f"loss on general text: {before:.4f} before, {after:.4f} after"
-    if after > FORGOTTEN * before:
-        yield Sentence("look", f"It has forgotten something: {said}.")
+    difference = adapter.get("difference")
+    ends = difference if isinstance(difference, dict) else {}
+    low, high = number(ends.get("low")), number(ends.get("high"))
+    much = (FORGOTTEN - 1) * before
+    if low is None or high is None:
+        low = high = after - before
     else:
+        said += f"; the difference lies in {low:.4g} to {high:.4g}"
+    if low > much:
+        yield Sentence("look", f"It has forgotten something: {said}.")
+    elif high <= much:
         yield Sentence("yes", f"It has forgotten little or nothing: {said}.")
+    else:
+        yield Sentence("open", f"Whether it has forgotten something is not clear: {said}.")
 
 
-def _read_forgetting(model: dict[str, Any] | None) -> float | None:
+def _read_forgetting(model: dict[str, Any] | None) -> dict[str, Any]:
     given = (model or {}).get("forgetting")
-    return number(given.get("loss")) if isinstance(given, dict) else None
+    return given if isinstance(given, dict) else {}
 
 
 def _judge_merge(run: History) -> Iterator[Sentence]:

@@ -139,9 +139,19 @@ def test_what_has_been_forgotten_is_pointed_at(tmp_path: Path) -> None:
     run = written.write_run(tmp_path / "run")
     file = written.write_evaluation(run) / "evaluation.json"
     data = json.loads(file.read_text())
-    data["models"][1]["forgetting"]["loss"] = 4.0
+    forgetting = data["models"][1]["forgetting"]
+    forgetting["loss"] = 4.0
     written.write_json(file, data)
     assert any(each.startswith("look: It has forgotten something") for each in judge(run))
+    for ends, start in (
+        ((0.5, 1.0), "look: It has forgotten something"),
+        ((-0.5, 2.0), "open: Whether it has forgotten something is not clear"),
+        ((0.01, 0.02), "yes: It has forgotten little or nothing"),
+    ):
+        forgetting["difference"] = {"value": 0.75, "low": ends[0], "high": ends[1]}
+        written.write_json(file, data)
+        [said] = [each for each in judge(run) if "forgotten" in each]
+        assert said.startswith(start) and f"lies in {ends[0]:.4g} to {ends[1]:.4g}." in said
 
 
 def test_what_is_not_verified_is_said_to_be_so(tmp_path: Path) -> None:
