@@ -7,7 +7,7 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -183,10 +183,32 @@ class HFAnswerer:
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """Greedy or sampled answers, `BATCH` conversations at a time."""
         answers: list[str] = []
-        for start in range(0, len(conversations), BATCH):
-            written = self.write(conversations[start : start + BATCH], sampling)
-            answers += [each.text for each in written]
+        for batch in self._make_batches(conversations, sampling):
+            answers += [each.text for each in self.write(batch, sampling)]
         return answers
+
+    def _make_batches(
+        self, conversations: Sequence[Asked], sampling: Sampling
+    ) -> Iterator[list[Asked]]:
+        """Yield the conversations in their order. One that leaves less than room for a whole answer
+        is alone: the others of a batch would have no more than it."""
+        batch = list[Asked]()
+        for each in conversations:
+            is_cramped = self._is_cramped(each, sampling)
+            if batch and (is_cramped or len(batch) == BATCH):
+                yield batch
+                batch = []
+            batch.append(each)
+            if is_cramped:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _is_cramped(self, conversation: Asked, sampling: Sampling) -> bool:
+        if self.positions is None:
+            return False
+        return self.count_tokens(conversation) + sampling.max_new_tokens > self.positions
 
     def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
         """Answers with whether each ended by itself; all that are given are one batch."""
@@ -302,6 +324,9 @@ class PairAnswerer(HFAnswerer):
     def chat_template(self) -> str | None:
         """None: it reads texts."""
         return None
+
+    def _is_cramped(self, conversation: Asked, sampling: Sampling) -> bool:
+        return False  # an answer has positions of its own
 
     def encode(self, asked: Asked) -> list[int]:
         """Return a source as token ids, after what each began with in training."""

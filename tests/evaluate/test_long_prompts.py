@@ -73,3 +73,15 @@ def test_a_chat_drops_its_oldest_turns(
     monkeypatch.setattr(Short, "stream", lambda *given: limit_answer(9, 5, 1))
     with pytest.raises(TooLongError):
         chat.chat("model", None, 8, 0.0, None)
+
+
+def test_a_long_prompt_beside_it_takes_no_room_from_a_short_one(tiny: Path) -> None:
+    (answerer,) = open_models([str(tiny / "model")]).values()
+    short = [
+        [{"role": "user", "content": f"Copy: {'red fig sun ' * times}"}] for times in (1, 12, 20)
+    ]
+    asked = [Asked(messages) for messages in (short[0], NEARLY, *short[1:])]
+    together = answerer.answer(asked, Sampling(64, 0.0))
+    alone = [answerer.answer([each], Sampling(64, 0.0))[0] for each in asked]
+    assert together == alone
+    assert max(len(answer.split()) for answer in alone) > 32 > len(together[1].split())
