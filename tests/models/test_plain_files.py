@@ -162,7 +162,7 @@ def test_data_run_cache_matrix_and_modelfile_that_are_pipes_keep_nobody_waiting(
         (rows / "train.jsonl").unlink()
     os.mkfifo(rows / "counts.json")
     encoder: Any = None  # it is not asked for what is refused
-    assert cache.read(rows, encoder) is None
+    assert cache.read(rows, encoder, Data(path=str(rows))) is None
     assert "are damaged" in capsys.readouterr().err
     rows.mkdir(exist_ok=True)
     os.mkfifo(rows / "matrix.gguf")
