@@ -1,7 +1,7 @@
 """`lora serve` under load: 200 requests at a time, 10 MB of them, half-sent, not read: no wrong
 answer, a status for each, and the server ends in order. No time is asserted.
 
-Hermetic: the tiny model on a free port. Alone: pytest -m slow tests/serve/test_load.py
+Hermetic: the tiny model on a free port. Alone: pytest -m slow tests/serve/test_many_requests.py
 """
 
 from __future__ import annotations
