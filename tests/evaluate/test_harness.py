@@ -21,7 +21,6 @@ from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.evaluate import harness, score
 from lora_cli.evaluate.score import Request
 
-pytest.importorskip("lm_eval")
 TASK = """\
 task: {name}
 dataset_path: json
