@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import typer
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lora_cli import cli
 from lora_cli.recipe import schema
@@ -186,6 +187,39 @@ def test_what_is_imported_is_asked_for() -> None:
     assert {"torch", "numpy", "yaml", "PIL"} < used
     named = {"yaml": "pyyaml", "PIL": "pillow"}
     assert {named.get(name, name) for name in used} - asked == set()
+
+
+def list_what_is_installed_for(
+    name: str, extras: frozenset[str], found: dict[str, set[str]]
+) -> None:
+    """Add to `found` the distribution `name` and all that it asks for with these extras, each with
+    the extras it was looked at with."""
+    key = canonicalize_name(name)
+    if extras | {""} <= found.get(key, set()):
+        return
+    found.setdefault(key, set()).update(extras, {""})
+    try:
+        asked = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+    except importlib.metadata.PackageNotFoundError:  # of another system, or of an extra
+        return
+    for each in asked:
+        if not each.marker or any(each.marker.evaluate({"extra": e}) for e in extras | {""}):
+            list_what_is_installed_for(each.name, frozenset(each.extras), found)
+
+
+def test_what_the_tests_import_is_installed_with_them() -> None:
+    """httpx was imported, and was there for another project's sake: CI could not collect a file."""
+    found: dict[str, set[str]] = {}
+    list_what_is_installed_for("lora-cli", frozenset({"gguf", "dev"}), found)
+    ours = [path for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    owners = importlib.metadata.packages_distributions()
+    on_a_gpu = {"liger_kernel", "cut_cross_entropy"}  # what scripts/gpu_parts/head.py compares with
+    beside = {"tests", *(part for path in ours for part in (path.stem, path.parent.name))}
+    assert not [
+        name
+        for name in packages(ours) - beside - on_a_gpu
+        if not any(canonicalize_name(owner) in found for owner in owners.get(name, []))
+    ]
 
 
 def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:

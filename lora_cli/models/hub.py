@@ -40,7 +40,7 @@ def check_commit(name: str, commit: str) -> str:
 
 
 def check_answer(response: Any) -> None:
-    """Look at an httpx response. Raise LoraError where files would be named by what is no name,
+    """Look at an httpx2 response. Raise LoraError where files would be named by what is no name,
     where it is compressed although that was not asked for, and where the hub's API does not answer
     with JSON within limits."""
     for header, pattern in NAMING.items():

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -485,10 +485,10 @@ def test_what_answers_as_no_hub_does_is_one_message(monkeypatch, what: str) -> N
 
 
 def test_a_login_page_in_place_of_the_hub_is_no_file_to_look_into() -> None:
-    request = httpx.Request("GET", "https://hub.example/api/whoami-v2")
-    page = httpx.ByteStream(b"<html>log in</html>")
+    request = httpx2.Request("GET", "https://hub.example/api/whoami-v2")
+    page = httpx2.ByteStream(b"<html>log in</html>")
     with pytest.raises(LoraError, match="not valid JSON") as caught:
-        check_answer(httpx.Response(200, request=request, stream=page))
+        check_answer(httpx2.Response(200, request=request, stream=page))
     assert caught.value.hint == HINT, "it was `less` of an address"
 
 
