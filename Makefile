@@ -104,7 +104,7 @@ gpu:  ## everything worth knowing on one NVIDIA GPU, in nine minutes; OUT=build/
 docs: $(READY)  ## the generated references, and the shipped recipes' copies
 	cp lora_cli/recipe/shipped/*.yaml configs/
 	$(BIN)/lora schema > configs/schema.json
-	$(BIN)/lora schema --markdown > docs/recipe.md
+	$(BIN)/lora schema --markdown > docs/reference/recipe.md
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_gpu_table.py
 
 clean:

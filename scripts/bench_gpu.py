@@ -1,8 +1,8 @@
 """Everything worth knowing on one NVIDIA GPU, in one call of nine minutes, without a network.
 
     python scripts/bench_gpu.py --out DIR [--budget 520] [--only ground,right]
-    python scripts/bench_gpu.py --out DIR --device cpu --tiny        # the dry run, on a processor
-    python scripts/bench_gpu.py --table DIR/report.json              # … into docs/benchmarks.md
+    python scripts/bench_gpu.py --out DIR --device cpu --tiny   # the dry run, on a processor
+    python scripts/bench_gpu.py --table DIR/report.json    # … into docs/explanation/benchmarks.md
 
 `make gpu` installs what `make gpu-wheels` has fetched into a folder, and then runs the first. The
 parts stand in scripts/gpu_parts, in order of value here; each is run in a process of its own until
@@ -108,7 +108,7 @@ def main() -> None:
     if options.child:
         child.serve()
     elif options.table:
-        report.write_section(options.table, ROOT / "docs/benchmarks.md")
+        report.write_section(options.table, ROOT / "docs/explanation/benchmarks.md")
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left
         measure(options)

@@ -1,4 +1,5 @@
-"""Make the table of docs/gpu.md anew: what the memory plan says of each base, method and card.
+"""Make the table of docs/how-to/gpu.md anew: what the memory plan says of each base, method and
+card.
 
     python scripts/make_gpu_table.py        five minutes, in one thread; no GPU, no weights, no hub
 
@@ -22,7 +23,7 @@ from lora_cli.common import ui
 from lora_cli.plan import auto, hardware, memory
 from lora_cli.recipe import Recipe, load_recipe
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "how-to" / "gpu.md"
 BEGIN, END = "<!-- made by scripts/make_gpu_table.py -->\n", "<!-- end of what is made -->\n"
 METHODS = ("lora", "qlora", "dora", "qdora")
 LENGTHS = (1024, 2048, 4096, 8192)

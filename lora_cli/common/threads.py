@@ -18,7 +18,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables by which a user says how threads wait."""
 SPINS = {"quiet": "10000", "busy": "100"}
 """How often a thread of libgomp looks before it sleeps, on a machine that has nothing else to do
-and on one that has. Measured by scripts/bench_threads.py: see docs/benchmarks.md."""
+and on one that has. Measured by scripts/bench_threads.py: see docs/explanation/benchmarks.md."""
 BLOCK_TIME = "1"
 """Milliseconds that a thread of libomp spins."""
 

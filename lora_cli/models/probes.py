@@ -278,7 +278,7 @@ def choose_limit(difference: Difference, dtype: torch.dtype, layers: int) -> Lim
 
     In float32 only sums of many products in another order move the logits. Each layer's errors are
     in proportion to the epsilon and do not know of the others', so that they grow with the root of
-    their number. Measured by scripts/measure_limits.py (docs/benchmarks.md): 9 to 41 for 2 to 30
+    their number. Measured by scripts/measure_limits.py (see benchmarks.md): 9 to 41 for 2 to 30
     layers, widths of 192 to 1152 and 32 to 262 thousand tokens; 158 at most among 145 architectures
     (tests/cli/test_architectures.py); a missing module comes to 18,000. In 16 bits every weight is
     rounded, which moves single logits as far as a module that is missing would: only another

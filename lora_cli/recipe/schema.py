@@ -1,5 +1,5 @@
-"""Write the recipe's keys for editors (`lora schema`) and readers (docs/recipe.md), from the same
-docstrings."""
+"""Write the recipe's keys for editors (`lora schema`) and readers (reference/recipe.md), from the
+same docstrings."""
 
 from __future__ import annotations
 

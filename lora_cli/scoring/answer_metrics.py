@@ -1,7 +1,7 @@
 """Score what a model has written against what was expected, row by row.
 
 The definitions, in the order of METRICS, for a text `answer` and the text `expected` of its row;
-docs/evaluate.md has them with examples. Scores are 0 or 1, those of `f1` anything between.
+docs/how-to/evaluate.md has them with examples. Scores are 0 or 1, those of `f1` anything between.
 
     exact       equal but for blanks around both
     normalised  the same words, as SQuAD counts them: in lower case, without ASCII's punctuation and

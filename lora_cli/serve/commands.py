@@ -3,7 +3,7 @@ engine will not load.
 
 What each takes is told by its own files: vLLM's vllm/lora/peft_helper.py and vllm/config/lora.py,
 SGLang's python/sglang/srt/lora/lora.py and its page on LoRA serving, Ollama's docs/modelfile.mdx,
-llama.cpp's convert_lora_to_gguf.py. docs/serve.md says where.
+llama.cpp's convert_lora_to_gguf.py. docs/how-to/serve.md says where.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ PEFT computes W x, then B A x̃ beside it, scales that and adds it: three tensor
 output, which a CPU writes and reads one after the other, and DoRA and dropout add their own. Here
 one product is added to the other, in the backward pass too, and f and b take one more pass. Kept
 for the gradients are x, A x̃, where dropout put zeros, and for DoRA what f multiplies.
-docs/benchmarks.md has what that gains; on an H100 a step of a 1B Llama takes 0.74 of the time.
+docs/explanation/benchmarks.md has what that gains; on an H100 a step of a 1B Llama takes 0.74
+of the time.
 PEFT computes what a layer has beyond that: several adapters, DoRA with dropout, types that differ.
 """
 

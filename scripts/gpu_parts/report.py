@@ -1,4 +1,4 @@
-"""The report as tables for docs/benchmarks.md."""
+"""The report as tables for docs/explanation/benchmarks.md."""
 
 from __future__ import annotations
 

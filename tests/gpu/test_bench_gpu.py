@@ -152,7 +152,7 @@ def test_tables_stand_between_their_marks_and_a_dry_run_s_are_refused(tmp_path: 
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    real = (ROOT / "docs/benchmarks.md").read_text()
+    real = (ROOT / "docs/explanation/benchmarks.md").read_text()
     assert real.index(report.BEGIN) < real.index(report.END)
 
 

@@ -1,5 +1,5 @@
-"""The table of docs/gpu.md is what its script makes now, and its figures are the plan's for whole
-bases.
+"""The table of docs/how-to/gpu.md is what its script makes now, and its figures are the plan's for
+whole bases.
 
 Hermetic: published configurations, no weights. Alone: pytest tests/plan/test_gpu_table.py
 All of it: pytest -m slow tests/plan/test_gpu_table.py
