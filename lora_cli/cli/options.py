@@ -179,7 +179,7 @@ Temperature = Annotated[
 
 HeldOutRows = Annotated[
     Optional[str],
-    typer.Option("--data", metavar="FILE", help="Held-out rows, as for data.path."),
+    typer.Option("--data", metavar="FILE", help="Held-out rows; by default the run's own."),
 ]
 MetricNames = Annotated[
     Optional[str],

@@ -37,8 +37,7 @@ def split(parts: Sequence[Prepared], recipe: Recipe) -> Sides:
     Of streams, they are held out of the first rows, and left out wherever they come again.
     Raises UsageError where that leaves nothing on one of the sides.
     """
-    digests = [_read_digests(part.rows) for part in parts]
-    bound = _find_bound(np.concatenate(digests), recipe)
+    digests, bound = _draw_line(parts, recipe)
     chosen = [each < bound for each in digests]
     held = [_take(part, rows, recipe) for part, rows in zip(parts, chosen)]
     rest = [_take(part, ~rows, recipe) for part, rows in zip(parts, chosen)]
@@ -47,6 +46,18 @@ def split(parts: Sequence[Prepared], recipe: Recipe) -> Sides:
     unseen = frozenset(np.concatenate([each[rows] for each, rows in zip(digests, chosen)]).tolist())
     train = [_leave_out(part, unseen) for part in rest]
     return Sides(train, [each._replace(stream=None) for each in held])
+
+
+def find_held(parts: Sequence[Prepared], recipe: Recipe) -> frozenset[int]:
+    """Return the digests of the rows that `split` holds out."""
+    digests, bound = _draw_line(parts, recipe)
+    return frozenset(np.concatenate([each[each < bound] for each in digests]).tolist())
+
+
+def _draw_line(parts: Sequence[Prepared], recipe: Recipe) -> tuple[list[NDArray], int]:
+    """Return the digests of each part's rows, and the number below which one is held out."""
+    digests = [_read_digests(part.rows) for part in parts]
+    return digests, _find_bound(np.concatenate(digests), recipe)
 
 
 def _read_digests(rows: Dataset) -> NDArray:

@@ -8,16 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import reduce
-from itertools import chain, pairwise, zip_longest
-from typing import Any
+from itertools import chain, islice, pairwise, zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from lora_cli.common import LoraError, ui
 from lora_cli.data import cache, holdout, prepare, selection, sources
+from lora_cli.data.digests import DIGEST
 from lora_cli.data.encode import Renderer
 from lora_cli.data.encoders import Encoder
+from lora_cli.data.formats import BadRow
 from lora_cli.data.selection import Counts
 from lora_cli.models import Reader
 from lora_cli.recipe import Recipe, Rows, Task
@@ -67,20 +69,63 @@ def load_rows(
     return train, evaluation
 
 
+class Held(NamedTuple):
+    """Rows that were held out of training, as they are in their files, with their places."""
+
+    rows: list[tuple[str, dict[str, Any]]]
+    fingerprint: str
+    """That of the rows that the run evaluates on."""
+
+
+def read_held_rows(recipe: Recipe, tokenizer: Reader, day: date | None = None) -> Held:
+    """Return what `data.eval_fraction` or `data.eval_rows` of a settled recipe holds out of
+    training; `day` as in `load_rows`."""
+    encoder = make_encoder(recipe, tokenizer, day)
+    own = _list_parts(recipe)
+    parts = [_load_part(each, encoder, where) for where, each in own]
+    unseen = holdout.find_held(parts, recipe)
+    held = _join_held(holdout.split(parts, recipe).held, encoder)
+    found = list[tuple[str, dict[str, Any]]]()
+    for where, each in own:
+        assert each.data.path is not None
+        source = sources.find_source(each.data, where, each.data.path, each.data.split)
+        looked_at = prepare.take_beginning(each) if each.data.streaming else each
+        places = {
+            row.place
+            for row in prepare.stream_rows(source, looked_at, encoder)
+            if int(row.others[DIGEST][0]) in unseen
+        }
+        rows = islice(source.read_rows(), looked_at.data.max_rows)
+        found += [
+            (place, row) for place, row in rows if place in places and not isinstance(row, BadRow)
+        ]
+    return Held(found, held.fingerprint)
+
+
+def _list_parts(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Return the recipe of each data set, with its key: of a mix, each alone."""
+    data = recipe.data
+    if not data.mix:
+        return [("path", recipe)]
+    made = []
+    for number, rows in enumerate(data.mix):
+        own = data.model_copy(update={**dict(rows), "mix": None})
+        made.append((f"mix.{number}.path", recipe.model_copy(update={"data": own})))
+    return made
+
+
 def _load_both(
     recipe: Recipe, encoder: Encoder
 ) -> tuple[prepare.Prepared, prepare.Prepared | None]:
     """Return the rows to train on, and those to evaluate on: others, or some that are held out."""
     data = recipe.data
-    parts = (
-        [_load_part(recipe, encoder, number, rows) for number, rows in enumerate(data.mix)]
-        if data.mix
-        else [_load_one(recipe, encoder, "path", data.path, data.split)]
-    )
+    parts = [_load_part(own, encoder, where) for where, own in _list_parts(recipe)]
+    for part, rows in zip(parts, data.mix or []):
+        ui.say(f"  {rows.path} x {rows.weight:g}: {part.summarise()}")
     evaluation = None
     if data.holds_out:
         parts, held = holdout.split(parts, recipe)
-        evaluation = held[0] if len(held) == 1 else _join(held, encoder)
+        evaluation = _join_held(held, encoder)
     elif data.evaluates:
         where = "eval_path" if data.eval_path else "path"
         whole = recipe.model_copy(update={"data": data.model_copy(update={"streaming": False})})
@@ -148,6 +193,10 @@ def _mix(
     return mixed._replace(stream=drawn, fingerprint=fingerprint)
 
 
+def _join_held(held: Sequence[prepare.Prepared], encoder: Encoder) -> prepare.Prepared:
+    return held[0] if len(held) == 1 else _join(held, encoder)
+
+
 def _join(parts: Sequence[prepare.Prepared], encoder: Encoder) -> prepare.Prepared:
     """Return the rows of several parts as one, one part after another."""
     in_turn = chain.from_iterable(zip_longest(*(part.first for part in parts)))
@@ -163,13 +212,9 @@ def _join(parts: Sequence[prepare.Prepared], encoder: Encoder) -> prepare.Prepar
     )
 
 
-def _load_part(recipe: Recipe, encoder: Encoder, number: int, rows: Rows) -> prepare.Prepared:
-    """Return one data set of a mix, and say what it holds."""
-    own = recipe.data.model_copy(update={**dict(rows), "mix": None})
-    alone = recipe.model_copy(update={"data": own})
-    part = _load_one(alone, encoder, f"mix.{number}.path", rows.path, rows.split)
-    ui.say(f"  {rows.path} x {rows.weight:g}: {part.summarise()}")
-    return part
+def _load_part(recipe: Recipe, encoder: Encoder, where: str) -> prepare.Prepared:
+    """Return the rows of a recipe's only data set, which the key `where` names."""
+    return _load_one(recipe, encoder, where, recipe.data.path, recipe.data.split)
 
 
 def _repeat_by_weight(

@@ -130,11 +130,7 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
     """Return the first rows, checked as `prepare` does, and all rows as a stream."""
     counts = Counts()
     notes = cache.Notes(FIRST)
-    looked_at = PICTURES if recipe.task_row.reads_pictures else LOOKED_AT
-    most = min(recipe.data.max_rows or looked_at, looked_at)
-    beginning = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"max_rows": most})}
-    )
+    beginning = take_beginning(recipe)
     schema = cache.make_schema(encoder, recipe.data)
     batches = cache.make_batches(_select_rows(source, beginning, encoder, counts), schema, notes)
     rows = cache.give_format(Dataset(pyarrow.Table.from_batches(batches, schema)), encoder)
@@ -150,6 +146,13 @@ def prepare_stream(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared
     first = _show_first_rows(rows, notes.places)
     kinds = encoder.names, encoder.by_token
     return Prepared(rows, first, counts, fingerprint, source.commit, endless, *kinds)
+
+
+def take_beginning(recipe: Recipe) -> Recipe:
+    """Return the recipe with no more rows than are looked at of a stream."""
+    looked_at = PICTURES if recipe.task_row.reads_pictures else LOOKED_AT
+    most = min(recipe.data.max_rows or looked_at, looked_at)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rows": most})})
 
 
 def stream_rows(source: Source, recipe: Recipe, encoder: Encoder) -> Iterator[Kept]:

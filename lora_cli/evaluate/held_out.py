@@ -83,14 +83,22 @@ def read_held_out(
                 f"--column {quote(f'{ours}={columns[0]}')}" if columns else None,
             )
     there = {ours: name for ours, name in trained.items() if formats.is_column(name, columns)}
+    return list_held(Path(data).name, _hash(source), read, given or there)
+
+
+def list_held(
+    name: str, sha256: str, read: Sequence[tuple[Any, Any]], names: Mapping[str, str]
+) -> HeldOut:
+    """Return rows that were read, with their places, as models are scored on them; `names` are
+    those of their columns, as ours: theirs."""
     rows, bad = [], []
     for number, (place, row) in enumerate(read, 1):
-        made = _make_row(number, str(place), row, given or there)
+        made = _make_row(number, str(place), row, names)
         if isinstance(made, Bad):
             bad.append(made)
         else:
             rows.append(made)
-    return HeldOut(Path(data).name, _hash(source), rows, bad)
+    return HeldOut(name, sha256, rows, bad)
 
 
 def _make_row(number: int, place: str, row: Any, names: Mapping[str, str]) -> HeldRow | Bad:

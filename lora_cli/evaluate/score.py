@@ -18,6 +18,7 @@ from lora_cli.evaluate import (
     harness,
     held_out,
     kept_scores,
+    own_rows,
     scoreboard,
     scored_models,
 )
@@ -82,8 +83,6 @@ def evaluate(paths: Sequence[str], request: Request) -> None:
 
 def _refuse_contradictions(request: Request) -> None:
     """Raise UsageError for options that cannot be together, or that are missing."""
-    if request.data is None and not request.tasks:
-        raise UsageError("there is nothing to score models on", "--data FILE, or --tasks NAMES")
     for name in request.metrics:
         if name not in answer_metrics.METRICS:
             guess = find_nearest(name, answer_metrics.METRICS)
@@ -110,12 +109,14 @@ def _refuse_pattern(request: Request) -> None:
 
 
 def _read_rows(request: Request, scored: Sequence[Scored]) -> HeldOut | None:
-    if request.data is None:
+    given = parse_columns(request.columns)
+    if request.data is not None:
+        columns = scored_models.find_columns(scored)
+        held = held_out.read_held_out(request.data, given, columns, request.max_rows)
+    elif not request.tasks:
+        held = own_rows.read_own_rows(scored, given, request.max_rows)
+    else:
         return None
-    columns = scored_models.find_columns(scored)
-    held = held_out.read_held_out(
-        request.data, parse_columns(request.columns), columns, request.max_rows
-    )
     held_out.refuse_bad(held, request.skips_bad)
     return held
 
@@ -143,8 +144,8 @@ def _choose_folder(scored: Sequence[Scored], request: Request) -> Path:
 
     Those of its first rows, or of a checkpoint, do not take the place of the others.
     """
-    name = Path(request.data).name.partition(".")[0] if request.data else "tasks"
-    name = name or "rows"
+    own = "tasks" if request.tasks else "held-out"
+    name = Path(request.data).name.partition(".")[0] or "rows" if request.data else own
     if request.max_rows is not None:
         name += f"-first-{request.max_rows}"
     for each in scored:

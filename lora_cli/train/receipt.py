@@ -47,7 +47,9 @@ def list_commands(folder: Path, recipe: Recipe) -> Iterator[str]:
     trust = ["--trust-remote-code"] if remote_code.is_allowed() else []
     adapter, task = quote(folder / "adapter"), recipe.task_row
     commands = [["merge", adapter, quote(folder / "merged"), *trust], ["report", quote(folder)]]
-    if rows := _find_rows(recipe):
+    if task.writes_next_tokens and recipe.data.holds_out:
+        commands.insert(0, ["evaluate", adapter, *trust])
+    elif rows := _find_rows(recipe):
         verb = "evaluate" if task.writes_next_tokens else "predict"
         commands.insert(0, [verb, adapter, "--data", rows, *trust])
     if task.writes_next_tokens:

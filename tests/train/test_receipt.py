@@ -72,6 +72,7 @@ def test_each_task_gets_the_verbs_that_it_has(write_recipe, tiny: Path, tmp_path
     cases = {
         "": ["chat", "merge", "report"],
         evaluated: ["chat", "evaluate", "merge", "report"],
+        "data: {eval_rows: 2}\n": ["chat", "evaluate", "merge", "report"],
         f"task: sequence_classification\n{evaluated}": ["predict", "merge", "report"],
         "task: seq2seq_lm\n": ["merge", "report"],
         "training: {sample_prompts: [-rf]}\n": ["chat", "merge", "report"],

@@ -1,0 +1,99 @@
+"""`lora evaluate ADAPTER` without data: the rows that its own run evaluated on, and no other.
+
+Hermetic: the tiny model, CPU. Alone: pytest tests/evaluate/test_own_rows.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_cli.common.errors import LoraError, UsageError
+from lora_cli.evaluate import score
+from lora_cli.evaluate.answerers import Sampling
+from lora_cli.evaluate.score import Request
+from lora_cli.recipe import load
+from lora_cli.train import run
+
+KINDS = {
+    "one file": "{{path: {one}, eval_rows: 9}}",
+    "named columns": "{{path: {one}, eval_fraction: 0.2, columns: {{prompt: q, completion: a}}}}",
+    "a mix": "{{mix: [{{path: {one}}}, {{path: {two}, weight: 2}}], eval_rows: 11}}",
+    "a stream": "{{path: {one}, streaming: true, eval_rows: 7}}",
+    "a file of its own": "{{path: {one}, eval_path: {two}}}",
+    "its first rows": "{{path: {one}, max_rows: 30, eval_rows: 5}}",
+}
+
+
+def train(tiny: Path, folder: Path, kind: str) -> Path:
+    """The adapter of a short run; two rows say the same."""
+    lines = (tiny / "train.jsonl").read_text().splitlines()[:80]
+    one, two = folder / "one.jsonl", folder / "two.jsonl"
+    first = [*lines[:40], lines[0], lines[1]]
+    if kind == "named columns":
+        first = [line.replace('"prompt"', '"q"').replace('"completion"', '"a"') for line in first]
+    one.write_text("\n".join(first) + "\n")
+    two.write_text("\n".join(lines[40:60]) + "\n")
+    recipe = folder / "r.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}}}\n"
+        f"data: {KINDS[kind].format(one=one, two=two)}\n"
+        "training: {max_steps: 2, per_device_train_batch_size: 8, learning_rate: 2e-3, "
+        "max_length: 128, save_strategy: 'no', eval_strategy: steps, eval_steps: 2}\n"
+        f"output_dir: {folder / 'run'}\n"
+    )
+    run.train(load.load_recipe(recipe, []))
+    return folder / "run" / "adapter"
+
+
+def evaluate(paths: Sequence[Path], **given: Any) -> dict[str, Any]:
+    """What `lora evaluate` writes, without answers."""
+    score.evaluate([str(path) for path in paths], Request(None, ("loss",), **given))
+    folder = given.get("out") or paths[0].parent / "evaluations" / "held-out"
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def find_loss(folder: Path) -> float:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_of_the_run_have_its_loss(kind: str, tiny: Path, tmp_path: Path) -> None:
+    adapter = train(tiny, tmp_path, kind)
+    said = (
+        evaluate([adapter], general=False, out=tmp_path / "out")
+        if kind == "a file of its own"
+        else evaluate([adapter], general=False)
+    )
+    [model] = [each for each in said["models"] if each["kind"] == "adapter"]
+    assert math.isclose(model["metrics"]["loss"]["value"], find_loss(adapter.parent), rel_tol=1e-5)
+    if kind != "a file of its own":
+        record = json.loads((adapter.parent / "record.json").read_text())
+        assert said["data"]["rows"] == record["holdout"]["rows"]
+        assert "held out of one.jsonl" in said["data"]["name"]
+
+
+def test_other_data_is_refused(tiny: Path, tmp_path: Path) -> None:
+    adapter = train(tiny, tmp_path, "one file")
+    lines = (tmp_path / "one.jsonl").read_text().splitlines()
+    (tmp_path / "one.jsonl").write_text("\n".join(lines[:-5]) + "\n")
+    with pytest.raises(LoraError, match="has changed since") as caught:
+        evaluate([adapter])
+    assert "--data FILE" in str(caught.value.hint)
+    (tmp_path / "one.jsonl").unlink()
+    with pytest.raises(LoraError, match="cannot be read: .*one.jsonl"):
+        evaluate([adapter])
+
+
+def test_without_such_rows_data_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    adapter = train(tiny, tmp_path, "one file")
+    for paths in ([tiny / "model"], [adapter.rename(tmp_path / "elsewhere")]):
+        with pytest.raises(UsageError, match="nothing to score models on") as caught:
+            evaluate(paths, sampling=Sampling(4, 0.0))
+        assert "--data FILE" in str(caught.value.hint)
