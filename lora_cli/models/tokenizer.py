@@ -46,8 +46,12 @@ def load_recipe_tokenizer(
     return it, the ids of the added tokens, and its chat template in words."""
     roles = {"eos_token": recipe.training.eos_token, "pad_token": recipe.training.pad_token}
     if parent is None:
-        tokenizer = base.load_tokenizer(**roles)
+        added = {*recipe.model.add_tokens, *recipe.model.add_special_tokens}
+        own_roles = {kind: token for kind, token in roles.items() if token not in added}
+        tokenizer = base.load_tokenizer(**own_roles)
         new_ids = add_tokens(recipe, tokenizer)
+        for kind in roles.keys() - own_roles.keys():
+            setattr(tokenizer, kind, roles[kind])
         return tokenizer, new_ids, _apply_template(recipe, tokenizer)
     own = replace(parent.adapter, base=base)
     tokenizer = own.load_tokenizer(**roles)

@@ -1,4 +1,5 @@
-"""A model whose only vocabulary is a SentencePiece file is read.
+"""A model whose only vocabulary is a SentencePiece file is read; a token that a recipe adds may end
+its answers.
 
 Hermetic: the tiny model without its tokenizer.json. Alone: pytest tests/models/test_tokenizer.py
 """
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from lora_cli.models import load_tokenizer, save_tokenizer
+from lora_cli.models import Base, load_tokenizer, save_tokenizer
+from lora_cli.models.tokenizer import load_recipe_tokenizer
+from lora_cli.recipe import load_recipe
 
 
 def test_tokenizer_model_alone_is_enough(tiny: Path, tmp_path: Path) -> None:
@@ -38,3 +41,19 @@ def test_a_saved_tokenizer_splits_as_the_base_s_does(vocabularies: Path, tmp_pat
     save_tokenizer(tokenizer, saved, str(base), None)
     text = "DON'T 2024-01"
     assert load_tokenizer(str(saved))(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_token_that_the_recipe_adds_may_end_an_answer(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.yaml"
+    path.write_text(
+        f"model: {{name_or_path: {tiny / 'model'}, chat_template: chatml, add_special_tokens: "
+        "['<|im_start|>', '<|im_end|>']}\ndata: {path: rows.jsonl}\n"
+        "training: {eos_token: '<|im_end|>', pad_token: '<pad>'}\n"
+    )
+    tokenizer, added, _ = load_recipe_tokenizer(load_recipe(path), Base(str(tiny / "model")))
+    assert tokenizer.eos_token_id == added[1]
+    assert tokenizer.pad_token == "<pad>"
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], return_dict=False
+    )
+    assert ids.count(added[1]) == 2
