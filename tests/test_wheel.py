@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections.abc import Callable
 from email.parser import Parser
@@ -24,6 +25,15 @@ from lora_cli.recipe import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_cli"
+SOURCES = [
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "CITATION.cff",
+    "Makefile",
+    "constraints.txt",
+    "tests/conftest.py",
+]
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
 
@@ -47,6 +57,23 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     shipped = {name for name in names if name.startswith("lora_cli/recipe/shipped/")}
     assert len(shipped) == len(shipped_recipes.list_recipes()) >= 6
     assert {"lora_cli/constraints.txt", "lora_cli/models/templates/alpaca.jinja"} < names
+
+
+def test_the_source_package_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """As an index that has no wheel gives it to pip."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(tmp_path / wheel.name) as from_source:
+        contents = [
+            {name: each.read(name) for name in each.namelist()} for each in (ours, from_source)
+        ]
+    assert len(contents[0]) > 300
+    assert contents[0] == contents[1]
+    with tarfile.open(tmp_path / f"lora_cli-{__version__}.tar.gz") as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    for name in SOURCES:
+        assert name in held, name
 
 
 def test_the_wheel_says_how_it_is_run_and_on_which_python(wheel: Path) -> None:
