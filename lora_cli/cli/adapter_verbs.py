@@ -52,7 +52,8 @@ def merge(
     from lora_cli.merge import combine, merge
 
     with combine.join_adapters(adapters, out, weights, combination, density, base) as adapter:
-        merge.merge(adapter, out, base, stream, base_weights is BaseWeights.original)
+        called = "the combination" if len(adapters) > 1 else None
+        merge.merge(adapter, out, base, stream, base_weights is BaseWeights.original, called)
     ui.report_path(out)
 
 

@@ -398,12 +398,13 @@ def merge(
     base: str | None = None,
     stream: bool | None = None,
     original: bool = False,
+    called: str | None = None,
 ) -> None:
     """Fold the adapter into its base (`base` overrides the one it names), write `out`, and verify
     it.
 
     `stream` and `original` are as in `merge_adapter`; a model that fails the check is left in
-    OUT.rejected.
+    OUT.rejected. `called`: what it is to the user, where its folder is none of theirs.
     """
     started = time.monotonic()
     files.refuse_occupied(out)
@@ -413,7 +414,7 @@ def merge(
         if adapter.record
         else " (it has no record, so its base is the one that adapter_config.json names)"
     )
-    ui.say(f"merging {adapter} into {adapter.base}{made}")
+    ui.say(f"merging {called or adapter} into {adapter.base}{made}")
     refuse_unmergeable(adapter)
     _say_into(adapter, original)
     rejected = out.with_name(f"{out.name}.rejected")

@@ -165,6 +165,7 @@ def test_several_adapters_are_merged_by_one_command(make, tiny: Path, tmp_path: 
     done = lora("merge", one, two, tmp_path / "out", "--weights", "1,-0.5")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'out'}\n"
+    assert f"merging the combination into {tiny / 'model'}\n" in done.stderr
     given = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     first, second, base = updates(tiny, one), updates(tiny, two), merged(tiny)
     for name, weight in given.items():
