@@ -30,7 +30,7 @@ PACKAGE = ROOT / "lora_cli"
 ORDER = [
     {"common"},
     {"recipe", "distributed"},
-    {"models"},
+    {"models", "translate"},
     {"data", "speed"},
     {"scoring", "card"},
     {"plan"},
@@ -242,7 +242,7 @@ def test_no_function_is_over_forty_lines() -> None:
 SHOWN_COMMAND = re.compile(
     r"(?:\b(?:rm|ls|sed|jq|kill|gzip|mkdir|cp|mv|chmod|pip install|vllm serve|ollama create|llama-server"
     r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|evaluate"
-    r"|serve|push|card|runs|report|recipes|schema))"
+    r"|serve|push|card|runs|report|recipes|schema|import))"
     r"|(?:^|, |: )(?:head|cat|less)|(?<![\w-])--(?:set|base|prompt|file|imatrix|llama-cpp)| >)"
     r"(?: [^,;:()⟦\n]*| ?[\w.]*=)?⟦([^⟧]*)⟧(?!:| does not exist)"
 )

@@ -20,6 +20,7 @@ from lora_cli.cli import (
     evaluate_verbs,
     gguf_verbs,
     help_verbs,
+    import_verbs,
     onnx_verbs,
     publish_verbs,
     report_verbs,
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 for group in (
     training_verbs,
+    import_verbs,
     adapter_verbs,
     gguf_verbs,
     onnx_verbs,

@@ -4,6 +4,7 @@ the objects that PEFT, TRL and transformers take.
 Its doors, in the order a reader needs them:
 
     load_recipe                   a file with what it extends and overrides, checked, as a Recipe
+    list_problems                 what is wrong with the text of a recipe that is not written yet
     Recipe                        the whole recipe, frozen, knowing where each value was written
     Data, Distributed, Lora, Model, Quantization, Training
                                   its sections; Rows is one data set of data.mix, Column a name
@@ -36,7 +37,7 @@ from lora_cli.recipe.keys import (
     Rows,
     Training,
 )
-from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.load import list_problems, load_recipe
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task, recognise_task
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "find_initialisation",
     "find_task",
     "list_contradictions",
+    "list_problems",
     "load_recipe",
     "messages",
     "recognise_task",

@@ -36,6 +36,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         document = _merge(document, override)
     if not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
+    recipe, problems = _make(document, path)
+    if recipe is None:
+        raise join_errors(f"in {path}", problems)
+    return recipe
+
+
+def list_problems(text: str, path: Path) -> list[tuple[str, str | None]]:
+    """Return what is wrong with the text of a recipe that would lie at `path` and extends nothing,
+    each as (message, hint), where the message begins with `path:line`, or with a key that the text
+    leaves to its default."""
+    document = strict_yaml.parse(text, str(path))
+    try:
+        return _make(document, path)[1]
+    except UsageError as error:
+        return [(error.message, error.hint)]
+
+
+def _make(document: Document, path: Path) -> tuple[Recipe | None, list[tuple[str, str | None]]]:
+    """Return the recipe that a document says, or None with the problems that it has."""
     document.data.setdefault("output_dir", f"runs/{path.stem}")
     _refuse_secret(document)
     document.data.pop("extends", None)
@@ -46,12 +65,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        problems = list(islice(messages.list_problems(error, document), MOST_SAID))
-        raise join_errors(f"in {path}", problems) from None
+        return None, list(islice(messages.list_problems(error, document), MOST_SAID))
     recipe._places = document.places
-    if contradictions := list(list_contradictions(recipe)):
-        raise join_errors(f"in {path}", contradictions)
-    return recipe
+    problems = list(list_contradictions(recipe))
+    return (None if problems else recipe), problems
 
 
 MOST_SAID = 1000

@@ -1,0 +1,390 @@
+"""axolotl's YAML: what each of its keys becomes, by its schemas (axolotl/utils/schemas) and the
+arguments that its builder makes of them (axolotl/core/builders/base.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_cli.common import quote
+from lora_cli.translate import rules
+from lora_cli.translate.draft import Draft, Kind
+from lora_cli.translate.rows import RowsDraft, open_rows, put_rows
+from lora_cli.translate.rules import Rule, ask, leave, refuse, take, turn
+from lora_cli.translate.source import Keys
+
+MARKS = ("base_model", "micro_batch_size", "sequence_len", "num_epochs", "sample_packing")
+PASSED_ON = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "weight_decay", "seed"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_drop_last", "optim_args", "optim_target_modules", "remove_unused_columns"),
+    *("gradient_accumulation_steps", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+    *("save_only_model", "max_steps", "save_steps", "eval_steps", "save_strategy", "eval_strategy"),
+    *(
+        "save_total_limit",
+        "logging_steps",
+        "early_stopping_patience",
+        "neftune_noise_alpha",
+        "tf32",
+    ),
+    *("metric_for_best_model", "greater_is_better", "lr_scheduler_kwargs", "torch_compile"),
+    *("torch_compile_backend", "torch_compile_mode", "accelerator_config", "warmup_steps"),
+    *("ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "hub_strategy"),
+    "activation_offloading",
+)
+"""Keys that reach transformers' arguments, or PEFT's, under their own names."""
+
+
+def adapter(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the method."""
+    if value == "qlora":
+        rules.quantised(draft, keys, True)
+    elif value == "lora":
+        draft.take(keys, "method", draft.values.get("method", "lora"))
+    else:
+        draft.ask(keys, "lora trains LoRA and DoRA adapters: method: lora is written")
+
+
+def targets(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say which modules get an adapter."""
+    name = "all-linear" if value in ("all-linear", "all_linear") else value
+    draft.take(keys, "lora.target_modules", name)
+
+
+def packing(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say whether whole sequences are filled, of which a batch then has so many."""
+    if rules.is_on(value):
+        draft.take(keys, "training.packing", "dataset", "a batch is so many filled sequences")
+    else:
+        draft.take(keys, "training.packing", "auto", "the same rows a step, without their padding")
+
+
+def loss_on(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say which tokens are learnt."""
+    draft.take(keys, "data.train_on", "all" if rules.is_on(value) else "assistant")
+
+
+def per_epoch(kind: str) -> Rule:
+    """Return the rule for so many evaluations, or checkpoints, in each epoch."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if kind == "eval" and not draft.get("val_set_size") and not draft.get("test_datasets"):
+            draft.leave(keys, "no rows are held out: data.eval_fraction would")
+            return
+        if not value:
+            draft.tell(keys, Kind.taken, "none, as here")
+            return
+        share = round(1 / (value * (draft.get("num_epochs") or 1)), 6)
+        if share >= 1:
+            draft.take(keys, f"training.{kind}_strategy", "epoch")
+        else:
+            draft.take(keys, f"training.{kind}_steps", share, "a share of all steps")
+            draft.values[f"training.{kind}_strategy"] = "steps"
+            draft.reasons[f"training.{kind}_strategy"] = str(keys[-1])
+
+    return rule
+
+
+def attention(kernel: str) -> Rule:
+    """Return the rule for a switch that chooses an attention kernel."""
+    note = "auto takes flash attention where it is installed" if kernel == "auto" else ""
+    return turn("model.attn_implementation", kernel, note)
+
+
+def special_tokens(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the tokens that fill and end rows."""
+    for name, token in value.items():
+        inner = (*keys, name)
+        if token in rules.EMPTY:
+            draft.tell(inner, Kind.empty, "")
+        elif name in ("pad_token", "eos_token"):
+            draft.take(inner, f"training.{name}", token)
+        else:
+            draft.leave(inner, "lora keeps the tokenizer's own; most bases have this one")
+
+
+def watch_loss(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that lora's watch has no patience."""
+    draft.leave(
+        keys,
+        f"training.stop_on_loss_above: {value} stops at the first such step; add it if you like",
+    )
+
+
+def report_to_wandb(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say where the run is logged; the project's name is wandb's own to read."""
+    draft.values["training.report_to"] = "wandb"
+    draft.reasons["training.report_to"] = str(keys[-1])
+    draft.ask(keys, f"training.report_to: wandb is written; export WANDB_PROJECT={quote(value)}")
+
+
+def upload(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that the run is uploaded, privately as axolotl does."""
+    draft.take(keys, "training.hub_model_id", value)
+    for name in ("push_to_hub", "hub_private_repo"):
+        draft.values[f"training.{name}"] = True
+        draft.reasons[f"training.{name}"] = str(keys[-1])
+
+
+def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say which rows are trained on."""
+    entries = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    if not entries:
+        draft.ask(keys, "axolotl's list of data sets: data.path")
+        return
+    drafts = open_rows(draft, len(entries))
+    for index, (entry, rows) in enumerate(zip(entries, drafts)):
+        for name, inner in entry.items():
+            _read_dataset_key(rows, (*keys, index, name), name, inner)
+        _name_path(rows, (*keys, index), entry)
+    put_rows(draft, drafts, keys)
+
+
+def _name_path(rows: RowsDraft, keys: Keys, entry: dict[str, Any]) -> None:
+    """Say where the rows lie: `data_files` goes before `path`, which then names a loader."""
+    files = entry.get("data_files")
+    if files:
+        rows.take((*keys, "data_files"), "path", files)
+        if entry.get("path"):
+            rows.draft.leave((*keys, "path"), "data_files says which files are read")
+    elif entry.get("path"):
+        rows.take((*keys, "path"), "path", entry["path"])
+
+
+TYPES = {
+    "alpaca": ("alpaca", "alpaca"),
+    "chat_template": ("messages", None),
+    "sharegpt": ("sharegpt", None),
+    "completion": ("text", None),
+    "pretrain": ("text", None),
+}
+"""axolotl's types of data sets: lora's format, and the template that goes with it."""
+COLUMNS = {
+    "field": "text",
+    "text_column": "text",
+    "field_system": "system",
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+    "field_tools": "tools",
+}
+
+
+def _read_dataset_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> None:
+    """Say what a key of a data set becomes."""
+    if value in rules.EMPTY:
+        rows.draft.tell(keys, Kind.empty, "")
+    elif name in ("path", "data_files"):
+        return
+    elif name == "type":
+        _read_type(rows, keys, value)
+    elif name in ("name", "split", "revision"):
+        rows.take(keys, name, value)
+    elif name in COLUMNS:
+        rows.name_column(keys, COLUMNS[name], value)
+    elif name in ("field_messages", *ROLE_KEYS):
+        _read_message_key(rows, keys, name, value)
+    else:
+        _read_rare_key(rows, keys, name, value)
+
+
+def _read_type(rows: RowsDraft, keys: Keys, value: Any) -> None:
+    """Say the format of the rows, and the template that goes with it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _read_dataset_key(rows, (*keys, name), name, inner)
+        rows.values["format"] = "alpaca"
+        return
+    kind = str(value).partition(":")[0].partition(".")[0]
+    if kind not in TYPES:
+        rows.draft.ask(keys, "lora has no format of this name: data.format, or data.columns")
+        return
+    form, chat_template = TYPES[kind]
+    rows.take(keys, "format", form)
+    if chat_template and not rows.draft.get("chat_template"):
+        rows.draft.values["model.chat_template"] = chat_template
+        rows.draft.reasons["model.chat_template"] = f"type: {value} has this prompt"
+
+
+ROLE_KEYS = ("message_property_mappings", "message_field_role", "message_field_content", "roles")
+OPENAI = {"role": "role", "content": "content"}
+SHAREGPT = {"role": "from", "content": "value"}
+
+
+def _read_message_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> None:
+    """Say how a conversation is written: OpenAI's way or ShareGPT's."""
+    draft, said = rows.draft, {"message_field_role": "role", "message_field_content": "content"}
+    if name == "field_messages":
+        entry = draft.source.data[str(keys[0])][int(keys[1])]
+        mapping = entry.get("message_property_mappings") or {}
+        sharegpt = SHAREGPT["role"] in (mapping.get("role"), entry.get("message_field_role"))
+        rows.name_column(keys, "conversations" if sharegpt else "messages", value)
+        return
+    mapping = {said[name]: value} if name in said else value
+    if name == "roles":
+        _read_roles(rows, keys, value)
+    elif mapping.items() <= SHAREGPT.items():
+        rows.take(keys, "format", "sharegpt")
+    elif mapping.items() <= OPENAI.items():
+        rows.draft.tell(keys, Kind.taken, "as here")
+    else:
+        draft.ask(keys, "lora reads role/content and from/value: rename the keys of the turns")
+
+
+KNOWN_ROLES = {
+    "user": {"user", "human"}, "assistant": {"assistant", "gpt"}, "system": {"system"},
+    "tool": {"tool"},
+}  # fmt: skip
+
+
+def _read_roles(rows: RowsDraft, keys: Keys, value: Any) -> None:
+    known = isinstance(value, dict) and all(
+        isinstance(names, list) and {*names} <= KNOWN_ROLES.get(role, set())
+        for role, names in value.items()
+    )
+    if known:
+        rows.draft.tell(keys, Kind.taken, "as here")
+    else:
+        rows.draft.ask(keys, "lora knows user, human, assistant, gpt, system and tool")
+
+
+def _read_rare_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> None:
+    """Say what becomes of the keys of a data set that few files have."""
+    draft = rows.draft
+    if name == "ds_type":
+        draft.leave(keys, "a file's name says what is in it")
+    elif name == "roles_to_train" and value in (["assistant"], ["gpt"]):
+        draft.tell(keys, Kind.taken, "as here: data.train_on: assistant")
+    elif name == "train_on_eos" and value in ("turn", "all"):
+        draft.tell(keys, Kind.taken, "as here: the end of each answer is learnt")
+    elif name == "chat_template":
+        rules.template(draft, keys, value)
+    elif name == "message_field_training":
+        draft.ask(keys, "lora leaves turns with train: false out of the loss: rename the key")
+    elif name in ("shards", "shards_idx", "preprocess_shards"):
+        draft.ask(keys, "lora reads all rows: data.max_rows, or data.split: train[:10%]")
+    elif name == "conversation":
+        draft.ask(keys, "the prompt's form: model.chat_template")
+    else:
+        draft.ask(keys, "lora has no such key for a data set: look whether the rows need it")
+
+
+RULES: Mapping[str, Rule] = {
+    **rules.TRAINER,
+    "base_model": take("model.name_or_path"),
+    "revision_of_model": take("model.revision"),
+    "adapter": adapter,
+    "load_in_4bit": rules.quantised,
+    "load_in_8bit": rules.eight_bits,
+    "peft_use_dora": rules.dora,
+    "lora_model_dir": take("model.adapter"),
+    "lora_r": take("lora.r"),
+    "lora_alpha": take("lora.lora_alpha"),
+    "lora_dropout": take("lora.lora_dropout"),
+    "lora_target_modules": targets,
+    "lora_target_linear": turn("lora.target_modules", "all-linear"),
+    "lora_target_parameters": take("lora.target_parameters"),
+    "lora_modules_to_save": take("lora.modules_to_save"),
+    "lora_fan_in_fan_out": take("lora.fan_in_fan_out"),
+    "peft_use_rslora": take("lora.use_rslora"),
+    "peft_init_lora_weights": take("lora.init_lora_weights"),
+    "peft_layers_to_transform": take("lora.layers_to_transform"),
+    "peft_layers_pattern": take("lora.layers_pattern"),
+    "peft_trainable_token_indices": take("lora.trainable_token_indices"),
+    "peft_autocast_adapter_dtype": take("lora.autocast_adapter_dtype"),
+    "datasets": read_datasets,
+    "pretraining_dataset": read_datasets,
+    "test_datasets": ask("data.eval_path, or data.eval_split"),
+    "val_set_size": rules.held_out,
+    "chat_template": rules.template,
+    "chat_template_jinja": ask("write it into FILE.jinja: model.chat_template: FILE.jinja"),
+    "default_system_message": take("model.system_prompt"),
+    "eot_tokens": leave("lora learns the end of each answer, and says where a token is untrained"),
+    "train_on_inputs": loss_on,
+    "sequence_len": take("training.max_length"),
+    "sample_packing": packing,
+    "eval_sample_packing": leave("rows that are evaluated share sequences where trained ones do"),
+    "pad_to_sequence_len": leave("lora pads no row to the longest length; the loss is the same"),
+    "batch_flattening": leave("lora joins the rows of a step: training.packing"),
+    "micro_batch_size": take("training.per_device_train_batch_size"),
+    "eval_batch_size": take("training.per_device_eval_batch_size"),
+    "batch_size": ask("training.gradient_accumulation_steps is this by micro_batch_size and GPUs"),
+    "num_epochs": take("training.num_train_epochs"),
+    "optimizer": take("training.optim"),
+    "lr_scheduler": take("training.lr_scheduler_type"),
+    "evals_per_epoch": per_epoch("eval"),
+    "saves_per_epoch": per_epoch("save"),
+    "special_tokens": special_tokens,
+    "tokens": take("model.add_tokens"),
+    "float16": rules.precision,
+    "bfloat16": rules.precision,
+    "flash_attention": attention("auto"),
+    "sdp_attention": attention("sdpa"),
+    "eager_attention": attention("eager"),
+    "flex_attention": attention("flex_attention"),
+    "xformers_attention": leave("lora has sdpa and flash attention: the result is the same"),
+    "s2_attention": leave("lora has no shifted attention"),
+    "hub_model_id": upload,
+    "use_tensorboard": turn("training.report_to", "tensorboard"),
+    "wandb_project": report_to_wandb,
+    "wandb_name": take("training.run_name"),
+    "wandb_entity": ask("export WANDB_ENTITY with this value"),
+    "wandb_mode": ask("export WANDB_MODE with this value"),
+    "wandb_watch": ask("export WANDB_WATCH with this value"),
+    "wandb_log_model": ask("export WANDB_LOG_MODEL with this value"),
+    "loss_watchdog_threshold": watch_loss,
+    "loss_watchdog_patience": leave("it belongs to loss_watchdog_threshold"),
+    "dataset_processes": take("training.dataset_num_proc"),
+    "dataset_prepared_path": leave("lora keeps prepared rows in its cache"),
+    "shuffle_merged_datasets": leave("rows are drawn in random order"),
+    "model_type": leave("the model's config.json says its class"),
+    "tokenizer_type": leave("the model's files say its tokenizer"),
+    "strict": leave("lora is strict about its base, and has no such switch"),
+    "debug": leave("lora check shows rows as the model sees them"),
+    "eval_table_size": ask("training.sample_prompts shows answers at each evaluation"),
+    "eval_max_new_tokens": leave("training.sample_tokens, for training.sample_prompts"),
+    "eval_table_max_new_tokens": leave("training.sample_tokens, for training.sample_prompts"),
+    "unfrozen_parameters": leave("an adapter is trained, and nothing of the base"),
+    "plugins": ask("lora has none: see training.loss_head and training.use_liger_kernel"),
+    "liger_fused_linear_cross_entropy": leave("training.loss_head does the same without Liger"),
+    "rl": refuse("training on preferences or rewards"),
+    "reward_model": refuse("training of a reward model"),
+    "process_reward_model": refuse("training of a reward model"),
+    **dict.fromkeys(
+        ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "unsloth_lora_mlp"),
+        leave("a faster way to the same result; lora has its own"),
+    ),
+    **dict.fromkeys(
+        ("is_llama_derived_model", "is_mistral_derived_model", "is_falcon_derived_model"),
+        leave("the model's config.json says its family"),
+    ),
+}
+DEFAULTS: Mapping[str, Any] = {
+    "training.max_length": 512,
+    "training.per_device_train_batch_size": 1,
+    "training.num_train_epochs": 1.0,
+    "training.warmup_steps": 0.03,
+    "training.save_strategy": "epoch",
+    "training.seed": 42,
+    "lora.lora_dropout": 0.0,
+}
+"""What axolotl does where its file says nothing, and lora would do something else, or might."""
+
+
+def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:
+    """Take a key that axolotl hands on under its own name; return whether it is one."""
+    return keys[-1] in PASSED_ON and rules.pass_on(draft, keys, value)
+
+
+def finish(draft: Draft) -> None:
+    """Say what no key says: an adapter where the whole model was trained."""
+    if not draft.get("adapter"):
+        draft.asked.append(
+            "no adapter: axolotl trains the whole model here, and lora an adapter, which wants a "
+            "learning rate about ten times as high"
+        )
+    if "lora.target_modules" not in draft.values:
+        draft.asked.append("no lora_target_modules: lora.target_modules is all-linear")
+    if "training.save_steps" in draft.values:
+        draft.put_default("training.save_strategy", "steps")

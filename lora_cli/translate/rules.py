@@ -1,0 +1,246 @@
+"""What a tool's key can become, as functions that a tool's table names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lora_cli.common import LoraError
+from lora_cli.recipe import Lora, Training
+from lora_cli.translate.draft import Draft, Kind
+from lora_cli.translate.source import Keys
+
+Rule = Callable[[Draft, Keys, Any], None]
+"""Says in the draft what becomes of a key that has a value."""
+OFF = (False, "false", "False", "no", "off", "none", 0)
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
+SECRET = re.compile(r"((hf|wandb|hub|ms_hub|om_hub)_token|api_key|secret)$")
+"""Keys whose values are never copied, nor shown."""
+
+
+def is_on(value: Any) -> bool:
+    """Return whether a value turns something on: YAML 1.1 also knows `yes` and `off`."""
+    return value not in OFF and value not in EMPTY
+
+
+def split_names(value: Any) -> Any:
+    """Return the list that a text of names with commas between them is; other values unchanged."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def take(to: str, convert: Callable[[Any], Any] | None = None, note: str = "") -> Rule:
+    """Return the rule for a key that the recipe has under another name."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        draft.take(keys, to, convert(value) if convert else value, note)
+
+    return rule
+
+
+def turn(to: str, on: Any, note: str = "") -> Rule:
+    """Return the rule for a key that, where it is on, is a value of another key."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if is_on(value):
+            draft.take(keys, to, on, note)
+        else:
+            draft.tell(keys, Kind.taken, "off, as here")
+
+    return rule
+
+
+def leave(why: str) -> Rule:
+    """Return the rule for a key without a counterpart; where it is off, nothing is missed."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if value is False:
+            draft.tell(keys, Kind.taken, "off, as here")
+        else:
+            draft.leave(keys, why)
+
+    return rule
+
+
+def ask(what: str) -> Rule:
+    """Return the rule for a key that the user has to look at where it is on."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if value is False:
+            draft.tell(keys, Kind.taken, "off, as here")
+        else:
+            draft.ask(keys, what)
+
+    return rule
+
+
+def expect(usual: tuple[Any, ...], otherwise: str) -> Rule:
+    """Return the rule for a key that has one usual value, which is what lora does; any other needs
+    the user's hand."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if value in usual:
+            draft.tell(keys, Kind.taken, "as here")
+        else:
+            draft.ask(keys, otherwise)
+
+    return rule
+
+
+def refuse(what: str) -> Rule:
+    """Return the rule for a key, where it is on, that makes the file one for another kind of
+    training: the recipe would be no translation of it."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if not is_on(value):
+            draft.tell(keys, Kind.taken, "off, as here")
+            return
+        raise LoraError(
+            f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, "
+            "and lora trains on answers and texts",
+            f"take a file of {draft.tool}'s for supervised fine-tuning; such a training can go on "
+            "with what lora trains: a plain PEFT adapter",
+        )
+
+    return rule
+
+
+def precision(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the type of weights and computation by `bf16`, `fp16` and their like."""
+    kind = "float16" if "16" in str(keys[-1]) and "b" not in str(keys[-1]) else "bfloat16"
+    if value == "auto":
+        draft.take(keys, "model.dtype", "auto")
+    elif is_on(value):
+        draft.take(keys, "model.dtype", kind)
+    else:
+        draft.tell(keys, Kind.taken, "off, as here")
+
+
+def quantised(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that a base is stored in 4 bits."""
+    if is_on(value):
+        draft.take(keys, "method", "qdora" if draft.values.get("method") == "dora" else "qlora")
+    else:
+        draft.tell(keys, Kind.taken, "off, as here")
+
+
+def dora(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that DoRA is trained."""
+    if is_on(value):
+        draft.take(keys, "method", "qdora" if draft.values.get("method") == "qlora" else "dora")
+    else:
+        draft.tell(keys, Kind.taken, "off, as here")
+
+
+def eight_bits(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that lora stores no base in 8 bits."""
+    if is_on(value):
+        draft.ask(keys, "lora stores a base in 16 bits, as now, or in 4: method: qlora")
+    else:
+        draft.tell(keys, Kind.taken, "off, as here")
+
+
+def held_out(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say how many rows are held out: a share below 1, a number from 1 on."""
+    if not value:
+        draft.tell(keys, Kind.taken, "none, as here")
+    elif isinstance(value, (int, float)) and value < 1:
+        draft.take(keys, "data.eval_fraction", value)
+    else:
+        rows = int(value) if isinstance(value, float) and value.is_integer() else value
+        draft.take(keys, "data.eval_rows", rows)
+
+
+def warm_up(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the warm-up as a share of the steps."""
+    if draft.get("warmup_steps"):
+        draft.leave(keys, "warmup_steps is given, and goes before it")
+    else:
+        draft.take(keys, "training.warmup_steps", value, "a share of the steps")
+
+
+TEMPLATES = {"alpaca": "alpaca", "chatml": "chatml", "tokenizer_default": "auto"}
+
+
+def template(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the chat template, where lora has one of that name."""
+    name = str(value).removeprefix("tokenizer_default_fallback_")
+    if name in TEMPLATES:
+        draft.take(keys, "model.chat_template", TEMPLATES[name])
+    elif str(value).endswith(".jinja"):
+        draft.take(keys, "model.chat_template", value)
+    else:
+        draft.ask(
+            keys,
+            "lora uses the tokenizer's own template, which an instruct model has; for a base "
+            "without one: model.chat_template: FILE.jinja, or chatml",
+        )
+
+
+STRATEGIES = {"3": "deepspeed-zero3", "2": "deepspeed-zero2", "1": "ddp", "0": "ddp"}
+
+
+def deepspeed(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say how processes share the base, by the stage in DeepSpeed's file or in its name."""
+    if isinstance(value, dict):
+        stage = str((value.get("zero_optimization") or {}).get("stage", ""))
+    else:
+        found = re.search(r"(?:z|zero|zero_?stage|stage|ds_z)_?-?([0-3])", PurePath(value).name)
+        stage = found[1] if found else ""
+    if stage in STRATEGIES:
+        draft.take(keys, "distributed.strategy", STRATEGIES[stage], "with lora train --nproc N")
+    else:
+        draft.ask(keys, "distributed.strategy: deepspeed-zero2, or deepspeed-zero3")
+
+
+def secret(draft: Draft, keys: Keys, value: Any) -> None:
+    """Leave a secret where it is."""
+    draft.leave(keys, "a secret: it belongs in the environment, not in a recipe")
+
+
+def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:
+    """Take a key that the other tool hands to transformers, TRL or PEFT, as lora does, under the
+    same name; return whether there is one."""
+    name = str(keys[-1])
+    for section, fields in (("training", Training.model_fields), ("lora", Lora.model_fields)):
+        if name in fields:
+            draft.take(keys, f"{section}.{name}", value)
+            return True
+    return False
+
+
+TRAINER: Mapping[str, Rule] = {
+    "bf16": precision,
+    "fp16": precision,
+    "pure_bf16": precision,
+    "warmup_ratio": warm_up,
+    "deepspeed": deepspeed,
+    "fsdp": turn("distributed.strategy", "fsdp", "with lora train --nproc N"),
+    "fsdp_config": leave("lora shards by FSDP2 and settles its options itself"),
+    "evaluation_strategy": take("training.eval_strategy"),
+    "group_by_length": turn("training.train_sampling_strategy", "group_by_length"),
+    "output_dir": take("output_dir"),
+    "overwrite_output_dir": leave(
+        "lora never writes over a run: name another output_dir, or remove it"
+    ),
+    "load_best_model_at_end": turn("training.keep", "best"),
+    "do_train": leave("lora train always trains"),
+    "do_eval": leave(
+        "training.eval_strategy says when; auto: after each epoch, where rows are held out"
+    ),
+    "do_predict": leave("use lora generate"),
+    "disable_tqdm": leave("lora draws its own progress line"),
+    "resume_from_checkpoint": leave("use lora train --resume"),
+    "auto_find_batch_size": turn("training.on_oom", "reduce", "each step keeps its rows"),
+    "ignore_data_skip": leave("a resumed run goes on with the next rows"),
+    "local_rank": leave("the launcher sets it"),
+    "trust_remote_code": ask("give --trust-remote-code on the command line if you trust the model"),
+    "no_cuda": take("training.use_cpu"),
+    "attn_implementation": take("model.attn_implementation"),
+    "save_safetensors": leave("lora writes safetensors only"),
+}
+"""The keys of transformers' TrainingArguments that lora has under other names, or not at all."""

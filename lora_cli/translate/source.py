@@ -1,0 +1,59 @@
+"""Another tool's configuration file as it was written: its keys, their values and their lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_cli.common import UsageError
+from lora_cli.recipe import strict_yaml
+
+Keys = strict_yaml.Keys
+
+
+class Source(NamedTuple):
+    """A file's keys and values, and where each was written."""
+
+    path: Path
+    data: dict[str, Any]
+    places: dict[Keys, strict_yaml.Place]
+
+    def find_line(self, keys: Keys) -> int:
+        """Return the 1-based line of a key, or of what is nearest around it."""
+        while keys not in self.places:
+            keys = keys[:-1]
+        return self.places[keys].line
+
+    def show_place(self, keys: Keys) -> str:
+        """Return `file:line`."""
+        return f"{self.path}:{self.find_line(keys)}"
+
+
+def read_source(path: Path) -> Source:
+    """Parse the file; UsageError for what is no YAML, and for what has no keys."""
+    document = strict_yaml.read(path)
+    if not isinstance(document.data, dict) or not document.data:
+        raise UsageError(
+            f"{path} has no keys: it configures no training", "name the YAML file of another tool"
+        )
+    return Source(path, document.data, document.places)
+
+
+def list_leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:
+    """Yield the path of each value that holds no others: scalars, lists of scalars, empty ones."""
+    inner: list[tuple[str | int, Any]] = []
+    if isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        inner = list(enumerate(value))
+    if not inner:
+        yield keys
+    for key, item in inner:
+        yield from list_leaves(item, (*keys, key))
+
+
+def spell(keys: Keys) -> str:
+    """Return a path of keys as it is shown: `datasets[0].path`."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return text.removeprefix(".")

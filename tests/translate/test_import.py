@@ -1,0 +1,318 @@
+"""`lora import`: public example files of four tools become recipes that load and train, and each of
+their keys is told of exactly once. What is said and written is compared with imports.txt.
+
+The examples hold keys and values of files in axolotl-ai-cloud/axolotl (examples/), hiyouga/
+LLaMA-Factory (examples/), huggingface/trl (examples/cli_configs), huggingface/alignment-handbook
+(recipes/zephyr-7b-beta, with a shorter template) and unslothai/unsloth (studio/backend/assets/
+configs). Hermetic: no network; steps on the tiny model. Alone: pytest tests/translate
+After a change of a message: python -m tests.translate.test_import > tests/translate/imports.txt
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_cli.common import LoraError, UsageError, ui
+from lora_cli.recipe import load_recipe
+from lora_cli.translate import import_file
+from lora_cli.translate.draft import Draft, Kind
+from lora_cli.translate.import_file import make_draft
+from tests import snapshots
+
+EXAMPLES = {path.name: path for path in (Path(__file__).parent / "examples").iterdir()}
+SNAPSHOT = Path(__file__).parent / "imports.txt"
+OF_PREFERENCES = {"axolotl-dpo-8b.yml", "llama-factory-dpo.yaml"}
+WITHOUT_A_MODEL = {"unsloth-llama-1b-defaults.yaml"}
+IMPORTED = sorted(EXAMPLES.keys() - OF_PREFERENCES)
+
+
+def said(name: str, folder: Path) -> str:
+    """What is said of an example, and the recipe that it becomes."""
+    shutil.copy(EXAMPLES[name], folder)
+    model = "unsloth/Llama-3.2-1B-Instruct" if name in WITHOUT_A_MODEL else None
+    before, screen = Path.cwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stderr(screen):
+            recipe = import_file(Path(name), None, Path("recipe.yaml"), model, None)
+        written = recipe.read_text()
+    except LoraError as error:
+        written = "\n".join(ui.list_lines(error))
+    finally:
+        os.chdir(before)
+    return f"{screen.getvalue()}{written}".rstrip()
+
+
+def draft_of(name: str, tmp_path: Path, text: str | None = None, **options: Any) -> Draft:
+    path = tmp_path / name
+    path.write_text(EXAMPLES[name].read_text() if text is None else text)
+    model = options.pop("model", "some/model" if name in WITHOUT_A_MODEL else None)
+    return make_draft(path, options.pop("tool", None), model, options.pop("data", None))
+
+
+def recipe_of(tmp_path: Path, text: str, **options: Any) -> dict[str, Any]:
+    """The recipe that a file of this text becomes, as its YAML's data."""
+    path = tmp_path / "theirs.yml"
+    path.write_text(text)
+    made = import_file(
+        path,
+        options.get("tool"),
+        tmp_path / "ours.yaml",
+        options.get("model"),
+        options.get("data"),
+    )
+    load_recipe(made)
+    return yaml.safe_load(made.read_text())
+
+
+def test_there_are_examples_of_four_tools() -> None:
+    assert len(EXAMPLES) >= 12
+    assert {name.split("-")[0] for name in EXAMPLES} == {"axolotl", "llama", "trl", "unsloth"}
+    assert snapshots.list_names(SNAPSHOT) == sorted(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_what_is_said_and_written(name: str, tmp_path: Path) -> None:
+    assert said(name, tmp_path) == snapshots.find(SNAPSHOT, name)
+
+
+def walk(value: Any, keys: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every value of a document that is no mapping and no list of such, by PyYAML alone."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from walk(inner, (*keys, key))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, inner in enumerate(value):
+            yield from walk(inner, (*keys, index))
+    else:
+        yield keys
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_every_key_is_told_of_exactly_once(name: str, tmp_path: Path) -> None:
+    draft = draft_of(name, tmp_path)
+    leaves = list(walk(yaml.safe_load(EXAMPLES[name].read_text())))
+    assert len(leaves) >= 5
+    for keys in leaves:
+        told = [keys[:n] for n in range(1, len(keys) + 1) if keys[:n] in draft.fates]
+        assert len(told) == 1, keys
+    inside = {keys[:n] for keys in leaves for n in range(1, len(keys) + 1)}
+    assert draft.fates.keys() <= inside
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_an_imported_recipe_loads_and_holds_what_the_file_says(name: str, tmp_path: Path) -> None:
+    """The numbers that every tool has, read by PyYAML from both files."""
+    path = tmp_path / name
+    path.write_text(EXAMPLES[name].read_text())
+    model = "some/model" if name in WITHOUT_A_MODEL else None
+    made = import_file(path, None, tmp_path / "ours.yaml", model, None)
+    recipe = load_recipe(made)
+    theirs = yaml.safe_load(path.read_text())
+    flat = {**theirs, **theirs.get("training", {}), **theirs.get("lora", {})}
+    for names, ours in (
+        (("learning_rate",), recipe.training.learning_rate),
+        (("lora_r", "lora_rank"), recipe.lora.r),
+        (("lora_alpha",), recipe.lora.lora_alpha),
+        (("gradient_accumulation_steps",), recipe.training.gradient_accumulation_steps),
+        (
+            ("micro_batch_size", "per_device_train_batch_size", "batch_size"),
+            recipe.training.per_device_train_batch_size,
+        ),
+        (("sequence_len", "cutoff_len", "max_seq_length"), recipe.training.max_length),
+        (("lr_scheduler", "lr_scheduler_type"), recipe.training.lr_scheduler_type),
+    ):
+        given = [flat[key] for key in names if flat.get(key) is not None]
+        assert [float(x) if ours != x else x for x in given[:1]] in ([], [ours]), names
+    default = "training" in theirs  # Unsloth's own
+    four = flat.get("load_in_4bit", flat.get("quantization_bit", default))
+    assert recipe.quantized == bool(four)
+
+
+def test_what_a_tool_does_by_itself_is_written_out(tmp_path: Path) -> None:
+    trl = recipe_of(tmp_path, "model_name_or_path: a\ndataset_name: b\nuse_peft: true\n")
+    assert trl["training"] == {
+        "learning_rate": 2e-5, "lr_scheduler_type": "linear", "num_train_epochs": 3.0,
+        "warmup_steps": 0, "max_length": 1024, "seed": 42,
+    }  # fmt: skip
+    assert trl["data"] == {"path": "b", "train_on": "all", "on_long_row": "truncate"}
+    assert trl["lora"] == {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05}
+    (tmp_path / "ours.yaml").unlink()
+    factory = recipe_of(tmp_path, "model_name_or_path: a\nstage: sft\ndataset: d\n")
+    assert factory["lora"] == {"lora_alpha": 16, "r": 8, "target_modules": "all-linear"}
+    assert factory["training"]["learning_rate"] == 5e-5
+    assert factory["training"]["max_length"] == 2048
+    (tmp_path / "ours.yaml").unlink()
+    unsloth = recipe_of(tmp_path, "model: a\ntraining: {training_type: lora}\n")
+    assert unsloth["method"] == "qlora"
+    assert (unsloth["lora"]["r"], unsloth["lora"]["lora_alpha"]) == (64, 16)
+    assert unsloth["data"] == {
+        "path": "my-data.jsonl", "train_on": "all", "on_long_row": "truncate",
+    }  # fmt: skip
+    (tmp_path / "ours.yaml").unlink()
+    text = "base_model: a\ndatasets: [{path: b, type: completion, field: body}]\nadapter: lora\n"
+    axolotl = recipe_of(tmp_path, text)
+    assert axolotl["data"] == {"format": "text", "columns": {"text": "body"}, "path": "b"}
+    assert axolotl["training"]["max_length"] == 512
+    assert axolotl["training"]["save_strategy"] == "epoch"
+
+
+def test_two_data_sets_are_a_mix(tmp_path: Path) -> None:
+    text = (
+        "base_model: a\nadapter: lora\ndatasets:\n"
+        "  - {path: b, type: alpaca, split: 'train[:10%]'}\n"
+        "  - {path: json, data_files: [x.jsonl], type: chat_template, field_messages: talk,\n"
+        "     message_property_mappings: {role: from, content: value}}\n"
+    )
+    assert recipe_of(tmp_path, text)["data"]["mix"] == [
+        {"format": "alpaca", "split": "train[:10%]", "path": "b"},
+        {"columns": {"conversations": "talk"}, "format": "sharegpt", "path": ["x.jsonl"]},
+    ]
+
+
+def test_registered_data_sets_are_looked_up(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    entries = {
+        "mine": {
+            "file_name": "mine.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "talk"},
+        },
+        "hub": {"hf_hub_url": "org/set", "subset": "en", "columns": {"prompt": "ask"}},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(entries))
+    text = "model_name_or_path: a\nstage: sft\ndataset: mine, hub\nmax_samples: 7\n"
+    assert recipe_of(tmp_path, text)["data"]["mix"] == [
+        {"path": "data/mine.json", "format": "sharegpt", "columns": {"conversations": "talk"},
+         "max_rows": 7},
+        {"path": "org/set", "name": "en", "format": "alpaca", "columns": {"instruction": "ask"},
+         "max_rows": 7},
+    ]  # fmt: skip
+    draft = draft_of("x.yaml", tmp_path, text)
+    assert draft.fates["dataset",].kind == Kind.taken
+    draft = draft_of("x.yaml", tmp_path, text.replace("hub", "other"))
+    assert draft.fates["dataset",].kind == Kind.hand
+
+
+def test_a_value_that_lora_refuses_needs_a_hand(tmp_path: Path, capsys) -> None:
+    text = (
+        "base_model: a\nadapter: lora\ndatasets: [{path: b, type: alpaca}]\n"
+        "gradient_checkpointing: offload\nlora_r: '16'\nnum_epochs: yes please\nlora_alpha: 8\n"
+        "eval_strategy: steps\n"
+    )
+    recipe = recipe_of(tmp_path, text)
+    assert recipe["lora"]["r"] == 16  # text that means a number is one
+    assert "gradient_checkpointing" not in recipe["training"]
+    assert "eval_strategy" not in recipe["training"]
+    shown = capsys.readouterr().err.partition("needs your hand")[2]
+    assert "gradient_checkpointing: offload  training.gradient_checkpointing is 'offload'" in shown
+    assert "num_epochs: yes please" in shown
+    assert "eval_strategy: steps" in shown
+    assert "needs evaluation data" in shown
+
+
+def test_a_secret_is_neither_written_nor_shown(tmp_path: Path, capsys) -> None:
+    token = "sesame" + "-open"
+    text = f"model: a\ntraining: {{batch_size: 1}}\nlogging: {{wandb_token: {token}}}\n"
+    recipe_of(tmp_path, text)
+    assert token not in (tmp_path / "ours.yaml").read_text()
+    shown = capsys.readouterr().err
+    assert token not in shown
+    assert "logging.wandb_token: ***" in shown
+
+
+def test_options_go_before_the_file(tmp_path: Path) -> None:
+    name = "axolotl-lora-1b.yml"
+    recipe = recipe_of(tmp_path, EXAMPLES[name].read_text(), model="mine", data="rows.csv")
+    assert recipe["model"]["name_or_path"] == "mine"
+    assert recipe["data"]["path"] == "rows.csv"
+    draft = draft_of(name, tmp_path, model="mine", data="rows.csv")
+    assert draft.fates["base_model",].text == "--model goes before it"
+    assert draft.fates["datasets", 0, "path"].text == "--data goes before it"
+
+
+def test_texts_of_others_stay_in_their_comments(tmp_path: Path) -> None:
+    text = 'base_model: a\nadapter: lora\ntype_of_x: "one\\n two: [\\e[31m"\nmicro_batch_size: 1\n'
+    recipe = recipe_of(tmp_path, text + "default_system_message: 'be\n\n  brief: # and: kind'\n")
+    assert recipe["model"]["system_prompt"] == "be\nbrief: # and: kind"
+    assert "\x1b" not in (tmp_path / "ours.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "tool", "message", "hint"),
+    [
+        ("", None, "has no keys", "YAML file of another tool"),
+        ("- a\n", None, "has no keys", "YAML file of another tool"),
+        ("a: [\n", None, "theirs.yml:2", "mend line 2"),
+        ("a: 1\n", None, "has no key by which a tool is told", "--from says whose it is"),
+        ("a: 1\n", "axolot", "--from axolot is no tool", "did you mean --from axolotl?"),
+        ("a: 1\n", "zzz", "--from zzz is no tool", "--from axolotl or --from llama-factory"),
+        ("a: 1\n", "trl", "theirs.yml names no model", "--model NAME_OR_FOLDER"),
+        ("distributed_type: FSDP\n", None, "configures accelerate", "--nproc N"),
+        ("model: {name_or_path: a}\n", None, "is a recipe of lora already", "lora check"),
+        ("extends: alpaca\n", None, "is a recipe of lora already", "lora check"),
+        ("base_model: a\nrl: grpo\n", None, "theirs.yml:2: rl: grpo is training on", "adapter"),
+        ("model_name_or_path: a\nbeta: 0.1\n", "trl", "theirs.yml:2: beta: 0.1 is", "adapter"),
+        ("model_name_or_path: a\nstage: rm\n", None, "theirs.yml:2: stage: rm is", "adapter"),
+        ("base_model: [a]\nmicro_batch_size: 1\n", None, "model.name_or_path is ['a']", ""),
+    ],
+)
+def test_what_is_no_file_to_import(
+    text: str, tool: str | None, message: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LoraError) as error:
+        recipe_of(tmp_path, text, tool=tool)
+    assert message in error.value.message
+    assert hint in (error.value.hint or "")
+    assert not (tmp_path / "ours.yaml").exists()
+
+
+def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = tmp_path / "mine.yaml"
+    theirs.write_text("model: a\ntraining: {batch_size: 1}\n")
+    assert str(import_file(Path("mine.yaml"), None, None, None, None)) == "mine-lora.yaml"
+    with pytest.raises(UsageError, match=r"mine-lora\.yaml already exists"):
+        import_file(Path("mine.yaml"), None, None, None, None)
+    assert theirs.read_text().startswith("model: a\n")
+
+
+ONE_EACH = ["axolotl-instruct-8b.yml", "llama-factory-loraplus.yaml", "trl-example.yaml",
+            "unsloth-lora-text.yaml"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_an_imported_recipe_trains(name: str, tiny: Path, tmp_path: Path, lora) -> None:
+    """A step with the tiny model and its rows in the base's and the rows' place."""
+    path = tmp_path / name
+    path.write_text(EXAMPLES[name].read_text())
+    out, rows = tmp_path / "ours.yaml", tiny / "train.jsonl"
+    made = lora("import", path, "--model", tiny / "model", "--data", rows, "--out", out)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"{out}\n"
+    assert made.stderr.endswith(f"next: lora check {out}\n")
+    changes = {
+        "output_dir": tmp_path / "run", "training.max_steps": 1, "data.max_rows": 40,
+        "data.format": "prompt_completion", "training.pad_token": "null", "model.dtype": "float32",
+        "training.optim": "adamw_torch", "method": "lora", "lora.target_modules": "all-linear",
+        "training.dataset_num_proc": 1,
+    }  # fmt: skip
+    options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    done = lora("train", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(snapshots.render(sorted(EXAMPLES), said))
