@@ -105,6 +105,7 @@ docs: $(READY)  ## the generated references, the shipped recipes' copies, and th
 	cp lora_cli/recipe/shipped/*.yaml configs/
 	$(BIN)/lora schema > configs/schema.json
 	$(BIN)/lora schema --markdown > docs/reference/recipe.md
+	$(BIN)/python scripts/make_reference.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_gpu_table.py
 	$(BIN)/python -m scripts.make_rooms_picture
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
