@@ -108,7 +108,7 @@ docs: $(READY)  ## the generated references, the shipped recipes' copies, and th
 	$(BIN)/python scripts/make_reference.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_gpu_table.py
 	$(BIN)/python -m scripts.make_rooms_picture
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	$(BIN)/python scripts/check_site.py build/site
 
 clean:

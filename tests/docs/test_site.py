@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site."""
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)],
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -110,3 +110,16 @@ def test_links_lead_from_file_to_file() -> None:
                 assert anchor in list_anchors(there), f"{page.relative_to(ROOT)}: {path}#{anchor}"
             followed += 1
     assert followed >= 40
+
+
+def test_a_link_that_mkdocs_does_not_follow_ends_the_build(tmp_path: Path) -> None:
+    """With --quiet it counts no warnings, and strict is nothing."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[x](gone.md)\n")
+    (tmp_path / "mkdocs.yml").write_text(
+        "site_name: x\nstrict: true\nvalidation: {links: {not_found: warn}}\n"
+    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "gone.md" in done.stderr
