@@ -1,4 +1,5 @@
-# make demo   sets everything up, trains, merges, exports and compares: no GPU, no compiler, no hub account
+# make demo   sets everything up, fetches a real model, trains, merges, exports, serves and scores it: no GPU, no compiler, no hub account
+# make demo-tiny   the same of a model that is made here, in a minute
 # make test   sets everything up, and passes the tests
 # make test-slow   passes those that take minutes; needs a C++ compiler, to build llama-quantize once, and Chromium, to look at reports; fetches a real model and DeepSpeed
 # make test-lesser-cpu   passes them as a processor without AVX-512 would, and as one without AVX
@@ -11,7 +12,7 @@ REAL = build/smollm2/DONE
 ENCODER = build/minilm/DONE
 
 .DEFAULT_GOAL := test
-.PHONY: demo methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k gpu gpu-wheels clean
+.PHONY: demo demo-tiny methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k gpu gpu-wheels clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,11 +31,14 @@ $(ENCODER): scripts/real_model.py | $(READY)
 	rm -rf build/minilm
 	$(BIN)/python scripts/real_model.py build/minilm --model minilm
 
-demo: $(READY) $(TINY)  ## train, merge, export and compare, with LoRA
-	$(BIN)/python scripts/demo.py lora
+demo: $(READY)  ## a real model learns to answer orders with JSON: trained, merged, exported, served, scored
+	$(BIN)/python scripts/demo.py
+
+demo-tiny: $(READY) $(TINY)  ## a toy learns to reverse word lists: train, merge, export and compare, with LoRA
+	$(BIN)/python scripts/demo_tiny.py lora
 
 methods: $(READY) $(TINY)  ## the same with each method
-	$(BIN)/python scripts/demo.py lora qlora dora qdora
+	$(BIN)/python scripts/demo_tiny.py lora qlora dora qdora
 
 quantizer: $(READY) $(TINY) build/llama-quantize/llama-quantize  ## our quantiser against llama.cpp's program, built once: needs a C++ compiler
 	$(BIN)/lora setup-llama-cpp

@@ -55,8 +55,14 @@ with all its tensors checked."""
 
 def make_params(xlc: Any, path: Path, n_ctx: int, exact: bool, adapter: Path | None) -> Any:
     """Return llama.cpp's parameters for a model and `n_ctx` tokens; `exact`: with a float32 KV
-    cache, without flash attention, and every tensor checked."""
+    cache, without flash attention, and every tensor checked. Threads are as many as OMP_NUM_THREADS
+    allows, as torch's are; without it, one for each processor."""
     params = xlc.CommonParams()
+    # its threads spin while they wait for each other: with two on one free processor an answer took
+    # five times as much of it as with one
+    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if allowed.isdecimal() and int(allowed):
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(allowed)
     params.n_ctx = n_ctx
     params.model.path = str(path)
     params.warmup, params.n_gpu_layers = False, 0

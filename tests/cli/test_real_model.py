@@ -3,7 +3,8 @@ orders to be answered with JSON by each method, merged, exported, asked, and its
 
 What the tiny model cannot show: 30 layers of width 576, which 256 does not divide, three key heads
 for nine, tied embeddings of 49,152 tokens, a byte-level tokenizer, bfloat16, and weights that were
-trained at length. Hermetic: the model is made of a package, the rows are drawn here. All three
+trained at length. Hermetic: the model is made of a package, the rows are drawn by
+scripts/make_orders.py. All three
 GGUF types are made of lora and qdora, q8_0 of all four. Alone: pytest -m slow
 tests/cli/test_real_model.py
 """
@@ -18,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.orders import write_rows
+from scripts.make_orders import write_rows
 
 pytestmark = pytest.mark.slow
 TYPES = {
@@ -34,7 +35,7 @@ APART = {"f16": 1, "q8_0": 3, "Q4_K_M": 6}
 """Answers of the 16 by which a GGUF may differ from the merged model in number: rounding turns the
 answers that the model is unsure of."""
 RECIPE = """
-model: {{name_or_path: {model}, dtype: bfloat16}}
+model: {{name_or_path: {model}, dtype: bfloat16, system_prompt: Write the order as JSON.}}
 method: {method}
 lora: {{r: 16}}
 data: {{path: {rows}}}

@@ -1,0 +1,116 @@
+"""Write rows of a task that people have: an order in somebody's words, answered with JSON.
+
+    python scripts/make_orders.py OUT [--train 240] [--held-out 200] [--seed 0]
+
+writes, in an instant:
+
+    OUT/train.jsonl      {"prompt": "Ada Okafor from Oslo wants 12 lamps.",
+                          "completion": "{\"name\": \"Ada Okafor\", \"city\": \"Oslo\", …}"}
+    OUT/held_out.jsonl   the same of other people, who want other things, and another number of them
+
+No first name, last name, town, thing or number of a held-out row is in a training row, and no row
+is there twice: what is learned is the form of the answer, and to copy out of a text one has not
+seen. The same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+FIRST = (
+    "Ada Ben Carla Dario Elif Femi Greta Hugo Ines Jonas Kemal Lena Mira Noor Otto Pilar Rosa Sven "
+    "Tomas Ursula Vera Wanda Xenia Yusuf Zora Amir Bruno Clara Diego Emma Farid Gita"
+).split()
+LAST = (
+    "Okafor Lindqvist Marino Novak Osei Park Quiroga Rossi Silva Tanaka Ueda Vogel Weber Yilmaz "
+    "Abbott Becker Castro Dupont Eriksen Ferrari Garcia Haddad Ivanov Jensen Kowalski Larsen Meyer "
+    "Nguyen Olsen Petrov Romero Schmidt"
+).split()
+TOWNS = (
+    "Lisbon Oslo Turin Graz Leeds Quito Hanoi Dakar Bergen Lyon Osaka Malaga Tartu Porto Lima Bonn "
+    "Ghent Basel Kyoto Delft York Riga Sofia Accra Tunis Boston Dublin Venice Madrid Geneva Prague "
+    "Athens"
+).split()
+THINGS = (
+    "lamp chair kettle blanket notebook bicycle helmet radio basket ladder mirror candle hammer "
+    "bucket pillow teapot carpet wallet jacket guitar camera bottle pencil drawer curtain lantern "
+    "saddle shovel ticket puzzle napkin ribbon"
+).split()
+NUMBERS = range(2, 100)
+LAYOUTS = (
+    "{name} from {town} wants {number} {thing}s.",
+    "Please send {number} {thing}s to {name}, {town}.",
+    "Order: {number} x {thing}\nCustomer: {name}\nCity: {town}",
+    "Hi, this is {name}. Could I get {number} {thing}s delivered to {town}? Thanks!",
+    "Monday, {town}. {name} asks for {number} {thing}s.",
+    "item={thing}; quantity={number}; name={name}; city={town}",
+    "Dear shop,\nI need {number} {thing}s. Ship them to {town}, please.\nBest wishes, {name}",
+    "FROM: {name}\nSUBJECT: {thing}s\n\n{number} pieces please, to our office in {town}.",
+    "| customer | city | item | quantity |\n| {name} | {town} | {thing} | {number} |",
+    "Call at 9:40: {name} ({town}) would like {number} of the {thing}s.",
+)
+"""How orders are written. An answer has the same keys in the same order, whatever the layout."""
+
+
+class Stock(NamedTuple):
+    """What the rows of one file are drawn from, and no other file's."""
+
+    first: Sequence[str]
+    last: Sequence[str]
+    towns: Sequence[str]
+    things: Sequence[str]
+    numbers: Sequence[int]
+
+
+def divide_stock(rng: random.Random) -> tuple[Stock, Stock]:
+    """Divide names, towns, things and numbers: two thirds of each are for training."""
+    halves = []
+    for kind in (FIRST, LAST, TOWNS, THINGS, NUMBERS):
+        shuffled = rng.sample(list(kind), len(kind))
+        cut = 2 * len(shuffled) // 3
+        halves.append((shuffled[:cut], shuffled[cut:]))
+    train, held_out = zip(*halves, strict=True)
+    return Stock(*train), Stock(*held_out)
+
+
+def make_row(rng: random.Random, stock: Stock) -> dict[str, str]:
+    """Make a row {"prompt", "completion"}."""
+    name, town = f"{rng.choice(stock.first)} {rng.choice(stock.last)}", rng.choice(stock.towns)
+    thing, number = rng.choice(stock.things), rng.choice(stock.numbers)
+    said = rng.choice(LAYOUTS).format(name=name, town=town, thing=thing, number=number)
+    order = {"name": name, "city": town, "item": thing, "quantity": number}
+    return {"prompt": said, "completion": json.dumps(order)}
+
+
+def write_rows(folder: Path, num_train: int, num_held_out: int, seed: int = 0) -> tuple[Path, Path]:
+    """Write train.jsonl and held_out.jsonl into `folder`; return their paths."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    numbers = (num_train, num_held_out)
+    for path, stock, number in zip(paths, divide_stock(rng), numbers, strict=True):
+        rows: dict[str, None] = {}  # as a set that keeps its order
+        while len(rows) < number:
+            rows[json.dumps(make_row(rng, stock))] = None
+        path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return paths
+
+
+def main() -> None:
+    """Read the arguments and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the folder to write to")
+    parser.add_argument("--train", type=int, default=240, help="rows to train on (240)")
+    parser.add_argument("--held-out", type=int, default=200, help="rows to be asked (200)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_rows(args.out, args.train, args.held_out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
