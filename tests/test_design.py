@@ -37,7 +37,7 @@ ORDER = [
     {"merge"},
     {"gguf", "onnx_export"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "drafts"},
     {"report"},
     {"serve"},
     {"publish"},
@@ -241,7 +241,7 @@ def test_no_function_is_over_forty_lines() -> None:
 
 SHOWN_COMMAND = re.compile(
     r"(?:\b(?:rm|ls|sed|jq|kill|gzip|mkdir|cp|mv|chmod|pip install|vllm serve|ollama create|llama-server"
-    r"|lora (?:train|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|evaluate"
+    r"|lora (?:train|init|check|plan|merge|combine|extract|convert|verify|export-gguf|export-onnx|generate|chat|predict|evaluate"
     r"|serve|push|card|runs|report|recipes|schema|import))"
     r"|(?:^|, |: )(?:head|cat|less)|(?<![\w-])--(?:set|base|prompt|file|imatrix|llama-cpp)| >)"
     r"(?: [^,;:()⟦\n]*| ?[\w.]*=)?⟦([^⟧]*)⟧(?!:| does not exist)"
@@ -251,7 +251,7 @@ OF_OURS = {
     "field",
     "line", "length", "package", "version", "INDEX", "remedy", "option", "described", "wanted", "column", "guess",
     "convert", "made", "named", "wide", "1 << (rank - 1).bit_length()", "max(counts.lengths)", "positions.number",
-    "max(counts.target_lengths)",
+    "max(counts.target_lengths)", "fewer",
     "max(1, int(size) // 2)", "smaller.per_device_train_batch_size", "smaller.gradient_accumulation_steps",
     "args.learning_rate / 10",
 }  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 IMPORTED = (
-    "doctor.oracle", "evaluate.chat", "evaluate.generate", "evaluate.predict", "evaluate.verify", "gguf.adapter", "gguf.export",
+    "doctor.oracle", "drafts.write", "evaluate.chat", "evaluate.generate", "evaluate.predict", "evaluate.verify", "gguf.adapter", "gguf.export",
     "merge.combine", "merge.extract", "merge.merge", "plan.check", "plan.show", "train.run",
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from lora_cli import __version__
 from lora_cli.cli import (
     adapter_verbs,
     answer_verbs,
+    draft_verbs,
     evaluate_verbs,
     gguf_verbs,
     help_verbs,
@@ -45,6 +46,7 @@ app = typer.Typer(
     help="Fine-tune language models with LoRA, QLoRA and DoRA; merge and export what was trained.",
 )
 for group in (
+    draft_verbs,
     training_verbs,
     import_verbs,
     adapter_verbs,

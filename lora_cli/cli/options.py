@@ -25,6 +25,14 @@ RecipeFile = Annotated[
         metavar="RECIPE", help="A YAML file, or one of those that `lora recipes` lists."
     ),
 ]
+RecipeOrRows = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or one of those that `lora recipes` lists; or, with --model, rows: "
+        "their recipe is written first.",
+    ),
+]
 Overrides = Annotated[
     Optional[list[str]],
     typer.Option(
@@ -32,6 +40,14 @@ Overrides = Annotated[
         metavar="SECTION.KEY=VALUE",
         help="Override a value of the recipe; may be repeated.",
     ),
+]
+DraftModel = Annotated[
+    Optional[str],
+    typer.Option("--model", metavar="MODEL", help="The base: a folder, or a name on the hub."),
+]
+DraftMethod = Annotated[
+    Optional[str],
+    typer.Option("--method", help="lora, qlora, dora, qdora; default: the first that fits."),
 ]
 BaseModel = Annotated[
     Optional[str],

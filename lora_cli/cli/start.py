@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.common import LoraError, UsageError, files, library_warnings
+from lora_cli.common import LoraError, UsageError, files, library_warnings, quote
 
 if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
@@ -38,6 +38,54 @@ def open_recipe(
         yield recipe
     except LoraError as error:
         raise error.with_message(recipe.add_place(error.message)) from error
+
+
+def recognise_rows(recipe: Path, model: str | None, method: str | None) -> str | None:
+    """Return what stands in a recipe's place if it is rows to train a model on; None for a recipe.
+
+    UsageError for rows without a model, and for a recipe with one.
+    """
+    rows, is_named = str(recipe), recipe.name == str(recipe) and not recipe.suffix
+    if recipe.suffix in (".yaml", ".yml") or (is_named and not recipe.is_dir()):
+        for option, key, value in (
+            ("model", "model.name_or_path", model),
+            ("method", "method", method),
+        ):
+            if value is not None:
+                said = f"--{option} is for rows, and {rows} is a recipe, which has its own"
+                raise UsageError(said, f"--set {key}={quote(value)}")
+        return None
+    if model is not None:
+        return rows
+    from lora_cli.data import readers
+
+    if method is None and (recipe.is_dir() or readers.guess_kind(recipe) is None):
+        return None
+    raise UsageError(
+        f"{rows} is rows, and what is to be trained on them is not said",
+        f"lora train {quote(rows)} --model MODEL, a folder or a name on the hub",
+    )
+
+
+def draft_recipe(
+    rows: str,
+    model: str | None,
+    method: str | None,
+    overrides: Sequence[str] | None,
+    needs_one: bool,
+) -> Path:
+    """Write the recipe that trains a model on rows, and return its path. UsageError where what is
+    asked for `needs_one` that is there already."""
+    if needs_one:
+        raise UsageError(
+            "a run that is resumed, or of several machines, begins with a recipe",
+            f"lora init {quote(rows)} --model {quote(model)} writes one",
+        )
+    quiet_libraries()
+    from lora_cli.drafts import write
+
+    asked = write.Asked(rows, model, method, overrides or [], measures=False)
+    return write.write_recipe(asked)
 
 
 def two_or_more(paths: list[Path], usage: str) -> list[Path]:

@@ -13,6 +13,8 @@ import typer
 
 from lora_cli.cli.options import (
     AllowedChanges,
+    DraftMethod,
+    DraftModel,
     Endpoint,
     Gpu,
     Image,
@@ -23,11 +25,12 @@ from lora_cli.cli.options import (
     Overrides,
     Processes,
     RecipeFile,
+    RecipeOrRows,
     TrustRemoteCode,
     require_finite,
 )
-from lora_cli.cli.start import open_recipe
-from lora_cli.common import UsageError, gpu_memory, ui
+from lora_cli.cli.start import draft_recipe, open_recipe, recognise_rows
+from lora_cli.common import UsageError, gpu_memory, remote_code, ui
 from lora_cli.distributed import place, ranks
 
 verbs = typer.Typer()
@@ -35,8 +38,10 @@ verbs = typer.Typer()
 
 @verbs.command()
 def train(
-    recipe: RecipeFile,
+    recipe: RecipeOrRows,
     overrides: Overrides = None,
+    model: DraftModel = None,
+    method: DraftMethod = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue this recipe's interrupted run.")
     ] = False,
@@ -52,24 +57,41 @@ def train(
         raise UsageError("--allow-changes is for a run that is resumed", "add --resume")
     own = place.take_place(os.environ, is_node=nnodes is not None or endpoint is not None)
     nodes = None if own else place.find_nodes(os.environ, _parse_nproc(nproc), nnodes, endpoint)
+    needs_one = resume or own is not None or nnodes is not None
+    recipe, overrides, words = _take_recipe(recipe, overrides, model, method, needs_one)
     with open_recipe(recipe, overrides) as loaded:
         from lora_cli.distributed import launch
         from lora_cli.train import run
 
-        rows, on_cpu = loaded.count_step_rows(), loaded.trains_on_cpu
-        several = None if own else launch.settle_nodes(nodes, rows, on_cpu)
+        step, on_cpu = loaded.count_step_rows(), loaded.trains_on_cpu
+        several = None if own else launch.settle_nodes(nodes, step, on_cpu)
         if several:
             run.prepare(loaded, resume, allowed or [], several)
-            words = sys.argv[1:]
             while asked := launch.start(several, words):
                 run.change_before_again(loaded, asked)
-                words = [*sys.argv[1:], "--resume"]
+                words = [*words, "--resume"]
             return
         with ranks.joined(own):
             with _reported(Path(loaded.output_dir)):
                 adapter = run.train(loaded, resume, allowed or [])
             if ranks.is_first():
                 ui.report_path(adapter)
+
+
+def _take_recipe(
+    recipe: Path,
+    overrides: list[str] | None,
+    model: str | None,
+    method: str | None,
+    needs_one: bool,
+) -> tuple[Path, list[str] | None, list[str]]:
+    """Return the recipe to train, what overrides it, and the words by which processes of their own
+    train it; the recipe is written first where rows stand in its place."""
+    rows = recognise_rows(recipe, model, method)
+    if rows is None:
+        return recipe, overrides, sys.argv[1:]
+    written = draft_recipe(rows, model, method, overrides, needs_one)
+    return written, None, ["train", str(written), *[remote_code.FLAG] * remote_code.is_allowed()]
 
 
 @contextmanager

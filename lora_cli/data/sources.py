@@ -158,6 +158,11 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
         ) from error
 
 
+def is_elsewhere(name: str) -> bool:
+    """Return whether a name of data is an address, or a pattern, and no single path here."""
+    return stores.is_address(name) or glob.has_magic(name)
+
+
 def _find_files(field: str, name: str) -> list[Path]:
     """Return the files that a path, an address or a pattern such as `data/*.jsonl` names; none for
     a folder or a hub name."""

@@ -5,6 +5,7 @@ Its doors, in the order a reader needs them:
 
     load_recipe                   a file with what it extends and overrides, checked, as a Recipe
     list_problems                 what is wrong with the text of a recipe that is not written yet
+    build_recipe, override_values … the same of what is parsed; overrides laid over it
     Recipe                        the whole recipe, frozen, knowing where each value was written
     Data, Distributed, Lora, Model, Quantization, Training
                                   its sections; Rows is one data set of data.mix, Column a name
@@ -37,7 +38,7 @@ from lora_cli.recipe.keys import (
     Rows,
     Training,
 )
-from lora_cli.recipe.load import list_problems, load_recipe
+from lora_cli.recipe.load import build_recipe, list_problems, load_recipe, override_values
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task, recognise_task
 
 __all__ = [
@@ -57,12 +58,14 @@ __all__ = [
     "TASKS",
     "Task",
     "Training",
+    "build_recipe",
     "find_initialisation",
     "find_task",
     "list_contradictions",
     "list_problems",
     "load_recipe",
     "messages",
+    "override_values",
     "recognise_task",
     "schema",
     "shipped_recipes",

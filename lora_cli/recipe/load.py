@@ -24,16 +24,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     its line and a fix.
     """
     path = shipped_recipes.find_recipe(path)
-    document = _read_chain(path, ())
-    if not isinstance(document.data, dict):
-        raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
-    for text in overrides:
-        override = _parse_override(text)
-        if "extends" in override.data:
-            raise UsageError(
-                f"--set {text}: extends belongs in the file", "--set overrides other values"
-            )
-        document = _merge(document, override)
+    return build_recipe(_read_chain(path, ()), path, overrides)
+
+
+def build_recipe(document: Document, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a parsed file, `path`, and overrides of its values; UsageError as by
+    `load_recipe`."""
+    document = override_values(document, path, overrides)
     if not document.data:
         raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
     recipe, problems = _make(document, path)
@@ -69,6 +66,20 @@ def _make(document: Document, path: Path) -> tuple[Recipe | None, list[tuple[str
     recipe._places = document.places
     problems = list(list_contradictions(recipe))
     return (None if problems else recipe), problems
+
+
+def override_values(document: Document, path: Path, overrides: Sequence[str]) -> Document:
+    """Return a parsed file, `path`, with `section.key=value` laid over it."""
+    if not isinstance(document.data, dict):
+        raise UsageError(f"{path}: a recipe has sections such as model: and data:", "lora schema")
+    for text in overrides:
+        override = _parse_override(text)
+        if "extends" in override.data:
+            raise UsageError(
+                f"--set {text}: extends belongs in the file", "--set overrides other values"
+            )
+        document = _merge(document, override)
+    return document
 
 
 MOST_SAID = 1000

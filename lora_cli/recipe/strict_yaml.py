@@ -7,6 +7,7 @@ value remembers its line for messages.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,6 +171,21 @@ def _parse_scalar(node: yaml.Node) -> Any:
 def dump(data: Any) -> str:
     """Return `data` as YAML text that `parse` reads back unchanged."""
     return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def spell(value: Any) -> str:
+    """Return a value as YAML on one line that `parse` reads back unchanged: mappings in braces,
+    lists in brackets."""
+    text = yaml.dump(
+        [value],
+        Dumper=_CoreDumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=2**20,
+    )
+    one_line = text.strip()[1:-1]
+    return json.dumps(value, ensure_ascii=False) if "\n" in one_line else one_line
 
 
 class _CoreDumper(yaml.SafeDumper):

@@ -4,10 +4,12 @@ resumed.
 Its doors, in the order a reader needs them:
 
     run      `lora train`: a recipe becomes an adapter
+    measure  two steps of a recipe, to learn how long its steps take
     trial    a miniature trained for a step, for what the libraries refuse
 """
 
 __all__ = [
+    "measure",
     "run",
     "trial",
 ]

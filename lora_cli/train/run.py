@@ -213,7 +213,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     with ranks.told(), ranks.in_turn():
         inputs = setup.prepare_inputs(recipe, base, found.parent, run)
     with translate_refusals(passed_on):
-        recipe, adapted = _load_adapted(recipe, base, run, inputs)
+        recipe, adapted = load_adapted(recipe, base, run, inputs)
     make = partial(setup.make_trainer, recipe, adapted, inputs, run)
     with translate_refusals(passed_on):
         trainer = make()
@@ -276,7 +276,7 @@ def _count_parameters(adapted: PeftModel) -> dict[str, int]:
     return {"trainable": trainable, "total": total, "modules": modules}
 
 
-def _load_adapted(
+def load_adapted(
     recipe: Recipe, base: Base, run: Run, inputs: setup.Inputs
 ) -> tuple[Recipe, PeftModel]:
     """Return the base with the adapter that is to be trained, and the recipe as that base allows

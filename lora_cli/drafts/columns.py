@@ -1,0 +1,66 @@
+"""Which columns of rows are read, and as what: found, or asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_cli.common import ui
+from lora_cli.data import formats, load, prepare, sources, tables
+from lora_cli.drafts.draft import Draft
+from lora_cli.drafts.questions import Questions
+
+EXTRA = ("input", "system", "tools", "labels", "text_pair")
+"""Columns that a format reads where they are there."""
+
+
+class Chosen(NamedTuple):
+    """The format of rows, and their columns."""
+
+    style: str
+    names: dict[str, str]
+    """Ours, theirs."""
+    unread: list[str]
+    first: Sequence[Mapping[str, Any]]
+
+
+def settle_columns(
+    draft: Draft,
+    source: sources.Source,
+    first: Sequence[Mapping[str, Any]],
+    questions: Questions,
+) -> Chosen:
+    """Put the format of the rows and their columns into the draft. Raises LoraError where the
+    columns match no format, and nobody says what they are."""
+    there = formats.list_columns(first)
+    try:
+        chosen = _choose(draft, there, first)
+    except prepare.UnknownColumns as error:
+        if nameless := tables.find_lack_of_names(source.files, there):
+            raise nameless from None
+        if not (questions.asks and draft.build().task_row.writes_next_tokens):
+            raise
+        ui.say(f"the columns {', '.join(there)} match no known format")
+        answer = questions.choose("which has the answers to learn", there, there[-1])
+        asked = questions.choose("which has what they answer", there, there[0])
+        other = {"prompt": asked, "completion": answer}
+        draft.put("data.columns", {"text": answer} if asked == answer else other)
+        try:
+            chosen = _choose(draft, there, first)
+        except prepare.UnknownColumns:
+            raise error from None
+    if not draft.is_given("data.columns"):
+        draft.put("data.columns", chosen.names or None)
+    draft.put("data.format", chosen.style)
+    return chosen
+
+
+def _choose(draft: Draft, there: list[str], first: Sequence[Mapping[str, Any]]) -> Chosen:
+    recipe = draft.build()
+    encoder = load.find_encoder(recipe.task_row)
+    style, names = prepare.choose_format(recipe.data, there, encoder, quiet=True)
+    needed = {*encoder.row_formats[style], *EXTRA, *names}
+    read = {names.get(each, each).partition(".")[0] for each in needed}
+    listed = dict.fromkeys(name.partition(".")[0] for name in there)
+    unread = [name for name in listed if name not in read]
+    return Chosen(style, dict(names), unread, first)

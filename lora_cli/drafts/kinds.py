@@ -1,0 +1,135 @@
+"""What can be learnt from rows: the task, by their columns and by the base, and which columns are
+read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from lora_cli.common import LoraError
+from lora_cli.data import formats, load
+from lora_cli.recipe import DEFAULT_TASK, TASKS, Task, recognise_task
+
+BASES = {
+    "causal_lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "seq2seq_lm": "google/flan-t5-base",
+    "image_classification": "google/vit-base-patch16-224-in21k",
+}
+ENCODER = "answerdotai/ModernBERT-base"
+"""What is fine-tuned where nobody names a base."""
+LABEL_WORDS = 4
+"""Words that the texts that are labels have at most, on average."""
+WRITTEN = {name: columns for name, columns in formats.FORMATS.items() if name != "text"}
+
+
+class Kind(NamedTuple):
+    """A task, and the columns that it reads where they have other names: ours, theirs."""
+
+    task: str
+    columns: dict[str, str]
+    is_open: bool = False
+    """Whether the same rows may be meant to teach writing."""
+
+
+def tell_kind(rows: Sequence[Mapping[str, Any]], config: PretrainedConfig | None) -> Kind:
+    """Return what the first rows of a data set are for, on a base of this configuration, or on any
+    where that is open."""
+    columns = formats.list_columns(rows)
+    if config is not None and (only := _tell_base(config)) is not None:
+        fitting = [task for task in only if _fits(task, columns, rows)]
+        return Kind((fitting or only)[0], {})
+    if _fits("image_classification", columns, rows):
+        return Kind("image_classification", {})
+    if _recognise(columns, WRITTEN, formats.COLUMN_SETS):
+        return Kind(DEFAULT_TASK.name, {})
+    if wanted := _find_wanted(rows, columns):
+        return Kind(DEFAULT_TASK.name, wanted)
+    for task in ("question_answering", "token_classification", "sequence_classification"):
+        if _fits(task, columns, rows):
+            return Kind(task, {}, is_open=task == "sequence_classification" and "text" in columns)
+    return Kind(DEFAULT_TASK.name, _find_pair(columns) if "text" not in columns else {})
+
+
+def find_default_base(task: str) -> str:
+    """Return the base that is trained where nobody names one."""
+    return BASES.get(task, ENCODER)
+
+
+def _tell_base(config: PretrainedConfig) -> list[str] | None:
+    """Return the tasks of a base, likeliest first; None of one that writes what comes next."""
+    task = recognise_task(config.architectures)
+    if task.has_targets or getattr(config, "is_encoder_decoder", False):
+        return ["seq2seq_lm"]
+    if task is not DEFAULT_TASK:
+        return [task.name]
+    named = config.architectures or [""]
+    writes = named[0].endswith(DEFAULT_TASK.architectures)
+    if writes or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return None
+    return ["question_answering", "token_classification", "sequence_classification"]
+
+
+def _fits(name: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether rows of these columns are rows of a task."""
+    task: Task = next(task for task in TASKS if task.name == name)
+    encoder = load.find_encoder(task)
+    if not _recognise(columns, encoder.row_formats, encoder.column_sets):
+        return False
+    return name != "sequence_classification" or _has_labels(columns, rows)
+
+
+def _recognise(columns: list[str], known: formats.Formats, sets: formats.ColumnSets) -> str | None:
+    names = formats.guess_columns(columns, known, sets)
+    return formats.recognise_format(formats.name_columns(columns, names), known)
+
+
+def _has_labels(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether what stands in the column of labels is short, as a class's name is."""
+    encoder = load.find_encoder(next(t for t in TASKS if t.name == "sequence_classification"))
+    names = formats.guess_columns(columns, encoder.row_formats, encoder.column_sets)
+    found = [row.get(names.get("label", "label")) for row in rows]
+    texts = [len(value.split()) for value in found if isinstance(value, str)]
+    return not texts or mean(texts) <= LABEL_WORDS
+
+
+def _find_wanted(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> dict[str, str]:
+    """Return the columns of pairs of answers, of which one is wanted; none of other rows."""
+    if "chosen" not in columns or "rejected" not in columns:
+        return {}
+    if isinstance(rows[0].get("chosen"), list):
+        alone = "prompt" not in columns or not isinstance(rows[0].get("prompt"), list)
+        return {"messages": "chosen"} if alone else {"completion": "chosen"}
+    asked = next((name for name in ("prompt", "question", "instruction") if name in columns), None)
+    return {"prompt": asked, "completion": "chosen"} if asked else {"text": "chosen"}
+
+
+def _find_pair(columns: list[str]) -> dict[str, str]:
+    """Return the columns of a text and one that is made of it as a question and its answer, for a
+    base that has no encoder."""
+    task = next(task for task in TASKS if task.name == "seq2seq_lm")
+    encoder = load.find_encoder(task)
+    known = {"pairs": encoder.row_formats["pairs"]}
+    sets = [names for names in encoder.column_sets if "source" in names]
+    names = formats.guess_columns(columns, known, sets)
+    if not formats.recognise_format(formats.name_columns(columns, names), known):
+        return {}
+    return {
+        "prompt": names.get("source", "source"),
+        "completion": names.get("target", "target"),
+    }
+
+
+def refuse_unwanted_answers(rows: Sequence[Mapping[str, Any]], task: str) -> None:
+    """Raise LoraError for rows of which some say that their answer is not wanted."""
+    if task != DEFAULT_TASK.name:
+        return
+    if any(isinstance(row.get("label"), bool) and "completion" in row for row in rows):
+        raise LoraError(
+            "the rows say of each answer whether it is wanted (label: true or false), and all "
+            "would be learnt",
+            "keep those that are: jq -c 'select(.label)' FILE > wanted.jsonl",
+        )

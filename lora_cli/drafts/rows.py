@@ -1,0 +1,158 @@
+"""Look at the rows of a data set: how many, how long, which are bad, which are there twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from lora_cli.common import LoraError
+from lora_cli.data import encoders, formats, prepare, readers, sources
+from lora_cli.recipe import Data
+
+BATCH = 1000
+MEASURED = 20_000
+"""Rows, from the first, that are tokenised to learn how long they are."""
+MOST = 1_000_000
+"""Rows that are looked at."""
+SHOWN = 3
+"""Bad rows that are listed, for each thing that is wrong."""
+
+
+@dataclass
+class Seen:
+    """What the rows of a data set are."""
+
+    count: int = 0
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    """What is wrong with some, each with the first rows of which it is, as `place: what`."""
+    num_bad: int = 0
+    repeated: list[tuple[str, str]] = field(default_factory=list)
+    """Places of rows that say the same as an earlier one, and of that."""
+    num_repeated: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Of rows that were measured, in tokens; of pairs, those of their sources."""
+    target_lengths: Counter[int] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
+    """Messages of each conversation."""
+    has_system: bool = False
+    digests: dict[bytes, str] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> int:
+        """Rows that can be trained on."""
+        return self.count - self.num_bad
+
+    @property
+    def different(self) -> int:
+        """Rows among them that no earlier one says."""
+        return self.usable - self.num_repeated
+
+    def add_bad(self, place: str, bad: formats.BadRow) -> None:
+        """Count a row that cannot be used."""
+        self.num_bad += 1
+        listed = self.bad.setdefault(bad.kind, [])
+        if len(listed) < SHOWN:
+            listed.append(f"{place}: {bad.said}")
+
+    def add_good(self, place: str, row: Any) -> None:
+        """Count a row that can be used, as a converter has made it."""
+        said = json.dumps(row, sort_keys=True, default=repr).encode()
+        key = hashlib.blake2b(said, digest_size=12).digest()
+        if (earlier := self.digests.setdefault(key, place)) != place:
+            self.num_repeated += 1
+            if len(self.repeated) < SHOWN:
+                self.repeated.append((place, earlier))
+        if isinstance(row, formats.Conversation):
+            self.turns[len(row.messages)] += 1
+            self.has_system |= row.messages[0]["role"] in formats.FIRST or bool(row.tools)
+
+    def add_encoded(self, place: str, found: list[Any] | formats.BadRow) -> None:
+        """Count the lengths of what a row became."""
+        if isinstance(found, formats.BadRow):
+            self.add_bad(place, found)
+            return
+        for each in found:
+            self.lengths[each.uncut or len(each.input_ids)] += 1
+            self.target_lengths[each.uncut_labels or len(each.labels)] += 1
+
+
+def read_first(data: Data) -> tuple[sources.Source, list[dict[str, Any]]]:
+    """Return where the rows come from, and the first of them that can be read. Raises LoraError
+    where there is none."""
+    assert data.path is not None
+    source = sources.find_source(data, "path", data.path, data.split)
+    first: list[dict[str, Any]] = []
+    bad: formats.BadRow | None = None
+    where = source.name
+    for place, row in islice(source.read_rows(), prepare.LOOKED_AT):
+        if isinstance(row, formats.BadRow):
+            where, bad = (where, bad) if bad else (place, row)
+            continue
+        first.append(row)
+        if len(first) == prepare.COLUMNS_FROM:
+            break
+    if not first:
+        said = f"{where}: {bad.said}" if bad else f"{source.name} holds no rows"
+        raise LoraError(said, bad.hint if bad else "a row is one line of JSON, or of a table")
+    return source, first
+
+
+def look(
+    source: sources.Source,
+    data: Data,
+    encoder: encoders.Encoder,
+    style: str,
+    names: dict[str, str],
+) -> Seen:
+    """Return what the rows are. Those that cannot be used are counted, and end nothing."""
+    seen = Seen()
+    convert = encoder.find_converter(style)
+    most = min(data.max_rows or MOST, MOST)
+    rows = islice(source.read_rows(), most)
+    batches = _convert(rows, convert, names, seen)
+    for batch, made in encoder.encode(islice(batches, MEASURED // BATCH)):
+        for (place, _), found in zip(batch, made):
+            seen.add_encoded(place, found)
+    for _ in batches:
+        pass
+    return seen
+
+
+def _convert(
+    rows: Iterator[tuple[str, readers.Row]],
+    convert: formats.Converter,
+    names: dict[str, str],
+    seen: Seen,
+) -> Iterator[list[tuple[str, Any]]]:
+    """Yield the rows that can be used in batches, as an encoder takes them, and count all."""
+    while some := list(islice(rows, BATCH)):
+        batch = []
+        for place, row in some:
+            seen.count += 1
+            try:
+                if isinstance(row, formats.BadRow):
+                    raise row
+                made = convert(formats.rename_columns(row, names) if names else row)
+            except formats.BadRow as bad:
+                seen.add_bad(place, bad)
+                continue
+            seen.add_good(place, made)
+            batch.append((place, made))
+        if batch:
+            yield batch
+
+
+def list_quantiles(lengths: Counter[int]) -> list[int]:
+    """Return up to how many tokens half of the rows have, 95 % and all."""
+    shares, found, below = [0.5, 0.95, 1.0], list[int](), 0
+    for length, number in sorted(lengths.items()):
+        below += number
+        while shares and below >= shares[0] * lengths.total():
+            shares.pop(0)
+            found.append(length)
+    return found
