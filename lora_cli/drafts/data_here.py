@@ -40,7 +40,7 @@ def find_data(given: str | None, questions: Questions) -> str:
             f"{len(there)} files of rows lie here: {', '.join(there[:SHOWN])}{more}",
             f"lora init {quote(there[0])}",
         )
-    return questions.choose(f"which rows? {', '.join(there[:SHOWN])}", there, there[0])
+    return questions.choose("which rows", there, there[0])
 
 
 def find_evaluation(path: str) -> str | None:
@@ -67,9 +67,14 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _refuse_missing(given: str, there: Sequence[str]) -> None:
-    """Raise LoraError for a file that is not there, or is none of rows."""
+    """Raise LoraError for a file that is not there or is none of rows, or a folder without one."""
     path = Path(given)
-    if sources.is_elsewhere(given) or path.is_dir():
+    if sources.is_elsewhere(given):
+        return
+    if path.is_dir():
+        if not any(readers.guess_kind(file) for file in path.rglob("*")):
+            kinds = ", ".join(readers.TABLES)
+            raise LoraError(f"{given} holds no file of rows ({kinds})", f"ls {quote(path)}")
         return
     if path.is_file():
         if readers.guess_kind(path) is None:

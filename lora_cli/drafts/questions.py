@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, escape, ui
 
 Value = TypeVar("Value")
 
@@ -28,8 +28,9 @@ class Questions:
         What `read` refuses, with a LoraError, is said, and it is asked again. Raises
         KeyboardInterrupt where no more can be typed.
         """
+        shown = f"{default:g}" if isinstance(default, float) else default
         while self.asks:
-            ui.ask(f"{what} [{default}]: ")
+            ui.ask(f"{what} [{shown}]: ")
             line = sys.stdin.readline()
             if not line:
                 raise KeyboardInterrupt
@@ -45,13 +46,14 @@ class Questions:
         """Return one of several answers, or of their numbers from 1."""
 
         def read(text: str) -> str:
-            if text.isdecimal() and 0 < int(text) <= len(among):
-                return among[int(text) - 1]
             if text in among:
                 return text
+            if text.isdecimal() and 0 < int(text) <= len(among):
+                return among[int(text) - 1]
             raise LoraError(f"one of {', '.join(among)}")
 
-        return self.ask(what, default, read)
+        listed = ", ".join(f"{number} {each}" for number, each in enumerate(among, 1))
+        return self.ask(f"{what}: {escape(listed)}", default, read)
 
     def confirm(self, what: str) -> bool:
         """Return whether the answer is yes, which is what holds."""

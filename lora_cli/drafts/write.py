@@ -132,8 +132,7 @@ def _find_base(
     task = kind.task
     if kind.is_open and not draft.is_given("task"):
         task = questions.choose(
-            "what is learnt: to tell texts apart (sequence_classification), or to write them "
-            "(causal_lm)",
+            "what is learnt, to tell texts apart or to write them",
             [task, DEFAULT_TASK.name],
             task,
         )
@@ -201,7 +200,7 @@ def _fit(draft: Draft, asked: Asked, questions: Questions, base: Base) -> None:
     found = fit.fit(draft, fit.list_methods(draft, asked.method, base))
     if questions.asks and asked.method is None and not draft.is_given("method"):
         usual = draft.read("method")
-        method = questions.choose(f"method: {', '.join(METHODS)}", METHODS, usual)
+        method = questions.choose("method", METHODS, usual)
         found = found if method == usual else fit.fit(draft, [method])
     recipe = found.found.recipe
     schedule.settle_rate(draft, recipe, found.total)
