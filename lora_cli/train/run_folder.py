@@ -24,6 +24,7 @@ from lora_cli.common import (
 from lora_cli.models import PARENT_COPY, TrainingRecord
 from lora_cli.plan import auto, settled
 from lora_cli.recipe import Recipe, strict_yaml
+from lora_cli.train import checkpoints
 
 EXTENDING = (
     "training.max_steps",
@@ -223,6 +224,7 @@ def _refuse_other_run(
             f"the run in {folder} is finished", f"lora merge {quote(folder / 'adapter')} OUT"
         )
     _check_changes(folder, changes, allowed)
+    _refuse_fewer_steps(folder, before, changes)
     parent = before.parent.sha256 if before.parent else None
     if parent != contents.get("parent", {}).get("sha256"):
         raise LoraError(
@@ -235,6 +237,20 @@ def _refuse_other_run(
             f"the base differs from that of the run in {folder}: {'; '.join(map(str, others[:3]))}",
             f"give the same base, or rm -r {quote(folder)} to start again",
         )
+
+
+def _refuse_fewer_steps(folder: Path, before: TrainingRecord, changes: list[Change]) -> None:
+    """Raise LoraError where the run has more behind it than it is now to have in all: its record
+    would say less than was trained."""
+    done = checkpoints.find_last_step(folder, before.id) if before.id else 0
+    for change in changes:
+        shorter = change.key == "training.max_steps" and 0 < change.after < done
+        finished = change.key == "training.num_train_epochs" and before.status == "finished"
+        if shorter or (finished and change.after < change.before):
+            raise LoraError(
+                f"the run in {folder} has made {done} steps already: {change}",
+                "give more than it has made, or --set output_dir=… starts another run",
+            )
 
 
 def _keep_from_before(record: TrainingRecord, changes: list[Change]) -> dict[str, Any]:
