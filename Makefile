@@ -15,6 +15,7 @@ ENCODER = build/minilm/DONE
 .PHONY: demo demo-tiny methods test test-slow test-lesser-cpu lesser floors torture fuzz lint docs quantizer gsm8k gpu gpu-wheels clean
 
 $(READY): pyproject.toml lora_cli/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: lora needs Python 3.11 or newer, and $(PYTHON) is %s.%s\n\nhint: make PYTHON=python3.12 (any from 3.11 on)" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
 	touch $@

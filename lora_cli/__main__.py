@@ -3,11 +3,24 @@ once."""
 
 import os
 import signal
+import sys
 from typing import NoReturn
+
+OLDEST = (3, 11)
+"""The Python that pyproject.toml asks for. This file alone is read by older ones, too: by one that
+has a checkout, or another one's packages, on its path."""
+
+
+WRONG_PYTHON = """error: lora needs Python 3.11 or newer, and this is {}: {}
+
+hint: python3.12 -m venv .venv && .venv/bin/pip install lora-cli (any from 3.11 on)"""
 
 
 def main() -> NoReturn:
     """Run the command line."""
+    if sys.version_info < OLDEST:
+        found = "{}.{}.{}".format(*sys.version_info)  # noqa: UP032 – as old as that
+        sys.exit(WRONG_PYTHON.format(found, sys.executable))
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:

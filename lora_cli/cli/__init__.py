@@ -27,6 +27,7 @@ from lora_cli.cli import (
     report_verbs,
     serve_verbs,
     training_verbs,
+    usage,
 )
 from lora_cli.common import (
     LoraError,
@@ -42,6 +43,7 @@ from lora_cli.distributed import ranks
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     help="Fine-tune language models with LoRA, QLoRA and DoRA; merge and export what was trained.",
 )
@@ -131,13 +133,10 @@ def main() -> NoReturn:
         sys.exit(1)
     except USAGE_ERROR as error:
         if len(sys.argv) == 1:  # no command at all: the message is the help
-            ui.say(*error.format_message().splitlines())
+            begin = f"Begin with: {usage.suggest_recipe()}"
+            ui.say(*error.format_message().splitlines(), begin)
             sys.exit(2)
-        _fail(
-            UsageError(
-                error.format_message(), f"{error.ctx.command_path if error.ctx else 'lora'} --help"
-            )
-        )
+        _fail(usage.explain(error))
     except BaseException as error:
         _explain(error)
 

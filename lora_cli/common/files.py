@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_cli.common import endings, lock, privacy, ui
+from lora_cli.common import endings, lock, plain_files, privacy, ui
 from lora_cli.common.errors import LoraError, RejectedError, UsageError
 from lora_cli.common.plain_files import read_small
 from lora_cli.common.shown import quote
@@ -396,9 +396,8 @@ def made_folder(folder: Path, final: Path | None = None) -> Iterator[None]:
         except OSError as error:
             named, is_file = final or folder, isinstance(error, FileExistsError)
             said = os.strerror(errno.ENOTDIR) if is_file else error.strerror
-            raise LoraError(
-                f"{named} cannot be made: {said}", f"ls -ld {quote(named.parent)}"
-            ) from error
+            there = plain_files.find_existing(named.parent)
+            raise LoraError(f"{named} cannot be made: {said}", f"ls -ld {quote(there)}") from error
         yield
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_cli.common import plain_files
 from lora_cli.common.errors import LoraError
 from lora_cli.common.missing_packages import suggest_package
 from lora_cli.common.shown import quote
@@ -284,7 +285,7 @@ SYSTEM = {
     errno.ESTALE: "the network drive is gone",
     errno.ENOMEM: "out of memory",
 }
-ROOM = {errno.ENOSPC: "df -h", errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f unlimited"}
+ROOM = {errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f unlimited"}
 """Commands that show how much space is free."""
 REMEDIES = {
     errno.EMFILE: "ulimit -n 4096",
@@ -300,7 +301,7 @@ def translate(error: BaseException) -> LoraError | None:
     """
     chain = list(_walk_causes(error))
     if any("No space left" in str(link) or "os error 28" in str(link) for link in chain):
-        return LoraError("the disk is full", "df -h, make room, and run it again")
+        return _name_full_disk(chain)
     if any(str(link).endswith("(os error 27)") for link in chain):  # Rust's; ours are OSErrors
         return LoraError("a file is larger than this system allows", "ulimit -f unlimited")
     for link in chain:
@@ -433,13 +434,14 @@ def _find_blamed(error: Exception, passed_on: Sequence[str]) -> list[str]:
 
 def _translate_os_error(error: OSError) -> LoraError | None:
     """Return the LoraError for a failure of the system, or None for one that we do not expect."""
+    if error.errno == errno.ENOSPC:
+        return _name_full_disk([error])
     if error.errno in ROOM:
         return LoraError(SYSTEM[error.errno], f"{ROOM[error.errno]}, make room, and run it again")
     if error.errno in SYSTEM:
-        hint = REMEDIES.get(
-            error.errno,
-            f"ls -ld {quote(error.filename)}" if error.filename else "choose another place",
-        )
+        hint = REMEDIES.get(error.errno, "choose another place")
+        if error.errno not in REMEDIES and (file := _name_file(error)):
+            hint = f"ls -ld {quote(plain_files.find_existing(Path(file)))}"
         return LoraError(
             f"{SYSTEM[error.errno]}: {error.filename or _first_telling_line(error)}", hint
         )
@@ -448,6 +450,21 @@ def _translate_os_error(error: OSError) -> LoraError | None:
     if type(error) is OSError and error.errno is None:
         return LoraError(_first_telling_line(error), MODEL)
     return None
+
+
+def _name_full_disk(chain: Sequence[BaseException]) -> LoraError:
+    """Return the error for a disk without room, and which one it is where an error says that."""
+    file = next(filter(None, map(_name_file, chain)), None)
+    if file is None:
+        return LoraError("the disk is full", "df -h, make room, and run it again")
+    look = f"df -h {quote(plain_files.find_existing(Path(file)))}"
+    return LoraError(f"the disk is full: {file}", f"{look}, make room, and run it again")
+
+
+def _name_file(error: BaseException) -> str | None:
+    """Return the file that a failure of the system names; it may name none, or a number."""
+    named = getattr(error, "filename", None)
+    return os.fsdecode(named) if named and isinstance(named, (str, bytes)) else None
 
 
 def _walk_causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -103,8 +103,14 @@ def unknown_kind(field: str, file: object) -> LoraError:
 
 def missing_file(field: str, file: Path) -> LoraError:
     """Return the error for a file that data.`field` names and that is not there."""
-    can_be_set = field in ("path", "eval_path")
-    hint = f"put it there, or --set data.{field}=FILE" if can_be_set else f"ls {quote(file.parent)}"
+    hint = plain_files.suggest_other(file)
+    if field in ("path", "eval_path"):
+        near = plain_files.find_near(file)
+        hint = (
+            f"--set data.{field}={quote(near)}"
+            if near
+            else f"put it there, or --set data.{field}=FILE"
+        )
     return LoraError(f"data.{field}: {file} does not exist", hint)
 
 

@@ -142,7 +142,7 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
                 if not matched:
                     raise LoraError(
                         f"data.{field}: {name} is not a file; a list must name local files",
-                        f"ls {quote(Path(name).parent)}",
+                        plain_files.suggest_other(Path(name)),
                     )
             files = [file for some in found.values() for file in some]
             return _open_files(field, files, split)
@@ -172,7 +172,7 @@ def _find_files(field: str, name: str) -> list[Path]:
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207 – absolute patterns too
         if not found:
             raise LoraError(
-                f"data.{field}: no file matches {name}", f"ls {quote(Path(name).parent)}"
+                f"data.{field}: no file matches {name}", plain_files.suggest_other(Path(name))
             )
         return [file for file in found if file.is_file()]
     path = Path(name)

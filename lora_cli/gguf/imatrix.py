@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, plain_files, quote, ui
+from lora_cli.common import LoraError, plain_files, ui
 from lora_cli.data import encode, prepare, sources
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
@@ -36,7 +36,7 @@ def refuse_missing_file(given: str) -> None:
     if "://" in given and Path(given).suffix not in FILES:
         return  # rows by address, which data.path takes too
     if Path(given).suffix and not Path(given).exists():
-        raise LoraError(f"--imatrix {given} does not exist", f"ls {quote(Path(given).parent)}")
+        raise LoraError(f"--imatrix {given} does not exist", plain_files.suggest_other(Path(given)))
     if Path(given).suffix in FILES:
         plain_files.refuse_odd(Path(given), Path(given).stat())
 

@@ -251,6 +251,7 @@ def _warn_of_no_change(folder: Path, name: str) -> None:
 @cache
 def _download(name: str) -> Path:
     """Return the folder in the hub's cache with the adapter's files, all of one commit."""
+    names.refuse_unreachable(name)
     try:
         commit = names.find_adapter_commit(name)
     except RemoteEntryNotFoundError as error:
@@ -261,12 +262,13 @@ def _download(name: str) -> Path:
         raise
     except RepositoryNotFoundError as error:
         raise LoraError(
-            f"{name} does not exist, neither here nor on the hub", f"ls {quote(Path(name).parent)}"
+            f"{name} does not exist, neither here nor on the hub",
+            plain_files.suggest_other(Path(name)),
         ) from error
     except LocalEntryNotFoundError as error:
         raise LoraError(
             f"{name} does not exist here, and the hub cannot be reached",
-            f"ls {quote(Path(name).parent)}",
+            plain_files.suggest_other(Path(name)),
         ) from error
     wanted = [*ADAPTER_FILES, CONFIG, *TOKENIZER_FILES, provenance.ARTEFACT_RECORD, TRAINED]
     return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
@@ -279,7 +281,7 @@ def _refuse_no_adapter(folder: Path) -> None:
             f"{folder} is a file, and an adapter is a folder", f"ls {quote(folder.parent)}"
         )
     if not folder.is_dir():
-        raise LoraError(f"{folder} does not exist", f"ls {quote(folder.parent)}")
+        raise LoraError(f"{folder} does not exist", plain_files.suggest_other(folder))
     if not (folder / "adapter_config.json").is_file():
         inside = names.find_adapter_inside(folder)
         hint = f"did you mean {inside}?" if inside else "give the adapter's folder"

@@ -12,6 +12,7 @@ from huggingface_hub import resolve_revision, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from lora_cli.common import LoraError, files, library_errors, plain_files
+from lora_cli.models import reach
 
 COMMIT = re.compile("[0-9a-f]{40}")
 ETAG = re.compile(r'(W/)?"?[0-9A-Za-z][\w.+=-]{0,255}"?', re.ASCII)
@@ -27,8 +28,12 @@ def resolve_commit(name: str, revision: str | None, kind: str = "model") -> str:
     hub's answer is none; the hub's errors where it does not know the name or revision."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
-    with library_errors.translate_file_errors(f"the hub's answer about {name} is none", HINT):
-        found = str(resolve_revision(name, revision=revision, repo_type=kind).resolved)
+    try:
+        with library_errors.translate_file_errors(f"the hub's answer about {name} is none", HINT):
+            found = str(resolve_revision(name, revision=revision, repo_type=kind).resolved)
+    except LoraError:
+        reach.refuse_unreachable(name)  # if that is why, it says so
+        raise
     return check_commit(name, found)
 
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lora_cli.common import LoraError, UsageError, library_errors, quote
-from lora_cli.models import hub
+from lora_cli.common import LoraError, UsageError, library_errors, plain_files
+from lora_cli.models import hub, reach
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Endings of files that may run code when they are loaded."""
@@ -33,7 +33,7 @@ def classify(path: str) -> str:
         )
     if local.suffix == ".gguf":
         if not local.is_file():
-            raise LoraError(f"{path} does not exist", f"ls {quote(local.parent)}")
+            raise LoraError(f"{path} does not exist", plain_files.suggest_other(local))
         return "gguf"
     if local.is_dir():
         if (local / "adapter_config.json").is_file():
@@ -82,6 +82,20 @@ def find_adapter_commit(name: str) -> str:
     return hub.check_commit(name, found)
 
 
+def refuse_unreachable(name: str) -> None:
+    """Raise LoraError where the hub's cache has neither a model nor an adapter of this name, and
+    the hub cannot be reached."""
+    files = ("config.json", "adapter_config.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return
+    try:
+        reach.refuse_unreachable(name)
+    except LoraError as error:
+        if not Path(name).parent.is_dir():
+            raise
+        raise LoraError(error.message, plain_files.suggest_other(Path(name))) from error
+
+
 def _is_adapter_on_hub(name: str) -> bool:
     """Return whether the hub, or its cache, has an adapter of this name. What the hub refuses, the
     loader of a model of the name is told again.
@@ -91,6 +105,7 @@ def _is_adapter_on_hub(name: str) -> bool:
     """
     if not may_be_adapter_on_hub(Path(name)):
         return False
+    refuse_unreachable(name)
     try:
         return bool(find_adapter_commit(name))
     except LocalEntryNotFoundError:

@@ -6,6 +6,7 @@ Its doors, in the order a reader needs them:
     load_recipe                   a file with what it extends and overrides, checked, as a Recipe
     list_problems                 what is wrong with the text of a recipe that is not written yet
     build_recipe, override_values … the same of what is parsed; overrides laid over it
+    list_recipes_in               the files of a folder that seem to be recipes
     Recipe                        the whole recipe, frozen, knowing where each value was written
     Data, Distributed, Lora, Model, Quantization, Training
                                   its sections; Rows is one data set of data.mix, Column a name
@@ -39,6 +40,7 @@ from lora_cli.recipe.keys import (
     Training,
 )
 from lora_cli.recipe.load import build_recipe, list_problems, load_recipe, override_values
+from lora_cli.recipe.not_recipes import list_recipes_in
 from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task, recognise_task
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "find_task",
     "list_contradictions",
     "list_problems",
+    "list_recipes_in",
     "load_recipe",
     "messages",
     "override_values",

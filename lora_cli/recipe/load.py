@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_cli.common import UsageError, join_errors, privacy, quote
-from lora_cli.recipe import messages, shipped_recipes, strict_yaml
+from lora_cli.recipe import messages, not_recipes, shipped_recipes, strict_yaml
 from lora_cli.recipe.contradictions import list_contradictions
 from lora_cli.recipe.keys import Recipe
 from lora_cli.recipe.strict_yaml import Document, Keys, Place
@@ -24,6 +24,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     its line and a fix.
     """
     path = shipped_recipes.find_recipe(path)
+    not_recipes.refuse_others(path)
     return build_recipe(_read_chain(path, ()), path, overrides)
 
 

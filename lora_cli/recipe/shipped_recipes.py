@@ -47,11 +47,19 @@ def find_recipe(path: Path) -> Path:
     if _is_there(path):
         return path
     if is_name(str(path)):
+        _suggest_suffix(path)
         return get_file(path.name, NEITHER)
     if path.stem in names:
         hint = f"did you mean {path.stem}, the shipped recipe? lora recipes lists them"
         raise UsageError(f"{path} does not exist", hint)
     return path
+
+
+def _suggest_suffix(path: Path) -> None:
+    """Raise UsageError for a name that is that of a file here but for its suffix."""
+    for whole in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
+        if whole.is_file():
+            raise UsageError(f"{path} does not exist", f"did you mean {quote(whole)}?")
 
 
 def _is_there(path: Path) -> bool:

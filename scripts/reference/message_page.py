@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = {
+    "tests/cli/bad_firsts.txt": "First lines",
     "tests/cli/bad_inputs.txt": "Recipes, models, adapters, launchers and arguments",
     "tests/data/bad_data.txt": "Rows",
     "tests/cli/bad_tasks.txt": "Tasks other than writing",

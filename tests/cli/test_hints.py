@@ -19,7 +19,12 @@ from packaging.requirements import Requirement
 
 from lora_cli import cli
 from tests import snapshots
-from tests.cli import test_bad_artefacts, test_bad_inputs, test_bad_predictions
+from tests.cli import (
+    test_bad_artefacts,
+    test_bad_inputs,
+    test_bad_predictions,
+    test_first_failures,
+)
 from tests.data import test_bad_data
 
 FILES = (
@@ -27,6 +32,7 @@ FILES = (
     test_bad_artefacts.SNAPSHOT,
     test_bad_data.SNAPSHOT,
     test_bad_predictions.SNAPSHOT,
+    test_first_failures.SNAPSHOT,
 )
 VERBS = {
     "merge",

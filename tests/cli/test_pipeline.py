@@ -174,8 +174,8 @@ def test_chat_keeps_the_conversation(runs, lora) -> None:
     ("arguments", "status", "said"),
     [
         (["train", "nothing.yaml"], 2, "error: nothing.yaml does not exist"),
-        (["train"], 2, "error: Missing argument 'RECIPE'.\n\nhint: lora train --help"),
-        (["frobnicate"], 2, "error: No such command 'frobnicate'."),
+        (["train"], 2, "error: lora train needs a recipe\n\nhint: lora recipes"),
+        (["frobnicate"], 2, "error: lora has no command frobnicate"),
         (["merge", "nothing", "out"], 1, "error: nothing does not exist"),
         (["merge", "build/tiny/model", "out"], 1, "error: build/tiny/model is not an adapter"),
         (
