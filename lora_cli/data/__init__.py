@@ -8,6 +8,7 @@ Its doors, in the order a reader needs them:
     formats     what a row may be, and how its columns tell
     readers     the rows of one local file; whether files are there
     tables      … of a CSV file, and whether its first line names the columns
+    preferences … two conversations in a row, of which one is preferred
     pairs       a text that is read and one that is to be written, as token ids
     encode      conversations and texts as token ids with labels
     encoders    … and what makes the rows of each task so
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "pairs",
     "picture_folder",
+    "preferences",
     "prepare",
     "questions",
     "readers",

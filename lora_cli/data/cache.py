@@ -27,6 +27,7 @@ from lora_cli.common import LoraError, files, plain_files, stored, ui
 from lora_cli.data.digests import DIGEST
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.offsets import NDArray
+from lora_cli.data.preferences import DOCUMENTS, are_pairs
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.models import PictureProcessor, Reader
 from lora_cli.recipe import Data, Recipe
@@ -120,6 +121,7 @@ def make_key(source: str, names: list[str], recipe: Recipe, reader: Reader, day:
         "day": str(day) if "strftime_now" in str(template) else None,
         "options": {name: getattr(recipe.data, name) for name in OPTIONS},
         "task": recipe.task,
+        "pairs": recipe.objective_row.compares,
         "of_model": {name: getattr(recipe.model, name) for name in OF_MODEL},
         "max_length": recipe.training.max_length,
         "digests": recipe.data.holds_out,
@@ -193,6 +195,10 @@ def _refuse_foreign_ids(rows: Dataset, encoder: Encoder) -> None:
         known = first != "input_ids" or ((tokens >= 0) & (tokens < words)).all()
         if not (known and encoder.are_labels(tokens, trained, lengths)):
             raise ValueError("an id is no word of the tokenizer's")
+        if DOCUMENTS in encoder.columns:
+            cut = batch.column(DOCUMENTS)
+            if not are_pairs(lengths, cut.flatten().to_numpy()):
+                raise ValueError("a row is not cut in two")
 
 
 def _hash_rows(rows: Dataset) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.encode import Encoded
+from lora_cli.data.formats import Preference
 from lora_cli.data.offsets import NDArray
 
 DIGEST = "digest"
@@ -41,6 +42,8 @@ def _make_digest(row: Any, encoded: Encoded) -> NDArray:
 
 def _leave_out_unread(row: Any, unread: Sequence[str]) -> Any:
     """Return a row without what `unread` names: keys of a conversation's turns, and tools."""
+    if isinstance(row, Preference):
+        return [_leave_out_unread(each, unread) for each in row]
     if not unread:
         return row
     messages = [

@@ -3,6 +3,7 @@ file it came from."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,6 +78,14 @@ class Conversation(NamedTuple):
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     trained: list[bool]
+
+
+class Preference(NamedTuple):
+    """Two conversations that end differently, of which the first is the better one; only answers
+    after what they have in common carry loss."""
+
+    chosen: Conversation
+    rejected: Conversation
 
 
 class Tokens(NamedTuple):
@@ -195,6 +204,7 @@ def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
         "alpaca": lambda row: _convert_alpaca(row, alpaca_prompt),
         "prompt_completion": _convert_prompt_completion,
         "text": lambda row: get_filled_text(row, "text"),
+        "preference": convert_preference,
     }
     return converters[style]
 
@@ -299,6 +309,72 @@ def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conve
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     system = _get_system(row)
     return Conversation([*system, *messages], _get_tools(row), [False] * (len(system) + 1) + [True])
+
+
+ANSWERS = ("chosen", "rejected")
+PROMPTS = ("question", "instruction", "input", "query", "problem")
+"""Other names of the column prompt, beside chosen and rejected."""
+
+
+def convert_preference(row: Mapping[str, Any]) -> Preference:
+    """Return a row with the columns chosen and rejected as two conversations.
+
+    With a prompt, a text or a list of turns, they are what follows it, a text or a list of turns;
+    else, or where they repeat it, whole conversations that have their beginning in common.
+    """
+    prompt, answers = row.get("prompt"), [get_value(row, name) for name in ANSWERS]
+    if prompt is None and any(isinstance(answer, str) for answer in answers):
+        known = next((name for name in PROMPTS if row.get(name)), None)
+        hint = suggest_columns(prompt=known) if known else MEND
+        raise BadRow("there is no prompt", "chosen and rejected are texts without a prompt", hint)
+    made = [_follow_prompt(prompt, name, row) for name in ANSWERS]
+    alike = zip(*(each.messages for each in made))
+    shared = next((at for at, (one, other) in enumerate(alike) if one != other), None)
+    if shared is None:  # one ends within the other, or they are the same
+        shared = min(len(each.messages) for each in made) - 1
+    for name, each in zip(ANSWERS, made):
+        if each.messages[shared]["role"] != "assistant":
+            said = f"turn {shared} of {name} is the {each.messages[shared]['role']}'s"
+            raise BadRow(
+                "chosen and rejected differ before the assistant's turn",
+                f"{said}: chosen and rejected have to be answers to the same",
+            )
+    return Preference(*(_train_from(each, shared) for each in made))
+
+
+def _follow_prompt(prompt: Any, name: str, row: Mapping[str, Any]) -> Conversation:
+    """Return the conversation of a prompt and what the column `name` has after it."""
+    if isinstance(row[name], str):
+        turns = [{"role": "assistant", "content": get_filled_text(row, name)}]
+    else:
+        turns = get_list(row, name)
+    if prompt is None:
+        return _make_conversation(turns, row)
+    if isinstance(prompt, str):
+        get_filled_text(row, "prompt")
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise BadRow("prompt is neither text nor a list")
+    repeats = turns[: len(prompt)] == prompt or _find_asked(turns) == _find_asked(prompt) != []
+    return _make_conversation(turns if repeats else [*prompt, *turns], row)
+
+
+def _find_asked(turns: Sequence[Any]) -> list[Any]:
+    """Return the texts of the turns before the first that is not the system's or the user's, but
+    for the system's."""
+    before = itertools.takewhile(lambda turn: _get_role(turn) in (*FIRST, "user"), turns)
+    return [turn.get("content") for turn in before if _get_role(turn) == "user"]
+
+
+def _get_role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None
+
+
+def _train_from(made: Conversation, turn: int) -> Conversation:
+    """Return a conversation with loss from a turn on only."""
+    if not any(made.trained[turn:]):
+        raise BadRow("no turn of the answer has loss", hint="leave out `train: false`")
+    return made._replace(trained=[False] * turn + made.trained[turn:])
 
 
 def _get_system(row: Mapping[str, Any]) -> list[dict[str, Any]]:

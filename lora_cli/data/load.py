@@ -20,6 +20,7 @@ from lora_cli.data.digests import DIGEST
 from lora_cli.data.encode import Renderer
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
+from lora_cli.data.preferences import PreferenceEncoder
 from lora_cli.data.selection import Counts
 from lora_cli.models import Reader
 from lora_cli.recipe import Recipe, Rows, Task
@@ -36,6 +37,8 @@ def find_encoder(task: Task) -> type[Encoder]:
 
 def make_encoder(recipe: Recipe, reader: Reader, day: date | None = None) -> Encoder:
     """Return what makes the rows of a settled recipe ready to train on."""
+    if recipe.objective_row.compares:
+        return PreferenceEncoder(reader, recipe, day)
     if recipe.task_row.writes_next_tokens:
         return Renderer(reader, recipe.data.train_on, day)
     kind: Any = find_encoder(recipe.task_row)

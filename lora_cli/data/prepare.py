@@ -25,6 +25,7 @@ from lora_cli.data.encode import Batch, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
+from lora_cli.data.preferences import DOCUMENTS
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
 from lora_cli.recipe import Column, Data, Recipe
@@ -178,7 +179,8 @@ def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
     made = []
     for place, row in zip(places, shown):
         ids = np.array(row.get("input_ids", [0]), np.int32)
-        others = {"image": np.asarray(row["image"], np.uint8)} if "image" in row else {}
+        beside = {"image": np.uint8, DOCUMENTS: np.int32}
+        others = {name: np.asarray(row[name], kind) for name, kind in beside.items() if name in row}
         made.append(Kept(place, ids, np.array(row["labels"]), others))
     return made
 

@@ -110,11 +110,20 @@ class Limit(NamedTuple):
     """The key that says so."""
     name: str = ""
     """What the text is called, where a row has several."""
+    texts: int = 1
+    """How many of these a row has in the column, one after another."""
+
+    @property
+    def total(self) -> int:
+        """The most tokens in the column."""
+        return self.tokens * self.texts
 
 
 def list_limits(recipe: Recipe) -> list[Limit]:
     """Return the limits of a row's texts."""
     longest = recipe.training.max_length
+    if recipe.objective_row.compares:
+        return [Limit("input_ids", longest, "training.max_length", "pair", texts=2)]
     if not recipe.task_row.has_targets:
         return [Limit("input_ids", longest, "training.max_length")]
     target = Limit("labels", recipe.max_target_length, "data.max_target_length", "target")
@@ -141,7 +150,7 @@ def select_rows(
                 counts.seen[row.seen] += 1
             learned = row.labels != IGNORED
             kept = Kept(place, row.input_ids, row.labels, row.others)
-            over = [each for each in limits if len(kept.read(each.column)) > each.tokens]
+            over = [each for each in limits if len(kept.read(each.column)) > each.total]
             if reason := BEGINS_INSIDE if row.begins_inside else row.dropped:
                 counts.left_out[reason] += 1
             elif not learned.any():

@@ -167,7 +167,7 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
     if chosen.unread:
         ui.say(f"  not read: {', '.join(chosen.unread)}")
     if "chosen" in chosen.names.values():
-        ui.say("  the answers of chosen are learnt; there is no training on preferences")
+        ui.say("  the answers of chosen are learnt; to learn from both: lora recipes copy dpo")
     if seen.num_repeated:
         place, earlier = seen.repeated[0]
         ui.say(f"  {seen.num_repeated:,} rows say the same as an earlier one: {place} as {earlier}")

@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_cli.common import LoraError, UsageError, provenance, quote, ui
-from lora_cli.data import load
+from lora_cli.data import formats, load
 from lora_cli.evaluate import held_out
 from lora_cli.evaluate.held_out import HeldOut
 from lora_cli.evaluate.scored_models import Scored
@@ -32,7 +33,7 @@ def read_own_rows(
         raise UsageError("there is nothing to score models on", ELSEWHERE)
     adapter, recipe = found
     data = recipe.data
-    columns = given or {str(ours): theirs for ours, theirs in data.columns.items()}
+    columns = given or _name_columns(recipe)
     if isinstance(data.eval_path, str) and (data.eval_split or "train") == "train":
         ui.say(f"rows: {data.eval_path}, which {adapter} was evaluated on")
         return held_out.read_held_out(data.eval_path, given, columns, max_rows)
@@ -71,10 +72,34 @@ def _read_held(
             f"--data FILE; {quote(_find_record(adapter))} says which data that was",
         )
     rows = held.rows[:max_rows]
+    if recipe.objective_row.compares:
+        rows, columns = [(place, _take_chosen(row, recipe)) for place, row in rows], {}
+        ui.say("  of each pair the chosen answer")
     content = json.dumps([row for _, row in rows], sort_keys=True, default=repr)
     name = f"held out of {_name_data(recipe)}"
     ui.say(f"rows: {len(rows)} {name}, which {adapter} was not trained on")
     return held_out.list_held(name, hashlib.sha256(content.encode()).hexdigest(), rows, columns)
+
+
+def _name_columns(recipe: Recipe) -> dict[str, str]:
+    """Return what the columns of a run's rows are called, as ours: theirs; of pairs, the answer is
+    the chosen one."""
+    names = {str(ours): theirs for ours, theirs in recipe.data.columns.items()}
+    if not recipe.objective_row.compares:
+        return names
+    chosen = names.pop("chosen", "chosen")
+    return {name: theirs for name, theirs in names.items() if name != "rejected"} | {
+        "completion": chosen
+    }
+
+
+def _take_chosen(row: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the prompt of a pair and its chosen answer, as turns."""
+    ours = formats.rename_columns(row, recipe.data.columns)
+    chosen = formats.convert_preference(ours).chosen
+    first = chosen.trained.index(True)
+    turns = {"prompt": chosen.messages[:first], "completion": chosen.messages[first:]}
+    return turns | ({"tools": chosen.tools} if chosen.tools else {})
 
 
 def _find_record(adapter: Adapter) -> Path:

@@ -178,9 +178,12 @@ def choose_trainer(given: Situation) -> Chosen:
     """Return the objective's trainer of TRL, unless it refuses what the recipe adapts."""
     if not given.recipe.task_row.writes_next_tokens:
         return "trainer", "TRL's trains models that foretell the next token"
+    objective = given.recipe.objective_row
+    if objective.compares:
+        return "trainer", f"with lora's own loss for {objective.name}"
     if given.recipe.adapts_head:
-        return "trainer", f"{given.recipe.objective.trainer} cannot adapt the output head"
-    return given.recipe.objective.name, "rows and labels are the same for both"
+        return "trainer", f"{objective.trainer} cannot adapt the output head"
+    return objective.name, "rows and labels are the same for both"
 
 
 def choose_dtype(given: Situation) -> Chosen:

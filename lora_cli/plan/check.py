@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.common import files, ui
-from lora_cli.data import encoders, load, prepare, selection
+from lora_cli.data import encoders, load, preferences, prepare, selection
 from lora_cli.models import IGNORED, PictureProcessor, Reader, load_recipe_reader
 from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe, Task
@@ -103,7 +103,7 @@ def _format_lengths(recipe: Recipe, train: prepare.Prepared, steps: sizes.Steps)
         selection.list_limits(recipe), (counts.lengths, counts.target_lengths)
     ):
         yield ""
-        yield from _format_histogram(lengths, limit.tokens, limit.name)
+        yield from _format_histogram(lengths, limit.total, limit.name)
         yield ""
         yield _format_quantiles(lengths, limit.name or "row")
     yield from _format_steps(steps, train)
@@ -160,11 +160,23 @@ def _describe_samples(
             "place": row.place,
             "tokens": _count_tokens(row, task),
             "runs": [
-                {"trained": learned, "text": text} for learned, text in encoder.split_by_loss(row)
+                {"trained": learned, "text": text, **({"of": name} if name else {})}
+                for name, runs in _split_texts(row, encoder)
+                for learned, text in runs
             ],
         }
         for row in rows
     ]
+
+
+def _split_texts(
+    row: selection.Kept, encoder: encoders.Encoder
+) -> list[tuple[str, list[tuple[bool, str]]]]:
+    """Return the texts of a row that are shown one by one, each with its name, which is empty where
+    there is one."""
+    if isinstance(encoder, preferences.PreferenceEncoder):
+        return list(zip(("chosen", "rejected"), encoder.split_pair(row)))
+    return [("", encoder.split_by_loss(row))]
 
 
 def _count_tokens(row: selection.Kept, task: Task) -> int:
@@ -176,12 +188,14 @@ def _print_sample(row: selection.Kept, encoder: encoders.Encoder, task: Task) ->
     about = "" if task.reads_pictures else f"{_count_tokens(row, task)} tokens, "
     about += f"{encoder.marked.format(trained)} between ⟦ and ⟧"
     ui.report("", f"{row.place}: {about}")
-    runs = [
-        (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text)
-        for learned, text in encoder.split_by_loss(row)
-    ]
-    for texts in [[each] for each in runs] if task.has_targets else [runs]:
-        ui.report_texts(texts)
+    for name, parts in _split_texts(row, encoder):
+        if name:
+            ui.report(f"{name}:")
+        runs = [
+            (TRAINED, f"⟦{text}⟧") if learned else (NOT_TRAINED, text) for learned, text in parts
+        ]
+        for texts in [[each] for each in runs] if task.has_targets else [runs]:
+            ui.report_texts(texts)
 
 
 def _count_numbers(prepared: prepare.Prepared) -> dict[str, Any]:

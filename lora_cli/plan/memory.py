@@ -86,7 +86,7 @@ def largest_batch(recipe: Recipe, rows: prepare.Prepared | None = None) -> Batch
     if recipe.task_row.reads_pictures:
         return Batch(size, 1, training.gradient_accumulation_steps > 1)
     most = min(training.max_length, LONGEST)
-    found = [min(limit.tokens, LONGEST) for limit in selection.list_limits(recipe)]
+    found = [min(limit.total, LONGEST) for limit in selection.list_limits(recipe)]
     if rows is not None and len(rows.rows):
         found = [
             int(prepare.find_lengths(rows.rows, column).max())

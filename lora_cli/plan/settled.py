@@ -46,6 +46,7 @@ def read_recorded(run: Path) -> dict[str, Any]:
     recipe = TrainingRecord.read(run / provenance.RUN_RECORD).recipe
     recorded = recipe.to_data()
     recorded.setdefault("distributed", Distributed().collect_values())
+    recorded.setdefault("objective", "auto")
     training = recorded.get("training", {})
     if training.get("packing") == "step" and "packed_length" not in training:
         longest = recipe.training.max_length or step_packing.SEQUENCE

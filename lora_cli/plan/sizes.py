@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from pyarrow import compute
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.data import prepare, selection
+from lora_cli.data import preferences, prepare, selection
 from lora_cli.models import (
     Base,
     Parent,
@@ -200,6 +201,8 @@ def _find_lengths(
     if part.stream is not None or (training.packing in (True, "dataset") and wrapped):
         return [limit.tokens]
     found: list[int] = prepare.find_lengths(part.rows, limit.column).tolist()
+    if limit.texts > 1:
+        found = np.asarray(part.rows[preferences.DOCUMENTS]).flatten().tolist()
     multiple = given.get("pad_to_multiple_of") if ends else None
     if multiple and training.packing is False:
         return [math.ceil(length / multiple) * multiple for length in found]

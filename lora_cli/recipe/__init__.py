@@ -8,11 +8,12 @@ Its doors, in the order a reader needs them:
     build_recipe, override_values … the same of what is parsed; overrides laid over it
     list_recipes_in               the files of a folder that seem to be recipes
     Recipe                        the whole recipe, frozen, knowing where each value was written
-    Data, Distributed, Lora, Model, Quantization, Training
+    Data, Distributed, Lora, Model, Preference, Quantization, Training
                                   its sections; Rows is one data set of data.mix, Column a name
                                   of a column, DType a type that models are computed in
     shipped_recipes               the recipes that come with lora
     TASKS, DEFAULT_TASK, Task     what a model does with its input
+    PREFERENCE_METRICS            what is measured of pairs of answers
     find_task, recognise_task     … found by PEFT's name of it, by a model's class
     find_initialisation           the table of values of lora.init_lora_weights
     INITIALISATION_SETTINGS       the fields of LoraConfig that hold an initialisation's settings
@@ -33,6 +34,7 @@ from lora_cli.recipe.keys import (
     DType,
     Lora,
     Model,
+    Preference,
     ProblemType,
     Quantization,
     Recipe,
@@ -41,7 +43,14 @@ from lora_cli.recipe.keys import (
 )
 from lora_cli.recipe.load import build_recipe, list_problems, load_recipe, override_values
 from lora_cli.recipe.not_recipes import list_recipes_in
-from lora_cli.recipe.tasks import DEFAULT_TASK, TASKS, Task, find_task, recognise_task
+from lora_cli.recipe.tasks import (
+    DEFAULT_TASK,
+    PREFERENCE_METRICS,
+    TASKS,
+    Task,
+    find_task,
+    recognise_task,
+)
 
 __all__ = [
     "DEFAULT_TASK",
@@ -53,6 +62,8 @@ __all__ = [
     "Lora",
     "Model",
     "NOT_IN_LORA",
+    "PREFERENCE_METRICS",
+    "Preference",
     "ProblemType",
     "Quantization",
     "Recipe",

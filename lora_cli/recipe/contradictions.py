@@ -21,6 +21,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_labels(recipe)
     yield from _check_rows_of_task(recipe)
     yield from _check_trainer(recipe)
+    yield from _check_preference(recipe)
     yield from _check_steps(recipe)
     yield from _check_data(recipe)
     yield from _check_targets(recipe)
@@ -75,9 +76,9 @@ def _check_task(recipe: Recipe) -> Iterator[Problem]:
             yield f"{place} is for models that write text, and task is {task.name}", "leave it out"
     if task.reads_pictures:
         yield from _check_pictures(recipe)
-    if recipe.trainer == recipe.objective.name:
-        place = recipe.where("trainer")
-        yield f"{place}: {recipe.objective.trainer} trains models that write text", "trainer: auto"
+    if recipe.trainer == recipe.objective_row.name:
+        place, trl = recipe.where("trainer"), recipe.objective_row.trainer
+        yield f"{place}: {trl} trains models that write text", "trainer: auto"
 
 
 OF_TEXTS = (
@@ -151,7 +152,9 @@ def _check_rows_of_task(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_trainer(recipe: Recipe) -> Iterator[Problem]:
     """The settings of TRL's trainer need that trainer, which cannot adapt the output head."""
-    ours, theirs = recipe.objective.name, recipe.objective.trainer
+    if recipe.objective_row.compares:
+        return
+    ours, theirs = recipe.objective_row.name, recipe.objective_row.trainer
     if recipe.uses_trl and recipe.adapts_head:
         yield f"{recipe.where('trainer')}: {theirs} cannot adapt the output head", "trainer: auto"
     if recipe.trainer == "trainer":
@@ -160,7 +163,7 @@ def _check_trainer(recipe: Recipe) -> Iterator[Problem]:
         remedy = f"{theirs} cannot adapt the output head: remove it"
     else:
         return
-    own = recipe.objective.list_own_fields() - TrainingFields.model_fields.keys()
+    own = recipe.objective_row.list_own_fields() - TrainingFields.model_fields.keys()
     for key in sorted(recipe.training.model_fields_set & own):
         yield f"{recipe.where('training', key)} works only with trainer: {ours}", remedy
     if recipe.training.packing in (True, "dataset"):
@@ -169,6 +172,58 @@ def _check_trainer(recipe: Recipe) -> Iterator[Problem]:
             f"{place}: packing the whole data set works only with trainer: {ours}",
             "packing: step",
         )
+
+
+AGAINST_PAIRS: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("data", "train_on"): ("assistant",),
+    ("data", "on_long_row"): ("drop", "error"),
+    ("training", "packing"): ("auto", "step", False),
+    ("training", "use_liger_kernel"): ("auto", False),
+}
+"""Keys that a pair of answers leaves few values, and these; of all others of SFTTrainer's, none."""
+
+
+def _check_preference(recipe: Recipe) -> Iterator[Problem]:
+    """Pairs of answers are for models that write, and are compared with what was there before."""
+    objective, given = recipe.objective, recipe.objective_row
+    if objective != "auto" and not recipe.task_row.writes_next_tokens:
+        place = recipe.where("objective")
+        yield f"{place}: {objective} is for task: causal_lm, not {recipe.task}", "leave it out"
+    if not given.compares:
+        if recipe.find_place("preference"):
+            yield f"{recipe.where('preference')} has no effect", "add objective: dpo, or remove it"
+        if recipe.data.format == "preference":
+            place = recipe.where("data", "format")
+            yield f"{place}: preference is for objective: dpo", "add objective: dpo"
+        return
+    if recipe.trainer == "sft":
+        yield f"{recipe.where('trainer')}: SFTTrainer does not compare answers", "trainer: auto"
+    if recipe.data.streaming:
+        place = recipe.where("data", "streaming")
+        yield (
+            f"{place}: how likely each answer is at the start is computed before the first step",
+            "leave it out",
+        )
+    yield from _check_pairs(recipe)
+
+
+def _check_pairs(recipe: Recipe) -> Iterator[Problem]:
+    """What is said of single answers is not for pairs."""
+    objective, preference = recipe.objective, recipe.preference
+    for (section, key), fine in AGAINST_PAIRS.items():
+        if getattr(getattr(recipe, section), key) not in fine:
+            place, value = recipe.where(section, key), getattr(getattr(recipe, section), key)
+            said = " or ".join(str(each).lower() for each in fine)
+            yield (
+                f"{place}: {str(value).lower()} is not for objective: {objective}",
+                f"{key}: {said}",
+            )
+    own = recipe.objective_row.list_own_fields() - TrainingFields.model_fields.keys()
+    for key in sorted(recipe.training.model_fields_set & {*own, "label_smoothing_factor"}):
+        yield f"{recipe.where('training', key)} is not for objective: {objective}", "leave it out"
+    if preference.label_smoothing and preference.loss not in ("sigmoid", "robust"):
+        place = recipe.where("preference", "label_smoothing")
+        yield f"{place} has no effect with loss: {preference.loss}", "loss: robust"
 
 
 def _check_steps(recipe: Recipe) -> Iterator[Problem]:

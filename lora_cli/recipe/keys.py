@@ -15,7 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
 from lora_cli.recipe import initialisations, upstream_fields
 from lora_cli.recipe.strict_yaml import Keys, Place
-from lora_cli.recipe.tasks import DEFAULT_OBJECTIVE, Objective, Task, name_task
+from lora_cli.recipe.tasks import (
+    DEFAULT_OBJECTIVE,
+    Objective,
+    Task,
+    name_objective,
+    name_task,
+)
 
 Auto = Literal["auto"]
 TAKEN_OVER: dict[str, Any] = {"x-upstream": True}
@@ -196,12 +202,12 @@ class Distributed(Section):
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 Format = Literal[
     "alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens", "labelled", "tagged",
-    "squad", "pairs", "images",
+    "squad", "pairs", "images", "preference",
 ]  # fmt: skip
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
     "input_ids", "labels", "system", "tools", "label", "text_pair", "tokens", "tags",
-    "question", "context", "answers", "source", "target", "image",
+    "question", "context", "answers", "source", "target", "image", "chosen", "rejected",
 ]  # fmt: skip
 
 
@@ -258,7 +264,8 @@ class Data(Section):
     OpenAI's messages, ShareGPT's conversations, text, or input_ids with labels; also
     instruction/context/response (Dolly), question/answer, query/response, problem/solution,
     input/output and the like, which is said. Of pictures (images), image/label: a file beside the
-    table, or, in Parquet, the picture itself."""
+    table, or, in Parquet, the picture itself. Of preference, prompt/chosen/rejected, as texts or
+    as lists of turns, or chosen/rejected that are conversations with the same beginning."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`); a dot leads into a
     column of mappings (`source: translation.de`)."""
@@ -308,6 +315,26 @@ class Data(Section):
     def evaluates(self) -> bool:
         """Whether there is something to evaluate on."""
         return bool(self.eval_path or self.eval_split) or self.holds_out
+
+
+class Preference(Section):
+    """What is made of the two answers of a row, with `objective: dpo`. h is how much more likely
+    the chosen answer has become than it was at the start, in nats, less the same of the rejected
+    one; at the start it is 0."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down"] = (
+        "sigmoid"
+    )
+    """sigmoid: DPO, -log σ(βh), with label_smoothing conservative DPO; ipo: (h - 1/2β)², h by mean
+    over tokens; hinge: max(0, 1 - βh); robust: DPO made right on average for pairs of which
+    label_smoothing are the wrong way round; sigmoid_norm: sigmoid, h by mean over tokens; apo_zero:
+    chosen answers more likely, rejected ones less; apo_down: both less, rejected ones more so."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """β: the higher, the closer the model stays to its start."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs taken to be the wrong way round; with loss: sigmoid or robust."""
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Adds so many times the chosen answer's own loss, the mean over its tokens."""
 
 
 class TrainingFields(Section):
@@ -527,11 +554,16 @@ class Recipe(Section):
     """What the model is trained to do: write text, tell which labels a text has, or which each of
     its words has, find answers in a text, or tell which labels a picture has; or, with an encoder
     and a decoder, read a text and write another."""
+    objective: Auto | Literal["sft", "dpo"] = "auto"
+    """What training minimises, with task: causal_lm: the loss of the answers (sft), or what makes
+    one of two answers likelier than the other (dpo; rows have prompt, chosen, rejected). `auto`:
+    the task's own loss."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)
     data: Data
     training: Training = Field(default_factory=Training)
+    preference: Preference = Field(default_factory=Preference)
     distributed: Distributed = Field(default_factory=Distributed)
     output_dir: str = Field(default="", min_length=1)
     """The run's folder; default `runs/NAME` for a recipe NAME.yaml."""
@@ -544,14 +576,14 @@ class Recipe(Section):
         return name_task(self.task)
 
     @property
-    def objective(self) -> Objective:
-        """What training minimises."""
-        return DEFAULT_OBJECTIVE
+    def objective_row(self) -> Objective:
+        """What training minimises, as the table of objectives has it."""
+        return name_objective(self.objective)
 
     @property
     def uses_trl(self) -> bool:
         """Whether TRL's trainer of the objective trains it, and not transformers' own; settled."""
-        return self.trainer == self.objective.name
+        return self.trainer == self.objective_row.name
 
     @property
     def trains_on_cpu(self) -> bool:
@@ -637,10 +669,12 @@ class Recipe(Section):
         names = ("padding_free", "dataloader_drop_last", "pad_to_multiple_of", "eval_packing")
         return [name for name in names if given.get(name) not in (None, "auto", False)]
 
-    def list_against_sharding(self) -> list[tuple[tuple[str, str], str]]:
+    def list_against_sharding(self) -> list[tuple[tuple[str, ...], str]]:
         """Return the keys that are given and are not tried, or do not come out, with a sharded
         base, each with what is the matter."""
-        against = []
+        against: list[tuple[tuple[str, ...], str]] = []
+        if self.objective_row.compares:
+            against.append((("objective",), "pairs are not tried with a sharded base"))
         if self.lora.modules_to_save and self.distributed.strategy != "deepspeed-zero3":
             against.append((("lora", "modules_to_save"), "whole modules are not trained by FSDP"))
         given = self.training.collect_values()
@@ -660,11 +694,15 @@ class Recipe(Section):
     def to_data(self) -> dict[str, Any]:
         """Return the recipe as data that loads to the same recipe: everything declared here, and
         all that was set."""
-        sections = ("model", "lora", "quantization", "data", "training", "distributed")
-        result: dict[str, Any] = {"task": self.task, "method": self.method}
-        result["trainer"] = self.trainer
-        for name in sections:
-            if name != "quantization" or self.quantized:
+        sections = ("model", "lora", "quantization", "data", "training", "preference")
+        result: dict[str, Any] = {"task": self.task, "objective": self.objective}
+        result |= {"method": self.method, "trainer": self.trainer}
+        without = {
+            *([] if self.quantized else ["quantization"]),
+            *([] if self.objective_row.compares else ["preference"]),
+        }
+        for name in (*sections, "distributed"):
+            if name not in without:
                 result[name] = getattr(self, name).collect_values()
         result["output_dir"] = self.output_dir
         return result

@@ -114,6 +114,8 @@ class Objective:
     """TRL's configuration class."""
     fields: tuple[tuple[str, str, str], ...]
     """Where the fields of that class are declared."""
+    compares: bool = False
+    """Whether its rows are pairs of answers, of which one is preferred; lora trains it itself."""
 
     def find_config_class(self) -> Any:
         """Return TRL's configuration class."""
@@ -238,8 +240,21 @@ TASKS = (
         reads_pictures=True,
     ),
 )
-OBJECTIVES = (Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),)
+PREFERENCE_METRICS = (
+    *("rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected"),
+    *("logps_chosen", "logps_rejected"),
+)
+"""What is measured of pairs, beside the loss."""
+OBJECTIVES = (
+    Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),
+    Objective("dpo", "SFTTrainer", "SFTConfig", SFT_CONFIG, compares=True),
+)
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
+
+
+def name_objective(name: str) -> Objective:
+    """Return the objective that a recipe calls so; `auto` is the task's own loss."""
+    return next((each for each in OBJECTIVES if each.name == name), DEFAULT_OBJECTIVE)
 
 
 def name_task(name: str) -> Task:

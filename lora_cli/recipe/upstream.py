@@ -121,15 +121,12 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s
     values.setdefault("fp16", recipe.model.dtype == "float16")
     values.setdefault("use_cpu", devices.find_device(recipe.quantized).type == "cpu")
-    known = upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS)
-    for new in NEWER_NAMES:
-        old = new.replace("activation", "gradient")
-        if old in values and new in known:
-            values.setdefault(new, values.pop(old))
+    _take_newer_names(values)
     # Trainer would log the mean so far in place of a loss that is not finite; lora stops the run
     values["logging_nan_inf_filter"] = False
     values["disable_tqdm"] = True
-    if recipe.task_row.reads_pictures:  # a row's picture becomes what the model takes in a batch
+    # a row's picture becomes what the model takes in a batch, and a pair is cut in two there
+    if recipe.task_row.reads_pictures or recipe.objective_row.compares:
         values["remove_unused_columns"] = False
     _settle_best(recipe, values)
     for name in (*OURS, *COMPILING):
@@ -139,7 +136,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     values["packing"] = values["packing"] in (True, "dataset")
     if not recipe.uses_trl:
         # max_length and the like, which lora itself acts on for both trainers
-        for name in recipe.objective.list_own_fields():
+        for name in recipe.objective_row.list_own_fields():
             values.pop(name, None)
         return _use_one_gpu(
             _build(
@@ -151,10 +148,19 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         )
     if not values.get("packing"):
         values["max_length"] = None  # long rows are already cut or dropped
-    config_class = recipe.objective.find_config_class()
+    config_class = recipe.objective_row.find_config_class()
     return _use_one_gpu(
         _build(recipe, "training", values, lambda given: config_class(recipe.output_dir, **given))
     )
+
+
+def _take_newer_names(values: dict[str, Any]) -> None:
+    """Call what the installed transformers has a newer name for by that."""
+    known = upstream_fields.read_fields(upstream_fields.TRAINING_ARGUMENTS)
+    for new in NEWER_NAMES:
+        old = new.replace("activation", "gradient")
+        if old in values and new in known:
+            values.setdefault(new, values.pop(old))
 
 
 def _settle_best(recipe: Recipe, values: dict[str, Any]) -> None:

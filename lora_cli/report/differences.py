@@ -10,7 +10,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.report import answers
 from lora_cli.report.seen import SeenRun, number
 
-SECTIONS = ("model", "lora", "quantization", "data", "training", "distributed")
+SECTIONS = ("model", "lora", "quantization", "data", "training", "preference", "distributed")
 UNSHOWN = ("output_dir",)
 """What every run has another of."""
 MISSING = "(not recorded)"

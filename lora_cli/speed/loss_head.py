@@ -80,8 +80,8 @@ def find_shape(model: PreTrainedModel) -> Shape:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Summed cross entropy of `hidden` (rows × width) through a head (vocabulary × width) that is
-    not trained."""
+    """Cross entropy (rows, float32) of `hidden` (rows × width) through a head (vocabulary × width)
+    that is not trained."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ class _FrozenHead(torch.autograd.Function):
         shape: Shape,
         kind: str,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        all_losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         # the loss scale comes from above, after float16 would have lost what is small
         kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         gradient = torch.empty_like(hidden, dtype=kept) if hidden.requires_grad else None
@@ -108,7 +108,7 @@ class _FrozenHead(torch.autograd.Function):
                 for pair in zip(made.split(block), wanted.split(block))
             ]
             losses, sums, slopes = (torch.cat(each) for each in zip(*found))
-            total += losses.sum()
+            all_losses[start : start + rows] = losses[:, 0]
             if gradient is not None:
                 mean = (made @ weight).float() / sums  # divided where there is less of it
                 gradient[start : start + rows] = (
@@ -116,12 +116,13 @@ class _FrozenHead(torch.autograd.Function):
                 ) * shape.scale
         ctx.save_for_backward(gradient)
         ctx.type = hidden.dtype
-        return total
+        return all_losses
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * above[0].to(gradient.dtype)).to(ctx.type), None, None, None, None, None
+        each = above[0].to(gradient.dtype)[:, None]
+        return (gradient * each).to(ctx.type), None, None, None, None, None
 
 
 def _fill_probabilities(
@@ -156,23 +157,38 @@ def count_rows(vocabulary: int, kind: str) -> int:
 def sum_loss(
     hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape, kind: str | None = None
 ) -> Tensor:
-    """Return cross entropy in float32, summed over the rows of `hidden` (rows × width), whose next
-    tokens are `targets`; computed as on a device of that kind, by default the one it is on."""
+    """Return cross entropy in float32, summed over the rows of `hidden`; see `compute_losses`."""
+    losses = compute_losses(hidden, head, targets, shape, kind)
+    rows = count_rows(_count_words(head), kind or hidden.device.type)
+    parts = [part.sum() for part in losses.split(rows)]
+    return torch.stack(parts).sum() if len(losses) else losses.sum()
+
+
+def _count_words(head: nn.Module) -> int:
+    weight: Any = head.weight
+    return int(getattr(head, "out_features", 0) or weight.shape[0])
+
+
+def compute_losses(
+    hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape, kind: str | None = None
+) -> Tensor:
+    """Return cross entropy in float32 of each row of `hidden` (rows × width), whose next tokens are
+    `targets`; computed as on a device of that kind, by default the one it is on."""
     kind = kind or hidden.device.type
     frozen = type(head) is nn.Linear and not any(
         parameter.requires_grad for parameter in head.parameters()
     )
     if frozen:
         return _FrozenHead.apply(hidden, head.weight, head.bias, targets, shape, kind)
-    rows = count_rows(int(getattr(head, "out_features", 0) or head.weight.shape[0]), kind)
+    rows = count_rows(_count_words(head), kind)
 
     def part(some: Tensor, wanted: Tensor) -> Tensor:
         logits = shape.make_logits(head(some))
-        return functional.cross_entropy(logits, wanted.long(), reduction="sum")
+        return functional.cross_entropy(logits, wanted.long(), reduction="none")
 
     pairs = zip(hidden.split(rows), targets.split(rows))
     parts = [checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pairs]
-    return torch.stack(parts).sum() if parts else hidden.sum().float() * 0
+    return torch.cat(parts) if len(hidden) else hidden.sum(dim=-1).float()
 
 
 class LabelCollator(NamedTuple):
@@ -206,16 +222,15 @@ def install(model: PreTrainedModel) -> str | None:
     Return None, or why the model was left as it was: its own loss, tried on a few tokens, is a
     different one. `labels` (batch × length) are as transformers takes them; `labelled` are the
     places in the flattened batch whose next token has a label, where the caller knows them. The
-    loss is divided by `num_items_in_batch`, or by the number of labels. Outputs have `loss` and no
-    logits.
+    loss is divided by `num_items_in_batch`, or by the number of labels; with `each` it is of each
+    label. Outputs have `loss` and no logits.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or decoder is model or head is None:
         return "the model does not name its decoder and head"
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return "its loss also balances experts"
-    own = model.forward
-    shape = find_shape(model)
+    own, shape = model.forward, find_shape(model)
 
     @wraps(own)  # Trainer reads from the signature which columns the model takes
     def forward(
@@ -223,23 +238,30 @@ def install(model: PreTrainedModel) -> str | None:
         labels: Tensor | None = None,
         labelled: Tensor | None = None,
         num_items_in_batch: Any = None,
+        each: bool = False,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
             return own(*args, **kwargs)
         hidden = decoder(*args, **kwargs).last_hidden_state
-        wanted = _shift(labels)
-        at = find_labelled(labels) if labelled is None else labelled.flatten()
-        targets = wanted.index_select(0, at)
-        rows = hidden.flatten(0, -2).index_select(0, at)
-        total = sum_loss(rows, model.get_output_embeddings(), targets, shape)
+        rows, targets = _find_targets(hidden, labels, labelled)
+        given = rows, model.get_output_embeddings(), targets, shape
+        if each:
+            return CausalLMOutputWithPast(loss=compute_losses(*given))
         count = max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=total / count)
+        return CausalLMOutputWithPast(loss=sum_loss(*given) / count)
 
     difference = _explain_difference(model, forward)
     if difference is None:
         model.forward = forward
     return difference
+
+
+def _find_targets(hidden: Tensor, labels: Tensor, labelled: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the head's inputs (labels × width) at the places whose next token has a label, and
+    these tokens."""
+    at = find_labelled(labels) if labelled is None else labelled.flatten()
+    return hidden.flatten(0, -2).index_select(0, at), _shift(labels).index_select(0, at)
 
 
 def _explain_difference(model: PreTrainedModel, forward: Any) -> str | None:
@@ -278,6 +300,14 @@ def compute_from_logits(outputs: Any, labels: Tensor, num_items_in_batch: Any = 
     tokens among its `labels`, as transformers computes it."""
     size = outputs.logits.shape[-1]
     return ForCausalLMLoss(outputs.logits, labels, size, num_items_in_batch=num_items_in_batch)
+
+
+def list_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy, in float32, of each next token among `labels` (batch × length) by a
+    model's logits (batch × length × vocabulary)."""
+    at = find_labelled(labels)
+    rows = logits.flatten(0, -2).index_select(0, at).float()
+    return functional.cross_entropy(rows, _shift(labels).index_select(0, at), reduction="none")
 
 
 def _find_wanted(model: PreTrainedModel) -> tuple[float, bool]:

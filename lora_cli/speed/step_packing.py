@@ -13,8 +13,10 @@ transformers understands it; `find_unsuitable` tries that on the model itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,14 +49,16 @@ random models of 2 and 30 layers); a document that is seen, or counted otherwise
 0.4 to 1.2 of their spread. The largest difference says less: 0.11 of the spread for SmolLM2."""
 
 
-class StepCollator(NamedTuple):
+@dataclass(frozen=True)
+class StepCollator:
     """Joins rows with `input_ids` and `labels` into sequences of at most `length` tokens.
 
-    A longer row has one to itself. The sequences stand one after another in tensors of shape (1,
-    tokens); `cuts` holds where each begins, and the end. What their labels and documents are is
-    found here, where the numbers are at hand: `labelled` and `bounds` stand one after another as
-    well, each with its own cuts, and `longest` holds the length of each sequence's longest
-    document.
+    A longer row has one to itself. A row with `documents` is so many documents of these lengths,
+    which are not parted; any other is one. The sequences stand one after another in tensors of
+    shape (1, tokens); `cuts` holds where each begins, and the end. What their labels and documents
+    are is found here, where the numbers are at hand: `labelled` and `bounds` stand one after
+    another as well, each with its own cuts, and `longest` holds the length of each sequence's
+    longest document.
     """
 
     length: int
@@ -64,17 +68,21 @@ class StepCollator(NamedTuple):
         ordered = [rows[place] for places in bins for place in places]
         ids = [torch.as_tensor(row["input_ids"]) for row in ordered]
         own = [torch.as_tensor(row["labels"]).clone() for row in ordered]
-        for each in own:
-            each[0] = IGNORED  # no token of its own row stands before it that could predict it
+        documents = [list_documents(row) for row in ordered]
+        for each, sizes in zip(own, documents):
+            # no token of its own document stands before it that could predict it
+            each[list(accumulate(sizes[:-1], initial=0))] = IGNORED
         made = {
             "input_ids": ids,
             "labels": own,
-            "position_ids": [torch.arange(len(row)) for row in ids],
+            "position_ids": [torch.arange(size) for sizes in documents for size in sizes],
         }
         joined: dict[str, Any] = {
             name: torch.cat(parts).long()[None] for name, parts in made.items()
         }
-        lengths = [[len(rows[place]["input_ids"]) for place in places] for places in bins]
+        lengths = [
+            [size for place in places for size in list_documents(rows[place])] for places in bins
+        ]
         cuts = list(accumulate(map(sum, lengths), initial=0))
         labels = joined["labels"]
         labelled = [loss_head.find_labelled(labels[:, start:end]) for start, end in pairwise(cuts)]
@@ -83,6 +91,11 @@ class StepCollator(NamedTuple):
         ]
         joined |= {CUTS: cuts, LONGEST: [max(each) for each in lengths]}
         return joined | _join(LABELLED, labelled) | _join(BOUNDS, bounds)
+
+
+def list_documents(row: Mapping[str, Any]) -> list[int]:
+    """Return the lengths of a row's documents."""
+    return list(row.get("documents", ())) or [len(row["input_ids"])]
 
 
 def _join(name: str, parts: list[Tensor]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lora_cli.data import prepare
 from lora_cli.distributed import ranks, shares
 from lora_cli.models import IGNORED, num_experts
 from lora_cli.speed import step_packing
+from lora_cli.train.pair_batches import ComparedPairs
 
 Rows = list[dict[str, Any]]
 EMPTY: dict[str, Any] = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}
@@ -111,9 +112,9 @@ class SeededGroups(LengthGroupedSampler):
 class Dealt(torch.utils.data.Dataset[dict[str, Any]]):
     """This process's share of each batch of rows that are asked for."""
 
-    def __init__(self, rows: Dataset, padded: bool) -> None:
+    def __init__(self, rows: Dataset | ComparedPairs, padded: bool) -> None:
         self.rows, self.padded = rows, padded
-        self.lengths = prepare.find_lengths(rows)
+        self.lengths = prepare.find_lengths(rows.rows if isinstance(rows, ComparedPairs) else rows)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_cli.plan import flops
+from lora_cli.recipe import Preference
 from lora_cli.scoring import Scorer
 from lora_cli.speed import FactoredDora
 from lora_cli.train.dealing import Batches
@@ -41,6 +42,10 @@ class RunOptions:
     """Stop after so many evaluations in a row that were no better."""
     least_gain: float = 0.0
     """How much better an evaluation has to be for that."""
+    preference: Preference | None = None
+    """What is made of the two answers of each row, where rows have two."""
+    checks_start: bool = False
+    """Whether the first pairs' loss has to be that of the reference."""
     scorer: Scorer | None = None
     """What computes the loss and the metrics of a task other than writing."""
     written_tokens: int = 0

@@ -17,7 +17,7 @@ from lora_cli.common import LoraError, files, provenance, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
-from lora_cli.recipe import TASKS
+from lora_cli.recipe import PREFERENCE_METRICS, TASKS
 from lora_cli.train import saved_state
 from lora_cli.train.picture import Line, Picture
 from lora_cli.train.samples import Asked, Samples
@@ -98,6 +98,7 @@ SHOWN = {
     "loss": ".4f",
     "perplexity": ".2f",
     **dict.fromkeys((name for task in TASKS for name in task.shown), ".3f"),
+    **dict.fromkeys(PREFERENCE_METRICS[:2], ".3f"),
 }
 """The metrics that the screen shows of an evaluation, and how."""
 

@@ -55,6 +55,8 @@ class Resumable(TypedTrainer):
     epoch_rng: random_state.State
     resumed: saved_state.RunState | None = None
     """What was read from the checkpoint's run_state.json, until the first epoch has begun."""
+    sums: torch.Tensor | None = None
+    """What else is summed up for the next line in metrics.jsonl, beside the loss."""
     evaluation_due = False
     """Whether the evaluation at the end of this step or epoch is still to be made."""
     epoch_ended = False
@@ -62,8 +64,9 @@ class Resumable(TypedTrainer):
     in_step = False
     """Between a step's beginning and its optimiser's: the weights are those of the step before."""
     _between_steps = False
-    _gathered: Sequence[tuple[dict[str, Any], float]] = ()
-    """The generators' states and the loss since the last log of each process, to be saved."""
+    _gathered: Sequence[tuple[dict[str, Any], float, list[float]]] = ()
+    """The generators' states, the loss and the sums since the last log of each process, to be
+    saved."""
     _saving: str | None = None
     """The folder that Trainer writes `checkpoint-N` into, while it does."""
 
@@ -113,7 +116,7 @@ class Resumable(TypedTrainer):
         self.processing_class.save_pretrained(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        for rank, (state, _) in enumerate(self._gathered):
+        for rank, (state, *_) in enumerate(self._gathered):
             files.write_json(Path(output_dir) / f"rng_state_{rank}.json", state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -145,8 +148,9 @@ class Resumable(TypedTrainer):
         self.watch.read_step()  # nothing is saved of a step that is refused
         self.name_best(folder)
         self.store_flos()
+        sums = [] if self.sums is None else self.sums.tolist()
         self._gathered = ranks.gather(
-            (random_state.capture_state().to_data(), float(self._tr_loss))
+            (random_state.capture_state().to_data(), float(self._tr_loss), sums)
         )
         if ranks.share(self._has_saved(folder)):
             return
@@ -192,13 +196,14 @@ class Resumable(TypedTrainer):
             )
 
     def _run_state(self) -> saved_state.RunState:
-        losses = [loss for _, loss in self._gathered]
+        losses = [loss for _, loss, _ in self._gathered]
         return saved_state.RunState(
             epoch_rng=self.epoch_rng,
             evaluation_due=self.evaluation_due,
             epoch_ended=self.epoch_ended,
             loss_since_log=sum(losses) / len(losses),
             losses_since_log=losses,
+            sums_since_log=[sums for *_, sums in self._gathered],
             last_logged=self._globalstep_last_logged,
             watch=self.watch.capture_state(),
             processes=ranks.count(),
@@ -336,6 +341,7 @@ class Resumable(TypedTrainer):
             self.boundary = {
                 "rng": capture(),
                 "loss": self._tr_loss.clone(),
+                "sums": None if self.sums is None else self.sums.clone(),
                 "tokens": self.state.num_input_tokens_seen,
                 "epoch_ended": self.epoch_ended,
             }
@@ -345,7 +351,7 @@ class Resumable(TypedTrainer):
         assert self.boundary and self.in_step
         self.model.zero_grad()
         random_state.restore_state(self.boundary["rng"])
-        self._tr_loss = self.boundary["loss"]
+        self._tr_loss, self.sums = self.boundary["loss"], self.boundary["sums"]
         self.epoch_ended = self.boundary["epoch_ended"]
         self.state.num_input_tokens_seen = self.boundary["tokens"]
         self._save_checkpoint(self.model, None)
@@ -358,6 +364,9 @@ class Resumable(TypedTrainer):
         self.args.eval_on_start = False
         self.name_best(Path(self.args.output_dir))
         self._tr_loss += self.resumed.find_loss(ranks.number(), ranks.count())
+        if self.sums is not None:
+            sums = self.resumed.find_sums(ranks.number(), ranks.count())
+            self.sums += self.sums.new_tensor(sums) if sums else 0
         self._globalstep_last_logged = self.resumed.last_logged
         self.epoch_rng = self.resumed.epoch_rng
         self.watch.restore_state(self.resumed.watch)

@@ -214,6 +214,7 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
         inputs = setup.prepare_inputs(recipe, base, found.parent, run)
     with translate_refusals(passed_on):
         recipe, adapted = load_adapted(recipe, base, run, inputs)
+        inputs = setup.add_references(recipe, base, adapted, inputs)
     make = partial(setup.make_trainer, recipe, adapted, inputs, run)
     with translate_refusals(passed_on):
         trainer = make()

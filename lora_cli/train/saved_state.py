@@ -42,6 +42,8 @@ class RunState(stored.Stored):
     """The mean over the processes that train together."""
     losses_since_log: list[Loss] = []
     """Of each of them."""
+    sums_since_log: list[list[Loss]] = []
+    """Of each of them, what else is averaged in the next line of metrics.jsonl."""
     last_logged: stored.Count
     watch: WatchState
     processes: Annotated[int, Field(ge=1)] = 1
@@ -51,6 +53,13 @@ class RunState(stored.Stored):
         """Return the loss since the last log of one of `count` processes."""
         same = len(self.losses_since_log) == count
         return self.losses_since_log[rank] if same else self.loss_since_log
+
+    def find_sums(self, rank: int, count: int) -> list[float]:
+        """Return the sums since the last log of one of `count` processes: of others than saved
+        them, the first one has all."""
+        if len(self.sums_since_log) == count:
+            return self.sums_since_log[rank]
+        return [] if rank else [sum(each) for each in zip(*self.sums_since_log)]
 
 
 class ControlState(stored.Stored):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_cli.common import LoraError, gpu_faults, ui
-from lora_cli.data import collate, load, prepare, selection
+from lora_cli.data import collate, load, preferences, prepare, selection
 from lora_cli.distributed import ranks
 from lora_cli.models import (
     Base,
@@ -34,7 +34,15 @@ from lora_cli.plan import auto, flops, hardware, memory, rehearsal, sizes
 from lora_cli.recipe import Recipe, strict_yaml, upstream
 from lora_cli.scoring import Scorer, losses, make_scorer
 from lora_cli.speed import document_attention, dora_norms, install, step_packing
-from lora_cli.train import dealing, disk_space, out_of_memory, picture, samples
+from lora_cli.train import (
+    dealing,
+    disk_space,
+    out_of_memory,
+    pair_batches,
+    picture,
+    reference,
+    samples,
+)
 from lora_cli.train.options import RunOptions
 from lora_cli.train.run_folder import Run
 from lora_cli.train.task_trainer import find_trainer
@@ -56,6 +64,8 @@ class Inputs(NamedTuple):
     planned: int | None = None
     """Bytes that this process has at most as it trains, by the memory plan; None where there is
     none."""
+    references: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    """How likely the answers of pairs are at the start, of both kinds of rows."""
 
 
 def prepare_inputs(recipe: Recipe, base: Base, parent: Parent | None, run: Run) -> Inputs:
@@ -229,7 +239,9 @@ def _try_packing(recipe: Recipe, base: PreTrainedModel, apart: bool) -> str | No
     An attention of lora's own (`apart`) may be none for this base: what it raises is a reason.
     """
     try:
-        return step_packing.find_unsuitable(base, memory.find_packed_length(recipe))
+        longest = max(each.total for each in selection.list_limits(recipe))
+        pair = longest if recipe.objective_row.compares else 0  # it is not parted
+        return step_packing.find_unsuitable(base, max(pair, memory.find_packed_length(recipe)))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         if not apart:
             raise
@@ -282,6 +294,8 @@ def _attach_new(
     rows = inputs.train_rows.rows
     rows = rows.remove_columns(list(load.find_encoder(recipe.task_row).beside))
     first = [dict(row) for row in rows.select(range(min(init_weights.ROWS, len(rows))))]
+    if recipe.objective_row.compares:
+        first = [preferences.take_chosen(row) for row in first]
     put_together = (
         DataCollatorForLanguageModeling(pad_token_id=_find_pad_id(inputs.reader))
         if recipe.task_row.writes_next_tokens
@@ -328,13 +342,33 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
         make_options(recipe, adapted, inputs, run, batches),
         model=adapted,
         args=arguments,
-        train_dataset=train_rows.rows if train_rows.stream is None else train_rows.stream,
-        eval_dataset=eval_rows.rows if eval_rows else None,
+        train_dataset=_give_rows(train_rows, inputs.references[0]),
+        eval_dataset=_give_rows(eval_rows, inputs.references[1]) if eval_rows else None,
         processing_class=inputs.reader,
         data_collator=make_collator(
             recipe, inputs.reader, pieces.sequence, adapted.get_base_model()
         ),
     )
+
+
+def _give_rows(rows: prepare.Prepared, reference: torch.Tensor | None) -> Any:
+    """Return rows as a trainer takes them."""
+    if reference is not None:
+        return pair_batches.ComparedPairs(rows.rows, reference)
+    return rows.rows if rows.stream is None else rows.stream
+
+
+def add_references(recipe: Recipe, base: Base, adapted: PeftModel, inputs: Inputs) -> Inputs:
+    """Return the inputs with what the model says of the rows' answers before the first step, where
+    these are compared."""
+    if not recipe.objective_row.compares:
+        return inputs
+    collate = make_collator(recipe, inputs.reader, memory.find_packed_length(recipe))
+    train, evaluation = (
+        reference.find_reference(recipe, base, adapted, part.rows, collate) if part else None
+        for part in (inputs.train_rows, inputs.eval_rows)
+    )
+    return inputs._replace(references=(train, evaluation))
 
 
 def make_options(
@@ -358,6 +392,8 @@ def make_options(
         reduce_on_oom=training.on_oom == "reduce",
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),
+        preference=recipe.preference if recipe.objective_row.compares else None,
+        checks_start=True,
         scorer=make_scorer(recipe),
         written_tokens=recipe.max_target_length if training.generate_at_evaluation else 0,
         batches=batches,
@@ -421,6 +457,10 @@ def make_collator(
             multiple,
             load.find_encoder(recipe.task_row).beside,
         )
+    if recipe.objective_row.compares:
+        packed = recipe.training.packing == "step"
+        padded = pair_batches.PaddedPairs(_find_pad_id(reader), multiple)
+        return pair_batches.PairSteps(sequence) if packed else padded
     if recipe.training.packing == "step":
         return step_packing.StepCollator(sequence)
     if not recipe.uses_trl:

@@ -18,6 +18,7 @@ from lora_cli.scoring import Scorer, losses
 from lora_cli.speed import dora_norms
 from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.train.options import RunOptions
+from lora_cli.train.preference_trainer import PreferenceTrainer
 from lora_cli.train.trainers import Watched
 
 
@@ -145,4 +146,6 @@ def find_trainer(recipe: Recipe) -> type[Watched]:
         return PairTrainer
     if not recipe.task_row.writes_next_tokens:
         return TaskTrainer
-    return TRAINERS[recipe.objective.name] if recipe.uses_trl else WatchedTrainer
+    if recipe.objective_row.compares:
+        return PreferenceTrainer
+    return TRAINERS[recipe.objective_row.name] if recipe.uses_trl else WatchedTrainer

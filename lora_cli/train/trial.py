@@ -38,11 +38,12 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from lora_cli.common import UsageError, files, find_nearest, library_errors, ui
+from lora_cli.data import preferences
 from lora_cli.models import attach
 from lora_cli.plan import auto, flops
 from lora_cli.recipe import DEFAULT_TASK, Recipe, upstream
 from lora_cli.speed import install
-from lora_cli.train import setup
+from lora_cli.train import pair_batches, setup
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.task_trainer import find_trainer
@@ -157,8 +158,8 @@ def _train_miniature(recipe: Recipe, folder: Path, metrics: Sequence[str]) -> No
         _make_options(recipe),
         model=adapted,
         args=_adjust(arguments, folder),
-        train_dataset=_make_rows(),
-        eval_dataset=_make_rows() if evaluates else None,
+        train_dataset=_make_rows(recipe),
+        eval_dataset=_make_rows(recipe) if evaluates else None,
         processing_class=tokenizer,
         data_collator=setup.make_collator(recipe, tokenizer, LENGTH * ROWS),
     )
@@ -217,10 +218,14 @@ def _make_tokenizer() -> LlamaTokenizer:
     return LlamaTokenizer(vocab=vocabulary, merges=[], **special)
 
 
-def _make_rows() -> Dataset:
-    """Return ROWS rows of LENGTH tokens, all with loss."""
+def _make_rows(recipe: Recipe) -> Dataset:
+    """Return ROWS rows of LENGTH tokens, all with loss; pairs of halves where rows have two."""
     ids = [list(range(3, 3 + LENGTH))] * ROWS
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+    rows: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    if recipe.objective_row.compares:
+        rows |= {preferences.DOCUMENTS: [[LENGTH // 2] * 2] * ROWS}
+        rows |= {pair_batches.REFERENCE: [[-1.0, -1.0]] * ROWS}
+    return Dataset.from_dict(rows)
 
 
 def _make_options(recipe: Recipe) -> RunOptions:
@@ -234,6 +239,7 @@ def _make_options(recipe: Recipe) -> RunOptions:
         own_loss_head=recipe.training.loss_head == "trained_tokens",
         loraplus=setup.read_loraplus(recipe),
         dora_layers=[],
+        preference=recipe.preference if recipe.objective_row.compares else None,
     )
 
 

@@ -72,7 +72,7 @@ RUN = COMMON | {
 METRICS = {
     "step": "The optimiser step after which the line was written.",
     "epoch": "Passes over the data so far.",
-    "loss": "(Mean loss per trained token since the line before, in nats.)",
+    "loss": "(Mean loss per trained token, of pairs per pair, since the line before, in nats.)",
     "grad_norm": "(Length of the gradient before it is clipped.)",
     "learning_rate": "(That of the next step.)",
     "num_input_tokens_seen": "Tokens read so far.",

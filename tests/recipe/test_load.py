@@ -254,6 +254,62 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:3: quantization has no effect with method: lora | use method: qlora, or remove the section",
         ),
         (
+            MINIMAL + "preference: {beta: 0.2}\n",
+            "r.yaml:3: preference has no effect | add objective: dpo, or remove it",
+        ),
+        (
+            MINIMAL + "objective: dpo\npreference: {beta: 0}\n",
+            "r.yaml:4: preference.beta is 0, but must be greater than 0 | "
+            "leave it out for its default, 0.1",
+        ),
+        (
+            MINIMAL + "objective: dpo\npreference: {loss: ipo, label_smoothing: 0.1}\n",
+            "r.yaml:4: preference.label_smoothing has no effect with loss: ipo | loss: robust",
+        ),
+        (
+            MINIMAL + "objective: dpo\ntrainer: sft\n",
+            "r.yaml:4: trainer: SFTTrainer does not compare answers | trainer: auto",
+        ),
+        (
+            MINIMAL + "objective: dpo\ntask: sequence_classification\n",
+            "r.yaml:3: objective: dpo is for task: causal_lm, not sequence_classification | leave it out",
+        ),
+        (
+            MINIMAL + "objective: sft\ntask: sequence_classification\n",
+            "r.yaml:3: objective: sft is for task: causal_lm, not sequence_classification | leave it out",
+        ),
+        (
+            MINIMAL + "objective: dpo\ntraining: {packing: dataset}\n",
+            "r.yaml:4: training.packing: dataset is not for objective: dpo | packing: auto or step or false",
+        ),
+        (
+            MINIMAL + "objective: dpo\ntraining: {label_smoothing_factor: 0.1}\n",
+            "r.yaml:4: training.label_smoothing_factor is not for objective: dpo | leave it out",
+        ),
+        (
+            MINIMAL + "objective: dpo\ntraining: {loss_type: dft}\n",
+            "r.yaml:4: training.loss_type is not for objective: dpo | leave it out",
+        ),
+        (
+            "model: {name_or_path: base}\nobjective: dpo\n"
+            "data: {path: rows.jsonl, on_long_row: truncate}\n",
+            "r.yaml:3: data.on_long_row: truncate is not for objective: dpo | on_long_row: drop or error",
+        ),
+        (
+            "model: {name_or_path: base}\nobjective: dpo\n"
+            "data: {path: rows.jsonl, streaming: true}\ntraining: {max_steps: 3}\n",
+            "r.yaml:3: data.streaming: how likely each answer is at the start is computed before the "
+            "first step | leave it out",
+        ),
+        (
+            "model: {name_or_path: base}\ndata: {path: rows.jsonl, format: preference}\n",
+            "r.yaml:2: data.format: preference is for objective: dpo | add objective: dpo",
+        ),
+        (
+            MINIMAL + "objective: dpo\ndistributed: {strategy: fsdp}\n",
+            "r.yaml:3: objective: pairs are not tried with a sharded base | distributed: {strategy: ddp}",
+        ),
+        (
             MINIMAL + "trainer: trainer\ntraining: {packing: true}\n",
             "r.yaml:4: training.packing: packing the whole data set works only with trainer: sft | packing: step",
         ),

@@ -1,0 +1,381 @@
+"""Training on pairs of answers: losses, reference, runs that are cut, dealt, stopped and resumed.
+
+Losses are held against TRL's DPOTrainer, which renders, tokenises and computes by itself, and
+against the papers' formulas in float64 over a plain forward pass. Hermetic: the tiny model, CPU.
+Alone: pytest tests/train/test_preferences.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from lora_cli.common import LoraError
+from lora_cli.models import IGNORED
+from lora_cli.recipe import PREFERENCE_METRICS, Preference, load_recipe
+from lora_cli.train import pair_batches, preference_losses, reference, run, trial
+from lora_cli.train.preference_losses import Pairs
+from lora_cli.train.preference_trainer import PreferenceTrainer
+from lora_cli.train.trainers import Watched
+
+NAMES, THINGS = ["Ada", "Bo", "Cem", "Dia", "Eli"], ["lamp", "rope", "kettle", "map"]
+CLOCK = ("runtime", "per_second", "peak_memory")
+
+
+def make_rows(number: int) -> list[dict[str, str]]:
+    """Orders whose better answer is JSON; the worse one is longer or shorter."""
+    drawn = random.Random(3)
+    rows = []
+    for _ in range(number):
+        who, what = drawn.choice(NAMES), drawn.choice(THINGS)
+        count = drawn.randint(2, 99)
+        worse = drawn.choice(["Sure!", f"Sure! {who} wants {count} of it, namely {what}."])
+        better = json.dumps({"name": who, "item": what, "count": count})
+        prompt = f"{who} orders {count} of {what}. Write JSON."
+        rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """`train(name, *overrides)` trains on ten pairs, four of them a step, and returns the run's
+    folder."""
+    monkeypatch.setattr(trial, "try_training", lambda recipe: None)  # for recipes of strangers
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(10)))
+
+    def start(name: str, *overrides: str, resume: bool = False) -> Path:
+        return run.train(make_recipe(tmp_path, tiny, name, *overrides), resume=resume).parent
+
+    return start
+
+
+def make_recipe(folder: Path, tiny: Path, name: str, *overrides: str) -> Any:
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"objective: dpo\noutput_dir: {folder / name}\nmodel: {{name_or_path: {tiny / 'model'}}}\n"
+        f"data: {{path: {folder / 'pairs.jsonl'}}}\nlora: {{r: 4}}\n"
+        "training: {max_steps: 5, per_device_train_batch_size: 4, logging_steps: 1, "
+        "learning_rate: 1e-3, warmup_steps: 0, save_strategy: steps, save_steps: 2}\n"
+    )
+    return load_recipe(path, overrides)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if not any(word in key for word in CLOCK)}
+        for line in lines
+    ]
+
+
+def read_steps(folder: Path) -> list[dict[str, float]]:
+    return [line for line in read_metrics(folder) if "loss" in line]
+
+
+def read_adapter(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+# The losses --------------------------------------------------------------------------------------
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def by_hand(kind: str, beta: float, wrong: float, ratios: list[float], tokens: list[int]) -> float:
+    """The papers' formulas, one pair at a time, in float64."""
+    chosen, rejected = ratios
+    gap = chosen - rejected
+    mean = chosen / tokens[0] - rejected / tokens[1]
+    clean, flipped = -math.log(sigma(beta * gap)), -math.log(sigma(-beta * gap))
+    return {
+        "sigmoid": (1 - wrong) * clean + wrong * flipped,
+        "ipo": (mean - 1 / (2 * beta)) ** 2,
+        "hinge": max(0.0, 1 - beta * gap),
+        "robust": ((1 - wrong) * clean - wrong * flipped) / (1 - 2 * wrong),
+        "sigmoid_norm": -math.log(sigma(beta * mean)),
+        "apo_zero": 1 - sigma(beta * chosen) + sigma(beta * rejected),
+        "apo_down": sigma(beta * chosen) + 1 - sigma(beta * gap),
+    }[kind]
+
+
+KINDS = [
+    ("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.1),
+    ("sigmoid_norm", 0.0), ("apo_zero", 0.0), ("apo_down", 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "wrong"), KINDS)
+def test_each_loss_is_its_papers(kind: str, wrong: float) -> None:
+    logps = torch.tensor([[-20.0, -31.0], [-8.5, -3.0], [-55.0, -54.0]])
+    start = torch.tensor([[-24.0, -30.5], [-8.0, -7.0], [-55.0, -54.0]])
+    tokens = torch.tensor([[7.0, 12.0], [3.0, 1.0], [20.0, 19.0]])
+    given = Preference(loss=kind, beta=0.3, label_smoothing=wrong)
+    found = preference_losses.compute_losses(Pairs(logps, start, tokens), given)
+    rows = zip((logps - start).tolist(), tokens.tolist())
+    wanted = [by_hand(kind, 0.3, wrong, ratios, counts) for ratios, counts in rows]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_what_is_said_of_pairs() -> None:
+    logps = torch.tensor([[-20.0, -31.0], [-8.5, -3.0], [-55.0, -54.0]])
+    start = torch.tensor([[-24.0, -30.5], [-8.0, -7.0], [-55.0, -54.0]])
+    pairs = Pairs(logps, start, torch.ones(3, 2))
+    given = Preference(beta=0.5)
+    losses = preference_losses.compute_losses(pairs, given)
+    sums = preference_losses.describe_pairs(pairs, losses, given)
+    assert sums[0] == losses.sum() and sums[-1] == 3
+    assert preference_losses.average(sums.tolist()) == pytest.approx(
+        {
+            "rewards_accuracy": 1 / 3,  # nothing tells the last pair apart
+            "rewards_margin": 0.5 * (4.5 - 4.5 + 0) / 3,
+            "rewards_chosen": 0.5 * (4 - 0.5) / 3,
+            "rewards_rejected": 0.5 * (-0.5 + 4) / 3,
+            "logps_chosen": -83.5 / 3,
+            "logps_rejected": -88 / 3,
+        }
+    )
+
+
+def find_losses(train: Any, monkeypatch: Any, adapter: Path, *overrides: str) -> tuple[float, Any]:
+    """The loss of the first step, and what is known of its pairs, of a model that is `adapter`
+    against a reference that is its base."""
+    seen: list[Any] = []
+
+    def spy(trainer: PreferenceTrainer, model: Any, part: dict[str, Any]) -> Any:
+        pairs, losses = own(trainer, model, part)
+        seen.append((pairs, losses))
+        return pairs, losses
+
+    own = PreferenceTrainer._compare
+    own_find = reference.find_reference
+
+    def find(recipe: Any, base: Any, adapted: PeftModel, *given: Any) -> Any:
+        with adapted.disable_adapter():
+            return own_find(recipe, base, adapted, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "_compare", spy)
+        patch.setattr(reference, "find_reference", find)
+        patch.setattr(PreferenceTrainer, "_judge_start", lambda *_: None)
+        folder = train("looked", f"model.adapter={adapter}", "training.max_steps=1", *overrides)
+    return read_steps(folder)[0]["loss"], seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing"), [("sigmoid", "step"), ("ipo", "false"), ("apo_zero", "step")]
+)
+def test_the_loss_is_trls_and_that_of_a_plain_pass(
+    kind: str, packing: str, train, tiny: Path, tmp_path, monkeypatch
+) -> None:
+    """The model is an adapter with a B that is not zero, and the reference its base."""
+    first = train("first", "training.learning_rate=2e-4", "training.max_steps=3") / "adapter"
+    every = ("training.per_device_train_batch_size=10", f"training.packing={packing}")
+    found, seen = find_losses(train, monkeypatch, first, *every, f"preference.loss={kind}")
+
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    model = PeftModel.from_pretrained(base, first, is_trainable=True)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{
+                name: [{"role": "assistant", "content": row[name]}]
+                for name in ("chosen", "rejected")
+            },
+        }
+        for row in make_rows(10)
+    ]
+    options = DPOConfig(
+        str(tmp_path / "trl"), per_device_train_batch_size=10, loss_type=kind, beta=0.1,
+        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none",
+        max_length=None,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model, AutoModelForCausalLM.from_pretrained(tiny / "model"), options,
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    wanted = float(trainer.compute_loss(trainer.model, batch))
+    assert abs(wanted - (25 if kind == "ipo" else math.log(2))) > 0.01  # or nothing is compared
+    assert found == pytest.approx(wanted, rel=2e-5)
+    plain = [
+        [score_plainly(each, tokenizer, row, name) for name in ("chosen", "rejected")]
+        for each in (model.merge_and_unload().double(), trainer.ref_model.double())
+        for row in rows
+    ]
+    pairs = [pairs for pairs, _ in seen]
+    for ours, theirs in (("logps", plain[:10]), ("reference", plain[10:])):
+        every = torch.cat([getattr(each, ours).detach().flatten() for each in pairs]).tolist()
+        both = (numbers for row in theirs for numbers in row)
+        assert sorted(every) == pytest.approx(sorted(both), rel=2e-5)
+
+
+def score_plainly(model: Any, tokenizer: Any, row: dict[str, Any], name: str) -> float:
+    """The log-probability of an answer: one row alone, log-softmax in float64."""
+    asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(row["prompt"] + row[name])["input_ids"]
+    ids = torch.tensor([whole])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    own = logps.gather(1, ids[0, 1:, None])[len(asked) - 1 :]
+    return float(own.sum())
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "method=dora", "method=qlora", "lora.init_lora_weights=pissa", "lora.lora_dropout=0.3",
+        "model.dtype=bfloat16", "training.gradient_checkpointing=true",
+    ],
+)  # fmt: skip
+def test_the_first_loss_is_that_of_the_start(how: str, train, capsys) -> None:
+    folder = train("run", how, "training.max_steps=2")
+    first, second = read_steps(folder)
+    near = 2e-3 if "bfloat16" in how or "qlora" in how else 1e-5
+    assert first["loss"] == pytest.approx(math.log(2), abs=near)
+    assert second["loss"] != pytest.approx(math.log(2), abs=near)
+    assert "of the start it is 0.693147 (log 2)" in capsys.readouterr().err
+
+
+def test_the_start_may_be_an_adapter(train, capsys) -> None:
+    start = train("first") / "adapter"
+    folder = train("second", f"model.adapter={start}", "training.max_steps=1")
+    assert read_steps(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    train("third", f"model.adapter={start}", "training.max_steps=1", "lora.lora_dropout=0.5")
+    assert ", with dropout (lora.lora_dropout); of the start" in capsys.readouterr().err
+
+
+def test_another_reference_is_an_error(train, monkeypatch) -> None:
+    own = reference._compute
+    monkeypatch.setattr(reference, "_compute", lambda *given: own(*given) - 1)
+    with pytest.raises(LoraError, match="the first step's loss is 0.69.*nats a token from it"):
+        train("run")
+
+
+def test_the_reference_is_kept(train, monkeypatch, capsys) -> None:
+    train("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_compute", None)
+        again = train("again")
+    assert "reference: computed before, in" in capsys.readouterr().err
+    assert read_steps(again)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", "rows", "nan"])
+def test_a_damaged_reference_is_computed_anew(damage: Any, train, tmp_path, capsys) -> None:
+    whole = read_metrics(train("first"))
+    (kept,) = reference.find_folder().iterdir()
+    if isinstance(damage, bytes):
+        kept.write_bytes(damage)
+    else:
+        shape = (9, 2) if damage == "rows" else (10, 2)
+        numbers = torch.full(shape, math.nan if damage == "nan" else -1.0)
+        reference.save_file({reference.NAME: numbers}, kept)
+    assert read_metrics(train("again")) == whole
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_step_is_the_mean_over_its_pairs_in_any_cutting(train) -> None:
+    """Sequences of one pair each, of two, padded batches that are accumulated: the same run."""
+    cut = ("training.gradient_accumulation_steps=4", "training.per_device_train_batch_size=1")
+    runs = [
+        train("whole"),
+        train("short", "training.packed_length=1"),
+        train("cut", *cut),
+        train("padded", "training.packing=false"),
+        train("stock", "training.packing=false", "training.loss_head=stock", *cut),
+    ]
+    wanted = [line["loss"] for line in read_steps(runs[0])]
+    assert wanted[-1] < 0.5
+    for folder in runs[1:]:
+        lines = read_steps(folder)
+        assert [line["loss"] for line in lines] == pytest.approx(wanted, rel=2e-3, abs=1e-4)
+        assert lines[0]["grad_norm"] == pytest.approx(read_steps(runs[0])[0]["grad_norm"], rel=1e-4)
+
+
+class KilledError(BaseException):
+    """Stands for kill -9: nothing of ours may handle it."""
+
+
+@pytest.mark.parametrize("how", ["kill", "signal"])
+def test_a_stopped_run_resumes_to_the_same_bytes(how: str, train, monkeypatch) -> None:
+    """Records are of two steps, so that one is cut through; dropout draws numbers."""
+    given = (
+        "training.logging_steps=2", "lora.lora_dropout=0.2", "data.eval_rows=2",
+        "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=2",
+        "training.max_steps=7", "training.save_steps=3", "training.packing=false",
+    )  # fmt: skip
+    whole = train("whole", *given)
+    own, calls = Watched.training_step, [0]
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 10:  # amid step 5
+            if how == "kill":
+                raise KilledError
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watched, "training_step", stop)
+        with pytest.raises((SystemExit, KilledError)):
+            train("stopped", *given)
+    stopped = train("stopped", *given, resume=True)
+    assert read_adapter(stopped) == read_adapter(whole)
+    assert read_metrics(stopped) == read_metrics(whole)
+    names = {f"eval_{name}" for name in PREFERENCE_METRICS}
+    assert names <= read_metrics(whole)[-2].keys()
+
+
+def test_two_processes_make_the_same_run(train, tiny: Path, tmp_path: Path) -> None:
+    given = ("data.eval_rows=2", "training.max_steps=5")
+    alone = train("alone", *given)
+    recipe = make_recipe(tmp_path, tiny, "both", *given)
+    file = tmp_path / "both.yaml"
+    sets = [word for each in given for word in ("--set", each)]
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_cli", "train", str(file), "--nproc", "2", *sets],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = read_metrics(alone), read_metrics(Path(recipe.output_dir))
+    assert len(one) == len(two)
+    for mine, others in zip(one, two):
+        for name in ("loss", "eval_loss", "rewards_margin", "eval_rewards_margin", "logps_chosen"):
+            if name in mine:
+                assert others[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-4)
+
+
+def test_the_empty_row_of_a_process_is_no_pair() -> None:
+    empty = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}
+    for collate in (pair_batches.PairSteps(8), pair_batches.PaddedPairs(0)):
+        batch = collate([empty])
+        assert batch[pair_batches.ANSWERS] == [[]]
+        assert batch[pair_batches.REFERENCE].shape == (1, 0)
