@@ -33,15 +33,19 @@ def init(
         Optional[Path],
         typer.Option("--out", metavar="FILE", help="Must not exist; default: DATA's name, .yaml."),
     ] = None,
+    gpu: Annotated[
+        Optional[str],
+        typer.Option("--gpu", metavar="24GB|H100|…", help="Fit this; default: this machine."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a recipe that trains MODEL on DATA and fits this machine: the rows are looked at, two
+    """Write a recipe that trains a model on DATA and fits this machine: the rows are looked at, two
     steps are tried."""
     quiet_libraries()
     from lora_cli.drafts import questions, write
 
     asks = questions.is_answered() and not yes
-    asked = write.Asked(data, model, method, overrides or [], out, asks)
+    asked = write.Asked(data, model, method, overrides or [], out, asks, gpu)
     written = write.write_recipe(asked)
     ui.say(f"next: lora train {quote(written)}")
     ui.report_path(written)

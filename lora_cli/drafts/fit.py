@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, ui
 from lora_cli.drafts.draft import Draft
 from lora_cli.models import Base
 from lora_cli.plan import hardware, memory, rehearsal, settled
@@ -19,6 +19,7 @@ SHORTEST = 128
 """Tokens of a length below which rows are not cut to make them fit."""
 METHODS = ("lora", "qlora")
 SIZE, LENGTH = "training.per_device_train_batch_size", "training.max_length"
+AGAIN = "training.gradient_checkpointing"
 PASSES = "training.gradient_accumulation_steps"
 
 
@@ -53,45 +54,55 @@ def list_methods(draft: Draft, asked: str | None, base: Base) -> Sequence[str]:
     return METHODS[1:] if stored is not None and stored.in_4bit else METHODS
 
 
-def fit(draft: Draft, methods: Sequence[str]) -> Fit:
-    """Put a method that fits into the draft; where none does, smaller batches, and then
-    shorter rows. Raises LoraError where nothing fits."""
+def fit(draft: Draft, methods: Sequence[str], device: hardware.Hardware | None = None) -> Fit:
+    """Put a method into the draft that fits a device, by default this machine's; where none does,
+    smaller batches, and then shorter rows. Raises LoraError where nothing fits."""
     for method in methods:
         draft.put("method", method)
         for _ in _walk_sizes(draft):
-            made, forecast = _foresee(draft)
+            made, forecast = _foresee(draft, device)
             if forecast is None or _is_safe(forecast, made.need):
                 return made
     assert forecast is not None
-    length = forecast.largest(
-        lambda n: _shorten(memory.largest_batch(forecast.recipe), n),
-        draft.read(LENGTH),
-        draft.read(LENGTH),
-    )
-    length = int(length * SAFE) // ROUND * ROUND
-    if forecast.recipe.task_row.reads_pictures or length < SHORTEST or draft.is_given(LENGTH):
+    length = 0 if draft.is_given(LENGTH) else _find_length(draft, forecast)
+    if length < SHORTEST:
         raise LoraError(
-            f"{methods[-1]} on {made.found.base.name} {made.describe()}: it does not fit",
-            "give --model a smaller base, or --set training.max_length=N for shorter rows",
+            f"{methods[-1]} on {made.found.base.name} {made.describe()}, which is too much",
+            "give --model a smaller base",
         )
-    draft.put(LENGTH, length, "the longest that fits")
-    return _foresee(draft)[0]
+    draft.put(LENGTH, length, "tokens, the most that fit; longer rows are left out")
+    ui.say(f"  rows of over {length:,} tokens do not fit ({LENGTH})")
+    return _foresee(draft, device)[0]
+
+
+def _find_length(draft: Draft, forecast: memory.Forecast) -> int:
+    """Return the longest rows that fit with some room; 0 for pictures, which have one size."""
+    if forecast.recipe.task_row.reads_pictures:
+        return 0
+    batch, most = memory.largest_batch(forecast.recipe), draft.read(LENGTH)
+    found = forecast.largest(lambda n: batch._replace(length=n), most, most)
+    return int(found * SAFE) // ROUND * ROUND
 
 
 def _walk_sizes(draft: Draft) -> Iterator[None]:
-    """Put ever smaller batches into the draft, with as many rows in a step, once for each; a single
-    time where rows share sequences, as those are as long whatever the batch."""
+    """Put what needs ever less into the draft, once for each: activations that are computed again,
+    and smaller batches with as many rows in a step. Where rows share sequences, these are as long
+    whatever the batch."""
+    draft.put(AGAIN, None)
     yield
+    if not draft.is_given(AGAIN):
+        draft.put(AGAIN, True, "a step does not fit without")
+        yield
     shares = draft.build().task_row.writes_next_tokens
     while not shares and not draft.is_given(SIZE) and draft.read(SIZE) > 1:
-        draft.put(SIZE, draft.read(SIZE) // 2)
-        draft.put(PASSES, (draft.read(PASSES) or 1) * 2, "what does not fit in one pass")
+        draft.put(SIZE, draft.read(SIZE) // 2, "rows, in one pass: more do not fit")
+        draft.put(PASSES, (draft.read(PASSES) or 1) * 2, "passes a step")
         yield
 
 
-def _foresee(draft: Draft) -> tuple[Fit, memory.Forecast | None]:
+def _foresee(draft: Draft, device: hardware.Hardware | None) -> tuple[Fit, memory.Forecast | None]:
     """Return the draft settled, with its forecast if its memory can be foreseen."""
-    found = settled.settle_recipe(draft.build())
+    found = settled.settle_recipe(draft.build(), device)
     trained = total = 0
     try:
         adapted = rehearsal.build_adapted(found.recipe, found.base.config)
@@ -105,7 +116,3 @@ def _foresee(draft: Draft) -> tuple[Fit, memory.Forecast | None]:
 
 def _is_safe(forecast: memory.Forecast, need: memory.Need | None) -> bool:
     return need is not None and need.total <= SAFE * forecast.device.memory
-
-
-def _shorten(batch: rehearsal.Batch, length: int) -> rehearsal.Batch:
-    return batch._replace(length=length)

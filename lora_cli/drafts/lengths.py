@@ -9,6 +9,7 @@ from lora_cli.drafts import rows as rows_of
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.rows import Seen
 from lora_cli.models import Base, find_positions
+from lora_cli.recipe import Task
 
 LENGTH, TARGET, POLICY = "training.max_length", "data.max_target_length", "data.on_long_row"
 ROUND = 64
@@ -27,11 +28,14 @@ def put_limits(draft: Draft, base: Base) -> None:
     """Put limits into the draft that cut no row, to look at rows by."""
     if base.task.reads_pictures:
         return
-    draft.put(
-        LENGTH, _find_most(base, WINDOW if base.task.own_keys[:1] == ("stride",) else LONGEST)
-    )
+    draft.put(LENGTH, _find_most(base, WINDOW if _reads_windows(base.task) else LONGEST))
     if base.task.has_targets:
         draft.put(TARGET, _find_most(base, LONGEST))
+
+
+def _reads_windows(task: Task) -> bool:
+    """Return whether a long text is read in windows."""
+    return not task.writes_next_tokens and task.long_rows[0] == "split"
 
 
 def _find_most(base: Base, wanted: int) -> int:
@@ -56,7 +60,7 @@ def settle_length(draft: Draft, seen: Seen, style: str, base: Base) -> None:
         _put_limit(draft, LENGTH, seen.lengths, limit)
         if style == "text" and longest > draft.read(LENGTH):
             draft.put(POLICY, "split", "a longer text is cut into several")
-    elif "split" in task.long_rows:
+    elif _reads_windows(task):
         draft.put(LENGTH, draft.read(LENGTH), "a question with a window over its text")
     else:
         _put_limit(draft, LENGTH, seen.lengths, _find_most(base, CUT))

@@ -31,16 +31,14 @@ class Seen:
     bad: dict[str, list[str]] = field(default_factory=dict)
     """What is wrong with some, each with the first rows of which it is, as `place: what`."""
     num_bad: int = 0
-    repeated: list[tuple[str, str]] = field(default_factory=list)
-    """Places of rows that say the same as an earlier one, and of that."""
+    first_repeated: tuple[str, str] | None = None
+    """The places of the first row that says the same as an earlier one, and of that."""
     num_repeated: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     """Of rows that were measured, in tokens; of pairs, those of their sources."""
     target_lengths: Counter[int] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)
-    """Messages of each conversation."""
-    has_system: bool = False
     digests: dict[bytes, str] = field(default_factory=dict)
+    """Of what each row says, with its place."""
 
     @property
     def usable(self) -> int:
@@ -63,13 +61,11 @@ class Seen:
         """Count a row that can be used, as a converter has made it."""
         said = json.dumps(row, sort_keys=True, default=repr).encode()
         key = hashlib.blake2b(said, digest_size=12).digest()
-        if (earlier := self.digests.setdefault(key, place)) != place:
+        if key in self.digests:
             self.num_repeated += 1
-            if len(self.repeated) < SHOWN:
-                self.repeated.append((place, earlier))
-        if isinstance(row, formats.Conversation):
-            self.turns[len(row.messages)] += 1
-            self.has_system |= row.messages[0]["role"] in formats.FIRST or bool(row.tools)
+            self.first_repeated = self.first_repeated or (place, self.digests[key])
+        else:
+            self.digests[key] = place if len(self.digests) < MEASURED else "an earlier row"
 
     def add_encoded(self, place: str, found: list[Any] | formats.BadRow) -> None:
         """Count the lengths of what a row became."""

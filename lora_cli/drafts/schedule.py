@@ -35,8 +35,9 @@ EPOCHS = "training.num_train_epochs"
 LOGGED = 10
 """Steps between two records of the loss, where a recipe does not say."""
 EVALUATIONS = ("eval_path", "eval_split", "eval_fraction", "eval_rows")
-METRICS = ("f1_macro", "f1", "accuracy", "pearson")
-"""By what the best step is known, the first that is measured of such labels; else by the loss."""
+METRICS = ("f1_macro", "f1")
+"""By what the best step is known, the first that is measured of such labels; else by the loss. Of
+tags, by the second: that is of what they mark."""
 
 
 def _choose(table: tuple[tuple[float, float], ...], number: int) -> float:
@@ -96,7 +97,8 @@ def settle_rate(draft: Draft, recipe: Recipe, parameters: int) -> None:
     rate = SMALL if parameters < 1e9 else LARGE
     draft.put("training.learning_rate", OF_PAIRS if task.has_targets else rate)
     known = measures.list_metrics(task, recipe.model.problem_type)
-    best = next((name for name in METRICS if name in known), None)
+    wanted = METRICS[1:] if task.places_labels else METRICS
+    best = next((name for name in wanted if name in known), None)
     evaluates = draft.build().data.evaluates
     if best is not None and evaluates and not draft.is_given("training.keep"):
         draft.put("training.metric_for_best_model", best, "by which the best step is kept")

@@ -24,7 +24,7 @@ from lora_cli.drafts import rows as rows_of
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
 from lora_cli.models import Base, load_recipe_reader
-from lora_cli.plan import settled
+from lora_cli.plan import hardware, settled
 from lora_cli.recipe import DEFAULT_TASK, Data, load_recipe, override_values, strict_yaml
 
 METHODS = ("lora", "qlora", "dora", "qdora")
@@ -40,6 +40,8 @@ class Asked(NamedTuple):
     out: Path | None = None
     asks: bool = False
     """Whether a person is asked what is open."""
+    gpu: str | None = None
+    """What the recipe is to fit, where that is not this machine."""
     measures: bool = True
     """Whether a step is timed."""
 
@@ -52,6 +54,7 @@ def write_recipe(asked: Asked) -> Path:
     """
     questions = Questions(asked.asks)
     _refuse_unknown_method(asked.method)
+    device = hardware.parse_gpu(asked.gpu) if asked.gpu else None
     path = data_here.find_data(asked.data, questions)
     out = asked.out or Path(f"{_name_data(path)}.yaml")
     _refuse_there(out, path)
@@ -68,9 +71,9 @@ def write_recipe(asked: Asked) -> Path:
     lengths.settle_length(draft, seen, chosen.style, base)
     schedule.settle_holdout(draft, seen, path, questions)
     schedule.settle_steps(draft, seen)
-    _fit(draft, asked, questions, base)
+    _fit(draft, asked, questions, base, device)
     ui.say(*([f"  chat template: {template}"] if template else []))
-    if asked.measures:
+    if asked.measures and asked.gpu is None:
         schedule.time_steps(draft, questions)
     return _write(draft, path)
 
@@ -127,7 +130,7 @@ def _find_base(
         if not questions.asks:
             ui.say(f"base: {named}, as no --model is given")
     draft.put("model.name_or_path", named)
-    config = Base.of_recipe(draft.build()).config
+    config = _read_base(draft, is_chosen=kind is not None).config
     kind = kinds.tell_kind(first, config)
     task = kind.task
     if kind.is_open and not draft.is_given("task"):
@@ -137,11 +140,24 @@ def _find_base(
             task,
         )
     draft.put("task", task if task != DEFAULT_TASK.name else None, "what the columns are for")
-    if kind.columns:
+    if kind.columns and draft.read("task") in (None, kind.task):
         draft.put("data.columns", kind.columns)
     recipe = draft.build()
     kinds.refuse_unwanted_answers(first, recipe.task)
     return Base.of_recipe(recipe)
+
+
+def _read_base(draft: Draft, is_chosen: bool) -> Base:
+    """Return the draft's base; LoraError where it cannot be read, with how to name another where
+    that one `is_chosen` here."""
+    try:
+        return Base.of_recipe(draft.build())
+    except LoraError as error:
+        if not is_chosen:
+            raise
+        rows = quote(draft.read("data.path"))
+        hint = f"lora init {rows} --model FOLDER takes a base that lies here"
+        raise LoraError(error.message, hint) from error
 
 
 def _find_free_folder(stem: str) -> str:
@@ -167,9 +183,9 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
     if chosen.unread:
         ui.say(f"  not read: {', '.join(chosen.unread)}")
     if "chosen" in chosen.names.values():
-        ui.say("  the answers of chosen are learnt; to learn from both: lora recipes copy dpo")
-    if seen.num_repeated:
-        place, earlier = seen.repeated[0]
+        ui.say("  the answers of chosen are learnt; there is no training on preferences")
+    if seen.first_repeated:
+        place, earlier = seen.first_repeated
         ui.say(f"  {seen.num_repeated:,} rows say the same as an earlier one: {place} as {earlier}")
     for kind, listed in seen.bad.items():
         ui.warn(f"rows that cannot be used: {kind}")
@@ -179,9 +195,9 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
 def _settle_bad_rows(draft: Draft, seen: rows_of.Seen, questions: Questions) -> None:
     """Leave bad rows out, which is said; LoraError where they are not to be, or none is good."""
     draft.put("data.on_bad_row", None)
-    if not seen.usable:
+    if not seen.lengths:
         first = next(iter(seen.bad.values()))[0]
-        raise LoraError(f"none of {seen.count:,} rows can be used; {first}", BAD)
+        raise LoraError(f"{seen.num_bad:,} of {seen.count:,} rows cannot be used; {first}", BAD)
     if not seen.num_bad or draft.is_given("data.on_bad_row"):
         return
     if not questions.confirm(f"leave the {seen.num_bad:,} bad rows out"):
@@ -193,15 +209,17 @@ def _settle_bad_rows(draft: Draft, seen: rows_of.Seen, questions: Questions) -> 
 BAD = "mend the rows, or name the columns: --set data.columns={ours: theirs}"
 
 
-def _fit(draft: Draft, asked: Asked, questions: Questions, base: Base) -> None:
+def _fit(
+    draft: Draft, asked: Asked, questions: Questions, base: Base, device: hardware.Hardware | None
+) -> None:
     """Put a method and a batch that fit into the draft, and the adapter's size."""
     draft.put("lora.r", 16, "the rank: more of it learns more, for more memory")
     draft.put("lora.lora_alpha", 32, "the update is scaled by lora_alpha / r")
-    found = fit.fit(draft, fit.list_methods(draft, asked.method, base))
+    found = fit.fit(draft, fit.list_methods(draft, asked.method, base), device)
     if questions.asks and asked.method is None and not draft.is_given("method"):
         usual = draft.read("method")
         method = questions.choose("method", METHODS, usual)
-        found = found if method == usual else fit.fit(draft, [method])
+        found = found if method == usual else fit.fit(draft, [method], device)
     recipe = found.found.recipe
     schedule.settle_rate(draft, recipe, found.total)
     draft.put("method", draft.read("method"), found.describe())
