@@ -106,12 +106,14 @@ gpu:  ## everything worth knowing on one NVIDIA GPU, in nine minutes; OUT=build/
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $(GPU_SITE) .gpu/*.whl
 	PYTHONPATH=$(CURDIR):$(abspath $(GPU_SITE)) PYTHONUNBUFFERED=1 $(PYTHON) scripts/bench_gpu.py --out $(or $(OUT),build/gpu) --budget $(or $(BUDGET),520) $(GPU_OPTIONS)
 
-docs: $(READY)  ## the generated references, the shipped recipes' copies, and the site in build/site, each of whose links is followed
+docs: $(READY) $(TINY)  ## the generated references, the shipped recipes' copies, and the site in build/site, each of whose links is followed
 	cp lora_cli/recipe/shipped/*.yaml configs/
 	$(BIN)/lora schema > configs/schema.json
 	$(BIN)/lora schema --markdown > docs/reference/recipe.md
 	$(BIN)/python scripts/make_reference.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/make_gpu_table.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.make_recipe_table
+	$(BIN)/lora recipes --markdown > docs/reference/recipes.md
 	$(BIN)/python -m scripts.make_rooms_picture
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	$(BIN)/python scripts/check_site.py build/site

@@ -48,16 +48,21 @@ verbs.add_typer(recipes, name="recipes")
 
 
 @recipes.callback(invoke_without_command=True)
-def list_recipes(context: typer.Context) -> None:
+def list_recipes(
+    context: typer.Context,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The table as a page in Markdown instead.")
+    ] = False,
+) -> None:
     """List the recipes that come with lora; `copy` writes one into the current folder."""
     if context.invoked_subcommand is not None:
         return
-    from lora_cli.recipe import shipped_recipes
+    from lora_cli.recipe import recipe_table
 
-    found = shipped_recipes.list_recipes()
-    width = max(len(recipe.name) for recipe in found)
-    for recipe in found:
-        ui.report(f"{recipe.name:{width}}  {recipe.purpose}")
+    if markdown:
+        ui.report(*recipe_table.make_markdown().splitlines())
+    else:
+        recipe_table.say_table()
 
 
 @recipes.command("copy")

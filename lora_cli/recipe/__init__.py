@@ -12,6 +12,7 @@ Its doors, in the order a reader needs them:
                                   its sections; Rows is one data set of data.mix, Column a name
                                   of a column, DType a type that models are computed in
     shipped_recipes               the recipes that come with lora
+    recipe_table                  … with their bases, rows, memory and time
     TASKS, DEFAULT_TASK, Task     what a model does with its input
     PREFERENCE_METRICS            what is measured of pairs of answers
     find_task, recognise_task     … found by PEFT's name of it, by a model's class
@@ -80,6 +81,7 @@ __all__ = [
     "load_recipe",
     "messages",
     "override_values",
+    "recipe_table",
     "recognise_task",
     "schema",
     "shipped_recipes",

@@ -363,13 +363,10 @@ RULES: Mapping[str, Rule] = {
 DEFAULTS: Mapping[str, Any] = {
     "training.max_length": 512,
     "training.per_device_train_batch_size": 1,
-    "training.num_train_epochs": 1.0,
-    "training.warmup_steps": 0.03,
     "training.save_strategy": "epoch",
     "training.seed": 42,
-    "lora.lora_dropout": 0.0,
 }
-"""What axolotl does where its file says nothing, and lora would do something else, or might."""
+"""What axolotl does where its file says nothing, and lora would do something else."""
 
 
 def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:

@@ -223,18 +223,15 @@ RULES: Mapping[str, Rule] = {
 }
 DEFAULTS: Mapping[str, Any] = {
     "lora.r": 8,
-    "lora.target_modules": "all-linear",
     "data.on_long_row": "truncate",
     "training.learning_rate": 5e-5,
     "training.lr_scheduler_type": "linear",
     "training.num_train_epochs": 3.0,
     "training.warmup_steps": 0,
-    "training.per_device_train_batch_size": 8,
     "training.max_length": 2048,
     "training.seed": 42,
 }
-"""What LLaMA-Factory does where its file says nothing, and lora would do something else, or
-might."""
+"""What LLaMA-Factory does where its file says nothing, and lora would do something else."""
 
 
 def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:

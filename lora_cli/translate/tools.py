@@ -62,7 +62,7 @@ def name_tool(name: str) -> Tool:
     if name in TOOLS:
         return TOOLS[name]
     guess = find_nearest(name, TOOLS)
-    hint = f"did you mean --from {guess}?" if guess else f"--from {' or --from '.join(TOOLS)}"
+    hint = f"did you mean --from {guess}?" if guess else f"the tools are {', '.join(TOOLS)}"
     raise UsageError(f"--from {name} is no tool whose files lora knows", hint)
 
 
@@ -83,7 +83,7 @@ def recognise(source: Source) -> Tool:
     if not found[name]:
         raise UsageError(
             f"{source.path} has no key by which a tool is told",
-            f"--from says whose it is: {', '.join(TOOLS)}",
+            f"lora import {quote(source.path)} --from axolotl; or llama-factory, trl, unsloth",
         )
     return TOOLS[name]
 

@@ -228,10 +228,9 @@ DEFAULTS: Mapping[str, Any] = {
     "training.lr_scheduler_type": "linear",
     "training.num_train_epochs": 3.0,
     "training.warmup_steps": 0,
-    "training.max_length": 1024,
     "training.seed": 42,
 }
-"""What TRL does where its file says nothing, and lora would do something else, or might."""
+"""What TRL does where its file says nothing, and lora would do something else."""
 
 
 def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:

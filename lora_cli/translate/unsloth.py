@@ -185,7 +185,6 @@ DEFAULTS: Mapping[str, Any] = {
     ],
     "data.train_on": "all",
     "data.on_long_row": "truncate",
-    "training.learning_rate": 2e-4,
     "training.lr_scheduler_type": "linear",
     "training.optim": "adamw_8bit",
     "training.num_train_epochs": 3.0,
@@ -196,7 +195,7 @@ DEFAULTS: Mapping[str, Any] = {
     "training.max_length": 2048,
     "training.seed": 3407,
 }
-"""What Unsloth does where its file says nothing, and lora would do something else, or might."""
+"""What Unsloth does where its file says nothing, and lora would do something else."""
 
 
 def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:

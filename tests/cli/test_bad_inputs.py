@@ -744,6 +744,23 @@ BAD: dict[str, Case] = {
     "recipes: into no folder": typed("recipes", "copy", "gsm8k", "gone/r.yaml"),
     "recipes: into a folder": typed("recipes", "copy", "gsm8k", "here", make=lambda d: (d / "here").mkdir()),
     "setup-llama-cpp: an argument": typed("setup-llama-cpp", "please"),
+    "import: no file": typed("import"),
+    "import: no such file": typed("import", "gone.yml"),
+    "import: a file of no tool": lambda d: [written(d / "x.yml", "a: 1\n"), ["import", "x.yml"]][1],
+    "import: no such tool": lambda d: [written(d / "x.yml", "a: 1\n"), ["import", "x.yml", "--from", "axolot"]][1],
+    "import: a file without a model": lambda d: [
+        written(d / "x.yml", "training: {batch_size: 2}\n"), ["import", "x.yml"]][1],
+    "import: accelerate's": lambda d: [
+        written(d / "x.yml", "distributed_type: FSDP\n"), ["import", "x.yml"]][1],
+    "import: a recipe": lambda d: [
+        written(d / "x.yml", "model: {name_or_path: a}\n"), ["import", "x.yml"]][1],
+    "import: for preferences": lambda d: [
+        written(d / "x.yml", "base_model: a\nrl: dpo\n"), ["import", "x.yml"]][1],
+    "import: into a file that is there": lambda d: [
+        written(d / "x.yaml", "base_model: a\nadapter: lora\nmicro_batch_size: 1\n"), written(d / "x-lora.yaml", "mine"),
+        ["import", "x.yaml"]][2],
+    "import: into no folder": lambda d: [
+        written(d / "x.yml", "base_model: a\nmicro_batch_size: 1\n"), ["import", "x.yml", "--out", "gone/r.yaml"]][1],
 }  # fmt: skip
 
 

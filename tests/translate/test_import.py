@@ -144,13 +144,13 @@ def test_what_a_tool_does_by_itself_is_written_out(tmp_path: Path) -> None:
     trl = recipe_of(tmp_path, "model_name_or_path: a\ndataset_name: b\nuse_peft: true\n")
     assert trl["training"] == {
         "learning_rate": 2e-5, "lr_scheduler_type": "linear", "num_train_epochs": 3.0,
-        "warmup_steps": 0, "max_length": 1024, "seed": 42,
+        "warmup_steps": 0, "seed": 42,
     }  # fmt: skip
     assert trl["data"] == {"path": "b", "train_on": "all", "on_long_row": "truncate"}
     assert trl["lora"] == {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05}
     (tmp_path / "ours.yaml").unlink()
     factory = recipe_of(tmp_path, "model_name_or_path: a\nstage: sft\ndataset: d\n")
-    assert factory["lora"] == {"lora_alpha": 16, "r": 8, "target_modules": "all-linear"}
+    assert factory["lora"] == {"lora_alpha": 16, "r": 8}
     assert factory["training"]["learning_rate"] == 5e-5
     assert factory["training"]["max_length"] == 2048
     (tmp_path / "ours.yaml").unlink()
@@ -255,9 +255,14 @@ def test_texts_of_others_stay_in_their_comments(tmp_path: Path) -> None:
         ("", None, "has no keys", "YAML file of another tool"),
         ("- a\n", None, "has no keys", "YAML file of another tool"),
         ("a: [\n", None, "theirs.yml:2", "mend line 2"),
-        ("a: 1\n", None, "has no key by which a tool is told", "--from says whose it is"),
+        ("a: 1\n", None, "has no key by which a tool is told", "--from axolotl; or llama-factory"),
         ("a: 1\n", "axolot", "--from axolot is no tool", "did you mean --from axolotl?"),
-        ("a: 1\n", "zzz", "--from zzz is no tool", "--from axolotl or --from llama-factory"),
+        (
+            "a: 1\n",
+            "zzz",
+            "--from zzz is no tool",
+            "the tools are axolotl, llama-factory, trl, unsloth",
+        ),
         ("a: 1\n", "trl", "theirs.yml names no model", "--model NAME_OR_FOLDER"),
         ("distributed_type: FSDP\n", None, "configures accelerate", "--nproc N"),
         ("model: {name_or_path: a}\n", None, "is a recipe of lora already", "lora check"),
