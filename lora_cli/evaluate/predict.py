@@ -234,6 +234,8 @@ def _answer_all(rows: Rows, answering: Answering, write: Write, window: int) -> 
             write(line)
         if write is not ui.report_json:
             progress.update(f"{answering.counted.rows:,} rows answered")
+    if write is not ui.report_json and answering.counted.rows > size:  # off a terminal it told few
+        progress.update(f"{answering.counted.rows:,} rows answered", force=True)
     progress.clear()
 
 

@@ -308,7 +308,7 @@ def test_adapters_share_one_base_whatever_their_labels(
 
 
 def test_every_kind_of_file_gives_the_same_answers(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(bert, tmp_path / "a", CLASSES, KINDS["single_label_classification"])
     rows = [{"text": text} for text in make_texts(9) if "," not in text]
@@ -323,7 +323,10 @@ def test_every_kind_of_file_gives_the_same_answers(
     given.append(ask(adapter, None, [row["text"] for row in rows], folder=tmp_path))
     stream = io.TextIOWrapper(io.BytesIO(lines.read_bytes()))
     monkeypatch.setattr("sys.stdin", stream)
+    capsys.readouterr()
     given.append(ask(adapter, Path("-"), batch_size=2, folder=tmp_path))
+    counted = [line for line in capsys.readouterr().err.splitlines() if "rows answered" in line]
+    assert counted[-1] == f"{len(rows)} rows answered"
     answers = [[(line["text"], line["label"]) for line in each] for each in given]
     assert all(each == answers[0] for each in answers)
     assert given[-1][2]["place"] == "stdin:3"
