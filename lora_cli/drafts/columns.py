@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.common import ui
-from lora_cli.data import formats, load, prepare, sources, tables
+from lora_cli.data import formats, load, preferences, prepare, sources, tables
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
 
@@ -57,9 +57,10 @@ def settle_columns(
 
 def _choose(draft: Draft, there: list[str], first: Sequence[Mapping[str, Any]]) -> Chosen:
     recipe = draft.build()
-    encoder = load.find_encoder(recipe.task_row)
+    compares = recipe.objective_row.compares
+    encoder = preferences.PreferenceEncoder if compares else load.find_encoder(recipe.task_row)
     style, names = prepare.choose_format(recipe.data, there, encoder, quiet=True)
-    needed = {*encoder.row_formats[style], *EXTRA, *names}
+    needed = {*encoder.row_formats[style], *EXTRA, *names, *["prompt"] * compares}
     read = {names.get(each, each).partition(".")[0] for each in needed}
     listed = dict.fromkeys(name.partition(".")[0] for name in there)
     unread = [name for name in listed if name not in read]

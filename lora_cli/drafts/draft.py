@@ -9,8 +9,8 @@ from typing import Any
 from lora_cli.common import escape
 from lora_cli.recipe import Recipe, build_recipe, override_values, strict_yaml
 
-SECTIONS = ("model", "lora", "quantization", "data", "training", "distributed")
-ORDER = ("task", "method", "trainer", *SECTIONS, "output_dir")
+SECTIONS = ("model", "lora", "quantization", "data", "training", "preference", "distributed")
+ORDER = ("task", "objective", "method", "trainer", *SECTIONS, "output_dir")
 KEYS = (
     *("name_or_path", "revision", "adapter", "chat_template", "r", "lora_alpha"),
     *("path", "eval_path", "split", "eval_fraction", "eval_rows", "format", "columns"),

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lora_cli.common import LoraError
-from lora_cli.data import formats, load
+from lora_cli.data import formats, load, preferences
 from lora_cli.recipe import DEFAULT_TASK, TASKS, Task, recognise_task
 
 BASES = {
@@ -23,6 +23,7 @@ ENCODER = "answerdotai/ModernBERT-base"
 """What is fine-tuned where nobody names a base."""
 LABEL_WORDS = 4
 """Words that the texts that are labels have at most, on average."""
+TWO_ANSWERS = preferences.PreferenceEncoder.column_sets
 WRITTEN = {name: columns for name, columns in formats.FORMATS.items() if name != "text"}
 
 
@@ -33,6 +34,8 @@ class Kind(NamedTuple):
     columns: dict[str, str]
     is_open: bool = False
     """Whether the same rows may be meant to teach writing."""
+    compares: bool = False
+    """Whether a row has two answers, of which one is better."""
 
 
 def tell_kind(rows: Sequence[Mapping[str, Any]], config: PretrainedConfig | None) -> Kind:
@@ -46,8 +49,8 @@ def tell_kind(rows: Sequence[Mapping[str, Any]], config: PretrainedConfig | None
         return Kind("image_classification", {})
     if _recognise(columns, WRITTEN, formats.COLUMN_SETS):
         return Kind(DEFAULT_TASK.name, {})
-    if wanted := _find_wanted(rows, columns):
-        return Kind(DEFAULT_TASK.name, wanted)
+    if _recognise(columns, preferences.PreferenceEncoder.row_formats, TWO_ANSWERS):
+        return Kind(DEFAULT_TASK.name, _find_prompt(columns), compares=True)
     for task in ("question_answering", "token_classification", "sequence_classification"):
         if _fits(task, columns, rows):
             return Kind(task, {}, is_open=task == "sequence_classification" and "text" in columns)
@@ -96,15 +99,18 @@ def _has_labels(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> bool:
     return not texts or mean(texts) <= LABEL_WORDS
 
 
-def _find_wanted(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> dict[str, str]:
-    """Return the columns of pairs of answers, of which one is wanted; none of other rows."""
-    if "chosen" not in columns or "rejected" not in columns:
+def _find_prompt(columns: list[str]) -> dict[str, str]:
+    """Return what is answered beside two answers, where it is called otherwise than prompt."""
+    if "prompt" in columns or "chosen" not in columns:
         return {}
-    if isinstance(rows[0].get("chosen"), list):
-        alone = "prompt" not in columns or not isinstance(rows[0].get("prompt"), list)
-        return {"messages": "chosen"} if alone else {"completion": "chosen"}
-    asked = next((name for name in ("prompt", "question", "instruction") if name in columns), None)
-    return {"prompt": asked, "completion": "chosen"} if asked else {"text": "chosen"}
+    found = next((name for name in formats.PROMPTS if name in columns), None)
+    return {"prompt": found} if found else {}
+
+
+def find_better(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of the better one of a row's two answers, as an answer alone."""
+    asked = names.get("prompt", "prompt")
+    return {"prompt": asked, "completion": "chosen"} if asked in row else {"messages": "chosen"}
 
 
 def _find_pair(columns: list[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from lora_cli.common import LoraError
-from lora_cli.data import encoders, formats, prepare, readers, sources
+from lora_cli.data import encoders, formats, preferences, prepare, readers, sources
 from lora_cli.recipe import Data
 
 BATCH = 1000
@@ -73,7 +73,9 @@ class Seen:
             self.add_bad(place, found)
             return
         for each in found:
-            self.lengths[each.uncut or len(each.input_ids)] += 1
+            parts = each.others.get(preferences.DOCUMENTS)
+            longest = len(each.input_ids) if parts is None else int(parts.max())
+            self.lengths[each.uncut or longest] += 1
             self.target_lengths[each.uncut_labels or len(each.labels)] += 1
 
 

@@ -24,6 +24,8 @@ STEP_ROWS = ((64, 4), (2_000, 8), (20_000, 16), (math.inf, 32))
 """Up to so many rows, how many a step has."""
 PASSES = ((100, 10), (500, 5), (10_000, 3), (50_000, 2), (math.inf, 1))
 """Up to so many rows, how often each is seen."""
+MOST_PASSES = 3
+"""Over pairs of answers, which are soon told apart."""
 LARGEST_PASS = 8
 """Rows of a forward pass at most."""
 SMALL, LARGE = 5e-4, 2e-4
@@ -84,7 +86,9 @@ def settle_steps(draft: Draft, seen: Seen) -> None:
     rows = int(_choose(STEP_ROWS, seen.usable))
     size = min(rows, LARGEST_PASS)
     more = rows // size
-    draft.put("training.num_train_epochs", int(_choose(PASSES, seen.usable)), "passes")
+    passes = int(_choose(PASSES, seen.usable))
+    compares = draft.build().objective_row.compares
+    draft.put(EPOCHS, min(passes, MOST_PASSES) if compares else passes, "passes")
     draft.put("training.learning_rate", LARGE)
     draft.put("training.per_device_train_batch_size", size, "rows, in one pass")
     draft.put("training.gradient_accumulation_steps", more if more > 1 else None, f"{rows} a step")
@@ -95,6 +99,7 @@ def settle_rate(draft: Draft, recipe: Recipe, parameters: int) -> None:
     known."""
     task = recipe.task_row
     rate = SMALL if parameters < 1e9 else LARGE
+    rate = rate / 10 if recipe.objective_row.compares else rate
     draft.put("training.learning_rate", OF_PAIRS if task.has_targets else rate)
     known = measures.list_metrics(task, recipe.model.problem_type)
     wanted = METRICS[1:] if task.places_labels else METRICS

@@ -10,7 +10,7 @@ from lora_cli.drafts.columns import Chosen
 from lora_cli.drafts.draft import Draft
 from lora_cli.models import Base
 
-STYLES = ("messages", "sharegpt", "alpaca", "prompt_completion")
+STYLES = ("messages", "sharegpt", "alpaca", "prompt_completion", "preference")
 """Formats of rows that a template renders."""
 KEY = "model.chat_template"
 
@@ -38,6 +38,7 @@ def _converse(rows: Sequence[Mapping[str, Any]], chosen: Chosen) -> bool:
             made = convert(formats.rename_columns(row, chosen.names))
         except formats.BadRow:
             continue
+        made = made.chosen if chosen.style == "preference" else made
         roles = [message["role"] for message in made.messages]
         if roles != ["user", "assistant"] or made.tools:
             return True

@@ -140,11 +140,28 @@ def _find_base(
             task,
         )
     draft.put("task", task if task != DEFAULT_TASK.name else None, "what the columns are for")
-    if kind.columns and draft.read("task") in (None, kind.task):
-        draft.put("data.columns", kind.columns)
+    names = kind.columns
+    if kind.compares and draft.read("task") in (None, DEFAULT_TASK.name):
+        is_better_alone = _settle_objective(draft, questions) == "sft"
+        names = kinds.find_better(first[0], names) if is_better_alone else names
+    if names and draft.read("task") in (None, kind.task):
+        draft.put("data.columns", names)
     recipe = draft.build()
     kinds.refuse_unwanted_answers(first, recipe.task)
     return Base.of_recipe(recipe)
+
+
+def _settle_objective(draft: Draft, questions: Questions) -> str:
+    """Put into the draft what is learnt of two answers, and return it: which is better, or the
+    better one."""
+    if not draft.is_given("objective"):
+        asked = "what is learnt, which answer is better (dpo) or the better one alone (sft)"
+        objective = questions.choose(asked, ["dpo", "sft"], "dpo")
+        draft.put("objective", objective, "of two answers the better one is made likelier")
+        if objective == "sft":
+            draft.put("objective", None)
+            return objective
+    return str(draft.read("objective"))
 
 
 def _read_base(draft: Draft, is_chosen: bool) -> Base:
@@ -155,8 +172,8 @@ def _read_base(draft: Draft, is_chosen: bool) -> Base:
     except LoraError as error:
         if not is_chosen:
             raise
-        rows = quote(draft.read("data.path"))
-        hint = f"lora init {rows} --model FOLDER takes a base that lies here"
+        path = draft.read("data.path")
+        hint = f"lora init {quote(path)} --model FOLDER takes a base that lies here"
         raise LoraError(error.message, hint) from error
 
 
@@ -182,8 +199,8 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
     ui.say(f"{path}: {seen.count:,} rows; {chosen.style}{f' ({named})' if named else ''}")
     if chosen.unread:
         ui.say(f"  not read: {', '.join(chosen.unread)}")
-    if "chosen" in chosen.names.values():
-        ui.say("  the answers of chosen are learnt; there is no training on preferences")
+    if chosen.style == "preference":
+        ui.say("  which of two answers is better is learnt (objective: dpo)")
     if seen.first_repeated:
         place, earlier = seen.first_repeated
         ui.say(f"  {seen.num_repeated:,} rows say the same as an earlier one: {place} as {earlier}")

@@ -40,6 +40,8 @@ class Measured(NamedTuple):
     """Tokens, or pictures, of that step."""
     evaluation_seconds: float
     """Of evaluating once, by one batch; 0 where nothing is held out."""
+    reference_seconds: float
+    """Of what pairs of answers are held against, before the first step; 0 without such."""
     steps: sizes.Steps
     train_rows: prepare.Prepared
     eval_rows: prepare.Prepared | None
@@ -50,7 +52,7 @@ class Measured(NamedTuple):
         mean = self.train_rows.counts.tokens / self.steps.steps_per_epoch
         each = self.seconds * mean / max(self.units, 1)
         passes = math.ceil(steps / self.steps.steps_per_epoch)
-        return steps * each + passes * self.evaluation_seconds
+        return self.reference_seconds + steps * each + passes * self.evaluation_seconds
 
 
 class _Clock(TrainerCallback):
@@ -100,21 +102,45 @@ def measure_steps(recipe: Recipe) -> Measured:
         with translate_refusals(found.recipe.list_passed_on()):
             inputs = setup.prepare_inputs(found.recipe, found.base, found.parent, drafted)
             settled_recipe, adapted = run.load_adapted(found.recipe, found.base, drafted, inputs)
-            trainer = setup.make_trainer(settled_recipe, adapted, inputs, drafted)
+            few = _take_few(inputs, settled_recipe)
+            began = time.perf_counter()
+            few = setup.add_references(settled_recipe, found.base, adapted, few)
+            reference = time.perf_counter() - began
+            trainer = setup.make_trainer(settled_recipe, adapted, few, drafted)
             clock = _Clock(adapted.device)
             trainer.add_callback(clock)
             trainer.train()
-            evaluation = _time_evaluation(trainer, inputs.eval_rows)
+            evaluation = _time_evaluation(trainer, few.eval_rows)
         steps = sizes.count_steps(found.recipe, inputs.train_rows)
-    rows = inputs.train_rows, inputs.eval_rows
-    return Measured(clock.seconds[-1], clock.units[-1], evaluation, steps, *rows)
+    more = _count_rows(inputs) / _count_rows(few) if found.recipe.objective_row.compares else 0
+    evaluated = len(inputs.eval_rows.rows) if inputs.eval_rows else 0
+    times = clock.seconds[-1], clock.units[-1], evaluation * evaluated, reference * more
+    return Measured(*times, steps, inputs.train_rows, inputs.eval_rows)
+
+
+def _take_few(inputs: setup.Inputs, recipe: Recipe) -> setup.Inputs:
+    """Return the inputs with rows for one batch of an evaluation; and, of pairs of answers, for two
+    steps, as all are looked at before the first."""
+    train, evaluation = inputs.train_rows, inputs.eval_rows
+    if recipe.objective_row.compares:
+        train = _cut(train, 2 * recipe.count_step_rows())
+    if evaluation is not None:
+        evaluation = _cut(evaluation, recipe.training.per_device_train_batch_size)
+    return inputs._replace(train_rows=train, eval_rows=evaluation)
+
+
+def _cut(rows: prepare.Prepared, most: int) -> prepare.Prepared:
+    return rows._replace(rows=rows.rows.select(range(min(most, len(rows.rows)))))
+
+
+def _count_rows(inputs: setup.Inputs) -> int:
+    return sum(len(each.rows) for each in (inputs.train_rows, inputs.eval_rows) if each)
 
 
 def _time_evaluation(trainer: Any, rows: prepare.Prepared | None) -> float:
-    """Return how long all rows take to be evaluated, by the time of one batch."""
+    """Return the seconds that a row takes to be evaluated."""
     if rows is None:
         return 0.0
-    size = min(trainer.args.per_device_eval_batch_size, len(rows.rows))
     began = time.perf_counter()
-    trainer.evaluate(rows.rows.select(range(size)))
-    return (time.perf_counter() - began) * len(rows.rows) / size
+    trainer.evaluate()
+    return (time.perf_counter() - began) / len(rows.rows)

@@ -132,7 +132,7 @@ def texts(folder: Path) -> object:
 def preferences(folder: Path) -> object:
     drawn = random.Random(3)
     rows = [
-        {"prompt": say(4, drawn), "chosen": say(2, drawn), "rejected": say(2, drawn)}
+        {"question": say(4, drawn), "chosen": say(2, drawn), "rejected": say(2, drawn)}
         for _ in range(30)
     ]
     return write_lines(folder / "rows.jsonl", rows)
@@ -157,10 +157,6 @@ KINDS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "Parquet": (alpaca, {"format": "alpaca"}),
     "chats": (chat(2), {"format": "messages"}),
     "plain text": (texts, {"format": "text"}),
-    "preferences": (
-        preferences,
-        {"format": "prompt_completion", "columns": {"prompt": "prompt", "completion": "chosen"}},
-    ),
     "a text and its summary": (
         lambda folder: write_table(folder / "rows.csv", ("document", "summary"), 30),
         {"format": "prompt_completion", "columns": {"prompt": "document", "completion": "summary"}},
@@ -178,6 +174,22 @@ def test_rows_of_any_kind_are_recognised(init, tmp_path: Path, kind: str) -> Non
     assert data.pop("path").startswith("rows.")
     assert data.pop("eval_rows") in (3, 4)
     assert data == wanted
+
+
+def test_two_answers_teach_which_is_better(init, lora, tmp_path: Path) -> None:
+    preferences(tmp_path)
+    done = init("rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(tmp_path / "rows.yaml")
+    assert (recipe.objective, recipe.data.format) == ("dpo", "preference")
+    assert "which of two answers is better is learnt" in done.stderr
+    assert re.search(r"\n  \d+ steps, about ", done.stderr)
+    trained = lora("train", "rows.yaml", "--set", "training.max_steps=2", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    better = init("rows.jsonl", "--set", "objective=sft", "--out", "better.yaml")
+    assert better.returncode == 0, better.stderr
+    columns = load_recipe(tmp_path / "better.yaml").data.columns
+    assert columns == {"prompt": "question", "completion": "chosen"}
 
 
 @pytest.mark.parametrize(
