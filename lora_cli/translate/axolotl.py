@@ -127,6 +127,14 @@ def upload(draft: Draft, keys: Keys, value: Any) -> None:
         draft.reasons[f"training.{name}"] = str(keys[-1])
 
 
+def preferred(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that pairs of answers are compared; other ways to train on preferences are refused."""
+    if value in ("dpo", "ipo"):
+        rules.prefer(draft, keys, "sigmoid" if value == "dpo" else "ipo")
+    else:
+        refuse("a training on preferences or rewards other than DPO")(draft, keys, value)
+
+
 def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
     """Say which rows are trained on."""
     entries = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
@@ -145,7 +153,8 @@ def _name_path(rows: RowsDraft, keys: Keys, entry: dict[str, Any]) -> None:
     """Say where the rows lie: `data_files` goes before `path`, which then names a loader."""
     files = entry.get("data_files")
     if files:
-        rows.take((*keys, "data_files"), "path", files)
+        single = isinstance(files, list) and len(files) == 1
+        rows.take((*keys, "data_files"), "path", files[0] if single else files)
         if entry.get("path"):
             rows.draft.leave((*keys, "path"), "data_files says which files are read")
     elif entry.get("path"):
@@ -195,6 +204,13 @@ def _read_type(rows: RowsDraft, keys: Keys, value: Any) -> None:
         for name, inner in value.items():
             _read_dataset_key(rows, (*keys, name), name, inner)
         rows.values["format"] = "alpaca"
+        return
+    if rules.is_on(rows.draft.get("rl")):
+        rows.draft.ask(
+            keys,
+            "lora reads prompt, chosen and rejected, texts or turns; data.columns: {prompt: …} "
+            "says what yours are called",
+        )
         return
     kind = str(value).partition(":")[0].partition(".")[0]
     if kind not in TYPES:
@@ -348,7 +364,12 @@ RULES: Mapping[str, Rule] = {
     "unfrozen_parameters": leave("an adapter is trained, and nothing of the base"),
     "plugins": ask("lora has none: see training.loss_head and training.use_liger_kernel"),
     "liger_fused_linear_cross_entropy": leave("training.loss_head does the same without Liger"),
-    "rl": refuse("training on preferences or rewards"),
+    "rl": preferred,
+    "rl_beta": take("preference.beta"),
+    "dpo_beta": take("preference.beta"),
+    "dpo_label_smoothing": take("preference.label_smoothing"),
+    "rpo_alpha": take("preference.sft_weight"),
+    "max_prompt_len": leave("training.max_length is of a prompt with an answer"),
     "reward_model": refuse("training of a reward model"),
     "process_reward_model": refuse("training of a reward model"),
     **dict.fromkeys(

@@ -106,11 +106,14 @@ def _read_entry(rows: RowsDraft, entry: dict[str, Any], folder: str) -> None:
         if entry.get(theirs) is not None:
             values[ours] = entry[theirs]
     formatting = entry.get("formatting", "alpaca")
-    if formatting in FORMATS and rows.draft.get("stage") != "pt":
+    if formatting in FORMATS and rows.draft.get("stage") not in ("pt", "dpo"):
         values["format"] = FORMATS[formatting]
     names = {**COLUMNS, "messages": "messages" if formatting == "openai" else "conversations"}
     if rows.draft.get("stage") == "pt":
         names = {"prompt": "text"}
+    if rows.draft.get("stage") == "dpo":
+        names = {each: each for each in ("prompt", "chosen", "rejected")}
+        names |= {"messages": "prompt"} if formatting != "alpaca" else {}
     columns = {
         names[theirs]: name
         for theirs, name in (entry.get("columns") or {}).items()

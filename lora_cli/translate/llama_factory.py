@@ -29,8 +29,12 @@ def stage(draft: Draft, keys: Keys, value: Any) -> None:
             for name, packed in (("packing", "dataset"), ("packing_strategy", "wrapped")):
                 draft.values[f"training.{name}"] = packed
                 draft.reasons[f"training.{name}"] = "stage: pt joins all texts and cuts them"
+    elif value == "dpo" and draft.get("pref_loss") in (None, "sigmoid", "hinge", "ipo"):
+        rules.prefer(draft, keys, draft.get("pref_loss") or "sigmoid")
+    elif value == "dpo":
+        refuse("a loss of pairs")(draft, ("pref_loss",), draft.get("pref_loss"))
     else:
-        refuse("training on preferences or rewards")(draft, keys, value)
+        refuse("a training on preferences or rewards other than DPO")(draft, keys, value)
 
 
 def method(draft: Draft, keys: Keys, value: Any) -> None:
@@ -149,6 +153,11 @@ RULES: Mapping[str, Rule] = {
     "adapter_name_or_path": adapters,
     "create_new_adapter": leave("adapter_name_or_path says what is trained on"),
     "stage": stage,
+    "pref_beta": take("preference.beta"),
+    "pref_loss": belongs("stage"),
+    "pref_ftx": take("preference.sft_weight"),
+    "dpo_label_smoothing": take("preference.label_smoothing"),
+    "ref_model": ask("lora compares with the model as training starts it"),
     "finetuning_type": method,
     "lora_rank": take("lora.r"),
     "lora_alpha": take("lora.lora_alpha"),
@@ -245,5 +254,7 @@ def finish(draft: Draft) -> None:
         rank = draft.values.get("lora.r", DEFAULTS["lora.r"])
         if isinstance(rank, int):
             draft.put_default("lora.lora_alpha", 2 * rank, "twice the rank")
+    if rules.compares(draft):
+        rules.drop_long_pairs(draft)
     if draft.values.get("training.packing_strategy") == "wrapped":
         draft.put_default("data.on_long_row", "split", "texts are cut, and nothing is left out")

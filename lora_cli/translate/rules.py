@@ -100,13 +100,36 @@ def refuse(what: str) -> Rule:
             draft.tell(keys, Kind.taken, "off, as here")
             return
         raise LoraError(
-            f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, "
-            "and lora trains on answers and texts",
-            f"take a file of {draft.tool}'s for supervised fine-tuning; such a training can go on "
+            f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, which lora does not "
+            "do",
+            f"take a file of {draft.tool}'s for answers, or for DPO; such a training can go on "
             "with what lora trains: a plain PEFT adapter",
         )
 
     return rule
+
+
+def prefer(draft: Draft, keys: Keys, loss: str, note: str = "") -> None:
+    """Say that the better of two answers is made likelier, by which loss."""
+    draft.take(keys, "objective", "dpo", note)
+    if loss != "sigmoid":
+        draft.values["preference.loss"] = loss
+        draft.reasons["preference.loss"] = f"{keys[-1]}: {loss}"
+
+
+def compares(draft: Draft) -> bool:
+    """Return whether pairs of answers are compared."""
+    return draft.values.get("objective") == "dpo"
+
+
+def drop_long_pairs(draft: Draft) -> None:
+    """Say that pairs that are too long are left out, where the other tool cuts them."""
+    draft.asked.append(
+        f"pairs over training.max_length are left out: {draft.tool} cuts them, and an answer "
+        "without its end teaches no end"
+    )
+    draft.values["data.on_long_row"] = "drop"
+    draft.reasons["data.on_long_row"] = "of a pair, no answer is cut"
 
 
 def precision(draft: Draft, keys: Keys, value: Any) -> None:

@@ -123,6 +123,30 @@ def trains_adapter(draft: Draft, keys: Keys, value: Any) -> None:
         draft.ask(keys, "TRL trains the whole model here, and lora an adapter: method: lora")
 
 
+OF_OTHERS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight")
+"""Keys of GRPO's, RLOO's and KTO's configurations, which have a beta, too."""
+LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down")
+
+
+def preferred(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that pairs of answers are compared, and how close the model stays to its start."""
+    if draft.source.data.keys() & set(OF_OTHERS):
+        refuse("of GRPO, RLOO or KTO")(draft, keys, value)
+    rules.prefer(draft, keys, "sigmoid")
+    draft.take(keys, "preference.beta", value, "of trl dpo; GRPO and KTO are other trainings")
+
+
+def loss(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the loss: of pairs, where the file has a beta, or of texts."""
+    name = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if "beta" not in draft.source.data:
+        draft.take(keys, "training.loss_type", name)
+    elif name in LOSSES:
+        draft.take(keys, "preference.loss", name)
+    else:
+        refuse("a loss of pairs")(draft, keys, value)
+
+
 def in_four_bits(name: str) -> Rule:
     """Return the rule for a key of 4-bit storage."""
 
@@ -216,10 +240,13 @@ RULES: Mapping[str, Rule] = {
     "hub_token": rules.secret,
     "max_train_samples": take("data.max_rows"),
     "train_split": take("data.split"),
-    **dict.fromkeys(
-        ("beta", "max_prompt_length", "reward_funcs", "reward_model_path", "num_generations"),
-        refuse("training on preferences or rewards"),
-    ),
+    "beta": preferred,
+    "loss_type": loss,
+    "label_smoothing": take("preference.label_smoothing"),
+    "rpo_alpha": take("preference.sft_weight"),
+    "max_prompt_length": leave("max_length is of a prompt with an answer"),
+    "precompute_ref_log_probs": leave("lora always computes them before the first step"),
+    **dict.fromkeys(OF_OTHERS, refuse("of GRPO, RLOO or KTO")),
 }
 DEFAULTS: Mapping[str, Any] = {
     "lora.lora_dropout": 0.05,
@@ -252,7 +279,10 @@ def finish(draft: Draft) -> None:
     elif "lora.target_modules" not in draft.values:
         draft.put_default("lora.target_modules", MODULES, "PEFT's for most families")
         draft.asked.append("no lora_target_modules: PEFT adapts q_proj and v_proj of most families")
-    if "data.train_on" not in draft.values:
+    if rules.compares(draft):
+        draft.put_default("training.learning_rate", 1e-6, "of trl dpo")
+        rules.drop_long_pairs(draft)
+    elif "data.train_on" not in draft.values:
         draft.put_default("data.train_on", "all", "of texts and conversations")
         draft.asked.append(
             "TRL learns all tokens of texts and conversations, but only the completion of rows of "

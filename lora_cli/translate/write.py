@@ -10,14 +10,14 @@ from lora_cli.recipe import strict_yaml
 from lora_cli.translate.draft import Draft, Kind
 from lora_cli.translate.source import spell
 
-SECTIONS = ("model", "lora", "quantization", "data", "training", "distributed")
+SECTIONS = ("model", "lora", "quantization", "data", "preference", "training", "distributed")
 COLUMN = 52
 """Where the reasons stand, beside values that are not longer."""
 
 
 def write_recipe(draft: Draft) -> str:
     """Return the recipe as YAML: what needs a hand first, then its sections in the usual order."""
-    lines = [*_list_head(draft), *_list_values(draft, "", ("method", "task"))]
+    lines = [*_list_head(draft), *_list_values(draft, "", ("objective", "method"))]
     for section in SECTIONS:
         names = [key for key in draft.values if key.startswith(f"{section}.")]
         if names:

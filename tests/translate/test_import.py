@@ -32,7 +32,7 @@ from tests import snapshots
 
 EXAMPLES = {path.name: path for path in (Path(__file__).parent / "examples").iterdir()}
 SNAPSHOT = Path(__file__).parent / "imports.txt"
-OF_PREFERENCES = {"axolotl-dpo-8b.yml", "llama-factory-dpo.yaml"}
+OF_PREFERENCES = {"axolotl-orpo-7b.yml"}
 WITHOUT_A_MODEL = {"unsloth-llama-1b-defaults.yaml"}
 IMPORTED = sorted(EXAMPLES.keys() - OF_PREFERENCES)
 
@@ -168,6 +168,29 @@ def test_what_a_tool_does_by_itself_is_written_out(tmp_path: Path) -> None:
     assert axolotl["training"]["save_strategy"] == "epoch"
 
 
+def test_pairs_of_answers_are_compared_as_there(tmp_path: Path) -> None:
+    trl = "model_name_or_path: a\ndataset_name: b\nuse_peft: true\nbeta: 0.3\nloss_type: ipo\n"
+    recipe = recipe_of(tmp_path, trl)
+    assert recipe["objective"] == "dpo"
+    assert recipe["preference"] == {"beta": 0.3, "loss": "ipo"}
+    assert recipe["training"]["learning_rate"] == 1e-6
+    assert recipe["data"] == {"path": "b", "on_long_row": "drop"}
+    (tmp_path / "ours.yaml").unlink()
+    factory = "model_name_or_path: a\nstage: dpo\ndataset: d\npref_loss: hinge\n"
+    factory += "pref_ftx: 0.5\n"
+    recipe = recipe_of(tmp_path, factory + "pref_beta: 0.2\n")
+    assert recipe["preference"] == {"loss": "hinge", "sft_weight": 0.5, "beta": 0.2}
+    (tmp_path / "ours.yaml").unlink()
+    axolotl = (
+        "base_model: a\nadapter: lora\nrl: ipo\nrl_beta: 0.4\ndatasets: [{path: b, type: x}]\n"
+    )
+    assert recipe_of(tmp_path, axolotl)["preference"] == {"loss": "ipo", "beta": 0.4}
+    with pytest.raises(
+        LoraError, match=r"pref_loss: simpo is a loss of pairs, which lora does not"
+    ):
+        recipe_of(tmp_path, factory.replace("hinge", "simpo"), tool="llama-factory")
+
+
 def test_two_data_sets_are_a_mix(tmp_path: Path) -> None:
     text = (
         "base_model: a\nadapter: lora\ndatasets:\n"
@@ -177,7 +200,7 @@ def test_two_data_sets_are_a_mix(tmp_path: Path) -> None:
     )
     assert recipe_of(tmp_path, text)["data"]["mix"] == [
         {"format": "alpaca", "split": "train[:10%]", "path": "b"},
-        {"columns": {"conversations": "talk"}, "format": "sharegpt", "path": ["x.jsonl"]},
+        {"columns": {"conversations": "talk"}, "format": "sharegpt", "path": "x.jsonl"},
     ]
 
 
@@ -267,8 +290,13 @@ def test_texts_of_others_stay_in_their_comments(tmp_path: Path) -> None:
         ("distributed_type: FSDP\n", None, "configures accelerate", "--nproc N"),
         ("model: {name_or_path: a}\n", None, "is a recipe of lora already", "lora check"),
         ("extends: alpaca\n", None, "is a recipe of lora already", "lora check"),
-        ("base_model: a\nrl: grpo\n", None, "theirs.yml:2: rl: grpo is training on", "adapter"),
-        ("model_name_or_path: a\nbeta: 0.1\n", "trl", "theirs.yml:2: beta: 0.1 is", "adapter"),
+        ("base_model: a\nrl: grpo\n", None, "theirs.yml:2: rl: grpo is a training on", "adapter"),
+        (
+            "model_name_or_path: a\nbeta: 0.1\nnum_generations: 8\n",
+            "trl",
+            "yml:2: beta: 0.1 is",
+            "",
+        ),
         ("model_name_or_path: a\nstage: rm\n", None, "theirs.yml:2: stage: rm is", "adapter"),
         ("base_model: [a]\nmicro_batch_size: 1\n", None, "model.name_or_path is ['a']", ""),
     ],
@@ -294,7 +322,7 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 ONE_EACH = ["axolotl-instruct-8b.yml", "llama-factory-loraplus.yaml", "trl-example.yaml",
-            "unsloth-lora-text.yaml"]  # fmt: skip
+            "unsloth-lora-text.yaml", "llama-factory-dpo.yaml"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -303,15 +331,20 @@ def test_an_imported_recipe_trains(name: str, tiny: Path, tmp_path: Path, lora) 
     path = tmp_path / name
     path.write_text(EXAMPLES[name].read_text())
     out, rows = tmp_path / "ours.yaml", tiny / "train.jsonl"
+    changes: dict[str, object] = {"data.format": "prompt_completion"}
+    if "dpo" in name:
+        pairs = [{"prompt": f"Copy: {n}", "chosen": f"{n}", "rejected": "ice"} for n in range(40)]
+        rows, changes = tmp_path / "pairs.jsonl", {}
+        rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     made = lora("import", path, "--model", tiny / "model", "--data", rows, "--out", out)
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{out}\n"
     assert made.stderr.endswith(f"next: lora check {out}\n")
-    changes = {
+    changes |= {
         "output_dir": tmp_path / "run", "training.max_steps": 1, "data.max_rows": 40,
-        "data.format": "prompt_completion", "training.pad_token": "null", "model.dtype": "float32",
-        "training.optim": "adamw_torch", "method": "lora", "lora.target_modules": "all-linear",
-        "training.dataset_num_proc": 1,
+        "training.pad_token": "null", "model.dtype": "float32", "training.optim": "adamw_torch",
+        "method": "lora", "lora.target_modules": "all-linear", "training.dataset_num_proc": 1,
+        "training.dataloader_num_workers": 0,
     }  # fmt: skip
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     done = lora("train", out, *options)
