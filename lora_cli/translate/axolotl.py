@@ -72,10 +72,14 @@ def per_epoch(kind: str) -> Rule:
         if kind == "eval" and not draft.get("val_set_size") and not draft.get("test_datasets"):
             draft.leave(keys, "no rows are held out: data.eval_fraction would")
             return
+        epochs = draft.get("num_epochs") or 1
         if not value:
             draft.tell(keys, Kind.taken, "none, as here")
             return
-        share = round(1 / (value * (draft.get("num_epochs") or 1)), 6)
+        if not (rules.is_number(value) and value > 0 and rules.is_number(epochs) and epochs > 0):
+            draft.ask(keys, f"training.{kind}_strategy, or training.{kind}_steps")
+            return
+        share = round(1 / (value * epochs), 6)
         if share >= 1:
             draft.take(keys, f"training.{kind}_strategy", "epoch")
         else:
@@ -94,6 +98,9 @@ def attention(kernel: str) -> Rule:
 
 def special_tokens(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the tokens that fill and end rows."""
+    if not isinstance(value, dict):
+        draft.ask(keys, "training.pad_token, training.eos_token")
+        return
     for name, token in value.items():
         inner = (*keys, name)
         if token in rules.EMPTY:
@@ -233,13 +240,16 @@ def _read_message_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> Non
     draft, said = rows.draft, {"message_field_role": "role", "message_field_content": "content"}
     if name == "field_messages":
         entry = draft.source.data[str(keys[0])][int(keys[1])]
-        mapping = entry.get("message_property_mappings") or {}
-        sharegpt = SHAREGPT["role"] in (mapping.get("role"), entry.get("message_field_role"))
+        mapping = entry.get("message_property_mappings")
+        role = mapping.get("role") if isinstance(mapping, dict) else None
+        sharegpt = SHAREGPT["role"] in (role, entry.get("message_field_role"))
         rows.name_column(keys, "conversations" if sharegpt else "messages", value)
         return
     mapping = {said[name]: value} if name in said else value
     if name == "roles":
         _read_roles(rows, keys, value)
+    elif not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+        draft.ask(keys, "lora reads role/content and from/value")
     elif mapping.items() <= SHAREGPT.items():
         rows.take(keys, "format", "sharegpt")
     elif mapping.items() <= OPENAI.items():

@@ -112,7 +112,7 @@ def history(draft: Draft, keys: Keys, value: Any) -> None:
 def attention(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the attention kernel."""
     names = {"auto": "auto", "fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
-    if value in names:
+    if isinstance(value, str) and value in names:
         draft.take(keys, "model.attn_implementation", names[value])
     else:
         draft.ask(keys, "model.attn_implementation")

@@ -26,11 +26,16 @@ def is_on(value: Any) -> bool:
     return value not in OFF and value not in EMPTY
 
 
-def split_names(value: Any) -> Any:
-    """Return the list that a text of names with commas between them is; other values unchanged."""
-    if not isinstance(value, str):
-        return value
-    return [name.strip() for name in value.split(",") if name.strip()]
+def split_names(value: Any) -> list[str]:
+    """Return the names that a text has with commas between them, or a list."""
+    if isinstance(value, list):
+        return [str(name) for name in value]
+    return [name.strip() for name in str(value).split(",") if name.strip()]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, and no switch."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def take(to: str, convert: Callable[[Any], Any] | None = None, note: str = "") -> Rule:
@@ -171,7 +176,7 @@ def held_out(draft: Draft, keys: Keys, value: Any) -> None:
     """Say how many rows are held out: a share below 1, a number from 1 on."""
     if not value:
         draft.tell(keys, Kind.taken, "none, as here")
-    elif isinstance(value, (int, float)) and value < 1:
+    elif is_number(value) and value < 1:
         draft.take(keys, "data.eval_fraction", value)
     else:
         rows = int(value) if isinstance(value, float) and value.is_integer() else value
@@ -210,9 +215,12 @@ STRATEGIES = {"3": "deepspeed-zero3", "2": "deepspeed-zero2", "1": "ddp", "0": "
 def deepspeed(draft: Draft, keys: Keys, value: Any) -> None:
     """Say how processes share the base, by the stage in DeepSpeed's file or in its name."""
     if isinstance(value, dict):
-        stage = str((value.get("zero_optimization") or {}).get("stage", ""))
+        zero = value.get("zero_optimization")
+        stage = str(zero.get("stage", "")) if isinstance(zero, dict) else ""
     else:
-        found = re.search(r"(?:z|zero|zero_?stage|stage|ds_z)_?-?([0-3])", PurePath(value).name)
+        found = re.search(
+            r"(?:z|zero|zero_?stage|stage|ds_z)_?-?([0-3])", PurePath(str(value)).name
+        )
         stage = found[1] if found else ""
     if stage in STRATEGIES:
         draft.take(keys, "distributed.strategy", STRATEGIES[stage], "with lora train --nproc N")

@@ -86,6 +86,9 @@ def _read_entry_key(rows: RowsDraft, keys: Keys, value: Any) -> None:
 
 def nested_mixture(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the mixture of a file for the alignment handbook or Open R1."""
+    if not isinstance(value, dict):
+        draft.ask(keys, "a mapping with a list of datasets: data.mix")
+        return
     for name, inner in value.items():
         here = (*keys, name)
         if name == "datasets":

@@ -28,7 +28,7 @@ FORMATS = {
 
 def data_format(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the shape of a row."""
-    if value in FORMATS:
+    if isinstance(value, str) and value in FORMATS:
         draft.take(keys, "data.format", FORMATS[value])
     else:
         draft.ask(keys, "data.format")
@@ -36,7 +36,8 @@ def data_format(draft: Draft, keys: Keys, value: Any) -> None:
 
 def local_files(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the files of rows, which go before a data set's name."""
-    draft.take(keys, "data.path", value[0] if len(value) == 1 else value)
+    files = split_names(value)
+    draft.take(keys, "data.path", files[0] if len(files) == 1 else files)
 
 
 def named_set(draft: Draft, keys: Keys, value: Any) -> None:

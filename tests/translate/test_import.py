@@ -28,6 +28,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.translate import import_file
 from lora_cli.translate.draft import Draft, Kind
 from lora_cli.translate.import_file import make_draft
+from lora_cli.translate.tools import TOOLS
 from tests import snapshots
 
 EXAMPLES = {path.name: path for path in (Path(__file__).parent / "examples").iterdir()}
@@ -243,6 +244,37 @@ def test_a_value_that_lora_refuses_needs_a_hand(tmp_path: Path, capsys) -> None:
     assert "num_epochs: yes please" in shown
     assert "eval_strategy: steps" in shown
     assert "needs evaluation data" in shown
+
+
+ASKED = {
+    "axolotl": "base_model: a\nadapter: lora\n",
+    "llama-factory": "model_name_or_path: a\nstage: sft\n",
+    "trl": "model_name_or_path: a\n",
+    "unsloth": "model: a\n",
+}
+ODD = ["5", "0.5", "text", "[a, b]", "{a: 1}", "[{path: 3, type: [x], roles: 1, columns: 2}]"]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_value_of_any_kind_is_answered(name: str, tmp_path: Path) -> None:
+    """Every key that a tool's table has, with values of every kind: told of once, or refused."""
+    path, count = tmp_path / "odd.yml", 0
+    for key in TOOLS[name].rules:
+        section, _, inner = key.rpartition(".")
+        for odd in ODD:
+            text = f"{section}: {{{inner}: {odd}}}\n" if section else f"{inner}: {odd}\n"
+            fixed = [each for each in ASKED[name].splitlines() if not each.startswith(f"{key}:")]
+            path.write_text("\n".join([*fixed, text]))
+            try:
+                draft = make_draft(path, name, "m", None)
+            except LoraError as error:
+                assert "which lora does not do" in error.message
+                continue
+            count += 1
+            for keys in walk(yaml.safe_load(path.read_text())):
+                told = [keys[:n] for n in range(1, len(keys) + 1) if keys[:n] in draft.fates]
+                assert len(told) == 1, (key, odd)
+    assert count > 150
 
 
 def test_a_secret_is_neither_written_nor_shown(tmp_path: Path, capsys) -> None:
