@@ -37,6 +37,7 @@ def test_a_hub_that_cannot_be_asked_is_asked_once(monkeypatch, tmp_path: Path) -
         raise LocalEntryNotFoundError("no route")
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(names.reach, "refuse_unreachable", lambda name: None)
     monkeypatch.setattr(names, "find_adapter_commit", find)
     with pytest.raises(LoraError, match="^some/one is not a folder here, .*: no route"):
         names.classify("some/one")
