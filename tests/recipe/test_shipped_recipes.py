@@ -116,7 +116,12 @@ def test_extends_takes_a_shipped_recipe_by_name(tmp_path: Path) -> None:
             "did you mean gsm8k, the shipped recipe? lora recipes lists them",
         ),
         ("zzz.yaml", "zzz.yaml does not exist", "ls ."),
-        ("sub/alpca", "sub/alpca does not exist", "ls sub"),
+        ("sub/alpca.yaml", "sub/alpca.yaml does not exist", "ls ."),
+        (
+            "sub/alpca",
+            "sub/alpca is not here",
+            "if it is a model on the hub: lora init ROWS --model sub/alpca writes a recipe",
+        ),
     ],
 )
 def test_a_near_miss_is_named(
