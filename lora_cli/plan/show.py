@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from lora_cli.common import threads, ui
-from lora_cli.data import cache, load, prepare, sources
+from lora_cli.data import cache, load, prepare, selection, sources
 from lora_cli.models import Base, Reader, attach, find_picture_shape, load_recipe_reader
 from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes, spread
 from lora_cli.plan.hardware import Hardware
@@ -180,17 +180,19 @@ def _find_largest(forecast: memory.Forecast, batch: Batch, config: Any) -> dict[
         return {"per_device_train_batch_size": most, "max_length": None}
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = min(positions or LONGEST, LONGEST)
+    texts = selection.list_limits(forecast.recipe)[0].texts
     if training.packing == "step":
-        length = forecast.largest(lambda n: Batch(1, n, waiting=True), batch.length, longest)
+        whole = -(-batch.length // texts)
+        length = forecast.largest(lambda n: Batch(1, texts * n, waiting=True), whole, longest)
         return {"per_device_train_batch_size": None, "max_length": length}
     size = training.per_device_train_batch_size
     one_sequence = batch.rows == 1 and batch.length >= size > 1
-    each = batch.length // size if one_sequence else batch.length
+    each = (batch.length // size if one_sequence else batch.length) // texts
 
     def shape(rows: int, length: int) -> Batch:
         if one_sequence:
-            return Batch(1, rows * length, batch.waiting)
-        return batch._replace(rows=rows, length=length)
+            return Batch(1, rows * length * texts, batch.waiting)
+        return batch._replace(rows=rows, length=length * texts)
 
     return {
         "per_device_train_batch_size": forecast.largest(lambda n: shape(n, each), size, 4096),
