@@ -46,14 +46,16 @@ class WarmCLI:
         program: str | None = None,
         terminal: str | None = None,
         environment: dict[str, str] | None = None,
+        merged: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Run one command to its end: of `lora`, or of the Python file `program`; on a `terminal`
-        (a device's path), with an `environment` that only its own code reads."""
+        (a device's path), with an `environment` that only its own code reads; `merged`: stderr goes where
+        stdout goes, in the order of what is said."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "0").write_text(input, encoding="utf-8")
             call = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "folder": folder}
             call |= {"program": program} if program else {}
-            call |= {"terminal": terminal, "environment": environment or {}}
+            call |= {"terminal": terminal, "environment": environment or {}, "merged": merged}
             assert self.process.stdin is not None
             assert self.process.stdout is not None
             self.process.stdin.write(json.dumps(call) + "\n")
@@ -61,7 +63,9 @@ class WarmCLI:
             answer = self.process.stdout.readline()
             assert answer, "the warm process died"
             out, err = (
-                "" if terminal else (Path(folder) / name).read_text(encoding="utf-8")
+                ""
+                if terminal or (merged and name == "2")
+                else (Path(folder) / name).read_text(encoding="utf-8")
                 for name in "12"
             )
         command = [program or "lora", *arguments]
@@ -107,6 +111,9 @@ def run_command(call: dict) -> None:
         opened = os.open(call.get("terminal") or f"{call['folder']}/{number}", flags)
         os.dup2(opened, number)
         os.close(opened)
+    if call.get("merged"):
+        os.dup2(1, 2)
+        sys.stdout.reconfigure(line_buffering=True)
     if call.get("terminal"):
         sys.stdout, sys.stderr = (open(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
