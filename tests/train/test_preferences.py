@@ -326,7 +326,7 @@ class KilledError(BaseException):
 def test_a_stopped_run_resumes_to_the_same_bytes(how: str, train, monkeypatch) -> None:
     """Records are of two steps, so that one is cut through; dropout draws numbers."""
     given = (
-        "training.logging_steps=2", "lora.lora_dropout=0.2", "data.eval_rows=2",
+        "training.logging_steps=2", "lora.lora_dropout=0.2", "data.eval_rows=2", "training.keep=last",
         "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=2",
         "training.max_steps=7", "training.save_steps=3", "training.packing=false",
     )  # fmt: skip
