@@ -15,6 +15,10 @@ WRONG_PYTHON = """error: lora needs Python 3.11 or newer, and this is {}: {}
 
 hint: python3.12 -m venv .venv && .venv/bin/pip install lora-cli (any from 3.11 on)"""
 
+NO_PACKAGE = """error: the package {}, which lora needs, is not installed
+
+hint: {} -m pip install lora-cli"""
+
 
 def main() -> NoReturn:
     """Run the command line."""
@@ -25,8 +29,13 @@ def main() -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: os._exit(128 + number))
-    from lora_cli import cli
-    from lora_cli.common import endings
+    try:
+        from lora_cli import cli
+        from lora_cli.common import endings
+    except ModuleNotFoundError as error:  # an installation that broke off, or had --no-deps
+        if (error.name or "lora_cli").startswith("lora_cli"):
+            raise
+        sys.exit(NO_PACKAGE.format(error.name, sys.executable))
 
     try:
         cli.main()

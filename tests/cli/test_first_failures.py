@@ -168,6 +168,16 @@ def test_another_python_is_told_which_it_is() -> None:
     assert hint.startswith("hint: python3.12 -m venv ")
 
 
+def test_a_package_that_is_not_there_is_named() -> None:
+    code = "import sys; sys.modules['typer'] = None\nfrom lora_cli.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: the package typer, which lora needs, is not installed\n\n"
+        f"hint: {sys.executable} -m pip install lora-cli\n"
+    )
+
+
 def test_make_says_so_too(tmp_path: Path) -> None:
     python = tmp_path / "python3.10"
     old = "import sys; sys.version_info = (3, 10, 13); exec(sys.argv.pop(1))"
