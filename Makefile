@@ -60,7 +60,7 @@ lint: $(READY)
 
 test: $(READY) lint $(TINY)
 	$(BIN)/lora setup-llama-cpp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) $(TINY) $(REAL) $(ENCODER) build/llama-quantize/llama-quantize build/deepspeed  ## what takes minutes: a real model by each method end to end, kills, every type of llama-quantize's (a C++ compiler)
 	$(BIN)/lora setup-llama-cpp
@@ -76,7 +76,7 @@ test-lesser-cpu: $(READY)  ## `make test` with AVX2 at most, and with no AVX at 
 lesser:
 	rm -rf build/tiny
 	$(LESSER) $(BIN)/python scripts/make_tiny_model.py build/tiny --seed $(SEED)
-	$(LESSER) PYTHONHASHSEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile; \
+	$(LESSER) PYTHONHASHSEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder; \
 		passed=$$?; rm -rf build/tiny; exit $$passed
 
 floors: $(READY) $(TINY)  ## some 360 tests with the lowest versions that pyproject.toml allows, torch excepted (5 min)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,20 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "build" / "tiny"
 REAL = ROOT / "build" / "smollm2"
 ENCODER = ROOT / "build" / "minilm"
+LONG = {"test_same_run.py": 1000, "test_stopping.py": 150, "test_deaths.py": 150}
+"""Files of one to six tests, each of which starts several processes that train, and after which file
+of so many tests of the usual kind they begin: not side by side, and not last."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several workers (`make test`), begin with the files that take longest.
+
+    xdist begins with most tests alone: a file whose one test takes minutes came last, and the
+    other worker had nothing to do meanwhile. Needs --no-loadscope-reorder.
+    """
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items)
+        items.sort(key=lambda item: -LONG.get(item.path.name, counts[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)
