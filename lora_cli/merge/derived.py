@@ -35,7 +35,7 @@ def finish_folder(
     made = provenance.new_record(
         command,
         status="finished",
-        base={"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
+        base=base.to_record(),
         recipe={key: recipe[key] for key in kept if key in recipe} | read_with,
         data={"stop_token_ids": stops},
         **contents,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import snapshot_download
@@ -34,6 +34,7 @@ from lora_cli.models import (
     adapter_config,
     adapter_names,
     fingerprint,
+    gguf_base,
     names,
     processor,
     quantised,
@@ -43,7 +44,7 @@ from lora_cli.models import (
 from lora_cli.models.base import Base, is_quantised
 from lora_cli.models.head import CONFIG, HeadSettings, read_settings
 from lora_cli.models.probes import TRAINED
-from lora_cli.models.record import RecordedRecipe, TrainingRecord
+from lora_cli.models.record import GGUFSource, RecordedRecipe, TrainingRecord
 from lora_cli.recipe import DEFAULT_TASK, Task, find_task
 
 UNSAFE = "which may run code when it is loaded"
@@ -189,6 +190,8 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     names. Raises LoraError if it is not an adapter."""
     if base is not None and not base.strip():
         raise UsageError("--base is empty", "leave it out, or --base MODEL")
+    if base is not None and names.is_gguf(base):
+        base = Base(base).resolve().name
     hub_name = str(path) if names.may_be_adapter_on_hub(path) else None
     folder = _download(hub_name) if hub_name else path
     _refuse_no_adapter(folder)
@@ -324,21 +327,35 @@ def _choose_base(
         recorded = privacy.make_portable(record.base.name)
         adapter_config.refuse_other_base(adapter, privacy.make_portable(named), recorded)
     name = privacy.expand_home(base or named or "")
+    source = record.base.made_from if record and base is None else None
+    if source and not Path(name).is_dir():
+        name = str(gguf_base.find_again(source) or name)
     if not name:
         raise LoraError(f"{adapter} does not name its base model", "--base MODEL")
     revision = None
     if base is None:
         revision = (record.base.commit if record else None) or config.get("revision")
     if record and base is None and record.base.commit is None and not Path(name).is_dir():
-        raise LoraError(
-            f"the base of {adapter}, the folder {name}, is not here",
-            "--base MODEL, or run this where it is",
-        )
+        _refuse_missing_base(adapter, name, source)
     if not names.may_be_model(name):
         raise LoraError(f"the base of {adapter}, {name}, is not a model", "--base MODEL")
     if record is None and base is None:
         adapter_config.announce_base(adapter, name, revision)
     return Base(name, revision)
+
+
+def _refuse_missing_base(adapter: str, folder: str, source: GGUFSource | None) -> NoReturn:
+    """Raise LoraError for a base that is a folder, or a GGUF file, and not here."""
+    if source is not None:
+        raise LoraError(
+            f"the base of {adapter}, {source.file}, is not here, or not the file any more that was "
+            f"trained on (sha256 {source.sha256})",
+            "--base FILE.gguf",
+        )
+    raise LoraError(
+        f"the base of {adapter}, the folder {folder}, is not here",
+        "--base MODEL, or run this where it is",
+    )
 
 
 def _find_replaced(

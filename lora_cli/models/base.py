@@ -37,6 +37,7 @@ from lora_cli.models import (
     empty,
     fingerprint,
     four_bit,
+    gguf_base,
     hub,
     names,
     processor,
@@ -49,6 +50,7 @@ from lora_cli.models import (
 from lora_cli.models.config import get_checkpoint_dtype, load_config
 from lora_cli.models.head import Head, HeadSettings, find_head, find_statistics, list_lacking
 from lora_cli.models.quantised import Quantised
+from lora_cli.models.record import GGUFSource
 from lora_cli.models.tensors import Tensors
 from lora_cli.recipe import DEFAULT_TASK, Recipe, Task, recognise_task
 
@@ -104,18 +106,21 @@ class Base:
         return base
 
     def resolve(self) -> Base:
-        """Return the base with the commit that its revision stands for now; a folder has none.
+        """Return the base with the commit that its revision stands for now; a folder has none. Of a
+        GGUF file, it is the folder that the file is dequantised into.
 
-        Raises LoraError when the name is neither a model's folder nor a name on the hub; the hub's
+        Raises LoraError when the name is neither of these nor a name on the hub; the hub's
         own errors when it does not know the name or revision.
         """
         kind = names.classify(self.name)
+        if kind == "gguf":
+            return replace(self, name=str(gguf_base.dequantise(Path(self.name))), revision=None)
         if kind == "model":
             return replace(self, revision=None)
         if kind != "hub":
             raise LoraError(
                 f"{self.name} is not a base model",
-                "give a folder with config.json or a name on the hub",
+                "give a folder with config.json, a .gguf file or a name on the hub",
             )
         with names.explain_hub_failure(self.name):
             return replace(self, revision=hub.resolve_commit(self.name, self.revision))
@@ -171,16 +176,31 @@ class Base:
         """The type its weights have on disk (float32 when the configuration does not say)."""
         return get_checkpoint_dtype(self.config)
 
+    @property
+    def made_from(self) -> GGUFSource | None:
+        """The GGUF file that it was dequantised from; None for any other base."""
+        return gguf_base.read_source(self.name)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what the record of a run or an adapter says of its base."""
+        source = self.made_from
+        return {
+            "name": self.name,
+            "commit": self.revision,
+            "fingerprint": self.fingerprint,
+            **({"made_from": source.to_data()} if source else {}),
+        }
+
     @cached_property
     def quantised(self) -> Quantised | None:
         """How its files keep the weights quantised; None where they are plain."""
         return quantised.find_quantised(self.config)
 
     def describe(self) -> str:
-        """Return its name, and how it is quantised already."""
-        stored = self.quantised
+        """Return its name, and how it is quantised already, or was."""
+        stored, source = self.quantised, self.made_from
         if stored is None:
-            return self.name
+            return f"{self.name}, {source}" if source else self.name
         loaded = ", dequantised as it is loaded" if stored.is_dequantised else ""
         return f"{self.name}, already quantised ({stored}){loaded}"
 

@@ -22,6 +22,21 @@ class Fingerprint(stored.Stored):
     tensors: dict[str, str]
 
 
+class GGUFSource(stored.Stored):
+    """The GGUF file that a base was dequantised from."""
+
+    file: Name
+    """Its absolute path, the home folder as ~."""
+    sha256: stored.Sha256
+    type: Name
+    """How it keeps most of its weights, as ggml calls it."""
+    dtype: Name
+    """The type that they were written in, as torch calls it."""
+
+    def __str__(self) -> str:
+        return f"dequantised from {Path(self.file).name} ({self.type})"
+
+
 class RecordedBase(stored.Stored):
     """The base that was trained on."""
 
@@ -30,6 +45,8 @@ class RecordedBase(stored.Stored):
     """On the hub; None for a folder."""
     fingerprint: Fingerprint | None = None
     """None where the record is older than fingerprints."""
+    made_from: GGUFSource | None = None
+    """None for a base that was a model's folder, or a name on the hub."""
 
     @property
     def place(self) -> str:

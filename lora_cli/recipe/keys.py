@@ -78,7 +78,8 @@ class Model(Section):
 
     name_or_path: Name
     """A model on the hub (`HuggingFaceTB/SmolLM2-135M`) or a local folder, relative to the current
-    folder. With adapter it may be left out, or `auto`: the base that the adapter names."""
+    folder; or a GGUF file, which is dequantised once. With adapter it may be left out, or `auto`:
+    the base that the adapter names."""
     adapter: Name | None = None
     """An adapter to train on: a folder or a name on the hub, ours or any PEFT LoRA or DoRA. Its
     rank, targets and all else of `lora:` are taken over, as are its tokens and its chat template;

@@ -146,7 +146,7 @@ def _settle(recipe: Recipe, resume: bool, processes: int) -> tuple[settled.Settl
         zero3.refuse_experts(recipe, base.build_empty())
     contents = {
         "choices": [choice._asdict() for choice in found.choices],
-        "base": {"name": base.name, "commit": base.revision, "fingerprint": base.fingerprint},
+        "base": base.to_record(),
         **({"parent": parent.to_record()} if parent else {}),
     }
     run_folder.refuse_foreign_folder(folder)

@@ -27,6 +27,11 @@ RUN = COMMON | {
     "base.commit": "The commit on the hub; null for a folder.",
     "base.fingerprint": "What tells it from another: `config`, and of some tensors a digest (`tensors`). "
     "`lora merge` refuses another base by it.",
+    "base.made_from": "(The GGUF file that it was dequantised from.)",
+    "base.made_from.file": "Its path, the home folder as `~`.",
+    "base.made_from.sha256": "Of its bytes.",
+    "base.made_from.type": "How it keeps most of its weights, as ggml calls it.",
+    "base.made_from.dtype": "The type that they were written in.",
     "parent": "(The adapter that training went on from: its name, sha256, base, id and own parent.)",
     "device": "What was trained on.",
     "device.kind": "As torch names it: `cpu`, `cuda`, …",

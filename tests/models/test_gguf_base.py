@@ -1,0 +1,239 @@
+"""A GGUF file as a base: what it is dequantised into, how that is checked, and what is trained on it.
+
+Held against the model that the file was made from, and against llama.cpp. Hermetic: GGUF files of
+the tiny model, made here. Alone: pytest tests/models/test_gguf_base.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFWriter
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.common import LoraError, RejectedError, files
+from lora_cli.models import gguf_base
+from lora_cli.models.base import Base
+
+TYPES = {"f16": torch.float16, "q8_0": torch.bfloat16, "Q4_K_M": torch.bfloat16}
+FAR = {"f16": 1e-3, "q8_0": 1e-2, "Q4_K_M": 0.15}
+"""How far a matrix may lie from the one it was made from, as a share of that one's length."""
+TEXTS = ("Reverse: red dog sun", " two  spaces", "<|user|>\nred<|end|>", "naïve €5\n\n  two")
+
+
+@pytest.fixture(scope="module")
+def ggufs(lora, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model as GGUF files, by type."""
+    folder = tmp_path_factory.mktemp("ggufs")
+    options = [word for kind in TYPES for word in ("-q", kind)]
+    done = lora("export-gguf", tiny / "model", *options, "-o", folder / "out", "--no-base-cost")
+    assert done.returncode == 0, done.stderr
+    return dict(zip(TYPES, map(Path, done.stdout.splitlines()), strict=True))
+
+
+def forget() -> None:
+    """As a new process would find it: nothing is made."""
+    gguf_base._dequantise_once.cache_clear()
+    shutil.rmtree(files.find_cache_home() / "gguf", ignore_errors=True)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_it_is_the_model_that_the_file_was_made_from(
+    kind: str, ggufs: dict[str, Path], tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forget()
+    folder = gguf_base.dequantise(ggufs[kind])
+    said = capsys.readouterr().err
+    assert "16 of 16 matrices hold the file's numbers; mean KL" in said
+    assert "the same tokens" in said
+    given, made = (load_file(each / "model.safetensors") for each in (tiny / "model", folder))
+    assert given.keys() == made.keys()
+    for name, wanted in given.items():
+        assert made[name].dtype == TYPES[kind]
+        off = (made[name].float() - wanted).norm() / wanted.norm()
+        assert off < FAR[kind], name
+    own, read = (AutoTokenizer.from_pretrained(each) for each in (tiny / "model", folder))
+    assert len(own) == len(read)
+    assert own.chat_template == read.chat_template
+    for text in TEXTS:
+        assert read(text)["input_ids"] == own(text)["input_ids"], text
+        assert read.decode(read(text)["input_ids"]) == own.decode(own(text)["input_ids"])
+
+
+def test_it_is_made_once_and_known_by_its_contents(ggufs: dict[str, Path], tmp_path: Path) -> None:
+    forget()
+    first = gguf_base.dequantise(ggufs["q8_0"])
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    copy = Path(shutil.copy(ggufs["q8_0"], tmp_path / "another name.gguf"))
+    gguf_base._dequantise_once.cache_clear()
+    assert gguf_base.dequantise(copy) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    source = gguf_base.read_source(str(first))
+    assert source is not None
+    assert source.sha256 == hashlib.sha256(copy.read_bytes()).hexdigest()
+    assert (source.file, source.type, source.dtype) == (str(ggufs["q8_0"]), "Q8_0", "bfloat16")
+    assert Base(str(copy)).resolve().name == str(first)
+
+
+def test_an_adapter_is_trained_on_it_and_finds_it_again(
+    lora, ggufs: dict[str, Path], write_recipe, tmp_path: Path
+) -> None:
+    forget()
+    gguf = Path(shutil.copy(ggufs["q8_0"], tmp_path / "mine.gguf"))
+    recipe = write_recipe(f"model: {{name_or_path: {gguf}}}\n")
+    done = lora("train", recipe)
+    assert done.returncode == 0, done.stderr
+    assert "dequantised from mine.gguf (Q8_0)" in done.stderr
+    adapter = tmp_path / "run" / "adapter"
+    recorded = json.loads((adapter / "lora_record.json").read_text())["base"]
+    assert recorded["made_from"] == {
+        "file": str(gguf),
+        "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(),
+        "type": "Q8_0",
+        "dtype": "bfloat16",
+    }
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == recorded["name"]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+    forget()  # as if another machine had the file alone
+    done = lora("merge", adapter, tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert "14 of 14 modules merged" in done.stderr
+    done = lora("export-gguf", tmp_path / "merged", "-q", "q8_0")
+    assert done.returncode == 0, done.stderr
+
+    forget()
+    moved = gguf.rename(tmp_path / "moved.gguf")
+    done = lora("merge", adapter, tmp_path / "again")
+    assert done.returncode == 1
+    assert f"{gguf}, is not here, or not the file any more" in done.stderr
+    assert "hint: --base FILE.gguf" in done.stderr
+    done = lora("merge", adapter, tmp_path / "again", "--base", moved)
+    assert done.returncode == 0, done.stderr
+
+
+def test_check_and_plan_take_it(lora, ggufs: dict[str, Path], write_recipe) -> None:
+    recipe = write_recipe(f"model: {{name_or_path: {ggufs['Q4_K_M']}}}\n")
+    for verb in ("check", "plan"):
+        done = lora(verb, recipe)
+        assert done.returncode == 0, done.stderr
+        assert "dequantised from model-Q4_K_M.gguf (Q4_K)" in done.stdout + done.stderr
+
+
+def write_header(path: Path, architecture: str, **numbers: int) -> Path:
+    """A GGUF file of one small tensor."""
+    writer = GGUFWriter(path, architecture)
+    for key, number in numbers.items():
+        writer.add_uint32(key.replace("__", "."), number)
+    writer.add_tensor("token_embd.weight", torch.ones(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_what_is_no_model_is_refused_in_words(
+    lora, ggufs: dict[str, Path], write_recipe, tmp_path: Path
+) -> None:
+    whole = ggufs["q8_0"].read_bytes()
+    bad = {
+        "unknown": write_header(tmp_path / "unknown.gguf", "abacus"),
+        "part": write_header(tmp_path / "part.gguf", "llama", split__count=3),
+        "cut": tmp_path / "cut.gguf",
+        "other": tmp_path / "other.gguf",
+        "absent": tmp_path / "absent.gguf",
+    }
+    bad["cut"].write_bytes(whole[: len(whole) // 2])
+    bad["other"].write_bytes(b"PK" + bytes(1000))
+    said = {
+        "unknown": "transformers does not read it: ValueError: GGUF model with architecture abacus",
+        "part": "is one of 3 parts of a model",
+        "cut": "cut.gguf cannot be a base",
+        "other": "GGUF magic invalid",
+        "absent": "absent.gguf does not exist",
+    }
+    for name, path in bad.items():
+        done = lora("check", write_recipe(f"model: {{name_or_path: {path}}}\n"))
+        assert done.returncode == 1, name
+        assert said[name] in done.stderr, name
+        assert done.stderr.count(": model.name_or_path: ") == 1, name
+        assert "\nhint: " in done.stderr, name
+        assert "Traceback" not in done.stderr
+    assert not list((files.find_cache_home() / "gguf").glob("*/*/model.safetensors*cut*"))
+
+
+def test_another_model_than_the_file_s_is_rejected(
+    ggufs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of queries in another order, as a reader would leave them that does not undo what the
+    converter of llama.cpp did; a number that the file does not hold; other tokens."""
+    write, mend = gguf_base._write, gguf_base._mend_tokenizer
+    key = "model.layers.0.self_attn.q_proj.weight"
+
+    def write_turned(path: Path, folder: Path, dtype: torch.dtype) -> None:
+        write(path, folder, dtype)
+        tensors = load_file(folder / "model.safetensors")
+        for name in [each for each in tensors if "q_proj" in each]:
+            tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def write_changed(path: Path, folder: Path, dtype: torch.dtype) -> None:
+        write(path, folder, dtype)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[key][0, 0] += 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def mend_nothing(reader, folder: Path):
+        return AutoTokenizer.from_pretrained(folder)
+
+    changes = [
+        ("_write", write_turned, "as transformers reads it, it is another model"),
+        ("_write", write_changed, f"{key} as transformers reads it is none of the file's"),
+        ("_mend_tokenizer", mend_nothing, "splits .* otherwise than llama.cpp"),
+    ]
+    for name, changed, said in changes:
+        forget()
+        monkeypatch.setattr(gguf_base, name, changed)
+        with pytest.raises(RejectedError, match=said):
+            gguf_base.dequantise(ggufs["q8_0"])
+        assert not list((files.find_cache_home() / "gguf").rglob("config.json"))
+        monkeypatch.setattr(gguf_base, "_write", write)
+        monkeypatch.setattr(gguf_base, "_mend_tokenizer", mend)
+
+
+def test_the_package_that_reads_it_is_named_where_it_is_missing(
+    ggufs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_base.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoraError, match="needs the package gguf") as caught:
+        gguf_base.dequantise(ggufs["f16"])
+    assert caught.value.hint == "pip install 'lora-cli[gguf]'"
+
+
+@pytest.mark.slow
+def test_another_program_s_file_is_the_real_model(real: Path, lora, tmp_path: Path) -> None:
+    """SmolLM2 as lora exports it, in types that llama.cpp's programs write; its own GGUF is what the
+    real model was made of (tests/conftest.py)."""
+    done = lora(
+        "export-gguf", real, "-q", "f16", "-q", "q8_0", "-q", "Q4_K_M", "-o", tmp_path / "g"
+    )
+    assert done.returncode == 0, done.stderr
+    given = load_file(real / "model.safetensors")
+    for gguf, far in zip(map(Path, done.stdout.splitlines()), (1e-6, 1e-2, 0.15), strict=True):
+        folder = gguf_base.dequantise(gguf)
+        made = load_file(folder / "model.safetensors")
+        assert made.keys() == given.keys()
+        off = {
+            name: ((made[name].float() - wanted.float()).norm() / wanted.float().norm()).item()
+            for name, wanted in given.items()
+        }
+        assert max(off.values()) <= far, gguf.name
