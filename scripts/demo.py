@@ -37,7 +37,7 @@ from lora_cli.common import ui
 
 REAL, ROWS = Path("build/smollm2"), Path("build/orders")
 TYPES = ("f16", "q8_0", "Q4_K_M")
-NUM_TRAIN, NUM_HELD_OUT = 240, 200
+NUM_TRAIN, NUM_HELD_OUT = 320, 200
 SHOWN = 3
 KNEW, LEARNED = 0.1, 0.9
 """The base answers less than the one share exactly, every form of the trained model at least the
@@ -190,11 +190,11 @@ def evaluate(forms: Mapping[str, Path], run: Path, held_out: Path) -> Scores:
         sys.exit("error: lora evaluate failed")
     show_answers(forms, [folder / "answers.jsonl" for folder in parts])
     scores: Scores = {}
-    for folder in parts:
-        for each in json.loads((folder / "evaluation.json").read_text())["models"]:
-            name = next(name for name, path in forms.items() if str(path) == each["path"])
-            scores[name] = each["metrics"]["exact"]["value"]
-    return {name: scores[name] for name in names}
+    for folder, some in parts.items():
+        found = json.loads((folder / "evaluation.json").read_text())["models"]
+        values = [each["metrics"]["exact"]["value"] for each in found]
+        scores |= dict(zip(some, values, strict=True))  # they stand as they were given
+    return scores
 
 
 def show_answers(forms: Mapping[str, Path], files: Sequence[Path]) -> None:

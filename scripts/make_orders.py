@@ -1,6 +1,6 @@
 """Write rows of a task that people have: an order in somebody's words, answered with JSON.
 
-    python scripts/make_orders.py OUT [--train 240] [--held-out 200] [--seed 0]
+    python scripts/make_orders.py OUT [--train 320] [--held-out 200] [--seed 0]
 
 writes, in an instant:
 
@@ -22,39 +22,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+# Words that are several tokens of SmolLM2's wherever they stand. A common word is one token after a
+# space and others after a quotation mark, and 135M parameters have learned few of them by their
+# letters: trained on 320 rows, 84 of 100 of those were copied into an answer, and 98 of these.
 FIRST = (
-    "Ada Ben Carla Dario Elif Femi Greta Hugo Ines Jonas Kemal Lena Mira Noor Otto Pilar Rosa Sven "
-    "Tomas Ursula Vera Wanda Xenia Yusuf Zora Amir Bruno Clara Diego Emma Farid Gita"
+    "Carla Dario Elif Femi Greta Ines Jonas Kemal Lena Noor Pilar Sven Tomas Ursula Wanda Xenia "
+    "Yusuf Zora Amir Farid Gita Hanna Karim Nadia Paula Quentin Rania Umar Viktor Willem Yara "
+    "Zeno Dora Emil Fiona Goran Helga Isak Klaus Livia Milo Nora"
 ).split()
 LAST = (
     "Okafor Lindqvist Marino Novak Osei Park Quiroga Rossi Silva Tanaka Ueda Vogel Weber Yilmaz "
-    "Abbott Becker Castro Dupont Eriksen Ferrari Garcia Haddad Ivanov Jensen Kowalski Larsen Meyer "
-    "Nguyen Olsen Petrov Romero Schmidt"
+    "Abbott Becker Castro Dupont Eriksen Ferrari Garcia Haddad Ivanov Jensen Kowalski Larsen "
+    "Meyer Nguyen Olsen Petrov Romero Schmidt Andersen Bianchi Cohen Delgado Fischer Gupta "
+    "Hansen Ibrahim Johansson Keller Lopez Moreau Nilsson Ortega Pereira Ramos Santos Torres "
+    "Varga Wagner Aalto Bauer Conti Diaz Fontaine Greco Horvat Iyer Jovanovic Kaya Lund Mendez"
 ).split()
 TOWNS = (
-    "Lisbon Oslo Turin Graz Leeds Quito Hanoi Dakar Bergen Lyon Osaka Malaga Tartu Porto Lima Bonn "
-    "Ghent Basel Kyoto Delft York Riga Sofia Accra Tunis Boston Dublin Venice Madrid Geneva Prague "
-    "Athens"
+    "Turin Graz Quito Hanoi Dakar Bergen Osaka Malaga Tartu Porto Ghent Delft Riga Accra "
+    "Seville Bilbao Utrecht Antwerp Malmo Aarhus Tampere Vilnius Krakow Gdansk Brno Zagreb "
+    "Skopje Tirana Ankara Izmir Rabat Lagos Kampala Durban Chennai Jakarta Busan Taipei Hobart "
+    "Bogota Caracas Cusco"
 ).split()
 THINGS = (
-    "lamp chair kettle blanket notebook bicycle helmet radio basket ladder mirror candle hammer "
-    "bucket pillow teapot carpet wallet jacket guitar camera bottle pencil drawer curtain lantern "
-    "saddle shovel ticket puzzle napkin ribbon"
+    "kettle ladder hammer teapot drawer saddle shovel napkin sofa mug vase hanger cushion broom "
+    "mop comb razor scarf sandal necklace bracelet whistle charger flute violin trumpet piano "
+    "eraser globe tyre wrench rake crate sack"
 ).split()
 NUMBERS = range(2, 100)
 LAYOUTS = (
     "{name} from {town} wants {number} {thing}s.",
     "Please send {number} {thing}s to {name}, {town}.",
-    "Order: {number} x {thing}\nCustomer: {name}\nCity: {town}",
+    "Order: {number} x {thing}s\nCustomer: {name}\nCity: {town}",
     "Hi, this is {name}. Could I get {number} {thing}s delivered to {town}? Thanks!",
     "Monday, {town}. {name} asks for {number} {thing}s.",
-    "item={thing}; quantity={number}; name={name}; city={town}",
+    "item={thing}s; quantity={number}; name={name}; city={town}",
     "Dear shop,\nI need {number} {thing}s. Ship them to {town}, please.\nBest wishes, {name}",
     "FROM: {name}\nSUBJECT: {thing}s\n\n{number} pieces please, to our office in {town}.",
-    "| customer | city | item | quantity |\n| {name} | {town} | {thing} | {number} |",
+    "| customer | city | item | quantity |\n| {name} | {town} | {thing}s | {number} |",
     "Call at 9:40: {name} ({town}) would like {number} of the {thing}s.",
 )
-"""How orders are written. An answer has the same keys in the same order, whatever the layout."""
+"""How orders are written. An answer has the same keys in the same order, whatever the layout, and
+its values are copied as they are written."""
 
 
 class Stock(NamedTuple):
@@ -83,7 +91,7 @@ def make_row(rng: random.Random, stock: Stock) -> dict[str, str]:
     name, town = f"{rng.choice(stock.first)} {rng.choice(stock.last)}", rng.choice(stock.towns)
     thing, number = rng.choice(stock.things), rng.choice(stock.numbers)
     said = rng.choice(LAYOUTS).format(name=name, town=town, thing=thing, number=number)
-    order = {"name": name, "city": town, "item": thing, "quantity": number}
+    order = {"name": name, "city": town, "item": f"{thing}s", "quantity": number}
     return {"prompt": said, "completion": json.dumps(order)}
 
 
@@ -105,7 +113,7 @@ def main() -> None:
     """Read the arguments and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder to write to")
-    parser.add_argument("--train", type=int, default=240, help="rows to train on (240)")
+    parser.add_argument("--train", type=int, default=320, help="rows to train on (320)")
     parser.add_argument("--held-out", type=int, default=200, help="rows to be asked (200)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

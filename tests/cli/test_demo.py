@@ -26,8 +26,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_no_word_of_a_held_out_order_is_trained(tmp_path: Path) -> None:
-    trained, held_out = map(read_rows, make_orders.write_rows(tmp_path, 240, 200))
-    assert (len(trained), len(held_out)) == (240, 200)
+    trained, held_out = map(read_rows, make_orders.write_rows(tmp_path, 320, 200))
+    assert (len(trained), len(held_out)) == (320, 200)
     seen: list[set[object]] = [set(), set()]
     for words, rows in zip(seen, (trained, held_out)):
         assert len({row["prompt"] for row in rows}) == len(rows)
