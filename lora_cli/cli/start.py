@@ -27,7 +27,13 @@ def open_recipe(
     """
     from lora_cli.recipe import load_recipe
 
-    recipe = load_recipe(path, overrides or [])
+    try:
+        recipe = load_recipe(path, overrides or [])
+    except UsageError:
+        from lora_cli import translate
+
+        translate.refuse_other_tools(path)
+        raise
     try:
         if needs_rows:
             from lora_cli.data import picture_folder, readers

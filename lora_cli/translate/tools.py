@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import UsageError, find_nearest, quote
+from lora_cli.common import LoraError, UsageError, find_nearest, quote
 from lora_cli.translate import axolotl, llama_factory, trl_cli, unsloth
 from lora_cli.translate.draft import Draft
 from lora_cli.translate.rules import Rule
-from lora_cli.translate.source import Keys, Source
+from lora_cli.translate.source import Keys, Source, read_source
 
 
 class Tool(NamedTuple):
@@ -72,9 +72,7 @@ def recognise(source: Source) -> Tool:
     UsageError for a file of none, and for two kinds that are easily taken for one: accelerate's
     configuration, and a recipe of lora's.
     """
-    keys = {*source.data}
-    for section in source.data.values():
-        keys |= {*section} if isinstance(section, dict) else set()
+    keys = _list_keys(source)
     _refuse_others(source, keys)
     if isinstance(source.data.get("training"), dict):  # no other tool's file has sections
         return TOOLS["unsloth"]
@@ -86,6 +84,34 @@ def recognise(source: Source) -> Tool:
             f"lora import {quote(source.path)} --from axolotl; or llama-factory, trl, unsloth",
         )
     return TOOLS[name]
+
+
+def _list_keys(source: Source) -> set[str]:
+    """Return a file's keys, and those of its sections."""
+    keys = {*source.data}
+    for section in source.data.values():
+        keys |= {*section} if isinstance(section, dict) else set()
+    return keys
+
+
+ENOUGH = 2
+"""Keys of a tool that tell its file: each of their public examples has as many, and a recipe of
+lora's one at most, `max_length`."""
+
+
+def refuse_other_tools(path: Path) -> None:
+    """Raise UsageError naming the tool where a file that is no recipe is one of its files; else do
+    nothing, as for what is no YAML."""
+    try:
+        source = read_source(path)
+        tool = recognise(source)
+    except LoraError:
+        return
+    is_ours = isinstance(source.data.get("model"), dict)
+    if not is_ours and len(_list_keys(source) & {*tool.marks}) >= ENOUGH:
+        raise UsageError(
+            f"{path} is no recipe: its keys are {tool.name}'s", f"lora import {quote(path)}"
+        )
 
 
 def _refuse_others(source: Source, keys: set[str]) -> None:

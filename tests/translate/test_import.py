@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lora_cli.cli.start import open_recipe
 from lora_cli.common import LoraError, UsageError, ui
 from lora_cli.recipe import load_recipe
 from lora_cli.translate import import_file
@@ -81,6 +82,29 @@ def test_there_are_examples_of_four_tools() -> None:
     assert len(EXAMPLES) >= 12
     assert {name.split("-")[0] for name in EXAMPLES} == {"axolotl", "llama", "trl", "unsloth"}
     assert snapshots.list_names(SNAPSHOT) == sorted(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_who_trains_such_a_file_is_told_to_import_it(name: str) -> None:
+    with pytest.raises(UsageError, match="is no recipe: its keys are") as caught:
+        open_recipe(EXAMPLES[name], []).__enter__()
+    assert caught.value.hint == f"lora import {EXAMPLES[name]}"
+
+
+def test_a_recipe_with_mistakes_is_told_of_these(tmp_path: Path) -> None:
+    wrong = tmp_path / "r.yaml"
+    for text in (
+        "model: {name_or_path: m}\nbase_model: m\nsequence_len: 4\n",
+        "model: {name: m}\nmicro_batch_size: 1\nnum_epochs: 3\n",
+        "modl: {name_or_path: m}\ntraining: {max_length: 12}\ndata: {path: x}\n",
+        "extends: alpaca\nnum_epochs: 3\nsample_packing: true\n",
+        "- a list\n",
+        "{",
+    ):
+        wrong.write_text(text)
+        with pytest.raises(UsageError) as caught:
+            open_recipe(wrong, []).__enter__()
+        assert "lora import" not in f"{caught.value.message} {caught.value.hint}", text
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
