@@ -284,7 +284,7 @@ WRITERS = re.compile(
     r"(?:builtins\.)?print|(?:typer|click)\.s?echo|sys\.(?:__)?std(?:out|err)(?:__)?(?:\.buffer)?\.write(?:lines)?"
     r"|os\.write|traceback\.print_\w+|pprint\.\w+|rich\..+|faulthandler\..+"
 )
-PROGRAMS = {"gguf/imatrix_writer.py", "gguf/opening.py", "models/llama_program.py"}
+PROGRAMS = {"gguf/imatrix_writer.py", "gguf/opening.py"}
 """Run in processes of their own, whose output another of ours reads."""
 
 

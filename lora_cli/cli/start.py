@@ -30,9 +30,9 @@ def open_recipe(
     try:
         recipe = load_recipe(path, overrides or [])
     except UsageError:
-        from lora_cli import translate
+        from lora_cli.translate import refuse_other_tools
 
-        translate.refuse_other_tools(path)
+        refuse_other_tools(path)
         raise
     try:
         if needs_rows:

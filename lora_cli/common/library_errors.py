@@ -286,7 +286,9 @@ SYSTEM = {
     errno.ENOMEM: "out of memory",
 }
 ROOM = {errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f unlimited"}
-"""Commands that show how much space is free."""
+"""Commands that show how much space is free, where it is not the disk's."""
+NO_ROOM = {errno.ENOSPC, *ROOM}
+"""What a write ends with that finds no room."""
 REMEDIES = {
     errno.EMFILE: "ulimit -n 4096",
     errno.ENFILE: "ulimit -n 4096",

@@ -167,7 +167,7 @@ def _first_words(error: Exception) -> str:
 
 def _explain(url: str, error: Exception) -> LoraError:
     known = library_errors.translate(error)
-    if isinstance(error, OSError) and error.errno in library_errors.ROOM and known:
+    if isinstance(error, OSError) and error.errno in library_errors.NO_ROOM and known:
         return LoraError(f"{url} cannot be kept: {known.message}", known.hint)
     said, scheme = _first_words(error), url.partition("://")[0].lower()
     link: BaseException | None = error
