@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,12 @@ import numpy as np
 import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging
 
 from lora_cli.common import (
@@ -182,20 +188,23 @@ def _fits_bfloat16(data: np.ndarray[Any, Any]) -> bool:
 
 
 def _write(path: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write the model and its tokenizer by transformers."""
-    given: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(path.parent),
-        "gguf_file": path.name,
-    }
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        network, report = AutoModelForCausalLM.from_pretrained(
-            **given, **_ask_for_plain_weights(), dtype=dtype, output_loading_info=True
-        )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    """Write the model and its tokenizer by transformers, which sees nothing of what lies beside the
+    file: an adapter's configuration or a tokenizer's would be taken for this model's."""
+    with files.scratch_folder() as alone:
+        (alone / "model.gguf").symlink_to(path)
+        given: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(alone),
+            "gguf_file": "model.gguf",
+        }
+        with _without_progress_bars():
+            network, report = AutoModelForCausalLM.from_pretrained(
+                **given,
+                **_ask_for_plain_weights(),
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(**given, trust_remote_code=False)
     if lacking := sorted(report["missing_keys"]):
         raise LoraError(
             f"{path} cannot be a base: transformers finds no {lacking[0]} in it, and "
@@ -205,8 +214,24 @@ def _write(path: Path, folder: Path, dtype: torch.dtype) -> None:
     # transformers takes the dequantised model for a quantised one, which it would not save
     network.config.__dict__.pop("quantization_config", None)
     network.is_quantized, network.hf_quantizer = False, None
-    network.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**given).save_pretrained(folder)
+    with _without_progress_bars():
+        network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing: its own bars, and the one for GGUF files, which it takes from
+    tqdm without asking whether any are wanted."""
+    shown, bar = logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
+    logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _mend_tokenizer(reader: GGUFReader, folder: Path) -> PreTrainedTokenizerBase:
@@ -228,7 +253,7 @@ def _mend_tokenizer(reader: GGUFReader, folder: Path) -> PreTrainedTokenizerBase
         settings = files.read_json(folder / "tokenizer_config.json")
         settings["add_prefix_space"] = bool(adds_space)  # where llama.cpp's converter looks for it
         files.write_json(folder / "tokenizer_config.json", settings)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _make_pieces(reader: GGUFReader, adds_space: bool) -> bytes:
@@ -311,7 +336,10 @@ def _check_in_llama(path: Path, folder: Path, tokenizer: PreTrainedTokenizerBase
                 "llama.cpp",
                 OTHERWISE,
             )
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with _without_progress_bars():
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False
+        )
     ours = [rows[-1:] for rows in probes.compute_logits(network, asked)]
     theirs = [torch.tensor([answer["logprobs"]]) for answer in answers]
     found = probes.compare_logits(theirs, ours)

@@ -44,6 +44,32 @@ def forget() -> None:
     shutil.rmtree(files.find_cache_home() / "gguf", ignore_errors=True)
 
 
+def test_nothing_that_lies_beside_it_is_read(
+    ggufs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter's configuration was taken for one of this model's."""
+    forget()
+    plain = gguf_base.dequantise(ggufs["f16"])
+    names = {file.name: file.read_bytes() for file in plain.iterdir()}
+    assert "it/s" not in capfd.readouterr().err
+    forget()
+    beside = tmp_path / "x.gguf"
+    shutil.copy(ggufs["f16"], beside)
+    odd = '{"peft_type": "LORA", "base_model_name_or_path": "gone", "auto_map": {"AutoConfig": "m.C"}}'
+    for name in (
+        "adapter_config.json",
+        "config.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        (tmp_path / name).write_text(odd)
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    made = gguf_base.dequantise(beside)
+    assert {file.name for file in made.iterdir()} == names.keys()
+    for name in names.keys() - {gguf_base.SOURCE}:
+        assert (made / name).read_bytes() == names[name], name
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_it_is_the_model_that_the_file_was_made_from(
     kind: str, ggufs: dict[str, Path], tiny: Path, capsys: pytest.CaptureFixture[str]
