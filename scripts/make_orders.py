@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Words that are several tokens of SmolLM2's wherever they stand. A common word is one token after a
-# space and others after a quotation mark, and 135M parameters have learned few of them by their
-# letters: trained on 320 rows, 84 of 100 of those were copied into an answer, and 98 of these.
+# Words of several tokens of SmolLM2's, and things that it splits alike after a space and after a
+# quotation mark. Others have to be copied by letters that 135M parameters have hardly seen: trained
+# on 320 or 480 rows, it copied 85 of 100 of those, and 97 of 100 of what is split alike.
 FIRST = (
     "Carla Dario Elif Femi Greta Ines Jonas Kemal Lena Noor Pilar Sven Tomas Ursula Wanda Xenia "
     "Yusuf Zora Amir Farid Gita Hanna Karim Nadia Paula Quentin Rania Umar Viktor Willem Yara "
@@ -44,22 +44,32 @@ TOWNS = (
     "Bogota Caracas Cusco"
 ).split()
 THINGS = (
-    "kettle ladder hammer teapot drawer saddle shovel napkin sofa mug vase hanger cushion broom "
-    "mop comb razor scarf sandal necklace bracelet whistle charger flute violin trumpet piano "
-    "eraser globe tyre wrench rake crate sack"
+    "armchairs artichokes backpacks bagels bandages barometers bathrobes beanbags binders "
+    "blenders bookmarks bookshelves briefcases buckles candlesticks cardigans cashews chargers "
+    "clipboards coasters colanders combs croissants crowbars cupboards doormats doughnuts "
+    "drawers easels eggplants fishhooks flashlights flutes footstools funnels globes "
+    "hairbrushes handbags handkerchiefs hourglasses jigsaws joysticks kettles keychains ladders "
+    "ladles lettuces lightbulbs lipsticks loudspeakers megaphones metronomes moccasins mops "
+    "mousepads mousetraps mugs nightgowns notepads nutcrackers oars pajamas paperclips "
+    "penknives periscopes pincushions pineapples pitchforks placemats pliers ponchos pretzels "
+    "projectors protractors radishes raincoats rakes razors sacks sandals scarfs scarves "
+    "screwdrivers skewers snowshoes sofas spectacles staplers sweaters tablecloths tambourines "
+    "teapots thimbles toasters toolboxes toothbrushes tripods trowels turnips typewriters "
+    "ukuleles umbrellas vases vests violins waffles wardrobes wheelbarrows whistles whiteboards "
+    "windbreakers yoyos zippers"
 ).split()
 NUMBERS = range(2, 100)
 LAYOUTS = (
-    "{name} from {town} wants {number} {thing}s.",
-    "Please send {number} {thing}s to {name}, {town}.",
-    "Order: {number} x {thing}s\nCustomer: {name}\nCity: {town}",
-    "Hi, this is {name}. Could I get {number} {thing}s delivered to {town}? Thanks!",
-    "Monday, {town}. {name} asks for {number} {thing}s.",
-    "item={thing}s; quantity={number}; name={name}; city={town}",
-    "Dear shop,\nI need {number} {thing}s. Ship them to {town}, please.\nBest wishes, {name}",
-    "FROM: {name}\nSUBJECT: {thing}s\n\n{number} pieces please, to our office in {town}.",
-    "| customer | city | item | quantity |\n| {name} | {town} | {thing}s | {number} |",
-    "Call at 9:40: {name} ({town}) would like {number} of the {thing}s.",
+    "{name} from {town} wants {number} {thing}.",
+    "Please send {number} {thing} to {name}, {town}.",
+    "Order: {number} x {thing}\nCustomer: {name}\nCity: {town}",
+    "Hi, this is {name}. Could I get {number} {thing} delivered to {town}? Thanks!",
+    "Monday, {town}. {name} asks for {number} {thing}.",
+    "item={thing}; quantity={number}; name={name}; city={town}",
+    "Dear shop,\nI need {number} {thing}. Ship them to {town}, please.\nBest wishes, {name}",
+    "FROM: {name}\nSUBJECT: {thing}\n\n{number} pieces please, to our office in {town}.",
+    "| customer | city | item | quantity |\n| {name} | {town} | {thing} | {number} |",
+    "Call at 9:40: {name} ({town}) would like {number} of the {thing}.",
 )
 """How orders are written. An answer has the same keys in the same order, whatever the layout, and
 its values are copied as they are written."""
@@ -91,7 +101,7 @@ def make_row(rng: random.Random, stock: Stock) -> dict[str, str]:
     name, town = f"{rng.choice(stock.first)} {rng.choice(stock.last)}", rng.choice(stock.towns)
     thing, number = rng.choice(stock.things), rng.choice(stock.numbers)
     said = rng.choice(LAYOUTS).format(name=name, town=town, thing=thing, number=number)
-    order = {"name": name, "city": town, "item": f"{thing}s", "quantity": number}
+    order = {"name": name, "city": town, "item": thing, "quantity": number}
     return {"prompt": said, "completion": json.dumps(order)}
 
 
