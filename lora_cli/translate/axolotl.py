@@ -3,6 +3,7 @@ arguments that its builder makes of them (axolotl/core/builders/base.py)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,14 @@ def adapter(draft: Draft, keys: Keys, value: Any) -> None:
 
 def targets(draft: Draft, keys: Keys, value: Any) -> None:
     """Say which modules get an adapter."""
-    name = "all-linear" if value in ("all-linear", "all_linear") else value
-    draft.take(keys, "lora.target_modules", name)
+    if value in ("all-linear", "all_linear"):
+        draft.take(keys, "lora.target_modules", "all-linear")
+    elif not rules.is_on(draft.get("lora_target_linear")):
+        draft.take(keys, "lora.target_modules", value)
+    elif re.search("embed|lm_head", str(value)):
+        draft.ask(keys, "all-linear, as lora_target_linear says, is without embeddings and head")
+    else:
+        draft.tell(keys, Kind.taken, "lora_target_linear adds the other linear layers: all-linear")
 
 
 def packing(draft: Draft, keys: Keys, value: Any) -> None:
@@ -225,9 +232,23 @@ def _read_type(rows: RowsDraft, keys: Keys, value: Any) -> None:
         return
     form, chat_template = TYPES[kind]
     rows.take(keys, "format", form)
-    if chat_template and not rows.draft.get("chat_template"):
+    if not chat_template or rows.draft.get("chat_template"):
+        return
+    if _has_its_own_template(rows.draft, str(keys[0])):
+        rows.draft.ask(
+            keys,
+            f"a recipe has one chat template for all its rows: the model's own is kept for the "
+            f"chats beside these; model.chat_template: {chat_template} is this prompt",
+        )
+    else:
         rows.draft.values["model.chat_template"] = chat_template
         rows.draft.reasons["model.chat_template"] = f"type: {value} has this prompt"
+
+
+def _has_its_own_template(draft: Draft, key: str) -> bool:
+    """Return whether rows beside those of a fixed prompt are written by the model's template."""
+    kinds = (entry.get("type") for entry in draft.get(key) if isinstance(entry, dict))
+    return any(str(kind).partition(".")[0] in ("chat_template", "sharegpt") for kind in kinds)
 
 
 ROLE_KEYS = ("message_property_mappings", "message_field_role", "message_field_content", "roles")

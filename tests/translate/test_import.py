@@ -229,6 +229,28 @@ def test_two_data_sets_are_a_mix(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_with_the_models_own_template_keep_it(tmp_path: Path) -> None:
+    """One prompt written for all rows would be that of chats, too."""
+    alone = "base_model: a\nadapter: lora\ndatasets:\n  - {path: b, type: alpaca}\n"
+    assert recipe_of(tmp_path, alone)["model"]["chat_template"] == "alpaca"
+    (tmp_path / "ours.yaml").unlink()
+    both = alone + "  - {path: c, type: chat_template}\n"
+    assert "chat_template" not in recipe_of(tmp_path, both)["model"]
+    fate = draft_of("x.yml", tmp_path, both).fates["datasets", 0, "type"]
+    assert fate.kind == Kind.hand
+    assert "model.chat_template: alpaca is this prompt" in fate.text
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_all_linear_layers_and_some_named_are_all(tmp_path: Path, turned: bool) -> None:
+    """axolotl adds the names to the linear layers that it finds, whichever key comes first."""
+    keys = ["lora_target_linear: true\n", "lora_target_modules: [q_proj]\n"]
+    text = "base_model: a\nadapter: lora\n" + "".join(keys[::-1] if turned else keys)
+    assert recipe_of(tmp_path, text)["lora"]["target_modules"] == "all-linear"
+    draft = draft_of("x.yml", tmp_path, text.replace("q_proj", "embed_tokens"))
+    assert draft.fates["lora_target_modules",].kind == Kind.hand
+
+
 def test_registered_data_sets_are_looked_up(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     entries = {
