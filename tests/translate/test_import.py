@@ -216,6 +216,17 @@ def test_pairs_of_answers_are_compared_as_there(tmp_path: Path) -> None:
         recipe_of(tmp_path, factory.replace("hinge", "simpo"), tool="llama-factory")
 
 
+def test_pairs_stay_pairs_where_the_base_was_sharded(tmp_path: Path) -> None:
+    """Sharing the base is what needs a hand: without the objective, other things are learnt."""
+    text = "model_name_or_path: a\nstage: dpo\ndataset: d\ndeepspeed: ds_z3_config.json\n"
+    recipe = recipe_of(tmp_path, text + "pref_beta: 0.2\n")
+    assert recipe["objective"] == "dpo"
+    assert recipe["preference"]["beta"] == 0.2
+    assert "distributed" not in recipe
+    written = (tmp_path / "ours.yaml").read_text()
+    assert "#   deepspeed: objective: pairs are not tried with a sharded base" in written
+
+
 def test_two_data_sets_are_a_mix(tmp_path: Path) -> None:
     text = (
         "base_model: a\nadapter: lora\ndatasets:\n"
