@@ -55,6 +55,18 @@ def mixture(draft: Draft, keys: Keys, value: Any) -> None:
     put_rows(draft, drafts, keys)
 
 
+def single(to: str) -> Rule:
+    """Return the rule for a key of one data set, which TRL passes over where there is a list."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if draft.get("datasets"):
+            draft.leave(keys, "datasets goes before it")
+        else:
+            draft.take(keys, to, value)
+
+    return rule
+
+
 NAMES = {
     "path": "path",
     "id": "path",
@@ -213,8 +225,8 @@ RULES: Mapping[str, Rule] = {
     "bnb_4bit_quant_type": in_four_bits("bnb_4bit_quant_type"),
     "use_bnb_nested_quant": in_four_bits("bnb_4bit_use_double_quant"),
     "bnb_4bit_quant_storage": in_four_bits("bnb_4bit_quant_storage"),
-    "dataset_name": take("data.path"),
-    "dataset_config": take("data.name"),
+    "dataset_name": single("data.path"),
+    "dataset_config": single("data.name"),
     "dataset_train_split": take("data.split"),
     "dataset_test_split": evaluated,
     "dataset_streaming": turn("data.streaming", True),

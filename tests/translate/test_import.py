@@ -227,6 +227,18 @@ def test_pairs_stay_pairs_where_the_base_was_sharded(tmp_path: Path) -> None:
     assert "#   deepspeed: objective: pairs are not tried with a sharded base" in written
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_list_of_data_sets_goes_before_one(tmp_path: Path, turned: bool) -> None:
+    """TRL warns, and uses the list."""
+    keys = ["dataset_name: one\ndataset_config: en\n", "datasets: [{path: b}, {path: c}]\n"]
+    text = "model_name_or_path: a\nuse_peft: true\n" + "".join(keys[::-1] if turned else keys)
+    data = recipe_of(tmp_path, text)["data"]
+    assert data["mix"] == [{"path": "b"}, {"path": "c"}]
+    assert not {"path", "name"} & data.keys()
+    draft = draft_of("x.yml", tmp_path, text)
+    assert draft.fates["dataset_name",].text == "datasets goes before it"
+
+
 def test_two_data_sets_are_a_mix(tmp_path: Path) -> None:
     text = (
         "base_model: a\nadapter: lora\ndatasets:\n"
