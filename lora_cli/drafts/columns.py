@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import ui
 from lora_cli.data import formats, load, preferences, prepare, sources, tables
+from lora_cli.data.encoders import Encoder
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
+from lora_cli.recipe import Data
 
 EXTRA = ("input", "system", "tools", "labels", "text_pair")
 """Columns that a format reads where they are there."""
@@ -55,11 +57,33 @@ def settle_columns(
     return chosen
 
 
+def _is_open(data: Data) -> bool:
+    return data.format == "auto" and not data.columns
+
+
+def _list_most_common(
+    first: Sequence[Mapping[str, Any]], encoder: Encoder | type[Encoder]
+) -> list[str]:
+    """Return the columns of the rows whose format most have: of files of several formats, the
+    fewest rows are lost by it. Empty where no row alone has one."""
+    known, styles = encoder.row_formats, dict[tuple[str, ...], str | None]()
+    rows_of = dict[str, list[Mapping[str, Any]]]()
+    for row in first:
+        there = formats.list_columns([row])
+        if (key := tuple(there)) not in styles:
+            names = formats.guess_columns(there, known, encoder.column_sets)
+            styles[key] = formats.recognise_format(formats.name_columns(there, names), known)
+        if style := styles[key]:
+            rows_of.setdefault(style, []).append(row)
+    return formats.list_columns(max(rows_of.values(), key=len)) if rows_of else []
+
+
 def _choose(draft: Draft, there: list[str], first: Sequence[Mapping[str, Any]]) -> Chosen:
     recipe = draft.build()
     compares = recipe.objective_row.compares
     encoder = preferences.PreferenceEncoder if compares else load.find_encoder(recipe.task_row)
-    style, names = prepare.choose_format(recipe.data, there, encoder, quiet=True)
+    columns = _list_most_common(first, encoder) or there if _is_open(recipe.data) else there
+    style, names = prepare.choose_format(recipe.data, columns, encoder, quiet=True)
     needed = {*encoder.row_formats[style], *EXTRA, *names, *["prompt"] * compares}
     read = {names.get(each, each).partition(".")[0] for each in needed}
     listed = dict.fromkeys(name.partition(".")[0] for name in there)

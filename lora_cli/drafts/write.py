@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from lora_cli.common import LoraError, UsageError, files, find_nearest, quote, ui
-from lora_cli.data import load, sources
+from lora_cli.data import formats, load, sources
 from lora_cli.drafts import columns, data_here, fit, kinds, lengths, schedule, templates
 from lora_cli.drafts import rows as rows_of
 from lora_cli.drafts.draft import Draft
@@ -217,13 +217,22 @@ def _settle_bad_rows(draft: Draft, seen: rows_of.Seen, questions: Questions) -> 
         raise LoraError(f"{seen.num_bad:,} of {seen.count:,} rows cannot be used; {first}", BAD)
     if not seen.num_bad or draft.is_given("data.on_bad_row"):
         return
+    num_good = seen.count - seen.num_bad
+    if seen.num_bad > num_good and not questions.asks:
+        first = next(iter(seen.bad.values()))[0]
+        raise LoraError(
+            f"{seen.num_bad:,} of {seen.count:,} rows cannot be used; {first}",
+            f"mend the rows; or --set data.on_bad_row=skip trains on the other {num_good:,}",
+        )
     if not questions.confirm(f"leave the {seen.num_bad:,} bad rows out"):
         raise LoraError("nothing was written", BAD)
     draft.put("data.on_bad_row", "skip", f"{seen.num_bad:,} of {seen.count:,} cannot be used")
     ui.say(f"  {seen.num_bad:,} bad rows are left out (data.on_bad_row: skip)")
 
 
-BAD = "mend the rows, or name the columns: --set data.columns={ours: theirs}"
+BAD = "mend the rows, or name the columns: " + formats.suggest_columns(
+    prompt="THEIRS", completion="THEIRS"
+)
 
 
 def _fit(

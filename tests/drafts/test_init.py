@@ -253,6 +253,30 @@ def test_bad_rows_are_listed_and_left_out(init, lora, tmp_path: Path) -> None:
     assert not (tmp_path / "other.yaml").exists()
 
 
+def test_of_several_formats_the_one_that_most_rows_have_is_read(init, tmp_path: Path) -> None:
+    """And not the first that lora knows, by which two rows of 22 would be trained on."""
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = [{"prompt": f"say {n}", "completion": f"word {n}"} for n in range(20)]
+    write_lines(tmp_path / "rows.jsonl", [chat, *rows, chat])
+    done = init("rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "22 rows; prompt_completion" in done.stderr
+    assert "2 bad rows are left out" in done.stderr
+    assert "not read: messages" in done.stderr
+
+
+def test_more_bad_rows_than_good_ones_are_an_error(init, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"say {n}", "completion": f"word {n}"}) for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text(",\n".join(lines))
+    done = init("rows.jsonl")
+    assert done.returncode == 1
+    assert "error: 4 of 5 rows cannot be used; rows.jsonl:1: column " in done.stderr
+    assert "--set data.on_bad_row=skip trains on the other 1" in done.stderr
+    assert not (tmp_path / "rows.yaml").exists()
+    done = init("rows.jsonl", "--set", "data.on_bad_row=skip")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_file_beside_the_rows_is_evaluated_on(init, tmp_path: Path) -> None:
     write_table(tmp_path / "own_train.csv", ("prompt", "completion"))
     write_table(tmp_path / "own_test.csv", ("prompt", "completion"), 12)
