@@ -98,6 +98,8 @@ def _refuse_there(out: Path, data: str) -> None:
     """Raise UsageError where the recipe's file is there, before anything is looked at."""
     if out.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--out {out}: a recipe is a .yaml file", f"--out {quote(out)}.yaml")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent} is not a folder", f"mkdir -p {quote(out.parent)}")
     if os.path.lexists(out):
         another = f"lora init {quote(data)} --out FILE.yaml writes another"
         raise UsageError(f"{out} already exists", f"lora train {quote(out)} trains it; {another}")

@@ -277,6 +277,15 @@ def test_more_bad_rows_than_good_ones_are_an_error(init, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
+def test_a_folder_that_is_not_there_is_told_first(init, tmp_path: Path) -> None:
+    """And not after steps were tried."""
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    done = init("rows.jsonl", "--out", "none/mine.yaml")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: none is not a folder"
+    assert "hint: mkdir -p none" in done.stderr
+
+
 def test_a_file_beside_the_rows_is_evaluated_on(init, tmp_path: Path) -> None:
     write_table(tmp_path / "own_train.csv", ("prompt", "completion"))
     write_table(tmp_path / "own_test.csv", ("prompt", "completion"), 12)
