@@ -75,7 +75,10 @@ def _list_most_common(
             styles[key] = formats.recognise_format(formats.name_columns(there, names), known)
         if style := styles[key]:
             rows_of.setdefault(style, []).append(row)
-    return formats.list_columns(max(rows_of.values(), key=len)) if rows_of else []
+    if not rows_of:
+        return []
+    most = max(rows_of.values(), key=len)
+    return formats.list_columns(most)
 
 
 def _choose(draft: Draft, there: list[str], first: Sequence[Mapping[str, Any]]) -> Chosen:
