@@ -155,10 +155,17 @@ def _open(path: Path) -> GGUFReader:
     """Open a GGUF file. Raises LoraError for one that is only a part of a model."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    with library_errors.translate_file_errors(
+        f"{path} cannot be a base: it is cut short, damaged or no GGUF file",
+        f"fetch the file again: here it has {path.stat().st_size:,} bytes",
+    ):
+        reader = GGUFReader(path)
     parts = int(_read_value(reader, "split.count", 1))
     if parts > 1:
-        raise LoraError(f"{path} is one of {parts} parts of a model", "llama-gguf-split --merge")
+        whole = f"llama-gguf-split --merge {quote(path)} whole.gguf"
+        raise LoraError(
+            f"{path} is one of {parts} parts of a model", f"{whole}, with the first part's name"
+        )
     return reader
 
 

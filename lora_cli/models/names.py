@@ -40,7 +40,7 @@ def classify(path: str) -> str:
             return "adapter"
         if (local / "config.json").is_file():
             return "model"
-        inside = find_adapter_inside(local)
+        inside = find_adapter_inside(local) or _find_gguf_inside(local)
         hint = (
             f"did you mean {inside}?"
             if inside
@@ -57,7 +57,12 @@ def classify(path: str) -> str:
 
 def is_gguf(name: str) -> bool:
     """Return whether a name is that of a GGUF file, which need not be there."""
-    return Path(name).suffix == ".gguf"
+    return Path(name).suffix.lower() == ".gguf"
+
+
+def _find_gguf_inside(folder: Path) -> Path | None:
+    """Return the first GGUF file that lies in a folder, if one does."""
+    return min((file for file in folder.iterdir() if is_gguf(file.name)), default=None)
 
 
 def find_adapter_inside(folder: Path) -> Path | None:

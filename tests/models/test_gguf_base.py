@@ -177,14 +177,18 @@ def test_what_is_no_model_is_refused_in_words(
         "cut": tmp_path / "cut.gguf",
         "other": tmp_path / "other.gguf",
         "absent": tmp_path / "absent.gguf",
+        "inside": tmp_path / "in",
     }
+    bad["inside"].mkdir()
+    (bad["inside"] / "A.GGUF").write_bytes(whole)
     bad["cut"].write_bytes(whole[: len(whole) // 2])
     bad["other"].write_bytes(b"PK" + bytes(1000))
     said = {
         "unknown": "transformers does not read it: ValueError: GGUF model with architecture abacus",
         "part": "is one of 3 parts of a model",
-        "cut": "cut.gguf cannot be a base",
-        "other": "GGUF magic invalid",
+        "cut": f"hint: fetch the file again: here it has {len(whole) // 2:,} bytes",
+        "other": "cannot be a base: it is cut short, damaged or no GGUF file: ValueError: GGUF magic",
+        "inside": f"is neither a model nor an adapter\n\nhint: did you mean {tmp_path / 'in'}/A.GGUF?",
         "absent": "absent.gguf does not exist",
     }
     for name, path in bad.items():
