@@ -7,6 +7,7 @@ Hermetic: the tiny model, trained for a few steps. Alone: pytest tests/docs/test
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -63,6 +64,13 @@ def test_a_stale_page_is_told(
     assert "a.md is stale; hint: make docs" in capsys.readouterr().err
     assert make_reference.main(check=False) == 0
     assert make_reference.main(check=True) == 0
+
+
+def test_the_readme_says_how_many_messages_there_are() -> None:
+    page = (ROOT / "docs/reference/messages.md").read_text()
+    told = re.search(r"Here are\s+(\d+) mistakes", page)
+    assert told is not None
+    assert f"[{told[1]} of them]" in (ROOT / "README.md").read_text()
 
 
 def test_every_option_has_a_meaning() -> None:
