@@ -461,7 +461,6 @@ def test_a_model_of_another_task_is_sent_to_lora_predict(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"data": None}, "there is nothing to score models on"),
         ({"metrics": ["exakt"]}, "--metrics exakt: there is no such metric"),
         ({"metrics": ["regex"]}, "--metrics regex needs a pattern"),
         ({"metrics": ["exact"], "pattern": "x"}, "--regex is for the metric regex"),
