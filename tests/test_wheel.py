@@ -9,6 +9,7 @@ Alone: pytest tests/test_wheel.py; the quick part: -m "not slow"
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -54,7 +55,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
     metadata = f"lora_cli-{__version__}.dist-info/"
     assert {name for name in names if not name.startswith(metadata)} == sources
-    shipped = {name for name in names if name.startswith("lora_cli/recipe/shipped/")}
+    shipped = {name for name in names if re.match(r"lora_cli/recipe/shipped/[^/]+\.yaml$", name)}
     assert len(shipped) == len(shipped_recipes.list_recipes()) >= 6
     assert {"lora_cli/constraints.txt", "lora_cli/models/templates/alpaca.jinja"} < names
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.common import ui
-from lora_cli.data import formats, load, preferences, prepare, sources, tables
-from lora_cli.data.encoders import Encoder
+from lora_cli.data import encoders, formats, load, preferences, prepare, sources, tables
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
 from lora_cli.recipe import Data
@@ -62,7 +61,7 @@ def _is_open(data: Data) -> bool:
 
 
 def _list_most_common(
-    first: Sequence[Mapping[str, Any]], encoder: Encoder | type[Encoder]
+    first: Sequence[Mapping[str, Any]], encoder: encoders.Encoder | type[encoders.Encoder]
 ) -> list[str]:
     """Return the columns of the rows whose format most have: of files of several formats, the
     fewest rows are lost by it. Empty where no row alone has one."""

@@ -224,7 +224,7 @@ def _settle_bad_rows(draft: Draft, seen: rows_of.Seen, questions: Questions) -> 
         first = next(iter(seen.bad.values()))[0]
         raise LoraError(
             f"{seen.num_bad:,} of {seen.count:,} rows cannot be used; {first}",
-            f"mend the rows; or --set data.on_bad_row=skip trains on the other {num_good:,}",
+            "mend the rows; or --set data.on_bad_row=skip trains on the others",
         )
     if not questions.confirm(f"leave the {seen.num_bad:,} bad rows out"):
         raise LoraError("nothing was written", BAD)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from sentencepiece import sentencepiece_model_pb2
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -266,6 +265,8 @@ def _mend_tokenizer(reader: GGUFReader, folder: Path) -> PreTrainedTokenizerBase
 def _make_pieces(reader: GGUFReader, adds_space: bool) -> bytes:
     """Return the SentencePiece vocabulary that the file was made from: llama.cpp's converter asks
     for it, and knows by it which tokens are special."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, too
+
     made: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     read = partial(_read_value, reader)
     kinds = read("tokenizer.ggml.token_type", [])  # numbered as SentencePiece numbers them

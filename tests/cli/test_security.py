@@ -84,7 +84,7 @@ def test_only_the_command_line_allows_code() -> None:
                 literals.append(ast.unparse(node.value))
     assert calls == ["options.py"]
     assert len(literals) >= 5
-    assert set(literals) == {"remote_code.is_allowed()"}
+    assert set(literals) == {"remote_code.is_allowed()", "False"}
 
 
 def test_every_loading_call_says_whether_code_may_run() -> None:
