@@ -339,11 +339,6 @@ def _choose_base(
         _refuse_missing_base(adapter, name, source)
     if not names.may_be_model(name):
         raise LoraError(f"the base of {adapter}, {name}, is not a model", "--base MODEL")
-    if base is None and name.endswith(".gguf"):  # lora names the folder that it made of one
-        raise LoraError(
-            f"the base of {adapter}, {name}, is a GGUF file, which lora opens where you name it",
-            f"--base {quote(name)}, to take it dequantised",
-        )
     if record is None and base is None:
         adapter_config.announce_base(adapter, name, revision)
     return Base(name, revision)

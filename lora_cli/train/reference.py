@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from lora_cli import __version__
 from lora_cli.common import LoraError, files, plain_files, ui
@@ -35,7 +35,7 @@ from lora_cli.speed import document_attention, dora_norms, loss_head, step_packi
 from lora_cli.train import pair_batches, preference_losses
 
 PACKAGES = ("torch", "transformers", "peft")
-NAME = "logps"
+NAME, DIGEST = "logps", "sha256"
 BATCH = 1000
 
 
@@ -171,9 +171,12 @@ def _read(file: Path, number: int) -> list[list[float]] | None:
         plain_files.refuse_odd(file, file.lstat())
         if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():
             raise ValueError("it is another user's")
-        kept = load_file(file)[NAME]
+        with safe_open(file, framework="pt") as opened:
+            kept, written = opened.get_tensor(NAME), (opened.metadata() or {}).get(DIGEST)
         if kept.shape != (number, 2) or kept.dtype != torch.float32 or not kept.isfinite().all():
             raise ValueError(f"it has not two numbers for each of {number} pairs")
+        if _hash_numbers(kept) != written:
+            raise ValueError("it differs from what was written")
         os.utime(file)
     except (LoraError, OSError, ValueError, KeyError, SafetensorError) as error:
         ui.warn(f"what is kept in {file} is damaged ({error}): it is computed anew")
@@ -181,6 +184,10 @@ def _read(file: Path, number: int) -> list[list[float]] | None:
         return None
     numbers: list[list[float]] = kept.tolist()
     return numbers
+
+
+def _hash_numbers(numbers: torch.Tensor) -> str:
+    return hashlib.sha256(numbers.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _write(file: Path, found: torch.Tensor) -> None:
@@ -193,6 +200,7 @@ def _write(file: Path, found: torch.Tensor) -> None:
             f"{folder} cannot be made: {error.strerror}", "set LORA_CACHE_DIR to another folder"
         ) from error
     with files.scratch_folder(folder) as staging:
-        save_file({NAME: found.contiguous()}, staging / file.name)
+        digest = {DIGEST: _hash_numbers(found)}
+        save_file({NAME: found.contiguous()}, staging / file.name, digest)
         files.remove_unused(folder, "")
         (staging / file.name).replace(file)

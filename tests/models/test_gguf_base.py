@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common import LoraError, RejectedError, files
-from lora_cli.models import gguf_base
+from lora_cli.models import gguf_base, read_adapter
 from lora_cli.models.base import Base
 
 TYPES = {"f16": torch.float16, "q8_0": torch.bfloat16, "Q4_K_M": torch.bfloat16}
@@ -267,3 +267,23 @@ def test_another_program_s_file_is_the_real_model(real: Path, lora, tmp_path: Pa
             for name, wanted in given.items()
         }
         assert max(off.values()) <= far, gguf.name
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".GGUF"])
+def test_one_that_an_adapter_names_is_not_opened_unasked(suffix: str, tmp_path: Path) -> None:
+    """A stranger's adapter would say which file of this machine is read."""
+    file = tmp_path / f"x{suffix}"
+    file.write_bytes(b"GGUF")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+    named = config | {"base_model_name_or_path": str(file)}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    place = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    weights = {place.format("A"): torch.zeros(2, 4), place.format("B"): torch.zeros(4, 2)}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(
+        LoraError, match="is a GGUF file, which lora opens where you name it"
+    ) as said:
+        read_adapter(adapter, None)
+    assert said.value.hint == "--base MODEL"
