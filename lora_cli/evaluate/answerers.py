@@ -41,6 +41,14 @@ COLDEST = 1e-9
 """The least temperature that differs from 0: below it even logits that lie one step of float32
 apart, 1e-7 about 1, are e^-100 in probability, and the others overflow."""
 
+HARMLESS = frozenset(
+    "bos_token_id cache_implementation decoder_start_token_id do_sample eos_token_id "
+    "_from_model_config max_length max_new_tokens min_p output_attentions output_hidden_states "
+    "output_logits output_scores pad_token_id return_dict_in_generate return_legacy_cache "
+    "temperature top_k top_p transformers_version use_cache".split()
+)
+"""Settings of a generation config that leave a greedy answer the likeliest token each time."""
+
 
 class Asked(NamedTuple):
     """A conversation that waits for an answer, and the tools that may be called in it."""
@@ -74,8 +82,15 @@ class Answerer(Protocol):
     def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
         """One answer each, with whether it ended by itself; all that are given are one batch."""
 
-    def count_tokens(self, conversation: Asked) -> int:
-        """How many tokens the model reads before it answers."""
+    def encode(self, asked: Asked) -> list[int]:
+        """The tokens that the model reads before it answers."""
+
+    def read(self, ids: Sequence[int]) -> str:
+        """The text of an answer that has these tokens, none of them special."""
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether a greedy answer is the likeliest token each time, and nothing weighs it first."""
 
     @property
     def positions(self) -> int | None:
@@ -208,15 +223,21 @@ class HFAnswerer:
     def _is_cramped(self, conversation: Asked, sampling: Sampling) -> bool:
         if self.positions is None:
             return False
-        return self.count_tokens(conversation) + sampling.max_new_tokens > self.positions
+        return len(self.encode(conversation)) + sampling.max_new_tokens > self.positions
 
     def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
         """Answers with whether each ended by itself; all that are given are one batch."""
         return self._generate([self.encode(asked) for asked in conversations], sampling)
 
-    def count_tokens(self, conversation: Asked) -> int:
-        """How many tokens the prompt has."""
-        return len(self.encode(conversation))
+    def read(self, ids: Sequence[int]) -> str:
+        """As the tokenizer has it."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """By the generation config: one that asks for a penalty, beams or the like has its way also
+        in greedy answers."""
+        return self.network.generation_config.to_diff_dict().keys() <= HARMLESS
 
     @property
     def network(self) -> PreTrainedModel | PeftModel:
@@ -237,7 +258,7 @@ class HFAnswerer:
 
     def encode(self, asked: Asked) -> list[int]:
         """Return the prompt of a conversation as token ids. Raises LoraError where the model holds
-        none."""
+        no conversation."""
         messages = asked.messages
         if self.chat_template is None and len(messages) > 1:
             raise LoraError(
@@ -252,10 +273,7 @@ class HFAnswerer:
         """Return the texts of what is written, and whether each ended by itself."""
         ends = set(self.list_ends())
         written = self.write_ids(prompts, sampling, **kwargs).tolist()
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in written]
-        return [
-            decoder.Written(text, not ends.isdisjoint(row)) for text, row in zip(texts, written)
-        ]
+        return [decoder.Written(self.read(row), not ends.isdisjoint(row)) for row in written]
 
     def write_ids(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, **kwargs: Any
@@ -382,9 +400,18 @@ class GGUFAnswerer:
             for asked in conversations
         ]
 
-    def count_tokens(self, conversation: Asked) -> int:
-        """How many tokens the prompt has."""
-        return len(self.model.tokenize(self.model.render(*conversation)))
+    def encode(self, asked: Asked) -> list[int]:
+        """Return the prompt of a conversation as token ids."""
+        return self.model.encode(self.model.render(*asked))
+
+    def read(self, ids: Sequence[int]) -> str:
+        """As llama.cpp has it."""
+        return self.model.detokenize(ids)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """By the settings that the file brings."""
+        return self.model.takes_likeliest
 
     @property
     def positions(self) -> int | None:
@@ -400,11 +427,10 @@ class GGUFAnswerer:
         shown.end()
         return "".join(pieces)
 
-    def _make_prompt(self, asked: Asked, sampling: Sampling) -> tuple[str, int, float]:
-        """Return the prompt, how many tokens its answer may have, and the temperature."""
-        prompt = self.model.render(*asked)
-        length = len(self.model.tokenize(prompt))
-        room = limit_answer(length, self.positions, sampling.max_new_tokens)
+    def _make_prompt(self, asked: Asked, sampling: Sampling) -> tuple[list[int], int, float]:
+        """Return the prompt's tokens, how many tokens its answer may have, and the temperature."""
+        prompt = self.encode(asked)
+        room = limit_answer(len(prompt), self.positions, sampling.max_new_tokens)
         return prompt, room, 0.0 if sampling.is_greedy else sampling.temperature
 
 

@@ -129,7 +129,7 @@ class Finished:
 
 def _read_line(line: dict[str, Any]) -> dict[str, Any]:
     """Return what was computed of a row, from its line in answers.jsonl."""
-    names = ("answer", "ended", "tokens", "no_loss", "error")
+    names = ("answer", "ended", "foreseen", "tokens", "no_loss", "error")
     kept: dict[str, Any] = {name: line[name] for name in names if line.get(name) is not None}
     if "tokens" in line:
         kept["loss"] = line["scores"].get("loss")

@@ -23,7 +23,7 @@ from lora_cli.evaluate import (
     scored_models,
 )
 from lora_cli.evaluate.answerers import Sampling
-from lora_cli.evaluate.compute_scores import Computing, Wanted
+from lora_cli.evaluate.computing import Computing, Wanted, is_known
 from lora_cli.evaluate.held_out import HeldOut, HeldRow
 from lora_cli.evaluate.input_rows import parse_columns
 from lora_cli.evaluate.kept_scores import GENERAL, Finished, Kept
@@ -197,7 +197,7 @@ class Run:
                 kept = self.kept[scored.label] = self._open_kept(scored)
                 if kept.begun:
                     ui.say(f"{scored.label}: goes on; {kept.begun} rows were begun before")
-                if not compute_scores.is_known(self.wanted, kept):
+                if not is_known(self.wanted, kept):
                     answerer = shelf.open(scored)
                     compute_scores.compute(Computing(scored, answerer, self.wanted, kept))
                 if tasks is not None:
@@ -225,7 +225,7 @@ class Run:
         kept = Kept(self.folder, fingerprint, known, self.request.fresh)
         if not self.wanted.skips_bad:
             kept.forget_errors()
-        if known and compute_scores.is_known(self.wanted, kept):
+        if known and is_known(self.wanted, kept):
             ui.say(f"{scored.label}: as computed before (--fresh computes again)")
         return kept
 
@@ -321,7 +321,7 @@ class Run:
                     "scores": self.scores[label][row.number],
                     **{
                         key: found[key]
-                        for key in ("ended", "tokens", "no_loss", "error")
+                        for key in ("ended", "foreseen", "tokens", "no_loss", "error")
                         if key in found
                     },
                 }

@@ -1,5 +1,6 @@
-"""The loss of each row, summed over the tokens that training would train on: cross entropy in
-float32, as `lora train` weighs its eval_loss.
+"""What one pass over a row tells: its loss, summed over the tokens that training would train on,
+cross entropy in float32, as `lora train` weighs its eval_loss; and by how much the model likes each
+token of an expected answer best.
 
 Rows are rendered, tokenised and masked by the code that makes rows to train on. The sum over all
 rows, divided by all their trained tokens, is what training calls eval_loss; it leaves rows beyond
@@ -8,16 +9,20 @@ training.max_length out, and here they count as far as the model reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data import encode, formats
-from lora_cli.evaluate.answerers import HFAnswerer
+from lora_cli.evaluate.answerers import Answerer, HFAnswerer
 from lora_cli.evaluate.held_out import HeldRow
 from lora_cli.gguf import llama_api
 from lora_cli.models import IGNORED, chat_template
@@ -30,16 +35,24 @@ BATCH = 1000
 """Rows that are tokenised at a time."""
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """A text as token ids, with labels that are -100 where nothing is trained."""
 
     ids: list[int]
     labels: list[int]
+    answer: range = range(0)
+    """The places whose next tokens are an answer that is looked at."""
 
-    @property
+    @cached_property
     def trained(self) -> list[int]:
         """The places of tokens whose next one is trained."""
         return [at - 1 for at, label in enumerate(self.labels) if at and label != IGNORED]
+
+    @cached_property
+    def places(self) -> list[int]:
+        """All places that are looked at."""
+        return sorted({*self.trained, *self.answer})
 
 
 class Loss(NamedTuple):
@@ -47,6 +60,25 @@ class Loss(NamedTuple):
 
     total: float
     tokens: int
+
+
+class Seen(NamedTuple):
+    """What a pass told of a piece."""
+
+    loss: Loss
+    margin: float
+    """How far the logit of each token of the answer is above every other, at least; below 0 where
+    one is not the likeliest, infinite without an answer."""
+
+
+class Reading(Protocol):
+    """A model that reads pieces."""
+
+    def read(self, pieces: Sequence[Piece]) -> list[Seen]:
+        """What a pass over each tells."""
+
+    def ends_answer(self, token: int) -> bool:
+        """Whether the model stops writing at a token."""
 
 
 Made = list[Piece] | formats.BadRow
@@ -96,22 +128,58 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def sum_losses(answerer: HFAnswerer, pieces: Sequence[Piece]) -> list[Loss]:
-    """Return each piece's loss by a transformers model."""
-    network = answerer.network
-    vocabulary = int(network.config.get_text_config().vocab_size)
-    width = max(len(piece.ids) for piece in pieces)
-    size = max(1, LOGITS // (width * vocabulary))
-    found: list[Loss] = []
-    norms = dora_norms.keep_norms(dora_norms.find_layers(network))
-    with torch.inference_mode(), answerer.switched(), norms:
-        for start in range(0, len(pieces), size):
-            found += _sum_batch(network, pieces[start : start + size])
-    return found
+@contextmanager
+def open_reading(answerer: Answerer, path: Path, longest: int) -> Iterator[Reading]:
+    """Let a model read pieces of up to `longest` tokens; llama.cpp opens the GGUF file at `path`
+    once for all."""
+    if isinstance(answerer, HFAnswerer):
+        yield HFReading(answerer)
+        return
+    with llama_api.open_gguf(path, longest) as opened:
+        yield GGUFReading(opened)
 
 
-def _sum_batch(network: torch.nn.Module, pieces: Sequence[Piece]) -> list[Loss]:
-    """Return the losses of pieces that are computed together, padded at their ends."""
+class HFReading:
+    """A transformers model."""
+
+    def __init__(self, answerer: HFAnswerer) -> None:
+        self.answerer = answerer
+        self.ends = frozenset(answerer.list_ends())
+
+    def read(self, pieces: Sequence[Piece]) -> list[Seen]:
+        """All at once, or as many as memory is meant for."""
+        network = self.answerer.network
+        vocabulary = int(network.config.get_text_config().vocab_size)
+        width = max(len(piece.ids) for piece in pieces)
+        size = max(1, LOGITS // (width * vocabulary))
+        found: list[Seen] = []
+        norms = dora_norms.keep_norms(dora_norms.find_layers(network))
+        with torch.inference_mode(), self.answerer.switched(), norms:
+            for start in range(0, len(pieces), size):
+                found += _read_batch(network, pieces[start : start + size])
+        return found
+
+    def ends_answer(self, token: int) -> bool:
+        """By the tokenizer, the training and the generation config."""
+        return token in self.ends
+
+
+class GGUFReading(NamedTuple):
+    """A GGUF file in llama.cpp."""
+
+    opened: llama_api.Opened
+
+    def read(self, pieces: Sequence[Piece]) -> list[Seen]:
+        """One after the other."""
+        return [_look(self.opened.compute(each.ids, each.places), each) for each in pieces]
+
+    def ends_answer(self, token: int) -> bool:
+        """As llama.cpp has it."""
+        return self.opened.ends_answer(token)
+
+
+def _read_batch(network: torch.nn.Module, pieces: Sequence[Piece]) -> list[Seen]:
+    """Return what is told of pieces that are computed together, padded at their ends."""
     width = max(len(piece.ids) for piece in pieces)
     ids = torch.zeros(len(pieces), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -122,25 +190,43 @@ def _sum_batch(network: torch.nn.Module, pieces: Sequence[Piece]) -> list[Loss]:
     # a mask of ones is left out: some models compute nothing else without one
     given = {} if mask.all() else {"attention_mask": mask.to(device)}
     logits = network(input_ids=ids.to(device), use_cache=False, **given).logits
-    return [_sum_logits(row, piece) for row, piece in zip(logits, pieces)]
+    found = []
+    for row, piece in zip(logits, pieces):
+        places = torch.tensor(piece.places, device=row.device)
+        found.append(_look(row.index_select(0, places), piece))
+    return found
 
 
-def _sum_logits(logits: torch.Tensor, piece: Piece) -> Loss:
-    """Return the loss by a piece's logits (length or more, vocabulary)."""
-    at = piece.trained
-    wanted = torch.tensor([piece.labels[place + 1] for place in at], device=logits.device)
+def _look(logits: torch.Tensor, piece: Piece) -> Seen:
+    """Return what is told by the logits (places, vocabulary) at a piece's places."""
+    places = torch.tensor(piece.places, device=logits.device)
+    wanted = torch.tensor(piece.ids, device=logits.device)[places + 1]
+    weighed = _mark(places, piece.trained)
+    written = _mark(places, piece.answer)
     rows = max(1, LOGITS // logits.shape[-1])
-    total = 0.0
-    for places, some in zip(torch.tensor(at).split(rows), wanted.split(rows)):
-        chosen = logits[places.to(logits.device)].float()
-        total += float(functional.cross_entropy(chosen, some, reduction="none").double().sum())
-    return Loss(total, len(at))
+    total, margin = 0.0, math.inf
+    split = (each.split(rows) for each in (logits, wanted, weighed, written))
+    for some, tokens, trained, answer in zip(*split):
+        chosen = some.float()
+        losses = functional.cross_entropy(chosen, tokens, reduction="none").double()
+        total += float(losses[trained].sum())
+        margin = min(margin, _find_margin(chosen[answer], tokens[answer]))
+    return Seen(Loss(total, len(piece.trained)), margin)
 
 
-def walk_gguf_losses(path: Path, pieces: Sequence[Piece]) -> Iterator[Loss]:
-    """Yield each piece's loss by a GGUF file in llama.cpp, one after the other."""
-    given = llama_api.compute_logits(path, [piece.ids for piece in pieces])
-    return (_sum_logits(logits, piece) for logits, piece in zip(given, pieces))
+def _mark(places: torch.Tensor, wanted: Iterable[int]) -> torch.Tensor:
+    """Return which places are wanted."""
+    return torch.isin(places, torch.tensor(list(wanted), dtype=torch.long, device=places.device))
+
+
+def _find_margin(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Return how far each token's logit (tokens, vocabulary) is above every other, at least."""
+    if not len(tokens):
+        return math.inf
+    own = logits.gather(1, tokens[:, None])
+    others = logits.scatter(1, tokens[:, None], -math.inf).amax(1, keepdim=True)
+    margin = float((own - others).min())
+    return margin if math.isfinite(margin) else -math.inf
 
 
 def add_up(losses: Sequence[Loss]) -> Loss:

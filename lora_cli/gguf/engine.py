@@ -24,6 +24,12 @@ from typing import Any
 from lora_cli.common import LoraError
 from lora_cli.gguf import opening, tools
 
+NEUTRAL = {
+    "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "dry_multiplier": 0.0,
+    "xtc_probability": 0.0, "typical_p": 1.0, "mirostat": 0, "ignore_eos": False,
+}  # fmt: skip
+"""Settings of samplers that can pass over the likeliest token, where they do not. A file may bring
+others (`general.sampling.…`)."""
 CONTEXT = 4096
 """Tokens of prompt and answer together, unless more are asked for."""
 
@@ -69,8 +75,14 @@ class GGUFModel:
         `n_params`, `size` (bytes)."""
         self.chat_template: str = props["chat_template"]
         """The GGUF's embedded chat template; llama.cpp's default (ChatML) where it has none."""
+        self.settings: Mapping[str, Any] = props["default_generation_settings"]["params"]
         self.bos_token: str = props["bos_token"]
         self.eos_token: str = props["eos_token"]
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether at temperature 0 the likeliest token is taken each time."""
+        return all(self.settings.get(name) == NEUTRAL[name] for name in NEUTRAL)
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """Return the token ids of `text`; special tokens written out in it count as such.
@@ -79,6 +91,11 @@ class GGUFModel:
         """
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return self._ask("/tokenize", body)["tokens"]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids as an answer would have it; special tokens are written
+        out."""
+        return self._ask("/detokenize", {"tokens": list(ids)})["content"]
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None

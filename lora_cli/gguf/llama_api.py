@@ -9,7 +9,7 @@ spare, and their defaults are compared with what this file knows before anything
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import (
     POINTER,
@@ -24,7 +24,7 @@ from ctypes import (
 )
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,6 +96,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_free": (None, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_is_eog": (ctypes.c_bool, [c_void_p, c_int32]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
     "llama_free": (None, [c_void_p]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
@@ -147,12 +148,38 @@ def compute_logits(
     strength. Keys and values are kept in float32, without flash attention. Raises LoraError where
     llama.cpp cannot load or compute it.
     """
-    longest = max(map(len, texts))
+    with open_gguf(path, max(map(len, texts)), adapter) as opened:
+        for ids in texts:
+            yield opened.compute(ids)
+
+
+class Opened(NamedTuple):
+    """A GGUF file that llama.cpp has loaded, for texts of some length."""
+
+    lib: Any
+    context: Any
+    vocabulary: Any
+
+    def compute(self, ids: Sequence[int], places: Sequence[int] | None = None) -> torch.Tensor:
+        """Return the logits at some places of a text of its own, in their order, by default at all:
+        float32 (places, vocabulary), on the CPU. Raises LoraError where it cannot be computed."""
+        wanted = range(len(ids)) if places is None else places
+        shape = len(wanted), self.lib.llama_vocab_n_tokens(self.vocabulary)
+        return _decode(self.lib, self.context, ids, frozenset(wanted), shape)
+
+    def ends_answer(self, token: int) -> bool:
+        """Return whether llama.cpp stops writing at a token."""
+        return self.lib.llama_vocab_is_eog(self.vocabulary, token)
+
+
+@contextmanager
+def open_gguf(path: Path, longest: int, adapter: Path | None = None) -> Iterator[Opened]:
+    """Load a GGUF file for texts of up to `longest` tokens; see `compute_logits`. Inside, llama.cpp
+    prints nothing."""
     opening.refuse_unopenable(path, longest, True, adapter)
     lib = load_api()
-    with _silence(lib), _open_context(lib, path, longest, adapter) as (context, num_tokens):
-        for ids in texts:
-            yield _decode(lib, context, ids, num_tokens)
+    with _silence(lib), _open_context(lib, path, longest, adapter) as (context, vocabulary):
+        yield Opened(lib, context, vocabulary)
 
 
 @contextmanager
@@ -171,9 +198,8 @@ def _silence(lib: Any) -> Iterator[None]:
 @contextmanager
 def _open_context(
     lib: Any, path: Path, longest: int, adapter: Path | None
-) -> Iterator[tuple[Any, int]]:
-    """Load the model; yield a context for texts of up to `longest` tokens, and the size of the
-    vocabulary."""
+) -> Iterator[tuple[Any, Any]]:
+    """Load the model; yield a context for texts of up to `longest` tokens, and the vocabulary."""
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(str(path).encode(), params)
@@ -191,7 +217,7 @@ def _open_context(
             raise LoraError(f"llama.cpp cannot run {path} on {longest} tokens", "export it again")
         if adapter is not None:
             _lay_over(lib, model, context, adapter)
-        yield context, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        yield context, lib.llama_model_get_vocab(model)
     finally:
         if context:
             lib.llama_free(context)
@@ -206,19 +232,20 @@ def _lay_over(lib: Any, model: Any, context: Any, adapter: Path) -> None:
         raise LoraError(f"llama.cpp cannot load {adapter}", "export it again")
 
 
-def _decode(lib: Any, context: Any, ids: Sequence[int], num_tokens: int) -> torch.Tensor:
-    """Return the logits at each of `ids`, which begin a text of their own."""
+def _decode(
+    lib: Any, context: Any, ids: Sequence[int], wanted: Container[int], shape: tuple[int, int]
+) -> torch.Tensor:
+    """Return the logits at the wanted places of `ids`, which begin a text of their own."""
     batch = lib.llama_batch_init(len(ids), 0, 1)
     try:
         batch.n_tokens = len(ids)
         for at, number in enumerate(ids):
             batch.token[at], batch.pos[at] = number, at
             batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
-            batch.logits[at] = 1
+            batch.logits[at] = at in wanted
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         if lib.llama_decode(context, batch):
             raise LoraError("llama.cpp could not compute a text's logits", "export it again")
-        shape = (len(ids), num_tokens)
         place = ctypes.cast(lib.llama_get_logits(context), POINTER(c_float))
         return torch.from_numpy(np.ctypeslib.as_array(place, shape).copy())
     finally:

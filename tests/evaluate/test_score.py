@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.evaluate import compute_scores, input_rows, score, scored_models
+from lora_cli.evaluate import input_rows, score, scored_models, token_losses
 from lora_cli.evaluate.answerers import HFAnswerer, Sampling
 from lora_cli.evaluate.forgetting import read_passages
 from lora_cli.evaluate.score import Request
@@ -398,12 +398,14 @@ def test_odd_rows_are_told_each_once(made: Made, tmp_path: Path, capsys) -> None
 
 
 def test_a_loss_that_is_not_finite_is_told(made: Made, tmp_path: Path, monkeypatch, capsys) -> None:
-    own = compute_scores.token_losses.sum_losses
+    own = token_losses.HFReading.read
 
-    def spoil(answerer, pieces):
-        return [each._replace(total=math.nan) for each in own(answerer, pieces)]
+    def spoil(self, pieces):
+        return [
+            each._replace(loss=each.loss._replace(total=math.nan)) for each in own(self, pieces)
+        ]
 
-    monkeypatch.setattr(compute_scores.token_losses, "sum_losses", spoil)
+    monkeypatch.setattr(token_losses.HFReading, "read", spoil)
     found = evaluate(
         [made.adapter], tmp_path / "out", data=str(made.data), metrics=["loss"], adds_base=False
     )
