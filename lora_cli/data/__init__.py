@@ -8,6 +8,7 @@ Its doors, in the order a reader needs them:
     formats     what a row may be, and how its columns tell
     readers     the rows of one local file; whether files are there
     tables      … of a CSV file, and whether its first line names the columns
+    text_files  … of text; how another file is made of one
     preferences … two conversations in a row, of which one is preferred
     pairs       a text that is read and one that is to be written, as token ids
     encode      conversations and texts as token ids with labels
@@ -48,4 +49,5 @@ __all__ = [
     "sources",
     "tables",
     "tag",
+    "text_files",
 ]

@@ -56,7 +56,7 @@ def read_answers(value: Any) -> list[Answer]:
     `{text, answer_start}`, or as either in JSON; raise BadRow for anything else."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = formats.parse_json(value)
         except (ValueError, RecursionError):
             raise BadRow(
                 "answers are text",

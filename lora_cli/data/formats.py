@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_cli.common import find_nearest, quote
+from lora_cli.common import escape, find_nearest, quote
+from lora_cli.data.json_text import RepeatedKey, parse
 
 # The columns each format needs, most specific first. Further ones: alpaca `input`; `system`;
 # `tools`; `labels`.
@@ -59,7 +60,8 @@ SHAREGPT_ROLES = {
 }
 OURS = {"role", "content", "train", "weight", "tool_calls", "function_call"}
 """Keys of a message that are made into something else, or have their own checks."""
-MEND = "mend or remove the row, or --set data.on_bad_row=skip"
+SKIP = "--set data.on_bad_row=skip"
+MEND = f"mend or remove the row, or {SKIP}"
 
 
 class BadRow(Exception):
@@ -69,6 +71,21 @@ class BadRow(Exception):
     def __init__(self, kind: str, said: str | None = None, hint: str = MEND) -> None:
         super().__init__(said or kind)
         self.kind, self.said, self.hint = kind, said or kind, hint
+
+
+def refuse_repeated(repeated: RepeatedKey) -> BadRow:
+    """Return a row whose JSON gives a key two values, of which one would be lost, as a bad one."""
+    said = f"{escape(repeated.key)} is given twice, with two values"
+    return BadRow("a key is given twice", said, f"leave one of the two out, or {SKIP}")
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a text inside a row that is JSON. Raises BadRow for a key with two
+    values, ValueError or RecursionError for what is no JSON."""
+    try:
+        return parse(text)
+    except RepeatedKey as repeated:
+        raise refuse_repeated(repeated) from None
 
 
 class Conversation(NamedTuple):
@@ -267,7 +284,7 @@ def get_list(row: Mapping[str, Any], column: str) -> list[Any]:
     value = get_value(row, column)
     if isinstance(value, str):  # some data sets keep their lists as JSON
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except (ValueError, RecursionError):
             raise BadRow(f"{column} is text", f"{column} is text, but must be a list") from None
     if not isinstance(value, list):
@@ -478,7 +495,7 @@ def _convert_calls(calls: Any, number: int) -> list[Any]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = parse_json(arguments)
             except (ValueError, RecursionError):
                 raise BadRow(
                     "a tool call's arguments are not JSON",
@@ -503,7 +520,7 @@ def _get_tools(row: Mapping[str, Any]) -> list[Any] | None:
     for tool in get_list(row, "tools"):
         if isinstance(tool, str):  # data sets of one type for a column keep each as JSON
             try:
-                tool = json.loads(tool)
+                tool = parse_json(tool)
             except (ValueError, RecursionError):
                 raise BadRow("a tool is text that is not JSON") from None
         tools.append(tool)
@@ -518,7 +535,7 @@ def _convert_sharegpt_turn(turn: Any) -> Any:
     others = {key: given for key, given in turn.items() if key not in ("from", "value")}
     if speaker == "function_call":
         try:
-            calls = json.loads(str(value))
+            calls = parse_json(str(value))
         except (ValueError, RecursionError):
             raise BadRow("a function_call is not JSON") from None
         return {

@@ -11,8 +11,46 @@ LONGEST = 2**22
 """Characters of a line, or of a value."""
 PIECE = 2**20
 """Characters that are read at a time."""
-DECODE = json.JSONDecoder().raw_decode
 SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class RepeatedKey(ValueError):
+    """An object gives a key two values, of which Python's `json` would keep the last."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} is given twice")
+        self.key = key
+
+
+class SeveralLists(ValueError):
+    """An object has several lists of mappings, each of which may be the rows: their keys."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__(f"it has several lists: {', '.join(keys)}")
+        self.keys = keys
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Raises RepeatedKey where that loses a value."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        for key, value in pairs:
+            if made[key] != value:
+                raise RepeatedKey(key)
+    return made
+
+
+_STRICT, _PLAIN = json.JSONDecoder(object_pairs_hook=_refuse_repeated), json.JSONDecoder()
+"""Made once: to make one costs more than to read a row. That no value is lost costs 4 % of reading
+100,000 rows of a prompt and an answer (0.23 to 0.24 s), and of reading as many chats of four turns
+a quarter (0.33 to 0.40 s)."""
+DECODE = _PLAIN.raw_decode
+
+
+def parse(text: str) -> Any:
+    """Return the value of a JSON text. Raises JSONDecodeError, RepeatedKey, and as `json.loads`
+    ValueError for thousands of digits and RecursionError for thousands of brackets."""
+    return _STRICT.decode(text)
 
 
 class Text:
@@ -43,9 +81,10 @@ def walk_list(text: Text) -> Iterator[Any]:
     _refuse_more(text, (yield from _walk_items(text, 0)))
 
 
-def walk_member(text: Text, wanted: str) -> Iterator[Any]:
+def walk_member(text: Text, wanted: str, only: bool = False) -> Iterator[Any]:
     """Yield the values of the list that a text, one JSON object, has under the key `wanted`; what
-    it has under other keys is passed over. Raises JSONDecodeError as `walk_list`."""
+    it has under other keys is passed over. Raises JSONDecodeError as `walk_list`; SeveralLists for
+    another list of mappings, where this is to be the `only` one."""
     at = _expect(text, 0, "{", "Expecting value")
     while True:
         at = skip_space(text, at)
@@ -55,6 +94,10 @@ def walk_member(text: Text, wanted: str) -> Iterator[Any]:
         at = skip_space(text, _expect(text, at, ":", "Expecting ':' delimiter"))
         if key == wanted and text.part[at : at + 1] == "[":
             at = yield from _walk_items(text, at)
+        elif text.part[at : at + 1] == "[":
+            first, at = _pass_list(text, at)
+            if only and isinstance(first, dict):
+                raise SeveralLists(wanted, key)
         else:
             _, at = decode_value(text, at)
         at = skip_space(text, at)
@@ -84,6 +127,18 @@ def _walk_items(text: Text, at: int) -> Generator[Any, None, int]:
         wanted = ",]"
 
 
+def _pass_list(text: Text, at: int) -> tuple[Any, int]:
+    """Return the first value of the list that begins at `at`, None of an empty one, and where it
+    ends; no more than one is held."""
+    items, first = _walk_items(text, at), None
+    while True:
+        try:
+            value = next(items)
+        except StopIteration as ended:
+            return first, ended.value
+        first = value if first is None else first
+
+
 def _expect(text: Text, at: int, sign: str, otherwise: str) -> int:
     """Return the place after a sign that has to come next."""
     at = skip_space(text, at)
@@ -108,10 +163,11 @@ def skip_space(text: Text, at: int) -> int:
 
 
 def decode_value(text: Text, at: int) -> tuple[Any, int]:
-    """Return the value that begins at `at`, and where it ends, reading on as far as it goes."""
+    """Return the value that begins at `at`, and where it ends, reading on as far as it goes; for
+    one that gives a key two values, the RepeatedKey."""
     while True:
         try:
-            value, end = DECODE(text.part, at)
+            value, end = _decode(text.part, at)
         except json.JSONDecodeError:
             if not text.read_on(at):
                 raise
@@ -121,3 +177,11 @@ def decode_value(text: Text, at: int) -> tuple[Any, int]:
             if not text.read_on(at):
                 return value, end
         at = 0
+
+
+def _decode(part: str, at: int) -> tuple[Any, int]:
+    try:
+        return _STRICT.raw_decode(part, at)
+    except RepeatedKey as repeated:
+        _, end = _PLAIN.raw_decode(part, at)
+        return repeated, end

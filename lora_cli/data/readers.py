@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import glob
 import gzip
-import json
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -18,10 +17,10 @@ import pyarrow
 import pyarrow.ipc
 
 from lora_cli.common import LoraError, confined, plain_files, quote
-from lora_cli.data import class_labels, pictures, squad, stores, tables
+from lora_cli.data import class_labels, json_rows, pictures, stores, tables
 from lora_cli.data.class_labels import name_classes
-from lora_cli.data.formats import BadRow
-from lora_cli.data.json_text import LONGEST, Text, walk_list
+from lora_cli.data.json_text import LONGEST
+from lora_cli.data.text_files import refuse_no_rows, walk_lines
 from lora_cli.recipe import Data
 
 KINDS = {
@@ -39,13 +38,9 @@ TABLES = [ending for ending, kind in KINDS.items() if kind != "picture"]
 """Those of files of rows."""
 BATCH = 1000
 """Rows read at a time."""
-LARGEST = 2**25
-"""Bytes, over which what was packed may not be over RATIO times its file. Text is packed to a
-fifth, seldom to a thirtieth."""
-RATIO = 40
 LARGEST_TABLE, TABLE_RATIO = 2**26, 200
-"""The same for a table, whose columns are packed better than text. 64 MiB of short rows are
-prepared in some 7 s."""
+"""Bytes, over which what was packed may not be over so many times its file. Text has less room
+(text_files.py): columns are packed better. 64 MiB of short rows are prepared in some 7 s."""
 MOST_ROWS = 100_000
 """Rows, over which a file may not have more than it has bytes. Text has no row in one byte; 99,000
 that are all the same are prepared in 3 to 5 s."""
@@ -53,7 +48,7 @@ SECONDS, MEMORY = 6.0, 2**30
 """Processor time and bytes for some rows of a Parquet or Arrow file."""
 _reader = confined.Confined(Path(__file__).with_name("arrow_program.py"))
 
-Row = dict[str, Any] | BadRow
+Row = json_rows.Row
 """A row as it was read, or why it could not be read."""
 
 
@@ -160,7 +155,7 @@ def read_lines(lines: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
             said = f"{place}: byte {error.start + 1} is not UTF-8 ({line[error.start]:#04x})"
             raise LoraError(said, "iconv -t UTF-8 before it") from None
         if text.strip():
-            yield place, _parse_line(text, number == 1)
+            yield place, json_rows.parse_line(text)
 
 
 def _refuse_row_count(file: Path, count: int) -> None:
@@ -179,6 +174,7 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
     if how == "picture":
         yield str(file), {"image": file.name, "label": file.parent.name}
         return
+    refuse_no_rows(file)
     if how in ("parquet", "arrow"):
         yield from _read_arrow(file, str(how))
         return
@@ -199,39 +195,13 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
 def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a text file."""
     if how == "csv":
-        yield from tables.read_table(file, _walk_lines(file, stream))
+        yield from tables.read_table(file, walk_lines(file, stream))
     elif how == "text":
-        lines = enumerate(_walk_lines(file, stream), 1)
+        lines = enumerate(walk_lines(file, stream), 1)
         texts = ((number, line.rstrip("\r\n")) for number, line in lines)
         yield from ((f"{file}:{number}", {"text": text}) for number, text in texts if text.strip())
     else:
-        yield from _read_json(file, stream)
-
-
-def _walk_lines(file: Path, stream: TextIO) -> Iterator[str]:
-    """Yield the lines. Raises LoraError for one that is too long, and for a packed file that grows
-    to many times its size."""
-    number = 0
-    while line := stream.readline(LONGEST + 1):
-        number += 1
-        if len(line) > LONGEST:
-            raise LoraError(
-                f"{file}:{number}: a line of over {LONGEST:,} characters",
-                "write it as several rows",
-            )
-        if number % BATCH == 0:
-            _refuse_bomb(file, stream)
-        yield line
-
-
-def _refuse_bomb(file: Path, stream: TextIO) -> None:
-    """Raise LoraError for a packed file that has grown to more than any text is packed to."""
-    most = max(LARGEST, RATIO * file.stat().st_size)
-    if stream.buffer.tell() > most:
-        raise LoraError(
-            f"{file} unpacks to over {most >> 20:,} MiB, {RATIO} times its size",
-            f"if it is what it should be: gunzip {quote(file)}",
-        )
+        yield from json_rows.read_json(file, stream)
 
 
 def _find_bad_byte(file: Path, raw: Any) -> LoraError:
@@ -258,79 +228,6 @@ def _guess_encoding(start: bytes, line: bytes) -> str:
         return "UTF-16BE" if start.startswith(b"\0") else "UTF-16LE"
     # Windows' own has quotation marks and dashes where Latin-1 has control characters
     return "CP1252" if re.search(rb"[\x80-\x9f]", line) else "LATIN1"
-
-
-def _read_json(file: Path, stream: TextIO) -> Iterator[tuple[str, Row]]:
-    """Yield JSON rows: one per line, one list of them, or SQuAD's questions by their texts."""
-    first = stream.readline(LONGEST)
-    while first and not first.strip():
-        first = stream.readline(LONGEST)
-    stream.seek(0)
-    if first.lstrip().startswith("["):
-        yield from _walk_values(file, stream, _read_list)
-        return
-    if first.lstrip().startswith("{") and squad.is_squad(stream):
-        yield from _walk_values(file, stream, squad.read_questions)
-        return
-    for number, line in enumerate(_walk_lines(file, stream), 1):
-        if line.strip():
-            yield f"{file}:{number}", _parse_line(line, number == 1)
-
-
-def _parse_line(line: str, first: bool) -> Row:
-    """Return the row on a line of JSON, or why it cannot be used."""
-    try:
-        value = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        if first and line.strip() == "{":
-            return BadRow(
-                "one JSON object over many lines",
-                hint="write one row per line, or one list of rows: jq -c . FILE",
-            )
-        return BadRow("invalid JSON", f"column {error.colno}: invalid JSON: {error.msg}")
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        return BadRow(
-            "JSON that cannot be read", f"JSON that cannot be read: {str(error).partition(';')[0]}"
-        )
-    if not isinstance(value, dict):
-        return BadRow(
-            "a row is not a mapping", f"the row is {line.strip()[:40]}, not a mapping of columns"
-        )
-    return value
-
-
-def _read_list(file: Path, text: Text) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one JSON list."""
-    for number, value in enumerate(walk_list(text), 1):
-        place = f"{file}, row {number}"
-        if isinstance(value, dict):
-            yield place, value
-        else:
-            row = f"the row is {json.dumps(value)[:40]}, not a mapping of columns"
-            yield place, BadRow("a row is not a mapping", row)
-
-
-def _walk_values(
-    file: Path, stream: TextIO, read_rows: Callable[[Path, Text], Iterator[tuple[str, Row]]]
-) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one JSON value over the whole file, of which no more than some are held."""
-    text = Text(stream)
-    try:
-        for number, row in enumerate(read_rows(file, text), 1):
-            if number % BATCH == 0:
-                _refuse_bomb(file, stream)
-            yield row
-    except json.JSONDecodeError as error:
-        column = error.colno + (text.column if error.lineno == 1 else 0)
-        raise LoraError(
-            f"{file}:{text.line + error.lineno}:{column}: invalid JSON: {error.msg}",
-            f"jq . {quote(file)}",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        said = str(error).partition(";")[0]
-        raise LoraError(
-            f"{file}: JSON that cannot be read: {said}", "write one row per line"
-        ) from None
 
 
 def _read_arrow(file: Path, kind: str) -> Iterator[tuple[str, Row]]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_cli.data.formats import BadRow
-from lora_cli.data.json_text import Text, walk_member
+from lora_cli.data.formats import BadRow, refuse_repeated
+from lora_cli.data.json_text import RepeatedKey, Text, walk_member
 
 LOOKED_AT = 2**16
 """Characters from the first in which the form shows."""
@@ -30,6 +30,9 @@ def read_questions(file: Path, text: Text) -> Iterator[tuple[str, dict[str, Any]
     """Yield each question with its `context` and its place: its id, or where it stands, as
     `data.3.paragraphs.1.qas.0`."""
     for number, article in enumerate(walk_member(text, "data")):
+        if isinstance(article, RepeatedKey):
+            yield f"{file}, data.{number}", refuse_repeated(article)
+            continue
         yield from _walk_article(str(file), f"data.{number}", article)
 
 

@@ -16,8 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import LoraError, files, quote, ui
+from lora_cli.common import LoraError, quote, ui
 from lora_cli.data.formats import BadRow
+from lora_cli.data.text_files import is_fetched, suggest_edit
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 """What may stand between two columns, in words; the earlier one where a first line has as many."""
@@ -113,14 +114,9 @@ def _suggest_header(file: Path, columns: int, separator: str) -> str:
     """Return the command that puts a line of the likeliest names above the rows, where there is
     one."""
     names = separator.join(NAMES.get(columns, ()))
-    if not names or file.suffix.lower() == ".gz" or _is_fetched(file):
+    if not names or file.suffix.lower() == ".gz" or is_fetched(file):
         return "write a line of names above the rows"
     return f"sed -i {quote(f'1i {names}')} {quote(file)}"
-
-
-def _is_fetched(file: Path) -> bool:
-    """Return whether it is the cache's copy of another machine's file, which nobody is to mend."""
-    return file.is_relative_to(files.find_cache_home())
 
 
 def _looks_like_text(name: str) -> bool:
@@ -159,10 +155,4 @@ def _say_once(text: str) -> None:
 
 def suggest_conversion(file: Path, encoding: str) -> str:
     """Return the hint that makes a file of UTF-8 from one in another encoding."""
-    packed = file.suffix.lower() == ".gz"
-    name = f"utf8-{file.stem if packed else file.name}"
-    made = quote(name if _is_fetched(file) else file.with_name(name))
-    convert = f"iconv -f {encoding} -t UTF-8"
-    if packed:
-        return f"gzip -dc {quote(file)} | {convert} > {made}; then name {made}"
-    return f"{convert} {quote(file)} > {made}; then name {made}"
+    return suggest_edit(file, f"iconv -f {encoding} -t UTF-8", prefix="utf8-")

@@ -4,14 +4,15 @@ read."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from lora_cli.common import LoraError
-from lora_cli.data import formats, load, preferences
+from lora_cli.common import LoraError, quote_words
+from lora_cli.data import formats, load, preferences, text_files
 from lora_cli.recipe import DEFAULT_TASK, TASKS, Task, recognise_task
 
 BASES = {
@@ -129,13 +130,27 @@ def _find_pair(columns: list[str]) -> dict[str, str]:
     }
 
 
-def refuse_unwanted_answers(rows: Sequence[Mapping[str, Any]], task: str) -> None:
-    """Raise LoraError for rows of which some say that their answer is not wanted."""
+def refuse_unwanted_answers(rows: Sequence[Mapping[str, Any]], task: str, path: str) -> None:
+    """Raise LoraError for rows of `path` of which some say that their answer is not wanted."""
     if task != DEFAULT_TASK.name:
         return
     if any(isinstance(row.get("label"), bool) and "completion" in row for row in rows):
         raise LoraError(
             "the rows say of each answer whether it is wanted (label: true or false), and all "
             "would be learnt",
-            "keep those that are: jq -c 'select(.label)' FILE > wanted.jsonl",
+            _suggest_wanted(Path(path)),
         )
+
+
+READ_ROWS = {".jsonl": "map(json.loads, sys.stdin)", ".json": "json.load(sys.stdin)"}
+
+
+def _suggest_wanted(file: Path) -> str:
+    """Return the hint that keeps the rows whose answer is wanted, without that column."""
+    plain = file.with_suffix("") if file.suffix.lower() == ".gz" else file
+    rows = READ_ROWS.get(plain.suffix.lower())
+    if rows is None or not file.is_file():
+        return "keep the rows whose label is true, without that column, and name that file"
+    code = f"[print(json.dumps(row)) for row in {rows} if row.pop('label', 0)]"
+    command = quote_words(["python3", "-c", f"import json, sys; {code}"])
+    return text_files.suggest_edit(file, command, prefix="wanted-")

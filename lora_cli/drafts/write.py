@@ -149,7 +149,7 @@ def _find_base(
     if names and draft.read("task") in (None, kind.task):
         draft.put("data.columns", names)
     recipe = draft.build()
-    kinds.refuse_unwanted_answers(first, recipe.task)
+    kinds.refuse_unwanted_answers(first, recipe.task, draft.read("data.path"))
     return Base.of_recipe(recipe)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import LoraError, files, library_errors, missing_packages, quote, ui
+from lora_cli.common import LoraError, files, library_errors, missing_packages, quote_words, ui
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
 READERS = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
@@ -69,11 +69,11 @@ def _explain(error: Exception, name: str, revision: str | None) -> LoraError | N
             return None
         if isinstance(data, dict) and (field := find(data, said)):
             shown = Path(name, file)
-            at = f".{field}" if field.isidentifier() else f".[{json.dumps(field)}]"
+            read = f"import json; print(json.load(open({str(shown)!r}))[{field!r}])"
             return LoraError(
                 f"{shown}: {field} cannot be read: {said}",
-                f"jq {quote(at)} {quote(shown)} shows it; pip install -U transformers, if a newer "
-                "version wrote it",
+                f"{quote_words(['python3', '-c', read])} shows it; pip install -U transformers, "
+                "if a newer version wrote it",
             )
     return None
 

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data import json_text, readers, tables
+from lora_cli.data import json_rows, json_text, readers, tables, text_files
 
 
 def read(path: Path) -> list[object]:
@@ -68,7 +68,7 @@ def test_a_list_is_read_piece_by_piece_as_json_reads_it(tmp_path: Path, monkeypa
 def test_rows_may_be_long_but_not_longer(
     tmp_path: Path, name: str, before: str, after: str, monkeypatch
 ) -> None:
-    for module in (readers, json_text, tables):
+    for module in (readers, json_rows, json_text, tables, text_files):
         monkeypatch.setattr(module, "LONGEST", 5000)
     monkeypatch.setattr(json_text, "PIECE", 1000)
     for length, fits in ((4000, True), (20_000, False)):
@@ -83,8 +83,8 @@ def test_rows_may_be_long_but_not_longer(
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
 def test_what_is_packed_may_not_grow_without_end(tmp_path: Path, name: str, monkeypatch) -> None:
-    monkeypatch.setattr(readers, "LARGEST", 10**5)
-    monkeypatch.setattr(readers, "RATIO", 20)
+    monkeypatch.setattr(text_files, "LARGEST", 10**5)
+    monkeypatch.setattr(text_files, "RATIO", 20)
     rows = [{"text": "x"}] * 30_000
     text = (
         json.dumps(rows) if "jsonl" not in name else "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -92,7 +92,7 @@ def test_what_is_packed_may_not_grow_without_end(tmp_path: Path, name: str, monk
     (tmp_path / name).write_bytes(gzip.compress(text.encode()))
     with pytest.raises(LoraError, match="20 times its size"):
         read(tmp_path / name)
-    monkeypatch.setattr(readers, "RATIO", 400_000)
+    monkeypatch.setattr(text_files, "RATIO", 400_000)
     assert len(read(tmp_path / name)) == 30_000
 
 

@@ -17,6 +17,7 @@ from lora_cli.common import ui
 from lora_cli.common.errors import LoraError
 from lora_cli.data import load, prepare, readers, tables
 from lora_cli.data.encode import Renderer
+from lora_cli.data.formats import BadRow
 from lora_cli.recipe.load import load_recipe
 from tests.data.test_bad_data import tokenizer
 
@@ -78,7 +79,7 @@ def test_places_count_all_lines(tmp_path: Path) -> None:
     path = written(tmp_path / "r.csv", "sep=;\nprompt;completion\na;b\nc\nd;e\n")
     assert [(place, type(row)) for place, row in readers.read(path)] == [
         (f"{path}:3", dict),
-        (f"{path}:4", readers.BadRow),
+        (f"{path}:4", BadRow),
         (f"{path}:5", dict),
     ]
 

@@ -12,6 +12,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,18 @@ def test_what_cannot_be_is_refused_with_what_to_type(
     done = lora(*words, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
+
+
+def test_answers_that_are_not_wanted_are_left_out_by_the_hint(init, tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{n}", "completion": "b", "label": n % 2 == 0} for n in range(60)]
+    write_lines(tmp_path / "my rows.jsonl", rows)
+    hint = init("my rows.jsonl").stderr.partition("hint: ")[2]
+    command, _, made = hint.strip().partition("; then name ")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    done = init(made.strip("'"))
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in (tmp_path / made.strip("'")).open()]
+    assert kept == [{"prompt": row["prompt"], "completion": "b"} for row in rows[::2]]
 
 
 def answer(warm, tmp_path: Path, words: list[str], answers: list[tuple[str, str]]) -> Terminal:

@@ -1,0 +1,268 @@
+"""Read the rows of a JSON file: one a line, one list of them, objects over many lines, one object
+that has the list, or SQuAD's texts with their questions.
+
+What is no JSON, or gives a key two values, is a bad row that says where. What cannot be told is
+refused with a command that makes lines of it: by Python, which is surely there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+from lora_cli.common import LoraError, quote, quote_words, ui
+from lora_cli.data import squad
+from lora_cli.data.formats import COLUMN_SETS, FORMATS, BadRow, refuse_repeated
+from lora_cli.data.json_text import (
+    DECODE,
+    LONGEST,
+    SPACE,
+    RepeatedKey,
+    SeveralLists,
+    Text,
+    decode_value,
+    parse,
+    skip_space,
+    walk_list,
+    walk_member,
+)
+from lora_cli.data.text_files import BATCH, refuse_bomb, suggest_edit, walk_lines
+
+Row = dict[str, Any] | BadRow
+"""A row as it was read, or why it could not be read."""
+Rows = Iterator[tuple[str, Row]]
+OF_ROWS = (
+    *FORMATS.values(),
+    *(tuple(names.values()) for names in COLUMN_SETS),
+    *(("chosen", "rejected"), ("tokens",), ("question", "context"), ("source", "target")),
+)
+"""Columns of rows: an object that has them is one, whatever lists it has besides."""
+OF_TURNS = {"role", "from"}
+WORDS = {"input_ids", "tokens", "words"}
+"""Columns of a row that have an item for each word, as those of a table have for each row."""
+NAME_ROWS = ("rows", "data", "train", "examples", "instances")
+"""Keys that rows mostly stand under."""
+COMMENT = re.compile(r"//|/\*|#")
+NEAR = 40
+"""Characters that are shown on each side of a mistake in a long line."""
+
+
+def read_json(file: Path, stream: TextIO) -> Rows:
+    """Yield the rows of a JSON file, each with its place."""
+    first = _read_filled(stream)
+    more = len(first) == LONGEST or bool(_read_filled(stream))
+    stream.seek(0)
+    begins = first.lstrip()[:1]
+    if begins == "[":
+        yield from _walk_values(file, stream, _read_list)
+    elif begins == "{" and squad.is_squad(stream):
+        yield from _walk_values(file, stream, squad.read_questions)
+    elif begins == "{" and _is_read_whole(file, first, more):
+        yield from _walk_values(file, stream, _read_objects)
+    else:
+        for number, line in enumerate(walk_lines(file, stream), 1):
+            if line.strip():
+                yield f"{file}:{number}", parse_line(line, file)
+
+
+def _read_filled(stream: TextIO) -> str:
+    """Return the next line that is not blank; nothing where there is none."""
+    lines = iter(lambda: stream.readline(LONGEST), "")
+    return next((line for line in lines if line.strip()), "")
+
+
+def _is_read_whole(file: Path, first: str, more: bool) -> bool:
+    """Return whether the object that a file begins with goes on after its first line, or is all
+    that the file has and no row."""
+    try:
+        value = parse(first.strip())
+    except RepeatedKey:
+        value = None
+    except json.JSONDecodeError as error:
+        return len(first) == LONGEST or error.pos >= len(first.strip())
+    except (ValueError, RecursionError):
+        return False
+    return not more and bool(_find_lists(first) or _explain_table(file, value))
+
+
+def parse_line(line: str, file: Path | None = None) -> Row:
+    """Return the row on a line of JSON, or why it cannot be used; `file` is the file that it is
+    from, if it is from one."""
+    try:
+        value = parse(line.strip())
+    except json.JSONDecodeError as error:
+        return _explain_line(line.strip(), error, file)
+    except RepeatedKey as repeated:
+        return refuse_repeated(repeated)
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        return BadRow(
+            "JSON that cannot be read", f"JSON that cannot be read: {str(error).partition(';')[0]}"
+        )
+    return value if isinstance(value, dict) else _refuse_other(line.strip())
+
+
+def _refuse_other(text: str) -> BadRow:
+    said = f"the row is {text[:40]}, not a mapping of columns"
+    return BadRow("a row is not a mapping", said)
+
+
+def _explain_line(text: str, error: json.JSONDecodeError, file: Path | None) -> BadRow:
+    """Return what is wrong with a line that is no JSON; with the command that mends such lines,
+    where they have one fault that many files have."""
+    at = f"column {error.colno}: invalid JSON: {error.msg}"
+    if text == "{" and file is None:
+        whole = _python("print(json.dumps(json.load(sys.stdin.buffer)))")
+        return BadRow("one JSON object over many lines", hint=f"{whole} before it, for one object")
+    if COMMENT.match(text):
+        drop = quote_words(["sed", "-E", r"/^[[:space:]]*(\/\/|#)/d"])
+        return BadRow("a line is a comment", hint=suggest_edit(file, drop))
+    if error.msg == "Extra data" and text[error.pos :].strip() == ",":
+        drop = quote_words(["sed", "-E", "s/,[[:space:]]*$//"])
+        return BadRow("a comma after the row", hint=suggest_edit(file, drop))
+    if text.startswith("{'"):
+        lines = "[print(json.dumps(ast.literal_eval(line))) for line in sys.stdin if line.strip()]"
+        said = f"{at}: Python writes it so, and JSON does not"
+        return BadRow("invalid JSON", said, suggest_edit(file, _python(lines, "ast")))
+    return BadRow("invalid JSON", at)
+
+
+def _python(code: str, *more: str) -> str:
+    """Return a command that runs a line of Python on what it is given."""
+    return quote_words(["python3", "-c", f"import {', '.join([*more, 'json', 'sys'])}; {code}"])
+
+
+def _take(value: Any) -> Row:
+    """Return a value of a list, or after another, as a row."""
+    if isinstance(value, RepeatedKey):
+        return refuse_repeated(value)
+    return value if isinstance(value, dict) else _refuse_other(json.dumps(value))
+
+
+def _read_list(file: Path, text: Text) -> Rows:
+    """Yield the rows of one JSON list."""
+    for number, value in enumerate(walk_list(text), 1):
+        yield f"{file}, row {number}", _take(value)
+
+
+def _read_objects(file: Path, text: Text) -> Rows:
+    """Yield objects one after another, or the rows of the one list that the only object has."""
+    at = skip_space(text, 0)
+    keys = _find_lists(text.part)
+    if len(keys) > 1:
+        raise SeveralLists(*keys)
+    for key in keys:
+        _say_once(f"  {file}: its rows are those of its list {key}")
+        for number, value in enumerate(walk_member(text, key, only=True), 1):
+            yield f"{file}, row {number} of {key}", _take(value)
+        return
+    number = 0
+    while text.part[at : at + 1]:
+        number += 1
+        value, at = decode_value(text, at)
+        at = skip_space(text, at)
+        is_alone = number == 1 and not text.part[at : at + 1]
+        table = _explain_table(file, value) if is_alone else None
+        yield f"{file}, row {number}", table or _take(value)
+
+
+@cache
+def _say_once(text: str) -> None:
+    ui.say(text)
+
+
+def _find_lists(text: str) -> list[str]:
+    """Return the keys of lists of mappings in the object that a text begins with, as far as it
+    goes; none of a row: that has the names of its columns, or a list of turns."""
+    at, found, keys = text.find("{") + 1, list[str](), set[str]()
+    try:
+        while True:
+            key, at = DECODE(text, _pass(text, at))
+            at = _pass(text, at, ":")
+            keys.add(key)
+            if text[at : at + 1] == "[" and text[(inner := _pass(text, at, "[")) :][:1] == "{":
+                item, _ = DECODE(text, inner)
+                if OF_TURNS & item.keys():
+                    return []
+                found.append(key)
+            _, at = DECODE(text, at)
+            at = _pass(text, at, ",")
+    except (ValueError, RecursionError):
+        return [] if any(keys.issuperset(names) for names in OF_ROWS) else found
+
+
+def _pass(text: str, at: int, sign: str = "") -> int:
+    """Return the place of what comes next, or next after a sign. Raises ValueError for another."""
+    at = SPACE.match(text, at).end()  # type: ignore[union-attr]
+    if not sign:
+        return at
+    if text[at : at + 1] != sign:
+        raise ValueError(f"no {sign}")
+    return _pass(text, at + 1)
+
+
+def _explain_table(file: Path, value: Any) -> BadRow | None:
+    """Return why the only value of a file is no row, where it is a table by its columns, or has
+    rows by their names; with the command that makes lines of it."""
+    if not isinstance(value, dict) or len(value) < 2:
+        return None
+    columns = list(value.values())
+    if all(isinstance(each, dict) for each in columns):
+        by_column = all(key.isdecimal() for key in columns[0]) and not list(value)[0].isdecimal()
+        cells = "zip(*map(dict.values, t.values()))" if by_column else ""
+    elif all(isinstance(each, list) and len(each) == len(columns[0]) > 1 for each in columns):
+        if WORDS & value.keys() or not all(isinstance(each[0], str) for each in columns):
+            return None
+        cells = "zip(*t.values())"
+    else:
+        return None
+    rows = f"(dict(zip(t, cells)) for cells in {cells})" if cells else "t.values()"
+    code = f"t = json.load(sys.stdin.buffer); [print(json.dumps(row)) for row in {rows}]"
+    what = "columns, each with all its values" if cells else "rows by their names"
+    return BadRow(f"the file is one object of {what}", hint=suggest_edit(file, _python(code)))
+
+
+def _walk_values(file: Path, stream: TextIO, read_rows: Callable[[Path, Text], Rows]) -> Rows:
+    """Yield the rows of one JSON value over the whole file, of which no more than some are held."""
+    text = Text(stream)
+    try:
+        for number, row in enumerate(read_rows(file, text), 1):
+            if number % BATCH == 0:
+                refuse_bomb(file, stream)
+            yield row
+    except json.JSONDecodeError as error:
+        line = text.line + error.lineno
+        column = error.colno + (text.column if error.lineno == 1 else 0)
+        said = f"{file}:{line}:{column}: invalid JSON: {error.msg}"
+        shown = _show_line(file, line, column)
+        if error.msg == "Expecting value" and text.part[error.pos : error.pos + 1] == "]":
+            shown = f"leave out the comma before the ]: {shown}"
+        raise LoraError(said, shown) from None
+    except SeveralLists as several:
+        said = f"{file} is one object with several lists of rows: {', '.join(several.keys)}"
+        raise LoraError(said, _suggest_list(file, several.keys)) from None
+    except (ValueError, RecursionError) as error:
+        said = str(error).partition(";")[0]
+        raise LoraError(
+            f"{file}: JSON that cannot be read: {said}", "write one row per line"
+        ) from None
+
+
+def _suggest_list(file: Path, keys: Sequence[str]) -> str:
+    """Return the command that makes lines of one of several lists: that which is likelier to hold
+    rows to train on."""
+    key = next((name for name in NAME_ROWS if name in keys), keys[0])
+    rows = f"json.load(sys.stdin.buffer)[{json.dumps(key)}]"
+    return suggest_edit(file, _python(f"[print(json.dumps(row)) for row in {rows}]"))
+
+
+def _show_line(file: Path, line: int, column: int) -> str:
+    """Return the command that shows where a mistake is."""
+    is_packed = file.suffix.lower() == ".gz"
+    show = (
+        f"gzip -dc {quote(file)} | sed -n {line}p" if is_packed else f"sed -n {line}p {quote(file)}"
+    )
+    return show if column < 4 * NEAR else f"{show} | cut -c {column - NEAR}-{column + NEAR}"
