@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.card.markdown import code, plain, table
 from lora_cli.card.portable import is_public_name, name_file
-from lora_cli.common import provenance, read_json, stored
+from lora_cli.common import provenance, read_json, spell_count, stored
 
 FILE = "evaluation.json"
 
@@ -84,7 +84,7 @@ def list_evaluated(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield "## Evaluation"
     for each in evaluations:
         data, models = each["data"], each["models"]
-        rows = f", {data['rows']:,} rows" if data.get("rows") else ""
+        rows = f", {spell_count(format(data['rows'], ','), 'row')}" if data.get("rows") else ""
         digest = f", sha256 {code(data['sha256'])}" if data.get("sha256") else ""
         yield f"On {code(name_file(data['name']))}{rows}{digest}:"
         names = dict.fromkeys(name for model in models for name in model.get("metrics", {}))

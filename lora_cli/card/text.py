@@ -10,7 +10,7 @@ from lora_cli.card.facts import Facts
 from lora_cli.card.markdown import code, fence, listed, plain, table
 from lora_cli.card.metadata import list_data
 from lora_cli.card.usage import list_usage
-from lora_cli.common import quote, quote_words
+from lora_cli.common import quote, quote_words, spell_count
 from lora_cli.recipe import strict_yaml
 
 HUB = "https://huggingface.co"
@@ -74,7 +74,11 @@ def _list_attributes(facts: Facts) -> Iterator[list[str]]:
     if {"trainable", "total", "modules"} <= parameters.keys():
         trained, total = parameters["trainable"], parameters["total"]
         modules = parameters["modules"]
-        yield ["Trained", f"{_count(trained)} of {_count(total)} parameters, in {modules} modules"]
+        yield [
+            "Trained",
+            f"{_count(trained)} of {spell_count(_count(total), 'parameter')}, in "
+            f"{spell_count(modules, 'module')}",
+        ]
     if parent := facts.part("parent"):
         yield [
             "Trained on from",

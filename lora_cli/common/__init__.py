@@ -6,6 +6,7 @@ Its doors, in the order a reader needs them:
     LoraError, UsageError, RejectedError   what is raised where a user can do something about it
     join_errors, find_nearest              several problems as one error; "did you mean …?"
     quote, quote_words                     a path, or all words, in a command line that is shown
+    spell_count                            a number with what it is of: 1 row, 2 rows
     escape                                 others' text as one line
     show_as                                what messages call a copy by
     say, warn, Progress, format_duration   prose and the progress line, on stderr
@@ -37,7 +38,7 @@ from lora_cli.common.errors import (
 )
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text
 from lora_cli.common.library_errors import translate_refusals
-from lora_cli.common.shown import escape, quote, quote_words, show_as
+from lora_cli.common.shown import escape, quote, quote_words, show_as, spell_count
 from lora_cli.common.ui import Progress, format_duration, say, warn
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "refuse_occupied",
     "remote_code",
     "say",
+    "spell_count",
     "stored",
     "show_as",
     "threads",

@@ -71,3 +71,9 @@ def _spell_bytes(character: str) -> str:
     is_byte = "\udc80" <= character <= "\udcff"  # of a file's name that is no text
     encoded = character.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
     return "".join(f"\\{byte:03o}" for byte in encoded)
+
+
+def spell_count(number: int | str, thing: str, things: str | None = None) -> str:
+    """Return a number, which may be spelt already, with what it is of: `1 row`, `2 rows`; `things`
+    where that is not the first with an s, as of `row is` and `rows are`."""
+    return f"{number} {thing if str(number) == '1' else things or f'{thing}s'}"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lora_cli.common import spell_count
 from lora_cli.data import formats
 from lora_cli.data.encode import refuse_half_characters
 from lora_cli.data.formats import BadRow
@@ -82,7 +83,8 @@ def _read_columns(value: Mapping[str, Any]) -> list[Any]:
     if len(columns[0]) != len(columns[1]):
         raise BadRow(
             "there is not one answer_start for each answer",
-            f"there are {len(columns[0])} texts of answers and {len(columns[1])} answer_start",
+            f"there are {spell_count(len(columns[0]), 'text')} of answers and {len(columns[1])} "
+            "answer_start",
         )
     return [dict(zip(FIELDS, each)) for each in zip(*columns)]
 

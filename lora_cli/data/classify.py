@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import find_nearest
+from lora_cli.common import find_nearest, spell_count
 from lora_cli.data import formats
 from lora_cli.data.encode import Batch, Encoded, Made
 from lora_cli.data.formats import BadRow
@@ -239,7 +239,10 @@ def read_numbers(label: Any, count: int) -> NDArray:
     values = label if isinstance(label, list) else [label]
     found = [read_number(value) for value in values]
     if count and len(found) != count:
-        raise BadRow("other numbers of values", f"it has {len(found)} values, and others {count}")
+        raise BadRow(
+            "other numbers of values",
+            f"it has {spell_count(len(found), 'value')}, and others {count}",
+        )
     return np.array(found, np.float32)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, spell_count
 from lora_cli.data import formats
 from lora_cli.data.formats import BadRow, Conversation, Tokens
 from lora_cli.data.offsets import NDArray, OffsetFinder
@@ -381,7 +381,7 @@ class Renderer:
         if wrong is not None:
             raise BadRow(
                 "input_ids are not the tokenizer's",
-                f"input_ids has {wrong}, but the tokenizer has {size} tokens",
+                f"input_ids has {wrong}, but the tokenizer has {spell_count(size, 'token')}",
             )
         if any(label not in (IGNORED, number) for number, label in zip(row.input_ids, row.labels)):
             raise BadRow(

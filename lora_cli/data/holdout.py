@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from lora_cli.common import UsageError
+from lora_cli.common import UsageError, spell_count
 from lora_cli.data import cache, selection
 from lora_cli.data.digests import DIGEST, LARGEST
 from lora_cli.data.offsets import NDArray
@@ -80,7 +80,8 @@ def _find_bound(digests: NDArray, recipe: Recipe) -> int:
     if data.eval_rows is not None:
         if len(different) <= data.eval_rows:
             raise UsageError(
-                f"data.eval_rows: {data.eval_rows} of {len(different)} different rows would leave "
+                f"data.eval_rows: {data.eval_rows} of "
+                f"{spell_count(len(different), 'different row')} would leave "
                 "none to train on",
                 f"--set data.eval_rows={max(1, len(different) // 10)}",
             )
@@ -91,7 +92,8 @@ def _find_bound(digests: NDArray, recipe: Recipe) -> int:
     if held in (0, len(different)):
         left = "none out" if held == 0 else "all of them out"
         raise UsageError(
-            f"data.eval_fraction: {data.eval_fraction:g} of {len(different)} different rows holds "
+            f"data.eval_fraction: {data.eval_fraction:g} of "
+            f"{spell_count(len(different), 'different row')} holds "
             f"{left}",
             f"--set data.eval_fraction=null --set data.eval_rows={max(1, len(different) // 10)}",
         )

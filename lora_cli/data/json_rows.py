@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from lora_cli.common import LoraError, quote, quote_words, ui
 from lora_cli.data import squad
@@ -31,6 +31,7 @@ from lora_cli.data.json_text import (
     walk_member,
 )
 from lora_cli.data.text_files import BATCH, refuse_bomb, suggest_edit, walk_lines
+from lora_cli.recipe import Column
 
 Row = dict[str, Any] | BadRow
 """A row as it was read, or why it could not be read."""
@@ -41,7 +42,10 @@ OF_ROWS = (
     *(("chosen", "rejected"), ("tokens",), ("question", "context"), ("source", "target")),
 )
 """Columns of rows: an object that has them is one, whatever lists it has besides."""
-OF_TURNS = {"role", "from"}
+LISTS = {*get_args(Column)}
+"""Columns, of which some have a list of mappings in a row, such as tools."""
+OF_ITEMS = {"role", "from", "answer_start"}
+"""Keys of turns and of answers, which a row has a list of."""
 WORDS = {"input_ids", "tokens", "words"}
 """Columns of a row that have an item for each word, as those of a table have for each row."""
 NAME_ROWS = ("rows", "data", "train", "examples", "instances")
@@ -176,7 +180,7 @@ def _say_once(text: str) -> None:
 
 def _find_lists(text: str) -> list[str]:
     """Return the keys of lists of mappings in the object that a text begins with, as far as it
-    goes; none of a row: that has the names of its columns, or a list of turns."""
+    goes; none of a row: that has the names of its columns, or a list of turns or answers."""
     at, found, keys = text.find("{") + 1, list[str](), set[str]()
     try:
         while True:
@@ -185,7 +189,7 @@ def _find_lists(text: str) -> list[str]:
             keys.add(key)
             if text[at : at + 1] == "[" and text[(inner := _pass(text, at, "[")) :][:1] == "{":
                 item, _ = DECODE(text, inner)
-                if OF_TURNS & item.keys():
+                if key in LISTS or OF_ITEMS & item.keys():
                     return []
                 found.append(key)
             _, at = DECODE(text, at)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, spell_count
 from lora_cli.data import formats, prepare, readers, sources
 from lora_cli.data.classify import NUMBERS, SEVERAL, name_label, read_number, read_several
 from lora_cli.data.encoders import Encoder
@@ -111,7 +111,9 @@ def _choose_kind(recipe: Recipe, kinds: Counter[str], counted: Counter[str]) -> 
         return NUMBERS
     if kinds[SEVERAL] and kinds[ONE]:
         raise LoraError(
-            f"data.path: {kinds[SEVERAL]:,} rows have a list of labels, and {kinds[ONE]:,} one",
+            f"data.path: {spell_count(format(kinds[SEVERAL], ','), 'row has', 'rows have')} a "
+            "list of labels, "
+            f"and {kinds[ONE]:,} one",
             "give each row a list, or none",
         )
     return next(iter(kinds), ONE)

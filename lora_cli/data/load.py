@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, spell_count, ui
 from lora_cli.data import cache, holdout, prepare, selection, sources
 from lora_cli.data.digests import DIGEST
 from lora_cli.data.encode import Renderer
@@ -68,7 +68,11 @@ def load_rows(
             "but the chat template does not write it"
         )
     if evaluation and (both := _count_shared(train.rows, evaluation.rows)):
-        ui.warn(f"{both} of {len(evaluation.rows)} evaluation rows are trained on as well")
+        ui.warn(
+            f"{both} of {spell_count(len(evaluation.rows), 'evaluation row')} "
+            f"{'is' if both == 1 else 'are'} trained on as "
+            "well"
+        )
     return train, evaluation
 
 

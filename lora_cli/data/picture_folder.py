@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from lora_cli.common import LoraError, find_nearest, quote, ui
+from lora_cli.common import LoraError, find_nearest, quote, spell_count, ui
 from lora_cli.data import pictures, readers
 from lora_cli.recipe import Recipe
 
@@ -129,7 +129,8 @@ def _is_hidden(root: Path, path: Path) -> bool:
 def _say_left_out(root: Path, others: tuple[Path, ...]) -> None:
     if others:
         ui.warn(
-            f"{len(others)} files of {root} are left out, by their names no pictures that are "
+            f"{spell_count(len(others), 'file')} of {root} left out, by their names no "
+            "pictures that are "
             f"read, such as {others[0]}"
         )
 

@@ -19,7 +19,7 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset
 from pyarrow import compute
 
-from lora_cli.common import LoraError, UsageError, find_nearest, quote, ui
+from lora_cli.common import LoraError, UsageError, find_nearest, quote, spell_count, ui
 from lora_cli.data import cache, digests, formats, readers, selection, tables
 from lora_cli.data.encode import Batch, Encoded
 from lora_cli.data.encoders import Encoder
@@ -69,8 +69,8 @@ class Prepared(NamedTuple):
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
         unit = "windows of" if counts.windows else "of"
-        text = f"{len(self.rows)} {unit} {counts.read} rows"
-        text += "" if counts.seen else f", {counts.tokens} tokens"
+        text = f"{len(self.rows)} {unit} {spell_count(counts.read, 'row')}"
+        text += "" if counts.seen else f", {spell_count(counts.tokens, 'token')}"
         if labels := self.summarise_labels():
             text += f", {labels}"
         elif self.by_token or counts.target_lengths:

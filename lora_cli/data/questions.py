@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import UsageError
+from lora_cli.common import UsageError, spell_count
 from lora_cli.data import formats
 from lora_cli.data.asked import Answer, Asked, convert_asked
 from lora_cli.data.encode import Batch, Encoded, Made
@@ -169,7 +169,8 @@ class QuestionEncoder:
         if room < min(ROOM, tokens.stop - tokens.first):
             raise BadRow(
                 "a question leaves no room for its text",
-                f"the question has {others} tokens with those around it, which leaves room for "
+                f"the question has {spell_count(others, 'token')} with those around it, which "
+                "leaves room for "
                 f"{max(room, 0)} of its text within {self.limit} tokens",
                 f"--set training.max_length={others + ROOM}, or more",
             )

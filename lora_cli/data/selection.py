@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from pydantic import AfterValidator
 
-from lora_cli.common import LoraError, stored, ui
+from lora_cli.common import LoraError, spell_count, stored, ui
 from lora_cli.data.encode import NOTHING, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
@@ -227,7 +227,7 @@ def _fit_row(row: Kept, over: Limit, policy: str, counts: Counts) -> list[Kept]:
     which = f"the {over.name} has " if over.name else ""
     if policy == "error":
         raise LoraError(
-            f"{row.place}: {which}{length} tokens, over {over.key} {limit}",
+            f"{row.place}: {which}{spell_count(length, 'token')}, over {over.key} {limit}",
             f"--set {over.key}={length}, or --set data.on_long_row=drop",
         )
     if policy == "drop":
@@ -259,7 +259,12 @@ def refuse_bad_rows(data: Data, counts: Counts) -> None:
         counts.left_out["dropped: bad"] += total
         return
     place, said, hint = counts.first_bad
-    more = f" ({total} of {counts.read} rows are bad: {_list_kinds(counts)})" if total > 1 else ""
+    more = (
+        f" ({total} of {spell_count(counts.read, 'row')} {'is' if total == 1 else 'are'} bad: "
+        f"{_list_kinds(counts)})"
+        if total > 1
+        else ""
+    )
     raise LoraError(f"{place}: {said}{more}", hint)
 
 
@@ -275,7 +280,7 @@ def refuse_nothing(counts: Counts) -> None:
     if 2 * inside > counts.read:
         raise LoraError(
             f"the chat template's generation prompt ends in the middle of a token in {inside} of "
-            f"{counts.read} rows: "
+            f"{spell_count(counts.read, 'row')}: "
             "inference would feed other tokens than training",
             "mend the template (a space at its end?), or --set model.chat_template=chatml",
         )
@@ -308,34 +313,40 @@ def find_stop_ids(tokenizer: Reader, counts: Counts) -> list[int]:
 
 def warn_of_counts(encoder: Encoder, counts: Counts) -> None:
     """Warn of what is not an error, but worth knowing before a run."""
-    tokenizer = encoder.tokenizer
     if counts.first_bad:
         place, said, _ = counts.first_bad
         total = sum(counts.bad.values())
+        bad, are = spell_count(total, "bad row"), "is" if total == 1 else "are"
         ui.warn(
-            f"{total} bad rows of {counts.read} are left out ({_list_kinds(counts)}); the first is "
+            f"{bad} of {counts.read} {are} left out ({_list_kinds(counts)}); the first is "
             f"{place}: {said}"
         )
-    stops = set(find_stop_ids(tokenizer, counts))
+    _warn_of_labels(encoder, counts)
+    if counts.control_in_text:
+        rows = spell_count(counts.control_in_text, "row has", "rows have")
+        ui.warn(f"{rows} control tokens in their text; they are encoded as control tokens")
+    for name, number in counts.unread.items():
+        rows = spell_count(number, "row has", "rows have")
+        ui.warn(f"{rows} {name}, which the chat template does not read: it is left out")
+    if counts.by_turn:
+        ui.say(
+            f"  {spell_count(counts.by_turn, 'conversation')} became one row for each answer: the "
+            "template changes earlier turns"
+        )
+
+
+def _warn_of_labels(encoder: Encoder, counts: Counts) -> None:
+    """Warn of answers that end without a token that stops them, and of labels without a row."""
+    stops = set(find_stop_ids(encoder.tokenizer, counts))
     endless = sum(number for token, number in counts.ends.items() if token not in stops)
     if endless:
+        do = "does" if endless == 1 else "do"
         ui.warn(
-            f"{endless} of {counts.ends.total()} answers do not end with a stop token: the model "
-            "may never stop"
+            f"{endless} of {spell_count(counts.ends.total(), 'answer')} {do} not end with a stop "
+            "token: the model may never stop"
         )
     absent = [name for at, name in enumerate(encoder.names) if not counts.labels[at]]
     if counts.labels and absent:
         listed = ", ".join(absent[:LISTED]) + (" and more" if len(absent) > LISTED else "")
-        ui.warn(f"{len(absent)} of {len(encoder.names)} labels are in no row: {listed}")
-    if counts.control_in_text:
-        ui.warn(
-            f"{counts.control_in_text} rows have control tokens in their text; they are encoded as "
-            "control tokens"
-        )
-    for name, number in counts.unread.items():
-        ui.warn(f"{number} rows have {name}, which the chat template does not read: it is left out")
-    if counts.by_turn:
-        ui.say(
-            f"  {counts.by_turn} conversations became one row for each answer: the template "
-            "changes earlier turns"
-        )
+        labels, are = spell_count(len(encoder.names), "label"), "is" if len(absent) == 1 else "are"
+        ui.warn(f"{len(absent)} of {labels} {are} in no row: {listed}")

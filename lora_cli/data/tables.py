@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import LoraError, quote, ui
+from lora_cli.common import LoraError, quote, spell_count, ui
 from lora_cli.data.formats import BadRow
 from lora_cli.data.text_files import is_fetched, suggest_edit
 
@@ -62,7 +62,7 @@ def _name_values(header: list[str], values: list[str]) -> dict[str, Any] | BadRo
     if len(values) != len(header):
         return BadRow(
             "the number of columns differs from the header's",
-            f"{len(values)} columns, but the header has {len(header)}",
+            f"{spell_count(len(values), 'column')}, but the header has {len(header)}",
         )
     return {name: value for name, value in zip(header, values) if name}
 
@@ -132,7 +132,10 @@ def _looks_like_text(name: str) -> bool:
 def refuse_equal_names(file: Path, columns: list[str]) -> None:
     """Raise LoraError where two columns have one name, or there are over MOST."""
     if len(columns) > MOST:
-        raise LoraError(f"{file} has {len(columns):,} columns", f"leave out all but {MOST:,}")
+        raise LoraError(
+            f"{file} has {spell_count(format(len(columns), ','), 'column')}",
+            f"leave out all but {MOST:,}",
+        )
     if twice := sorted(name for name, times in Counter(columns).items() if times > 1):
         raise LoraError(f"{file} has two columns named {twice[0]}", "rename one of them")
 
@@ -143,7 +146,11 @@ def _say_what_is_read(file: Path, separator: str, header: list[str]) -> None:
     if separator != _find_own_separator(file) and len(header) > 1:
         said.append(f"columns are separated by {SEPARATORS.get(separator, repr(separator))}")
     if "" in header:
-        said.append(f"{header.count('')} of {len(header)} columns have no name and are left out")
+        said.append(
+            f"{header.count('')} of {spell_count(len(header), 'column')} "
+            f"{'has' if header.count('') == 1 else 'have'} no name and are "
+            "left out"
+        )
     if said:
         _say_once(f"  {file}: {', and '.join(said)}")
 

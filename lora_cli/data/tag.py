@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, spell_count
 from lora_cli.data import formats
 from lora_cli.data.classify import LabelEncoder
 from lora_cli.data.encode import Batch, Encoded, Made
@@ -131,7 +131,7 @@ def convert_tagged(row: Mapping[str, Any]) -> Tagged:
     if len(words) != len(tags):
         raise BadRow(
             "there is not one tag for each word",
-            f"there are {len(words)} words and {len(tags)} tags",
+            f"there are {spell_count(len(words), 'word')} and {spell_count(len(tags), 'tag')}",
         )
     return Tagged(words, tags)
 

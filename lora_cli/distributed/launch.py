@@ -16,7 +16,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_cli.common import LoraError, UsageError, endings, files, quote_words, stored, ui
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    endings,
+    files,
+    quote_words,
+    spell_count,
+    stored,
+    ui,
+)
 from lora_cli.distributed import ports, ranks
 from lora_cli.distributed.place import Nodes
 
@@ -51,8 +60,15 @@ def settle_nodes(nodes: Nodes | None, rows: int, on_cpu: bool) -> Nodes | None:
     devices = 0 if on_cpu or not torch.cuda.is_available() else torch.cuda.device_count()
     if nodes is None and min(devices, rows) > 1:
         nodes = Nodes(min(devices, rows))
-        fewer = f": a step has {rows} rows" if rows < devices else " (--nproc 1: one in all)"
-        ui.say(f"{nodes.processes} processes, one for each of {devices} GPUs{fewer}")
+        fewer = (
+            f": a step has {spell_count(rows, 'row')}"
+            if rows < devices
+            else " (--nproc 1: one in all)"
+        )
+        ui.say(
+            f"{spell_count(nodes.processes, 'process')}, one for each of "
+            f"{spell_count(devices, 'GPU')}{fewer}"
+        )
     if nodes is None:
         return None
     nodes = nodes._replace(processes=nodes.processes or max(1, devices))
@@ -60,7 +76,8 @@ def settle_nodes(nodes: Nodes | None, rows: int, on_cpu: bool) -> Nodes | None:
         return None
     if devices and nodes.processes > devices:
         raise UsageError(
-            f"--nproc {nodes.processes}: this machine has {devices} GPUs", f"--nproc {devices}"
+            f"--nproc {nodes.processes}: this machine has {spell_count(devices, 'GPU')}",
+            f"--nproc {devices}",
         )
     return nodes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lora_cli.common import ui
+from lora_cli.common import spell_count, ui
 from lora_cli.drafts import rows as rows_of
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.rows import Seen
@@ -53,7 +53,8 @@ def settle_length(draft: Draft, seen: Seen, style: str, base: Base) -> None:
     part = f" of the first {rows_of.MEASURED:,}" if seen.usable > rows_of.MEASURED else ""
     what = "sources" if task.has_targets else "rows"
     ui.say(
-        f"  lengths: half of the {what}{part} have up to {half} tokens, 95% {most}, all {longest}"
+        f"  lengths: half of the {what}{part} have up to {spell_count(half, 'token')}, 95% "
+        f"{most}, all {longest}"
     )
     if task.writes_next_tokens:
         limit = _find_most(base, PASSAGE if style == "text" else LONGEST)
@@ -75,6 +76,13 @@ def _put_limit(draft: Draft, key: str, lengths: Counter[int], limit: int) -> Non
     length = min(-(-longest // ROUND) * ROUND, limit)
     over = sum(number for each, number in lengths.items() if each > length)
     note = f"tokens; the longest row has {longest:,}"
-    draft.put(key, max(length, 2), f"{note}; {over:,} rows are longer" if over else note)
+    draft.put(
+        key,
+        max(length, 2),
+        f"{note}; {spell_count(format(over, ','), 'row is', 'rows are')} longer" if over else note,
+    )
     if over and not draft.is_given(key):
-        ui.say(f"  {over:,} rows are longer than {length:,} tokens ({key})")
+        ui.say(
+            f"  {spell_count(format(over, ','), 'row is', 'rows are')} longer than "
+            f"{spell_count(format(length, ','), 'token')} ({key})"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, spell_count, ui
 from lora_cli.drafts import data_here
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
@@ -56,7 +56,7 @@ def settle_holdout(draft: Draft, seen: Seen, path: str, questions: Questions) ->
         ui.say(f"  evaluation: {beside}, which lies beside it")
         return
     if seen.different < FEWEST:
-        ui.say(f"  evaluation: none, as there are {seen.different} different rows")
+        ui.say(f"  evaluation: none, of {spell_count(seen.different, 'different row')}")
         return
     if seen.different < BY_SHARE:
         held = seen.different // 10
@@ -65,7 +65,12 @@ def settle_holdout(draft: Draft, seen: Seen, path: str, questions: Questions) ->
     share = _ask_share(questions, _choose(SHARES, seen.different))
     if share:
         rows = round(seen.usable * share)
-        draft.put("data.eval_fraction", share, f"about {rows:,} rows are held out, to evaluate on")
+        draft.put(
+            "data.eval_fraction",
+            share,
+            f"about {spell_count(format(rows, ','), 'row is', 'rows are')} held out, to evaluate "
+            "on",
+        )
 
 
 def _ask_share(questions: Questions, default: float) -> float:
@@ -116,7 +121,10 @@ def time_steps(draft: Draft, questions: Questions) -> None:
     found = measure.measure_steps(recipe)
     unit, rows = recipe.task_row.unit, recipe.count_step_rows()
     _say_rows_left(found)
-    ui.say(f"  one step of {rows} rows ({found.units:,} {unit}) took {found.seconds:.2f} s")
+    ui.say(
+        f"  one step of {spell_count(rows, 'row')} ({found.units:,} {unit}) took "
+        f"{found.seconds:.2f} s"
+    )
     steps = found.steps.steps
     if not draft.is_given("training.max_steps"):
         steps = _settle_passes(draft, found, questions)
@@ -150,7 +158,7 @@ def _say_rows_left(found: measure.Measured) -> None:
 
 def _describe(found: measure.Measured, steps: int) -> str:
     duration = ui.format_duration(found.estimate_seconds(steps))
-    return f"{steps:,} steps, about {duration} here"
+    return f"{spell_count(format(steps, ','), 'step')}, about {duration} here"
 
 
 def _read_passes(text: str) -> float:

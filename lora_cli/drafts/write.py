@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from lora_cli.common import LoraError, UsageError, files, find_nearest, quote, ui
+from lora_cli.common import LoraError, UsageError, files, find_nearest, quote, spell_count, ui
 from lora_cli.data import formats, load, sources
 from lora_cli.drafts import columns, data_here, fit, kinds, lengths, schedule, templates
 from lora_cli.drafts import rows as rows_of
@@ -198,14 +198,21 @@ def _look(draft: Draft, source: sources.Source, chosen: columns.Chosen, base: Ba
 def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
     """Say what was found of the rows."""
     named = ", ".join(f"{theirs} as {ours}" for ours, theirs in chosen.names.items())
-    ui.say(f"{path}: {seen.count:,} rows; {chosen.style}{f' ({named})' if named else ''}")
+    ui.say(
+        f"{path}: {spell_count(format(seen.count, ','), 'row')}; "
+        f"{chosen.style}{f' ({named})' if named else ''}"
+    )
     if chosen.unread:
         ui.say(f"  not read: {', '.join(chosen.unread)}")
     if chosen.style == "preference":
         ui.say("  which of two answers is better is learnt (objective: dpo)")
     if seen.first_repeated:
         place, earlier = seen.first_repeated
-        ui.say(f"  {seen.num_repeated:,} rows say the same as an earlier one: {place} as {earlier}")
+        ui.say(
+            f"  {spell_count(format(seen.num_repeated, ','), 'row says', 'rows say')} the same as "
+            "an earlier "
+            f"one: {place} as {earlier}"
+        )
     for kind, listed in seen.bad.items():
         ui.warn(f"rows that cannot be used: {kind}")
         ui.say(*(f"  {each}" for each in listed))
@@ -216,20 +223,29 @@ def _settle_bad_rows(draft: Draft, seen: rows_of.Seen, questions: Questions) -> 
     draft.put("data.on_bad_row", None)
     if not seen.lengths:
         first = next(iter(seen.bad.values()))[0]
-        raise LoraError(f"{seen.num_bad:,} of {seen.count:,} rows cannot be used; {first}", BAD)
+        raise LoraError(
+            f"{seen.num_bad:,} of {spell_count(format(seen.count, ','), 'row')} cannot be used; "
+            f"{first}",
+            BAD,
+        )
     if not seen.num_bad or draft.is_given("data.on_bad_row"):
         return
     num_good = seen.count - seen.num_bad
     if seen.num_bad > num_good and not questions.asks:
         first = next(iter(seen.bad.values()))[0]
         raise LoraError(
-            f"{seen.num_bad:,} of {seen.count:,} rows cannot be used; {first}",
+            f"{seen.num_bad:,} of {spell_count(format(seen.count, ','), 'row')} cannot be used; "
+            f"{first}",
             "mend the rows; or --set data.on_bad_row=skip trains on the others",
         )
-    if not questions.confirm(f"leave the {seen.num_bad:,} bad rows out"):
+    if not questions.confirm(f"leave the {spell_count(format(seen.num_bad, ','), 'bad row')} out"):
         raise LoraError("nothing was written", BAD)
     draft.put("data.on_bad_row", "skip", f"{seen.num_bad:,} of {seen.count:,} cannot be used")
-    ui.say(f"  {seen.num_bad:,} bad rows are left out (data.on_bad_row: skip)")
+    ui.say(
+        f"  {spell_count(format(seen.num_bad, ','), 'bad row is', 'bad rows are')} left out "
+        "(data.on_bad_row: "
+        "skip)"
+    )
 
 
 BAD = "mend the rows, or name the columns: " + formats.suggest_columns(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from lora_cli.common import spell_count
 from lora_cli.data import asked, collate, encode, formats, questions
 from lora_cli.evaluate.opened import Opened
 from lora_cli.evaluate.predictors import (
@@ -162,7 +163,9 @@ class AnswerFinder:
         if not (self.have_answers and self.of_none):
             return []
         return [
-            f"{self.of_none} rows are said to have no answer; as all that say what is right have "
+            f"{spell_count(self.of_none, 'row is', 'rows are')} said to have no answer; as all "
+            "that say what "
+            "is right have "
             "one, the metrics are of the likeliest answers"
         ]
 

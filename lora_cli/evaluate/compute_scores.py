@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from lora_cli.common import ui
+from lora_cli.common import spell_count, ui
 from lora_cli.evaluate import read_rows, token_losses
 from lora_cli.evaluate.computing import Computing, Wanted
 from lora_cli.evaluate.held_out import HeldRow, list_numbers
@@ -98,7 +98,7 @@ def warn_of_answers(scored: Scored, wanted: Wanted, kept: Kept) -> int:
     cut = [n for n in numbers if kept.get(n).get("ended") is False]
     most = wanted.sampling.max_new_tokens
     told = {
-        f"answers did not end within {most} tokens (--max-new-tokens)": cut,
+        f"answers did not end within {spell_count(most, 'token')} (--max-new-tokens)": cut,
         "answers are empty": [n for n in numbers if not kept.get(n).get("answer", "-").strip()],
         "rows have a loss that is not finite": [
             n for n in numbers if kept.get(n).get("loss", 0.0) is None

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, UsageError, quote, ui
+from lora_cli.common import LoraError, UsageError, quote, spell_count, ui
 from lora_cli.data import formats, sources
 from lora_cli.evaluate.generate import Question, make_question
 from lora_cli.evaluate.input_rows import find_source, say_split
@@ -126,7 +126,11 @@ def refuse_bad(held: HeldOut, skips_bad: bool) -> None:
     if not skips_bad:
         raise LoraError(f"{place}: {said}", MEND if "--set" in hint else hint)
     total = len(held.rows) + len(held.bad)
-    ui.warn(f"{len(held.bad)} bad rows of {total} are left out; the first is {place}: {said}")
+    are = "is" if len(held.bad) == 1 else "are"
+    ui.warn(
+        f"{spell_count(len(held.bad), 'bad row')} of {total} {are} left out; the first is {place}: "
+        f"{said}"
+    )
     if not held.rows:
         raise LoraError("no row is left to score", "mend the rows")
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, UsageError, files, ui
+from lora_cli.common import LoraError, UsageError, files, spell_count, ui
 from lora_cli.data import formats, readers
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
 from lora_cli.evaluate.opened import open_all, read_all
@@ -233,9 +233,11 @@ def _answer_all(rows: Rows, answering: Answering, write: Write, window: int) -> 
         for line in answering.answer(waiting):
             write(line)
         if write is not ui.report_json:
-            progress.update(f"{answering.counted.rows:,} rows answered")
+            progress.update(f"{spell_count(format(answering.counted.rows, ','), 'row')} answered")
     if write is not ui.report_json and answering.counted.rows > size:  # off a terminal it told few
-        progress.update(f"{answering.counted.rows:,} rows answered", force=True)
+        progress.update(
+            f"{spell_count(format(answering.counted.rows, ','), 'row')} answered", force=True
+        )
     progress.clear()
 
 
@@ -245,15 +247,22 @@ def _say_counts(answering: Answering) -> None:
     for name, predictor in answering.predictors.items():
         whose = f"{name}: " if several else ""
         if number := counted.cut[name]:
-            ui.warn(f"{whose}{number} of {counted.rows} rows are cut at {predictor.limit} tokens")
+            ui.warn(
+                f"{whose}{number} of {spell_count(counted.rows, 'row')} "
+                f"{'is' if number == 1 else 'are'} cut at "
+                f"{spell_count(predictor.limit, 'token')}"
+            )
         for note in predictor.list_notes():
             ui.say(f"{whose}{note}")
     if 0 < counted.told < counted.rows:
-        ui.say(f"{counted.told} of {counted.rows} rows say what is right")
+        says = "says" if counted.told == 1 else "say"
+        ui.say(f"{counted.told} of {counted.rows} rows {says} what is right")
     if counted.bad:
         kinds = ", ".join(f"{number} × {kind}" for kind, number in counted.bad.most_common())
         ui.warn(
-            f"{counted.bad.total()} of {counted.rows} rows have no answer ({kinds}); the first is "
+            f"{counted.bad.total()} of {spell_count(counted.rows, 'row')} "
+            f"{'has' if counted.bad.total() == 1 else 'have'} no answer "
+            f"({kinds}); the first is "
             f"{counted.first_bad}"
         )
 

@@ -11,7 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import UsageError, find_nearest, lock, privacy, provenance, quote, ui
+from lora_cli.common import (
+    UsageError,
+    find_nearest,
+    lock,
+    privacy,
+    provenance,
+    quote,
+    spell_count,
+    ui,
+)
 from lora_cli.evaluate import (
     compute_scores,
     forgetting,
@@ -134,7 +143,8 @@ def _choose_metrics(request: Request, held: HeldOut | None) -> answer_metrics.Ch
         *chosen.names,
         *(("regex",) if request.pattern else ()),
     )
-    why = f"{len(held.rows)} rows, {len(held.expected)} with an expected answer; {chosen.why}"
+    rows = spell_count(len(held.rows), "row")
+    why = f"{rows}, {len(held.expected)} with an expected answer; {chosen.why}"
     ui.say(f"metrics: {', '.join(names) or 'none'} ({why}); --metrics names others")
     return answer_metrics.Choice(names, chosen.why)
 
@@ -196,7 +206,11 @@ class Run:
             for scored in self.scored:
                 kept = self.kept[scored.label] = self._open_kept(scored)
                 if kept.begun:
-                    ui.say(f"{scored.label}: goes on; {kept.begun} rows were begun before")
+                    ui.say(
+                        f"{scored.label}: goes on; "
+                        f"{spell_count(kept.begun, 'row was', 'rows were')} begun "
+                        "before"
+                    )
                 if not is_known(self.wanted, kept):
                     answerer = shelf.open(scored)
                     compute_scores.compute(Computing(scored, answerer, self.wanted, kept))
@@ -330,7 +344,12 @@ class Run:
         """Print the rows in which models differ, as many as are asked for."""
         if len(self.scored) < 2 or not self.wanted.answers or not self.rows:
             return
-        ui.report("", f"{len(self.differing)} of {len(self.rows)} rows are answered differently")
+        ui.report(
+            "",
+            f"{len(self.differing)} of {spell_count(len(self.rows), 'row')} "
+            f"{'is' if len(self.differing) == 1 else 'are'} answered "
+            "differently",
+        )
         shown = self.differing[: self.request.show]
         scoreboard.show_rows(shown, self.known, self.scores, self.names)
         if len(self.differing) > len(shown):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from lora_cli.common import spell_count
 from lora_cli.data import collate, formats, tag
 from lora_cli.evaluate.opened import Opened
 from lora_cli.evaluate.predictors import (
@@ -166,7 +167,11 @@ class Tagger:
 
     def list_notes(self) -> list[str]:
         """Return how many words could be told nothing of."""
-        return [f"{self.lost} words have no tokens, and so no tag"] if self.lost else []
+        return (
+            [f"{spell_count(self.lost, 'word has', 'words have')} no tokens, and so no tag"]
+            if self.lost
+            else []
+        )
 
 
 def find_words(given: Tokens, source: str | list[str]) -> Words:

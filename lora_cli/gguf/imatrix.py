@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, plain_files, ui
+from lora_cli.common import LoraError, plain_files, spell_count, ui
 from lora_cli.data import encode, prepare, sources
 from lora_cli.gguf import tools
 from lora_cli.gguf.tools import Found
@@ -52,7 +52,10 @@ def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter:
     tokenizer, network = model.load_tokenizer(), model.load()
     batches = list(read_rows(rows, tokenizer))
     sums, num_tokens = measure_inputs(to_accelerator(network), batches)
-    ui.say(f"  importance matrix: {len(sums)} layers over {num_tokens} tokens of {rows}")
+    ui.say(
+        f"  importance matrix: {spell_count(len(sums), 'layer')} over "
+        f"{spell_count(num_tokens, 'token')} of {rows}"
+    )
     scratch = outfile.with_suffix(".safetensors")
     save_file(
         sums, scratch, metadata={"tokens": str(num_tokens), "chunk": str(CHUNK), "rows": rows}
@@ -68,7 +71,9 @@ def make_imatrix(rows: str, folder: Path, exact: Path, outfile: Path, converter:
     left_out = [line.partition(": ")[2] for line in lines if line.startswith("left out: ")]
     if left_out:
         ui.warn(
-            f"{len(left_out)} layers have no importance matrix, since their names are not known: "
+            f"{spell_count(len(left_out), 'layer has', 'layers have')} no importance matrix, "
+            "since their names "
+            "are not known: "
             f"{left_out[0]}, …"
         )
     if code or len(left_out) == len(sums):

@@ -13,7 +13,7 @@ import torch
 from peft import LoraModel, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, UsageError, files, find_nearest, lock, ui
+from lora_cli.common import LoraError, UsageError, files, find_nearest, lock, spell_count, ui
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import Adapter, Base, adapter_contents, attach, read_adapter
@@ -82,8 +82,8 @@ def combine(
         options = {"combination": combination, "density": density, "seed": SEED}
         contents = {"weights": numbers, **options, "distance": distance}
         derived.finish_folder(staging, tokenizer, "combine", adapters, **contents)
-    kind = f"{combination} of {len(adapters)} adapters of {first.base}"
-    ui.say(f"{kind}: {len(made)} modules, rank {rank}")
+    kind = f"{combination} of {spell_count(len(adapters), 'adapter')} of {first.base}"
+    ui.say(f"{kind}: {spell_count(len(made), 'module')}, rank {rank}")
     explained = f"{distance:.1e}{_explain_distance(combination)}"
     ui.say(f"  relative distance from the weighted sum of their updates: {explained}")
 

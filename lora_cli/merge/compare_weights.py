@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_cli.common import RejectedError
+from lora_cli.common import RejectedError, spell_count
 from lora_cli.merge import streaming_plan
 from lora_cli.merge.streaming import Plan, group_by_layer, limit_threads
 from lora_cli.models import Adapter, Base, Tensors
@@ -70,7 +70,8 @@ def compare_weights(
     all_weights = sum(distance.size for distance in distances.values())
     share = sum(distance.unequal for distance in distances.values()) / all_weights
     equal = sum(not distance.unequal for distance in distances.values())
-    return f"{equal} of {len(distances)} tensors equal, {share:.2%} of all weights differ"
+    tensors = spell_count(len(distances), "tensor")
+    return f"{equal} of {tensors} equal, {share:.2%} of all weights differ"
 
 
 def _explain_distance(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.common import LoraError, files, provenance, ui
+from lora_cli.common import LoraError, files, provenance, spell_count, ui
 from lora_cli.merge import derived, low_rank
 from lora_cli.merge.low_rank import PREFIX
 from lora_cli.models import (
@@ -67,7 +67,9 @@ def extract(base: str, finetuned: str, out: Path, r: int) -> None:
         made = Adapter(staging, first, None, True)
         derived.finish_folder(staging, tokenizer, "extract", [made], **contents)
     ui.say(*low_rank.format_table(cut))
-    ui.say(f"  {len(cut)} modules; base with adapter against {finetuned}: {difference}")
+    ui.say(
+        f"  {spell_count(len(cut), 'module')}; base with adapter against {finetuned}: {difference}"
+    )
 
 
 def _open(name: str) -> Base:
@@ -112,7 +114,10 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
             difference=difference,
         )
     ui.say(*low_rank.format_table(cut))
-    ui.say(f"  {len(cut)} modules of rank {rank}; against the adapter as it was: {difference}")
+    ui.say(
+        f"  {spell_count(len(cut), 'module')} of rank {rank}; against the adapter as it was: "
+        f"{difference}"
+    )
 
 
 def _save_closest(
@@ -171,7 +176,7 @@ def _find_changed(
             others.append(name)
     if not linear:
         found = (
-            f"they differ only in {len(others)} other tensors, such as {others[0]}"
+            f"they differ only in {spell_count(len(others), 'other tensor')}, such as {others[0]}"
             if others
             else "they are the same"
         )

@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_cli.card import write_card
-from lora_cli.common import LoraError, RejectedError, UsageError, files, provenance, stored, ui
+from lora_cli.common import (
+    LoraError,
+    RejectedError,
+    UsageError,
+    files,
+    provenance,
+    spell_count,
+    stored,
+    ui,
+)
 from lora_cli.merge import (
     compare_weights,
     in_memory,
@@ -117,7 +126,7 @@ def merge_adapter(
             exact = _check_exact(adapter, way, probes, expected)
         modules = way.write(staging, dtype, [reader.eos_token_id, *adapter.stop_token_ids])
         output.begin_where_trained(adapter, reader, staging)
-        ui.say(f"  {modules} of {modules} modules merged")
+        ui.say(f"  {modules} of {spell_count(modules, 'module')} merged")
         if check:
             weights = _check_files(way, adapter, staging, original)
             rounded = _check_rounded(adapter, way, probes, expected, staging)

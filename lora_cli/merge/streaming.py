@@ -27,7 +27,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, spell_count
 from lora_cli.models import Tensors, split_rows, tensors
 
 NAME = "default"
@@ -418,7 +418,8 @@ def _count_modules(plan: Plan, written: Mapping[str, tensors.Entry]) -> int:
     unused = plan.weights.carried.entries.keys() - used
     if unused:
         raise LoraError(
-            f"{len(unused)} tensors of the adapter were not merged, such as {min(unused)}",
+            f"{spell_count(len(unused), 'tensor')} of the adapter were not merged, such as "
+            f"{min(unused)}",
             "this is a bug: please report it",
         )
     return sum(isinstance(changed.layer, LoraLayer) for changed in modules.values())

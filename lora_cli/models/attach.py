@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.common import LoraError, library_errors, ui
+from lora_cli.common import LoraError, library_errors, spell_count, ui
 from lora_cli.models import patterns, token_rows
 from lora_cli.models.tensors import is_finite
 
@@ -141,7 +141,9 @@ def _explain_misfit(error: Exception) -> str:
         return said[:300]
     name, given, wanted = sizes[0]
     first = f"{name}: ({given}), where ({wanted}) is wanted"
-    return f"{len(sizes)} tensors are of another size, the first {first}"
+    return (
+        f"{spell_count(len(sizes), 'tensor is', 'tensors are')} of another size, the first {first}"
+    )
 
 
 @quiet_peft()
@@ -158,7 +160,8 @@ def check_adapter_complete(model: PeftModel, folder: Path, name: str) -> None:
     bad = [key for key, tensor in stored.items() if not is_finite(tensor)]
     if bad:
         raise LoraError(
-            f"{folder}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)",
+            f"{folder}: {bad[0]} holds values that are not finite "
+            f"({spell_count(len(bad), 'tensor does', 'tensors do')})",
             "train again",
         )
 
@@ -175,7 +178,9 @@ def refuse_unfit(model: PeftModel, folder: Path) -> None:
     other = [key for key in sorted(wanted) if stored[key] != wanted[key]]
     if other:
         raise LoraError(
-            f"{folder} does not fit its base model: {len(other)} tensors are of another size, the "
+            f"{folder} does not fit its base model: "
+            f"{spell_count(len(other), 'tensor is', 'tensors are')} of "
+            "another size, the "
             f"first {other[0]}: {stored[other[0]]}, where {wanted[other[0]]} is wanted",
             "give the base it was trained on with --base",
         )
@@ -200,7 +205,8 @@ def _load_missed(
             missed.append(key)
     if missed:
         ui.warn(
-            f"PEFT does not load {len(missed)} tensors of {folder}, such as {missed[0]}: they are "
+            f"PEFT does not load {spell_count(len(missed), 'tensor')} of {folder}, such as "
+            f"{missed[0]}: they are "
             "loaded here, and other programs lose them"
         )
 
@@ -215,7 +221,8 @@ def refuse_incomplete(folder: Path, stored: set[str], loaded: set[str], whole: s
     ):
         if keys:
             raise LoraError(
-                f"{folder} does not fit its base model: {what} {len(keys)} tensors, such as "
+                f"{folder} does not fit its base model: {what} "
+                f"{spell_count(len(keys), 'tensor')}, such as "
                 f"{min(keys)}",
                 "give the base it was trained on with --base",
             )

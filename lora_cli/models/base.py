@@ -31,6 +31,7 @@ from lora_cli.common import (
     library_errors,
     plain_files,
     remote_code,
+    spell_count,
 )
 from lora_cli.models import (
     dequantised,
@@ -477,7 +478,8 @@ def refuse_not_finite(network: torch.nn.Module, name: str) -> None:
     )
     if bad:
         raise LoraError(
-            f"the base {name} holds values that are not finite, in {len(bad)} tensors, the first "
+            f"the base {name} holds values that are not finite, in "
+            f"{spell_count(len(bad), 'tensor')}, the first "
             f"{bad[0]}",
             "copy or download its weights again; float16 cannot hold what bfloat16 does: --set "
             "model.dtype=bfloat16",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, spell_count
 
 
 def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
@@ -42,7 +42,7 @@ def refuse_misread_rows(model: torch.nn.Module, name: str, already: bool) -> Non
         raise LoraError(
             f"bitsandbytes reads 4-bit rows of {min(misread)[0]} weights wrongly on this "
             f"processor; {name} has such "
-            f"in {len(paths)} modules, the first {paths[0]}",
+            f"in {spell_count(len(paths), 'module')}, the first {paths[0]}",
             "a GPU reads them rightly; or take the 16-bit model it was made from"
             if already
             else "--set method=lora, or --set 'quantization.llm_int8_skip_modules=[lm_head, "

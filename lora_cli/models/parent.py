@@ -18,7 +18,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli.common import LoraError, files, join_errors, provenance, show_as
+from lora_cli.common import LoraError, files, join_errors, provenance, show_as, spell_count
 from lora_cli.models import adapter_config, adapter_contents, attach, peft_matching
 from lora_cli.models.adapter_folder import ADAPTER_FILES, TOKENIZER_FILES, Adapter, read_adapter
 from lora_cli.models.base import Base
@@ -66,7 +66,7 @@ class Parent:
         beyond = adapter_contents.list_beyond(self.folder)
         more = [each for each in beyond if each != adapter_contents.DORA]
         run = [f"run {self.run_id[:8]}"] if self.run_id else []
-        listed = ", ".join([f"{kind} {rank} on {modules} modules", *more, *run])
+        listed = ", ".join([f"{kind} {rank} on {spell_count(modules, 'module')}", *more, *run])
         return f"{self.name} ({listed})"
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_cli.common import files, ui
+from lora_cli.common import files, spell_count, ui
 from lora_cli.data import encoders, load, preferences, prepare, selection
 from lora_cli.models import IGNORED, PictureProcessor, Reader, load_recipe_reader
 from lora_cli.plan import settled, sizes
@@ -92,8 +92,10 @@ def _format_pictures(
     height, width = processor.shape
     yield ""
     yield f"each becomes {width}x{height}, by the base's image processor"
-    epoch = f"{steps.steps_per_epoch} steps an epoch, " if train.stream is None else ""
-    yield f"{epoch}{steps.steps} steps in all"
+    epoch = (
+        f"{spell_count(steps.steps_per_epoch, 'step')} an epoch, " if train.stream is None else ""
+    )
+    yield f"{epoch}{spell_count(steps.steps, 'step')} in all"
 
 
 def _format_lengths(recipe: Recipe, train: prepare.Prepared, steps: sizes.Steps) -> Iterator[str]:
@@ -110,8 +112,9 @@ def _format_lengths(recipe: Recipe, train: prepare.Prepared, steps: sizes.Steps)
 
 
 def _format_steps(steps: sizes.Steps, train: prepare.Prepared) -> Iterator[str]:
-    epoch = f"{steps.steps_per_epoch} steps and {train.counts.tokens:,} tokens an epoch, "
-    yield f"{'' if train.stream is not None else epoch}{steps.steps} steps in all"
+    tokens = spell_count(format(train.counts.tokens, ","), "token")
+    epoch = f"{spell_count(steps.steps_per_epoch, 'step')} and {tokens} an epoch, "
+    yield f"{'' if train.stream is not None else epoch}{spell_count(steps.steps, 'step')} in all"
     packed = " (packed)" if steps.packed else ""
     yield f"{steps.fill:.0%} of the batches is text, the rest padding{packed}"
 
@@ -185,7 +188,7 @@ def _count_tokens(row: selection.Kept, task: Task) -> int:
 
 def _print_sample(row: selection.Kept, encoder: encoders.Encoder, task: Task) -> None:
     trained = int((row.labels != IGNORED).sum())
-    about = "" if task.reads_pictures else f"{_count_tokens(row, task)} tokens, "
+    about = "" if task.reads_pictures else f"{spell_count(_count_tokens(row, task), 'token')}, "
     about += f"{encoder.marked.format(trained)} between ⟦ and ⟧"
     ui.report("", f"{row.place}: {about}")
     for name, parts in _split_texts(row, encoder):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
-from lora_cli.common import threads, ui
+from lora_cli.common import spell_count, threads, ui
 from lora_cli.data import cache, load, prepare, selection, sources
 from lora_cli.models import Base, Reader, attach, find_picture_shape, load_recipe_reader
 from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes, spread
@@ -282,9 +282,9 @@ def _format_lines(
 def _describe_batch(recipe: Recipe, batch: Batch) -> str:
     if not recipe.task_row.reads_pictures:
         targets = f", and {batch.targets} of targets" if batch.targets else ""
-        return f"{batch.rows} x {batch.length} tokens{targets}"
+        return f"{batch.rows} x {spell_count(batch.length, 'token')}{targets}"
     height, width = find_picture_shape(recipe.model.name_or_path, recipe.model.revision)
-    return f"{batch.rows} pictures of {width}x{height}"
+    return f"{spell_count(batch.rows, 'picture')} of {width}x{height}"
 
 
 def _format_limits(recipe: Recipe, largest: dict[str, int | None]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pyarrow import compute
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
-from lora_cli.common import LoraError, UsageError
+from lora_cli.common import LoraError, UsageError, spell_count
 from lora_cli.data import preferences, prepare, selection
 from lora_cli.models import (
     Base,
@@ -48,7 +48,8 @@ class Size(NamedTuple):
 
     def __str__(self) -> str:
         left_out = f"; all-linear leaves out {self.left_out}" if self.left_out else ""
-        return f"{self.trainable:,} parameters in {self.modules} modules{left_out}"
+        modules = spell_count(self.modules, "module")
+        return f"{self.trainable:,} parameters in {modules}{left_out}"
 
 
 class Steps(NamedTuple):

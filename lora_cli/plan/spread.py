@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, spell_count
 from lora_cli.distributed import shares
 from lora_cli.models import find_statistics
 from lora_cli.plan.hardware import GIB
@@ -113,7 +113,8 @@ def refuse_misfit(recipe: Recipe, processes: int) -> None:
     step = recipe.count_step_rows()
     if step < processes:
         raise LoraError(
-            f"a step has {step} rows, and {processes} processes: some would have none to train on",
+            f"a step has {spell_count(step, 'row')}, and {spell_count(processes, 'process')}: "
+            "some would have none to train on",
             f"--nproc {step}, or --set training.per_device_train_batch_size={processes}",
         )
 
@@ -124,7 +125,8 @@ def refuse_statistics(network: nn.Module, processes: int) -> None:
     kept = find_statistics(network) if processes > 1 else []
     if kept:
         raise LoraError(
-            f"{len(kept)} modules of the base, such as {kept[0]}, take means and variances of the "
+            f"{spell_count(len(kept), 'module')} of the base, such as {kept[0]}, take means and "
+            "variances of the "
             "rows that are together in one process: several processes would train another run",
             "--nproc 1",
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from lora_cli.common import LoraError, UsageError, find_nearest
+from lora_cli.common import LoraError, UsageError, find_nearest, spell_count
 from lora_cli.data import labels, load
 from lora_cli.models import Base, find_alike, find_statistics, shorten_names
 from lora_cli.plan import picture_settings
@@ -129,7 +129,8 @@ def _settle_whole(
         return {}
     reason = "the head, trained whole: the base's files lack it, or PEFT saves it so"
     if inside:
-        reason += f"; and {len(inside)} modules with means and variances, which training changes"
+        modules = spell_count(len(inside), "module")
+        reason += f"; and {modules} with means and variances, which training changes"
     if alike:
         reason += f"; and {len(alike)} norms whose names end as a head's does, as PEFT takes them"
     choices.append(Choice("lora.modules_to_save", [*given, *new], reason))

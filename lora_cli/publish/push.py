@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.card import CARD, Facts, is_edited, make_card, read_facts
-from lora_cli.common import LoraError, UsageError, plain_files, privacy, quote, read_json, ui
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    plain_files,
+    privacy,
+    quote,
+    read_json,
+    spell_count,
+    ui,
+)
 from lora_cli.gguf import header
 from lora_cli.models import Base, hub, read_adapter
 from lora_cli.publish import outgoing, private, remote
@@ -57,7 +66,8 @@ def push(path: Path, name: str, wishes: Wishes) -> str | None:
         return None
     commit = remote.upload(there, sent, wishes.private, f"lora push: {facts.kind}")
     remote.compare(there, commit, sent)
-    ui.say(f"  {len(sent)} of {len(sent)} files are there as they are here")
+    files = spell_count(len(sent), "file is", "files are")
+    ui.say(f"  {len(sent)} of {files} there as here")
     return f"{remote.find_address()}/{name}/commit/{commit}"
 
 
@@ -174,7 +184,7 @@ def _list(path: Path, sent: Sequence[Outgoing], there: Repository, wishes: Wishe
     ui.say(f"{path} -> {there.name} ({kind}, {state}), branch {there.branch}")
     rows = [[each.name, _format_size(each.size)] for each in sorted(sent, key=lambda e: e.name)]
     ui.say(*(f"  {line}" for line in ui.format_table(["file", "size"], rows)))
-    ui.say(f"  {len(sent)} files, {_format_size(sum(each.size for each in sent))}")
+    ui.say(f"  {spell_count(len(sent), 'file')}, {_format_size(sum(each.size for each in sent))}")
     if path.is_dir() and (left := outgoing.list_left(path, sent, CARD)):
         ui.say(f"  not uploaded: {', '.join(map(quote, left))}")
 

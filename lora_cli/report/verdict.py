@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from lora_cli.common import spell_count
 from lora_cli.report import answers, outcome
 from lora_cli.report.history import History, Made, write_command
 from lora_cli.report.seen import number
@@ -43,14 +44,20 @@ def judge(run: History) -> list[Sentence]:
 
 def _judge_ending(run: History) -> Iterator[Sentence]:
     steps = count_steps(run)
-    after = f"after {steps:,} steps" if steps else "before its first logged step"
+    after = (
+        f"after {spell_count(format(steps, ','), 'step')}"
+        if steps
+        else "before its first logged step"
+    )
     resume = write_command("lora", "train", f"{run.folder}/recipe.yaml", "--resume")
     if run.state == "finished":
         joined = "," if run.record.is_timed_in_part else " in"
         took = f"{joined} {run.record.took}" if run.record.duration else ""
         why = answers.show(str((run.record.kept or {}).get("why") or ""))
         early = f" It ended before its steps were done: {why}." if why else ""
-        yield Sentence("yes", f"The run finished: {steps:,} steps{took}.{early}")
+        yield Sentence(
+            "yes", f"The run finished: {spell_count(format(steps, ','), 'step')}{took}.{early}"
+        )
     elif run.state == "died":
         text = f"The run died {after}: its record says running, but no process holds its folder."
         yield Sentence("look", text, resume)
@@ -148,7 +155,8 @@ def _compare_scores(
     """Say how a metric of the base became the adapter's; `difference`: that of the same rows."""
     change = after["value"] - before["value"]
     better = -change if outcome.is_better_less(name) else change
-    rows = f" of {int(after['count']):,} held-out rows" if "count" in after else ""
+    count = format(int(after.get("count") or 0), ",")
+    rows = f" of {spell_count(count, 'held-out row')}" if "count" in after else ""
     said = f"{name}{rows}: {before['value']:.4g} before, {after['value']:.4g} after"
     clear = None
     if difference and {"low", "high"} <= difference.keys():
@@ -250,7 +258,9 @@ def _judge_rows(run: History) -> Iterator[Sentence]:
         number(count) or 0 for why, count in left_out.items() if why.startswith("dropped")
     )
     if dropped > DROPPED * read:
-        text = f"{int(dropped):,} of {int(read):,} rows were left out ({dropped / read:.0%})."
+        of = spell_count(format(int(read), ","), "row")
+        were = "was" if int(dropped) == 1 else "were"
+        text = f"{int(dropped):,} of {of} {were} left out ({dropped / read:.0%})."
         yield Sentence("look", text)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli.common import LoraError, files, provenance, ui
+from lora_cli.common import LoraError, files, provenance, spell_count, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
@@ -376,7 +376,10 @@ class Watch(TrainerCallback):
             )
         if self.has_scaler and self.overflowed:
             self.progress.clear()
-            ui.warn(f"{self.overflowed} of {steps} steps overflowed float16, and were skipped")
+            ui.warn(
+                f"{self.overflowed} of {spell_count(steps, 'step')} overflowed float16, and were "
+                "skipped"
+            )
         if self.untouched:
             self.progress.clear()
             number, first = len(self.untouched), min(self.untouched)

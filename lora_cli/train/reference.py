@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_cli import __version__
-from lora_cli.common import LoraError, files, plain_files, ui
+from lora_cli.common import LoraError, files, plain_files, spell_count, ui
 from lora_cli.data import preferences
 from lora_cli.distributed import ranks
 from lora_cli.models import Base, attach
@@ -67,7 +67,8 @@ def find_reference(
         _write(file, found)
     took = ui.format_duration(time.monotonic() - began)
     ui.say(
-        f"  reference: how likely each answer is before the first step, {len(rows)} pairs, {took}"
+        "  reference: how likely each answer is before the first step, "
+        f"{spell_count(len(rows), 'pair')}, {took}"
     )
     return found
 

@@ -29,6 +29,7 @@ from lora_cli.common import (
     plain_files,
     provenance,
     quote,
+    spell_count,
     threads,
     translate_refusals,
     ui,
@@ -254,7 +255,7 @@ def _list_results(trained: outcome.Trained, seconds: float) -> dict[str, Any]:
 def _say_trained(run: Run, trained: outcome.Trained, seconds: float) -> None:
     took = ui.format_duration(seconds)
     took = f", {took} since it was resumed" if run.record.resumed else f" in {took}"
-    said = f"trained {trained.steps} steps{took}, mean loss {trained.mean_loss:.4f}"
+    said = f"trained {spell_count(trained.steps, 'step')}{took}, mean loss {trained.mean_loss:.4f}"
     ui.say(f"{said}; adapter in {run.folder / 'adapter'}")
 
 
@@ -273,7 +274,10 @@ def _count_parameters(adapted: PeftModel) -> dict[str, int]:
     """Return, and say, how much is trained."""
     trainable, total = adapted.get_nb_trainable_parameters()
     modules = len(attach.find_lora_layers(adapted))
-    ui.say(f"  adapter: {trainable:,} of {total:,} parameters trained, in {modules} modules")
+    ui.say(
+        f"  adapter: {trainable:,} of {spell_count(format(total, ','), 'parameter')} trained, in "
+        f"{spell_count(modules, 'module')}"
+    )
     return {"trainable": trainable, "total": total, "modules": modules}
 
 
@@ -326,7 +330,8 @@ def _say_packed(recipe: Recipe, trainer: Watched, train_rows: rows.Prepared) -> 
         length = trainer.args.max_length
         fill = train_rows.counts.tokens / (packed * length)
         ui.say(
-            f"  packed: {len(train_rows.rows)} rows in {packed} of {length} tokens, {fill:.0%} full"
+            f"  packed: {spell_count(len(train_rows.rows), 'row')} in {packed} of "
+            f"{spell_count(length, 'token')}, {fill:.0%} full"
         )
 
 
@@ -399,4 +404,7 @@ def _make_room(adapter: Path, run: Run) -> None:
         shutil.rmtree(adapter)
     else:
         adapter.rename(adapter.with_name(f"adapter-{steps}"))
-        ui.say(f"  the adapter after {steps} steps is now {adapter.with_name(f'adapter-{steps}')}")
+        ui.say(
+            f"  the adapter after {spell_count(steps, 'step')} is now "
+            f"{adapter.with_name(f'adapter-{steps}')}"
+        )

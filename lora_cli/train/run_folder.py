@@ -17,6 +17,7 @@ from lora_cli.common import (
     quote,
     refuse_link,
     refuse_occupied,
+    spell_count,
     ui,
     write_json,
     write_text,
@@ -248,7 +249,7 @@ def _refuse_fewer_steps(folder: Path, before: TrainingRecord, changes: list[Chan
         finished = change.key == "training.num_train_epochs" and before.status == "finished"
         if shorter or (finished and change.after < change.before):
             raise LoraError(
-                f"the run in {folder} has made {done} steps already: {change}",
+                f"the run in {folder} has made {spell_count(done, 'step')} already: {change}",
                 "give more than it has made, or --set output_dir=… starts another run",
             )
 

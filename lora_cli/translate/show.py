@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_cli.common import say
+from lora_cli.common import say, spell_count
 from lora_cli.translate import rules
 from lora_cli.translate.draft import Draft, Fate, Kind
 from lora_cli.translate.source import spell
@@ -26,7 +26,7 @@ def show_fates(draft: Draft) -> None:
     empty, what needs a hand; and the tool's own defaults that the recipe says."""
     by_kind = {kind: [f for f in _sort(draft) if f.kind == kind] for kind in Kind}
     counts = ", ".join(f"{len(by_kind[kind])} {words}" for kind, words in COUNTED.items())
-    say(f"{draft.source.path}: {draft.tool}'s; of {len(draft.fates)} keys {counts}")
+    say(f"{draft.source.path}: {draft.tool}'s; of {spell_count(len(draft.fates), 'key')} {counts}")
     for kind in (Kind.taken, Kind.none):
         if by_kind[kind]:
             say("", kind, *_format(draft, by_kind[kind]))

@@ -213,12 +213,12 @@ def dollys_columns_are_known(place: Place) -> Made:
 
 @case
 def a_table_has_spaces_around_its_names(place: Place) -> Made:
-    return ["check", place.write_table("prompt , completion\nred,dog\n")], 0, ["1 of 1 rows"]
+    return ["check", place.write_table("prompt , completion\nred,dog\n")], 0, ["1 of 1 row,"]
 
 
 @case
 def a_table_is_separated_by_semicolons(place: Place) -> Made:
-    said = ["separated by semicolons", "1 of 1 rows"]
+    said = ["separated by semicolons", "1 of 1 row,"]
     return ["check", place.write_table("prompt;completion\nred, blue;dog\n")], 0, said
 
 

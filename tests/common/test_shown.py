@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.common import shown
+from lora_cli.common import shown, spell_count
 from lora_cli.common.shown import HIDDEN, escape, quote, quote_words
 
 VISIBLE = {"ARABIC", "SYRIAC", "KAITHI", "EGYPTIAN"}
@@ -67,3 +67,11 @@ def test_a_quoted_name_is_one_word_of_a_shell_and_no_option(name: str, tmp_path:
 def test_a_copy_is_quoted_under_the_name_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shown, "_names", {"/tmp/copy": "my $(x)"})
     assert quote("/tmp/copy/a") == "'my $(x)/a'"
+
+
+def test_one_is_one() -> None:
+    assert [spell_count(number, "row") for number in (0, 1, 2, "1", "1,001")] == [
+        "0 rows", "1 row", "2 rows", "1 row", "1,001 rows",
+    ]  # fmt: skip
+    assert spell_count(1, "row is", "rows are") == "1 row is"
+    assert spell_count(21, "row is", "rows are") == "21 rows are"

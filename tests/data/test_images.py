@@ -108,7 +108,7 @@ def test_folders_of_splits(
     (tmp_path / "photos" / "train" / "pink").mkdir()
     train, _ = prepare(tmp_path, processor, tmp_path / "photos")
     said = capsys.readouterr().err
-    assert "1 files of" in said and "notes.doc" in said
+    assert "1 file of" in said and "notes.doc" in said
     assert "no pictures in pink" in said
     test, _ = prepare(tmp_path, processor, tmp_path / "photos", split="test[:50%]")
     assert (len(train.rows), len(test.rows)) == (12, 3)

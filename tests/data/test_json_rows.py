@@ -62,6 +62,7 @@ def test_the_one_list_in_an_object_has_the_rows(
         {"input_ids": [1, 2], "labels": [1, 2]},
         {"tokens": ["a", "b"], "tags": ["O", "O"]},
         {"spans": [{"start": 0}], "text": "ask"},
+        {"passage": "ask", "asked": "what", "answers": [{"text": "ask", "answer_start": 0}]},
         ROWS[0],
     ],
 )

@@ -352,7 +352,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(
         ["one", "</s>"],
         ["two", "</s>"],
     ]
-    assert "1 conversations became one row for each answer" in capfd.readouterr().err
+    assert "1 conversation became one row for each answer" in capfd.readouterr().err
     fed = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], add_generation_prompt=True)[
         "input_ids"
     ]
@@ -377,7 +377,7 @@ def test_every_answer_ends_in_a_token_that_stops_generation(prepare, tokenizer, 
     assert "warning" not in capfd.readouterr().err
     ids = tokenizer("ask answer")["input_ids"]
     prepare([{"input_ids": ids}, {"input_ids": [*ids, tokenizer.eos_token_id]}])
-    assert "warning: 1 of 2 answers do not end with a stop token" in capfd.readouterr().err
+    assert "warning: 1 of 2 answers does not end with a stop token" in capfd.readouterr().err
 
 
 def test_rows_are_asked_in_generate_as_they_were_trained(tokenizer, tmp_path: Path) -> None:
@@ -534,7 +534,7 @@ def test_answers_that_begin_inside_a_token_are_not_trained_on(tmp_path: Path) ->
     assert (len(made.rows), made.counts.left_out[selection.BEGINS_INSIDE]) == (2, 1)
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(
-        LoraError, match="generation prompt ends in the middle of a token in 1 of 1 rows"
+        LoraError, match="generation prompt ends in the middle of a token in 1 of 1 row"
     ):
         load.load_rows(load_recipe(tmp_path / "r.yaml"), other)
 
@@ -633,7 +633,7 @@ def test_what_is_counted_and_said(prepare, tokenizer, capfd) -> None:
     )
     turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "tool_calls": [call]}]
     prepare([{"messages": turns}])
-    assert "1 rows have control tokens in their text" in capfd.readouterr().err
+    assert "1 row has control tokens in their text" in capfd.readouterr().err
     tokenizer.chat_template = TURNS.replace("{{ bos_token }}", "")
     prepare([CONVERSATION])
     assert "rows do not begin with <s>: the tokenizer would add it" in capfd.readouterr().err

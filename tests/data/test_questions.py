@@ -397,7 +397,7 @@ def test_a_question_that_fills_a_row_leaves_room_for_a_short_text(loaded: Loader
 
 def test_control_tokens_that_people_wrote_are_said(loaded: Loader, capfd) -> None:
     loaded([row([], "table [SEP] house"), row([], "table [UNK] house")])
-    assert "1 rows have control tokens in their text" in capfd.readouterr().err
+    assert "1 row has control tokens in their text" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_bad_rows_are_listed_and_left_out(init, lora, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "rows.jsonl:7: column 2: invalid JSON" in done.stderr
     assert "rows.jsonl:10: there is no completion; the columns are prompt" in done.stderr
-    assert "1 rows say the same as an earlier one: rows.jsonl:21 as rows.jsonl:20" in done.stderr
+    assert "1 row says the same as an earlier one: rows.jsonl:21 as rows.jsonl:20" in done.stderr
     text = (tmp_path / "rows.yaml").read_text()
     assert re.search(r"on_bad_row: skip +# 2 of 60 cannot be used", text)
     assert lora("check", "rows.yaml", cwd=tmp_path).returncode == 0

@@ -561,9 +561,7 @@ def test_numbers_that_are_not_finite_are_no_answer(bert: Path, tmp_path: Path) -
         ask(made, None, ["paris", "may", "york"], folder=tmp_path)
     merged.classifier.weight.data[0, 0] = torch.nan
     merged.save_pretrained(made)
-    with pytest.raises(
-        LoraError, match="holds values that are not finite, in 1 tensors, the first"
-    ):
+    with pytest.raises(LoraError, match="holds values that are not finite, in 1 tensor, the first"):
         ask(made, None, ["paris"], skips_bad=True, folder=tmp_path)
 
 

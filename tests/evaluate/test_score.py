@@ -385,9 +385,9 @@ def test_odd_rows_are_told_each_once(made: Made, tmp_path: Path, capsys) -> None
         [made.adapter], tmp_path / "out", **given, skips_bad=True, sampling=Sampling(1, 0.0)
     )
     said = capsys.readouterr().err
-    assert f"1 bad rows of 4 are left out; the first is {data}:4: prompt is a number" in said
+    assert f"1 bad row of 4 is left out; the first is {data}:4: prompt is a number" in said
     assert f"1 of 3 rows are left out: {data}:2\n" in said
-    assert "2 of 3 answers did not end within 1 tokens" in said
+    assert "2 of 3 answers did not end within 1 token" in said
     assert found["models"][0]["unended"] == 2
     assert found["models"][0]["metrics"]["loss"]["count"] == 2
     # without skipping, what was skipped is an error again
@@ -427,7 +427,8 @@ def test_a_gguf_alone_has_answers_and_says_why_no_loss(made: Made, tmp_path: Pat
 
 
 def test_numbers_are_counted_as_by_hand(made: Made, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Answers and expected ones as GSM8K writes them, whose numbers are read here by other means."""
+    """Answers and expected ones as GSM8K writes them, whose numbers are read here by other "
+    "means."""
     answers = ["12 - 2 = 10\n#### 10", "so it is $1,200.", "#### 7 apples", "I cannot say", "-3.50"]
     right = ["#### 10", "1000+200\n#### 1,200", "#### 8", "#### 0", "#### -3.5"]
     rows = [{"question": f"{n}?", "answer": text} for n, text in enumerate(right)]

@@ -136,7 +136,7 @@ def damage(adapter: Path, change) -> None:
             lambda t: {name.replace("model.", "model.wrong.", 1): each for name, each in t.items()},
             "the model has no place for",
         ),
-        (lambda t: dict(list(t.items())[1:]), "the adapter lacks 1 tensors"),
+        (lambda t: dict(list(t.items())[1:]), "the adapter lacks 1 tensor"),
         (
             lambda t: {name: tensor * float("nan") for name, tensor in t.items()},
             "holds values that are not finite",

@@ -338,7 +338,7 @@ REFUSED: list[tuple[Callable[[Path], Path], str, str | None]] = [
     (make_masked, "DIR/bert is BertForMaskedLM, and has no answers of a task", "train an adapter of a task on it, merge that, and export what comes of it"),
     (make_gguf, "DIR/a.gguf is a GGUF file", "give the folder of the model it was made from"),
     (make_quantised, "DIR/model is already quantised (bitsandbytes FP4), which is not written as ONNX", "export the model it was made from"),
-    (make_nan, "the base DIR/model holds values that are not finite, in 1 tensors, the first classifier.bias", None),
+    (make_nan, "the base DIR/model holds values that are not finite, in 1 tensor, the first classifier.bias", None),
 ]  # fmt: skip
 
 

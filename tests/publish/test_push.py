@@ -113,7 +113,7 @@ def test_what_was_listed_is_what_is_there_and_nothing_else(
     assert {*listed} == {*there} - {".gitattributes"}
     left = "checkpoint-3, notes.txt, optimizer.pt, samples.jsonl, training_args.bin"
     assert f"not uploaded: {left}" in done.stderr
-    assert "9 of 9 files are there as they are here" in done.stderr
+    assert "9 of 9 files are there as here" in done.stderr
     assert done.stdout.startswith(f"{hub.url}/loopback/listed/commit/")
     assert not hub.is_private("loopback/listed")
 

@@ -61,7 +61,7 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused(
     base = broken_base(tiny, tmp_path / "broken", value)
     path = write_recipe(f"method: {method}\nmodel: {{name_or_path: {base}}}\n")
     with pytest.raises(
-        LoraError, match=r"in 1 tensors, the first model.layers.0.mlp.up_proj.weight"
+        LoraError, match=r"in 1 tensor, the first model.layers.0.mlp.up_proj.weight"
     ):
         train.train(load.load_recipe(path))
     assert not (tmp_path / "run" / "adapter").exists()
