@@ -42,7 +42,18 @@ def explain(error: Any) -> UsageError:
         return UsageError(f"{path} needs a recipe", suggest_recipe(path))
     if unread := re.search(r"path '(.*)' is not readable", message):
         return UsageError(f"{unread[1]} may not be read", f"ls -ld {quote(unread[1])}")
+    if message.startswith("No such option") and (line := _spell_paths()):
+        return UsageError(message, line)
     return UsageError(message, f"{path} --help")
+
+
+def _spell_paths() -> str | None:
+    """Return the line with files whose names begin with a dash as paths; None where it has none."""
+    words = sys.argv[1:]
+    spelt = [
+        f"./{word}" if word.startswith("-") and Path(word).exists() else word for word in words
+    ]
+    return f"lora {quote_words(spelt)}" if spelt != words else None
 
 
 def _name_verb(word: str, path: str, known: list[str]) -> UsageError:

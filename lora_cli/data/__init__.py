@@ -6,6 +6,8 @@ Its doors, in the order a reader needs them:
     load        the rows a recipe trains on and evaluates on; mixes by weight
     sources     where rows come from; how each data set is opened
     formats     what a row may be, and how its columns tell
+    column_kinds
+                … and what is in columns that match no format
     readers     the rows of one local file; whether files are there
     tables      … of a CSV file, and whether its first line names the columns
     text_files  … of text; how another file is made of one
@@ -34,6 +36,7 @@ __all__ = [
     "classify",
     "classify_pictures",
     "collate",
+    "column_kinds",
     "encode",
     "encoders",
     "labels",

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from lora_cli.common import LoraError, quote, quote_words, ui
+from lora_cli.common import LoraError, quote_words, ui
 from lora_cli.data import squad
 from lora_cli.data.formats import COLUMN_SETS, FORMATS, BadRow, refuse_repeated
 from lora_cli.data.json_text import (
@@ -30,7 +30,7 @@ from lora_cli.data.json_text import (
     walk_list,
     walk_member,
 )
-from lora_cli.data.text_files import BATCH, refuse_bomb, suggest_edit, walk_lines
+from lora_cli.data.text_files import BATCH, refuse_bomb, show_line, suggest_edit, walk_lines
 from lora_cli.recipe import Column
 
 Row = dict[str, Any] | BadRow
@@ -149,7 +149,23 @@ def _take(value: Any) -> Row:
 def _read_list(file: Path, text: Text) -> Rows:
     """Yield the rows of one JSON list."""
     for number, value in enumerate(walk_list(text), 1):
-        yield f"{file}, row {number}", _take(value)
+        turns = _explain_turns(file, value) if number == 1 else None
+        yield f"{file}, row {number}", turns or _take(value)
+        if turns:
+            return
+
+
+def _explain_turns(file: Path, value: Any) -> BadRow | None:
+    """Return why a list whose first value this is has no rows, where it has conversations, or the
+    turns of one; with the command that makes rows of it."""
+    is_turn = isinstance(value, dict) and value.keys() == {"role", "content"}
+    first = value[0] if isinstance(value, list) and value else None
+    if not is_turn and not (isinstance(first, dict) and "role" in first):
+        return None
+    chats = "[json.load(sys.stdin.buffer)]" if is_turn else "json.load(sys.stdin.buffer)"
+    code = f'[print(json.dumps({{"messages": turns}})) for turns in {chats}]'
+    what = "the turns of one conversation" if is_turn else "conversations, each a list of turns"
+    return BadRow(f"the file is a list of {what}", hint=suggest_edit(file, _python(code)))
 
 
 def _read_objects(file: Path, text: Text) -> Rows:
@@ -265,8 +281,5 @@ def _suggest_list(file: Path, keys: Sequence[str]) -> str:
 
 def _show_line(file: Path, line: int, column: int) -> str:
     """Return the command that shows where a mistake is."""
-    is_packed = file.suffix.lower() == ".gz"
-    show = (
-        f"gzip -dc {quote(file)} | sed -n {line}p" if is_packed else f"sed -n {line}p {quote(file)}"
-    )
+    show = show_line(file, line)
     return show if column < 4 * NEAR else f"{show} | cut -c {column - NEAR}-{column + NEAR}"

@@ -197,7 +197,8 @@ def _mix(
     if not len(mixed.rows):
         raise LoraError("the weights of data.mix leave no rows", "give one of them a larger weight")
     fingerprint = hashlib.sha256(weighted.encode()).hexdigest()[:32]
-    return mixed._replace(stream=drawn, fingerprint=fingerprint)
+    is_weighted = not streams and any(weight != 1 for weight in weights)
+    return mixed._replace(stream=drawn, fingerprint=fingerprint, is_weighted=is_weighted)
 
 
 def _join_held(held: Sequence[prepare.Prepared], encoder: Encoder) -> prepare.Prepared:

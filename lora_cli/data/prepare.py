@@ -20,7 +20,7 @@ from datasets import Dataset, Features, IterableDataset
 from pyarrow import compute
 
 from lora_cli.common import LoraError, UsageError, find_nearest, quote, spell_count, ui
-from lora_cli.data import cache, digests, formats, readers, selection, tables
+from lora_cli.data import cache, column_kinds, digests, formats, readers, selection, tables
 from lora_cli.data.encode import Batch, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
@@ -62,6 +62,8 @@ class Prepared(NamedTuple):
     """What a model tells apart, by the numbers in `counts.labels`."""
     by_token: bool = True
     """Whether each token has a label."""
+    is_weighted: bool = False
+    """Whether it is of several sets, of which one is there more or less often than it was read."""
 
     def summarise(self) -> str:
         """Return a line such as `571 of 1000 rows, 229563 tokens, 39% with loss (429 dropped: over
@@ -69,7 +71,12 @@ class Prepared(NamedTuple):
         counts = self.counts
         share = 100 * counts.trained_tokens / max(counts.tokens, 1)
         unit = "windows of" if counts.windows else "of"
-        text = f"{len(self.rows)} {unit} {spell_count(counts.read, 'row')}"
+        read = spell_count(counts.read, "row")
+        text = f"{len(self.rows)} {unit} {read}"
+        if self.is_weighted:
+            text = f"{len(self.rows)} rows by weight from {counts.read}"
+        elif len(self.rows) > counts.read and not counts.windows:
+            text = f"{len(self.rows)} rows from {counts.read}"
         text += "" if counts.seen else f", {spell_count(counts.tokens, 'token')}"
         if labels := self.summarise_labels():
             text += f", {labels}"
@@ -228,9 +235,10 @@ def _encode_rows(
     while readable < COLUMNS_FROM and len(first) < LOOKED_AT and (row := next(rows, None)):
         first.append(row)
         readable += not isinstance(row[1], BadRow)
-    columns = formats.list_columns(row for _, row in first if not isinstance(row, BadRow))
+    seen = [row for _, row in first if not isinstance(row, BadRow)]
+    columns = formats.list_columns(seen)
     try:
-        style, names = choose_format(data, columns, encoder)
+        style, names = choose_format(data, columns, encoder, rows=seen)
     except UnknownColumns as error:
         raise (tables.find_lack_of_names(source.files, columns) or error) from None
     convert = encoder.find_converter(style)
@@ -288,10 +296,15 @@ def _refuse_other_format(data: Data, known: formats.Formats) -> None:
 
 
 def choose_format(
-    data: Data, columns: list[str], encoder: Encoder | type[Encoder], quiet: bool = False
+    data: Data,
+    columns: list[str],
+    encoder: Encoder | type[Encoder],
+    quiet: bool = False,
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[str, Mapping[str, str]]:
     """Return the format of the rows, the recipe's or the one that their columns tell, and the names
-    of its columns as `ours: theirs`."""
+    of its columns as `ours: theirs`. Raises UnknownColumns, which says what is in the columns of
+    `rows`, the first of them."""
     known = encoder.row_formats
     if not columns:  # no row can be read
         return next(reversed(list(known))), {}
@@ -312,12 +325,20 @@ def choose_format(
         if not quiet:
             _say_columns(names, named, by_hand=bool(data.columns))
         return style, names
+    raise _explain_unknown(columns, encoder, rows)
+
+
+def _explain_unknown(
+    columns: list[str], encoder: Encoder | type[Encoder], rows: Sequence[Mapping[str, Any]]
+) -> UnknownColumns:
+    """Return the error for columns of which no format is made."""
+    known, kinds = encoder.row_formats, column_kinds.tell_kinds(rows)
     shapes = "; ".join(f"{style}: {', '.join(needed)}" for style, needed in known.items())
     more = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
-    raise UnknownColumns(
-        f"data.path: the columns {', '.join(columns[:SHOWN])}{more} match no known format "
-        f"({shapes})",
-        encoder.suggest_columns(columns),
+    shown = column_kinds.describe(columns[:SHOWN], kinds)
+    return UnknownColumns(
+        f"data.path: the columns {shown}{more} match no known format ({shapes})",
+        column_kinds.suggest(columns, kinds, rows, encoder),
     )
 
 

@@ -20,7 +20,7 @@ from lora_cli.common import LoraError, confined, plain_files, quote
 from lora_cli.data import class_labels, json_rows, pictures, stores, tables
 from lora_cli.data.class_labels import name_classes
 from lora_cli.data.json_text import LONGEST
-from lora_cli.data.text_files import refuse_no_rows, walk_lines
+from lora_cli.data.text_files import refuse_no_rows, show_line, walk_lines
 from lora_cli.recipe import Data
 
 KINDS = {
@@ -113,6 +113,11 @@ class Place(str):
     """Where a row stands, as it is said, and the file that it is from."""
 
     file: Path
+
+    def suggest_command(self) -> str | None:
+        """Return the command that shows the row, if it is a line of its file."""
+        found = re.fullmatch(re.escape(f"{self.file}:") + r"(\d+)", self)
+        return show_line(self.file, int(found[1])) if found else None
 
 
 def read(file: Path) -> Iterator[tuple[str, Row]]:

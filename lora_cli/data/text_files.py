@@ -80,6 +80,13 @@ def suggest_edit(file: Path | None, convert: str, prefix: str = "lines-") -> str
     return f"{convert} < {quote(file)} > {quote(other)}; then name {quote(other)}"
 
 
+def show_line(file: Path, line: int) -> str:
+    """Return the command that shows a line of a text file, from 1."""
+    if file.suffix.lower() == ".gz":
+        return f"gzip -dc {quote(file)} | sed -n {line}p"
+    return f"sed -n {line}p {quote(file)}"
+
+
 def is_fetched(file: Path) -> bool:
     """Return whether it is the cache's copy of another machine's file, which nobody is to mend."""
     return file.is_relative_to(files.find_cache_home())

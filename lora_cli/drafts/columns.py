@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.common import ui
-from lora_cli.data import encoders, formats, load, preferences, prepare, sources, tables
+from lora_cli.data import (
+    column_kinds,
+    encoders,
+    formats,
+    load,
+    preferences,
+    prepare,
+    sources,
+    tables,
+)
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
 from lora_cli.recipe import Data
@@ -39,11 +48,13 @@ def settle_columns(
     except prepare.UnknownColumns as error:
         if nameless := tables.find_lack_of_names(source.files, there):
             raise nameless from None
-        if not (questions.asks and draft.build().task_row.writes_next_tokens):
+        kinds = column_kinds.tell_kinds(first)
+        texts = [name for name in there if not kinds[name]]
+        if not (texts and questions.asks and draft.build().task_row.writes_next_tokens):
             raise
-        ui.say(f"the columns {', '.join(there)} match no known format")
-        answer = questions.choose("which has the answers to learn", there, there[-1])
-        asked = questions.choose("which has what they answer", there, there[0])
+        ui.say(f"the columns {column_kinds.describe(there, kinds)} match no known format")
+        answer = questions.choose("which has the answers to learn", texts, texts[-1])
+        asked = questions.choose("which has what they answer", texts, texts[0])
         other = {"prompt": asked, "completion": answer}
         draft.put("data.columns", {"text": answer} if asked == answer else other)
         try:
@@ -85,7 +96,7 @@ def _choose(draft: Draft, there: list[str], first: Sequence[Mapping[str, Any]]) 
     compares = recipe.objective_row.compares
     encoder = preferences.PreferenceEncoder if compares else load.find_encoder(recipe.task_row)
     columns = _list_most_common(first, encoder) or there if _is_open(recipe.data) else there
-    style, names = prepare.choose_format(recipe.data, columns, encoder, quiet=True)
+    style, names = prepare.choose_format(recipe.data, columns, encoder, True, first)
     needed = {*encoder.row_formats[style], *EXTRA, *names, *["prompt"] * compares}
     read = {names.get(each, each).partition(".")[0] for each in needed}
     listed = dict.fromkeys(name.partition(".")[0] for name in there)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from lora_cli.common import LoraError
+from lora_cli.common import LoraError, quote
 from lora_cli.data import encoders, formats, preferences, prepare, readers, sources
 from lora_cli.recipe import Data
 
@@ -31,6 +31,8 @@ class Seen:
     bad: dict[str, list[str]] = field(default_factory=dict)
     """What is wrong with some, each with the first rows of which it is, as `place: what`."""
     num_bad: int = 0
+    first_bad: tuple[str, formats.BadRow] | None = None
+    """The first of them, with its place."""
     first_repeated: tuple[str, str] | None = None
     """The places of the first row that says the same as an earlier one, and of that."""
     num_repeated: int = 0
@@ -53,6 +55,7 @@ class Seen:
     def add_bad(self, place: str, bad: formats.BadRow) -> None:
         """Count a row that cannot be used."""
         self.num_bad += 1
+        self.first_bad = self.first_bad or (place, bad)
         listed = self.bad.setdefault(bad.kind, [])
         if len(listed) < SHOWN:
             listed.append(f"{place}: {bad.said}")
@@ -95,9 +98,17 @@ def read_first(data: Data) -> tuple[sources.Source, list[dict[str, Any]]]:
         if len(first) == prepare.COLUMNS_FROM:
             break
     if not first:
-        said = f"{where}: {bad.said}" if bad else f"{source.name} holds no rows"
-        raise LoraError(said, bad.hint if bad else "a row is one line of JSON, or of a table")
+        if bad is None:
+            raise LoraError(f"{source.name} holds no rows", f"head {quote(source.name)}")
+        hint = suggest_look(where) if bad.hint == formats.MEND else bad.hint
+        raise LoraError(f"{where}: {bad.said}", hint)
     return source, first
+
+
+def suggest_look(place: str) -> str:
+    """Return the hint for rows that are to be mended, with the command that shows the first."""
+    show = place.suggest_command() if isinstance(place, readers.Place) else None
+    return f"mend such rows; {show} shows the first" if show else "mend such rows"
 
 
 def look(

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from lora_cli.common import LoraError, UsageError, files, find_nearest, quote, spell_count, ui
 from lora_cli.data import formats, load, sources
-from lora_cli.drafts import columns, data_here, fit, kinds, lengths, schedule, templates
+from lora_cli.drafts import bad_rows, columns, data_here, fit, kinds, lengths, schedule, templates
 from lora_cli.drafts import rows as rows_of
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
@@ -67,7 +67,7 @@ def write_recipe(asked: Asked) -> Path:
     template = templates.settle_template(draft, base, chosen)
     seen = _look(draft, source, chosen, base)
     _say_rows(path, seen, chosen)
-    _settle_bad_rows(draft, seen, questions)
+    _settle_bad_rows(draft, seen, chosen, questions)
     lengths.settle_length(draft, seen, chosen.style, base)
     schedule.settle_holdout(draft, seen, path, questions)
     schedule.settle_steps(draft, seen)
@@ -218,39 +218,27 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
         ui.say(*(f"  {each}" for each in listed))
 
 
-def _settle_bad_rows(draft: Draft, seen: rows_of.Seen, questions: Questions) -> None:
+def _settle_bad_rows(
+    draft: Draft, seen: rows_of.Seen, chosen: columns.Chosen, questions: Questions
+) -> None:
     """Leave bad rows out, which is said; LoraError where they are not to be, or none is good."""
     draft.put("data.on_bad_row", None)
-    if not seen.lengths:
-        first = next(iter(seen.bad.values()))[0]
-        raise LoraError(
-            f"{seen.num_bad:,} of {spell_count(format(seen.count, ','), 'row')} cannot be used; "
-            f"{first}",
-            BAD,
-        )
-    if not seen.num_bad or draft.is_given("data.on_bad_row"):
+    if seen.first_bad is None or (seen.lengths and draft.is_given("data.on_bad_row")):
         return
-    num_good = seen.count - seen.num_bad
-    if seen.num_bad > num_good and not questions.asks:
-        first = next(iter(seen.bad.values()))[0]
-        raise LoraError(
-            f"{seen.num_bad:,} of {spell_count(format(seen.count, ','), 'row')} cannot be used; "
-            f"{first}",
-            "mend the rows; or --set data.on_bad_row=skip trains on the others",
-        )
-    if not questions.confirm(f"leave the {spell_count(format(seen.num_bad, ','), 'bad row')} out"):
-        raise LoraError("nothing was written", BAD)
+    place, bad = seen.first_bad
+    hint = bad_rows.suggest_mending(place, bad, chosen)
+    rows = spell_count(format(seen.count, ","), "row")
+    said = f"{seen.num_bad:,} of {rows} cannot be used; {place}: {bad.said}"
+    if not seen.lengths:
+        raise LoraError(said, hint)
+    if seen.num_bad > seen.usable and not questions.asks:
+        raise LoraError(said, f"{hint}; or {formats.SKIP} trains on the others")
+    bad_ones = spell_count(format(seen.num_bad, ","), "bad row")
+    if not questions.confirm(f"leave the {bad_ones} out"):
+        raise LoraError("nothing was written", hint)
     draft.put("data.on_bad_row", "skip", f"{seen.num_bad:,} of {seen.count:,} cannot be used")
-    ui.say(
-        f"  {spell_count(format(seen.num_bad, ','), 'bad row is', 'bad rows are')} left out "
-        "(data.on_bad_row: "
-        "skip)"
-    )
-
-
-BAD = "mend the rows, or name the columns: " + formats.suggest_columns(
-    prompt="THEIRS", completion="THEIRS"
-)
+    are = "is" if seen.num_bad == 1 else "are"
+    ui.say(f"  {bad_ones} {are} left out (data.on_bad_row: skip)")
 
 
 def _fit(

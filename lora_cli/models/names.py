@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lora_cli.common import LoraError, UsageError, library_errors, plain_files
-from lora_cli.models import hub, reach
+from lora_cli.common import LoraError, UsageError, library_errors, plain_files, quote
+from lora_cli.models import gguf_files, hub, reach
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Endings of files that may run code when they are loaded."""
@@ -40,13 +40,12 @@ def classify(path: str) -> str:
             return "adapter"
         if (local / "config.json").is_file():
             return "model"
-        inside = find_adapter_inside(local) or _find_gguf_inside(local)
-        hint = (
-            f"did you mean {inside}?"
-            if inside
-            else "give a folder with config.json or adapter_config.json"
+        inside = find_adapter_inside(local)
+        hint = f"did you mean {quote(inside)}?" if inside else gguf_files.suggest_inside(local)
+        raise LoraError(
+            f"{path} is neither a model nor an adapter",
+            hint or "give a folder with config.json or adapter_config.json",
         )
-        raise LoraError(f"{path} is neither a model nor an adapter", hint)
     if local.exists() or not is_hub_name(path):
         raise LoraError(
             f"{path} does not exist or is not a model",
@@ -58,11 +57,6 @@ def classify(path: str) -> str:
 def is_gguf(name: str) -> bool:
     """Return whether a name is that of a GGUF file, which need not be there."""
     return Path(name).suffix.lower() == ".gguf"
-
-
-def _find_gguf_inside(folder: Path) -> Path | None:
-    """Return the first GGUF file that lies in a folder, if one does."""
-    return min((file for file in folder.iterdir() if is_gguf(file.name)), default=None)
 
 
 def find_adapter_inside(folder: Path) -> Path | None:

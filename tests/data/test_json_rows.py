@@ -92,6 +92,8 @@ PASTED: dict[str, str] = {
     "rows by their numbers": json.dumps({str(n): row for n, row in enumerate(ROWS)}),
     "a comma after each": "".join(f"{json.dumps(row)},\n" for row in ROWS[:-1]) + json.dumps(ROWS[-1]),
     "a comment above": "// mine\n" + json.dumps(ROWS),
+    "a conversation's turns": json.dumps(TURNS, indent=1),
+    "conversations without a name": json.dumps([TURNS, TURNS]),
     "as Python writes": "".join(f"{row}\n" for row in ROWS),
 }  # fmt: skip
 
@@ -119,7 +121,8 @@ def test_the_hint_makes_rows_of_what_is_none(name: str, packed: bool, tmp_path: 
     path = tmp_path / ("my rows.json" + ".gz" * packed)
     content = PASTED[name].encode()
     path.write_bytes(gzip.compress(content) if packed else content)
-    assert is_mended(path) == ROWS
+    made = is_mended(path)
+    assert made == ROWS or made in ([{"messages": TURNS}], [{"messages": TURNS}] * 2)
 
 
 def test_a_later_second_list_is_refused_too(

@@ -459,6 +459,7 @@ def test_data_sets_are_mixed_by_weight(tmp_path: Path, tokenizer, capfd) -> None
     words = [tokenizer.convert_ids_to_tokens(ids)[-2] for ids in mixed.rows["input_ids"]]
     assert (words.count("one"), words.count("two")) == (20, 12)
     assert mixed.counts.read == 18
+    assert mixed.summarise().startswith("32 rows by weight from 18, ")
     assert mixed.counts.tokens == sum(map(len, mixed.rows["input_ids"]))
     assert mixed.counts.trained_tokens == 2 * 32
     assert [row.place.rpartition("/")[2] for row in mixed.first[:3]] == [

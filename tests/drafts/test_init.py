@@ -11,6 +11,7 @@ import csv
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -395,6 +396,60 @@ def test_answers_that_are_not_wanted_are_left_out_by_the_hint(init, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     kept = [json.loads(line) for line in (tmp_path / made.strip("'")).open()]
     assert kept == [{"prompt": row["prompt"], "completion": "b"} for row in rows[::2]]
+
+
+NO_ROWS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
+    "a role": ("roles are", [{"messages": [{"role": "bot", "content": "a"}]}], ""),
+    "an empty answer": ("mend such rows", [{"prompt": "a", "completion": ""}], "sed -n 1p 'my rows.jsonl'"),
+    "numbers as answers": ("mend such rows", [{"question": "a", "answer": 3}], "sed -n 1p 'my rows.jsonl'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_columns_are_not_blamed_for_what_is_in_them(name: str, init, tmp_path: Path) -> None:
+    hint, rows, command = NO_ROWS[name]
+    write_lines(tmp_path / "my rows.jsonl", rows * 5)
+    done = init("my rows.jsonl")
+    assert "5 of 5 rows cannot be used; my rows.jsonl:1: " in done.stderr
+    said = done.stderr.partition("\nhint: ")[2]
+    assert said.startswith(hint) and command in said
+    assert "data.columns" not in said and "on_bad_row" not in said
+
+
+FOUND: dict[str, dict[str, Any]] = {
+    "a text beside numbers": {"id": 7, "price": "2.50", "title": "red dog", "sold": True},
+    "two texts": {"id": 7, "asked": "red", "score": 0.5, "said": "dog"},
+    "chats inside": {"id": "a1", "body": {"messages": [
+        {"role": "user", "content": "red"}, {"role": "assistant", "content": "dog"}]}},
+    "pairs inside": {"row_idx": 1, "row": {"question": "red", "answer": "dog"}},
+    "an answer inside": {"prompt": "red", "completion": {"text": "dog", "n": 1}},
+    "a text beside a number that is the answer": {"question": "red", "answer": 3, "why": "dog"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_columns_that_are_offered_have_texts_and_train(name: str, init, tmp_path: Path) -> None:
+    write_lines(tmp_path / "my rows.jsonl", [FOUND[name]] * 5)
+    hint = init("my rows.jsonl").stderr.partition("\nhint: ")[2].strip()
+    assert hint.startswith("--set data.columns=")
+    done = init("my rows.jsonl", *shlex.split(hint))
+    assert done.returncode == 0, done.stderr
+    assert "my rows.jsonl: 5 rows" in done.stderr
+    assert "cannot be used" not in done.stderr
+
+
+def test_what_columns_have_is_told_where_it_is_no_text(init, tmp_path: Path) -> None:
+    write_lines(tmp_path / "r.jsonl", [{"id": 1, "ok": True, "of": {"a": 1}, "t": "", "n": "1,5"}])
+    said = init("r.jsonl").stderr
+    assert "the columns id (numbers), ok (true or false), of (mappings), t (nothing), n (n" in said
+    assert "hint: add a column of texts" in said
+
+
+def test_a_file_whose_name_begins_with_a_dash(init, tmp_path: Path) -> None:
+    write_lines(tmp_path / "-rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    refused = init("-rows.jsonl", model=None)
+    assert refused.stderr.endswith("hint: lora init ./-rows.jsonl\n")
+    assert init("./-rows.jsonl").returncode == 0
 
 
 def answer(warm, tmp_path: Path, words: list[str], answers: list[tuple[str, str]]) -> Terminal:

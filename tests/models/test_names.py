@@ -5,6 +5,7 @@ Hermetic: nothing is asked for over the network. Alone: pytest tests/models/test
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,41 @@ def test_a_mistyped_folder_is_named(ask, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LoraError, match=FAILED):
         ask()
+
+
+def write_gguf(file: Path, kind: str = "model", tensors: int = 3, size: int = 100) -> None:
+    """The beginning of a GGUF file, by the format's description."""
+    key, value = b"general.type", kind.encode()
+    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, 1)
+    said = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
+    file.write_bytes(head + said + bytes(size))
+
+
+def suggested(folder: Path) -> str:
+    with pytest.raises(LoraError, match="is neither a model nor an adapter") as error:
+        names.classify(str(folder))
+    return error.value.hint or ""
+
+
+def test_the_gguf_of_a_folder_that_is_a_model_is_suggested(tmp_path: Path) -> None:
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    (folder / "a.gguf").touch()
+    (folder / "b.gguf").write_bytes(b"no GGUF" * 9)
+    write_gguf(folder / "c-mmproj.gguf", size=9000)
+    write_gguf(folder / "d.gguf", kind="mmproj", size=9000)
+    write_gguf(folder / "e.gguf", kind="adapter", size=9000)
+    write_gguf(folder / "f.gguf", tensors=0, size=9000)
+    assert suggested(folder) == "give a folder with config.json or adapter_config.json"
+    for number in (2, 1):
+        write_gguf(folder / f"m-0000{number}-of-00002.gguf", size=9000)
+    first = f"'{folder}/m-00001-of-00002.gguf'"
+    assert suggested(folder) == f"llama-gguf-split --merge {first} whole.gguf joins its parts"
+    write_gguf(folder / "m-q4.gguf", size=10)
+    assert suggested(folder) == f"did you mean '{folder}/m-q4.gguf'?"
+    write_gguf(folder / "m-f16.gguf", size=90)
+    (folder / "z.gguf").mkdir()
+    assert suggested(folder) == (f"did you mean '{folder}/m-f16.gguf'? There are also m-q4.gguf")
 
 
 def test_a_hub_that_cannot_be_asked_is_asked_once(monkeypatch, tmp_path: Path) -> None:
