@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -224,6 +225,12 @@ def write_new(path: Path, text: str, otherwise: str) -> None:
     `otherwise`, where something of that name is, and where its folder is none."""
     with staged_file(path, otherwise) as file:
         file.write(text)
+
+
+def find_free(path: Path) -> Path:
+    """Return a path beside one that is taken, which is not: `rows-2.yaml` of `rows.yaml`."""
+    names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
+    return next(each for each in map(path.with_name, names) if not os.path.lexists(each))
 
 
 @contextmanager

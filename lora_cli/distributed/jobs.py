@@ -323,7 +323,7 @@ def launch(kinds: Sequence[str], job: Job, out: Path | None) -> None:
     if out is None:
         ui.report_file(text)
     else:
-        files.write_new(out, text, "--out FILE takes another name")
+        files.write_new(out, text, f"--out {quote(files.find_free(out))} takes another name")
         ui.report_path(out)
     ui.say(f"submit it with: {kind.submit} {quote(out) if out else 'FILE'}", "what it needs:")
     for line in kind.needed:

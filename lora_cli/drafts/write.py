@@ -101,7 +101,8 @@ def _refuse_there(out: Path, data: str) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} is not a folder", f"mkdir -p {quote(out.parent)}")
     if os.path.lexists(out):
-        another = f"lora init {quote(data)} --out FILE.yaml writes another"
+        free = quote(files.find_free(out))
+        another = f"lora init {quote(data)} --out {free} writes another"
         raise UsageError(f"{out} already exists", f"lora train {quote(out)} trains it; {another}")
 
 
@@ -269,7 +270,9 @@ def _write(draft: Draft, data: str) -> Path:
         f"  lora train {quote(out)}",
     ]
     built = draft.build()
-    files.write_new(out, draft.render(head), "--out FILE takes another name")
+    files.write_new(
+        out, draft.render(head), f"--out {quote(files.find_free(out))} takes another name"
+    )
     assert load_recipe(out).to_data() == built.to_data(), "what is read is what was drafted"
     ui.say(f"wrote {out}")
     return out

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, UsageError, files, spell_count, ui
+from lora_cli.common import LoraError, UsageError, files, quote, spell_count, ui
 from lora_cli.data import formats, readers
 from lora_cli.evaluate.input_rows import Rows, Wanted, open_rows, parse_columns, suggest
 from lora_cli.evaluate.opened import open_all, read_all
@@ -128,7 +128,7 @@ def _open_out(out: Path | None) -> Iterator[Write]:
     if out is None:
         yield ui.report_json
         return
-    with files.staged_file(out, "--out FILE takes another name") as file:
+    with files.staged_file(out, f"--out {quote(files.find_free(out))} takes another name") as file:
 
         def write(line: dict[str, Any]) -> None:
             file.write(f"{json.dumps(line, ensure_ascii=False)}\n")

@@ -29,7 +29,8 @@ def import_file(
     draft = make_draft(path, tool, model, data)
     target = out or _name_recipe(path)
     text = settle(draft, target)
-    files.write_new(target, text, f"lora import {quote(path)} --out FILE.yaml takes another name")
+    free = quote(files.find_free(target))
+    files.write_new(target, text, f"lora import {quote(path)} --out {free} takes another name")
     show_fates(draft)
     return target
 
