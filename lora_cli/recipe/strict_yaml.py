@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lora_cli.common import LoraError, UsageError, plain_files
+from lora_cli.common import LoraError, UsageError, plain_files, quote
 
 LARGEST = 2**17
 """The most bytes of a recipe: a hundred times the longest one here, and still read in a second."""
@@ -75,27 +75,48 @@ for _tag, _pattern, _first in (
     )
 
 
-def read(path: Path) -> Document:
-    """Parse the file; raise UsageError with file and line for anything that is not strict YAML."""
+class _LooseLoader(_CoreLoader):
+    """A loader that follows aliases, as other tools' files have them."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse tags; compose any other node as usual."""
+        if self.check_event(yaml.AliasEvent):
+            return yaml.SafeLoader.compose_node(self, parent, index)
+        return super().compose_node(parent, index)
+
+
+MOST = 20_000
+"""Values of a file with aliases, each of which may stand for many others."""
+DEEPEST = 20
+"""Merges inside of each other; one in itself has no end."""
+MERGE = "<<"
+"""The key whose mapping, or list of such, gives the keys that are not there."""
+
+
+def read(path: Path, follow: bool = False) -> Document:
+    """Parse the file, whose aliases and merge keys are followed where that is asked for; raise
+    UsageError with file and line for anything that is not strict YAML."""
     try:
-        return parse(plain_files.read_small(path, LARGEST), str(path))
+        return parse(plain_files.read_small(path, LARGEST), str(path), follow=follow)
     except UsageError:
         raise
     except LoraError as error:
         raise UsageError(error.message, error.hint) from None
 
 
-def parse(text: str, name: str, first_line: int = 1) -> Document:
+def parse(text: str, name: str, first_line: int = 1, follow: bool = False) -> Document:
     """Parse `text`; `name` stands for the file in messages.
 
-    `first_line` 0 makes every place the name alone.
+    `first_line` 0 makes every place the name alone. `follow` aliases, which are refused else.
     """
-    builder = _Builder(name, first_line)
+    builder = _Builder(name, first_line, follow)
     try:
-        node = yaml.compose(text, Loader=_CoreLoader)
+        node = yaml.compose(text, Loader=_LooseLoader if follow else _CoreLoader)
         data = builder.build(node, ()) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         assert error.problem_mark is not None, "the scanner, parser and composer always give one"
+        if error.problem == "but found another document":
+            raise _refuse_second(name, error.problem_mark.line + 1) from None
         raise builder.fail(error.problem or "not valid YAML", error.problem_mark) from None
     except RecursionError:
         raise UsageError(
@@ -106,11 +127,22 @@ def parse(text: str, name: str, first_line: int = 1) -> Document:
     return Document(data, builder.places)
 
 
+def _refuse_second(name: str, line: int) -> UsageError:
+    """Return the error for a file of several documents, of which the second begins on a line."""
+    first, length = quote(f"{Path(name).stem}-1.yaml"), line - 1
+    return UsageError(
+        f"{name}:{line}: a second document begins here, and a file has one",
+        f"head -n {length} {quote(name)} > {first}; then name {first}",
+    )
+
+
 class _Builder:
     """Turns YAML's nodes into plain data, and remembers the place of each."""
 
-    def __init__(self, name: str, first_line: int) -> None:
+    def __init__(self, name: str, first_line: int, follow: bool = False) -> None:
         self.name = name
+        self.follow = follow
+        self.count = 0
         self.first_line = first_line
         self.places: dict[Keys, Place] = {(): Place(name, 1 if first_line else 0)}
 
@@ -124,6 +156,9 @@ class _Builder:
     def build(self, node: yaml.Node, path: Keys) -> Any:
         """Return the data of a node, which stands at `path` in the document."""
         self.places.setdefault(path, self._locate(node.start_mark))
+        self.count += 1
+        if self.follow and self.count > MOST:
+            raise self.fail(f"aliases that stand for over {MOST:,} values", node.start_mark)
         if isinstance(node, yaml.MappingNode):
             return self._build_mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -135,7 +170,7 @@ class _Builder:
     def _build_mapping(self, node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
         """Return a mapping's data; its keys are texts, each given once."""
         result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in self._merge(node) if self.follow else node.value:
             mark = key_node.start_mark
             if not isinstance(key_node, yaml.ScalarNode) or UNWRITABLE.search(str(key_node.value)):
                 raise self.fail("a key must be plain text", mark)
@@ -147,6 +182,24 @@ class _Builder:
             self.places[here] = self._locate(mark)
             result[key] = self.build(value_node, here)
         return result
+
+    def _merge(self, node: yaml.MappingNode, depth: int = 0) -> list[tuple[Any, yaml.Node]]:
+        """Return a mapping's keys with their nodes, and those of the mappings that it merges which
+        neither it nor an earlier one has."""
+        own = [pair for pair in node.value if pair[0].value != MERGE]
+        known = {str(key.value) for key, _ in own}
+        for key, value in node.value:
+            if key.value != MERGE:
+                continue
+            given = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if depth > DEEPEST or not all(isinstance(each, yaml.MappingNode) for each in given):
+                raise self.fail("<< merges a mapping, or a list of mappings", key.start_mark)
+            for each in given:
+                for pair in self._merge(each, depth + 1):
+                    if str(pair[0].value) not in known:
+                        known.add(str(pair[0].value))
+                        own.append(pair)
+        return own
 
     def _locate(self, mark: yaml.Mark) -> Place:
         return Place(self.name, mark.line + 1 if self.first_line else 0)

@@ -59,14 +59,6 @@ def targets(draft: Draft, keys: Keys, value: Any) -> None:
         draft.tell(keys, Kind.taken, "lora_target_linear adds the other linear layers: all-linear")
 
 
-def packing(draft: Draft, keys: Keys, value: Any) -> None:
-    """Say whether whole sequences are filled, of which a batch then has so many."""
-    if rules.is_on(value):
-        draft.take(keys, "training.packing", "dataset", "a batch is so many filled sequences")
-    else:
-        draft.take(keys, "training.packing", "auto", "the same rows a step, without their padding")
-
-
 def loss_on(draft: Draft, keys: Keys, value: Any) -> None:
     """Say which tokens are learnt."""
     draft.take(keys, "data.train_on", "all" if rules.is_on(value) else "assistant")
@@ -151,6 +143,14 @@ def preferred(draft: Draft, keys: Keys, value: Any) -> None:
 
 def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
     """Say which rows are trained on."""
+    if keys == ("datasets",) and draft.get("pretraining_dataset"):
+        draft.leave(keys, "pretraining_dataset goes before it, as in axolotl")
+        return
+    if keys == ("pretraining_dataset",) and isinstance(value, str):
+        draft.take(keys, "data.path", value)
+        draft.values["data.format"] = "text"
+        draft.reasons["data.format"] = "pretraining_dataset has texts"
+        return
     entries = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
     if not entries:
         draft.ask(keys, "axolotl's list of data sets: data.path")
@@ -350,7 +350,7 @@ RULES: Mapping[str, Rule] = {
     "eot_tokens": leave("lora learns the end of each answer, and says where a token is untrained"),
     "train_on_inputs": loss_on,
     "sequence_len": take("training.max_length"),
-    "sample_packing": packing,
+    "sample_packing": rules.pack("a batch is so many filled sequences"),
     "eval_sample_packing": leave("rows that are evaluated share sequences where trained ones do"),
     "pad_to_sequence_len": leave("lora pads no row to the longest length; the loss is the same"),
     "batch_flattening": leave("lora joins the rows of a step: training.packing"),
@@ -395,6 +395,10 @@ RULES: Mapping[str, Rule] = {
     "unfrozen_parameters": leave("an adapter is trained, and nothing of the base"),
     "plugins": ask("lora has none: see training.loss_head and training.use_liger_kernel"),
     "liger_fused_linear_cross_entropy": leave("training.loss_head does the same without Liger"),
+    **dict.fromkeys(
+        ("processor_type", "processor_config", "is_multimodal", "image_size"), rules.PICTURES
+    ),
+    "image_resize_algorithm": leave("it says more of image_size"),
     "rl": preferred,
     "rl_beta": take("preference.beta"),
     "dpo_beta": take("preference.beta"),

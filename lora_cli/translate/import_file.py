@@ -45,6 +45,7 @@ def make_draft(path: Path, tool: str | None, model: str | None, data: str | None
         draft.ask(keys, f"no key of {known.name} that lora import knows: see what it does there")
     known.finish(draft)
     _name_model_and_data(draft, model, data)
+    rules.say_pictures(draft)
     for key, value in known.defaults.items():
         draft.put_default(key, value)
     if _evaluates(draft):

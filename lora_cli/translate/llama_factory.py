@@ -96,14 +96,6 @@ def belongs(other: str) -> Rule:
     return rule
 
 
-def packing(draft: Draft, keys: Keys, value: Any) -> None:
-    """Say whether whole sequences are filled with rows."""
-    if rules.is_on(value):
-        draft.take(keys, "training.packing", "dataset", "rows are kept apart in a sequence")
-    else:
-        draft.take(keys, "training.packing", "auto", "the same rows a step, without their padding")
-
-
 def history(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that the last answer alone is learnt."""
     turn("data.train_on", "completion")(draft, keys, value)
@@ -185,7 +177,7 @@ RULES: Mapping[str, Rule] = {
     "max_samples": count_rows,
     "train_on_prompt": turn("data.train_on", "all"),
     "mask_history": history,
-    "packing": packing,
+    "packing": rules.pack("rows are kept apart in a sequence"),
     "neat_packing": turn("training.packing", "dataset", "rows are kept apart in a sequence"),
     "streaming": streaming,
     "buffer_size": take("data.shuffle_buffer"),
@@ -220,8 +212,13 @@ RULES: Mapping[str, Rule] = {
     "freeze_vision_tower": leave("all-linear leaves towers for pictures out"),
     "freeze_multi_modal_projector": leave("all-linear leaves towers for pictures out"),
     "freeze_language_model": refuse("training of a tower for pictures"),
-    "image_max_pixels": ask("lora trains the part for texts of such a model"),
-    "video_max_pixels": ask("lora trains the part for texts of such a model"),
+    **dict.fromkeys(
+        (
+            *("image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels"),
+            *("video_fps", "video_maxlen", "image_do_pan_and_scan", "crop_to_patches"),
+        ),
+        rules.PICTURES,
+    ),
     "use_galore": refuse("training of the whole model"),
     "use_badam": refuse("training of the whole model"),
     "use_apollo": refuse("training of the whole model"),

@@ -96,9 +96,9 @@ def expect(usual: tuple[Any, ...], otherwise: str) -> Rule:
     return rule
 
 
-def refuse(what: str) -> Rule:
+def refuse(what: str, instead: str | None = None) -> Rule:
     """Return the rule for a key, where it is on, that makes the file one for another kind of
-    training: the recipe would be no translation of it."""
+    training: the recipe would be no translation of it. `instead` is what can be done."""
 
     def rule(draft: Draft, keys: Keys, value: Any) -> None:
         if not is_on(value):
@@ -107,7 +107,8 @@ def refuse(what: str) -> Rule:
         raise LoraError(
             f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, which lora does not "
             "do",
-            f"take a file of {draft.tool}'s for answers, or for DPO; such a training can go on "
+            instead
+            or f"take a file of {draft.tool}'s for answers, or for DPO; such a training can go on "
             "with what lora trains: a plain PEFT adapter",
         )
 
@@ -148,6 +149,28 @@ def precision(draft: Draft, keys: Keys, value: Any) -> None:
         draft.tell(keys, Kind.taken, "off, as here")
 
 
+PICTURES = refuse(
+    "a training on pictures in conversations",
+    "without such keys, and on rows of texts, lora import takes the model's part for texts",
+)
+"""The rule for a key that files have for models of pictures and texts."""
+READS_PICTURES = re.compile(
+    r"llava|pixtral|paligemma|idefics|smolvlm|internvl|minicpm-?v|phi-?[\d.]+-vision|vision-instruct"
+    r"|(?<![a-z])vl(?![a-z])",
+    re.IGNORECASE,
+)
+"""What models are called that read pictures, too."""
+
+
+def say_pictures(draft: Draft) -> None:
+    """Say of a model that reads pictures, too, what lora trains of it."""
+    name = str(draft.values.get("model.name_or_path", ""))
+    if READS_PICTURES.search(name):
+        draft.asked.append(
+            f"{name} seems to read pictures, too: lora trains its part for texts, on rows of texts"
+        )
+
+
 def quantised(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that a base is stored in 4 bits."""
     if is_on(value):
@@ -181,6 +204,19 @@ def held_out(draft: Draft, keys: Keys, value: Any) -> None:
     else:
         rows = int(value) if isinstance(value, float) and value.is_integer() else value
         draft.take(keys, "data.eval_rows", rows)
+
+
+def pack(note: str = "") -> Rule:
+    """Return the rule for a switch that fills whole sequences with rows."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        if is_on(value):
+            draft.take(keys, "training.packing", "dataset", note)
+        else:
+            same = "the same rows a step, without their padding"
+            draft.take(keys, "training.packing", "auto", same)
+
+    return rule
 
 
 def warm_up(draft: Draft, keys: Keys, value: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import UsageError
+from lora_cli.common import UsageError, quote
 from lora_cli.recipe import strict_yaml
 
 Keys = strict_yaml.Keys
+DASHED = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)+")
+"""A key as its option is spelt on a command line: `learning-rate`."""
 
 
 class Source(NamedTuple):
@@ -32,12 +35,30 @@ class Source(NamedTuple):
 
 def read_source(path: Path) -> Source:
     """Parse the file; UsageError for what is no YAML, and for what has no keys."""
-    document = strict_yaml.read(path)
+    document = strict_yaml.read(path, follow=True)
     if not isinstance(document.data, dict) or not document.data:
         raise UsageError(
             f"{path} has no keys: it configures no training", "name the YAML file of another tool"
         )
-    return Source(path, document.data, document.places)
+    return _spell_keys(Source(path, document.data, document.places))
+
+
+def _spell_keys(source: Source) -> Source:
+    """Return a file's keys with `_` where they have `-`, as on a command line. UsageError where
+    that makes two of them one."""
+    data, places = dict[str, Any](), dict(source.places)
+    for key, value in source.data.items():
+        name = key.replace("-", "_") if DASHED.fullmatch(key) else key
+        if name in data:
+            first, line = places[(name,)].line, source.find_line((key,))
+            raise UsageError(
+                f"{source.show_place((key,))}: {name} is given twice (first on line {first})",
+                f"sed -i {line}d {quote(source.path)} takes this one out",
+            )
+        data[name] = value
+        for keys in [each for each in source.places if each[:1] == (key,)]:
+            places[(name, *keys[1:])] = source.places[keys]
+    return Source(source.path, data, places)
 
 
 def list_leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:

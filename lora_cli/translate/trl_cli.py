@@ -185,14 +185,6 @@ def _is_a_name(value: Any) -> bool:
     return isinstance(value, str) and value != "all-linear" and value.isidentifier()
 
 
-def pack(draft: Draft, keys: Keys, value: Any) -> None:
-    """Say whether whole sequences are filled with rows."""
-    if rules.is_on(value):
-        draft.take(keys, "training.packing", "dataset")
-    else:
-        draft.take(keys, "training.packing", "auto", "the same rows a step, without their padding")
-
-
 def launched(draft: Draft, keys: Keys, value: Any) -> None:
     """Say how processes share the base, by accelerate's profile."""
     name = str(value)
@@ -240,7 +232,7 @@ RULES: Mapping[str, Rule] = {
     "max_seq_length": take("training.max_length"),
     "truncation_mode": expect(("keep_start",), "data.on_long_row"),
     "shuffle_dataset": leave("rows are drawn in random order"),
-    "packing": pack,
+    "packing": rules.pack(),
     "chat_template_path": rules.template,
     "chat_template": ask("write it into FILE.jinja: model.chat_template: FILE.jinja"),
     "system_prompt": take("model.system_prompt"),

@@ -14,7 +14,14 @@ from lora_cli.translate.source import Keys
 
 MARKS = (
     *("training_type", "format_type", "local_dataset", "train_on_completions", "num_epochs"),
-    *("random_seed", "finetune_language_layers", "vision_all_linear", "lora_r", "max_seq_length"),
+    *(
+        "model_name",
+        "random_seed",
+        "finetune_language_layers",
+        "vision_all_linear",
+        "lora_r",
+        "max_seq_length",
+    ),
 )
 FORMATS = {
     "auto": "auto",
@@ -42,7 +49,7 @@ def local_files(draft: Draft, keys: Keys, value: Any) -> None:
 
 def named_set(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the data set's name on the hub."""
-    if draft.get("data", "local_dataset"):
+    if draft.get("data", "local_dataset") or draft.get("local_dataset"):
         draft.leave(keys, "local_dataset says which files are read")
     else:
         draft.take(keys, "data.path", value)
@@ -93,14 +100,6 @@ def checkpointing(draft: Draft, keys: Keys, value: Any) -> None:
     draft.take(keys, "training.gradient_checkpointing", on, note)
 
 
-def packing(draft: Draft, keys: Keys, value: Any) -> None:
-    """Say whether whole sequences are filled with rows."""
-    if rules.is_on(value):
-        draft.take(keys, "training.packing", "dataset")
-    else:
-        draft.take(keys, "training.packing", "auto", "the same rows a step, without their padding")
-
-
 def targets(draft: Draft, keys: Keys, value: Any) -> None:
     """Say which modules get an adapter."""
     names = split_names(value)
@@ -130,13 +129,13 @@ def tracker(name: str) -> Rule:
 
 def wandb_project(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the project, where wandb is used."""
-    if rules.is_on(draft.get("logging", "enable_wandb")):
+    if rules.is_on(draft.get("logging", "enable_wandb") or draft.get("enable_wandb")):
         draft.ask(keys, f"export WANDB_PROJECT={quote(value)}")
     else:
         draft.leave(keys, "enable_wandb is off")
 
 
-RULES: Mapping[str, Rule] = {
+IN_SECTIONS: Mapping[str, Rule] = {
     "model": take("model.name_or_path"),
     "data.dataset": named_set,
     "data.local_dataset": local_files,
@@ -150,7 +149,7 @@ RULES: Mapping[str, Rule] = {
     "training.max_steps": steps,
     "training.save_steps": saves,
     "training.random_seed": take("training.seed"),
-    "training.packing": packing,
+    "training.packing": rules.pack(),
     "training.train_on_completions": loss_on,
     "training.gradient_checkpointing": checkpointing,
     "training.trust_remote_code": rules.TRAINER["trust_remote_code"],
@@ -177,6 +176,12 @@ RULES: Mapping[str, Rule] = {
     "logging.log_frequency": take("training.logging_steps"),
     "inference": ask("lora generate and lora chat have these as options"),
 }
+RULES: Mapping[str, Rule] = {
+    "model_name": take("model.name_or_path"),
+    **{name.rpartition(".")[2]: rule for name, rule in IN_SECTIONS.items()},
+    **IN_SECTIONS,
+}
+"""Also of a file without sections, with the names that `FastLanguageModel` and its trainer have."""
 DEFAULTS: Mapping[str, Any] = {
     "method": "qlora",
     "lora.r": 64,
@@ -201,15 +206,17 @@ DEFAULTS: Mapping[str, Any] = {
 
 def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:
     """Take a key of the training that Unsloth hands to TRL; return whether it is one."""
-    return keys[0] == "training" and rules.pass_on(draft, keys, value)
+    is_flat = len(keys) == 1
+    return (is_flat or keys[0] == "training") and rules.pass_on(draft, keys, value)
 
 
 def finish(draft: Draft) -> None:
     """Say what no single key says."""
-    if draft.get("training", "load_in_4bit") is False and "method" not in draft.values:
+    given = {**draft.source.data, **(draft.get("training") or {})}
+    if given.get("load_in_4bit") is False and "method" not in draft.values:
         draft.values["method"] = "lora"
         draft.reasons["method"] = "load_in_4bit: false"
-    if draft.values.get("method") == "dora" and "load_in_4bit" not in (draft.get("training") or {}):
+    if draft.values.get("method") == "dora" and "load_in_4bit" not in given:
         draft.values["method"] = "qdora"
     if draft.values.get("training.max_steps", -1) != -1:
         draft.put_default("training.num_train_epochs", 1)

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -455,3 +456,123 @@ def test_an_imported_recipe_trains(name: str, tiny: Path, tmp_path: Path, lora) 
 
 if __name__ == "__main__":
     sys.stdout.write(snapshots.render(sorted(EXAMPLES), said))
+
+
+AXOLOTL = "base_model: a/b\nadapter: lora\nmicro_batch_size: 2\nsequence_len: 512\n"
+
+
+def test_keys_are_read_as_options_spell_them(tmp_path: Path) -> None:
+    text = "model-name-or-path: a\ndataset_name: b\nuse-peft: true\nlearning-rate: 3e-4\n"
+    draft = draft_of("a.yaml", tmp_path, text)
+    assert draft.tool == "TRL"
+    assert draft.values["training.learning_rate"] == 3e-4
+    assert draft.source.show_place(("learning_rate",)).endswith("a.yaml:4")
+    with pytest.raises(UsageError, match=r"a.yaml:5: use_peft is given twice \(first on line 3\)"):
+        draft_of("a.yaml", tmp_path, f"{text}use_peft: true\n")
+
+
+def test_aliases_and_merges_are_followed_to_their_lines(tmp_path: Path) -> None:
+    text = (
+        f"{AXOLOTL}lora_target_modules: &names [q_proj]\nlora_modules_to_save: *names\n"
+        "datasets:\n  - &one\n    path: c/d\n    type: completion\n    split: train\n"
+        "  - <<: *one\n    path: e/f\n  - {<<: [{split: test}, *one], path: g/h}\n"
+    )
+    theirs = yaml.safe_load(text)
+    draft = draft_of("a.yaml", tmp_path, text)
+    assert draft.source.data == theirs
+    mix = draft.values["data.mix"]
+    assert [(each["path"], each["split"]) for each in mix] == [
+        ("c/d", "train"), ("e/f", "train"), ("g/h", "test"),
+    ]  # fmt: skip
+    lines = {
+        keys: draft.source.find_line(keys)
+        for keys in (("datasets", 1, "path"), ("datasets", 1, "type"), ("lora_modules_to_save",))
+    }
+    assert list(lines.values()) == [13, 10, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a {b: 1}\nc:\n  <<: 3\n", "a.yaml:3: << merges a mapping"),
+        ("a: &a\n  <<: *a\n", "a.yaml:2: << merges a mapping"),
+        ("a: &a [*a]\n", "a.yaml: nested too deeply"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+            f"{name}: &{name} [{', '.join([f'*{of}'] * 9)}]\n" for of, name in zip("abcde", "bcdef")
+        ), "a.yaml:1: aliases that stand for over 20,000 values"),
+        (f"{AXOLOTL}---\nbase_model: c\n", "a.yaml:5: a second document begins here"),
+        ("a: !!python/name:os.system x\n", "a.yaml:1: tags"),
+    ],
+)  # fmt: skip
+def test_yaml_that_cannot_be_followed_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        draft_of("a.yaml", tmp_path, text)
+    assert said in refused.value.message
+
+
+def test_the_first_of_several_documents_is_had_by_the_hint(tmp_path: Path) -> None:
+    path = tmp_path / "my file.yaml"
+    path.write_text(f"{AXOLOTL}---\nbase_model: c\n")
+    with pytest.raises(UsageError) as refused:
+        make_draft(path, None, None, None)
+    command, _, name = (refused.value.hint or "").partition("; then name ")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    made = make_draft(tmp_path / name.strip("'"), None, None, None)
+    assert made.values["model.name_or_path"] == "a/b"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_keys_for_rows_the_one_that_axolotl_reads_is_taken(
+    order: int, tmp_path: Path
+) -> None:
+    sets = ["datasets: [{path: c/d, type: alpaca}]\n", "pretraining_dataset: [{path: e/f}]\n"]
+    draft = draft_of("a.yaml", tmp_path, AXOLOTL + "".join(sets[::order]))
+    assert draft.values["data.path"] == "e/f"
+    assert "model.chat_template" not in draft.values
+    assert draft.fates[("datasets",)].kind == Kind.none
+    one = draft_of("b.yaml", tmp_path, f"{AXOLOTL}pretraining_dataset: e/f\n")
+    assert (one.values["data.path"], one.values["data.format"]) == ("e/f", "text")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{AXOLOTL}processor_type: AutoProcessor\n",
+        "model_name_or_path: a\nstage: sft\ndataset: d\nimage_max_pixels: 262144\n",
+    ],
+)
+def test_pictures_in_conversations_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="is a training on pictures in conversations") as refused:
+        draft_of("a.yaml", tmp_path, text)
+    assert "DPO" not in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("model", "reads"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", True),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", True),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", True),
+        ("mistralai/Pixtral-12B", True),
+        ("meta-llama/Llama-3.2-1B-Instruct", False),
+        ("tiiuae/vlogger", False),
+        ("AI-Revision/Model", False),
+    ],
+)
+def test_of_a_model_of_pictures_it_is_told_what_trains(
+    model: str, reads: bool, tmp_path: Path
+) -> None:
+    text = f"model_name_or_path: {model}\ndataset_name: b\nuse_peft: true\n"
+    asked = " ".join(draft_of("a.yaml", tmp_path, text).asked)
+    assert ("seems to read pictures" in asked) == reads
+
+
+def test_unsloths_names_are_known_without_sections(tmp_path: Path) -> None:
+    flat = "model_name: a\nmax_seq_length: 1024\nload_in_4bit: false\nlora_r: 8\nrandom_seed: 7\n"
+    draft = draft_of("a.yaml", tmp_path, flat)
+    nested = (
+        "model: a\ntraining: {max_seq_length: 1024, load_in_4bit: false, random_seed: 7}\n"
+        "lora: {lora_r: 8}\n"
+    )
+    assert draft.tool == "Unsloth"
+    assert draft.values == draft_of("b.yaml", tmp_path, nested).values
