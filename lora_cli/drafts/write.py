@@ -66,7 +66,7 @@ def write_recipe(asked: Asked) -> Path:
     chosen = columns.settle_columns(draft, source, first, questions)
     template = templates.settle_template(draft, base, chosen)
     seen = _look(draft, source, chosen, base)
-    _say_rows(path, seen, chosen)
+    _say_rows(path, seen, chosen, draft.read("objective"))
     _settle_bad_rows(draft, seen, chosen, questions)
     lengths.settle_length(draft, seen, chosen.style, base)
     schedule.settle_holdout(draft, seen, path, questions)
@@ -196,7 +196,7 @@ def _look(draft: Draft, source: sources.Source, chosen: columns.Chosen, base: Ba
         return rows_of.look(source, found.recipe.data, encoder, chosen.style, chosen.names)
 
 
-def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
+def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen, objective: Any) -> None:
     """Say what was found of the rows."""
     named = ", ".join(f"{theirs} as {ours}" for ours, theirs in chosen.names.items())
     ui.say(
@@ -206,7 +206,7 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen) -> None:
     if chosen.unread:
         ui.say(f"  not read: {', '.join(chosen.unread)}")
     if chosen.style == "preference":
-        ui.say("  which of two answers is better is learnt (objective: dpo)")
+        ui.say(f"  which of two answers is better is learnt (objective: {objective})")
     if seen.first_repeated:
         place, earlier = seen.first_repeated
         ui.say(

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.recipe import initialisations
 from lora_cli.recipe.keys import Recipe, TrainingFields
-from lora_cli.recipe.tasks import TASKS, WRITTEN_METRICS
+from lora_cli.recipe.tasks import OBJECTIVES, TASKS, WRITTEN_METRICS
 
 Problem = tuple[str, str | None]
 """A message and its hint."""
@@ -183,8 +183,12 @@ AGAINST_PAIRS: dict[tuple[str, str], tuple[Any, ...]] = {
 """Keys that a pair of answers leaves few values, and these; of all others of SFTTrainer's, none."""
 
 
+SMOOTHED = ("sigmoid", "simpo", "robust")
+"""Losses that take some pairs to be the wrong way round."""
+
+
 def _check_preference(recipe: Recipe) -> Iterator[Problem]:
-    """Pairs of answers are for models that write, and are compared with what was there before."""
+    """Pairs of answers are for models that write; with a reference, which is computed first."""
     objective, given = recipe.objective, recipe.objective_row
     if objective != "auto" and not recipe.task_row.writes_next_tokens:
         place = recipe.where("objective")
@@ -198,18 +202,19 @@ def _check_preference(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.trainer == "sft":
         yield f"{recipe.where('trainer')}: SFTTrainer does not compare answers", "trainer: auto"
-    if recipe.data.streaming:
+    if recipe.data.streaming and given.needs_reference:
         place = recipe.where("data", "streaming")
         yield (
             f"{place}: how likely each answer is at the start is computed before the first step",
-            "leave it out",
+            "leave it out, or take objective: orpo",
         )
     yield from _check_pairs(recipe)
+    yield from _check_loss_of_pairs(recipe)
 
 
 def _check_pairs(recipe: Recipe) -> Iterator[Problem]:
     """What is said of single answers is not for pairs."""
-    objective, preference = recipe.objective, recipe.preference
+    objective = recipe.objective
     for (section, key), fine in AGAINST_PAIRS.items():
         if getattr(getattr(recipe, section), key) not in fine:
             place, value = recipe.where(section, key), getattr(getattr(recipe, section), key)
@@ -221,9 +226,27 @@ def _check_pairs(recipe: Recipe) -> Iterator[Problem]:
     own = recipe.objective_row.list_own_fields() - TrainingFields.model_fields.keys()
     for key in sorted(recipe.training.model_fields_set & {*own, "label_smoothing_factor"}):
         yield f"{recipe.where('training', key)} is not for objective: {objective}", "leave it out"
-    if preference.label_smoothing and preference.loss not in ("sigmoid", "robust"):
-        place = recipe.where("preference", "label_smoothing")
-        yield f"{place} has no effect with loss: {preference.loss}", "loss: robust"
+
+
+def _check_loss_of_pairs(recipe: Recipe) -> Iterator[Problem]:
+    """Each objective has its losses, and each loss its numbers."""
+    preference, losses = recipe.preference, recipe.objective_row.losses
+    if preference.loss not in losses:
+        place = recipe.where("preference", "loss")
+        owner = next(each.name for each in OBJECTIVES if preference.loss in each.losses)
+        yield (
+            f"{place}: {preference.loss} is not for objective: {recipe.objective}",
+            f"objective: {owner}, or leave it out",
+        )
+    for key, fine in (("label_smoothing", SMOOTHED), ("gamma", ("simpo",))):
+        if getattr(preference, key) and preference.loss not in fine:
+            place, more = recipe.where("preference", key), {*fine} & {*losses}
+            yield (
+                f"{place} has no effect with loss: {preference.loss}",
+                f"loss: {next(each for each in reversed(fine) if each in more)}"
+                if more
+                else "leave it out",
+            )
 
 
 def _check_steps(recipe: Recipe) -> Iterator[Problem]:

@@ -319,23 +319,30 @@ class Data(Section):
 
 
 class Preference(Section):
-    """What is made of the two answers of a row, with `objective: dpo`. h is how much more likely
-    the chosen answer has become than it was at the start, in nats, less the same of the rejected
-    one; at the start it is 0."""
+    """What is made of the two answers of a row, with `objective: dpo`, `orpo`, `simpo` or `cpo`. h
+    is how much more likely the chosen answer is than the rejected one, in nats; with dpo less what
+    it was at the start, so that h begins at 0."""
 
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down"] = (
-        "sigmoid"
-    )
-    """sigmoid: DPO, -log σ(βh), with label_smoothing conservative DPO; ipo: (h - 1/2β)², h by mean
-    over tokens; hinge: max(0, 1 - βh); robust: DPO made right on average for pairs of which
+    loss: Literal[
+        "sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "odds_ratio",
+        "simpo",
+    ] = "sigmoid"  # fmt: skip
+    """sigmoid: -log σ(βh), with label_smoothing conservative DPO; ipo: (h - 1/2β)², h by mean over
+    tokens; hinge: max(0, 1 - βh); robust: DPO made right on average for pairs of which
     label_smoothing are the wrong way round; sigmoid_norm: sigmoid, h by mean over tokens; apo_zero:
-    chosen answers more likely, rejected ones less; apo_down: both less, rejected ones more so."""
+    chosen answers more likely, rejected ones less; apo_down: both less, rejected ones more so.
+    cpo has sigmoid, ipo and hinge. orpo has odds_ratio: -β log σ of the difference of both answers'
+    log odds, by mean over tokens; simpo has simpo: -log σ(βh - γ), h by mean over tokens."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """β: the higher, the closer the model stays to its start."""
+    """β: the higher, the closer the model stays to its start; with orpo how much the odds weigh
+    (λ in its paper). With simpo it is 2 where the recipe does not say."""
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    """γ: how far apart βh has to be with simpo; 1 where the recipe does not say."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """The share of pairs taken to be the wrong way round; with loss: sigmoid or robust."""
+    """The share of pairs taken to be the wrong way round; with loss: sigmoid, simpo or robust."""
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Adds so many times the chosen answer's own loss, the mean over its tokens."""
+    """Adds so many times the chosen answer's own loss, the mean over its tokens. With orpo and cpo
+    it is 1 where the recipe does not say, as it is a part of theirs."""
 
 
 class TrainingFields(Section):
@@ -555,10 +562,11 @@ class Recipe(Section):
     """What the model is trained to do: write text, tell which labels a text has, or which each of
     its words has, find answers in a text, or tell which labels a picture has; or, with an encoder
     and a decoder, read a text and write another."""
-    objective: Auto | Literal["sft", "dpo"] = "auto"
+    objective: Auto | Literal["sft", "dpo", "orpo", "simpo", "cpo"] = "auto"
     """What training minimises, with task: causal_lm: the loss of the answers (sft), or what makes
-    one of two answers likelier than the other (dpo; rows have prompt, chosen, rejected). `auto`:
-    the task's own loss."""
+    one of two answers likelier than the other (rows have prompt, chosen, rejected): dpo, held
+    against the model as it was at the start; orpo, simpo, cpo, without that. `auto`: the task's own
+    loss."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)

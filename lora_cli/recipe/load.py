@@ -15,6 +15,7 @@ from lora_cli.recipe import messages, not_recipes, shipped_recipes, strict_yaml
 from lora_cli.recipe.contradictions import list_contradictions
 from lora_cli.recipe.keys import Recipe
 from lora_cli.recipe.strict_yaml import Document, Keys, Place
+from lora_cli.recipe.tasks import name_objective
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -60,6 +61,7 @@ def _make(document: Document, path: Path) -> tuple[Recipe | None, list[tuple[str
     model = document.data.get("model")
     if isinstance(model, dict) and model.get("adapter") is not None:
         model.setdefault("name_or_path", "auto")
+    _fill_preference(document.data)
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
@@ -67,6 +69,13 @@ def _make(document: Document, path: Path) -> tuple[Recipe | None, list[tuple[str
     recipe._places = document.places
     problems = list(list_contradictions(recipe))
     return (None if problems else recipe), problems
+
+
+def _fill_preference(data: dict[str, Any]) -> None:
+    """Add what the recipe's objective takes for keys of `preference:` that are not given."""
+    objective, given = name_objective(data.get("objective")), data.get("preference", {})
+    if objective.compares and isinstance(given, dict):
+        data["preference"] = objective.defaults | given
 
 
 def override_values(document: Document, path: Path, overrides: Sequence[str]) -> Document:

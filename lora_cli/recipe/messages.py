@@ -20,6 +20,7 @@ from lora_cli.recipe.keys import (
     Section,
 )
 from lora_cli.recipe.strict_yaml import Document, Keys, Place
+from lora_cli.recipe.tasks import name_objective
 
 
 def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[str, str | None]]:
@@ -47,7 +48,7 @@ def list_problems(error: ValidationError, document: Document) -> Iterator[tuple[
             wrong = details[0]["input"]
             yield (
                 f"{place}: {name} is {_show(wrong)}, but must be {allowed}",
-                _quote_text(keys, place, details) or _suggest_value(keys, wrong, details),
+                _quote_text(keys, place, details) or _suggest_value(keys, wrong, details, document),
             )
 
 
@@ -131,7 +132,7 @@ def _quote_text(keys: Keys, place: Place, details: Sequence[Any]) -> str | None:
     return f"--set {quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}"
 
 
-def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
+def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any], document: Document) -> str:
     """Return a hint for a wrong value: the word that was meant, or the default."""
     expected = " ".join(str(detail.get("ctx", {}).get("expected", "")) for detail in details)
     words = re.findall(r"'([^']+)'", expected)
@@ -143,6 +144,10 @@ def _suggest_value(keys: Keys, wrong: Any, details: Sequence[Any]) -> str:
     if field is None or field.is_required():
         return "lora schema --markdown describes every key"
     default = field.get_default(call_default_factory=True)
+    if keys[0] == "preference":
+        default = name_objective(document.data.get("objective")).defaults.get(
+            str(keys[-1]), default
+        )
     if isinstance(default, BaseModel):
         return "lora schema --markdown describes every key"
     if default is None:

@@ -7,8 +7,8 @@ imported here: classes of other libraries are named, and imported when they are 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.common import LoraError
@@ -114,8 +114,24 @@ class Objective:
     """TRL's configuration class."""
     fields: tuple[tuple[str, str, str], ...]
     """Where the fields of that class are declared."""
-    compares: bool = False
-    """Whether its rows are pairs of answers, of which one is preferred; lora trains it itself."""
+    losses: tuple[str, ...] = ()
+    """What `preference.loss` may be; the first where a recipe does not say."""
+    needs_reference: bool = False
+    """Whether its losses are of how much likelier answers have become since the start."""
+    usual: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that are others than with most objectives where a recipe does not say them."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether its rows are pairs of answers, of which one is preferred; lora trains it
+        itself."""
+        return bool(self.losses)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What keys of `preference:` are where a recipe does not say, and not what they mostly
+        are."""
+        return {"loss": self.losses[0], **self.usual} if self.losses else {}
 
     def find_config_class(self) -> Any:
         """Return TRL's configuration class."""
@@ -245,14 +261,22 @@ PREFERENCE_METRICS = (
     *("logps_chosen", "logps_rejected"),
 )
 """What is measured of pairs, beside the loss."""
+OF_ONE_ANSWER = "SFTTrainer", "SFTConfig", SFT_CONFIG
+DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down")
 OBJECTIVES = (
-    Objective("sft", "SFTTrainer", "SFTConfig", SFT_CONFIG),
-    Objective("dpo", "SFTTrainer", "SFTConfig", SFT_CONFIG, compares=True),
+    Objective("sft", *OF_ONE_ANSWER),
+    Objective("dpo", *OF_ONE_ANSWER, DPO_LOSSES, needs_reference=True),
+    # eq. 6 of Hong et al. 2024, who take 0.1 (Mistral) to 0.25 for preference.beta
+    Objective("orpo", *OF_ONE_ANSWER, ("odds_ratio",), usual={"sft_weight": 1.0}),
+    # where its authors' README says to begin: https://github.com/princeton-nlp/SimPO
+    Objective("simpo", *OF_ONE_ANSWER, ("simpo",), usual={"beta": 2.0, "gamma": 1.0}),
+    # eq. 5 of Xu et al. 2024
+    Objective("cpo", *OF_ONE_ANSWER, ("sigmoid", "ipo", "hinge"), usual={"sft_weight": 1.0}),
 )
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
 
 
-def name_objective(name: str) -> Objective:
+def name_objective(name: object) -> Objective:
     """Return the objective that a recipe calls so; `auto` is the task's own loss."""
     return next((each for each in OBJECTIVES if each.name == name), DEFAULT_OBJECTIVE)
 

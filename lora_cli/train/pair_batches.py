@@ -1,8 +1,8 @@
 """Put pairs of answers together to a batch: sequences without padding, or a row for each answer.
 
 Beside a model's inputs a batch names what its loss is made of: `answers`, for each of its sequences
-the numbers of labels of the answers in it, chosen and rejected in turn, and `reference` (1, answers
-of all), how likely each was at the start (`reference.py`).
+the numbers of labels of the answers in it, chosen and rejected in turn; and, of rows that have it,
+`reference` (1, answers of all), how likely each was at the start (`reference.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from lora_cli.data import preferences
 from lora_cli.models import IGNORED
 from lora_cli.speed import step_packing
 
@@ -68,21 +69,33 @@ def _cut(row: Mapping[str, Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
 def _describe_answers(grouped: Sequence[Rows]) -> dict[str, Any]:
     """Return what a batch says of the answers in each of its sequences; the row of a process that
     has none is no pair."""
-    pairs = [[row for row in rows if REFERENCE in row] for rows in grouped]
-    reference = [number for rows in pairs for row in rows for number in row[REFERENCE]]
+    pairs = [[row for row in rows if preferences.DOCUMENTS in row] for rows in grouped]
     answers = [[count_labels(labels) for row in rows for _, labels in _cut(row)] for rows in pairs]
+    every = [row for rows in pairs for row in rows]
+    if every and REFERENCE not in every[0]:
+        return {ANSWERS: answers}
+    reference = [number for row in every for number in row[REFERENCE]]
     return {ANSWERS: answers, REFERENCE: torch.tensor([reference], dtype=torch.float32)}
 
 
 def split(batch: dict[str, Any], parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the sequences of a batch, which are these inputs of a model, each with its answers."""
     answers = batch[ANSWERS]
-    references = batch[REFERENCE][0].split([len(each) for each in answers])
-    return [
+    found = [
         {name: value for name, value in part.items() if name not in (ANSWERS, REFERENCE)}
-        | {ANSWERS: own, REFERENCE: reference}
-        for part, own, reference in zip(parts, answers, references)
+        | {ANSWERS: own}
+        for part, own in zip(parts, answers)
     ]
+    if REFERENCE in batch:
+        references = batch[REFERENCE][0].split([len(each) for each in answers])
+        for part, reference in zip(found, references):
+            part[REFERENCE] = reference
+    return found
+
+
+def count_pairs(batch: Mapping[str, Any]) -> int:
+    """Return how many pairs a batch has."""
+    return sum(len(each) for each in batch[ANSWERS]) // 2
 
 
 class ComparedPairs(torch.utils.data.Dataset[dict[str, Any]]):

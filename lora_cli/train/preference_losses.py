@@ -1,9 +1,10 @@
 """What is made of two answers: the loss of each pair, and how well pairs are told apart.
 
 All is over log-probabilities of whole answers, the sums of those of their tokens in nats, under the
-model (`logps`) and under the model as it was at the start (`reference`). The difference of both,
-times β, is an answer's *reward*. The formulas are those of the papers named below; where TRL's
-DPOTrainer has the same one, tests hold them against each other.
+model (`logps`) and, where an objective needs it, under the model as it was at the start
+(`reference`). The difference of both, or the first alone, times β, is an answer's *reward*. The
+formulas are those of the papers named below; where a trainer of TRL's has the same one, tests hold
+them against each other.
 """
 
 from __future__ import annotations
@@ -23,14 +24,22 @@ class Pairs(NamedTuple):
     """Chosen and rejected answers, (pairs, 2) each."""
 
     logps: Tensor
-    reference: Tensor
+    reference: Tensor | None
+    """None where answers are compared with each other alone."""
     tokens: Tensor
     """How many tokens each answer has."""
 
     @property
     def ratios(self) -> Tensor:
-        """How much likelier each answer has become, in nats."""
-        return self.logps - self.reference
+        """How much likelier each answer has become, or is, in nats."""
+        return self.logps if self.reference is None else self.logps - self.reference
+
+
+BY_TOKEN = ("ipo", "sigmoid_norm", "simpo", "odds_ratio")
+"""Losses that take the mean over an answer's tokens, in place of their sum."""
+SURE = -1e-6
+"""Log-probability, on average over its tokens, from which on an answer is as likely as can be: the
+odds of a higher one have no gradient in float32."""
 
 
 def compute_losses(pairs: Pairs, preference: Preference) -> Tensor:
@@ -46,10 +55,12 @@ def compute_losses(pairs: Pairs, preference: Preference) -> Tensor:
 def _compare(pairs: Pairs, preference: Preference) -> Tensor:
     kind, beta, wrong = preference.loss, preference.beta, preference.label_smoothing
     ratios = pairs.ratios
-    if kind in ("ipo", "sigmoid_norm"):
+    if kind in BY_TOKEN:
         ratios = ratios / pairs.tokens
     chosen, rejected = ratios.unbind(dim=1)
     gap = chosen - rejected
+    if kind == "odds_ratio":  # Hong et al. 2024, eqs. 4 and 7, as far as it compares
+        return -beta * logsigmoid(_find_log_odds(chosen) - _find_log_odds(rejected))
     if kind == "ipo":  # Azar et al. 2023, eq. 17; by mean over tokens, as its authors agreed
         return (gap - 1 / (2 * beta)).square()
     if kind == "hinge":  # Zhao et al. 2023, SLiC
@@ -58,10 +69,18 @@ def _compare(pairs: Pairs, preference: Preference) -> Tensor:
         return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
     if kind == "apo_down":  # … eq. 8
         return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * gap)
-    right, flipped = -logsigmoid(beta * gap), -logsigmoid(-beta * gap)
+    apart = beta * gap - preference.gamma  # γ: Meng et al. 2024, SimPO, eq. 6
+    right, flipped = -logsigmoid(apart), -logsigmoid(-apart)
     if kind == "robust":  # Chowdhury et al. 2024, eq. 3
         return ((1 - wrong) * right - wrong * flipped) / (1 - 2 * wrong)
-    return (1 - wrong) * right + wrong * flipped  # Rafailov et al. 2023, eq. 7; Mitchell 2023
+    # Rafailov et al. 2023, eq. 7; Mitchell 2023; without a reference Xu et al. 2024, CPO, eq. 3
+    return (1 - wrong) * right + wrong * flipped
+
+
+def _find_log_odds(logps: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of log-probabilities."""
+    held = logps.clamp(max=SURE)
+    return held - torch.log(-torch.expm1(held))
 
 
 def describe_pairs(pairs: Pairs, losses: Tensor, preference: Preference) -> Tensor:
@@ -69,6 +88,8 @@ def describe_pairs(pairs: Pairs, losses: Tensor, preference: Preference) -> Tens
     number (float32); pairs that are told apart by nothing are none that are told apart right."""
     with torch.no_grad():
         rewards = preference.beta * pairs.ratios
+        if pairs.reference is None and preference.loss in BY_TOKEN:
+            rewards = rewards / pairs.tokens
         margin = rewards[:, 0] - rewards[:, 1]
         found = {
             "rewards_accuracy": (margin > 0).float(),
@@ -99,6 +120,7 @@ def score_answers(model: Any, part: dict[str, Any], has_loss_head: bool) -> Pair
     With `has_loss_head` the model computes it at the answers' tokens (`speed/loss_head.py`).
     """
     inputs = {name: value for name, value in part.items() if name not in (ANSWERS, REFERENCE)}
+    reference: Tensor | None = part.get(REFERENCE)
     if has_loss_head:
         losses = model(**inputs, each=True).loss
     else:
@@ -108,4 +130,5 @@ def score_answers(model: Any, part: dict[str, Any], has_loss_head: bool) -> Pair
     # without an answer, as a process may be, nothing that the others' gradients wait for is lost
     logps = torch.stack(sums) if sums else losses[:0]
     tokens = logps.new_tensor(part[ANSWERS])
-    return Pairs(*(each.view(-1, 2) for each in (logps, part[REFERENCE], tokens)))
+    known = None if reference is None else reference.view(-1, 2)
+    return Pairs(logps.view(-1, 2), known, tokens.view(-1, 2))

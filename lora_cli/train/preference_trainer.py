@@ -55,7 +55,7 @@ class PreferenceTrainer(WatchedTrainer):
         return pair_batches.split(inputs, super()._split_parts(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        pairs = [torch.zeros(each[pair_batches.REFERENCE].numel() // 2) for each in batch_samples]
+        pairs = [torch.zeros(pair_batches.count_pairs(each)) for each in batch_samples]
         counted = [{**batch, "shift_labels": each} for batch, each in zip(batch_samples, pairs)]
         return super()._get_num_items_in_batch(counted, device)
 
@@ -70,7 +70,7 @@ class PreferenceTrainer(WatchedTrainer):
         pairs, losses = self._compare(model, inputs)
         self.sums += preference_losses.describe_pairs(pairs, losses, self.preference)
         if self.begun is not None:
-            self.begun.append((Pairs(*(each.detach() for each in pairs)), losses.detach()))
+            self.begun.append((pairs._replace(logps=pairs.logps.detach()), losses.detach()))
         assert num_items_in_batch is not None
         # accelerate takes the mean over the processes
         return losses.sum() / num_items_in_batch * self.accelerator.num_processes
@@ -92,7 +92,7 @@ class PreferenceTrainer(WatchedTrainer):
         """Say the loss before anything is learnt. LoraError where the model is not the one that
         the reference was computed of, and no dropout says why."""
         pairs = Pairs(*(torch.cat(each) for each in zip(*(pairs for pairs, _ in begun))))
-        if not len(pairs.logps):
+        if not len(pairs.logps) or pairs.reference is None:
             return
         found = float(torch.cat([losses for _, losses in begun]).mean())
         same = pairs._replace(logps=pairs.reference)

@@ -101,7 +101,8 @@ def _compute(
             for part in pair_batches.split(batch, parts):
                 there = {name: _move(value, adapted.device) for name, value in part.items()}
                 pairs = preference_losses.score_answers(adapted, there, has_loss_head)
-                found[start + pairs.reference[:, 0].long().cpu()] = pairs.logps.double().cpu()
+                own = there[pair_batches.REFERENCE].view(-1, 2)[:, 0].long()
+                found[start + own.cpu()] = pairs.logps.double().cpu()
             progress.update(f"reference {places[-1] + 1}/{len(rows)} pairs")
     progress.clear()
     return ranks.add_up(found).float()

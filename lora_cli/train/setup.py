@@ -360,8 +360,8 @@ def _give_rows(rows: prepare.Prepared, reference: torch.Tensor | None) -> Any:
 
 def add_references(recipe: Recipe, base: Base, adapted: PeftModel, inputs: Inputs) -> Inputs:
     """Return the inputs with what the model says of the rows' answers before the first step, where
-    these are compared."""
-    if not recipe.objective_row.compares:
+    they are held against that."""
+    if not recipe.objective_row.needs_reference:
         return inputs
     collate = make_collator(recipe, inputs.reader, memory.find_packed_length(recipe))
     train, evaluation = (
@@ -393,7 +393,7 @@ def make_options(
         own_loss_head=training.loss_head == "trained_tokens",
         loraplus=read_loraplus(recipe),
         preference=recipe.preference if recipe.objective_row.compares else None,
-        checks_start=True,
+        checks_start=recipe.objective_row.needs_reference,
         scorer=make_scorer(recipe),
         written_tokens=recipe.max_target_length if training.generate_at_evaluation else 0,
         batches=batches,

@@ -224,6 +224,7 @@ def _make_rows(recipe: Recipe) -> Dataset:
     rows: dict[str, Any] = {"input_ids": ids, "labels": ids}
     if recipe.objective_row.compares:
         rows |= {preferences.DOCUMENTS: [[LENGTH // 2] * 2] * ROWS}
+    if recipe.objective_row.needs_reference:
         rows |= {pair_batches.REFERENCE: [[-1.0, -1.0]] * ROWS}
     return Dataset.from_dict(rows)
 

@@ -187,6 +187,9 @@ def test_two_answers_teach_which_is_better(init, lora, tmp_path: Path) -> None:
     assert re.search(r"\n  \d+ steps, about ", done.stderr)
     trained = lora("train", "rows.yaml", "--set", "training.max_steps=2", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
+    odds = init("rows.jsonl", "--set", "objective=orpo", "--out", "odds.yaml")
+    assert "is learnt (objective: orpo)" in odds.stderr, odds.stderr
+    assert load_recipe(tmp_path / "odds.yaml").preference.loss == "odds_ratio"
     better = init("rows.jsonl", "--set", "objective=sft", "--out", "better.yaml")
     assert better.returncode == 0, better.stderr
     columns = load_recipe(tmp_path / "better.yaml").data.columns

@@ -267,6 +267,32 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:4: preference.label_smoothing has no effect with loss: ipo | loss: robust",
         ),
         (
+            MINIMAL + "objective: orpo\npreference: {loss: ipo}\n",
+            "r.yaml:4: preference.loss: ipo is not for objective: orpo | objective: dpo, or leave it out",
+        ),
+        (
+            MINIMAL + "objective: dpo\npreference: {loss: simpo}\n",
+            "r.yaml:4: preference.loss: simpo is not for objective: dpo | objective: simpo, or leave it out",
+        ),
+        (
+            MINIMAL + "objective: cpo\npreference: {loss: hinge, label_smoothing: 0.1}\n",
+            "r.yaml:4: preference.label_smoothing has no effect with loss: hinge | loss: sigmoid",
+        ),
+        (
+            MINIMAL + "objective: orpo\npreference: {gamma: 0.5}\n",
+            "r.yaml:4: preference.gamma has no effect with loss: odds_ratio | leave it out",
+        ),
+        (
+            MINIMAL + "objective: simpo\npreference: {beta: 0}\n",
+            "r.yaml:4: preference.beta is 0, but must be greater than 0 | "
+            "leave it out for its default, 2.0",
+        ),
+        (
+            MINIMAL + "objective: simpo\npreference: 3\n",
+            "r.yaml:4: preference is 3, but must be a section of keys | "
+            "lora schema --markdown describes every key",
+        ),
+        (
             MINIMAL + "objective: dpo\ntrainer: sft\n",
             "r.yaml:4: trainer: SFTTrainer does not compare answers | trainer: auto",
         ),
@@ -299,7 +325,7 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "model: {name_or_path: base}\nobjective: dpo\n"
             "data: {path: rows.jsonl, streaming: true}\ntraining: {max_steps: 3}\n",
             "r.yaml:3: data.streaming: how likely each answer is at the start is computed before the "
-            "first step | leave it out",
+            "first step | leave it out, or take objective: orpo",
         ),
         (
             "model: {name_or_path: base}\ndata: {path: rows.jsonl, format: preference}\n",

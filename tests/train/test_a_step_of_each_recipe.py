@@ -23,7 +23,7 @@ from tests import pictures, tasks
 NAMES = [recipe.name for recipe in shipped_recipes.list_recipes()]
 REQUIRED = {
     "instruct", "chat", "tools", "classify", "pretrain", "qlora-8b", "qlora-7b-t4", "two-gpus",
-    "new-tokens", "extract", "dpo",
+    "new-tokens", "extract", "dpo", "orpo",
 }  # fmt: skip
 """What the table of recipes is to have at least."""
 TOOLS_TEMPLATE = """\
@@ -89,7 +89,7 @@ def find_stand_ins(name: str, tiny: Path, folder: Path) -> tuple[Path, Path]:
         family = "t5" if recipe.task == "seq2seq_lm" else "modernbert"
         file, write = tasks.ROWS[recipe.task]
         return tasks.make_base(folder / "base", family), write(folder / file, 40)
-    makers = {"tools": make_call, "dpo": make_pair}
+    makers = {"tools": make_call, "dpo": make_pair, "orpo": make_pair}
     make = makers.get(name) or BY_COLUMNS[recipe.data.format]
     base = tiny / "model"
     if name == "tools":

@@ -1,7 +1,8 @@
 """Training on pairs of answers: losses, reference, runs that are cut, dealt, stopped and resumed.
 
-Losses are held against TRL's DPOTrainer, which renders, tokenises and computes by itself, and
-against the papers' formulas in float64 over a plain forward pass. Hermetic: the tiny model, CPU.
+Losses are held against TRL's trainers (DPO, ORPO, CPO with SimPO), which render, tokenise and
+compute by themselves, and against the papers' formulas in float64 over a plain forward pass.
+Hermetic: the tiny model, CPU.
 Alone: pytest tests/train/test_preferences.py
 """
 
@@ -23,6 +24,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from lora_cli.common import LoraError
 from lora_cli.models import IGNORED
@@ -138,6 +141,73 @@ def test_each_loss_is_its_papers(kind: str, wrong: float) -> None:
     assert found.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
+def odds_by_hand(logp: float) -> float:
+    return math.log(math.exp(logp) / (1 - math.exp(logp)))
+
+
+def without_reference(kind: str, wrong: float, logps: list[float], tokens: list[int]) -> float:
+    """The papers' formulas without a reference, one pair at a time, in float64, at β 0.3, γ 0.7."""
+    beta, gamma = 0.3, 0.7
+    chosen, rejected = logps
+    mean, other = chosen / tokens[0], rejected / tokens[1]
+    apart = beta * (mean - other) - gamma
+    return {
+        "odds_ratio": -beta * math.log(sigma(odds_by_hand(mean) - odds_by_hand(other))),
+        "simpo": -(1 - wrong) * math.log(sigma(apart)) - wrong * math.log(sigma(-apart)),
+        "sigmoid": -math.log(sigma(beta * (chosen - rejected))),
+        "ipo": (mean - other - 1 / (2 * beta)) ** 2,
+        "hinge": max(0.0, 1 - beta * (chosen - rejected)),
+    }[kind]
+
+
+ALONE = [("odds_ratio", 0.0), ("simpo", 0.0), ("simpo", 0.2), ("sigmoid", 0.0), ("ipo", 0.0),
+         ("hinge", 0.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "wrong"), ALONE)
+def test_each_loss_without_a_reference_is_its_papers(kind: str, wrong: float) -> None:
+    logps = torch.tensor([[-20.0, -31.0], [-8.5, -3.0], [-0.01, -54.0]])
+    tokens = torch.tensor([[7.0, 12.0], [3.0, 1.0], [20.0, 19.0]])
+    gamma = 0.7 if kind == "simpo" else 0.0
+    given = Preference(loss=kind, beta=0.3, gamma=gamma, label_smoothing=wrong, sft_weight=0.5)
+    found = preference_losses.compute_losses(Pairs(logps, None, tokens), given)
+    rows = zip(logps.double().tolist(), tokens.tolist())
+    wanted = [without_reference(kind, wrong, *row) - 0.5 * row[0][0] / row[1][0] for row in rows]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_odds_of_what_is_certain_have_a_gradient() -> None:
+    """A float32 probability of 1 has no odds: TRL's gradient is not a number there."""
+    logps = torch.tensor([[0.0, -3.0], [-2.0, 0.0], [0.0, 0.0], [-1e-9, -200.0]])
+    logps.requires_grad_()
+    given = Preference(loss="odds_ratio", sft_weight=1.0)
+    pairs = Pairs(logps, None, torch.ones(4, 2))
+    losses = preference_losses.compute_losses(pairs, given)
+    losses.sum().backward()
+    assert losses.isfinite().all() and logps.grad is not None and logps.grad.isfinite().all()
+    assert logps.grad[1, 0] < 0  # what is not certain is still learnt
+
+
+def test_what_is_said_of_pairs_by_token() -> None:
+    logps = torch.tensor([[-20.0, -31.0], [-9.0, -3.0]])
+    pairs = Pairs(logps, None, torch.tensor([[4.0, 10.0], [3.0, 1.0]]))
+    given = Preference(loss="simpo", beta=2.0, gamma=1.0)
+    losses = preference_losses.compute_losses(pairs, given)
+    found = preference_losses.average(
+        preference_losses.describe_pairs(pairs, losses, given).tolist()
+    )
+    assert found == pytest.approx(
+        {
+            "rewards_accuracy": 0.0,  # equal by token, although not as sums
+            "rewards_margin": 2 * (-5 + 3.1) / 2,
+            "rewards_chosen": 2 * (-5 - 3) / 2,
+            "rewards_rejected": 2 * (-3.1 - 3) / 2,
+            "logps_chosen": -14.5,
+            "logps_rejected": -17.0,
+        }
+    )
+
+
 def test_what_is_said_of_pairs() -> None:
     logps = torch.tensor([[-20.0, -31.0], [-8.5, -3.0], [-55.0, -54.0]])
     start = torch.tensor([[-24.0, -30.5], [-8.0, -7.0], [-55.0, -54.0]])
@@ -197,16 +267,7 @@ def test_the_loss_is_trls_and_that_of_a_plain_pass(
     tokenizer = AutoTokenizer.from_pretrained(first)
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     model = PeftModel.from_pretrained(base, first, is_trainable=True)
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            **{
-                name: [{"role": "assistant", "content": row[name]}]
-                for name in ("chosen", "rejected")
-            },
-        }
-        for row in make_rows(10)
-    ]
+    rows = [make_turns(row) for row in make_rows(10)]
     options = DPOConfig(
         str(tmp_path / "trl"), per_device_train_batch_size=10, loss_type=kind, beta=0.1,
         bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none",
@@ -230,6 +291,73 @@ def test_the_loss_is_trls_and_that_of_a_plain_pass(
         every = torch.cat([getattr(each, ours).detach().flatten() for each in pairs]).tolist()
         both = (numbers for row in theirs for numbers in row)
         assert sorted(every) == pytest.approx(sorted(both), rel=2e-5)
+
+
+ASIDE: dict[str, Any] = {
+    "per_device_train_batch_size": 10, "bf16": False, "gradient_checkpointing": False,
+    "use_cpu": True, "report_to": "none", "max_length": 512, "remove_unused_columns": False,
+}  # fmt: skip
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "orpo": (("preference.beta=0.25",), ORPOConfig, {"beta": 0.25}),
+    "simpo": (
+        (),
+        CPOConfig,
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
+    ),
+    "cpo": ((), CPOConfig, {"beta": 0.1, "cpo_alpha": 1.0}),
+    "cpo ipo": (("preference.loss=ipo",), CPOConfig, {"loss_type": "ipo", "cpo_alpha": 1.0}),
+}
+"""By name of the objective: what the recipe says, and TRL's configuration of the same."""
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [("orpo", "step"), ("orpo", "false"), ("simpo", "step"), ("cpo", "false"), ("cpo ipo", "step")],
+)
+def test_losses_without_a_reference_are_trls(
+    name: str, packing: str, train, tiny: Path, tmp_path, monkeypatch
+) -> None:
+    """On average over the pairs: of their tokens TRL averages the chosen answers' own loss over the
+    whole batch, and ORPO's over the prompts, too, so each pair is a batch of TRL's here."""
+    first = train("first", "training.learning_rate=2e-4", "training.max_steps=3") / "adapter"
+    given, kind, said = SHAPES[name]
+    every = ("training.per_device_train_batch_size=10", f"training.packing={packing}", *given)
+    found, seen = find_losses(train, monkeypatch, first, f"objective={name.split()[0]}", *every)
+
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    model = PeftModel.from_pretrained(base, first, is_trainable=True)
+    options = kind(str(tmp_path / "trl"), **ASIDE | said | {"per_device_train_batch_size": 1})
+    trainer = (ORPOTrainer if kind is ORPOConfig else CPOTrainer)(
+        model, options, train_dataset=Dataset.from_list([make_turns(row) for row in make_rows(10)]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    losses, rewards = [], []
+    for batch in trainer.get_train_dataloader():
+        with torch.no_grad():
+            inputs = trainer._prepare_inputs(batch)
+            loss, metrics = trainer.get_batch_loss_metrics(trainer.model, inputs)
+            if kind is ORPOConfig:  # the answer alone, as eq. 3 of the paper has it
+                own, *_, whole = trainer.concatenated_forward(trainer.model, inputs)
+                loss = loss - whole - own.mean()
+        losses.append(float(loss))
+        rewards.append([float(metrics[f"rewards/{each}"]) for each in ("chosen", "rejected")])
+    assert found == pytest.approx(sum(losses) / 10, rel=2e-5)
+    own_losses = torch.cat([each for _, each in seen]).tolist()
+    assert sorted(own_losses) == pytest.approx(sorted(losses), rel=2e-5)
+    recipe = load_recipe(tmp_path / "looked.yaml", [f"objective={name.split()[0]}", *given])
+    mine = [preference_losses.describe_pairs(*each, recipe.preference) for each in seen]
+    summed = [float(sum(each[at] for each in mine)) for at in (3, 4)]
+    assert summed == pytest.approx([sum(each) for each in zip(*rewards)], rel=2e-5)
+
+
+def make_turns(row: dict[str, str]) -> dict[str, Any]:
+    """A row as conversations, as TRL's trainers take it."""
+    asked = {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    answers = {
+        name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")
+    }
+    return asked | answers
 
 
 def score_plainly(model: Any, tokenizer: Any, row: dict[str, Any], name: str) -> float:
@@ -303,18 +431,20 @@ def test_a_damaged_reference_is_computed_anew(damage: Any, train, tmp_path, caps
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_a_step_is_the_mean_over_its_pairs_in_any_cutting(train) -> None:
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_a_step_is_the_mean_over_its_pairs_in_any_cutting(objective: str, train) -> None:
     """Sequences of one pair each, of two, padded batches that are accumulated: the same run."""
+    which = f"objective={objective}"
     cut = ("training.gradient_accumulation_steps=4", "training.per_device_train_batch_size=1")
     runs = [
-        train("whole"),
-        train("short", "training.packed_length=1"),
-        train("cut", *cut),
-        train("padded", "training.packing=false"),
-        train("stock", "training.packing=false", "training.loss_head=stock", *cut),
+        train("whole", which),
+        train("short", which, "training.packed_length=1"),
+        train("cut", which, *cut),
+        train("padded", which, "training.packing=false"),
+        train("stock", which, "training.packing=false", "training.loss_head=stock", *cut),
     ]
     wanted = [line["loss"] for line in read_steps(runs[0])]
-    assert wanted[-1] < 0.5
+    assert wanted[-1] < 0.8 * wanted[0]
     for folder in runs[1:]:
         lines = read_steps(folder)
         assert [line["loss"] for line in lines] == pytest.approx(wanted, rel=2e-3, abs=1e-4)
@@ -325,10 +455,24 @@ class KilledError(BaseException):
     """Stands for kill -9: nothing of ours may handle it."""
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
-def test_a_stopped_run_resumes_to_the_same_bytes(how: str, train, monkeypatch) -> None:
+STREAMED = ("data.streaming=true", "data.shuffle_buffer=4")
+
+
+@pytest.mark.parametrize(
+    ("how", "objective", "more"),
+    [
+        ("kill", "dpo", ()),
+        ("signal", "dpo", ()),
+        ("kill", "simpo", ()),
+        ("signal", "cpo", STREAMED),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    how: str, objective: str, more: tuple[str, ...], train, monkeypatch
+) -> None:
     """Records are of two steps, so that one is cut through; dropout draws numbers."""
     given = (
+        f"objective={objective}", *more,
         "training.logging_steps=2", "lora.lora_dropout=0.2", "data.eval_rows=2", "training.keep=last",
         "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=2",
         "training.max_steps=7", "training.save_steps=3", "training.packing=false",
@@ -355,8 +499,17 @@ def test_a_stopped_run_resumes_to_the_same_bytes(how: str, train, monkeypatch) -
     assert names <= read_metrics(whole)[-2].keys()
 
 
-def test_two_processes_make_the_same_run(train, tiny: Path, tmp_path: Path) -> None:
-    given = ("data.eval_rows=2", "training.max_steps=5")
+def test_no_reference_is_asked_where_none_is_needed(train, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(reference, "find_reference", None)
+    folder = train("run", "objective=orpo", "training.max_steps=2")
+    assert read_steps(folder)[0]["loss"] > read_steps(folder)[1]["loss"]
+    assert not reference.find_folder().exists()
+    assert "of the start it is" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_two_processes_make_the_same_run(objective: str, train, tiny: Path, tmp_path: Path) -> None:
+    given = ("data.eval_rows=2", "training.max_steps=5", f"objective={objective}")
     alone = train("alone", *given)
     recipe = make_recipe(tmp_path, tiny, "both", *given)
     file = tmp_path / "both.yaml"
@@ -382,3 +535,4 @@ def test_the_empty_row_of_a_process_is_no_pair() -> None:
         batch = collate([empty])
         assert batch[pair_batches.ANSWERS] == [[]]
         assert batch[pair_batches.REFERENCE].shape == (1, 0)
+        assert pair_batches.count_pairs(batch) == 0
