@@ -137,8 +137,18 @@ def preferred(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that pairs of answers are compared; other ways to train on preferences are refused."""
     if value in ("dpo", "ipo"):
         rules.prefer(draft, keys, "sigmoid" if value == "dpo" else "ipo")
+    elif value in ("orpo", "simpo"):
+        rules.prefer(draft, keys, value, rules.ANSWER_ALONE if value == "orpo" else "")
     else:
-        refuse("a training on preferences or rewards other than DPO")(draft, keys, value)
+        refuse("a training on preferences or rewards, and not on pairs")(draft, keys, value)
+
+
+def weigh_odds(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say how much the odds weigh, which `rl_beta` says first."""
+    if draft.get("rl_beta") is None:
+        draft.take(keys, "preference.beta", value)
+    else:
+        draft.leave(keys, "rl_beta goes before it")
 
 
 def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
@@ -403,6 +413,9 @@ RULES: Mapping[str, Rule] = {
     "rl_beta": take("preference.beta"),
     "dpo_beta": take("preference.beta"),
     "dpo_label_smoothing": take("preference.label_smoothing"),
+    "orpo_alpha": weigh_odds,
+    "simpo_gamma": take("preference.gamma"),
+    "cpo_alpha": take("preference.sft_weight"),
     "rpo_alpha": take("preference.sft_weight"),
     "max_prompt_len": leave("training.max_length is of a prompt with an answer"),
     "reward_model": refuse("training of a reward model"),
@@ -432,6 +445,7 @@ def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:
 
 def finish(draft: Draft) -> None:
     """Say what no key says: an adapter where the whole model was trained."""
+    rules.set_apart(draft, 1.0)
     if not draft.get("adapter"):
         draft.asked.append(
             "no adapter: axolotl trains the whole model here, and lora an adapter, which wants a "

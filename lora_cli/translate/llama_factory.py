@@ -29,12 +29,22 @@ def stage(draft: Draft, keys: Keys, value: Any) -> None:
             for name, packed in (("packing", "dataset"), ("packing_strategy", "wrapped")):
                 draft.values[f"training.{name}"] = packed
                 draft.reasons[f"training.{name}"] = "stage: pt joins all texts and cuts them"
-    elif value == "dpo" and draft.get("pref_loss") in (None, "sigmoid", "hinge", "ipo"):
+    elif value == "dpo" and draft.get("pref_loss") in PAIRED:
         rules.prefer(draft, keys, draft.get("pref_loss") or "sigmoid")
     elif value == "dpo":
         refuse("a loss of pairs")(draft, ("pref_loss",), draft.get("pref_loss"))
     else:
-        refuse("a training on preferences or rewards other than DPO")(draft, keys, value)
+        refuse("a training on preferences or rewards, and not on pairs")(draft, keys, value)
+
+
+PAIRED = (None, "sigmoid", "hinge", "ipo", "orpo", "simpo")
+"""What `pref_loss` may be; the last two have no reference."""
+
+
+def own_loss(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say how much the better answer's own loss counts: with ORPO beside the 1 that it has."""
+    more = draft.get("pref_loss") == "orpo" and rules.is_number(value)
+    draft.take(keys, "preference.sft_weight", value + 1 if more else value)
 
 
 def method(draft: Draft, keys: Keys, value: Any) -> None:
@@ -147,7 +157,8 @@ RULES: Mapping[str, Rule] = {
     "stage": stage,
     "pref_beta": take("preference.beta"),
     "pref_loss": belongs("stage"),
-    "pref_ftx": take("preference.sft_weight"),
+    "pref_ftx": own_loss,
+    "simpo_gamma": take("preference.gamma"),
     "dpo_label_smoothing": take("preference.label_smoothing"),
     "ref_model": ask("lora compares with the model as training starts it"),
     "finetuning_type": method,
@@ -251,6 +262,7 @@ def finish(draft: Draft) -> None:
         rank = draft.values.get("lora.r", DEFAULTS["lora.r"])
         if isinstance(rank, int):
             draft.put_default("lora.lora_alpha", 2 * rank, "twice the rank")
+    rules.set_apart(draft, 0.0)
     if rules.compares(draft):
         rules.drop_long_pairs(draft)
     if draft.values.get("training.packing_strategy") == "wrapped":

@@ -108,24 +108,44 @@ def refuse(what: str, instead: str | None = None) -> Rule:
             f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, which lora does not "
             "do",
             instead
-            or f"take a file of {draft.tool}'s for answers, or for DPO; such a training can go on "
-            "with what lora trains: a plain PEFT adapter",
+            or f"take a file of {draft.tool}'s for answers, or for DPO or ORPO; such a training can "
+            "go on with what lora trains: a plain PEFT adapter",
         )
 
     return rule
 
 
-def prefer(draft: Draft, keys: Keys, loss: str, note: str = "") -> None:
-    """Say that the better of two answers is made likelier, by which loss."""
+ANSWER_ALONE = "its loss is of the answer, as in the paper; TRL's is of the prompt as well"
+
+
+def prefer(draft: Draft, keys: Keys, name: str, note: str = "") -> None:
+    """Say that the better of two answers is made likelier, by an objective or a loss of DPO's."""
+    if name in FREE:
+        draft.take(keys, "objective", name, note)
+        return
     draft.take(keys, "objective", "dpo", note)
-    if loss != "sigmoid":
-        draft.values["preference.loss"] = loss
-        draft.reasons["preference.loss"] = f"{keys[-1]}: {loss}"
+    if name != "sigmoid":
+        draft.values["preference.loss"] = name
+        draft.reasons["preference.loss"] = f"{keys[-1]}: {name}"
+
+
+FREE = ("orpo", "simpo", "cpo")
+"""Objectives without a reference."""
 
 
 def compares(draft: Draft) -> bool:
     """Return whether pairs of answers are compared."""
-    return draft.values.get("objective") == "dpo"
+    return draft.values.get("objective") in ("dpo", *FREE)
+
+
+def set_apart(draft: Draft, sft_weight: float) -> None:
+    """Write what a tool takes for the numbers of SimPO and CPO, where its file says nothing."""
+    objective = draft.values.get("objective")
+    if objective in ("simpo", "cpo"):
+        draft.put_default("preference.beta", 0.1)
+        draft.put_default("preference.sft_weight", sft_weight)
+    if objective == "simpo":
+        draft.put_default("preference.gamma", 0.5)
 
 
 def drop_long_pairs(draft: Draft) -> None:

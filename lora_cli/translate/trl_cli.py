@@ -147,14 +147,30 @@ def preferred(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that pairs of answers are compared, and how close the model stays to its start."""
     if draft.source.data.keys() & set(OF_OTHERS):
         refuse("of GRPO, RLOO or KTO")(draft, keys, value)
-    rules.prefer(draft, keys, "sigmoid")
-    draft.take(keys, "preference.beta", value, "of trl dpo; GRPO and KTO are other trainings")
+    if draft.source.data.keys() & {"cpo_alpha", "simpo_gamma"} or draft.get("loss_type") == "simpo":
+        draft.take(keys, "preference.beta", value)
+    else:
+        rules.prefer(draft, keys, "sigmoid")
+        note = "of trl dpo; ORPO's files look the same: objective: orpo"
+        draft.take(keys, "preference.beta", value, note)
+
+
+def contrast(to: str) -> Rule:
+    """Return the rule for a key of CPO's and SimPO's configuration alone."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        rules.prefer(draft, keys, "simpo" if draft.get("loss_type") == "simpo" else "cpo")
+        draft.take(keys, to, value)
+
+    return rule
 
 
 def loss(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the loss: of pairs, where the file has a beta, or of texts."""
     name = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if "beta" not in draft.source.data:
+    if name == "simpo":
+        rules.prefer(draft, keys, name)
+    elif not draft.source.data.keys() & {"beta", "cpo_alpha"}:
         draft.take(keys, "training.loss_type", name)
     elif name in LOSSES:
         draft.take(keys, "preference.loss", name)
@@ -251,6 +267,8 @@ RULES: Mapping[str, Rule] = {
     "loss_type": loss,
     "label_smoothing": take("preference.label_smoothing"),
     "rpo_alpha": take("preference.sft_weight"),
+    "cpo_alpha": contrast("preference.sft_weight"),
+    "simpo_gamma": contrast("preference.gamma"),
     "max_prompt_length": leave("max_length is of a prompt with an answer"),
     "precompute_ref_log_probs": leave("lora always computes them before the first step"),
     **dict.fromkeys(OF_OTHERS, refuse("of GRPO, RLOO or KTO")),
@@ -286,8 +304,9 @@ def finish(draft: Draft) -> None:
     elif "lora.target_modules" not in draft.values:
         draft.put_default("lora.target_modules", MODULES, "PEFT's for most families")
         draft.asked.append("no lora_target_modules: PEFT adapts q_proj and v_proj of most families")
+    rules.set_apart(draft, 1.0)
     if rules.compares(draft):
-        draft.put_default("training.learning_rate", 1e-6, "of trl dpo")
+        draft.put_default("training.learning_rate", 1e-6, "of pairs")
         rules.drop_long_pairs(draft)
     elif "data.train_on" not in draft.values:
         draft.put_default("data.train_on", "all", "of texts and conversations")

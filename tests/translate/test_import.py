@@ -35,9 +35,8 @@ from tests import snapshots
 
 EXAMPLES = {path.name: path for path in (Path(__file__).parent / "examples").iterdir()}
 SNAPSHOT = Path(__file__).parent / "imports.txt"
-OF_PREFERENCES = {"axolotl-orpo-7b.yml"}
 WITHOUT_A_MODEL = {"unsloth-llama-1b-defaults.yaml"}
-IMPORTED = sorted(EXAMPLES.keys() - OF_PREFERENCES)
+IMPORTED = sorted(EXAMPLES)
 
 
 def said(name: str, folder: Path) -> str:
@@ -212,9 +211,51 @@ def test_pairs_of_answers_are_compared_as_there(tmp_path: Path) -> None:
     )
     assert recipe_of(tmp_path, axolotl)["preference"] == {"loss": "ipo", "beta": 0.4}
     with pytest.raises(
-        LoraError, match=r"pref_loss: simpo is a loss of pairs, which lora does not"
+        LoraError, match=r"pref_loss: kto_pair is a loss of pairs, which lora does not"
     ):
-        recipe_of(tmp_path, factory.replace("hinge", "simpo"), tool="llama-factory")
+        recipe_of(tmp_path, factory.replace("hinge", "kto_pair"), tool="llama-factory")
+
+
+FREE = {
+    "axolotl orpo": (
+        "base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.2\ndatasets: [{path: b}]\n",
+        ("orpo", {"beta": 0.2}),
+    ),
+    "axolotl orpo, both": (
+        "base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.2\nrl_beta: 0.3\n"
+        "datasets: [{path: b}]\n",
+        ("orpo", {"beta": 0.3}),
+    ),
+    "axolotl simpo": (
+        "base_model: a\nadapter: lora\nrl: simpo\nrl_beta: 2\nsimpo_gamma: 1.5\n"
+        "datasets: [{path: b}]\n",
+        ("simpo", {"beta": 2, "gamma": 1.5, "sft_weight": 1.0}),
+    ),
+    "factory orpo": (
+        "model_name_or_path: a\nstage: dpo\ndataset: d\npref_loss: orpo\npref_ftx: 0.5\n",
+        ("orpo", {"sft_weight": 1.5}),
+    ),
+    "factory simpo": (
+        "model_name_or_path: a\nstage: dpo\ndataset: d\npref_loss: simpo\nsimpo_gamma: 0.7\n",
+        ("simpo", {"beta": 0.1, "gamma": 0.7, "sft_weight": 0.0}),
+    ),
+    "trl simpo": (
+        "model_name_or_path: a\ndataset_name: d\nloss_type: simpo\nbeta: 2.5\ncpo_alpha: 0.0\n",
+        ("simpo", {"beta": 2.5, "gamma": 0.5, "sft_weight": 0.0}),
+    ),
+    "trl cpo": (
+        "model_name_or_path: a\ndataset_name: d\nloss_type: hinge\ncpo_alpha: 0.5\n",
+        ("cpo", {"beta": 0.1, "loss": "hinge", "sft_weight": 0.5}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_objectives_without_a_reference(name: str, tmp_path: Path) -> None:
+    """What a tool takes where its file says nothing is written out where lora takes another."""
+    text, wanted = FREE[name]
+    recipe = recipe_of(tmp_path, text)
+    assert (recipe["objective"], recipe["preference"]) == wanted
 
 
 def test_pairs_stay_pairs_where_the_base_was_sharded(tmp_path: Path) -> None:
