@@ -85,7 +85,7 @@ floors: $(READY) $(TINY)  ## some 360 tests with the lowest versions that pyproj
 fuzz: $(READY) $(TINY)  ## 10,000 recipes, 2,000 data files, 2,000 adapters: no traceback, no hang, no gigabyte
 	$(BIN)/python tests/torture/fuzz.py
 
-torture: $(READY) $(TINY)  ## two hours: 1,100 attacks by strangers' files, signals at 300 instants, kill -9 at 600, a disk that fills, memory over 20 000 steps
+torture: $(READY) $(TINY)  ## two hours: 1,200 attacks by strangers' files, signals at 300 instants, kill -9 at 600, a disk that fills, memory over 20 000 steps
 	$(BIN)/lora setup-llama-cpp
 	$(BIN)/python tests/torture/attack.py
 	$(BIN)/python tests/torture/signals.py

@@ -30,6 +30,10 @@ LOOK = 0.05
 """Seconds between two looks."""
 
 
+PATIENCE = 5.0
+"""Seconds that are waited for a process that was killed."""
+
+
 class Budget(NamedTuple):
     """What a program may take: processor seconds, for each job or for all of them together, and
     bytes of memory beside its imports and the jobs."""
@@ -101,8 +105,13 @@ class Confined:
         process, self.process = self.process, None
         if process is not None and self.owner == os.getpid():
             process.kill()
-            with suppress(OSError):  # what was not sent yet cannot be
-                process.communicate()
+            with suppress(subprocess.TimeoutExpired):  # the system has to take its memory back
+                process.wait(PATIENCE)
+            for stream in (process.stdin, process.stdout):
+                # what was not sent yet cannot be; a signal may have come amid a read
+                with suppress(OSError, RuntimeError):
+                    assert stream is not None
+                    stream.close()
 
 
 def _exchange(

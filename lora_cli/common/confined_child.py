@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import select
 import signal
 import sys
+import threading
+from pathlib import Path
 from typing import IO
 
 MEMORY = 77
@@ -26,6 +29,9 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM"):  # theirs is to end the parent, and the pipe tells us
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    threading.Thread(target=_end_with_parent, args=[asked.fileno()], daemon=True).start()
+    package = Path(__file__).parent.parent
+    sys.path.append(str(package.parent))  # for a program that is not of standard libraries alone
     handle = runpy.run_path(sys.argv[1])["handle"]
     while length := int.from_bytes(asked.read(8), "little"):
         _limit_memory(0)
@@ -45,6 +51,17 @@ def main() -> None:
             except MemoryError:
                 os._exit(MEMORY)
         _limit_time(0)
+
+
+def _end_with_parent(pipe: int) -> None:
+    """End this process, amid a job too, where the pipe has no other end any more: after kill -9 of
+    the parent no job runs on."""
+    if hasattr(select, "poll"):  # not on Windows
+        watched = select.poll()
+        watched.register(pipe, 0)
+        while not any(happened & select.POLLHUP for _, happened in watched.poll()):
+            pass
+        os._exit(0)
 
 
 def _send(answers: IO[bytes], message: bytes) -> None:

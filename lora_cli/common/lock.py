@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -98,6 +99,31 @@ def hold_in_turn(target: Path, purpose: str) -> Iterator[None]:
         unnamed = 0 if process else unnamed + 1
         time.sleep(PAUSE)
     raise _explain_no_file(path, target)
+
+
+def hold_with_others(folder: Path) -> None:
+    """Hold a folder, as others may at the same time, until this process ends, however it ends.
+    Raises OSError where no file can be made in it."""
+    from filelock import FileLock
+
+    path = folder / f".lora-{secrets.token_hex(8)}.lock"
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    with endings.postponed_signals():
+        lock.acquire()
+        endings.undo_with_process(partial(_give_up, lock, path, os.getpid()))
+    _write_owner(path)
+
+
+def find_holders(folder: Path) -> list[str]:
+    """Return who holds a folder with others, such as `process 12 on host`; what those who have
+    ended left behind is removed."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if NAME.fullmatch(path.name):
+            with _try(path, folder) as mine:
+                host, process = ("", "") if mine else _read_owner(path)
+            found += [] if mine else [f"process {process} on {host}" if process else "a process"]
+    return found
 
 
 def _name_lock(target: Path) -> Path:

@@ -39,6 +39,7 @@ from lora_cli.models import (
     fingerprint,
     four_bit,
     gguf_base,
+    gguf_kept,
     hub,
     names,
     processor,
@@ -72,10 +73,12 @@ class Base:
     """What the head of a task other than writing has to know beside its configuration."""
 
     def __post_init__(self) -> None:
-        """Refuse a folder, or a cached one of the hub, with other than plain files in it."""
+        """Refuse a folder, or a cached one of the hub, with other than plain files in it; a base
+        that lora keeps is not removed as long as this process lives."""
         folder = self._find_folder()
         if folder is not None:
             plain_files.refuse_odd_files(folder)
+            gguf_kept.hold(folder)
 
     def __str__(self) -> str:
         return self.name
@@ -180,7 +183,7 @@ class Base:
     @property
     def made_from(self) -> GGUFSource | None:
         """The GGUF file that it was dequantised from; None for any other base."""
-        return gguf_base.read_source(self.name)
+        return gguf_kept.read_source(self.name)
 
     def to_record(self) -> dict[str, Any]:
         """Return what the record of a run or an adapter says of its base."""

@@ -33,7 +33,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         settings.read_settings(name, revision, "config.json")
         written = PretrainedConfig.get_config_dict(name, revision=revision)[0]
         remote_code.refuse_disallowed_code(name, written)
-        _refuse_impossible(name, written)
+        refuse_impossible(f"{name}/config.json", written)
         _refuse_serving_attention(name, written)
         _refuse_odd_fields(name, written)
         config = AutoConfig.from_pretrained(
@@ -68,19 +68,19 @@ POSITIVE = ("vocab_size", "max_position_embeddings", "num_labels", "hidden_size"
 """What no model has none of."""
 
 
-def _refuse_impossible(name: str, written: Mapping[str, Any], where: str = "") -> None:
-    """Raise LoraError for a number that no model of the files in `name` can have."""
+def refuse_impossible(file: str, written: Mapping[str, Any], where: str = "") -> None:
+    """Raise LoraError for a number in a configuration, read from `file`, that no model can have."""
     for key, value in written.items():
         if isinstance(value, dict):
-            _refuse_impossible(name, value, f"{where}{key}.")
+            refuse_impossible(file, value, f"{where}{key}.")
         most = next(
             (most for ends, most in MOST if re.search(rf"(^|_)n?({ends})$", str(key))), None
         )
         if key in POSITIVE and isinstance(value, (int, float)) and value < 1:
-            raise LoraError(f"{name}/config.json: {where}{key} is {value}", "copy it again")
+            raise LoraError(f"{file}: {where}{key} is {value}", "copy it again")
         if most and isinstance(value, (int, float)) and value > most:
             raise LoraError(
-                f"{name}/config.json: {where}{key} is {value:,}, and at most {most:,} is read",
+                f"{file}: {where}{key} is {value:,}, and at most {most:,} is read",
                 "copy it again",
             )
 

@@ -1,6 +1,7 @@
-"""What llama.cpp makes of some texts: the program that `gguf_base.py` runs in a process of its own,
-which llama.cpp ends where a file is not what it holds possible. xllamacpp and the standard library
-only: `python llama_program.py FILE`, with JSON on stdin and stdout.
+"""What llama.cpp makes of some texts: the program that `gguf_in_llama.py` runs in a process of its
+own, which llama.cpp ends where a file is not what it holds possible. xllamacpp and the standard
+library only: `python llama_program.py FILE SECONDS BYTES`, with JSON on stdin and stdout; it ends
+after so much processor time, and takes so much memory beside its imports.
 
 Asked `[[text, whether special tokens come around it], …]`, it answers `[{"ids": token ids,
 "logprobs": natural logarithms after the last one, one for each token of the vocabulary}, …]`.
@@ -28,6 +29,7 @@ def open_server(file: str, key: str) -> Any:
 
     params = xllamacpp.CommonParams()
     params.model.path = file
+    params.chat_template = "chatml"  # prompts come rendered, and the file's is a stranger's program
     params.n_ctx, params.warmup, params.n_gpu_layers, params.verbosity = 512, False, 0, -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -38,8 +40,30 @@ def open_server(file: str, key: str) -> Any:
     return xllamacpp.Server(params)
 
 
+def limit(seconds: int, memory: int) -> None:
+    """Let the system end this process after so much more processor time, and give it so many more
+    bytes; not on Windows, and the bytes on Linux alone."""
+    try:
+        import resource
+    except ImportError:
+        return
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    most = int(used) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard < 0 else min(most, hard), hard))
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - pathlib takes long
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = held + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+
+
 def main() -> None:
     """Answer what is asked on stdin."""
+    import xllamacpp  # noqa: F401 - before the limits
+
+    limit(*map(int, sys.argv[2:4]))
     key = secrets.token_hex()
     server = open_server(sys.argv[1], key)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -160,3 +160,23 @@ os.kill(os.getpid(), 9)
             return
         time.sleep(0.1)
     raise AssertionError("it is still there")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
+def test_it_ends_amid_a_job_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """What reads a large file would run on for hours."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    code = (
+        "from pathlib import Path; import sys; from lora_cli.common.confined import *\n"
+        "made = Confined(Path(sys.argv[1])); print(made._start().pid, flush=True)\n"
+        "made.run(Budget(600, 2**28), None, [sys.argv[2]])"
+    )
+    for job in ("wait", "loop"):
+        command = [sys.executable, "-c", code, str(tmp_path / "program.py"), job]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout is not None
+            child = psutil.Process(int(parent.stdout.readline()))
+            time.sleep(1)
+            assert child.is_running()
+            parent.kill()
+        assert psutil.wait_procs([child], timeout=20)[0] == [child], job

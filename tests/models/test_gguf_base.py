@@ -13,13 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common import LoraError, RejectedError, files
-from lora_cli.models import gguf_base, read_adapter
+from lora_cli.models import (
+    gguf_base,
+    gguf_in_llama,
+    gguf_kept,
+    gguf_reading,
+    gguf_weights,
+    read_adapter,
+)
 from lora_cli.models.base import Base
 
 TYPES = {"f16": torch.float16, "q8_0": torch.bfloat16, "Q4_K_M": torch.bfloat16}
@@ -66,7 +73,7 @@ def test_nothing_that_lies_beside_it_is_read(
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 7}')
     made = gguf_base.dequantise(beside)
     assert {file.name for file in made.iterdir()} == names.keys()
-    for name in names.keys() - {gguf_base.SOURCE}:
+    for name in names.keys() - {gguf_kept.SOURCE}:
         assert (made / name).read_bytes() == names[name], name
 
 
@@ -101,7 +108,7 @@ def test_it_is_made_once_and_known_by_its_contents(ggufs: dict[str, Path], tmp_p
     gguf_base._dequantise_once.cache_clear()
     assert gguf_base.dequantise(copy) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    source = gguf_base.read_source(str(first))
+    source = gguf_kept.read_source(str(first))
     assert source is not None
     assert source.sha256 == hashlib.sha256(copy.read_bytes()).hexdigest()
     assert (source.file, source.type, source.dtype) == (str(ggufs["q8_0"]), "Q8_0", "bfloat16")
@@ -187,7 +194,7 @@ def test_what_is_no_model_is_refused_in_words(
         "unknown": "transformers does not read it: ValueError: GGUF model with architecture abacus",
         "part": "is one of 3 parts of a model",
         "cut": f"hint: fetch the file again: here it has {len(whole) // 2:,} bytes",
-        "other": "cannot be a base: it is cut short, damaged or no GGUF file: ValueError: GGUF magic",
+        "other": "cannot be a base: it begins with b'PK\\x00\\x00', and not with GGUF",
         "inside": f"is neither a model nor an adapter\n\nhint: did you mean {tmp_path / 'in'}/A.GGUF?",
         "absent": "absent.gguf does not exist",
     }
@@ -201,43 +208,48 @@ def test_what_is_no_model_is_refused_in_words(
     assert not list((files.find_cache_home() / "gguf").glob("*/*/model.safetensors*cut*"))
 
 
-def test_another_model_than_the_file_s_is_rejected(
-    ggufs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_than_the_file_s_is_rejected(ggufs: dict[str, Path], tmp_path: Path) -> None:
     """Rows of queries in another order, as a reader would leave them that does not undo what the
-    converter of llama.cpp did; a number that the file does not hold; other tokens."""
-    write, mend = gguf_base._write, gguf_base._mend_tokenizer
+    converter of llama.cpp did; a number that the file does not hold; one that is none; other
+    tokens."""
+    forget()
+    path, made = ggufs["q8_0"], gguf_base.dequantise(ggufs["q8_0"])
+    reader, limits = GGUFReader(path), gguf_reading.read_layout(path).make_llama_limits()
     key = "model.layers.0.self_attn.q_proj.weight"
 
-    def write_turned(path: Path, folder: Path, dtype: torch.dtype) -> None:
-        write(path, folder, dtype)
+    def copy(name: str, change) -> Path:
+        folder = Path(shutil.copytree(made, tmp_path / name))
         tensors = load_file(folder / "model.safetensors")
-        for name in [each for each in tensors if "q_proj" in each]:
-            tensors[name] = tensors[name].flip(0).contiguous()
+        change(tensors[key])
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
 
-    def write_changed(path: Path, folder: Path, dtype: torch.dtype) -> None:
-        write(path, folder, dtype)
-        tensors = load_file(folder / "model.safetensors")
-        tensors[key][0, 0] += 1
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    def check(folder: Path) -> None:
+        gguf_weights.check_weights(path, reader, folder, torch.bfloat16)
+        gguf_in_llama.check_in_llama(path, folder, limits)
 
-    def mend_nothing(reader, folder: Path):
-        return AutoTokenizer.from_pretrained(folder)
-
-    changes = [
-        ("_write", write_turned, "as transformers reads it, it is another model"),
-        ("_write", write_changed, f"{key} as transformers reads it is none of the file's"),
-        ("_mend_tokenizer", mend_nothing, "splits .* otherwise than llama.cpp"),
-    ]
-    for name, changed, said in changes:
-        forget()
-        monkeypatch.setattr(gguf_base, name, changed)
+    check(copy("same", lambda weight: None))
+    changes = {
+        "as transformers reads it, it is another model": lambda weight: weight.copy_(
+            weight.flip(0).clone()
+        ),
+        f"{key} as transformers reads it is none of the file's": lambda weight: weight[0, :1].add_(
+            1
+        ),
+        f"{key}, dequantised to bfloat16, is not finite": lambda weight: weight[1, :1].fill_(
+            float("nan")
+        ),
+    }
+    for number, (said, change) in enumerate(changes.items()):
         with pytest.raises(RejectedError, match=said):
-            gguf_base.dequantise(ggufs["q8_0"])
-        assert not list((files.find_cache_home() / "gguf").rglob("config.json"))
-        monkeypatch.setattr(gguf_base, "_write", write)
-        monkeypatch.setattr(gguf_base, "_mend_tokenizer", mend)
+            check(copy(str(number), change))
+    other = copy("tokens", lambda weight: None)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = None
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (other / "tokenizer.model").unlink(missing_ok=True)
+    with pytest.raises(RejectedError, match=r"splits .* otherwise than llama\.cpp"):
+        check(other)
 
 
 def test_the_package_that_reads_it_is_named_where_it_is_missing(

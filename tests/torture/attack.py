@@ -1,6 +1,6 @@
-"""Attacks on `lora` by strangers' files, in ten kinds; a line for each: OK, or what happened.
+"""Attacks on `lora` by strangers' files, in eleven kinds; a line for each: OK, or what happened.
 
-    python tests/torture/attack.py                              # 1,122 cases, each a line
+    python tests/torture/attack.py                              # 1,232 cases, each a line
     python tests/torture/attack.py --kind screen --cases 20     # one kind
     python tests/torture/attack.py --case screen-17 --keep DIR  # one case, its folders and output kept
 

@@ -1,4 +1,4 @@
-"""What strangers, signals and neighbours may do to `lora`: ten kinds of attack, a module each.
+"""What strangers, signals and neighbours may do to `lora`: eleven kinds of attack, a module each.
 
 A module's `ATTACKS` are functions (place, chance) -> Attack: they write what a stranger sends into
 a case's folders, drawing from `chance` what is where, and say which command is given it.
@@ -18,7 +18,7 @@ from typing import Any
 
 KINDS = (
     "screen", "records", "unbounded", "links", "leftovers", "neighbours", "secrets", "injection",
-    "size", "crashes",
+    "size", "crashes", "gguf_bases",
 )  # fmt: skip
 
 
@@ -57,6 +57,8 @@ class Attack:
     """A Modelfile in the work folder, which says no more than what lora writes."""
     bug: bool = False
     """A bug's report, with its traceback, is what should be said."""
+    dequantises: bool = False
+    """Whether a GGUF file is read as a base, in processes of its own that import anew."""
     said: str | None = None
     """What must be said, as a regular expression."""
 

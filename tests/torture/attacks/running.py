@@ -58,7 +58,7 @@ class Limits(NamedTuple):
         """The same with the seconds that such a command's processes take to import."""
         path = stage / "seconds.json"
         sound = json.loads(path.read_text()) if path.is_file() else {}
-        more = self.imports if attack.fresh else 0.0
+        more = self.imports * (attack.fresh + attack.dequantises)
         more += sound.get("export-gguf", 0.0) if "export-gguf" in attack.arguments else 0.0
         more += sound.get("generate", 0.0) if attack.opens_gguf else 0.0
         return self._replace(seconds=self.seconds + more)
