@@ -88,7 +88,7 @@ def read_facts(
 
 
 def _read(path: Path, base_name: str | None, commit: str | None) -> Facts:
-    if path.suffix == ".gguf" and path.is_file():
+    if path.is_file() and plain_files.is_gguf(path):
         return read_gguf_facts(path, base_name, commit)
     kind = names.classify(str(path)) if path.exists() else ""
     if kind == "adapter":

@@ -19,6 +19,28 @@ LOOKED_AT = 1000
 AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a pipe is opened, and seen to be one
 
 
+def is_gguf(path: Path | str) -> bool:
+    """Return whether a path is that of a GGUF file: by its name, which ends in .gguf in any case,
+    where it need not be there, or by its first four bytes (Ollama's files have no ending)."""
+    path = Path(path)
+    if path.is_dir():
+        return False
+    return has_gguf_name(path) or (path.is_file() and _read_start(path) == b"GGUF")
+
+
+def has_gguf_name(path: Path) -> bool:
+    """Return whether a path is called as GGUF files are, where there are too many to be opened."""
+    return path.suffix.lower() == ".gguf"
+
+
+def _read_start(path: Path) -> bytes:
+    try:
+        with open(path, "rb", opener=open_plain) as file:
+            return file.read(4)
+    except (OSError, LoraError):  # whoever opens it says why it cannot be read
+        return b""
+
+
 def refuse_odd_files(folder: Path) -> None:
     """Raise LoraError for the first pipe, device or socket in `folder` or below it, and for a link
     that leads out of it: before a library opens or copies what it finds there.

@@ -56,7 +56,7 @@ class GGUFModel:
         full strength. Raises LoraError when xllamacpp is not installed or llama.cpp cannot load the
         file.
         """
-        if not tools.is_gguf(path, with_tensors=False):
+        if not tools.is_whole_gguf(path, with_tensors=False):
             raise LoraError(f"{path} is not a GGUF file", "copy it again, or export it again")
         xlc = opening.import_xllamacpp()
         opening.refuse_unopenable(path, n_ctx, exact, adapter)

@@ -307,7 +307,7 @@ def _find_imatrix(means: Means, merged: Path, exact: Path) -> Path | None:
     """Find the importance matrix of `--imatrix`, or measure it where that names data."""
     if means.weighted is None:
         return None
-    if Path(means.weighted).suffix in imatrix.FILES:
+    if imatrix.is_imatrix(means.weighted):
         return Path(means.weighted)
     made = exact.with_name("imatrix.gguf")
     imatrix.make_imatrix(means.weighted, merged, exact, made, means.converter)

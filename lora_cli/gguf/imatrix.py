@@ -31,13 +31,19 @@ FILES = (".gguf", ".dat", ".imatrix")
 """Endings of importance matrices; anything else is data to measure one on."""
 
 
+def is_imatrix(given: str) -> bool:
+    """Return whether `--imatrix` names an importance matrix, and not data to measure one on."""
+    path = Path(given)
+    return path.suffix.lower() in FILES or ("://" not in given and plain_files.is_gguf(path))
+
+
 def refuse_missing_file(given: str) -> None:
     """Raise LoraError where `--imatrix` names a file that does not exist."""
-    if "://" in given and Path(given).suffix not in FILES:
+    if "://" in given and not is_imatrix(given):
         return  # rows by address, which data.path takes too
     if Path(given).suffix and not Path(given).exists():
         raise LoraError(f"--imatrix {given} does not exist", plain_files.suggest_other(Path(given)))
-    if Path(given).suffix in FILES:
+    if is_imatrix(given):
         plain_files.refuse_odd(Path(given), Path(given).stat())
 
 

@@ -146,7 +146,7 @@ def convert(
         code, lines = run_command(
             command, f"converting to {outtype}", {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
         )
-        if code or not is_gguf(made):
+        if code or not is_whole_gguf(made):
             shown = [part.replace(str(made), str(outfile.resolve())) for part in command]
             raise _failure_error(code, lines, shown)
         made.replace(outfile)
@@ -313,7 +313,7 @@ def _failure_error(code: int, lines: Sequence[str], command: Sequence[str]) -> L
     return LoraError(f"{tool} {why}: {said}", f"see all it says: {quote_words(command)}")
 
 
-def is_gguf(path: Path, with_tensors: bool = True) -> bool:
+def is_whole_gguf(path: Path, with_tensors: bool = True) -> bool:
     """Return whether `path` starts as a GGUF (magic, version), by default as one that holds
     tensors."""
     if not path.is_file() or path.stat().st_size < 24:

@@ -190,7 +190,7 @@ def read_adapter(path: Path, base: str | None = None) -> Adapter:
     names. Raises LoraError if it is not an adapter."""
     if base is not None and not base.strip():
         raise UsageError("--base is empty", "leave it out, or --base MODEL")
-    if base is not None and names.is_gguf(base):
+    if base is not None and plain_files.is_gguf(base):
         base = Base(base).resolve().name
     hub_name = str(path) if names.may_be_adapter_on_hub(path) else None
     folder = _download(hub_name) if hub_name else path

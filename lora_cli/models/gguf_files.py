@@ -8,7 +8,7 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-from lora_cli.common import quote
+from lora_cli.common import plain_files, quote
 
 VERSIONS = (2, 3)
 LOOKED_AT = 2**16
@@ -22,7 +22,7 @@ def suggest_inside(folder: Path) -> str | None:
     """Return the hint that names the GGUF file in a folder that is a model: of several the largest,
     which was rounded least, and that there are others; of one in parts, how they are joined. None
     where there is no such file."""
-    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() == ".gguf"]
+    files = sorted(filter(plain_files.has_gguf_name, folder.iterdir()))
     models = [file for file in files if _is_model(file)]
     whole = [file for file in models if not PART.search(file.name)]
     if whole:

@@ -31,7 +31,7 @@ def classify(path: str) -> str:
         raise UsageError(
             "the name of the model is empty", "give a folder, a .gguf file or a model on the hub"
         )
-    if is_gguf(path):
+    if plain_files.is_gguf(path):
         if not local.is_file():
             raise LoraError(f"{path} does not exist", plain_files.suggest_other(local))
         return "gguf"
@@ -52,11 +52,6 @@ def classify(path: str) -> str:
             "give a folder, a .gguf file or a model on the hub",
         )
     return "adapter" if _is_adapter_on_hub(path) else "hub"
-
-
-def is_gguf(name: str) -> bool:
-    """Return whether a name is that of a GGUF file, which need not be there."""
-    return Path(name).suffix.lower() == ".gguf"
 
 
 def find_adapter_inside(folder: Path) -> Path | None:

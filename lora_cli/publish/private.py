@@ -10,11 +10,11 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lora_cli.common import LoraError, privacy, quote
+from lora_cli.common import LoraError, plain_files, privacy, quote
 from lora_cli.publish.outgoing import Outgoing
 
-WEIGHTS = (".safetensors", ".gguf", ".model")
-"""Files that are no text."""
+WEIGHTS = (".safetensors", ".model")
+"""Files that are no text, beside GGUFs."""
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 """Files of words, any of which a tokenizer may have: `/root` is one."""
 
@@ -29,7 +29,7 @@ def refuse_private(sent: Iterable[Outgoing], places: Sequence[str]) -> None:
     gives away, or one of `places`, folders of this machine; it names file and line, not the
     secret."""
     for each in sent:
-        if each.name.endswith(WEIGHTS):
+        if _holds_weights(each):
             _refuse_in_weights(each, places)
             continue
         content = each.content if isinstance(each.content, bytes) else each.content.read_bytes()
@@ -40,6 +40,12 @@ def refuse_private(sent: Iterable[Outgoing], places: Sequence[str]) -> None:
             if found := _find_in_text(line, each.name, places):
                 raise _refuse(f"{each.name}:{number}", found, each)
         raise _refuse(each.name, _find_in_text(text, each.name, places) or "", each)
+
+
+def _holds_weights(each: Outgoing) -> bool:
+    """Return whether a file is no text."""
+    is_gguf = isinstance(each.content, Path) and plain_files.is_gguf(each.content)
+    return is_gguf or each.name.endswith(WEIGHTS)
 
 
 def _refuse(where: str, found: str, each: Outgoing) -> LoraError:

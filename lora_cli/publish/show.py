@@ -46,6 +46,6 @@ def add_files(facts: Facts, ggufs: Sequence[Path]) -> Facts:
     """Return facts with GGUF files that lie beside the model. LoraError for what is no such
     file."""
     for file in ggufs:
-        if file.suffix != ".gguf" or not file.is_file():
+        if not (file.is_file() and plain_files.is_gguf(file)):
             raise LoraError(f"{file} is no GGUF file", f"ls {quote(file.parent)}")
     return replace(facts, ggufs=(*facts.ggufs, *map(read_export, ggufs)))

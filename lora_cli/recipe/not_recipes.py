@@ -7,11 +7,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from lora_cli.common import UsageError, quote
+from lora_cli.common import UsageError, plain_files, quote
 
 ROWS = {".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz"}
 """Endings of files that hold rows and never a recipe."""
-MODELS = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx"}
+MODELS = {".safetensors", ".bin", ".pt", ".pth", ".onnx"}
 RECIPES = (".yaml", ".yml")
 BEGINS = re.compile(rb"^(?:model|extends)\s*:", re.M)
 """What a recipe has, and other programs' YAML seldom."""
@@ -30,8 +30,9 @@ def refuse_others(path: Path) -> None:
         raise _name_folder(path)
     if path.suffix.lower() in ROWS and path.is_file():
         raise UsageError(f"{path} holds rows, not a recipe", f"lora init {quote(path)}")
-    if path.suffix.lower() in MODELS and path.is_file():
-        model = path if path.suffix.lower() == ".gguf" else path.parent
+    is_gguf = plain_files.is_gguf(path)
+    if (is_gguf or path.suffix.lower() in MODELS) and path.is_file():
+        model = path if is_gguf else path.parent
         hint = f"lora init ROWS --model {quote(model)} writes a recipe"
         raise UsageError(f"{path} is a model's file, not a recipe", hint)
     if _may_be_on_hub(path):

@@ -135,7 +135,7 @@ def find_folder(path: Path) -> Path:
             return folder if folder == path or path.is_absolute() else _shorten(folder)
     if not path.exists():
         raise UsageError(f"{path} does not exist", "lora runs lists the runs below a folder")
-    what = "a GGUF file without a record" if path.suffix == ".gguf" else "no run"
+    what = "a GGUF file without a record" if plain_files.is_gguf(path) else "no run"
     raise UsageError(
         f"{path} is {what}: there is no {provenance.RUN_RECORD} in it",
         "lora runs lists the runs below a folder",
@@ -227,7 +227,7 @@ def _find_made(run: History) -> list[Made]:
 
 def _find_record(path: Path) -> Path:
     """Return where the record of a merged model, or of a GGUF file, is."""
-    is_file = path.suffix == ".gguf" and path.is_file()
+    is_file = path.is_file() and plain_files.is_gguf(path)
     return path.with_name(f"{path.name}.json") if is_file else path / provenance.ARTEFACT_RECORD
 
 
@@ -251,7 +251,7 @@ def _list_candidates(folder: Path) -> list[Path]:
     for each in folders:
         found.append(each)
         try:
-            found += sorted(each.glob("*.gguf"))
+            found += sorted(filter(plain_files.has_gguf_name, each.iterdir()))
         except OSError:  # not ours to read
             continue
     return found
