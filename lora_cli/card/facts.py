@@ -69,6 +69,15 @@ class Facts:
         """The resolved recipe, trimmed."""
         return dict(self.training.get("recipe") or {})
 
+    @property
+    def source(self) -> dict[str, str]:
+        """The GGUF file that a base was dequantised from: its name as `file`, `type`, `dtype` and
+        `sha256`; empty for any other base, also one that is on the hub."""
+        found = self.part("base").get("made_from")
+        if self.is_on_hub or not isinstance(found, dict):
+            return {}
+        return {**found, "file": name_file(str(found.get("file") or "base.gguf"))}
+
     def part(self, name: str) -> dict[str, Any]:
         """Return a section of the training's record; empty where it is none."""
         found = self.training.get(name)

@@ -58,6 +58,8 @@ def _name_method(facts: Facts) -> str:
 def _link_base(facts: Facts) -> str:
     if not facts.base:
         return "a base that is not recorded"
+    if facts.source:
+        return f"{code(facts.source['file'])} (a GGUF file of whoever trained it)"
     if not facts.is_on_hub:
         return f"{code(facts.base)} (a folder of whoever trained it)"
     return f"[{plain(facts.base)}]({HUB}/{facts.base})"
@@ -66,6 +68,12 @@ def _link_base(facts: Facts) -> str:
 def _list_attributes(facts: Facts) -> Iterator[list[str]]:
     commit = f", commit {code(facts.base_commit)}" if facts.base_commit else ""
     yield ["Base", _link_base(facts) + commit]
+    if source := facts.source:
+        yield [
+            "Base made from",
+            f"{code(source['file'])}, most of it {plain(source.get('type'))}, dequantised to "
+            f"{plain(source.get('dtype'))}; sha256 {code(source.get('sha256'))}",
+        ]
     yield ["Task", code(facts.task.name)]
     yield ["Method", _describe_method(facts)]
     if data := _describe_data(facts):

@@ -30,11 +30,19 @@ def _write_adapter_program(facts: Facts) -> str:
     """Return a program that puts the adapter on its base and asks it something."""
     recipe, task = facts.recipe, facts.task
     settings = recipe.get("quantization")
+    source = {} if isinstance(settings, dict) else facts.source
     reader = "AutoImageProcessor" if task.reads_pictures else "AutoTokenizer"
     imports = [task.auto_class, reader] + ["AutoConfig"] * task.counts_labels
     arguments = [f"dtype={_find_dtype(recipe)!r}"]
     if facts.base_commit:
         arguments.append(f"revision={facts.base_commit!r}")
+    if source:
+        imports.append("GgufConfig")
+        arguments = [
+            f"gguf_file={_name_for_transformers(source)!r}",
+            f"dtype={source.get('dtype')!r}",
+            "quantization_config=GgufConfig(dequantize=True)",
+        ]
     if task.counts_labels:
         arguments.append("config=AutoConfig.from_pretrained(name)")
     lines = []
@@ -44,12 +52,11 @@ def _write_adapter_program(facts: Facts) -> str:
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         lines += [f"    BitsAndBytesConfig(load_in_4bit=True, {given})", ")"]
         arguments.append("quantization_config=four_bits")
-    note = "" if facts.is_on_hub else "  # a folder of whoever trained it: put yours here"
     program = [
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted(imports))}",
         "",
-        f"name, base = {facts.place!r}, {facts.base!r}{note}",
+        f"name, base = {facts.place!r}, {('base' if source else facts.base)!r}{_note_base(facts)}",
         *lines,
         f"reader = {reader}.from_pretrained(name)",
         f"model = {task.auto_class}.from_pretrained(",
@@ -61,6 +68,24 @@ def _write_adapter_program(facts: Facts) -> str:
         program.append("model.resize_token_embeddings(len(reader))  # it was trained with more")
     program += ["model = PeftModel.from_pretrained(model, name).eval()", *_write_question(facts)]
     return "\n".join(program)
+
+
+def _name_for_transformers(source: dict[str, str]) -> str:
+    """Return what a GGUF file has to be called: transformers asks for the ending."""
+    name = source["file"]
+    return name if name.endswith(".gguf") else f"{Path(name).stem}.gguf"
+
+
+def _note_base(facts: Facts) -> str:
+    """Return the comment beside a base that is no name on the hub."""
+    if facts.is_on_hub:
+        return ""
+    if not facts.source:
+        return "  # a folder of whoever trained it: put yours here"
+    made = facts.source["file"]
+    if isinstance(facts.recipe.get("quantization"), dict):
+        return f"  # the folder that lora dequantised {made} into: lora cache shows it"
+    return f"  # a folder with {_name_for_transformers(facts.source)} and nothing else"
 
 
 def _find_dtype(recipe: dict[str, Any]) -> str:
@@ -168,10 +193,14 @@ def _list_server_usage(facts: Facts) -> list[str]:
     if facts.kind == "merged":
         return ["### vLLM", fence("sh", f"vllm serve {quote(facts.place)}")]
     merging = f"lora merge {quote(facts.place)} merged"
-    if facts.beyond:
+    unloaded = listed(facts.beyond)
+    if facts.source:
+        merging += f" --base {quote(facts.source['file'])}"
+        unloaded = unloaded or "its base is a GGUF file, dequantised"
+    if unloaded:
         return [
             "### vLLM, llama.cpp, Ollama",
-            f"They do not load this adapter ({listed(facts.beyond)}). Merged into its base, it is "
+            f"They do not load this adapter ({unloaded}). Merged into its base, it is "
             "a plain model:",
             fence("sh", f"{merging}\nvllm serve merged\nlora export-gguf merged -q Q4_K_M"),
         ]

@@ -39,8 +39,7 @@ def dequantise(path: Path) -> Path:
 
 @cache
 def _dequantise_once(path: Path, _written: int, _size: int) -> Path:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _hash_file(path)
     place = gguf_kept.find_place(digest)
     files.make_cache_folder(place.parent)
     with lock.hold_in_turn(place, f"dequantising {path}"):
@@ -61,10 +60,15 @@ def find_again(source: GGUFSource) -> Path | None:
     if found is not None:
         return found
     path = Path(privacy.expand_home(source.file))
-    if not path.is_file():
+    # a stranger's record names the file: another one than it says is not opened
+    if not path.is_file() or _hash_file(path) != source.sha256:
         return None
-    made = dequantise(path)
-    return made if made.parent == gguf_kept.find_place(source.sha256) else None
+    return dequantise(path)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _describe(folder: Path) -> str:

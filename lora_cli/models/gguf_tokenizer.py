@@ -15,6 +15,17 @@ from transformers import AutoTokenizer
 from lora_cli.common import files
 from lora_cli.models.gguf_weights import ALONE
 
+DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""What llama.cpp splits at each digit, and then as GPT-2 does, by the names that files have for it
+(`tokenizer.ggml.pre`; llama-vocab.cpp): transformers knows none, and splits as GPT-2 does."""
+BY_DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
@@ -28,7 +39,8 @@ def write_tokenizer(alone: Path, reader: GGUFReader, folder: Path) -> None:
 
 def _mend(reader: GGUFReader, folder: Path) -> None:
     """Take out of a tokenizer what transformers makes of every SentencePiece vocabulary, and this
-    file does not have: a token after the last one, and a space before a text."""
+    file does not have: a token after the last one, and a space before a text. Let it split digits
+    where the file says so."""
     file = folder / "tokenizer.json"
     made = json.loads(file.read_text(encoding="utf-8"))
     num_tokens = len(_read_value(reader, "tokenizer.ggml.tokens", []))
@@ -39,6 +51,8 @@ def _mend(reader: GGUFReader, folder: Path) -> None:
         splitter["prepend_scheme"] = "never"
         decoders = made["decoder"].get("decoders", [])
         made["decoder"]["decoders"] = [each for each in decoders if each["type"] != "Strip"]
+    if _read_value(reader, "tokenizer.ggml.pre", "") in DIGITS:
+        made["pre_tokenizer"] = BY_DIGITS
     files.write_text(file, json.dumps(made, ensure_ascii=False))
     if _read_value(reader, "tokenizer.ggml.model", "") == "llama":
         (folder / "tokenizer.model").write_bytes(_make_pieces(reader, adds_space))

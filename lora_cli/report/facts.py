@@ -76,6 +76,7 @@ def summarise(run: History, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
     data, parameters = record.data or {}, record.parameters
     found = {
         "base": answers.show(record.short_base),
+        "base_made_from": answers.show(record.base.source) or None,
         "method": answers.show(record.method),
         "task": differences.plain(record.recipe.get("task")),
         "started": show_time(record.started),
@@ -301,6 +302,8 @@ def _gather_provenance(run: History) -> dict[str, Any]:
         "run": record.id,
         "base": record.base.name,
         "commit": record.base.commit,
+        "base_made_from": record.base.source or None,
+        "base_gguf_sha256": (record.base.made_from or {}).get("sha256"),
         "base_fingerprint_sha256": _digest_base(run),
         "data": (record.data or {}).get("fingerprint"),
         "held_out": (record.holdout or {}).get("fingerprint"),

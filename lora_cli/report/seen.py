@@ -20,6 +20,15 @@ class SeenBase(stored.Stored):
     name: str = ""
     commit: str | None = None
     fingerprint: dict[str, Any] | None = None
+    made_from: dict[str, Any] | None = None
+
+    @property
+    def source(self) -> str:
+        """The GGUF file that it was dequantised from, in words; empty for any other base."""
+        if not self.made_from:
+            return ""
+        file, kind, dtype = (str(self.made_from.get(key)) for key in ("file", "type", "dtype"))
+        return f"dequantised from {Path(file).name} ({kind}) to {dtype}"
 
 
 class SeenRun(stored.Stored):

@@ -290,3 +290,26 @@ def test_evaluations_of_another_adapter_of_the_run_are_left_out(saved) -> None:
     assert find() == ["0"]
     assert find(times[1]) == ["1", "2"]
     assert find(times[1], times[3]) == ["3", "4"]
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_base_that_was_a_gguf_file_is_told_with_how_to_get_it_again(saved, quantised) -> None:
+    made = {"file": "/home/canary/x.gguf", "sha256": "ab" * 32, "type": "Q4_K", "dtype": "bfloat16"}
+    base = {"name": "/home/canary/.cache/lora-cli/gguf/ab/x", "made_from": made}
+    four = {"bnb_4bit_quant_type": "nf4"} if quantised else None
+    folder = saved(record(base=base, recipe=RECIPE | {"quantization": four}))
+    text = make_card(read_facts(folder)).text
+    assert "canary" not in text
+    assert "LoRA adapter for `x.gguf` (a GGUF file of whoever trained it)" in text
+    assert f"`x.gguf`, most of it Q4\\_K, dequantised to bfloat16; sha256 `{'ab' * 32}`" in text
+    assert "lora merge . merged --base x.gguf" in text
+    program = re.search("```python\n(.*?)```", text, re.S)
+    assert program
+    compile(program[1], "card", "exec")
+    if quantised:
+        assert "# the folder that lora dequantised x.gguf into: lora cache shows it" in program[1]
+    else:
+        assert "gguf_file='x.gguf',\n    dtype='bfloat16',\n" in program[1]
+        assert "# a folder with x.gguf and nothing else" in program[1]
+    named = make_card(read_facts(folder, "org/base", COMMIT)).text
+    assert "gguf_file" not in named

@@ -28,6 +28,7 @@ from lora_cli.models import (
     read_adapter,
 )
 from lora_cli.models.base import Base
+from lora_cli.models.record import GGUFSource
 
 TYPES = {"f16": torch.float16, "q8_0": torch.bfloat16, "Q4_K_M": torch.bfloat16}
 FAR = {"f16": 1e-3, "q8_0": 1e-2, "Q4_K_M": 0.15}
@@ -151,6 +152,18 @@ def test_an_adapter_is_trained_on_it_and_finds_it_again(
     assert "hint: --base FILE.gguf" in done.stderr
     done = lora("merge", adapter, tmp_path / "again", "--base", moved)
     assert done.returncode == 0, done.stderr
+
+
+def test_another_file_than_a_record_says_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record may be a stranger's."""
+    path = write_header(tmp_path / "x.gguf", "llama")
+    monkeypatch.setattr(gguf_base, "dequantise", lambda path: path)
+    source = GGUFSource(file=str(path), sha256="0" * 64, type="F32", dtype="float32")
+    assert gguf_base.find_again(source) is None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert gguf_base.find_again(source.model_copy(update={"sha256": digest})) == path
 
 
 def test_check_and_plan_take_it(lora, ggufs: dict[str, Path], write_recipe) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common import LoraError, UsageError, lock
-from lora_cli.report import answers, history, metrics
+from lora_cli.report import answers, facts, history, metrics, page
 from tests.report import written
 
 
@@ -252,3 +252,16 @@ def test_a_checkpoint_s_scores_are_not_the_adapter_s() -> None:
     found = history.Evaluation(models=models)
     assert found.find_kind("adapter") == models[2]
     assert history.Evaluation(models=models[:2]).find_kind("adapter") is None
+
+
+def test_a_base_that_was_a_gguf_file_is_told(tmp_path: Path) -> None:
+    made = {"file": "~/secret/x.gguf", "sha256": "ab" * 32, "type": "Q4_K", "dtype": "bfloat16"}
+    run = written.write_run(tmp_path / "run", base={"name": "~/.cache/x", "made_from": made})
+    said = "dequantised from x.gguf (Q4_K) to bfloat16"
+    runs = [history.read_run(run)]
+    found = facts.gather_run(runs[0])
+    assert found["summary"]["base_made_from"] == said
+    assert found["provenance"]["names"]["base_gguf_sha256"] == "ab" * 32
+    assert f"x, {said} ·" in page.render(runs, facts.gather(runs))
+    plain = facts.gather_run(history.read_run(written.write_run(tmp_path / "other")))
+    assert "base_made_from" not in plain["summary"]
