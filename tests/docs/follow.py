@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -41,22 +41,46 @@ CONFIG_OF_LARGE = {
     "torch_dtype": "bfloat16",
     "eos_token_id": 2,
 }
+SMALLER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+"""What the large one becomes where a page says that it does: of the same architecture, with
+weights."""
+PROXIES = [f"{kind}_proxy" for kind in ("http", "https", "all")]
+PROXIES += [name.upper() for name in PROXIES]
+FETCHING = "lora setup-llama-cpp"
+"""The command that is let out to the package index; all others meet the hub of this machine."""
 SHELL = re.compile(r"[|<>&;*$`]")
 
 
 class Machine:
     """Runs the commands of a page in `folder`."""
 
-    def __init__(self, folder: Path, warm: WarmCLI, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        warm: WarmCLI,
+        environment: Mapping[str, str],
+        shrink: Callable[[], object],
+    ) -> None:
+        """`shrink` puts a small model in the place of the large one."""
         self.folder = folder
         self.warm = warm
+        self.shrink = shrink
         self.environment = {**os.environ, **environment, "PYTHONUNBUFFERED": "1"}
 
     def run(self, command: str, typed: str) -> tuple[int, str]:
         """Exit status, and stdout with stderr, of one command."""
         words = shlex.split(command)
         if words[0] == "lora" and not SHELL.search(command):
-            done = self.warm.run(words[1:], self.folder, typed, merged=True)
+            outside = {name: os.environ.get(name, "") for name in PROXIES}
+            own = outside if command == FETCHING else {}
+            done = self.warm.run(words[1:], self.folder, typed, merged=True, environment=own)
             return done.returncode, done.stdout
         done = subprocess.run(
             ["bash", "-c", command],
@@ -79,6 +103,8 @@ class Machine:
                 path.write_text(step.text)
             if step.kind != "run":
                 continue
+            if step.is_small:
+                self.shrink()
             printed, status = "", 0
             for command in step.commands:
                 assert status == 0, f"{step.line}: before {command}: exit {status}\n{printed}"
@@ -102,10 +128,36 @@ def find_problems(machine: Machine, steps: list[Step], exact: bool) -> list[str]
     return problems
 
 
+def make_small(model: Path, folder: Path) -> Path:
+    """A small model of the large one's architecture, with the tokenizer of `model`."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    vocabulary = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    made = Qwen3ForCausalLM(Qwen3Config(**{**CONFIG_OF_LARGE, **SMALLER, **vocabulary}))
+    made.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_programs(folder: Path) -> None:
+    """What is on the machine's PATH: this package's command line, Python, and a stand-in for
+    Ollama."""
+    folder.mkdir()
+    programs = {"lora": "-m lora_cli", "python": "", "ollama": "-m tests.docs.ollama"}
+    for name, words in programs.items():
+        shim = folder / name
+        shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
+        shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+
+
 @contextmanager
-def open_machine(model: Path) -> Iterator[Machine]:
+def open_machine(model: Path, is_new: bool = False) -> Iterator[Machine]:
     """A machine whose hub has `model` in place of the small one that pages name, and a large one
-    without weights, with its tokenizer; the hub's cache is empty."""
+    without weights, with its tokenizer; the hub's cache is empty, and on a new machine lora's own
+    too."""
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="p-")))
         hub = stack.enter_context(LoopbackHub())
@@ -114,21 +166,23 @@ def open_machine(model: Path) -> Iterator[Machine]:
         (large / "config.json").write_text(json.dumps(CONFIG_OF_LARGE))
         hub.add_model(SMALL, {"main": model})
         hub.add_model(LARGE, {"main": large})
-        (home / "bin").mkdir()
-        for name, words in (("lora", "-m lora_cli"), ("python", "")):
-            shim = home / "bin" / name
-            shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
-            shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+        make_programs(home / "bin")
         environment = {
             **hub.environ(home / "hf"),
             "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "110",
+            "OLLAMA_MODELS": str(home / "ollama"),
+            **({"LORA_CACHE_DIR": str(home / "cache")} if is_new else {}),
         }
         warm = WarmCLI(environment)
         stack.callback(warm.close)
         (home / "work").mkdir()
-        yield Machine(home / "work", warm, environment)
+
+        def shrink() -> None:
+            hub.add_model(LARGE, {"main": make_small(model, home / "small")})
+
+        yield Machine(home / "work", warm, environment, shrink)
 
 
 def write_outputs(path: Path, outputs: Mapping[int, str]) -> None:
@@ -146,7 +200,7 @@ def write_outputs(path: Path, outputs: Mapping[int, str]) -> None:
 def main(pages: list[Path], write: bool) -> None:
     """Follow pages with the real model, and show or write what was printed otherwise."""
     chain = dict.fromkeys(path for page in pages for path in find_chain(page))
-    with open_machine(ROOT / "build" / "smollm2" / "model") as machine:
+    with open_machine(ROOT / "build" / "smollm2" / "model", is_new=True) as machine:
         for path in chain:
             outputs = {}
             for step, status, printed in machine.follow(read_page(path)):

@@ -10,7 +10,8 @@ A comment before a fence says what a reader need not see:
     <!-- varies: 0.0041 in 0..0.05; Ada like \\w+ -->   where another run prints otherwise
     <!-- exit: 2 -->       how the last command ends, if not well
     <!-- typed: TEXT -->   what is typed into it (\\n ends a line)
-    <!-- not run: WHY -->  a fence that no test can run
+    <!-- alone: WHY -->    a fence whose lines are typed in an empty environment, by test_install.py
+    <!-- small: WHY -->    a fence before which the large base that pages name becomes a small one
     <!-- slow: WHY -->     a fence that is run only where outputs are compared too
     <!-- quoted from: PAGE --> a fence whose commands and lines are on a page that is followed
     <!-- after: PAGE -->   a page that is followed in the folder of another one, after that
@@ -49,7 +50,7 @@ class Varying(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One fence: `kind` is run, file, quoted or skipped."""
+    """One fence: `kind` is run, file, quoted or alone."""
 
     kind: str
     line: int
@@ -61,6 +62,7 @@ class Step(NamedTuple):
     why: str = ""
     varies: tuple[Varying, ...] = ()
     is_slow: bool = False
+    is_small: bool = False
 
     @property
     def commands(self) -> list[str]:
@@ -102,7 +104,7 @@ def find_chain(path: Path) -> list[Path]:
 
 def read_comment(html: str) -> dict[str, str]:
     """What a comment says of the next fence."""
-    known = "varies|exit|typed|not run|slow|quoted from|after"
+    known = "varies|exit|typed|alone|small|slow|quoted from|after"
     found = re.fullmatch(rf"\s*<!-- ({known}): (.*?) -->\s*", html, re.S)
     if not found and re.match(r"\s*<!-- ", html):
         raise ValueError(f"a comment that is none of {known}: {html}")
@@ -112,15 +114,15 @@ def read_comment(html: str) -> dict[str, str]:
 def make_step(info: str, text: str, line: int, said: dict[str, str]) -> list[Step]:
     """The step of one fence; none where it only shows something."""
     title = re.search(r'title="([^"]+)"', info)
-    if info == "sh" and "not run" in said:
-        return [Step("skipped", line, text, why=said["not run"])]
+    if info == "sh" and "alone" in said:
+        return [Step("alone", line, text, why=said["alone"])]
     if info == "sh" and "quoted from" in said:
         return [Step("quoted", line, text, why=said["quoted from"])]
     if info == "sh":
         typed = said.get("typed", "").replace("\\n", "\n")
         status = int(said.get("exit", 0))
         run = Step("run", line, text, status=status, typed=typed, is_slow="slow" in said)
-        return [run._replace(varies=read_varying(said))]
+        return [run._replace(varies=read_varying(said), is_small="small" in said)]
     return [Step("file", line, text, name=title[1])] if title else []
 
 

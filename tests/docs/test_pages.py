@@ -9,40 +9,71 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.docs import follow, pages
+from tests.docs import follow, pages, test_install
 
 ROOT = pages.ROOT
-FOLLOWED = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
-READ = FOLLOWED
+READ = test_install.PAGES
 FOLLOWED = [path for path in READ if any(s.kind == "run" for s in pages.read_page(path))]
 EVERY = [ROOT / "README.md", *ROOT.glob("docs/*/*.md"), ROOT / "CONTRIBUTING.md"]
 
 
-NOT_RUN = {
-    "pip install 'lora-cli",
-    "lora doctor",
-    "lora setup-llama-cpp",
-    "lora train orders.yaml",
-    "ollama create orders -f runs/orders/merged/Modelfile",
-    'ollama run orders "Please send 31 lamps to Ines."',
-}
-"""What no test can run: what installs, fetches, says what one machine has, or needs a GPU."""
+COMMAND = re.compile(r"(?m)^(?:\$ )?(?:lora|pip|python3?|make|ollama|head|cat|grep) [\w'./-]")
+"""How a line begins that a reader would type."""
 
 
-def test_all_commands_are_run_but_those_that_say_why() -> None:
-    steps = [step for path in READ for step in pages.read_page(path)]
-    run = [command for step in steps if step.kind == "run" for command in step.commands]
-    skipped = [(command, s.why) for s in steps if s.kind == "skipped" for command in s.commands]
-    quoted = [command for s in steps if s.kind == "quoted" for command in s.commands]
-    print(f"run {len(run)}, quoted {len(quoted)}, not run {len(skipped)}: {skipped}")
-    assert len(run) >= 25
-    assert {command.split("[")[0] for command, _ in skipped} <= NOT_RUN
-    assert all(len(why) > 15 for _, why in skipped)
-    assert len(quoted) >= 4
+def find_unrun(paths: list[Path]) -> list[str]:
+    """The commands of pages that no test types, and that quote none that one does; and fences of
+    commands which are not marked as such."""
+    wrong = []
+    for path in paths:
+        steps = pages.read_page(path)
+        shown = {step.output for step in steps} | {s.text for s in steps if s.kind == "file"}
+        for step in steps:
+            if step.kind == "alone":
+                wrong += [each for each in step.commands if each not in test_install.LINES]
+            if step.kind == "quoted":
+                wrong += pages.find_misquoted(step, pages.read_page(ROOT / step.why))
+        for info, body in re.findall(r"(?ms)^ *```(.*?)\n(.*?)^ *```$", path.read_text()):
+            if info != "sh" and body not in shown and COMMAND.search(body):
+                wrong.append(body)
+    return wrong
+
+
+def test_all_commands_are_run() -> None:
+    """`run` by the two tests below, `alone` by test_install.py, and what quotes a command that is
+    run. There is no other kind: a fence that is not run has nothing to say that by."""
+    steps = [step for path in READ for step in pages.read_page(path) if step.commands]
+    typed = [s for s in steps if s.kind != "file"]
+    count = Counter(step.kind for step in typed for _ in step.commands)
+    print(f"{count.total()} commands: {dict(count)}")
+    assert {*count} == {"run", "alone", "quoted"}
+    assert count["run"] >= 37
+    assert count["alone"] == 2
+    assert count["quoted"] >= 4
+    assert len(READ) >= 6
+    assert not find_unrun(READ)
+
+
+@pytest.mark.parametrize(
+    ("page", "wrong"),
+    [
+        ("```sh\nlora doctor\n```\n", False),
+        ("```sh\nlora --version\n```\n\n```text\nlora on x\n```\n", False),
+        ("```\nlora doctor\n```\n", True),
+        ("```bash\n$ ollama run x\n```\n", True),
+        ("- so:\n\n  ```console\npip install x\n  ```\n", True),
+        ("<!-- alone: it installs -->\n```sh\npip install other\n```\n", True),
+        ("<!-- quoted from: README.md -->\n```sh\nlora dance\n```\n", True),
+    ],
+)
+def test_a_command_that_is_not_run_is_found(page: str, wrong: bool, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(page)
+    assert bool(find_unrun([tmp_path / "page.md"])) == wrong
 
 
 def test_what_the_readme_quotes_is_on_the_pages_that_are_run() -> None:
@@ -61,16 +92,6 @@ def test_a_wrong_quotation_is_found() -> None:
     assert pages.find_misquoted(quoted._replace(output="three\none\n"), there) == ["one"]
     assert pages.find_misquoted(quoted._replace(output="two 3\n"), there) == ["two 3"]
     assert pages.find_misquoted(quoted._replace(text="lora y\n"), there)[0] == "lora y"
-
-
-def test_no_command_of_theirs_is_outside_of_the_fences_that_are_run() -> None:
-    for path in FOLLOWED:
-        text = path.read_text()
-        for info, body in re.findall(r"(?ms)^```(.*?)\n(.*?)^```$", text):
-            assert info in ("sh", "text") or not re.search(r"(?m)^(\$ )?lora \w", body), (
-                path.name,
-                body,
-            )
 
 
 def list_groups() -> list[list[Path]]:
@@ -97,7 +118,7 @@ def test_each_command_ends_as_the_page_says(group: list[Path], tiny: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS, ids=NAMES)
 def test_each_command_prints_what_the_page_shows(group: list[Path], real: Path) -> None:
-    with follow.open_machine(real) as machine:
+    with follow.open_machine(real, is_new=True) as machine:
         for path in group:
             assert not follow.find_problems(machine, pages.read_page(path), exact=True), path.name
 
@@ -142,9 +163,9 @@ so
 
 Prose.
 
-<!-- not run: needs a GPU -->
+<!-- alone: it installs -->
 ```sh
-lora train qlora-8b
+pip install x
 ```
 
 ```text
@@ -155,22 +176,19 @@ shown alone
 
 def test_a_page_is_read_as_its_reader_would(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(PAGE)
-    first, file, second, skipped = pages.read_page(tmp_path / "page.md")
+    first, file, second, alone = pages.read_page(tmp_path / "page.md")
     assert (first.kind, first.commands, first.output, first.status) == ("run", ["echo one; exit 3"], "one\n", 3)  # fmt: skip
     assert (file.kind, file.name, file.text) == ("file", "a/b.json", "{}\n")
     assert (second.commands, second.typed, second.output) == (["cat a/b.json -"], "so", "7\nso\n")
     assert [each.shown for each in second.varies] == ["7", "so"]
-    assert (skipped.kind, skipped.why, skipped.output) == (
-        "skipped",
-        "needs a GPU",
-        "shown alone\n",
-    )
+    assert (alone.kind, alone.why, alone.output) == ("alone", "it installs", "shown alone\n")
 
 
 def test_a_comment_that_says_nothing_known_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "page.md").write_text("<!-- vary: 7 in 1..9 -->\n```sh\nls\n```\n")
-    with pytest.raises(ValueError, match="none of varies"):
-        pages.read_page(tmp_path / "page.md")
+    for said in ("vary: 7 in 1..9", "not run: no time"):
+        (tmp_path / "page.md").write_text(f"<!-- {said} -->\n```sh\nls\n```\n")
+        with pytest.raises(ValueError, match="none of varies"):
+            pages.read_page(tmp_path / "page.md")
 
 
 SHOWN = "step 20/20  loss 0.0041  142 tokens/s\n…\ntrained in 1m23s; adapter in runs/orders …\n"
