@@ -108,8 +108,8 @@ def refuse(what: str, instead: str | None = None) -> Rule:
             f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, which lora does not "
             "do",
             instead
-            or f"take a file of {draft.tool}'s for answers, or for DPO or ORPO; such a training can "
-            "go on with what lora trains: a plain PEFT adapter",
+            or f"take a file of {draft.tool}'s for answers, or for DPO or ORPO; such a training "
+            "can go on with what lora trains: a plain PEFT adapter",
         )
 
     return rule
