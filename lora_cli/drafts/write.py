@@ -101,8 +101,8 @@ def _refuse_there(out: Path, data: str) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} is not a folder", f"mkdir -p {quote(out.parent)}")
     if os.path.lexists(out):
-        free = quote(files.find_free(out))
-        another = f"lora init {quote(data)} --out {free} writes another"
+        free = files.find_free(out)
+        another = f"lora init {quote(data)} --out {quote(free)} writes another"
         raise UsageError(f"{out} already exists", f"lora train {quote(out)} trains it; {another}")
 
 

@@ -100,8 +100,8 @@ def copy_recipe(name: str, target: Path | None = None) -> Path:
     """
     source = get_file(name)
     target = target or Path(source.name)
-    free = quote(files.find_free(target))
-    another = f"lora recipes copy {quote(name)} {free} takes another name"
+    free = files.find_free(target)
+    another = f"lora recipes copy {quote(name)} {quote(free)} takes another name"
     files.write_new(target, source.read_text(encoding="utf-8"), another)
     _write_schema(target.with_name(SCHEMA))
     return target

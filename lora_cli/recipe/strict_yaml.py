@@ -129,10 +129,10 @@ def parse(text: str, name: str, first_line: int = 1, follow: bool = False) -> Do
 
 def _refuse_second(name: str, line: int) -> UsageError:
     """Return the error for a file of several documents, of which the second begins on a line."""
-    first, length = quote(f"{Path(name).stem}-1.yaml"), line - 1
+    first, length = f"{Path(name).stem}-1.yaml", line - 1
     return UsageError(
         f"{name}:{line}: a second document begins here, and a file has one",
-        f"head -n {length} {quote(name)} > {first}; then name {first}",
+        f"head -n {length} {quote(name)} > {quote(first)}; then name {quote(first)}",
     )
 
 

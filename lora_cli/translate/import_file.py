@@ -14,7 +14,7 @@ from lora_cli.translate.show import show_fates
 from lora_cli.translate.source import Keys, read_source
 from lora_cli.translate.tools import Tool, name_tool, recognise
 
-MAPS = ("training", "lora", "data", "logging")
+MAPS = ("model", "training", "lora", "data", "logging", "sftconfig")
 """Sections of a file that has any: their keys are looked up by both names."""
 
 
@@ -29,8 +29,8 @@ def import_file(
     draft = make_draft(path, tool, model, data)
     target = out or _name_recipe(path)
     text = settle(draft, target)
-    free = quote(files.find_free(target))
-    files.write_new(target, text, f"lora import {quote(path)} --out {free} takes another name")
+    another = f"lora import {quote(path)} --out {quote(files.find_free(target))} takes another name"
+    files.write_new(target, text, another)
     show_fates(draft)
     return target
 
@@ -57,8 +57,8 @@ def _apply(draft: Draft, tool: Tool, values: dict[str, Any], above: Keys = ()) -
     """Say what becomes of each key, in the file's order; those of sections by `section.key`."""
     for key, value in values.items():
         keys = (*above, key)
-        rule = tool.rules.get(".".join(map(str, keys)))
-        if rule is None and isinstance(value, dict) and value and not above and key in MAPS:
+        rule = tool.rules.get(".".join(map(str, keys))) or (tool.rules.get(key) if above else None)
+        if isinstance(value, dict) and value and not above and key in MAPS and tool.has_sections:
             _apply(draft, tool, value, keys)
         elif value in rules.EMPTY:
             draft.tell(keys, Kind.empty, "")

@@ -235,6 +235,12 @@ RULES: Mapping[str, Rule] = {
     "use_apollo": refuse("training of the whole model"),
     "hf_hub_token": rules.secret,
     "ms_hub_token": rules.secret,
+    "export_dir": refuse(
+        "an export, and no training", "lora merge and lora export-gguf do that for an adapter"
+    ),
+    "infer_backend": refuse(
+        "an inference, and no training", "lora serve, lora chat and lora generate do that"
+    ),
     "ray_run_name": leave("lora launch writes files for SLURM, Kubernetes and SkyPilot"),
     "ray_num_workers": ask("lora train --nproc N, with this number"),
 }

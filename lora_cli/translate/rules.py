@@ -300,6 +300,17 @@ def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:
     return False
 
 
+def trains(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that the file is one for a training; LoraError where it says that it is not."""
+    if is_on(value):
+        draft.leave(keys, "lora train always trains")
+    else:
+        raise LoraError(
+            f"{draft.source.show_place(keys)}: {keys[-1]}: {value}: the file is for no training",
+            "lora predict, lora evaluate and lora generate are for what was trained",
+        )
+
+
 TRAINER: Mapping[str, Rule] = {
     "bf16": precision,
     "fp16": precision,
@@ -315,7 +326,8 @@ TRAINER: Mapping[str, Rule] = {
         "lora never writes over a run: name another output_dir, or remove it"
     ),
     "load_best_model_at_end": turn("training.keep", "best"),
-    "do_train": leave("lora train always trains"),
+    "do_train": trains,
+    "logging_dir": leave("lora keeps what it logs in the run's folder"),
     "do_eval": leave(
         "training.eval_strategy says when; auto: after each epoch, where rows are held out"
     ),

@@ -24,6 +24,8 @@ class Tool(NamedTuple):
     defaults: Mapping[str, Any]
     finish: Callable[[Draft], None]
     """Says what no single key says, before the defaults are written."""
+    has_sections: bool = False
+    """Whether its files have sections, whose keys are known without them, too."""
 
 
 TOOLS: Mapping[str, Tool] = {
@@ -53,6 +55,7 @@ TOOLS: Mapping[str, Tool] = {
         unsloth.pass_on,
         unsloth.DEFAULTS,
         unsloth.finish,
+        has_sections=True,
     ),
 }
 
@@ -74,7 +77,8 @@ def recognise(source: Source) -> Tool:
     """
     keys = _list_keys(source)
     _refuse_others(source, keys)
-    if isinstance(source.data.get("training"), dict):  # no other tool's file has sections
+    has_model = isinstance(source.data.get("model"), dict) and "model_name" in keys
+    if has_model or isinstance(source.data.get("training"), dict):  # no other tool has sections
         return TOOLS["unsloth"]
     found = {name: len(keys & {*tool.marks}) for name, tool in TOOLS.items()}
     name = max(found, key=lambda each: found[each])
@@ -116,6 +120,11 @@ def refuse_other_tools(path: Path) -> None:
 
 def _refuse_others(source: Source, keys: set[str]) -> None:
     path: Path = source.path
+    if "_component_" in keys:
+        raise UsageError(
+            f"{path} is torchtune's, which lora import does not know",
+            f"the tools are {', '.join(TOOLS)}; lora init writes a recipe from rows and a model",
+        )
     if keys & {"compute_environment", "distributed_type"}:
         raise UsageError(
             f"{path} configures accelerate: how processes are started, and no training",

@@ -252,6 +252,7 @@ RULES: Mapping[str, Rule] = {
     "chat_template_path": rules.template,
     "chat_template": ask("write it into FILE.jinja: model.chat_template: FILE.jinja"),
     "system_prompt": take("model.system_prompt"),
+    "no_remove_unused_columns": leave("lora keeps what it reads of the rows"),
     "ignore_bias_buffers": leave("lora exchanges the adapter's gradients alone"),
     "model_init_kwargs": ask("model.revision, model.dtype and model.attn_implementation"),
     "dataset_kwargs": ask("lora prepares the rows itself: see data in the reference"),

@@ -51,8 +51,18 @@ def named_set(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the data set's name on the hub."""
     if draft.get("data", "local_dataset") or draft.get("local_dataset"):
         draft.leave(keys, "local_dataset says which files are read")
+    elif not isinstance(value, str):
+        draft.ask(keys, "the name of a data set, or a file: data.path, or data.mix for several")
     else:
         draft.take(keys, "data.path", value)
+
+
+def text_column(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the column of texts."""
+    if value == "text":
+        draft.tell(keys, Kind.taken, "as here")
+    else:
+        draft.take(keys, "data.columns", {"text": value})
 
 
 def kind_of_training(draft: Draft, keys: Keys, value: Any) -> None:
@@ -178,6 +188,18 @@ IN_SECTIONS: Mapping[str, Rule] = {
 }
 RULES: Mapping[str, Rule] = {
     "model_name": take("model.name_or_path"),
+    "dtype": take("model.dtype"),
+    "full_finetuning": ask(
+        "lora trains an adapter, which wants a learning rate about ten times as high"
+    ),
+    "r": take("lora.r"),
+    "lora_target_modules": targets,
+    "bias": take("lora.bias"),
+    "lora_bias": take("lora.bias"),
+    "use_gradient_checkpointing": checkpointing,
+    "random_state": take("training.seed"),
+    "loftq_config": ask("lora.init_lora_weights: loftq"),
+    "dataset_text_field": text_column,
     **{name.rpartition(".")[2]: rule for name, rule in IN_SECTIONS.items()},
     **IN_SECTIONS,
 }
@@ -206,13 +228,15 @@ DEFAULTS: Mapping[str, Any] = {
 
 def pass_on(draft: Draft, keys: Keys, value: Any) -> bool:
     """Take a key of the training that Unsloth hands to TRL; return whether it is one."""
-    is_flat = len(keys) == 1
-    return (is_flat or keys[0] == "training") and rules.pass_on(draft, keys, value)
+    is_trainers = len(keys) == 1 or keys[0] in ("training", "sftconfig")
+    return is_trainers and rules.pass_on(draft, keys, value)
 
 
 def finish(draft: Draft) -> None:
     """Say what no single key says."""
-    given = {**draft.source.data, **(draft.get("training") or {})}
+    given = dict(draft.source.data)
+    for section in draft.source.data.values():
+        given |= section if isinstance(section, dict) else {}
     if given.get("load_in_4bit") is False and "method" not in draft.values:
         draft.values["method"] = "lora"
         draft.reasons["method"] = "load_in_4bit: false"

@@ -615,5 +615,35 @@ def test_unsloths_names_are_known_without_sections(tmp_path: Path) -> None:
         "model: a\ntraining: {max_seq_length: 1024, load_in_4bit: false, random_seed: 7}\n"
         "lora: {lora_r: 8}\n"
     )
+    of_its_loader = (
+        "model: {model_name: a, max_seq_length: 1024, load_in_4bit: false}\n"
+        "lora: {r: 8, random_state: 7}\n"
+    )
     assert draft.tool == "Unsloth"
-    assert draft.values == draft_of("b.yaml", tmp_path, nested).values
+    assert draft.values["method"] == "lora"
+    for other in (nested, of_its_loader):
+        assert draft_of("b.yaml", tmp_path, other).values == draft.values
+    many = draft_of("c.yaml", tmp_path, f"{flat}dataset: [{{name: x}}]\n")
+    assert many.fates[("dataset",)].kind == Kind.hand
+
+
+FACTORY = "model_name_or_path: a\nfinetuning_type: lora\ntemplate: qwen\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{FACTORY}export_dir: out\n", "a.yaml:4: export_dir: out is an export, and no training"),
+        (f"{FACTORY}infer_backend: vllm\n", "a.yaml:4: infer_backend: vllm is an inference"),
+        (
+            f"{FACTORY}stage: sft\ndo_train: false\n",
+            "a.yaml:5: do_train: False: the file is for no",
+        ),
+        ("model:\n  _component_: x\nepochs: 1\n", "a.yaml is torchtune's"),
+    ],
+)
+def test_what_is_no_training_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraError) as refused:
+        draft_of("a.yaml", tmp_path, text)
+    assert refused.value.message.startswith(str(tmp_path / said.partition(" ")[0]))
+    assert said.partition(" ")[2] in refused.value.message
