@@ -73,6 +73,18 @@ def read_json(file: Path, stream: TextIO) -> Rows:
                 yield f"{file}:{number}", parse_line(line, file)
 
 
+def holds_rows(file: Path) -> bool:
+    """Return whether a JSON file is one object that has the rows inside, as `read_json` reads it
+    and the library `datasets` does not."""
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        first = _read_filled(stream)
+        more = bool(_read_filled(stream))
+        stream.seek(0)
+        head = stream.read(LONGEST)
+    whole = first.lstrip().startswith("{") and _is_read_whole(file, first, more)
+    return whole and bool(_find_lists(head))
+
+
 def _read_filled(stream: TextIO) -> str:
     """Return the next line that is not blank; nothing where there is none."""
     lines = iter(lambda: stream.readline(LONGEST), "")

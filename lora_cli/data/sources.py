@@ -33,7 +33,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from lora_cli.common import LoraError, find_nearest, library_errors, plain_files, quote
-from lora_cli.data import class_labels, picture_folder, readers, remote, stores
+from lora_cli.data import class_labels, json_rows, picture_folder, readers, remote, stores
 from lora_cli.models import hub
 from lora_cli.recipe import Data
 
@@ -216,14 +216,36 @@ def _refuse_unreadable(field: str, name: str) -> None:
         )
 
 
+OF_THE_LIBRARY = {"dataset_info.json", "dataset_dict.json", "state.json"}
+"""Files beside those of rows in a folder that `datasets` saved."""
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Return the files of rows that lie in a folder."""
+    found = (file for file in folder.iterdir() if file.name not in OF_THE_LIBRARY)
+    return sorted(file for file in found if readers.guess_kind(file) not in (None, "picture"))
+
+
+def _suggest_file(field: str, folder: Path, files: list[Path]) -> str:
+    """Return the hint that names the first of a folder's files in its place."""
+    if not files or field not in ("path", "eval_path"):
+        return f"ls {quote(folder)}"
+    return f"--set data.{field}={quote(files[0])}"
+
+
 def _open_folder(field: str, data: Data, folder: Path, split: str) -> Source:
     """Return a folder that `datasets` saved, or one of files, as a source.
 
     Files are read anew each time, since `datasets` would go by their times.
     """
     refused = f"data.{field}: the folder {folder} cannot be read as rows"
-    hint = f"name its files of rows: data.{field}: [{folder}/NAME.jsonl]"
     plain_files.refuse_odd_files(folder)
+    files = _list_files(folder)
+    hint = _suggest_file(field, folder, files)
+    for file in files:
+        if file.suffix.lower() == ".json" and json_rows.holds_rows(file):
+            said = f"data.{field}: {file} is one object that holds its rows"
+            raise LoraError(f"{said}: it is read alone", _suggest_file(field, folder, [file]))
     if picture_folder.has_pictures(field, folder):
         return _open_files(field, *picture_folder.find_pictures(field, folder, split))
     with library_errors.translate_file_errors(refused, hint):

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from lora_cli.common import LoraError
-from lora_cli.data import json_text, readers
+from lora_cli.data import json_text, readers, sources
 from lora_cli.data.formats import BadRow, find_converter
+from lora_cli.recipe import Data
 
 ROWS = [{"prompt": f"ask {n}", "completion": f"ünswer {n}"} for n in range(5)]
 TURNS = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
@@ -202,3 +203,16 @@ def test_a_mistake_in_a_long_line_is_shown(tmp_path: Path) -> None:
     shown = subprocess.run(hint, shell=True, capture_output=True, text=True, check=True)
     assert message.startswith(f"{path}:1:")
     assert "oops" in shown.stdout and len(shown.stdout) < 100
+
+
+def test_in_a_folder_such_a_file_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "my rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (folder / "b.json").write_text(json.dumps({"data": ROWS}))
+    data = Data(path=str(folder))
+    with pytest.raises(LoraError, match="b.json is one object that holds its rows") as refused:
+        sources.find_source(data, "path", str(folder), "train")
+    assert refused.value.hint == f"--set data.path='{folder}/b.json'"
+    (folder / "b.json").write_text(json.dumps(ROWS))
+    assert sources.find_source(data, "path", str(folder), "train").table is not None

@@ -486,7 +486,7 @@ def test_a_folder_of_unlike_files_is_answered_with_an_option_that_works(tmp_path
         parquet.write_table(table, tmp_path / f"{name}.parquet")
     with pytest.raises(LoraError, match="--data the folder .* cannot be read as rows") as caught:
         input_rows.find_source(str(tmp_path))
-    assert caught.value.hint == f"name its files of rows: --data {tmp_path}/NAME.jsonl"
+    assert caught.value.hint == f"--data {tmp_path}/a.parquet"
 
 
 def test_a_folder_of_something_else_is_left_alone(made: Made, tmp_path: Path) -> None:
