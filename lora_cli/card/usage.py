@@ -33,16 +33,8 @@ def _write_adapter_program(facts: Facts) -> str:
     source = {} if isinstance(settings, dict) else facts.source
     reader = "AutoImageProcessor" if task.reads_pictures else "AutoTokenizer"
     imports = [task.auto_class, reader] + ["AutoConfig"] * task.counts_labels
-    arguments = [f"dtype={_find_dtype(recipe)!r}"]
-    if facts.base_commit:
-        arguments.append(f"revision={facts.base_commit!r}")
-    if source:
-        imports.append("GgufConfig")
-        arguments = [
-            f"gguf_file={_name_for_transformers(source)!r}",
-            f"dtype={source.get('dtype')!r}",
-            "quantization_config=GgufConfig(dequantize=True)",
-        ]
+    imports += ["GgufConfig"] * bool(source)
+    arguments = _list_arguments(facts, source)
     if task.counts_labels:
         arguments.append("config=AutoConfig.from_pretrained(name)")
     lines = []
@@ -68,6 +60,18 @@ def _write_adapter_program(facts: Facts) -> str:
         program.append("model.resize_token_embeddings(len(reader))  # it was trained with more")
     program += ["model = PeftModel.from_pretrained(model, name).eval()", *_write_question(facts)]
     return "\n".join(program)
+
+
+def _list_arguments(facts: Facts, source: dict[str, str]) -> list[str]:
+    """Return what the base is loaded with, which may be a GGUF file."""
+    if source:
+        return [
+            f"gguf_file={_name_for_transformers(source)!r}",
+            f"dtype={source.get('dtype')!r}",
+            "quantization_config=GgufConfig(dequantize=True)",
+        ]
+    commit = [f"revision={facts.base_commit!r}"] if facts.base_commit else []
+    return [f"dtype={_find_dtype(facts.recipe)!r}", *commit]
 
 
 def _name_for_transformers(source: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The verbs that help with the others: doctor, schema, recipes."""
+"""The verbs that help with the others: doctor, cache, schema, recipes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,28 @@ def doctor(
 
     if not checks.run_doctor(oracle, as_json, quiet_libraries):
         raise typer.Exit(1)
+
+
+@verbs.command()
+def cache(
+    remove: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--remove",
+            metavar="BASE",
+            help="Remove this base first, by its name or sha256; may be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout instead.")
+    ] = False,
+) -> None:
+    """List what lora keeps in its cache: the bases that were made of GGUF files, who uses them, and
+    the rest."""
+    quiet_libraries()
+    from lora_cli.doctor import cached
+
+    cached.show_cache(remove or [], as_json)
 
 
 @verbs.command()

@@ -14,6 +14,7 @@ MEANT = {
     "help": "--help",
     "version": "--version",
     "info": "doctor",
+    **dict.fromkeys(("clean", "prune", "clear", "gc"), "cache"),
     **dict.fromkeys(("finetune", "fine-tune", "tune", "fit", "run", "sft", "start"), "train"),
     **dict.fromkeys(("continue", "resume"), "train"),
     **dict.fromkeys(("infer", "inference", "ask", "complete"), "generate"),

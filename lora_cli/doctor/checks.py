@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import __version__
-from lora_cli.common import LoraError, quote, threads, ui
+from lora_cli.common import LoraError, files, quote, threads, ui
 from lora_cli.doctor import device_checks
 from lora_cli.doctor.finding import TESTED, Check, name_fix, read_tested_versions
 from lora_cli.gguf import ggml, tools
@@ -96,6 +96,7 @@ def run_checks(deviations: list[Any], prepare: Callable[[], None]) -> Iterator[C
     yield from _try_check("training", device_checks.check_training)
     yield from _try_check("llama.cpp", check_tools)
     yield from _try_check("disk", check_disk)
+    yield from _try_check("cache", check_cache)
     yield from _try_check("memory", check_memory)
     yield from _try_check("threads", check_threads)
 
@@ -307,6 +308,15 @@ def check_disk() -> Iterator[Check]:
         little = free < LITTLE_DISK
         said, fix = f"{free / 1e9:.1f} GB free at {folder}", f"make room, or {elsewhere}"
         yield Check(f"disk for {name}", "note" if little else "ok", said, fix if little else None)
+
+
+def check_cache() -> Iterator[Check]:
+    """Report how large lora's own cache is."""
+    from lora_cli.doctor import cached
+
+    total, bases = map(cached.format_size, cached.measure_cache())
+    said = f"{total} in {files.find_cache_home()}, {bases} of it bases made of GGUF files"
+    yield Check("cache", "ok", f"{said}; lora cache lists them")
 
 
 def check_memory() -> Iterator[Check]:

@@ -17,6 +17,7 @@ Its doors, in the order a reader needs them:
                                    what keeps means and variances; modules named together
     find_convolutions, has_linear  what a model of convolutions has to adapt
     find_positions                 how long a text a base reads
+    gguf_kept                      the bases made of GGUF files that are kept in the cache
     names, hub                     what a name on the command line stands for; its commit
     attach                         a new or a trained adapter on a base; its LoRA layers
     load_tokenizer, save_tokenizer, adds_bos, IGNORED
@@ -159,6 +160,7 @@ __all__ = [
     "four_bit",
     "get_checkpoint_dtype",
     "has_linear",
+    "gguf_kept",
     "hub",
     "init_weights",
     "is_finite",

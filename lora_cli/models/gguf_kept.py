@@ -51,6 +51,12 @@ def find_place(digest: str) -> Path:
     return find_home() / digest
 
 
+def sweep() -> None:
+    """Remove what processes that were killed had in the making."""
+    for place in find_home().glob("*/"):
+        files.remove_leftovers(place)
+
+
 def find_made(digest: str) -> Path | None:
     """Return the base that was made from a file of this sha256; None where it is not kept."""
     return next((file.parent for file in find_place(digest).glob(f"[!.]*/{SOURCE}")), None)
@@ -71,6 +77,7 @@ def hold(folder: Path) -> None:
 
 def list_kept() -> list[Kept]:
     """Return the bases in the cache, the one that was used last first."""
+    sweep()
     found = []
     for file in find_home().glob(f"*/[!.]*/{SOURCE}"):
         folder = file.parent

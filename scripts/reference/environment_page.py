@@ -66,6 +66,7 @@ SET = {
     "GGML_NO_BACKTRACE": "For the process that opens a GGUF first.",
     "ARROW_DEFAULT_MEMORY_POOL": "For the process that reads strangers' Parquet files.",
     "ARROW_IO_THREADS": "… its threads.",
+    "HF_DEACTIVATE_ASYNC_LOAD": "transformers' threads, where a GGUF file is dequantised.",
     "PYTHONPATH": "Of processes of lora's own: where it lies, before what is set.",
 }
 INTRODUCTION = """# Exit codes and environment
