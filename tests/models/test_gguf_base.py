@@ -29,6 +29,7 @@ from lora_cli.models import (
 )
 from lora_cli.models.base import Base
 from lora_cli.models.record import GGUFSource
+from tests.torture.attacks import gguf_bases
 
 TYPES = {"f16": torch.float16, "q8_0": torch.bfloat16, "Q4_K_M": torch.bfloat16}
 FAR = {"f16": 1e-3, "q8_0": 1e-2, "Q4_K_M": 0.15}
@@ -99,6 +100,17 @@ def test_it_is_the_model_that_the_file_was_made_from(
     for text in TEXTS:
         assert read(text)["input_ids"] == own(text)["input_ids"], text
         assert read.decode(read(text)["input_ids"]) == own.decode(own(text)["input_ids"])
+
+
+def test_digits_are_split_where_the_file_says_so(tmp_path: Path) -> None:
+    """transformers knows no `smollm`, and splits its digits as GPT-2 does."""
+    raw = gguf_bases.sound()
+    raw.put("tokenizer.ggml.tokens", gguf_bases.texts([*gguf_bases.TOKENS[:-1], "12"]))
+    raw.put("tokenizer.ggml.merges", gguf_bases.texts(["h e", "1 2"]))
+    raw.put("tokenizer.ggml.pre", gguf_bases.value(gguf_bases.TEXT, "smollm"))
+    folder = gguf_base.dequantise(raw.write(tmp_path / "x.gguf"))  # llama.cpp's tokens
+    read = AutoTokenizer.from_pretrained(folder)
+    assert read.tokenize("he12 12") == ["he", "1", "2", "\u0120", "1", "2"]
 
 
 def test_it_is_made_once_and_known_by_its_contents(ggufs: dict[str, Path], tmp_path: Path) -> None:
