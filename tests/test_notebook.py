@@ -41,6 +41,7 @@ def run(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
             texts = [
                 each.get("text") or each.get("data", {}).get("text/plain", "")
                 for each in cell.outputs
+                if each.get("name") != "stderr"  # what libraries say beside an answer
             ]
             said[lines[0]] = "".join(texts)
     return said

@@ -196,7 +196,8 @@ def make_pattern(shown: str, varies: tuple[Varying, ...]) -> tuple[str, dict[str
 
     text = squeeze(shown)
     for each in sorted(varies, key=lambda each: -len(each.shown)):
-        parts = re.split(rf"(?<![\w.]){re.escape(squeeze(each.shown).strip())}(?![\w])", text)
+        shown_as = re.escape(squeeze(each.shown).strip())
+        parts = re.split(rf"(?<![\w.\ue000]){shown_as}(?![\w])", text)
         joined = parts[0]
         for part in parts[1:]:
             name = f"g{len(held)}"

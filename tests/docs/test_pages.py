@@ -219,6 +219,14 @@ def test_what_is_said_to_vary_must_be_shown() -> None:
     assert pages.compare(step, "0.8\n") == "the page shows no 0.7, which it says varies"
 
 
+def test_what_varies_may_be_the_number_of_another_that_does() -> None:
+    """Each is held under a number, which is no text of the page's."""
+    said = "one thing like .*; two thing like .*; third one like .*; fourth like .*; 3 in 1..9"
+    step = pages.Step("run", 1, "x", varies=pages.read_varying({"varies": said}))
+    shown = "one thing\ntwo thing\nthird one\nfourth\nleft: 3\n"
+    assert not pages.compare(step._replace(output=shown), "a b\nc d\ne f\ng\nleft: 5\n")
+
+
 def test_a_page_with_a_wrong_output_or_status_is_found(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "page.md").write_text("```sh\nlora --version\n```\n\n```text\nlora 0.0\n```\n")
     (tmp_path / "ends.md").write_text("<!-- exit: 2 -->\n```sh\nlora --version\n```\n")
