@@ -682,8 +682,6 @@ class Recipe(Section):
         """Return the keys that are given and are not tried, or do not come out, with a sharded
         base, each with what is the matter."""
         against: list[tuple[tuple[str, ...], str]] = []
-        if self.objective_row.compares:
-            against.append((("objective",), "pairs are not tried with a sharded base"))
         if self.lora.modules_to_save and self.distributed.strategy != "deepspeed-zero3":
             against.append((("lora", "modules_to_save"), "whole modules are not trained by FSDP"))
         given = self.training.collect_values()

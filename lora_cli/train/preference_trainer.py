@@ -122,7 +122,7 @@ class PreferenceTrainer(WatchedTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.obey_amid_evaluation()
         found = torch.zeros_like(self.eval_sums)
-        for part in self._split_parts(self._prepare_inputs(inputs)):
+        for part in self._even_passes(self._split_parts(self._prepare_inputs(inputs))):
             with torch.no_grad(), self.compute_loss_context_manager():
                 pairs, losses = self._compare(model, part)
             found += preference_losses.describe_pairs(pairs, losses, self.preference)

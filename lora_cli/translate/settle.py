@@ -14,8 +14,6 @@ from lora_cli.translate.write import write_recipe
 
 REQUIRED = ("model.name_or_path", "data.path", "data.mix")
 WORDS = {"yes": True, "on": True, "no": False, "off": False}
-SACRIFICED = {"objective": "distributed.strategy"}
-"""What is dropped in a value's place where the two exclude each other: what is learnt stays."""
 MOST = 200
 """Values that a draft has at the very most: each turn mends or drops one."""
 
@@ -50,8 +48,7 @@ def _mend(
         draft.values[key] = meant
         reread.add(key)
     else:
-        other = SACRIFICED.get(key, key)
-        draft.drop(other if other in draft.values else key, said + (f"; {hint}" if hint else ""))
+        draft.drop(key, said + (f"; {hint}" if hint else ""))
 
 
 def _find_key(draft: Draft, message: str, text: str, target: Path) -> str | None:

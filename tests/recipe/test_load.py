@@ -332,10 +332,6 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:2: data.format: preference is for objective: dpo | add objective: dpo",
         ),
         (
-            MINIMAL + "objective: dpo\ndistributed: {strategy: fsdp}\n",
-            "r.yaml:3: objective: pairs are not tried with a sharded base | distributed: {strategy: ddp}",
-        ),
-        (
             MINIMAL + "trainer: trainer\ntraining: {packing: true}\n",
             "r.yaml:4: training.packing: packing the whole data set works only with trainer: sft | packing: step",
         ),

@@ -34,6 +34,7 @@ from lora_cli.train import pair_batches, preference_losses, reference, run, tria
 from lora_cli.train.preference_losses import Pairs
 from lora_cli.train.preference_trainer import PreferenceTrainer
 from lora_cli.train.trainers import Watched
+from tests.distributed.jobs import find_packages
 
 NAMES, THINGS = ["Ada", "Bo", "Cem", "Dia", "Eli"], ["lamp", "rope", "kettle", "map"]
 CLOCK = ("runtime", "per_second", "peak_memory")
@@ -507,18 +508,37 @@ def test_no_reference_is_asked_where_none_is_needed(train, monkeypatch, capsys) 
     assert "of the start it is" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_two_processes_make_the_same_run(objective: str, train, tiny: Path, tmp_path: Path) -> None:
-    given = ("data.eval_rows=2", "training.max_steps=5", f"objective={objective}")
+@pytest.mark.parametrize(
+    ("objective", "strategy"),
+    [
+        ("dpo", "ddp"),
+        ("orpo", "ddp"),
+        ("dpo", "fsdp"),
+        ("orpo", "fsdp"),
+        ("cpo", "deepspeed-zero3"),
+    ],
+)
+def test_two_processes_make_the_same_run(
+    objective: str, strategy: str, train, tiny: Path, tmp_path: Path
+) -> None:
+    """Of seven pairs and three to evaluate on, a sequence each, one process has more passes than
+    the other: where a base is sharded, both have to come to each."""
+    given = [
+        "data.eval_rows=3", "training.max_steps=5", f"objective={objective}",
+        "training.packed_length=1",
+    ]  # fmt: skip
     alone = train("alone", *given)
     recipe = make_recipe(tmp_path, tiny, "both", *given)
     file = tmp_path / "both.yaml"
+    given.append(f"distributed.strategy={strategy}")
     sets = [word for each in given for word in ("--set", each)]
     done = subprocess.run(
         [sys.executable, "-m", "lora_cli", "train", str(file), "--nproc", "2", *sets],
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **find_packages(strategy)},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     one, two = read_metrics(alone), read_metrics(Path(recipe.output_dir))

@@ -259,14 +259,11 @@ def test_objectives_without_a_reference(name: str, tmp_path: Path) -> None:
 
 
 def test_pairs_stay_pairs_where_the_base_was_sharded(tmp_path: Path) -> None:
-    """Sharing the base is what needs a hand: without the objective, other things are learnt."""
     text = "model_name_or_path: a\nstage: dpo\ndataset: d\ndeepspeed: ds_z3_config.json\n"
     recipe = recipe_of(tmp_path, text + "pref_beta: 0.2\n")
     assert recipe["objective"] == "dpo"
     assert recipe["preference"]["beta"] == 0.2
-    assert "distributed" not in recipe
-    written = (tmp_path / "ours.yaml").read_text()
-    assert "#   deepspeed: objective: pairs are not tried with a sharded base" in written
+    assert recipe["distributed"] == {"strategy": "deepspeed-zero3"}
 
 
 @pytest.mark.parametrize("turned", [False, True])
