@@ -76,6 +76,8 @@ def _list_attributes(facts: Facts) -> Iterator[list[str]]:
         ]
     yield ["Task", code(facts.task.name)]
     yield ["Method", _describe_method(facts)]
+    if objective := _describe_objective(facts):
+        yield ["Objective", objective]
     if data := _describe_data(facts):
         yield ["Data", data]
     parameters = facts.part("parameters")
@@ -109,6 +111,15 @@ def _describe_method(facts: Facts) -> str:
             shown = ", ".join(map(str, sorted(value))) if isinstance(value, list) else value
             said.append(f"{key} {code(shown)}")
     return ", ".join(said)
+
+
+def _describe_objective(facts: Facts) -> str:
+    """Return by which loss two answers were compared, with its numbers; empty where none were."""
+    given = facts.recipe.get("preference")
+    if not isinstance(given, dict):
+        return ""
+    numbers = [f"{plain(key)} {code(value)}" for key, value in given.items() if value]
+    return ", ".join([code(facts.recipe.get("objective")), *numbers])
 
 
 def _describe_data(facts: Facts) -> str:

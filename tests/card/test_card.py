@@ -91,6 +91,14 @@ def test_the_card_says_what_the_record_says(saved) -> None:
     assert "--max-lora-rank 8" in text
 
 
+def test_the_card_says_how_answers_were_compared(saved) -> None:
+    told = {"loss": "simpo", "beta": 2.0, "gamma": 1.0, "sft_weight": 0.0}
+    compared = RECIPE | {"objective": "simpo", "preference": told}
+    text = make_card(read_facts(saved(record(recipe=compared)))).text
+    assert "| Objective | `simpo`, loss `simpo`, beta `2.0`, gamma `1.0` |" in text
+    assert "Objective" not in make_card(read_facts(saved(record(), "other"))).text
+
+
 def test_the_recipe_in_it_is_a_recipe(saved, tmp_path: Path) -> None:
     text = make_card(read_facts(saved(record()))).text
     found = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
