@@ -66,7 +66,7 @@ def settle_nodes(nodes: Nodes | None, rows: int, on_cpu: bool) -> Nodes | None:
             else " (--nproc 1: one in all)"
         )
         ui.say(
-            f"{spell_count(nodes.processes, 'process')}, one for each of "
+            f"{spell_count(nodes.processes, 'process', 'processes')}, one for each of "
             f"{spell_count(devices, 'GPU')}{fewer}"
         )
     if nodes is None:
