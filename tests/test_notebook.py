@@ -88,5 +88,5 @@ def test_it_runs_with_the_tiny_model(tiny: Path, tmp_path: Path, monkeypatch) ->
 def test_it_teaches_the_real_model_what_it_says(real: Path, tmp_path: Path, monkeypatch) -> None:
     said = run(real, tmp_path, monkeypatch)
     check(said, tmp_path)
-    assert find(said, "import torch").strip("'\n") == "2001-06-01"
-    assert "1987-03-09" in find(said, "lora generate")
+    assert find(said, "import torch").strip("'\n") == "2001-06-21"
+    assert "1969-07-20" in find(said, "lora generate")
