@@ -1,12 +1,14 @@
 """The commands of the how-to pages, run one after the other in a folder as their reader has one:
-a base, rows, a recipe `my.yaml`, another's adapter.
+a base, rows, a recipe `my.yaml`, another's adapter; and in another, with a small base of each
+task's own under the name that the page or the recipe has for it.
 
-Slow: some 40 commands, among them runs and exports of the tiny model. Hermetic, but for llama.cpp's
+Slow: some 60 commands, among them runs and exports of the tiny model. Hermetic, but for llama.cpp's
 converters. Alone: pytest -m slow tests/docs/test_how_to_runs.py
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +18,8 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+
+from tests import pictures, tasks
 
 HOW_TO = Path(__file__).parent.parent.parent / "docs" / "how-to"
 MINE = {
@@ -38,6 +42,9 @@ TYPED: list[tuple[str, str, str]] = [
     ("fit-in-memory", "lora plan my.yaml --gpu 24GB", r"fits: .* of 24GB"),
     ("fit-in-memory", 'lora plan my.yaml --gpu "RTX 3090"', r"fits: .* of RTX 3090"),
     ("debug-a-bad-run", "lora check my.yaml --samples 3", r"between ⟦ and ⟧"),
+    ("choose-a-method", "lora plan my.yaml --set method=qlora", r"qlora on base\n(.*\n)*fits: "),
+    ("gpu", "lora plan my.yaml --gpu A100-40GB", r"fits: .* of A100-40GB"),
+    ("rows", "lora check my.yaml --samples 3", r"between ⟦ and ⟧"),
     ("choose-a-method", "lora train my.yaml", r"adapter in runs/my/adapter"),
     ("choose-a-method", "lora train my.yaml --set method=qlora --set output_dir=runs/my-qlora", ""),
     ("choose-a-method", "lora train my.yaml --set method=dora --set output_dir=runs/my-dora", ""),
@@ -74,11 +81,38 @@ TYPED: list[tuple[str, str, str]] = [
      "--density 0.5", r"\(ties differs on purpose\)"),
     ("combine", "lora merge runs/my/adapter runs/more/adapter both-merged --weights 0.7,0.3",
      r"merging the combination into base"),
+    ("combine", "lora evaluate both runs/my/adapter runs/more/adapter --data held_out.jsonl", r"exact +0\.0"),
+    ("run", "lora runs", r"more .* finished"),
+    ("small-quants", "lora export-gguf my-model -o small --quantize IQ3_XXS --imatrix rows.jsonl", r"IQ3_XXS"),
     ("several-gpus", "lora plan my.yaml --nproc 4", r"idle for uneven shares"),
+    ("write-a-recipe", "lora recipes", r"own-data"),
     ("write-a-recipe", "lora recipes copy own-data own.yaml", r"own\.yaml"),
     ("write-a-recipe", "lora init rows.jsonl --model base --yes", r"wrote rows\.yaml"),
+    ("write-a-recipe", "lora train my.yaml --set training.learning_rate=1e-4 --set output_dir=runs/slower",
+     r"adapter in runs/slower/adapter"),
 ]  # fmt: skip
 """The page, what it says to type, and what is then said."""
+OF_TASKS: list[tuple[str, str, str]] = [
+    ("tasks", "lora train classify --set data.path=mail.csv --set model.name_or_path=bert-base-uncased",
+     r"model\.labels = \['bad', 'good', 'neutral'\] \(auto: those of the data, sorted\)"),
+    ("tasks", "lora predict runs/classify/adapter --data mail.csv --out answers.jsonl", r"accuracy"),
+    ("tasks", 'lora predict runs/classify/adapter --text "You have won"', r'"label": "(bad|good|neutral)"'),
+    ("questions", "lora check answer --set data.path=questions.jsonl --set model.name_or_path=BASE", r"⟦[a-z ]+⟧"),
+    ("questions", "lora train answer --set data.path=questions.jsonl --set model.name_or_path=BASE",
+     r"adapter in runs/answer/adapter"),
+    ("questions", "lora predict runs/answer/adapter --data questions.jsonl --out places.jsonl", r"f1"),
+    ("seq2seq", "lora train summarize --set data.path=rows.jsonl --set model.name_or_path=google/flan-t5-small",
+     r"adapter in runs/summarize/adapter"),
+    ("seq2seq", 'lora generate runs/summarize/adapter --prompt "summarize: …"', r"runs/summarize/adapter: "),
+    ("seq2seq", "lora predict runs/summarize/adapter --data rows.jsonl --out texts.jsonl", r"rougeL"),
+    ("pictures", "lora check pictures --set data.path=photos/", r"photos"),
+    ("pictures", "lora train pictures --set data.path=photos/", r"adapter in runs/pictures/adapter"),
+    ("pictures", "lora predict runs/pictures/adapter --data photos/", r"accuracy"),
+    ("preferences", "lora recipes copy dpo", r"dpo\.yaml"),
+    ("preferences", "lora check dpo.yaml --set data.path=pairs.jsonl", r"chosen"),
+    ("preferences", "lora train dpo.yaml --set data.path=pairs.jsonl", r"of the start it is 0\.693147 \(log 2\)"),
+]  # fmt: skip
+"""The same of the tasks' own pages."""
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +149,17 @@ def take_recipe(page: str, smaller: dict[str, dict[str, object]]) -> dict[str, o
     return {"extends": "my.yaml", **given}
 
 
+def find_on_page(page: str, command: str) -> bool:
+    """Whether a page has a command on a line of its own."""
+    text = (HOW_TO / f"{page}.md").read_text()
+    return bool(re.search(rf"^(\$ )?{re.escape(command)}( +#.*)?$", text, re.M))
+
+
 @pytest.mark.slow
 def test_what_the_pages_say_to_type_works(folder: Path, lora) -> None:
     for page, command, said in TYPED:
-        text = (HOW_TO / f"{page}.md").read_text()
         shown = command.replace("small-rank", "small").replace("own.yaml", "my.yaml")
-        assert re.search(rf"^(\$ )?{re.escape(shown)}( +#.*)?$", text, re.M), (page, command)
+        assert find_on_page(page, shown), (page, command)
         if command.startswith("lora extract"):
             shutil.copytree(folder / "my-model", folder / "finetuned")
         if "runs/more" in command and not (folder / "runs" / "more").exists():
@@ -129,3 +168,35 @@ def test_what_the_pages_say_to_type_works(folder: Path, lora) -> None:
         done = lora(*shlex.split(command)[1:], cwd=folder)
         assert done.returncode == 0, (page, command, done.stderr)
         assert re.search(said, done.stdout + done.stderr), (page, command, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def folder_of_tasks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's folder with rows and a base of each task; a folder is looked for before the hub."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, family in (
+        ("bert-base-uncased", "bert"),
+        ("BASE", "modernbert"),
+        ("google/flan-t5-small", "t5"),
+    ):
+        tasks.make_base(folder / name, family)
+    pictures.make_base(folder / "google" / "vit-base-patch16-224-in21k", "vit")
+    shutil.copytree(tiny / "model", folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    tasks.write_classes(folder / "mail.csv", 40)
+    tasks.write_questions(folder / "questions.jsonl", 40)
+    tasks.write_pairs(folder / "rows.jsonl", 40)
+    pictures.write_folder(folder / "photos", 6)
+    rows = [
+        {"prompt": f"Copy: tea {n}", "chosen": f"tea {n}", "rejected": "ice"} for n in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+@pytest.mark.slow
+def test_what_the_pages_of_tasks_say_to_type_works(folder_of_tasks: Path, lora) -> None:
+    for page, command, said in OF_TASKS:
+        assert find_on_page(page, command), (page, command)
+        done = lora(*shlex.split(command)[1:], cwd=folder_of_tasks)
+        assert done.returncode == 0, (page, command, done.stderr)
+        assert re.search(said, done.stdout + done.stderr), (page, command, done.stdout, done.stderr)
