@@ -36,6 +36,7 @@ CONTENTS = {
     ".csv": ROWS,
     ".yaml": "model: {name_or_path: x}\n",
     ".yml": "site_name: x\n",
+    ".safetensors": "weights",
 }
 
 
