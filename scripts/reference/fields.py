@@ -156,6 +156,7 @@ ANSWERS = {
     "answer": "What the model said.",
     "scores": "By metric.",
     "ended": "Whether the answer ended by itself.",
+    "foreseen": "(Whether the pass over the row showed that the answer is the expected one, so that it was not written.)",
     "tokens": "Its tokens.",
     "no_loss": "(Why its loss is not known.)",
     "error": "(Why it was not scored.)",
