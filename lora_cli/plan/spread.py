@@ -55,7 +55,8 @@ class Parts(NamedTuple):
         if shards == 1 or not self.divided:
             return total
         divided = sum(self.items.get(name, 0) for name in self.divided)
-        return total - divided + divided // shards + self.gathered
+        # the base is on the device whole before its part is cut off
+        return max(total - divided + divided // shards + self.gathered, self.items[WEIGHTS])
 
     def count_gathered(self, processes: int) -> int:
         """Return the bytes that each process gets of the others for a pass, there and back."""
@@ -89,7 +90,7 @@ class Spread(NamedTuple):
     rows: float
     """Of a step, for each."""
     memory: int
-    """Bytes that each needs at the peak of a step, at most."""
+    """Bytes that each needs at most: at the peak of a step, or to load the base."""
     sent: int
     """Bytes that each sends and gets for a step's gradients."""
     gathered: int

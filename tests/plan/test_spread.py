@@ -100,8 +100,14 @@ def test_copies_that_do_not_divide_the_processes(write_recipe) -> None:
         load.load_recipe(write_recipe("distributed: {strategy: deepspeed-zero3, replicas: 2}\n"))
 
 
+def test_a_base_is_loaded_whole_before_it_is_cut() -> None:
+    parts = spread.Parts({"weights": 800, "activations": 7}, ("weights",), 100)
+    assert parts.measure(4) == 800
+    assert parts._replace(items={"weights": 800, "activations": 507}).measure(4) == 807
+
+
 def test_copies_divide_what_is_shared() -> None:
-    one = spread.Parts({"weights": 800, "activations": 7}, ("weights",), 100)
+    one = spread.Parts({"weights": 800, "activations": 900}, ("weights",), 100)
     two = one._replace(copies=2)
-    assert two.measure(8) == one.measure(4)
+    assert two.measure(8) == one.measure(4) == 900 + 800 // 4 + 100
     assert two.count_gathered(8) == one.count_gathered(4)
