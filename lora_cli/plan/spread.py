@@ -114,8 +114,8 @@ def refuse_misfit(recipe: Recipe, processes: int) -> None:
     step = recipe.count_step_rows()
     if step < processes:
         raise LoraError(
-            f"a step has {spell_count(step, 'row')}, and {spell_count(processes, 'process', 'processes')}: "
-            "some would have none to train on",
+            f"a step has {spell_count(step, 'row')}, and {processes} processes: some would have "
+            "none to train on",
             f"--nproc {step}, or --set training.per_device_train_batch_size={processes}",
         )
 
