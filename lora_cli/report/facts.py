@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_cli import __version__
 from lora_cli.common import escape, privacy, provenance
+from lora_cli.recipe import TASKS
 from lora_cli.report import answers, differences, outcome, verdict
 from lora_cli.report.history import Evaluation, History, Made, describe_path, write_command
 from lora_cli.report.metrics import Metrics
@@ -17,9 +18,11 @@ from lora_cli.report.seen import number, parse_time
 
 MOST_EVALUATIONS = 40
 """Evaluations that stand in a table; of more, the first, the last, the best, and some between."""
+LOSSES = {"loss": "Training loss", "eval_loss": "Evaluation loss"}
 CURVES = {
-    "loss": ("Training loss", "nats per trained token"),
-    "eval_loss": ("Evaluation loss", "nats per trained token"),
+    **{name: (title, "nats per trained token") for name, title in LOSSES.items()},
+    "rewards_margin": ("Margin of rewards", "chosen answers above rejected ones"),
+    "rewards_accuracy": ("Pairs told apart right", "share"),
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Tokens per second", "since the run was started"),
@@ -56,7 +59,7 @@ def gather_run(run: History) -> dict[str, Any]:
         "recipe": differences.list_own(run.record),
         "chosen": differences.list_chosen(run.record),
         "data": _gather_data(run),
-        "curves": _gather_curves(run.metrics),
+        "curves": _gather_curves(run.metrics, run.record.recipe),
         "lines": {"read": run.metrics.lines, **_count("unreadable", run.metrics.unreadable)},
         "evaluations": _gather_evaluations(run, evaluations),
         "samples": _gather_samples(run),
@@ -138,7 +141,7 @@ def _gather_data(run: History) -> dict[str, Any]:
     return found
 
 
-def _gather_curves(metrics: Metrics) -> list[dict[str, Any]]:
+def _gather_curves(metrics: Metrics, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return of each metric that is drawn where it began and ended, and its extremes."""
     found = []
     for name, (title, unit) in CURVES.items():
@@ -146,6 +149,7 @@ def _gather_curves(metrics: Metrics) -> list[dict[str, Any]]:
         finite = series.finite()
         if not series.steps:
             continue
+        unit = find_loss_unit(recipe) if name in LOSSES else unit
         made: dict[str, Any] = {"name": name, "title": title, "unit": unit}
         made |= {"points": len(series.steps)} | _count("not_finite", series.gaps)
         if finite:
@@ -155,6 +159,14 @@ def _gather_curves(metrics: Metrics) -> list[dict[str, Any]]:
             made |= {"most": most[1], "most_step": most[0]}
         found.append(made)
     return found
+
+
+def find_loss_unit(recipe: Mapping[str, Any]) -> str:
+    """Return what the loss of a run by this recipe is a mean over."""
+    if recipe.get("objective", "sft") != "sft":
+        return "a mean over pairs"
+    others = {task.name for task in TASKS if not task.writes_text}
+    return "a mean over labels" if recipe.get("task") in others else CURVES["loss"][1]
 
 
 def _count(name: str, number: int) -> dict[str, int]:

@@ -92,8 +92,9 @@ def describe(curve: Mapping[str, Any]) -> str:
 def draw_together(runs: Sequence[History], names: Sequence[str]) -> list[charts.Chart]:
     """Return the charts in which runs are compared: training loss and evaluation loss."""
     found = []
-    for name, (title, unit) in list(facts.CURVES.items())[:2]:
-        lines = []
+    units = {facts.find_loss_unit(run.record.recipe) for run in runs}
+    for name, title in facts.LOSSES.items():
+        lines, unit = [], " or ".join(sorted(units))
         for at, run in enumerate(runs[:COLOURS]):
             series = run.metrics.get(name)
             smoothed = curves.smooth(series)[0] if name == "loss" else Series()

@@ -338,3 +338,32 @@ def test_a_folder_that_cannot_be_written_is_named(
     with pytest.raises(LoraError, match="cannot be written: Permission denied") as raised:
         report.write_report([run], None)
     assert raised.value.hint == f"ls -ld {run}"
+
+
+def test_pairs_have_curves_of_their_own(tmp_path: Path) -> None:
+    """How far chosen answers are above rejected ones, and a loss that is no token's."""
+    recipe = written.make_record()["recipe"] | {"objective": "dpo"}
+    run = written.write_run(tmp_path / "pairs", recipe=recipe)
+    lines = written.make_metrics()
+    for line in lines:
+        if "loss" in line:
+            line |= {"rewards_margin": line["step"] / 50, "rewards_accuracy": 1 - 1 / line["step"]}
+    written.write_lines(run / "metrics.jsonl", *lines)
+    target = report.write_report([run], None)
+    _, said = check(target)
+    curves = {each["name"]: each for each in said["runs"][0]["curves"]}
+    assert curves["loss"]["unit"] == curves["eval_loss"]["unit"] == "a mean over pairs"
+    assert (curves["rewards_margin"]["first"], curves["rewards_margin"]["last"]) == (0.02, 2.0)
+    assert curves["rewards_accuracy"]["last"] == 0.99
+    assert "Margin of rewards" in target.read_text()
+    plain = written.write_run(tmp_path / "plain")
+    together = report.write_report([run, plain], tmp_path / "both.html").read_text()
+    assert "a mean over pairs or nats per trained token" in together
+
+
+def test_the_loss_of_labels_is_no_token_s(tmp_path: Path) -> None:
+    recipe = written.make_record()["recipe"] | {"task": "sequence_classification"}
+    run = written.write_run(tmp_path / "labels", recipe=recipe)
+    _, said = check(report.write_report([run], None))
+    [loss] = [each for each in said["runs"][0]["curves"] if each["name"] == "loss"]
+    assert loss["unit"] == "a mean over labels"
