@@ -481,7 +481,8 @@ class Rehearsal:
         where = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.long)
         rows = hidden.flatten(0, 1)[where]
         head = self.base.get_output_embeddings()
-        total = loss_head.sum_loss(rows, head, where, loss_head.find_shape(self.base), self.kind)
+        shape = loss_head.find_shape(self.base)
+        total = loss_head.sum_loss(rows, head, where, shape, self.kind, rehearsed=True)
         self.live.operations = network  # the loss takes some rows at a time, the network does not
         return total / len(where)
 

@@ -92,6 +92,7 @@ class _FrozenHead(torch.autograd.Function):
         targets: Tensor,
         shape: Shape,
         kind: str,
+        rehearsed: bool,
     ) -> Tensor:
         all_losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         # the loss scale comes from above, after float16 would have lost what is small
@@ -100,7 +101,9 @@ class _FrozenHead(torch.autograd.Function):
         rows = count_rows(len(weight), kind)
         block = min(rows, max(1, BLOCK // len(weight))) if kind == "cpu" else rows
         scratch = hidden.new_empty(min(block, len(hidden)), len(weight), dtype=torch.float32)
-        for start in range(0, len(hidden), rows):
+        starts = range(0, len(hidden), rows)
+        # the second begins while what the first has made is still there
+        for start in (*starts[:2], *starts[2:][-1:]) if rehearsed else starts:
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             made = functional.linear(part, weight, bias)
             found = [
@@ -122,7 +125,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         each = above[0].to(gradient.dtype)[:, None]
-        return (gradient * each).to(ctx.type), None, None, None, None, None
+        return (gradient * each).to(ctx.type), None, None, None, None, None, None
 
 
 def _fill_probabilities(
@@ -155,10 +158,15 @@ def count_rows(vocabulary: int, kind: str) -> int:
 
 
 def sum_loss(
-    hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape, kind: str | None = None
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    shape: Shape,
+    kind: str | None = None,
+    rehearsed: bool = False,
 ) -> Tensor:
     """Return cross entropy in float32, summed over the rows of `hidden`; see `compute_losses`."""
-    losses = compute_losses(hidden, head, targets, shape, kind)
+    losses = compute_losses(hidden, head, targets, shape, kind, rehearsed)
     rows = count_rows(_count_words(head), kind or hidden.device.type)
     if len(losses) <= rows:  # one kernel, and none in the pass back
         return losses.sum()
@@ -171,16 +179,25 @@ def _count_words(head: nn.Module) -> int:
 
 
 def compute_losses(
-    hidden: Tensor, head: nn.Module, targets: Tensor, shape: Shape, kind: str | None = None
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    shape: Shape,
+    kind: str | None = None,
+    rehearsed: bool = False,
 ) -> Tensor:
     """Return cross entropy in float32 of each row of `hidden` (rows × width), whose next tokens are
-    `targets`; computed as on a device of that kind, by default the one it is on."""
+    `targets`; computed as on a device of that kind, by default the one it is on.
+
+    Where it is `rehearsed` for the memory that it needs, only the first rows that go through the
+    head together are computed, the next and the last: all others need as much as these.
+    """
     kind = kind or hidden.device.type
     frozen = type(head) is nn.Linear and not any(
         parameter.requires_grad for parameter in head.parameters()
     )
     if frozen:
-        return _FrozenHead.apply(hidden, head.weight, head.bias, targets, shape, kind)
+        return _FrozenHead.apply(hidden, head.weight, head.bias, targets, shape, kind, rehearsed)
     rows = count_rows(_count_words(head), kind)
 
     def part(some: Tensor, wanted: Tensor) -> Tensor:

@@ -152,6 +152,26 @@ def test_a_rehearsed_step_is_what_the_allocator_records(
     )  # kernels take some inside
 
 
+@pytest.mark.parametrize(("vocabulary", "length"), [(49_152, 3), (49_152, 4001), (260_000, 701)])
+def test_some_rows_of_a_head_need_what_all_do(
+    vocabulary: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step takes 4 GB here: all rows are gone through as the plan went through them at first."""
+    chosen, batch = settled(), Batch(1, length, waiting=False)
+    wide = LlamaConfig(**CONFIG, vocab_size=vocabulary)
+    fast = Rehearsal(chosen, build_adapted(chosen, wide)).step(batch)
+    own, asked = loss_head.sum_loss, []
+
+    def go_through_all(*given, rehearsed):
+        asked.append(rehearsed)
+        return own(*given)
+
+    monkeypatch.setattr(loss_head, "sum_loss", go_through_all)
+    whole = Rehearsal(chosen, build_adapted(chosen, wide)).step(batch)
+    assert asked == [True]
+    assert fast == whole
+
+
 def storages(tensors: list[torch.Tensor]) -> int:
     return sum(
         {
@@ -489,7 +509,9 @@ def test_a_large_vocabulary_is_no_network_that_goes_token_by_token(
     kinds: list[str] = []
     sum_loss = loss_head.sum_loss
     monkeypatch.setattr(
-        loss_head, "sum_loss", lambda *given: [kinds.append(given[-1]), sum_loss(*given)][1]
+        loss_head,
+        "sum_loss",
+        lambda *given, **how: [kinds.append(given[-1]), sum_loss(*given, **how)][1],
     )
     for length in (64, 256):
         rehearsal.step(Batch(1, length, waiting=True))
