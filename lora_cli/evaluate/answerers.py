@@ -86,7 +86,7 @@ class Answerer(Protocol):
         """The tokens that the model reads before it answers."""
 
     def read(self, ids: Sequence[int]) -> str:
-        """The text of an answer that has these tokens, none of them special."""
+        """The text of a whole answer that has these tokens, the last of which ends it."""
 
     @property
     def takes_likeliest(self) -> bool:
@@ -235,9 +235,23 @@ class HFAnswerer:
 
     @property
     def takes_likeliest(self) -> bool:
-        """By the generation config: one that asks for a penalty, beams or the like has its way also
-        in greedy answers."""
-        return self.network.generation_config.to_diff_dict().keys() <= HARMLESS
+        """By the generation config, since a penalty, beams or the like have their way also in
+        greedy answers; and only where positions turn by the same angles in a text of any length."""
+        asked = self.network.generation_config.to_diff_dict().keys()
+        return asked <= HARMLESS and not self._has_angles_by_length()
+
+    def _has_angles_by_length(self) -> bool:
+        config = self.network.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        every = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+        return any(each.get("rope_type") in ("dynamic", "longrope") for each in every)
+
+    def list_special(self) -> frozenset[int]:
+        """List the tokens that are left out of a text."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {
+            number for number, token in added if token.special
+        }
 
     @property
     def network(self) -> PreTrainedModel | PeftModel:
@@ -405,8 +419,8 @@ class GGUFAnswerer:
         return self.model.encode(self.model.render(*asked))
 
     def read(self, ids: Sequence[int]) -> str:
-        """As llama.cpp has it."""
-        return self.model.detokenize(ids)
+        """As llama.cpp has it, without the token that ends it."""
+        return self.model.detokenize(ids[:-1])
 
     @property
     def takes_likeliest(self) -> bool:

@@ -1,9 +1,9 @@
 """Compute what is not yet known of a model's rows: losses, answers, and the loss on the general
 text. Each batch is written down as it comes.
 
-Batches are made of all rows, whatever is known already, and one of which a row lacks is computed
-whole: so what a killed evaluation goes on with is what it would have computed. A drawn answer (with
-a temperature) is computed alone, from a seed of its own.
+Batches are made of all rows, or of all whose answers have to be written, whatever is known already,
+and one of which a row lacks is computed whole: so what a killed evaluation goes on with is what it
+would have computed. A drawn answer (with a temperature) is computed alone, from a seed of its own.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lora_cli.evaluate.answerers import Answerer, Sampling
 from lora_cli.evaluate.held_out import HeldRow
 from lora_cli.evaluate.token_losses import Piece, Reading, Seen
@@ -29,23 +27,9 @@ MARGIN = 1.0
 class Guesses:
     """The expected answers of rows, as one model would write them."""
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        reading: Reading,
-        reader: PreTrainedTokenizerBase,
-        sampling: Sampling,
-    ) -> None:
-        self.answerer, self.reading, self.reader, self.sampling = (
-            answerer,
-            reading,
-            reader,
-            sampling,
-        )
+    def __init__(self, answerer: Answerer, reading: Reading, sampling: Sampling) -> None:
+        self.answerer, self.reading, self.sampling = answerer, reading, sampling
         self.able = sampling.is_greedy and answerer.takes_likeliest
-        self.special = frozenset(reader.all_special_ids) | {
-            number for number, token in reader.added_tokens_decoder.items() if token.special
-        }
 
     def mark(self, row: HeldRow, pieces: Sequence[Piece]) -> list[Piece]:
         """Return a row's pieces, the expected answer marked in the last where the model could write
@@ -64,11 +48,11 @@ class Guesses:
 
     def _find_length(self, ids: Sequence[int]) -> int | None:
         """Return how many tokens an answer has, with the one that ends it; None where nothing ends
-        it, or a special token is a part of it."""
+        it, or a token of it is left out of its text."""
         for at, token in enumerate(ids):
             if self.reading.ends_answer(token):
                 return at + 1
-            if token in self.special:
+            if self.reading.leaves_out(token):
                 return None
         return None
 
@@ -83,5 +67,5 @@ class Guesses:
             return {}
         if not piece.answer or seen.margin < MARGIN:
             return {"foreseen": False}
-        ids = piece.ids[piece.answer.start + 1 : piece.answer.stop]
+        ids = piece.ids[piece.answer.start + 1 : piece.answer.stop + 1]
         return {"foreseen": True, "answer": self.answerer.read(ids), "ended": True}

@@ -87,7 +87,7 @@ def compute_losses(computing: Computing, reader: PreTrainedTokenizerBase) -> Non
         return
     path = Path(computing.scored.path)
     with token_losses.open_reading(computing.answerer, path, max(lengths)) as reading:
-        guesses = Guesses(computing.answerer, reading, reader, computing.wanted.sampling)
+        guesses = Guesses(computing.answerer, reading, computing.wanted.sampling)
         guesses.able &= computing.wanted.answers
         for done, batch in enumerate(lacking, 1):
             kept.add(_read_batch(reading, guesses, batch))

@@ -80,6 +80,9 @@ class Reading(Protocol):
     def ends_answer(self, token: int) -> bool:
         """Whether the model stops writing at a token."""
 
+    def leaves_out(self, token: int) -> bool:
+        """Whether a token is no part of the text of an answer."""
+
 
 Made = list[Piece] | formats.BadRow
 """What a row became, several pieces where its earlier turns change with later ones; or why it
@@ -144,7 +147,7 @@ class HFReading:
 
     def __init__(self, answerer: HFAnswerer) -> None:
         self.answerer = answerer
-        self.ends = frozenset(answerer.list_ends())
+        self.ends, self.special = frozenset(answerer.list_ends()), answerer.list_special()
 
     def read(self, pieces: Sequence[Piece]) -> list[Seen]:
         """All at once, or as many as memory is meant for."""
@@ -163,6 +166,10 @@ class HFReading:
         """By the tokenizer, the training and the generation config."""
         return token in self.ends
 
+    def leaves_out(self, token: int) -> bool:
+        """By the tokenizer."""
+        return token in self.special
+
 
 class GGUFReading(NamedTuple):
     """A GGUF file in llama.cpp."""
@@ -176,6 +183,10 @@ class GGUFReading(NamedTuple):
     def ends_answer(self, token: int) -> bool:
         """As llama.cpp has it."""
         return self.opened.ends_answer(token)
+
+    def leaves_out(self, token: int) -> bool:
+        """As llama.cpp has it."""
+        return self.opened.leaves_out(token)
 
 
 def _read_batch(network: torch.nn.Module, pieces: Sequence[Piece]) -> list[Seen]:

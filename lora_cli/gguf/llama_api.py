@@ -97,6 +97,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (ctypes.c_bool, [c_void_p, c_int32]),
+    "llama_vocab_is_control": (ctypes.c_bool, [c_void_p, c_int32]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
     "llama_free": (None, [c_void_p]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
@@ -170,6 +171,11 @@ class Opened(NamedTuple):
     def ends_answer(self, token: int) -> bool:
         """Return whether llama.cpp stops writing at a token."""
         return self.lib.llama_vocab_is_eog(self.vocabulary, token)
+
+    def leaves_out(self, token: int) -> bool:
+        """Return whether a token is no part of the text of an answer: the converter makes such ones
+        of added tokens that look special, also where the tokenizer takes them for words."""
+        return self.lib.llama_vocab_is_control(self.vocabulary, token)
 
 
 @contextmanager

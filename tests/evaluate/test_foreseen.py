@@ -18,8 +18,9 @@ import gguf
 import pytest
 import torch
 from gguf.scripts import gguf_new_metadata
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.evaluate import foreseen, score
+from lora_cli.evaluate import foreseen, held_out, score, token_losses
 from lora_cli.evaluate.answerers import GGUFAnswerer, Sampling, open_models
 from lora_cli.evaluate.score import Request
 from lora_cli.gguf import tools
@@ -155,6 +156,51 @@ def test_a_penalty_that_a_gguf_file_brings_is_heeded(made: Made, tmp_path: Path)
     opened = GGUFAnswerer(file)
     assert not opened.takes_likeliest
     opened.model.close()
+
+
+def test_a_token_that_llama_cpp_leaves_out_of_answers_is_not_foreseen(
+    made: Made, tmp_path: Path
+) -> None:
+    """An added token that is a word for transformers and a control token in the file, as llama.cpp's
+    converter makes one of `<|yes|>` in many vocabularies."""
+    tokenizer = AutoTokenizer.from_pretrained(made.forms["merged"])
+    network = AutoModelForCausalLM.from_pretrained(made.forms["merged"])
+    tokenizer.add_tokens(["<|yes|>"])
+    network.resize_token_embeddings(len(tokenizer))
+    folder, file = tmp_path / "model", tmp_path / "tiny.gguf"
+    for each in (tokenizer, network):
+        each.save_pretrained(folder)
+    tools.convert(folder, file, "f32", tools.find_converter())
+    token, kinds = tokenizer.convert_tokens_to_ids("<|yes|>"), gguf.GGUFReader(file, "r+")
+    field = kinds.fields["tokenizer.ggml.token_type"]
+    field.parts[field.data[token]][0] = gguf.TokenType.CONTROL
+    del field, kinds
+    row = json.loads(made.data.read_text().splitlines()[0])
+    write_rows(tmp_path / "rows.jsonl", [row, row | {"completion": "<|yes|> it is"}])
+    held = held_out.read_held_out(str(tmp_path / "rows.jsonl"), {}, {}, None)
+    encoded = token_losses.encode_rows(tokenizer, "assistant", held.rows)
+    marked = {}
+    for path in (folder, file):
+        answerer = open_models([str(path)])[str(path)]
+        with token_losses.open_reading(answerer, path, 200) as reading:
+            guesses = foreseen.Guesses(answerer, reading, Sampling(ROOM, 0.0))
+            pieces = [guesses.mark(*each)[-1] for each in zip(held.rows, encoded, strict=True)]
+        marked[path] = [len(piece.answer) > 0 for piece in pieces]
+    assert marked == {folder: [True, True], file: [True, False]}
+    assert answerer.model.detokenize([token]) == "<|yes|>"  # an answer has it not
+    answerer.model.close()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_a_text_s_length_moves_leave_nothing_foreseen(
+    made: Made, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written, a text is shorter when its first tokens are computed."""
+    answerer = open_models([str(made.forms["merged"])])[str(made.forms["merged"])]
+    assert answerer.takes_likeliest
+    config = answerer.network.config
+    monkeypatch.setitem(config.rope_parameters, "rope_type", kind)
+    assert not answerer.takes_likeliest
 
 
 def test_a_drawn_answer_is_drawn(made: Made, tmp_path: Path) -> None:
