@@ -148,8 +148,7 @@ def _say_what_is_read(file: Path, separator: str, header: list[str]) -> None:
     if "" in header:
         said.append(
             f"{header.count('')} of {spell_count(len(header), 'column')} "
-            f"{'has' if header.count('') == 1 else 'have'} no name and are "
-            "left out"
+            f"{'has no name and is' if header.count('') == 1 else 'have no name and are'} left out"
         )
     if said:
         _say_once(f"  {file}: {', and '.join(said)}")

@@ -43,7 +43,7 @@ READ: dict[str, tuple[str, str | bytes, str]] = {
     "CRLF": ("r.csv", QUOTED.replace("\n", "\r\n"), ""),
     "CR alone": ("r.csv", QUOTED.replace("\n", "\r"), ""),
     "no end of the last line": ("r.csv", QUOTED.rstrip(), ""),
-    "a comma too many": ("r.csv", 'prompt,completion,\n"ask, me",answer,\nmás,müde,\n', "1 of 3 columns have no"),
+    "a comma too many": ("r.csv", 'prompt,completion,\n"ask, me",answer,\nmás,müde,\n', "1 of 3 columns has no name and is left out"),
     "an index and more": ("r.csv", ',prompt,completion,\n0,"ask, me",answer,\n1,más,müde,\n', "2 of 4 columns"),
     "blank lines": ("r.csv", 'prompt,completion\n\n"ask, me",answer\n\nmás,müde\n\n', ""),
     "thousands of columns": ("r.csv", "prompt,completion," + ",".join(f"c{n}" for n in range(5000))

@@ -458,10 +458,10 @@ def test_long_rows_are_cut_and_counted(
     for kind, labels in ((CLASSES, KINDS["single_label_classification"]), (TOKENS, TAGS)):
         adapter = make_adapter(bert, tmp_path / kind, kind, labels)
         said = ask(adapter, None, texts, everything=True, folder=tmp_path)
-        assert "warning: 1 of 3 rows are cut at 48 tokens" in capsys.readouterr().err
+        assert "warning: 1 of 3 rows is cut at 48 tokens" in capsys.readouterr().err
         assert [line["text"] for line in said] == texts
         shorter = ask(adapter, None, texts, max_length=12, folder=tmp_path)
-        assert "1 of 3 rows are cut at 12 tokens" in capsys.readouterr().err
+        assert "1 of 3 rows is cut at 12 tokens" in capsys.readouterr().err
         if kind == TOKENS:
             assert len(said[1]["tags"]) == 46
         with pytest.raises(LoraError, match="text 2: 102 tokens, over 48"):
