@@ -468,7 +468,7 @@ def test_long_rows_are_cut_and_counted(
             ask(adapter, None, texts, cuts=False, folder=tmp_path)
         skipped = ask(adapter, None, texts, cuts=False, skips_bad=True, folder=tmp_path)
         assert skipped[1] == {"place": "text 2", "text": long, "error": "102 tokens, over 48"}
-        assert "1 of 3 rows have no answer (1 × too long)" in capsys.readouterr().err
+        assert "1 of 3 rows has no answer (1 × too long)" in capsys.readouterr().err
         for line, other in ((said[0], skipped[0]), (said[2], skipped[2])):
             assert other["text"] == line["text"]
             if kind == CLASSES:
