@@ -139,6 +139,17 @@ def remove(path: Path) -> bool:
     return False
 
 
+def measure(folder: Path) -> int:
+    """Return the bytes of the files in a folder and below it, none for what is no folder; files
+    that other processes remove meanwhile are left out."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).lstat().st_size
+    return size
+
+
 @contextmanager
 def passing(path: Path) -> Iterator[None]:
     """`path`, a file or folder that the block makes, is gone after it, at whatever instant a signal

@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -101,24 +101,36 @@ def hold_in_turn(target: Path, purpose: str) -> Iterator[None]:
     raise _explain_no_file(path, target)
 
 
-def hold_with_others(folder: Path) -> None:
-    """Hold a folder, as others may at the same time, until this process ends, however it ends.
-    Raises OSError where no file can be made in it."""
-    from filelock import FileLock
+def hold_with_others(folder: Path) -> Callable[[], bool]:
+    """Hold a folder, as others may at the same time, until this process ends, however it ends;
+    return what gives it up before.
 
-    path = folder / f".lora-{secrets.token_hex(8)}.lock"
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)
-    with endings.postponed_signals():
-        lock.acquire()
-        endings.undo_with_process(partial(_give_up, lock, path, os.getpid()))
-    _write_owner(path)
+    Raises OSError where no file can be made in it.
+    """
+    from filelock import FileLock, Timeout
+
+    for _ in range(TRIES):
+        path = folder / f".lora-{secrets.token_hex(8)}.lock"
+        lock = FileLock(path, blocking=False, fallback_to_soft=False)
+        give_up = partial(_give_up, lock, path, os.getpid())
+        try:
+            with endings.postponed_signals():
+                lock.acquire()
+                endings.undo_with_process(give_up)
+        except Timeout:  # who looks for leftovers had the new file locked, and removes it
+            continue
+        _write_owner(path)
+        return give_up
+    raise _explain_no_file(path, folder)
 
 
 def find_holders(folder: Path) -> list[str]:
     """Return who holds a folder with others, such as `process 12 on host`; what those who have
     ended left behind is removed."""
-    found = []
-    for path in sorted(folder.iterdir()):
+    found, paths = list[str](), list[Path]()
+    with suppress(FileNotFoundError):  # it has just been removed
+        paths = sorted(folder.iterdir())
+    for path in paths:
         if NAME.fullmatch(path.name):
             with _try(path, folder) as mine:
                 host, process = ("", "") if mine else _read_owner(path)

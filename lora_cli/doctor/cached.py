@@ -35,7 +35,7 @@ def show_cache(removed: Sequence[str], as_json: bool) -> None:
 
     UsageError for a name that none has, or several; LoraError for a base in use.
     """
-    for each in [_find_base(name) for name in dict.fromkeys(removed)]:
+    for each in {found.folder: found for found in map(_find_base, removed)}.values():
         gguf_kept.remove(each)
         ui.say(f"removed {privacy.replace_home(str(each.folder))}: {format_size(each.size)}")
     bases, parts = gguf_kept.list_kept(), list(list_parts())
@@ -58,7 +58,7 @@ def show_cache(removed: Sequence[str], as_json: bool) -> None:
 
 def measure_cache() -> tuple[int, int]:
     """Return the bytes of all that the cache holds, and of its bases made of GGUF files."""
-    return _measure(files.find_cache_home()), _measure(gguf_kept.find_home())
+    return files.measure(files.find_cache_home()), files.measure(gguf_kept.find_home())
 
 
 def list_parts() -> Iterator[Part]:
@@ -68,7 +68,7 @@ def list_parts() -> Iterator[Part]:
         entries = sum(1 for folder in found for each in folder.iterdir())
         if entries:
             count = len(found) if "*" in pattern else entries
-            yield Part(what, count, sum(map(_measure, found)), rule)
+            yield Part(what, count, sum(map(files.measure, found)), rule)
 
 
 def format_size(size: float) -> str:
@@ -84,25 +84,32 @@ def _list_bases(bases: Sequence[gguf_kept.Kept]) -> Iterator[str]:
     rows = [
         [
             each.folder.name,
-            f"{Path(each.source.file).name} ({each.source.type})",
-            each.source.sha256[:SHORT],
+            _name_source(each),
+            each.digest[:SHORT],
             format_size(each.size),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used)),
-            "here" if _has_file(each) else "gone",
+            ("here" if _has_file(each) else "gone") if each.source else "unknown",
             ", ".join(each.users) or "nobody",
         ]
         for each in bases
     ]
     yield from ui.format_table(header, rows)
-    yield f"lora cache --remove {bases[-1].source.sha256[:SHORT]} removes the one unused longest"
+    if unused := [each for each in bases if not each.users]:
+        yield f"lora cache --remove {unused[-1].digest[:SHORT]} removes the one unused longest"
     yield ""
+
+
+def _name_source(kept: gguf_kept.Kept) -> str:
+    if kept.source is None:
+        return f"{gguf_kept.SOURCE} is damaged"
+    return f"{Path(kept.source.file).name} ({kept.source.type})"
 
 
 def _describe(kept: gguf_kept.Kept) -> dict[str, object]:
     return {
         "name": kept.folder.name,
         "folder": str(kept.folder),
-        "made_from": kept.source.to_data(),
+        "made_from": kept.source.to_data() if kept.source else None,
         "size": kept.size,
         "used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(kept.used)),
         "file_is_here": _has_file(kept),
@@ -112,7 +119,8 @@ def _describe(kept: gguf_kept.Kept) -> dict[str, object]:
 
 def _has_file(kept: gguf_kept.Kept) -> bool:
     """Return whether the GGUF file is where it was: the base can be made again."""
-    return Path(privacy.expand_home(kept.source.file)).is_file()
+    source = kept.source
+    return source is not None and Path(privacy.expand_home(source.file)).is_file()
 
 
 def _find_base(name: str) -> gguf_kept.Kept:
@@ -121,7 +129,7 @@ def _find_base(name: str) -> gguf_kept.Kept:
     found = [
         each
         for each in bases
-        if each.folder.name == name or (len(name) >= 6 and each.source.sha256.startswith(name))
+        if each.folder.name == name or (len(name) >= 6 and each.digest.startswith(name))
     ]
     if len(found) == 1:
         return found[0]
@@ -131,11 +139,5 @@ def _find_base(name: str) -> gguf_kept.Kept:
         )
     raise LoraError(
         f"--remove: {len(found)} bases in the cache are called {name}",
-        f"give a sha256: {', '.join(each.source.sha256[:SHORT] for each in found)}",
+        f"give a sha256: {', '.join(each.digest[:SHORT] for each in found)}",
     )
-
-
-def _measure(folder: Path) -> int:
-    """Return the bytes of the files in a folder and below it."""
-    sizes = (each.lstat().st_size for each in folder.rglob("*") if each.is_file())
-    return sum(sizes) if folder.is_dir() else 0

@@ -43,7 +43,7 @@ def _dequantise_once(path: Path, _written: int, _size: int) -> Path:
     place = gguf_kept.find_place(digest)
     files.make_cache_folder(place.parent)
     gguf_kept.sweep()
-    with lock.hold_in_turn(place, f"dequantising {path}"):
+    with lock.hold_in_turn(place, f"makes or removes the base of {path}"):
         found = gguf_kept.find_made(digest)
         if found is None:
             found = place / path.stem

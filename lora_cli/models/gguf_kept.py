@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common import LoraError, files, lock, quote
+from lora_cli.common import LoraError, endings, files, lock, quote
 from lora_cli.models.record import GGUFSource
 
 SOURCE = "gguf_source.json"
@@ -26,13 +27,19 @@ class Kept(NamedTuple):
     """A base in the cache."""
 
     folder: Path
-    source: GGUFSource
+    source: GGUFSource | None
+    """None where the file that says so is damaged."""
     size: int
     """Bytes of its files."""
     used: float
     """When it was used last, in seconds since 1970."""
     users: list[str]
     """Who uses it now, such as `process 12 on host`."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the file that it was made from."""
+        return self.folder.parent.name
 
 
 def read_source(folder: str) -> GGUFSource | None:
@@ -64,36 +71,84 @@ def find_made(digest: str) -> Path | None:
 
 def hold(folder: Path) -> None:
     """Keep the base in a folder from being removed as long as this process lives, and note that it
-    is used. Of any other folder, do nothing."""
+    is used. Of any other folder, do nothing. LoraError where another process has just removed
+    it."""
     place = folder.absolute().parent
     is_kept = SHA256.fullmatch(place.name) and place.parent.name == "gguf"
     if not is_kept or (place, os.getpid()) in _held or not (folder / SOURCE).is_file():
         return
-    with suppress(OSError):  # who may not write there cannot remove it either
-        lock.hold_with_others(place)
+    give_up = _hold_place(place)
+    with suppress(OSError):  # another user's
         os.utime(folder / SOURCE)
+    if not (folder / SOURCE).is_file():  # it went before there was a lock for `remove` to see
+        give_up()
+        with suppress(OSError):
+            place.rmdir()
+        raise LoraError(
+            f"another process has just removed {folder}",
+            "do it again, with the GGUF file as the base: it is dequantised anew",
+        )
     _held.add((place, os.getpid()))
+
+
+def _hold_place(place: Path) -> Callable[[], object]:
+    """Hold a folder of the cache; return what gives it up again."""
+    try:
+        return lock.hold_with_others(place)
+    except OSError:  # who may not write there cannot remove it either
+        return list
 
 
 def list_kept() -> list[Kept]:
     """Return the bases in the cache, the one that was used last first."""
     sweep()
-    found = []
-    for file in find_home().glob(f"*/[!.]*/{SOURCE}"):
-        folder = file.parent
-        size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-        users = lock.find_holders(folder.parent)
-        found.append(Kept(folder, GGUFSource.read(file), size, file.stat().st_mtime, users))
-    return sorted(found, key=lambda each: -each.used)
+    found = map(_look_at, find_home().glob(f"*/[!.]*/{SOURCE}"))
+    return sorted((each for each in found if each), key=lambda each: -each.used)
+
+
+def _look_at(file: Path) -> Kept | None:
+    """Return the base beside a file SOURCE; None where another process has just removed it."""
+    folder, source = file.parent, None
+    with suppress(LoraError):
+        source = GGUFSource.read(file)
+    users, size = lock.find_holders(folder.parent), files.measure(folder)
+    try:
+        return Kept(folder, source, size, file.stat().st_mtime, users)
+    except FileNotFoundError:
+        return None
 
 
 def remove(kept: Kept) -> None:
-    """Remove a base from the cache. Raises LoraError where a process uses it."""
-    place = kept.folder.parent
-    with lock.hold_in_turn(place, f"uses {kept.folder}"):
-        if users := lock.find_holders(place):
+    """Remove a base from the cache. Raises LoraError where a process uses it, or has removed it."""
+    folder, place = kept.folder, kept.folder.parent
+    with lock.hold_in_turn(place, f"makes or removes {folder}"):
+        if not folder.is_dir():
+            raise LoraError(f"another process has just removed {folder}", "lora cache lists others")
+        _refuse_used(folder)
+        try:
+            _remove_unused(folder)
+        except OSError as error:
             raise LoraError(
-                f"{kept.folder} is in use by {', '.join(users)}", "wait for it, or end it"
-            )
-        if not files.remove(place):
-            raise LoraError(f"{place} cannot be removed", f"ls -la {quote(place)}")
+                f"{folder} cannot be removed: {error.strerror}", f"ls -la {quote(place)}"
+            ) from error
+        with suppress(OSError):  # the lock of one who has come too late may be in it
+            place.rmdir()
+
+
+def _refuse_used(folder: Path) -> None:
+    if users := lock.find_holders(folder.parent):
+        raise LoraError(f"{folder} is in use by {', '.join(users)}", "wait for it, or end it")
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a base; LoraError where somebody has come to use it meanwhile. Raises OSError."""
+    # moved first, so that a kill never leaves half a base under its name, and `hold` sees it gone
+    with files.scratch_folder(folder.parent) as scratch, endings.postponed_signals():
+        folder.rename(scratch / folder.name)
+        try:
+            _refuse_used(folder)
+        except BaseException:
+            (scratch / folder.name).rename(folder)
+            raise
+    if scratch.exists():
+        raise LoraError(f"{scratch} cannot be removed", f"ls -laR {quote(scratch)}")
