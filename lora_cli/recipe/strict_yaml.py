@@ -86,7 +86,8 @@ class _LooseLoader(_CoreLoader):
 
 
 MOST = 20_000
-"""Values of a file with aliases, each of which may stand for many others."""
+"""Values of a file with aliases, each of which may stand for many others; and mappings that are
+merged, with their keys."""
 DEEPEST = 20
 """Merges inside of each other; one in itself has no end."""
 MERGE = "<<"
@@ -156,9 +157,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: Keys) -> Any:
         """Return the data of a node, which stands at `path` in the document."""
         self.places.setdefault(path, self._locate(node.start_mark))
-        self.count += 1
-        if self.follow and self.count > MOST:
-            raise self.fail(f"aliases that stand for over {MOST:,} values", node.start_mark)
+        self._count(1, node)
         if isinstance(node, yaml.MappingNode):
             return self._build_mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -166,6 +165,12 @@ class _Builder:
         if odd := UNWRITABLE.search(node.value):
             raise self.fail(f"\\x{ord(odd[0]):02x} is not a whole character", node.start_mark)
         return _parse_scalar(node)
+
+    def _count(self, number: int, node: yaml.Node) -> None:
+        """Refuse a file whose aliases stand for more than so much."""
+        self.count += number
+        if self.follow and self.count > MOST:
+            raise self.fail(f"aliases that stand for over {MOST:,} values", node.start_mark)
 
     def _build_mapping(self, node: yaml.MappingNode, path: Keys) -> dict[str, Any]:
         """Return a mapping's data; its keys are texts, each given once."""
@@ -195,7 +200,9 @@ class _Builder:
             if depth > DEEPEST or not all(isinstance(each, yaml.MappingNode) for each in given):
                 raise self.fail("<< merges a mapping, or a list of mappings", key.start_mark)
             for each in given:
-                for pair in self._merge(each, depth + 1):
+                merged = self._merge(each, depth + 1)
+                self._count(1 + len(merged), each)
+                for pair in merged:
                     if str(pair[0].value) not in known:
                         known.add(str(pair[0].value))
                         own.append(pair)

@@ -538,6 +538,10 @@ def test_aliases_and_merges_are_followed_to_their_lines(tmp_path: Path) -> None:
         ("a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
             f"{name}: &{name} [{', '.join([f'*{of}'] * 9)}]\n" for of, name in zip("abcde", "bcdef")
         ), "a.yaml:1: aliases that stand for over 20,000 values"),
+        ("a: &a {}\n" + "".join(
+            f"{name}: &{name} {{<<: [{', '.join([f'*{of}'] * 9)}]}}\n"
+            for of, name in zip("abcdefg", "bcdefgh")
+        ), "a.yaml:1: aliases that stand for over 20,000 values"),
         (f"{AXOLOTL}---\nbase_model: c\n", "a.yaml:5: a second document begins here"),
         ("a: !!python/name:os.system x\n", "a.yaml:1: tags"),
     ],
