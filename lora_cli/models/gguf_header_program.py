@@ -171,6 +171,8 @@ def refuse_impossible(header: Header) -> None:
     are tensors."""
     values = header.values
     num = values.get(TOKENS, 0)
+    if not isinstance(num, int):
+        refuse(f"{TOKENS} is {repr(num)[:80]}")
     for key in BESIDE_TOKENS:
         if values.get(key, num) != num:
             refuse(f"it has {num:,} tokens, and in {key} {values[key]!r}")
@@ -190,7 +192,9 @@ def handle(shared: None, path: str) -> dict[str, Any]:
         try:
             header.read()
             parts = header.values.get("split.count", 1)
-            if parts in (0, 1):
+            if not isinstance(parts, int):
+                refuse(f"split.count is {repr(parts)[:80]}")
+            if parts <= 1:
                 refuse_impossible(header)
         except Refused as error:
             return {"refused": str(error)}
@@ -202,5 +206,5 @@ def handle(shared: None, path: str) -> dict[str, Any]:
         "numbers": kinds.total(),
         "largest": max((num for _, num in header.tensors.values()), default=0),
         "items": header.items,
-        "parts": parts if isinstance(parts, int) else 1,
+        "parts": int(parts),
     }

@@ -7,6 +7,7 @@ to commands. Hermetic. Alone: pytest tests/models/test_gguf_attacks.py
 from __future__ import annotations
 
 import random
+import re
 import time
 from pathlib import Path
 
@@ -38,6 +39,29 @@ def test_an_attack_is_refused_before_a_library_sees_it(
         if attack.__name__ in BEFORE:
             assert "refused" in found, case
     assert len(files) == EACH
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "said"),
+    [
+        ("split.count", gguf_bases.value(gguf_bases.TEXT, "two"), "split.count is 'two'"),
+        ("split.count", gguf_bases.value(gguf_bases.FLOAT32, 2.5), "split.count is 2.5"),
+        ("split.count", gguf_bases.value(gguf_bases.INT32, -2), "it has no tensors"),
+        (
+            gguf_header_program.TOKENS,
+            gguf_bases.value(gguf_bases.TEXT, "a"),
+            "tokenizer.ggml.tokens is 'a'",
+        ),
+    ],
+)
+def test_what_is_no_number_or_list_is_told(
+    key: str, given: bytes, said: str, tmp_path: Path
+) -> None:
+    raw = gguf_bases.sound()
+    raw.put(key, given)
+    raw.tensors = []
+    with pytest.raises(LoraError, match=re.escape(f"x.gguf cannot be a base: {said}")):
+        gguf_reading.read_layout(raw.write(tmp_path / "x.gguf"))
 
 
 def test_a_sound_file_passes(tmp_path: Path) -> None:
