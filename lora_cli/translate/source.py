@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import UsageError, quote
+from lora_cli.common import UsageError, plain_files, quote
 from lora_cli.recipe import strict_yaml
 
 Keys = strict_yaml.Keys
@@ -53,12 +53,28 @@ def _spell_keys(source: Source) -> Source:
             first, line = places[(name,)].line, source.find_line((key,))
             raise UsageError(
                 f"{source.show_place((key,))}: {name} is given twice (first on line {first})",
-                f"sed -i {line}d {quote(source.path)} takes this one out",
+                f"sed -i {line}d {quote(source.path)} takes this one out"
+                if _takes_a_line(source, key, line)
+                else "leave one of the two out",
             )
         data[name] = value
         for keys in [each for each in source.places if each[:1] == (key,)]:
             places[(name, *keys[1:])] = source.places[keys]
     return Source(source.path, data, places)
+
+
+def _takes_a_line(source: Source, key: str, number: int) -> bool:
+    """Return whether a key of the file's stands with its whole value, and nothing else, on a line,
+    and not in a mapping that is merged from elsewhere."""
+    lines = plain_files.read_small(source.path).split("\n")  # as sed counts them
+    line = "".join(lines[number - 1 : number])
+    if line[:1].isspace() or "&" in line:  # what it names may be meant below
+        return False
+    try:
+        alone = strict_yaml.parse(line, str(source.path), follow=True).data
+    except UsageError:
+        return False
+    return bool(alone == {key: source.data[key]})
 
 
 def list_leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:

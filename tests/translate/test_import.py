@@ -509,6 +509,38 @@ def test_keys_are_read_as_options_spell_them(tmp_path: Path) -> None:
         draft_of("a.yaml", tmp_path, f"{text}use_peft: true\n")
 
 
+@pytest.mark.parametrize(
+    ("before", "twice", "line"),
+    [
+        ("", "use-peft: true\n", 5),
+        ("", "lora-target-modules: [q_proj, v_proj]\n", 5),
+        ("", "lora-target-modules:\n  - q_proj\n  - v_proj\n", None),
+        ("", "lora-target-modules: [q_proj,\n  v_proj]\n", None),
+        ("", "output-dir: >-\n  a\n  b\n", None),
+        ("", "output-dir: a\n  b\n", None),
+        ("", "lora-r: &rank 8\nlora-alpha: *rank\n", None),
+        ("x: &one\n  use-peft: true\n", "<<: *one\n", None),
+    ],
+)
+def test_a_key_given_twice_is_taken_out_whole_or_not_at_all(
+    before: str, twice: str, line: int | None, tmp_path: Path
+) -> None:
+    names = ("use_peft: false", "lora_target_modules: [k_proj]", "output_dir: c", "lora_r: 4")
+    path = tmp_path / "a b.yaml"
+    first = "".join(f"{each}\n" for each in names)
+    path.write_text(f"{before}{first}{twice}")
+    with pytest.raises(UsageError, match="is given twice") as refused:
+        make_draft(path, None, None, None)
+    command, takes, _ = (refused.value.hint or "").partition(" takes this one out")
+    assert bool(takes) == (line is not None), refused.value.hint
+    if line is None:
+        assert refused.value.hint == "leave one of the two out"
+    else:
+        assert command.startswith(f"sed -i {line}d ")
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert path.read_text() == first
+
+
 def test_aliases_and_merges_are_followed_to_their_lines(tmp_path: Path) -> None:
     text = (
         f"{AXOLOTL}lora_target_modules: &names [q_proj]\nlora_modules_to_save: *names\n"
