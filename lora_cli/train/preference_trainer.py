@@ -92,8 +92,9 @@ class PreferenceTrainer(WatchedTrainer):
         """Say the loss before anything is learnt. LoraError where the model is not the one that
         the reference was computed of, and no dropout says why."""
         pairs = Pairs(*(torch.cat(each) for each in zip(*(pairs for pairs, _ in begun))))
-        if not len(pairs.logps) or pairs.reference is None:
+        if not len(pairs.logps):
             return
+        assert pairs.reference is not None, "the start is checked where there is a reference"
         found = float(torch.cat([losses for _, losses in begun]).mean())
         same = pairs._replace(logps=pairs.reference)
         wanted = float(preference_losses.compute_losses(same, self.preference).mean())
