@@ -238,6 +238,7 @@ def _check_loss_of_pairs(recipe: Recipe) -> Iterator[Problem]:
             f"{place}: {preference.loss} is not for objective: {recipe.objective}",
             f"objective: {owner}, or leave it out",
         )
+        return  # numbers that are filled in are for the objective's own losses
     for key, fine in (("label_smoothing", SMOOTHED), ("gamma", ("simpo",))):
         if getattr(preference, key) and preference.loss not in fine:
             place, more = recipe.where("preference", key), {*fine} & {*losses}

@@ -275,6 +275,10 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:4: preference.loss: simpo is not for objective: dpo | objective: simpo, or leave it out",
         ),
         (
+            MINIMAL + "objective: simpo\npreference: {loss: sigmoid}\n",
+            "r.yaml:4: preference.loss: sigmoid is not for objective: simpo | objective: dpo, or leave it out",
+        ),
+        (
             MINIMAL + "objective: cpo\npreference: {loss: hinge, label_smoothing: 0.1}\n",
             "r.yaml:4: preference.label_smoothing has no effect with loss: hinge | loss: sigmoid",
         ),
