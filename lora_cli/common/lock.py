@@ -131,11 +131,20 @@ def find_holders(folder: Path) -> list[str]:
     with suppress(FileNotFoundError):  # it has just been removed
         paths = sorted(folder.iterdir())
     for path in paths:
-        if NAME.fullmatch(path.name):
-            with _try(path, folder) as mine:
-                host, process = ("", "") if mine else _read_owner(path)
-            found += [] if mine else [f"process {process} on {host}" if process else "a process"]
+        if NAME.fullmatch(path.name) and (holder := _find_holder(path, folder)):
+            found.append(holder)
     return found
+
+
+def _find_holder(path: Path, folder: Path) -> str | None:
+    for tried in range(3):
+        if tried:  # who only looks, as this does, is none, and soon gone
+            time.sleep(0.01)
+        with _try(path, folder) as mine:
+            if mine:
+                return None
+    host, process = _read_owner(path)
+    return f"process {process} on {host}" if process else "a process"
 
 
 def _name_lock(target: Path) -> Path:

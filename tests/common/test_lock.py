@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import pytest
 
 from lora_cli.common.errors import LoraError
-from lora_cli.common.lock import FILE, hold_folder, hold_in_turn
+from lora_cli.common.lock import FILE, find_holders, hold_folder, hold_in_turn
 
 ROOT = Path(__file__).parent.parent.parent
 OWNER = """
@@ -88,6 +89,17 @@ def test_a_killed_owner_s_lock_is_gone_and_stops_nobody(tmp_path: Path) -> None:
         assert str(other.pid) in (tmp_path / FILE).read_text()
         with hold_folder(tmp_path):
             assert str(os.getpid()) in (tmp_path / FILE).read_text()
+
+
+def test_who_only_looks_whether_there_is_a_holder_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f".lora-{'0' * 16}.lock"
+    path.write_text("\0host 4194304\n")  # who was killed
+    with filelock.FileLock(path) as looking:
+        assert find_holders(tmp_path) == ["process 4194304 on host"]
+        monkeypatch.setattr(time, "sleep", lambda _: looking.release())
+        assert find_holders(tmp_path) == []
 
 
 def test_a_worker_that_outlives_its_killed_owner_holds_nothing(tmp_path: Path) -> None:
