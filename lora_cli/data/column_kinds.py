@@ -18,7 +18,7 @@ KINDS = {
     dict: "mappings",
     bytes: "bytes",
 }
-NUMBER = re.compile(r"\s*[-+]?[\d.,]*\d\s*%?\s*")
+NUMBER = re.compile(r"\s*[-+]?[\d.,]*\d\s*(?:%\s*)?")
 TEXTS, OTHERS = {"text", "source", "chosen"}, {"label", "labels", "answers", "tags", "image"}
 """Columns by which formats are told that have texts alone."""
 

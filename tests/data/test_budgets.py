@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from lora_cli.common.errors import LoraError
-from lora_cli.data import json_rows, json_text, readers, tables, text_files
+from lora_cli.data import column_kinds, json_rows, json_text, readers, tables, text_files
 
 
 def read(path: Path) -> list[object]:
@@ -183,3 +184,12 @@ def test_a_value_counts_each_time_that_a_table_names_it(tmp_path: Path, kind: st
     assert (tmp_path / "a.arrow").stat().st_size < 400_000
     with pytest.raises(LoraError, match="unpacks to over 64 MiB"):
         read(tmp_path / "a.arrow")
+
+
+def test_whether_a_column_has_numbers_is_told_in_time() -> None:
+    """Of 60,000 spaces, tried in every place for both sides of a sign that is not there: 7 s."""
+    numbers = ["5", " -5 % ", "1,000.5", "50%\n"]
+    assert column_kinds.tell_kinds([{"a": text} for text in numbers]) == {"a": "numbers"}
+    began = time.process_time()
+    assert column_kinds.tell_kinds([{"a": "5" + " " * 60_000 + "x"}]) == {"a": ""}
+    assert time.process_time() - began < 1
