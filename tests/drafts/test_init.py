@@ -275,7 +275,8 @@ def test_more_bad_rows_than_good_ones_are_an_error(init, tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_text(",\n".join(lines))
     done = init("rows.jsonl")
     assert done.returncode == 1
-    assert "error: 4 of 5 rows cannot be used; rows.jsonl:1: column " in done.stderr
+    assert "error: 4 of 5 rows cannot be used; rows.jsonl:1: a comma after" in done.stderr
+    assert "hint: sed -E 's/,[[:space:]]*$//' < rows.jsonl > lines-rows.jsonl;" in done.stderr
     assert "--set data.on_bad_row=skip trains on the others" in done.stderr
     assert not (tmp_path / "rows.yaml").exists()
     done = init("rows.jsonl", "--set", "data.on_bad_row=skip")
