@@ -129,9 +129,8 @@ def _is_hidden(root: Path, path: Path) -> bool:
 def _say_left_out(root: Path, others: tuple[Path, ...]) -> None:
     if others:
         ui.warn(
-            f"{spell_count(len(others), 'file')} of {root} left out, by their names no "
-            "pictures that are "
-            f"read, such as {others[0]}"
+            f"{spell_count(len(others), 'file')} of {root} {'is' if len(others) == 1 else 'are'} "
+            f"left out, by their names no pictures that are read, such as {others[0]}"
         )
 
 
