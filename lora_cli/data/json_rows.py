@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from lora_cli.common import LoraError, quote_words, ui
+from lora_cli.common import LoraError, escape, quote_words, ui
 from lora_cli.data import squad
 from lora_cli.data.formats import COLUMN_SETS, FORMATS, BadRow, refuse_repeated
 from lora_cli.data.json_text import (
@@ -36,6 +36,8 @@ from lora_cli.recipe import Column
 Row = dict[str, Any] | BadRow
 """A row as it was read, or why it could not be read."""
 Rows = Iterator[tuple[str, Row]]
+Columns = Set[str]
+"""Columns of theirs that the recipe or the command line names, without what is inside of them."""
 OF_ROWS = (
     *FORMATS.values(),
     *(tuple(names.values()) for names in COLUMN_SETS),
@@ -51,38 +53,41 @@ WORDS = {"input_ids", "tokens", "words"}
 NAME_ROWS = ("rows", "data", "train", "examples", "instances")
 """Keys that rows mostly stand under."""
 COMMENT = re.compile(r"//|/\*|#")
+OF_LINES = r"/^[[:space:]]*(\/\/|#)/d"
+OF_BLOCKS = r"s:^[[:space:]]*/\*[^*]*\*+([^/*][^*]*\*+)*/::; \:^[[:space:]]*/\*:,\:\*/:d; "
+"""What sed does to leave out comments: lines of them, and those that end on their line or later."""
 NEAR = 40
 """Characters that are shown on each side of a mistake in a long line."""
 
 
-def read_json(file: Path, stream: TextIO) -> Rows:
-    """Yield the rows of a JSON file, each with its place."""
+def read_json(file: Path, stream: TextIO, columns: Columns = frozenset()) -> Rows:
+    """Yield the rows of a JSON file, each with its place; `columns` are those that were named: what
+    has them is a row."""
     first = _read_filled(stream)
-    more = len(first) == LONGEST or bool(_read_filled(stream))
+    second = "" if len(first) == LONGEST else _read_filled(stream)
     stream.seek(0)
     begins = first.lstrip()[:1]
     if begins == "[":
         yield from _walk_values(file, stream, _read_list)
     elif begins == "{" and squad.is_squad(stream):
         yield from _walk_values(file, stream, squad.read_questions)
-    elif begins == "{" and _is_read_whole(file, first, more):
-        yield from _walk_values(file, stream, _read_objects)
+    elif begins == "{" and _is_read_whole(file, first, second, columns):
+        yield from _walk_values(file, stream, partial(_read_objects, columns=columns))
     else:
         for number, line in enumerate(walk_lines(file, stream), 1):
             if line.strip():
                 yield f"{file}:{number}", parse_line(line, file)
 
 
-def holds_rows(file: Path) -> bool:
-    """Return whether a JSON file is one object that has the rows inside, as `read_json` reads it
-    and the library `datasets` does not."""
+def find_lists(file: Path, columns: Columns) -> list[str]:
+    """Return the keys of the lists of rows in a JSON file that is one object which has them inside,
+    as `read_json` reads it and the library `datasets` does not; none of another file."""
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        first = _read_filled(stream)
-        more = bool(_read_filled(stream))
+        first, second = _read_filled(stream), _read_filled(stream)
         stream.seek(0)
         head = stream.read(LONGEST)
-    whole = first.lstrip().startswith("{") and _is_read_whole(file, first, more)
-    return whole and bool(_find_lists(head))
+    whole = first.lstrip().startswith("{") and _is_read_whole(file, first, second, columns)
+    return _find_lists(head, columns) if whole else []
 
 
 def _read_filled(stream: TextIO) -> str:
@@ -91,18 +96,27 @@ def _read_filled(stream: TextIO) -> str:
     return next((line for line in lines if line.strip()), "")
 
 
-def _is_read_whole(file: Path, first: str, more: bool) -> bool:
-    """Return whether the object that a file begins with goes on after its first line, or is all
-    that the file has and no row."""
+def _is_read_whole(file: Path, first: str, second: str, columns: Columns) -> bool:
+    """Return whether the object that a file begins with goes on after its first filled line, or is
+    all that the file has and no row: of JSON lines, one is a row."""
     try:
         value = parse(first.strip())
     except RepeatedKey:
         value = None
     except json.JSONDecodeError as error:
-        return len(first) == LONGEST or error.pos >= len(first.strip())
+        goes_on = error.pos >= len(first.strip()) and not _is_cut_off(first, second)
+        return len(first) == LONGEST or goes_on
     except (ValueError, RecursionError):
         return False
-    return not more and bool(_find_lists(first) or _explain_table(file, value))
+    if second or file.name.lower().removesuffix(".gz").endswith(".jsonl"):
+        return False
+    return bool(_find_lists(first, columns) or _explain_table(file, value, columns))
+
+
+def _is_cut_off(first: str, second: str) -> bool:
+    """Return whether a line that ends within an object is a row that lost its end: the next is one
+    by itself, and does not stand in a list or under a key that the line ends with."""
+    return not first.rstrip().endswith(("[", ":")) and isinstance(parse_line(second), dict)
 
 
 def parse_line(line: str, file: Path | None = None) -> Row:
@@ -134,7 +148,7 @@ def _explain_line(text: str, error: json.JSONDecodeError, file: Path | None) -> 
         whole = _python("print(json.dumps(json.load(sys.stdin.buffer)))")
         return BadRow("one JSON object over many lines", hint=f"{whole} before it, for one object")
     if COMMENT.match(text):
-        drop = quote_words(["sed", "-E", r"/^[[:space:]]*(\/\/|#)/d"])
+        drop = quote_words(["sed", "-E", OF_BLOCKS * text.startswith("/*") + OF_LINES])
         return BadRow("a line is a comment", hint=suggest_edit(file, drop))
     if error.msg == "Extra data" and text[error.pos :].strip() == ",":
         drop = quote_words(["sed", "-E", "s/,[[:space:]]*$//"])
@@ -180,10 +194,12 @@ def _explain_turns(file: Path, value: Any) -> BadRow | None:
     return BadRow(f"the file is a list of {what}", hint=suggest_edit(file, _python(code)))
 
 
-def _read_objects(file: Path, text: Text) -> Rows:
+def _read_objects(file: Path, text: Text, columns: Columns) -> Rows:
     """Yield objects one after another, or the rows of the one list that the only object has."""
     at = skip_space(text, 0)
-    keys = _find_lists(text.part)
+    keys = _find_lists(text.part, columns)
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise RepeatedKey(twice)
     if len(keys) > 1:
         raise SeveralLists(*keys)
     for key in keys:
@@ -197,7 +213,7 @@ def _read_objects(file: Path, text: Text) -> Rows:
         value, at = decode_value(text, at)
         at = skip_space(text, at)
         is_alone = number == 1 and not text.part[at : at + 1]
-        table = _explain_table(file, value) if is_alone else None
+        table = _explain_table(file, value, columns) if is_alone else None
         yield f"{file}, row {number}", table or _take(value)
 
 
@@ -206,24 +222,44 @@ def _say_once(text: str) -> None:
     ui.say(text)
 
 
-def _find_lists(text: str) -> list[str]:
+def _find_lists(text: str, columns: Columns) -> list[str]:
     """Return the keys of lists of mappings in the object that a text begins with, as far as it
-    goes; none of a row: that has the names of its columns, or a list of turns or answers."""
-    at, found, keys = text.find("{") + 1, list[str](), set[str]()
+    goes; none of a row (`_is_row`)."""
+    at, found, others = text.find("{") + 1, list[tuple[str, Any]](), dict[str, Any]()
     try:
         while True:
             key, at = DECODE(text, _pass(text, at))
+            if not isinstance(key, str):
+                break
             at = _pass(text, at, ":")
-            keys.add(key)
-            if text[at : at + 1] == "[" and text[(inner := _pass(text, at, "[")) :][:1] == "{":
-                item, _ = DECODE(text, inner)
-                if key in LISTS or OF_ITEMS & item.keys():
-                    return []
-                found.append(key)
-            _, at = DECODE(text, at)
+            if (
+                text[at : at + 1] == "["
+                and text[(inner := _pass(text, at, "[")) : inner + 1] == "{"
+            ):
+                found.append((key, DECODE(text, inner)[0]))
+                _, at = DECODE(text, at)
+            else:
+                others[key], at = DECODE(text, at)
             at = _pass(text, at, ",")
     except (ValueError, RecursionError):
-        return [] if any(keys.issuperset(names) for names in OF_ROWS) else found
+        pass  # the end of the object, of the text or of what is JSON: this goes by what came before
+    return [] if _is_row(found, others, columns) else [key for key, _ in found]
+
+
+def _is_row(lists: Sequence[tuple[str, Any]], others: Mapping[str, Any], columns: Columns) -> bool:
+    """Return whether an object is a row: by its lists of mappings, each with its first, and by what
+    it has besides. Columns that were named decide, where they are in one of the two; else a row
+    has columns of rows, turns, answers, or texts beside lists that are not called as rows are."""
+    keys = others.keys() | {key for key, _ in lists}
+    in_lists = any(columns & first.keys() for _, first in lists)
+    if bool(columns & keys) != in_lists:
+        return not in_lists
+    if any(key in LISTS or OF_ITEMS & first.keys() for key, first in lists):
+        return True
+    if any(keys.issuperset(names) for names in OF_ROWS):
+        return True
+    is_named = any(key in NAME_ROWS for key, _ in lists)
+    return not is_named and any(isinstance(value, str) for value in others.values())
 
 
 def _pass(text: str, at: int, sign: str = "") -> int:
@@ -236,17 +272,21 @@ def _pass(text: str, at: int, sign: str = "") -> int:
     return _pass(text, at + 1)
 
 
-def _explain_table(file: Path, value: Any) -> BadRow | None:
+def _explain_table(file: Path, value: Any, columns: Columns) -> BadRow | None:
     """Return why the only value of a file is no row, where it is a table by its columns, or has
-    rows by their names; with the command that makes lines of it."""
+    rows by their names, which name no column of `columns`; with the command that makes lines."""
     if not isinstance(value, dict) or len(value) < 2:
         return None
-    columns = list(value.values())
-    if all(isinstance(each, dict) for each in columns):
-        by_column = all(key.isdecimal() for key in columns[0]) and not list(value)[0].isdecimal()
+    held = list(value.values())
+    if all(isinstance(each, dict) for each in held):
+        by_column = all(key.isdecimal() for key in held[0]) and not list(value)[0].isdecimal()
         cells = "zip(*map(dict.values, t.values()))" if by_column else ""
-    elif all(isinstance(each, list) and len(each) == len(columns[0]) > 1 for each in columns):
-        if WORDS & value.keys() or not all(isinstance(each[0], str) for each in columns):
+        if not cells and (
+            columns & value.keys() or any(value.keys() >= {*names} for names in OF_ROWS)
+        ):
+            return None
+    elif all(isinstance(each, list) and len(each) == len(held[0]) > 1 for each in held):
+        if WORDS & value.keys() or not all(isinstance(each[0], str) for each in held):
             return None
         cells = "zip(*t.values())"
     else:
@@ -276,6 +316,9 @@ def _walk_values(file: Path, stream: TextIO, read_rows: Callable[[Path, Text], R
     except SeveralLists as several:
         said = f"{file} is one object with several lists of rows: {', '.join(several.keys)}"
         raise LoraError(said, _suggest_list(file, several.keys)) from None
+    except RepeatedKey as repeated:
+        said = f"{file}: {escape(repeated.key)} is given twice"
+        raise LoraError(said, "leave one of the two out, or give it another name") from None
     except (ValueError, RecursionError) as error:
         said = str(error).partition(";")[0]
         raise LoraError(

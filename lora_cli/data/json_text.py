@@ -34,8 +34,11 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object. Raises RepeatedKey where that loses a value."""
     made = dict(pairs)
     if len(made) != len(pairs):
+        said: dict[str, str] = {}
         for key, value in pairs:
-            if made[key] != value:
+            # as texts: 1 is True to Python, and NaN is not NaN
+            as_text = json.dumps(value, sort_keys=True)
+            if said.setdefault(key, as_text) != as_text:
                 raise RepeatedKey(key)
     return made
 
@@ -83,15 +86,18 @@ def walk_list(text: Text) -> Iterator[Any]:
 
 def walk_member(text: Text, wanted: str, only: bool = False) -> Iterator[Any]:
     """Yield the values of the list that a text, one JSON object, has under the key `wanted`; what
-    it has under other keys is passed over. Raises JSONDecodeError as `walk_list`; SeveralLists for
-    another list of mappings, where this is to be the `only` one."""
-    at = _expect(text, 0, "{", "Expecting value")
+    it has under other keys is passed over. Raises JSONDecodeError as `walk_list`; where this is to
+    be the `only` one, SeveralLists for another list of mappings, RepeatedKey for the key again."""
+    at, is_passed = _expect(text, 0, "{", "Expecting value"), False
     while True:
         at = skip_space(text, at)
         if text.part[at : at + 1] != '"':
             raise json.JSONDecodeError(NO_NAME, text.part, at)
         key, at = decode_value(text, at)
         at = skip_space(text, _expect(text, at, ":", "Expecting ':' delimiter"))
+        if only and key == wanted and is_passed:
+            raise RepeatedKey(wanted)
+        is_passed = is_passed or key == wanted
         if key == wanted and text.part[at : at + 1] == "[":
             at = yield from _walk_items(text, at)
         elif text.part[at : at + 1] == "[":

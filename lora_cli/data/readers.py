@@ -120,11 +120,11 @@ class Place(str):
         return show_line(self.file, int(found[1])) if found else None
 
 
-def read(file: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of one file, each with its Place. Raises LoraError for more of them than it
-    has bytes."""
+def read(file: Path, columns: json_rows.Columns = frozenset()) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of one file, each with its Place; `columns` are those that were named, by
+    which a JSON file's rows are found. Raises LoraError for more of them than it has bytes."""
     plain_files.refuse_odd(file, file.stat())
-    for number, (said, row) in enumerate(_read(file), 1):
+    for number, (said, row) in enumerate(_read(file, columns), 1):
         if number % BATCH == 0:
             _refuse_row_count(file, number)
         place = Place(said)
@@ -174,12 +174,12 @@ def _refuse_row_count(file: Path, count: int) -> None:
         )
 
 
-def _read(file: Path) -> Iterator[tuple[str, Row]]:
+def _read(file: Path, columns: json_rows.Columns) -> Iterator[tuple[str, Row]]:
     how = guess_kind(file)
     if how == "picture":
         yield str(file), {"image": file.name, "label": file.parent.name}
         return
-    refuse_no_rows(file)
+    refuse_no_rows(file, is_text=how == "text")
     if how in ("parquet", "arrow"):
         yield from _read_arrow(file, str(how))
         return
@@ -187,7 +187,7 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
     try:
         try:
             with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
-                yield from _read_text(file, str(how), stream)
+                yield from _read_text(file, str(how), stream, columns)
         except UnicodeDecodeError:
             with opened(file, "rb") as raw:  # which may be damaged further on as well
                 raise _find_bad_byte(file, raw) from None
@@ -197,7 +197,9 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
-def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]]:
+def _read_text(
+    file: Path, how: str, stream: TextIO, columns: json_rows.Columns
+) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a text file."""
     if how == "csv":
         yield from tables.read_table(file, walk_lines(file, stream))
@@ -206,7 +208,7 @@ def _read_text(file: Path, how: str, stream: TextIO) -> Iterator[tuple[str, Row]
         texts = ((number, line.rstrip("\r\n")) for number, line in lines)
         yield from ((f"{file}:{number}", {"text": text}) for number, text in texts if text.strip())
     else:
-        yield from json_rows.read_json(file, stream)
+        yield from json_rows.read_json(file, stream, columns)
 
 
 def _find_bad_byte(file: Path, raw: Any) -> LoraError:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,8 @@ class Source(NamedTuple):
     table: Dataset | IterableDataset | None
     split: str
     commit: str | None = None
+    columns: json_rows.Columns = frozenset()
+    """Those of the files that were named."""
 
     @property
     def name(self) -> str:
@@ -88,7 +90,7 @@ class Source(NamedTuple):
 
     def _read_files(self) -> Iterator[tuple[str, readers.Row]]:
         """Return the rows of all files, one file after another."""
-        return (row for file in self.files for row in readers.read(file))
+        return (row for file in self.files for row in readers.read(file, self.columns))
 
     def hash_content(self, ends_only: bool = False) -> str:
         """Return a hash of the content that is read, not of file times.
@@ -145,7 +147,7 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
                         plain_files.suggest_other(Path(name)),
                     )
             files = [file for some in found.values() for file in some]
-            return _open_files(field, files, split)
+            return _open_files(field, files, split)._replace(columns=_list_named(data))
         if Path(paths[0]).is_dir():
             return _open_folder(field, data, Path(paths[0]), split)
         return _open_hub(data, paths[0], split)
@@ -156,6 +158,11 @@ def find_source(data: Data, field: str, path: str | list[str], split: str) -> So
         raise LoraError(
             f"data.{field}: {path}, split {split!r}: {said}", "check the path and the split"
         ) from error
+
+
+def _list_named(data: Data) -> frozenset[str]:
+    """Return the columns of theirs that are named, without the places in them."""
+    return frozenset({name.partition(".")[0] for name in data.columns.values()})
 
 
 def is_elsewhere(name: str) -> bool:
@@ -223,7 +230,8 @@ OF_THE_LIBRARY = {"dataset_info.json", "dataset_dict.json", "state.json"}
 def _list_files(folder: Path) -> list[Path]:
     """Return the files of rows that lie in a folder."""
     found = (file for file in folder.iterdir() if file.name not in OF_THE_LIBRARY)
-    return sorted(file for file in found if readers.guess_kind(file) not in (None, "picture"))
+    rows = (file for file in found if readers.guess_kind(file) not in (None, "picture"))
+    return sorted(file for file in rows if file.is_file())
 
 
 def _suggest_file(field: str, folder: Path, files: list[Path]) -> str:
@@ -242,18 +250,55 @@ def _open_folder(field: str, data: Data, folder: Path, split: str) -> Source:
     plain_files.refuse_odd_files(folder)
     files = _list_files(folder)
     hint = _suggest_file(field, folder, files)
-    for file in files:
-        if file.suffix.lower() == ".json" and json_rows.holds_rows(file):
-            said = f"data.{field}: {file} is one object that holds its rows"
-            raise LoraError(f"{said}: it is read alone", _suggest_file(field, folder, [file]))
     if picture_folder.has_pictures(field, folder):
         return _open_files(field, *picture_folder.find_pictures(field, folder, split))
     with library_errors.translate_file_errors(refused, hint):
-        return _read_folder(data, folder, split, refused, hint)
+        found = {file: _find_lists(data, file) for file in files}
+        holders = {file: keys for file, keys in found.items() if keys}
+        if holders and not _has_other_rows(folder, holders):
+            raise _refuse_holder(field, folder, next(iter(holders)))
+        try:
+            return _read_folder(data, folder, split, refused, hint)
+        except DatasetGenerationError as error:
+            said = str(error.__cause__ or error)
+            for file, keys in holders.items():
+                if any(re.search(rf"(?m)^{re.escape(key)}: \w*list<", said) for key in keys):
+                    raise _refuse_holder(field, folder, file) from error
+            raise LoraError(f"{refused}: {said}", hint) from error
+
+
+def _find_lists(data: Data, file: Path) -> list[str]:
+    """Return the keys of the lists of rows in a file that is one JSON object; none of one that
+    cannot be opened, of which `datasets` says so if it reads it."""
+    try:
+        is_one = file.suffix.lower() == ".json"
+        return json_rows.find_lists(file, _list_named(data)) if is_one else []
+    except OSError:
+        return []
+
+
+def _has_other_rows(folder: Path, holders: Container[Path]) -> bool:
+    """Return whether `datasets` saved a folder, or finds files of rows in it besides `holders`."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path not in holders)
+    return _is_saved(folder) or any(
+        readers.guess_kind(path) not in (None, "picture")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in found
+    )
+
+
+def _refuse_holder(field: str, folder: Path, file: Path) -> LoraError:
+    said = f"data.{field}: {file} is one object that holds its rows"
+    return LoraError(f"{said}: it is read alone", _suggest_file(field, folder, [file]))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `datasets` saved a folder."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) -> Source:
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if _is_saved(folder):
         saved = load_from_disk(str(folder))
         parts = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         for part in parts.values():
@@ -267,8 +312,6 @@ def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) 
         )
     except RuntimeError as error:  # a script among the files: datasets does not run it
         raise LoraError(f"{refused}: {' '.join(str(error).split())}", hint) from None
-    except DatasetGenerationError as error:
-        raise LoraError(f"{refused}: {error.__cause__ or error}", hint) from error
     return Source([], _keep_packed(table), split)
 
 

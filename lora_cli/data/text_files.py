@@ -16,9 +16,10 @@ LARGEST = 2**25
 """Bytes, over which what was packed may not be over RATIO times its file. Text is packed to a
 fifth, seldom to a thirtieth."""
 RATIO = 40
+WEB_PAGE = "a web page, not a file of rows"
 BEGINNINGS = (
     (rb"version https://git-lfs\.github\.com/", "a pointer of Git LFS, not the file itself"),
-    (rb"\s*(?i:<!doctype html|<html)", "a web page, not a file of rows"),
+    (rb"\s*(?i:<!doctype html|<html)", WEB_PAGE),
     (rb"PK\x03\x04", "a ZIP archive, as Excel's files are"),
 )
 """How files begin that are no rows, whatever they are called."""
@@ -29,12 +30,13 @@ REMEDIES = (
 )
 
 
-def refuse_no_rows(file: Path) -> None:
-    """Raise LoraError for a file that was given the name of a file of rows, and is none."""
+def refuse_no_rows(file: Path, is_text: bool) -> None:
+    """Raise LoraError for a file that was given the name of a file of rows, and is none; of texts,
+    a web page may be one."""
     with file.open("rb") as stream:
         head = stream.read(64)
     for (beginning, what), remedy in zip(BEGINNINGS, REMEDIES):
-        if re.match(beginning, head):
+        if re.match(beginning, head) and not (is_text and what == WEB_PAGE):
             hint = remedy.format(name=quote(file.name), file=quote(file))
             raise LoraError(f"{file} is {what}", hint)
 

@@ -69,7 +69,7 @@ def read_held_out(
 ) -> HeldOut:
     """Read rows, their columns named as on the command line (`given`, ours: theirs), as in
     training, or as they are known. Raises LoraError where there are none."""
-    source = find_source(data)
+    source = find_source(data, given or trained)
     say_split(Path(data), source)
     read = list(islice(source.read_rows(), max_rows))
     if not read:

@@ -70,7 +70,7 @@ def open_rows(wanted: Wanted, trained: Mapping[str, str], predictor: type[Predic
     elif wanted.data == STDIN:
         rows = readers.read_lines(sys.stdin.buffer, "stdin")
     else:
-        source = find_source(wanted.data)
+        source = find_source(wanted.data, wanted.columns or trained)
         say_split(Path(wanted.data), source)
         rows, files = source.read_rows(), source.files
     piped = wanted.data == STDIN
@@ -106,11 +106,13 @@ def _number_texts(
     return ((f"text {number}", {"text": text}) for number, text in enumerate(texts, 1))
 
 
-def find_source(data: str) -> sources.Source:
-    """Return where rows come from; errors speak of --data."""
+def find_source(data: str, columns: Mapping[str, str]) -> sources.Source:
+    """Return where rows come from, whose columns are named as ours: theirs; errors speak of
+    --data."""
     try:
         readers.refuse_missing_files(Data(path=data))
-        return sources.find_source(Data(path=data), "path", data, SPLIT)
+        named = Data(path=data).model_copy(update={"columns": dict(columns)})
+        return sources.find_source(named, "path", data, SPLIT)
     except Exception as error:
         known = error if isinstance(error, LoraError) else library_errors.translate(error)
         if known is None:

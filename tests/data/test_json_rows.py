@@ -19,14 +19,15 @@ import pytest
 from lora_cli.common import LoraError
 from lora_cli.data import json_text, readers, sources
 from lora_cli.data.formats import BadRow, find_converter
+from lora_cli.evaluate import held_out
 from lora_cli.recipe import Data
 
 ROWS = [{"prompt": f"ask {n}", "completion": f"ünswer {n}"} for n in range(5)]
 TURNS = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
 
 
-def read(path: Path) -> list[Any]:
-    return [row for _, row in readers.read(path)]
+def read(path: Path, *columns: str) -> list[Any]:
+    return [row for _, row in readers.read(path, {*columns})]
 
 
 HELD: dict[str, tuple[Any, int | None]] = {
@@ -73,6 +74,62 @@ def test_an_object_that_is_a_row_is_one(row: dict[str, Any], indent: int, tmp_pa
     assert read(path) == [row]
 
 
+ARTICLE = {"article": "abc", "highlights": "q", "refs": [{"start": 1}]}
+NESTED = {"source": {"text": "a"}, "target": {"text": "b"}}
+ITEMS = {"name": "mine", "items": [{"q": "ask", "a": "answer"}]}
+
+
+@pytest.mark.parametrize(
+    ("ending", "indent", "row", "columns"),
+    [
+        ("jsonl", None, ARTICLE, ()),
+        ("jsonl.gz", None, ARTICLE, ()),
+        ("json", None, ARTICLE, ()),
+        ("json", 1, ARTICLE, ()),
+        ("jsonl", None, {"refs": [{"start": 1}], "n": 1}, ()),
+        ("json", None, {"refs": [{"start": 1}], "n": 1}, ("refs", "n")),
+        ("json", 1, {"data": [{"start": 1}], "n": 1}, ("data",)),
+        ("json", None, {"text": "a", "refs": [{"text": "b"}]}, ("text",)),
+        ("jsonl", None, NESTED, ()),
+        ("json", None, NESTED, ()),
+        ("jsonl", None, {"left": {"text": "a"}, "right": {"text": "b"}}, ()),
+        ("json", 1, {"left": {"text": "a"}, "right": {"text": "b"}}, ("left", "right")),
+    ],
+)
+def test_a_row_alone_in_its_file_is_one(
+    ending: str, indent: int, row: dict[str, Any], columns: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Whatever lists and mappings are in its columns; of those that are named, in any shape."""
+    path = tmp_path / f"r.{ending}"
+    text = json.dumps(row, indent=indent).encode()
+    path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    assert read(path, *columns) == [row]
+
+
+def test_the_columns_that_are_named_say_what_the_rows_are(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(ITEMS))
+    assert read(path) == [ITEMS]
+    assert read(path, "q", "a") == ITEMS["items"]
+    for columns, rows in [({"prompt": "name"}, [ITEMS]), ({"prompt": "q"}, ITEMS["items"])]:
+        data = Data(path=str(path), columns=columns)
+        source = sources.find_source(data, "path", str(path), "train")
+        assert [row for _, row in source.read_rows()] == rows
+    held = held_out.read_held_out(str(path), {"prompt": "q", "completion": "a"}, {}, None)
+    assert [row.expected for row in held.rows] == ["answer"]
+
+
+def test_the_first_row_may_be_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    lines = [json.dumps(row) for row in ROWS]
+    path.write_text("\n".join([lines[0].removesuffix("}"), *lines[1:]]))
+    first, *others = read(path)
+    assert isinstance(first, BadRow) and "invalid JSON" in first.said
+    assert others == ROWS[1:]
+    path.write_text("\n".join(['{"about": 1, "rows": [', lines[0], "]}"]))  # that goes on
+    assert read(path) == ROWS[:1]
+
+
 def test_objects_may_have_many_lines_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_text, "PIECE", 30)
     path = tmp_path / "r.json"
@@ -93,6 +150,9 @@ PASTED: dict[str, str] = {
     "rows by their numbers": json.dumps({str(n): row for n, row in enumerate(ROWS)}),
     "a comma after each": "".join(f"{json.dumps(row)},\n" for row in ROWS[:-1]) + json.dumps(ROWS[-1]),
     "a comment above": "// mine\n" + json.dumps(ROWS),
+    "a block of comments above": "/* mine\n * yours */\n" + json.dumps(ROWS),
+    "a block on its line": "/* mine */\n" + json.dumps(ROWS),
+    "comments of all kinds": "/* a */ " + "\n# b\n /* c **/\n// d\n".join(map(json.dumps, ROWS)),
     "a conversation's turns": json.dumps(TURNS, indent=1),
     "conversations without a name": json.dumps([TURNS, TURNS]),
     "as Python writes": "".join(f"{row}\n" for row in ROWS),
@@ -149,6 +209,30 @@ TWICE: dict[str, tuple[str, Callable[[Path], str]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"rows": [{"a": 1}], "rows": [{"a": 2}]}',
+        '{"rows": [{"a": 1}], "rows": [{"a": 1}]}',
+        '{"rows": [{"a": 1}], "n": [], "rows": []}',
+        '{"rows": 5,\n"rows": [{"a": 2}]}',
+    ],
+)
+def test_a_list_of_rows_given_twice_is_told(content: str, tmp_path: Path) -> None:
+    """And no command makes lines of it, which would keep one of them."""
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    said, hint = refused(path)
+    assert said == f"{path}: rows is given twice"
+    assert hint == "leave one of the two out, or give it another name"
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("{\n [1]: 2}")
+    assert refused(path)[0].startswith(f"{path}:2:2: invalid JSON: Expecting property name")
+
+
 @pytest.mark.parametrize("name", TWICE)
 def test_a_key_with_two_values_is_told(name: str, tmp_path: Path) -> None:
     content, where = TWICE[name]
@@ -176,8 +260,10 @@ def test_a_key_with_two_values_inside_a_text_is_told(style: str, row: dict[str, 
 
 def test_a_key_that_says_the_same_twice_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_text('{"text": "x", "text": "x"}\n')
-    assert read(path) == [{"text": "x"}]
+    path.write_text('{"text": "x", "text": "x", "n": NaN}\n{"n": 1, "n": true}\n')
+    first, second = read(path)
+    assert first["text"] == "x" and isinstance(second, BadRow)  # True is 1 to Python alone
+    assert second.said == "n is given twice, with two values"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +280,12 @@ def test_what_is_no_file_of_rows_is_told(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LoraError, match=re.escape(f"{name} is ") + ".*" + what):
         read(tmp_path / name)
+
+
+def test_a_text_may_begin_as_a_web_page_does(tmp_path: Path) -> None:
+    path = tmp_path / "r.txt"
+    path.write_text("<html> is a tag\n")
+    assert read(path) == [{"text": "<html> is a tag"}]
 
 
 def test_a_mistake_in_a_long_line_is_shown(tmp_path: Path) -> None:
@@ -216,3 +308,48 @@ def test_in_a_folder_such_a_file_is_named(tmp_path: Path) -> None:
     assert refused.value.hint == f"--set data.path='{folder}/b.json'"
     (folder / "b.json").write_text(json.dumps(ROWS))
     assert sources.find_source(data, "path", str(folder), "train").table is not None
+
+
+def open_folder(folder: Path) -> sources.Source:
+    return sources.find_source(Data(path=str(folder)), "path", str(folder), "train")
+
+
+def test_in_a_folder_a_file_that_is_not_read_is_none_of_rows(tmp_path: Path) -> None:
+    """Beside rows that `datasets` finds by their name, whatever lies there is let be."""
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "schema.json").write_text(json.dumps({"fields": [{"name": "prompt"}]}))
+    (tmp_path / "old.json").mkdir()
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nothing")
+    assert [row for _, row in open_folder(tmp_path).read_rows()] == ROWS[:1]
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(LoraError, match="schema.json is one object that holds its rows"):
+        open_folder(tmp_path)
+
+
+def test_in_a_folder_a_file_that_cannot_be_opened_is_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is the test's own: root, who may run this, can open every file."""
+
+    def refuse(file: Path, columns: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "schema.json").write_text("{}")
+    monkeypatch.setattr(sources.json_rows, "find_lists", refuse)
+    assert [row for _, row in open_folder(tmp_path).read_rows()] == ROWS[:1]
+
+
+def test_a_folder_of_pictures_may_have_such_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat/1.png", "dog/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    coco = {"images": [{"id": 0}], "annotations": [{"id": 0}]}
+    (tmp_path / "_annotations.coco.json").write_text(json.dumps(coco))
+    assert len(open_folder(tmp_path).files) == 2
+    assert f"1 file of {tmp_path} is left out, by their names" in capsys.readouterr().err
+    (tmp_path / "notes.md").write_text("mine")
+    open_folder(tmp_path)
+    assert f"2 files of {tmp_path} are left out, by their names" in capsys.readouterr().err

@@ -485,7 +485,7 @@ def test_a_folder_of_unlike_files_is_answered_with_an_option_that_works(tmp_path
         table = pyarrow.table({column: ["x"] for column in columns})
         parquet.write_table(table, tmp_path / f"{name}.parquet")
     with pytest.raises(LoraError, match="--data the folder .* cannot be read as rows") as caught:
-        input_rows.find_source(str(tmp_path))
+        input_rows.find_source(str(tmp_path), {})
     assert caught.value.hint == f"--data {tmp_path}/a.parquet"
 
 
