@@ -43,6 +43,7 @@ GUARDED = {
     "data/cache.py": {"os.getuid"},
     "data/remote.py": {"os.getuid"},
     "gguf/opening.py": {"signal.ITIMER_PROF", "signal.setitimer"},
+    "models/llama_program.py": {"resource"},  # ImportError is caught
     "train/reference.py": {"os.getuid"},  # hasattr is asked
     "common/ui.py": {"os.getpgrp", "os.tcgetpgrp"},  # AttributeError is caught
     "plan/hardware.py": {"resource"},  # after the branch for Windows
