@@ -10,7 +10,7 @@ A comment before a fence says what a reader need not see:
     <!-- varies: 0.0041 in 0..0.05; Ada like \\w+ -->   where another run prints otherwise
     <!-- exit: 2 -->       how the last command ends, if not well
     <!-- typed: TEXT -->   what is typed into it (\\n ends a line)
-    <!-- alone: WHY -->    a fence whose lines are typed in an empty environment, by test_install.py
+    <!-- alone: WHY -->    a fence whose lines are typed in an empty environment, by test_pip_lines.py
     <!-- small: WHY -->    a fence before which the large base that pages name becomes a small one
     <!-- slow: WHY -->     a fence that is run only where outputs are compared too
     <!-- quoted from: PAGE --> a fence whose commands and lines are on a page that is followed

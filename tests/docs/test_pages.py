@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs import follow, pages, test_install
+from tests.docs import follow, pages, test_pip_lines
 
 ROOT = pages.ROOT
-READ = test_install.PAGES
+READ = test_pip_lines.PAGES
 FOLLOWED = [path for path in READ if any(s.kind == "run" for s in pages.read_page(path))]
 EVERY = [ROOT / "README.md", *ROOT.glob("docs/*/*.md"), ROOT / "CONTRIBUTING.md"]
 
@@ -35,7 +35,7 @@ def find_unrun(paths: list[Path]) -> list[str]:
         shown = {step.output for step in steps} | {s.text for s in steps if s.kind == "file"}
         for step in steps:
             if step.kind == "alone":
-                wrong += [each for each in step.commands if each not in test_install.LINES]
+                wrong += [each for each in step.commands if each not in test_pip_lines.LINES]
             if step.kind == "quoted":
                 wrong += pages.find_misquoted(step, pages.read_page(ROOT / step.why))
         for info, body in re.findall(r"(?ms)^ *```(.*?)\n(.*?)^ *```$", path.read_text()):
@@ -45,7 +45,7 @@ def find_unrun(paths: list[Path]) -> list[str]:
 
 
 def test_all_commands_are_run() -> None:
-    """`run` by the two tests below, `alone` by test_install.py, and what quotes a command that is
+    """`run` by the two tests below, `alone` by test_pip_lines.py, and what quotes a command that is
     run. There is no other kind: a fence that is not run has nothing to say that by."""
     steps = [step for path in READ for step in pages.read_page(path) if step.commands]
     typed = [s for s in steps if s.kind != "file"]

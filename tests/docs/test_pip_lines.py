@@ -3,7 +3,7 @@ oldest pip that they ask for.
 
 `lora-cli` is on no index: pip finds the wheel of this checkout in a folder of links, and takes all
 else in the versions that it is tested with. Slow, and not hermetic: the package index, some 2 GB of
-libraries. Alone: pytest -m slow tests/docs/test_install.py
+libraries. Alone: pytest -m slow tests/docs/test_pip_lines.py
 """
 
 from __future__ import annotations
