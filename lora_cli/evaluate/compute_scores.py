@@ -107,6 +107,8 @@ def warn_of_answers(scored: Scored, wanted: Wanted, kept: Kept) -> int:
     }
     for what, found in told.items():
         if found:
+            if len(found) == 1:
+                what = what.replace(" are ", " is ").replace(" have ", " has ")
             ui.warn(
                 f"{scored.label}: {len(found)} of {len(numbers)} {what}: "
                 f"{list_numbers(wanted.rows, found)}"

@@ -189,8 +189,8 @@ def compute_losses(
     """Return cross entropy in float32 of each row of `hidden` (rows × width), whose next tokens are
     `targets`; computed as on a device of that kind, by default the one it is on.
 
-    Where it is `rehearsed` for the memory that it needs, only the first rows that go through the
-    head together are computed, the next and the last: all others need as much as these.
+    Where it is `rehearsed` for the memory that it needs, only the first rows that go through a
+    frozen head together are computed, the next and the last: all others need as much as these.
     """
     kind = kind or hidden.device.type
     frozen = type(head) is nn.Linear and not any(

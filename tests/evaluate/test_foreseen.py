@@ -191,6 +191,21 @@ def test_a_token_that_llama_cpp_leaves_out_of_answers_is_not_foreseen(
     answerer.model.close()
 
 
+def test_a_foreseen_answer_is_read_with_the_token_that_ends_it(made: Made, monkeypatch) -> None:
+    """As written ones are: an end that is no special token is in the text of both."""
+    path, given = made.forms["merged"], []
+    answerer = open_models([str(path)])[str(path)]
+    monkeypatch.setattr(answerer, "read", lambda ids: given.append(ids) or "")
+    held = held_out.read_held_out(str(made.data), {}, {}, 1)
+    [pieces] = token_losses.encode_rows(answerer.tokenizer, "assistant", held.rows)
+    with token_losses.open_reading(answerer, path, 200) as reading:
+        guesses = foreseen.Guesses(answerer, reading, Sampling(ROOM, 0.0))
+        [piece] = guesses.mark(held.rows[0], pieces)
+        guesses.tell(piece, token_losses.Seen(token_losses.Loss(0.0, 1), math.inf))
+        ends = [reading.ends_answer(token) for token in given[0]]
+    assert ends == [False] * (len(ends) - 1) + [True]
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_angles_that_a_text_s_length_moves_leave_nothing_foreseen(
     made: Made, kind: str, monkeypatch: pytest.MonkeyPatch

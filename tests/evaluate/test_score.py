@@ -386,7 +386,7 @@ def test_odd_rows_are_told_each_once(made: Made, tmp_path: Path, capsys) -> None
     )
     said = capsys.readouterr().err
     assert f"1 bad row of 4 is left out; the first is {data}:4: prompt is a number" in said
-    assert f"1 of 3 rows are left out: {data}:2\n" in said
+    assert f"1 of 3 rows is left out: {data}:2\n" in said
     assert "2 of 3 answers did not end within 1 token" in said
     assert found["models"][0]["unended"] == 2
     assert found["models"][0]["metrics"]["loss"]["count"] == 2
