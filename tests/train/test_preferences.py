@@ -512,10 +512,10 @@ def test_no_reference_is_asked_where_none_is_needed(train, monkeypatch, capsys) 
     ("objective", "strategy"),
     [
         ("dpo", "ddp"),
-        ("orpo", "ddp"),
-        ("dpo", "fsdp"),
         ("orpo", "fsdp"),
-        ("cpo", "deepspeed-zero3"),
+        pytest.param("orpo", "ddp", marks=pytest.mark.slow),
+        pytest.param("dpo", "fsdp", marks=pytest.mark.slow),
+        pytest.param("cpo", "deepspeed-zero3", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_make_the_same_run(
