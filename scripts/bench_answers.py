@@ -12,7 +12,8 @@ import time
 
 from peft.tuners.lora.dora import DoraLinearLayer
 
-from lora_cli.evaluate.answerers import Asked, Sampling, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.speed import dora_norms
 
 

@@ -7,15 +7,21 @@ Its doors, in the order a reader needs them:
     generate   `lora generate`: several models answer the same prompts side by side
     chat       `lora chat`: a conversation with one model
     score      `lora evaluate`: base, adapter, merged model and GGUF file scored on held-out rows
-    answerers  what answers, whatever form a model has
     verify     `lora verify`: adapter, merged model and GGUF file compared
-    answerers  … what answers conversations, for other rooms
+
+    answerers       what every answerer is asked, whatever form its model has
+    open_answerers  … opened, by what a path stands for
+    hf_answerers    … by transformers: a model with one of its adapters, or none
+    loaded_bases    … and the bases under these adapters, each loaded once
 """
 
 __all__ = [
     "answerers",
     "chat",
     "generate",
+    "hf_answerers",
+    "loaded_bases",
+    "open_answerers",
     "predict",
     "predictors",
     "score",

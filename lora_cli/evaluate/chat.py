@@ -6,14 +6,9 @@ import sys
 from collections.abc import Iterator
 
 from lora_cli.common import UsageError, ui
-from lora_cli.evaluate.answerers import (
-    Answerer,
-    Asked,
-    Messages,
-    Sampling,
-    TooLongError,
-    open_models,
-)
+from lora_cli.evaluate.answerers import Answerer, Asked, Messages, Sampling
+from lora_cli.evaluate.open_answerers import open_models
+from lora_cli.models import answering
 
 
 def chat(
@@ -44,7 +39,7 @@ def _answer(answerer: Answerer, messages: Messages, first: int, sampling: Sampli
     while True:
         try:
             return answerer.stream(Asked(messages), sampling)
-        except TooLongError as error:
+        except answering.TooLongError as error:
             if len(messages) < first + 3:
                 raise
             del messages[first : first + 2]

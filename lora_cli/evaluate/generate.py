@@ -10,7 +10,8 @@ from transformers import set_seed
 
 from lora_cli.common import UsageError, quote, ui
 from lora_cli.data import formats, pairs, readers
-from lora_cli.evaluate.answerers import Asked, Sampling, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.open_answerers import open_models
 
 
 class Question(NamedTuple):

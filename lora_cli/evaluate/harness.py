@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_cli.common import LoraError, UsageError, find_nearest, library_errors, quote, ui
-from lora_cli.evaluate.answerers import Answerer, HFAnswerer
+from lora_cli.evaluate.answerers import Answerer
+from lora_cli.evaluate.hf_answerers import HFAnswerer
 from lora_cli.speed import dora_norms
 
 DEVICE_MOVES = ("to", "tie_weights", "resize_token_embeddings")

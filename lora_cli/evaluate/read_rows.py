@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.common import LoraError, ui
 from lora_cli.data import formats
 from lora_cli.evaluate import forgetting, token_losses
-from lora_cli.evaluate.answerers import GGUFAnswerer, HFAnswerer
 from lora_cli.evaluate.computing import Computing
 from lora_cli.evaluate.foreseen import Guesses
+from lora_cli.evaluate.gguf_answerer import GGUFAnswerer
 from lora_cli.evaluate.held_out import HeldRow
+from lora_cli.evaluate.hf_answerers import HFAnswerer
 from lora_cli.evaluate.kept_scores import GENERAL
 from lora_cli.evaluate.token_losses import Loss, Piece, Reading
 from lora_cli.gguf import llama_api

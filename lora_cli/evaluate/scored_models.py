@@ -14,8 +14,10 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import UsageError, devices, provenance, quote, ui
-from lora_cli.evaluate import answerers
-from lora_cli.evaluate.answerers import Answerer, GGUFAnswerer, HFAnswerer
+from lora_cli.evaluate import loaded_bases, open_answerers
+from lora_cli.evaluate.answerers import Answerer
+from lora_cli.evaluate.gguf_answerer import GGUFAnswerer
+from lora_cli.evaluate.hf_answerers import HFAnswerer
 from lora_cli.models import (
     Adapter,
     Base,
@@ -177,7 +179,7 @@ class Shelf:
     share weights, any other until the next one is opened."""
 
     def __init__(self) -> None:
-        self.bases = answerers.Bases()
+        self.bases = loaded_bases.Bases()
         self.opened: dict[str, Answerer] = {}
         self.alone: tuple[str, Answerer] | None = None
 
@@ -190,7 +192,7 @@ class Shelf:
             self.opened[scored.label] = (
                 self._open_base(scored.adapter)
                 if scored.kind == "base"
-                else answerers.open_adapter(scored.adapter, self.bases, number)
+                else open_answerers.open_adapter(scored.adapter, self.bases, number)
             )
         return self.opened[scored.label]
 
@@ -201,7 +203,7 @@ class Shelf:
         if scored.kind == "gguf":
             opened: Answerer = GGUFAnswerer(Path(scored.path))
         else:
-            opened = answerers.open_models([scored.path])[scored.path]
+            opened = open_answerers.open_models([scored.path])[scored.path]
         self.alone = (scored.label, opened)
         return opened
 

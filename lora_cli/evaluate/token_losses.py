@@ -22,8 +22,9 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data import encode, formats
-from lora_cli.evaluate.answerers import Answerer, HFAnswerer
+from lora_cli.evaluate.answerers import Answerer
 from lora_cli.evaluate.held_out import HeldRow
+from lora_cli.evaluate.hf_answerers import HFAnswerer
 from lora_cli.gguf import llama_api
 from lora_cli.models import IGNORED, chat_template
 from lora_cli.speed import dora_norms

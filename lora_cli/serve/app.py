@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lora_cli.common import LoraError, find_nearest, privacy, ui
-from lora_cli.evaluate import answerers
+from lora_cli.models import answering
 from lora_cli.serve import asked
 from lora_cli.serve.desk import Desk, Engine, Job
 from lora_cli.serve.errors import ApiError, refuse
@@ -285,7 +285,7 @@ def translate(error: Exception) -> ApiError:
     """Return what is told of an exception; what nobody has thought of is said on stderr."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, answerers.TooLongError):
+    if isinstance(error, answering.TooLongError):
         return refuse(error.message, "messages", "context_length_exceeded")
     if isinstance(error, LoraError):
         ui.warn(f"a request failed: {error.message}")

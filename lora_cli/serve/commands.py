@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.common import UsageError, files, quote, quote_words, ui
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import open_answerers
 from lora_cli.models import Adapter, Base, adapter_contents, names, read_adapter
 from lora_cli.serve.adapters import name_model, read_names
 
@@ -44,7 +44,7 @@ def show(path: str, adapters: Sequence[str], base: str | None, engine: str) -> N
         given = {name_model(path): path, **given}
         base = base or str(read_adapter(Path(path), base).base)
     model = Base.of_model(base or path)
-    answerers.refuse_other_task(path, model.task)
+    open_answerers.refuse_other_task(path, model.task)
     base = base or path
     laid = [_judge(name, read_adapter(Path(each), base), engine) for name, each in given.items()]
     for each in laid:

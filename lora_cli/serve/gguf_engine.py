@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_cli.evaluate import answerers
 from lora_cli.gguf import engine
+from lora_cli.models import answering
 from lora_cli.serve.pieces import Drawing, Emit, End, Likely, Piece, Token
 
 
@@ -55,7 +56,7 @@ class GGUFEngine:
         is_wanted: Callable[[], bool],
     ) -> End:
         """Write the answer to a prompt, a piece at a time. Raises TooLongError."""
-        room = answerers.limit_answer(len(prompt), self.find_positions(name), drawing.max_tokens)
+        room = answering.limit_answer(len(prompt), self.find_positions(name), drawing.max_tokens)
         num_tokens, reason, text = 0, "length", ""
         with closing(self.model.write_pieces(prompt, _make_body(drawing, room))) as pieces:
             for piece in pieces:

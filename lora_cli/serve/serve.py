@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.common import LoraError, UsageError, quote, ui
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import answerers, hf_answerers, loaded_bases, open_answerers
 from lora_cli.gguf import engine
 from lora_cli.models import Base, names, read_adapter
 from lora_cli.serve.adapters import name_model, read_names, refuse_twice
@@ -173,19 +173,19 @@ def open_engines(
         refuse_twice(name_model(path), given)
         found = _open_torch(given, path)
         if name_model(path) not in found:
-            opened = answerers.open_models([path])[path]
+            opened = open_answerers.open_models([path])[path]
             found = {name_model(path): _require_conversing(path, opened), **found}
     writer = TorchEngine(found, context)
     return dict.fromkeys(found, writer)
 
 
-def _open_torch(given: Mapping[str, str], base: str | None) -> dict[str, answerers.HFAnswerer]:
+def _open_torch(given: Mapping[str, str], base: str | None) -> dict[str, hf_answerers.HFAnswerer]:
     """Open adapters on one base, and the base itself where it costs no memory. Raises LoraError for
     those of several bases."""
     bases = {}
     for name, path in given.items():
         adapter = read_adapter(Path(path), base)
-        answerers.refuse_other_task(path, adapter.base.task)
+        open_answerers.refuse_other_task(path, adapter.base.task)
         adapter.refuse_other_base()
         bases[name] = adapter.base
     first = next(iter(bases.items()), None)
@@ -197,27 +197,28 @@ def _open_torch(given: Mapping[str, str], base: str | None) -> dict[str, answere
             )
     if first is None:
         return {}
-    opened = answerers.open_models(list(dict.fromkeys(given.values())), base)
+    opened = open_answerers.open_models(list(dict.fromkeys(given.values())), base)
     found = {name: _require_conversing(path, opened[path]) for name, path in given.items()}
     return found | _share_base(first[1], found)
 
 
 def _share_base(
-    base: Base, adapters: Mapping[str, answerers.HFAnswerer]
-) -> dict[str, answerers.HFAnswerer]:
+    base: Base, adapters: Mapping[str, hf_answerers.HFAnswerer]
+) -> dict[str, hf_answerers.HFAnswerer]:
     """Return the base under its name, where an adapter's is loaded as it would be alone."""
-    wanted = answerers.Stored(base, base.dtype)
+    wanted = loaded_bases.Stored(base, base.dtype)
     name = name_model(base.name)
     for other in adapters.values():
         if other.key == wanted and name not in adapters:
-            made = answerers.open_base(base.name, other.bases, adapters.values())
+            made = open_answerers.open_base(base.name, other.bases, adapters.values())
             return {name: made}
     return {}
 
 
-def _require_conversing(path: str, opened: answerers.Answerer) -> answerers.HFAnswerer:
+def _require_conversing(path: str, opened: answerers.Answerer) -> hf_answerers.HFAnswerer:
     """Return what answers; raise UsageError for a model that makes one text of another."""
-    if not isinstance(opened, answerers.HFAnswerer) or isinstance(opened, answerers.PairAnswerer):
+    is_pair = isinstance(opened, hf_answerers.PairAnswerer)
+    if is_pair or not isinstance(opened, hf_answerers.HFAnswerer):
         raise UsageError(
             f"{path} reads a text and writes another: it holds no conversation",
             f"lora predict {quote(path)} --data FILE",

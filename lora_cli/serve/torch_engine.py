@@ -21,7 +21,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import answerers, hf_answerers
+from lora_cli.models import answering
 from lora_cli.serve.pieces import Assembler, Drawing, Emit, End, Token, name_token
 
 UNLIMITED = 2**15
@@ -85,7 +86,7 @@ class TorchEngine:
     """A base and adapters on it, by the names that requests ask for."""
 
     def __init__(
-        self, models: Mapping[str, answerers.HFAnswerer], context: int | None = None
+        self, models: Mapping[str, hf_answerers.HFAnswerer], context: int | None = None
     ) -> None:
         """`context`: tokens of prompt and answer together, where fewer than the positions of a
         model."""
@@ -133,7 +134,7 @@ class TorchEngine:
         assembler = Assembler(model.tokenizer, drawing.stop, emit)
         ends = set(model.list_ends())
         watch = _Watch(model.tokenizer, ends, drawing, assembler, is_wanted)
-        room = answerers.limit_answer(len(prompt), self.find_positions(name), drawing.max_tokens)
+        room = answering.limit_answer(len(prompt), self.find_positions(name), drawing.max_tokens)
         sampling = answerers.Sampling(room, drawing.temperature)
         options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([watch])}
         if drawing.top_logprobs is not None:

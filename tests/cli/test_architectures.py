@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lora_cli.common import LoraError
 from lora_cli.evaluate import verify
-from lora_cli.evaluate.answerers import Asked, Sampling, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.gguf import export, tools
 from lora_cli.merge import merge
 from lora_cli.models import Base

@@ -21,7 +21,9 @@ from gguf.scripts import gguf_new_metadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluate import foreseen, held_out, score, token_losses
-from lora_cli.evaluate.answerers import GGUFAnswerer, Sampling, open_models
+from lora_cli.evaluate.answerers import Sampling
+from lora_cli.evaluate.gguf_answerer import GGUFAnswerer
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.evaluate.score import Request
 from lora_cli.gguf import tools
 from lora_cli.merge import merge

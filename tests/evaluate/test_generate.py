@@ -19,7 +19,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from pyarrow import parquet
 
 from lora_cli.common.errors import LoraError
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.generate import read_questions
 from lora_cli.recipe import load
@@ -106,7 +106,7 @@ def test_an_answer_of_a_dora_computes_its_norms_once(
     write_recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = run.train(load.load_recipe(write_recipe("method: dora\n")))
-    (answerer,) = answerers.open_models([str(adapter)]).values()
+    (answerer,) = open_answerers.open_models([str(adapter)]).values()
     asked, sampling = [answerers.Asked([{"role": "user", "content": "red"}])], Sampling(4, 0.0)
     model = answerer.bases.loaded[answerer.key]
     layers = dora_norms.find_layers(model)

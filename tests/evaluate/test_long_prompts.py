@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from lora_cli.evaluate import chat
-from lora_cli.evaluate.answerers import Asked, Sampling, TooLongError, limit_answer, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.gguf import tools
+from lora_cli.models.answering import TooLongError, limit_answer
 
 LONG = [{"role": "user", "content": "red dog " * 400}]
 NEARLY = [{"role": "user", "content": "Copy: " + "red " * 480}]

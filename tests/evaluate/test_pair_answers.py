@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.evaluate import answerers, generate
+from lora_cli.evaluate import generate, open_answerers
 from lora_cli.evaluate.answerers import Asked, Sampling
 from lora_cli.evaluate.predict import Options, predict
 from lora_cli.evaluate.predictors import Reading
@@ -53,7 +53,7 @@ def made(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer(*paths: Path, **sampling: float) -> list[list[str]]:
     asked = [Asked([{"role": "user", "content": text}]) for text in TEXTS]
-    opened = answerers.open_models([str(path) for path in paths])
+    opened = open_answerers.open_models([str(path) for path in paths])
     drawn = Sampling(12, sampling.get("temperature", 0.0))
     return [each.answer(asked, drawn) for each in opened.values()]
 
@@ -78,13 +78,13 @@ def test_all_forms_give_one_answer(made: Path) -> None:
 def test_the_prefix_is_remembered(made: Path) -> None:
     adapter = made / "run" / "adapter"
     for path in (adapter, made / "merged", made / "converted", adapter.parent / "checkpoint-40"):
-        [opened] = answerers.open_models([str(path)]).values()
+        [opened] = open_answerers.open_models([str(path)]).values()
         assert opened.prefix == PREFIX
         asked = Asked([{"role": "user", "content": "tree"}])
         assert opened.encode(asked) == opened.tokenizer(PREFIX + "tree")["input_ids"]
-    [base] = answerers.open_models([str(made / "base")]).values()
+    [base] = open_answerers.open_models([str(made / "base")]).values()
     assert base.prefix == ""
-    both = answerers.open_models([str(made / "base"), str(adapter)])
+    both = open_answerers.open_models([str(made / "base"), str(adapter)])
     assert both[str(made / "base")].prefix == PREFIX  # so that they can be compared
 
 
@@ -93,7 +93,7 @@ def test_an_answer_is_drawn_and_streamed(made: Path, capsys) -> None:
     [[first, *_]] = answer(made / "merged", temperature=1.0)
     torch.manual_seed(0)
     assert answer(made / "merged", temperature=1.0)[0][0] == first
-    [opened] = answerers.open_models([str(made / "merged")]).values()
+    [opened] = open_answerers.open_models([str(made / "merged")]).values()
     said = opened.stream(Asked([{"role": "user", "content": TEXTS[0]}]), Sampling(12, 0.0))
     assert said == answer(made / "merged")[0][0]
     assert capsys.readouterr().out.strip() == said.strip()
@@ -136,7 +136,7 @@ def test_rows_of_any_format_are_read_as_in_training(made: Path, tmp_path: Path, 
     (tmp_path / "more.jsonl").write_text('{"instruction": "tree", "input": "glass, bad"}\n')
     [more] = ask([merged], tmp_path / "more.jsonl", tmp_path / "more.out")
     asked = Asked([{"role": "user", "content": "tree\n\nglass, bad"}])
-    [opened] = answerers.open_models([str(merged)]).values()
+    [opened] = open_answerers.open_models([str(merged)]).values()
     assert more["target"] == opened.answer([asked], Sampling(64, 0.0))[0]
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_record_is_named(made: Path, tmp_path: Path) -> None:
 
 
 def test_it_holds_no_conversation(made: Path) -> None:
-    [opened] = answerers.open_models([str(made / "merged")]).values()
+    [opened] = open_answerers.open_models([str(made / "merged")]).values()
     turns = [{"role": "user", "content": "tree"}, {"role": "assistant", "content": "stone"}]
     with pytest.raises(LoraError, match="reads a text and writes another: it holds no conv"):
         opened.answer([Asked([*turns, turns[0]])], Sampling(4, 0.0))
@@ -225,7 +225,7 @@ def test_it_holds_no_conversation(made: Path) -> None:
 
 def test_a_text_that_is_too_long_is_refused(tmp_path: Path) -> None:
     base = tasks.make_base(tmp_path / "base", "bart", max_position_embeddings=16)
-    [opened] = answerers.open_models([str(base)]).values()
+    [opened] = open_answerers.open_models([str(base)]).values()
     long = Asked([{"role": "user", "content": "tree " * 20}])
     with pytest.raises(LoraError, match="the text has 22 tokens, and the model reads 16"):
         opened.answer([long], Sampling(4, 0.0))

@@ -31,7 +31,7 @@ from transformers import (
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.data import readers
-from lora_cli.evaluate import answerers, opened, tagger
+from lora_cli.evaluate import open_answerers, opened, tagger
 from lora_cli.evaluate.predict import Options, predict
 from lora_cli.evaluate.predictors import Reading
 from lora_cli.gguf.adapter import export_adapter
@@ -575,7 +575,7 @@ def test_models_that_write_and_others_are_told_apart(
     make_tokenizer().save_pretrained(whole)
     for path, does in ((classes, "classify texts"), (tags, "tag words"), (whole, "classify texts")):
         with pytest.raises(LoraError, match=f"models that {does}, and writes no text") as caught:
-            answerers.open_models([str(path)])
+            open_answerers.open_models([str(path)])
         assert caught.value.hint == f"lora predict {path} --data FILE"
         with pytest.raises(LoraError, match=f"models that {does}, and GGUF files are of") as caught:
             export(path, ["f16"], None, None, None)

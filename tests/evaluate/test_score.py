@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.common.errors import LoraError, UsageError
 from lora_cli.evaluate import input_rows, score, scored_models, token_losses
-from lora_cli.evaluate.answerers import HFAnswerer, Sampling
+from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.forgetting import read_passages
+from lora_cli.evaluate.hf_answerers import HFAnswerer
 from lora_cli.evaluate.score import Request
 from lora_cli.gguf import tools
 from lora_cli.merge import merge
@@ -257,7 +258,8 @@ def add_and_die(self, records):
 at = int(sys.argv[-1])
 kept_scores.Kept.add = add_and_die
 from lora_cli.evaluate import score
-from lora_cli.evaluate.answerers import HFAnswerer, Sampling
+from lora_cli.evaluate.answerers import Sampling
+from lora_cli.evaluate.hf_answerers import HFAnswerer
 score.evaluate([sys.argv[1]], score.Request(
     sys.argv[2], out=__import__("pathlib").Path(sys.argv[3]), sampling=Sampling(12, 0.0),
     batch_size=3))

@@ -102,7 +102,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as Padded  #
 
 from lora_cli.common import devices  # noqa: E402
 from lora_cli.common.files import scratch_folder  # noqa: E402
-from lora_cli.evaluate import answerers  # noqa: E402
+from lora_cli.evaluate import answerers, hf_answerers, loaded_bases  # noqa: E402
 from lora_cli.models import Base, attach, targets  # noqa: E402
 from lora_cli.plan import auto, hardware, rehearsal  # noqa: E402
 from lora_cli.recipe import Recipe, upstream  # noqa: E402
@@ -403,7 +403,7 @@ def answer(recipe: Recipe, base: Path, seen: Seen) -> None:
     adapted = attach_to_base(recipe, base)
     dora_norms.install(adapted)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    bases = answerers.Bases()
+    bases = loaded_bases.Bases()
     # fake tensors have a backend here only outside of inference
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), seen:
@@ -411,7 +411,7 @@ def answer(recipe: Recipe, base: Path, seen: Seen) -> None:
         bases.loaded["it"] = adapted.eval()
         seen.reset()
         asked = [answerers.Asked([{"role": "user", "content": words}]) for words in ("a", "b c")]
-        answerer = answerers.HFAnswerer(bases, "it", "default", tokenizer)
+        answerer = hf_answerers.HFAnswerer(bases, "it", "default", tokenizer)
         answerer.answer(asked, answerers.Sampling(4, 0.0))
 
 

@@ -89,8 +89,8 @@ CASTS = {
 """Of those, what changes a type."""
 READ = "a number is read at"
 ANSWER = {
-    f"{READ} lora_cli/evaluate/answerers.py in _generate": 2,
-    f"{READ} lora_cli/evaluate/answerers.py in write_ids": 6,
+    f"{READ} lora_cli/evaluate/hf_answerers.py in _generate": 2,
+    f"{READ} lora_cli/evaluate/hf_answerers.py in write_ids": 6,
 }
 WAITS = {
     **{case: ANSWER for case in KERNELS if case.startswith("generate")},

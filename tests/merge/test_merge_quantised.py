@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.evaluate.answerers import open_models
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.evaluate.verify import verify
 from lora_cli.merge.combine import combine
 from lora_cli.merge.extract import convert, extract

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common import LoraError, UsageError
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.serve import asked, serve
 from lora_cli.serve.pieces import Assembler, Drawing, End, Piece
 from lora_cli.serve.torch_engine import TorchEngine
@@ -183,7 +183,7 @@ def test_what_an_engine_scales_otherwise_is_merged(
 
 def test_tools_are_shown_to_the_template(tiny: Path) -> None:
     """And `tool_choice: none` hides them; arguments of calls are mappings."""
-    [model] = answerers.open_models([str(tiny / "model")]).values()
+    [model] = open_answerers.open_models([str(tiny / "model")]).values()
     model.tokenizer.chat_template = (
         "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages %}"
         "{{ m.content }}{{ m.tool_calls[0].function.arguments.a if m.tool_calls }}{% endfor %}"

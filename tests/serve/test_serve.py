@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import answerers, open_answerers
 from tests.serve.serving import KEY, Served, make_adapter, make_endless
 
 PROMPTS = ["Reverse: red dog", "Copy: map bus gas ice zoo mud red", "Sort: zoo cat", "café ☃ 🙂"]
@@ -51,7 +51,7 @@ def served(paths: dict[str, Path]) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def answers(paths: dict[str, Path]) -> dict[tuple[str, str], str]:
     """What `lora generate` says to each prompt alone."""
-    opened = answerers.open_models([str(path) for path in paths.values()])
+    opened = open_answerers.open_models([str(path) for path in paths.values()])
     sampling = answerers.Sampling(MOST, 0.0)
     found = {
         (name, prompt): opened[str(path)].answer([answerers.Asked(ask(prompt))], sampling)[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from lora_cli.evaluate import answerers
+from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.gguf import tools
 from lora_cli.gguf.engine import GGUFModel
 from tests.serve.serving import Served, make_endless
@@ -47,7 +47,7 @@ def complete(served: Served, prompt: str, client: openai.OpenAI | None = None, *
 
 
 def test_answers_are_those_of_lora_generate(served: Served, gguf: Path) -> None:
-    opened = answerers.open_models([str(gguf)])[str(gguf)]
+    opened = open_answerers.open_models([str(gguf)])[str(gguf)]
     for prompt in PROMPTS:
         asked = answerers.Asked([{"role": "user", "content": prompt}])
         [said] = opened.answer([asked], answerers.Sampling(MOST, 0.0))

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common import LoraError
-from lora_cli.evaluate.answerers import Asked, Sampling, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.recipe import load
 from lora_cli.train import run, samples, trial
 from lora_cli.train.resume import Resumable

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_cli.common.errors import LoraError
-from lora_cli.evaluate.answerers import Asked, Sampling, open_models
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.merge.merge import merge
 from lora_cli.models import read_adapter
 from lora_cli.models.quantised import find_quantised

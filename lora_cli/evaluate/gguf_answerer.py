@@ -1,0 +1,67 @@
+"""A GGUF file that answers, in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_cli.common import ui
+from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.gguf import engine
+from lora_cli.models import answering, decoder
+
+
+class GGUFAnswerer:
+    """A GGUF file in llama.cpp, with the chat template embedded in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = engine.GGUFModel(path)
+
+    @property
+    def chat_template(self) -> str | None:
+        """That embedded in the file."""
+        return self.model.chat_template
+
+    def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
+        """One after the other."""
+        return [each.text for each in self.write(conversations, sampling)]
+
+    def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
+        """One after the other."""
+        return [
+            decoder.Written(*self.model.write(*self._make_prompt(asked, sampling)))
+            for asked in conversations
+        ]
+
+    def encode(self, asked: Asked) -> list[int]:
+        """Return the prompt of a conversation as token ids."""
+        return self.model.encode(self.model.render(*asked))
+
+    def read(self, ids: Sequence[int]) -> str:
+        """As llama.cpp has it, without the token that ends it."""
+        return self.model.detokenize(ids[:-1])
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """By the settings that the file brings."""
+        return self.model.takes_likeliest
+
+    @property
+    def positions(self) -> int | None:
+        """Those of the model, and of the context that it is opened with."""
+        return min(self.model.metadata["n_ctx_train"], engine.CONTEXT)
+
+    def stream(self, conversation: Asked, sampling: Sampling) -> str:
+        """One answer, printed as it comes."""
+        pieces, shown = [], ui.Answer()
+        for piece in self.model.stream(*self._make_prompt(conversation, sampling)):
+            shown.add(piece)
+            pieces.append(piece)
+        shown.end()
+        return "".join(pieces)
+
+    def _make_prompt(self, asked: Asked, sampling: Sampling) -> tuple[list[int], int, float]:
+        """Return the prompt's tokens, how many tokens its answer may have, and the temperature."""
+        prompt = self.encode(asked)
+        room = answering.limit_answer(len(prompt), self.positions, sampling.max_new_tokens)
+        return prompt, room, 0.0 if sampling.is_greedy else sampling.temperature
