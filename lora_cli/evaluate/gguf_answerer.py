@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_cli.common import ui
 from lora_cli.evaluate.answerers import Asked, Sampling
-from lora_cli.gguf import engine
+from lora_cli.gguf import engine, llama_api, llama_writer
 from lora_cli.models import answering, decoder
 
 
@@ -23,15 +23,18 @@ class GGUFAnswerer:
         return self.model.chat_template
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
-        """One after the other."""
+        """All as one batch."""
         return [each.text for each in self.write(conversations, sampling)]
 
     def write(self, conversations: Sequence[Asked], sampling: Sampling) -> list[decoder.Written]:
-        """One after the other."""
-        return [
-            decoder.Written(*self.model.write(*self._make_prompt(asked, sampling)))
-            for asked in conversations
-        ]
+        """Side by side where each takes the likeliest token; else one after the other."""
+        given = [self._make_prompt(asked, sampling) for asked in conversations]
+        likeliest = sampling.is_greedy and self.takes_likeliest
+        if len(given) > 1 and likeliest and not llama_api.find_lack():
+            prompts, rooms, _ = zip(*given)
+            written = llama_writer.write_likeliest(self.model.path, prompts, rooms)
+            return [decoder.Written(*each) for each in written]
+        return [decoder.Written(*self.model.write(*each)) for each in given]
 
     def encode(self, asked: Asked) -> list[int]:
         """Return the prompt of a conversation as token ids."""

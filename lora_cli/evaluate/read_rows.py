@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import ui
 from lora_cli.data import formats
 from lora_cli.evaluate import forgetting, token_losses
 from lora_cli.evaluate.computing import Computing
@@ -39,21 +39,12 @@ def find_reader(computing: Computing) -> PreTrainedTokenizerBase | None:
             "a GGUF file does not tell which tokens are the answer's: name the adapter or model "
             "that it was made from beside it"
         )
-    elif lack := _find_lack_of_logits():
+    elif lack := llama_api.find_lack():
         computing.why_no_loss = lack
     elif other := _find_other_tokens(answerer, reader):
         computing.why_no_loss = f"it splits {other!r} into other tokens than the models beside it"
     else:
         return reader
-    return None
-
-
-def _find_lack_of_logits() -> str | None:
-    """Return why llama.cpp's logits cannot be read here; None where they can."""
-    try:
-        llama_api.load_api()
-    except LoraError as error:
-        return error.message
     return None
 
 
@@ -87,7 +78,9 @@ def compute_losses(computing: Computing, reader: PreTrainedTokenizerBase) -> Non
     if not lacking:
         return
     path = Path(computing.scored.path)
-    with token_losses.open_reading(computing.answerer, path, max(lengths)) as reading:
+    # of all rows, whichever are known: what is computed after a kill is what would have been
+    shared = token_losses.find_shared([piece for _, pieces in made for piece in pieces])
+    with token_losses.open_reading(computing.answerer, path, max(lengths), shared) as reading:
         guesses = Guesses(computing.answerer, reading, computing.wanted.sampling)
         guesses.able &= computing.wanted.answers
         for done, batch in enumerate(lacking, 1):

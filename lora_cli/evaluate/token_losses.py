@@ -132,14 +132,26 @@ def make_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def find_shared(pieces: Sequence[Piece]) -> list[int]:
+    """Return the tokens with which all pieces begin, up to the first place that is looked at in any
+    of them: a system prompt, say. They need to be read but once."""
+    if len(pieces) < 2:
+        return []
+    most = min(each.places[0] for each in pieces)
+    return pieces[0].ids[: llama_api.count_shared([each.ids for each in pieces], most)]
+
+
 @contextmanager
-def open_reading(answerer: Answerer, path: Path, longest: int) -> Iterator[Reading]:
+def open_reading(
+    answerer: Answerer, path: Path, longest: int, shared: Sequence[int] = ()
+) -> Iterator[Reading]:
     """Let a model read pieces of up to `longest` tokens; llama.cpp opens the GGUF file at `path`
-    once for all."""
+    once for all, and reads the tokens with which they begin once."""
     if isinstance(answerer, HFAnswerer):
         yield HFReading(answerer)
         return
     with llama_api.open_gguf(path, longest) as opened:
+        opened.share(shared)
         yield GGUFReading(opened)
 
 

@@ -9,6 +9,7 @@ Its doors, in the order a reader needs them:
     header    what stands before a GGUF's weights
     engine    a GGUF opened in llama.cpp
     llama_api its logits at every position
+    llama_writer  its answers to many conversations side by side
     parity    whether they are those of the model it was made from
     modelfile  Ollama's file beside it
     tools     llama.cpp's converters, found and run
@@ -23,6 +24,7 @@ __all__ = [
     "ggml",
     "install",
     "llama_api",
+    "llama_writer",
     "modelfile",
     "parity",
     "tools",

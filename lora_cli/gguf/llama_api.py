@@ -1,5 +1,4 @@
-"""Compute logits in llama.cpp at every position of a text, by the C functions of xllamacpp's
-library.
+"""Compute logits in llama.cpp at any position of a text, by the C functions of xllamacpp's library.
 
 Its server gives the distribution after the last token alone, as JSON. The functions and structures
 are those of include/llama.h. The structures may grow between releases: they are passed with room to
@@ -8,8 +7,10 @@ spare, and their defaults are compared with what this file knows before anything
 
 from __future__ import annotations
 
+import codecs
 import ctypes
-from collections.abc import Container, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import (
     POINTER,
@@ -22,6 +23,7 @@ from ctypes import (
     c_uint32,
     c_void_p,
 )
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +111,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits": (c_void_p, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, ctypes.c_bool]),
+    "llama_memory_seq_rm": (ctypes.c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
+    "llama_token_to_piece": (
+        c_int32,
+        [c_void_p, c_int32, c_char_p, c_int32, c_int32, ctypes.c_bool],
+    ),
 }
 
 
@@ -140,6 +148,15 @@ def load_api() -> Any:
     return lib
 
 
+def find_lack() -> str | None:
+    """Return why llama.cpp's functions cannot be used here; None where they can."""
+    try:
+        load_api()
+    except LoraError as error:
+        return error.message
+    return None
+
+
 def compute_logits(
     path: Path, texts: Sequence[Sequence[int]], adapter: Path | None = None
 ) -> Iterator[torch.Tensor]:
@@ -154,19 +171,92 @@ def compute_logits(
             yield opened.compute(ids)
 
 
-class Opened(NamedTuple):
+class Step(NamedTuple):
+    """A token to compute."""
+
+    token: int
+    at: int
+    """Its place in its text."""
+    text: int
+    """The number of its text, of those that are computed side by side."""
+    wanted: bool
+    """Whether its logits are."""
+
+
+@dataclass
+class Opened:
     """A GGUF file that llama.cpp has loaded, for texts of some length."""
 
     lib: Any
     context: Any
     vocabulary: Any
+    shared: Sequence[int] = ()
+    """The tokens with which texts begin, as far as they are read once for all."""
+    holds_shared: bool = False
+    """Whether keys and values are those of the shared tokens, and of one text after them."""
 
     def compute(self, ids: Sequence[int], places: Sequence[int] | None = None) -> torch.Tensor:
         """Return the logits at some places of a text of its own, in their order, by default at all:
         float32 (places, vocabulary), on the CPU. Raises LoraError where it cannot be computed."""
-        wanted = range(len(ids)) if places is None else places
-        shape = len(wanted), self.lib.llama_vocab_n_tokens(self.vocabulary)
-        return _decode(self.lib, self.context, ids, frozenset(wanted), shape)
+        wanted = frozenset(range(len(ids)) if places is None else places)
+        start = self._forget_text(ids, min(wanted, default=0))
+        steps = [Step(ids[at], at, 0, at in wanted) for at in range(start, len(ids))]
+        return torch.from_numpy(self.decode(steps))
+
+    def decode(self, steps: Sequence[Step]) -> np.ndarray:
+        """Compute tokens, each text's after those that it has already; return the logits of those
+        that are wanted, float32 (wanted, vocabulary). Raises LoraError where it cannot be done."""
+        shape = sum(step.wanted for step in steps), self.lib.llama_vocab_n_tokens(self.vocabulary)
+        batch = self.lib.llama_batch_init(len(steps), 0, 1)
+        try:
+            batch.n_tokens = len(steps)
+            for number, step in enumerate(steps):
+                batch.token[number], batch.pos[number] = step.token, step.at
+                batch.n_seq_id[number], batch.seq_id[number][0] = 1, step.text
+                batch.logits[number] = step.wanted
+            if self.lib.llama_decode(self.context, batch):
+                raise LoraError("llama.cpp could not compute a text's logits", "export it again")
+            if not shape[0]:
+                return np.empty(shape, np.float32)
+            place = ctypes.cast(self.lib.llama_get_logits(self.context), POINTER(c_float))
+            return np.ctypeslib.as_array(place, shape).copy()
+        finally:
+            self.lib.llama_batch_free(batch)
+
+    def _forget_text(self, ids: Sequence[int], first: int) -> int:
+        """Make room for a text whose logits are wanted from place `first` on; return how many of
+        its tokens need not be read again."""
+        memory, length = self.lib.llama_get_memory(self.context), len(self.shared)
+        if first < length or list(ids[:length]) != list(self.shared):
+            length = 0
+        if length and self.holds_shared:
+            self.lib.llama_memory_seq_rm(memory, 0, length, -1)
+            return length
+        self.forget()
+        if length:
+            self.decode([Step(token, at, 0, False) for at, token in enumerate(self.shared)])
+        self.holds_shared = bool(length)
+        return length
+
+    def forget(self) -> None:
+        """Forget every text."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def copy_text(self, one: int, other: int) -> None:
+        """Give a text what another has so far."""
+        memory = self.lib.llama_get_memory(self.context)
+        self.lib.llama_memory_seq_cp(memory, one, other, -1, -1)
+
+    def share(self, tokens: Sequence[int]) -> None:
+        """Read tokens once for all texts that begin with them, unless this model cannot go back to
+        their end: one whose state runs on, as Mamba's does, forgets nothing of a text but all."""
+        if not tokens:
+            return
+        self.shared, self.holds_shared = tokens, False
+        self.compute([*tokens, tokens[-1]], [len(tokens)])
+        memory = self.lib.llama_get_memory(self.context)
+        if not self.lib.llama_memory_seq_rm(memory, 0, len(tokens), -1):
+            self.shared, self.holds_shared = (), False
 
     def ends_answer(self, token: int) -> bool:
         """Return whether llama.cpp stops writing at a token."""
@@ -177,6 +267,27 @@ class Opened(NamedTuple):
         of added tokens that look special, also where the tokenizer takes them for words."""
         return self.lib.llama_vocab_is_control(self.vocabulary, token)
 
+    def read(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer as llama.cpp's server gives it: of control tokens nothing,
+        and no character that is cut off at the end."""
+        text = b"".join(map(self._read_piece, ids))
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(text)
+
+    def _read_piece(self, token: int) -> bytes:
+        for size in (64, 65536):
+            piece = ctypes.create_string_buffer(size)
+            length = self.lib.llama_token_to_piece(self.vocabulary, token, piece, size, 0, False)
+            if length >= 0:
+                return piece.raw[:length]
+        raise LoraError(f"llama.cpp has no text for token {token}", "export it again")
+
+
+def count_shared(texts: Sequence[Sequence[int]], most: int) -> int:
+    """Count the tokens with which all texts begin, and no more than `most`."""
+    first, last = min(texts, key=list), max(texts, key=list)
+    pairs = zip(first[:most], last[:most])
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
 
 @contextmanager
 def open_gguf(path: Path, longest: int, adapter: Path | None = None) -> Iterator[Opened]:
@@ -184,8 +295,12 @@ def open_gguf(path: Path, longest: int, adapter: Path | None = None) -> Iterator
     prints nothing."""
     opening.refuse_unopenable(path, longest, True, adapter)
     lib = load_api()
-    with _silence(lib), _open_context(lib, path, longest, adapter) as (context, vocabulary):
-        yield Opened(lib, context, vocabulary)
+    settings = lib.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
+    settings.type_k = settings.type_v = F32
+    settings.flash_attn_type = NEVER
+    with open_context(path, settings, longest, adapter) as opened:
+        yield opened
 
 
 @contextmanager
@@ -202,32 +317,33 @@ def _silence(lib: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _open_context(
-    lib: Any, path: Path, longest: int, adapter: Path | None
-) -> Iterator[tuple[Any, Any]]:
-    """Load the model; yield a context for texts of up to `longest` tokens, and the vocabulary."""
+def open_context(
+    path: Path, settings: ContextParams, longest: int, adapter: Path | None = None
+) -> Iterator[Opened]:
+    """Load a file that llama.cpp was seen to open, with a context of these settings for texts of up
+    to `longest` tokens together. Inside, llama.cpp prints nothing. Raises LoraError."""
+    lib = load_api()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise LoraError(f"llama.cpp cannot load {path}", "export it again")
-    context = None
-    try:
-        settings = lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
-        settings.type_k = settings.type_v = F32
-        settings.flash_attn_type = NEVER
-        settings.n_threads[:] = [torch.get_num_threads()] * 2
-        context = lib.llama_init_from_model(model, settings)
-        if not context or lib.llama_n_ctx(context) < longest:
-            raise LoraError(f"llama.cpp cannot run {path} on {longest} tokens", "export it again")
-        if adapter is not None:
-            _lay_over(lib, model, context, adapter)
-        yield context, lib.llama_model_get_vocab(model)
-    finally:
-        if context:
-            lib.llama_free(context)
-        lib.llama_model_free(model)
+    settings.n_threads[:] = [torch.get_num_threads()] * 2
+    with _silence(lib):
+        model = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise LoraError(f"llama.cpp cannot load {path}", "export it again")
+        context = None
+        try:
+            context = lib.llama_init_from_model(model, settings)
+            if not context or lib.llama_n_ctx(context) < longest:
+                raise LoraError(
+                    f"llama.cpp cannot run {path} on {longest} tokens", "export it again"
+                )
+            if adapter is not None:
+                _lay_over(lib, model, context, adapter)
+            yield Opened(lib, context, lib.llama_model_get_vocab(model))
+        finally:
+            if context:
+                lib.llama_free(context)
+            lib.llama_model_free(model)
 
 
 def _lay_over(lib: Any, model: Any, context: Any, adapter: Path) -> None:
@@ -236,23 +352,3 @@ def _lay_over(lib: Any, model: Any, context: Any, adapter: Path) -> None:
     adapters, scales = (c_void_p * 1)(loaded), (c_float * 1)(1.0)
     if not loaded or lib.llama_set_adapters_lora(context, adapters, 1, scales):
         raise LoraError(f"llama.cpp cannot load {adapter}", "export it again")
-
-
-def _decode(
-    lib: Any, context: Any, ids: Sequence[int], wanted: Container[int], shape: tuple[int, int]
-) -> torch.Tensor:
-    """Return the logits at the wanted places of `ids`, which begin a text of their own."""
-    batch = lib.llama_batch_init(len(ids), 0, 1)
-    try:
-        batch.n_tokens = len(ids)
-        for at, number in enumerate(ids):
-            batch.token[at], batch.pos[at] = number, at
-            batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
-            batch.logits[at] = at in wanted
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        if lib.llama_decode(context, batch):
-            raise LoraError("llama.cpp could not compute a text's logits", "export it again")
-        place = ctypes.cast(lib.llama_get_logits(context), POINTER(c_float))
-        return torch.from_numpy(np.ctypeslib.as_array(place, shape).copy())
-    finally:
-        lib.llama_batch_free(batch)
