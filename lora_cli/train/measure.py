@@ -15,6 +15,7 @@ from lora_cli.data import prepare
 from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe
 from lora_cli.train import run, run_folder, setup
+from lora_cli.train.inputs import Inputs, add_references, prepare_inputs
 
 WITHOUT: dict[str, Any] = {
     "eval_strategy": "no",
@@ -100,11 +101,11 @@ def measure_steps(recipe: Recipe) -> Measured:
             Path(recipe.output_dir), found.recipe.to_data(), contents, resume=False
         )
         with translate_refusals(found.recipe.list_passed_on()):
-            inputs = setup.prepare_inputs(found.recipe, found.base, found.parent, drafted)
+            inputs = prepare_inputs(found.recipe, found.base, found.parent, drafted)
             settled_recipe, adapted = run.load_adapted(found.recipe, found.base, drafted, inputs)
             few = _take_few(inputs, settled_recipe)
             began = time.perf_counter()
-            few = setup.add_references(settled_recipe, found.base, adapted, few)
+            few = add_references(settled_recipe, found.base, adapted, few)
             reference = time.perf_counter() - began
             trainer = setup.make_trainer(settled_recipe, adapted, few, drafted)
             clock = _Clock(adapted.device)
@@ -118,7 +119,7 @@ def measure_steps(recipe: Recipe) -> Measured:
     return Measured(*times, steps, inputs.train_rows, inputs.eval_rows)
 
 
-def _take_few(inputs: setup.Inputs, recipe: Recipe) -> setup.Inputs:
+def _take_few(inputs: Inputs, recipe: Recipe) -> Inputs:
     """Return the inputs with rows for one batch of an evaluation; and, of pairs of answers, for two
     steps, as all are looked at before the first."""
     train, evaluation = inputs.train_rows, inputs.eval_rows
@@ -133,7 +134,7 @@ def _cut(rows: prepare.Prepared, most: int) -> prepare.Prepared:
     return rows._replace(rows=rows.rows.select(range(min(most, len(rows.rows)))))
 
 
-def _count_rows(inputs: setup.Inputs) -> int:
+def _count_rows(inputs: Inputs) -> int:
     return sum(len(each.rows) for each in (inputs.train_rows, inputs.eval_rows) if each)
 
 

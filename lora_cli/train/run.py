@@ -49,10 +49,12 @@ from lora_cli.models import (
 from lora_cli.plan import hardware, settled, spread
 from lora_cli.recipe import Recipe
 from lora_cli.train import (
+    adapted_base,
     checkpoints,
     disk_space,
     out_of_memory,
     outcome,
+    packing,
     random_state,
     receipt,
     run_folder,
@@ -61,6 +63,7 @@ from lora_cli.train import (
     trial,
     zero3,
 )
+from lora_cli.train.inputs import Inputs, add_references, prepare_inputs
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.run_folder import Run
 from lora_cli.train.trainers import Watched
@@ -116,7 +119,7 @@ def prepare(recipe: Recipe, resume: bool, allowed: Sequence[str], nodes: place.N
     allowed = run_folder.list_allowed(recipe, resume, allowed)
     run = run_folder.draft_run(folder, found.recipe.to_data(), contents, resume, allowed)
     with translate_refusals(found.recipe.list_passed_on()):
-        setup.prepare_inputs(found.recipe, found.base, found.parent, run)
+        prepare_inputs(found.recipe, found.base, found.parent, run)
 
 
 def change_before_again(recipe: Recipe, asked: dict[str, Any]) -> None:
@@ -212,10 +215,10 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     recipe, base = found.recipe, found.base
     passed_on = recipe.list_passed_on()
     with ranks.told(), ranks.in_turn():
-        inputs = setup.prepare_inputs(recipe, base, found.parent, run)
+        inputs = prepare_inputs(recipe, base, found.parent, run)
     with translate_refusals(passed_on):
         recipe, adapted = load_adapted(recipe, base, run, inputs)
-        inputs = setup.add_references(recipe, base, adapted, inputs)
+        inputs = add_references(recipe, base, adapted, inputs)
     make = partial(setup.make_trainer, recipe, adapted, inputs, run)
     with translate_refusals(passed_on):
         trainer = make()
@@ -281,16 +284,14 @@ def _count_parameters(adapted: PeftModel) -> dict[str, int]:
     return {"trainable": trainable, "total": total, "modules": modules}
 
 
-def load_adapted(
-    recipe: Recipe, base: Base, run: Run, inputs: setup.Inputs
-) -> tuple[Recipe, PeftModel]:
+def load_adapted(recipe: Recipe, base: Base, run: Run, inputs: Inputs) -> tuple[Recipe, PeftModel]:
     """Return the base with the adapter that is to be trained, and the recipe as that base allows
     it."""
-    network = setup.load_recipe_base(recipe, base)
+    network = adapted_base.load_recipe_base(recipe, base)
     device = hardware.detect_device(network.device)
     run.update(device={"kind": device.kind, "name": device.name})
-    recipe = setup.settle_packing(setup.fit_positions(recipe, base, run), network, run)
-    return recipe, setup.attach_adapter(recipe, base, network, run, inputs)
+    recipe = packing.settle_packing(packing.fit_positions(recipe, base, run), network, run)
+    return recipe, adapted_base.attach_adapter(recipe, base, network, run, inputs)
 
 
 def _judge_untrained(adapted: PeftModel, learnt: bool) -> None:
@@ -346,7 +347,7 @@ def _find_checkpoint(run: Run) -> Path | None:
     return checkpoint.folder if checkpoint else None
 
 
-def _save_once(trained: PeftModel, inputs: setup.Inputs, adapter: Path, run: Run) -> None:
+def _save_once(trained: PeftModel, inputs: Inputs, adapter: Path, run: Run) -> None:
     """Let the first process save; where weights are sharded, the others take part in gathering
     them."""
     if ranks.is_first():

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -27,7 +27,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
+from lora_cli.recipe import Recipe
 from lora_cli.train import zero3
+
+
+def find_sharding(recipe: Recipe) -> Literal["fsdp", "deepspeed-zero3"] | None:
+    """Return by what each of several processes holds a part of the base; None where each has it
+    whole."""
+    strategy = recipe.distributed.strategy
+    if ranks.count() > 1 and (strategy == "fsdp" or strategy == "deepspeed-zero3"):
+        return strategy
+    return None
 
 
 def turn_on(trainer: Any, network: PeftModel, replicas: int) -> None:

@@ -43,7 +43,7 @@ from lora_cli.models import attach
 from lora_cli.plan import auto, flops
 from lora_cli.recipe import DEFAULT_TASK, Recipe, upstream
 from lora_cli.speed import install
-from lora_cli.train import pair_batches, setup
+from lora_cli.train import collators, pair_batches, setup
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.task_trainer import find_trainer
@@ -161,7 +161,7 @@ def _train_miniature(recipe: Recipe, folder: Path, metrics: Sequence[str]) -> No
         train_dataset=_make_rows(recipe),
         eval_dataset=_make_rows(recipe) if evaluates else None,
         processing_class=tokenizer,
-        data_collator=setup.make_collator(recipe, tokenizer, LENGTH * ROWS),
+        data_collator=collators.make_collator(recipe, tokenizer, LENGTH * ROWS),
     )
     trainer.get_train_dataloader()
     if evaluates:

@@ -18,7 +18,7 @@ from lora_cli.common import devices
 from lora_cli.models import Base
 from lora_cli.plan import auto, hardware
 from lora_cli.recipe import load, upstream
-from lora_cli.train import random_state, run, setup
+from lora_cli.train import adapted_base, random_state, run
 from tests.cards import pretend
 
 
@@ -68,7 +68,7 @@ def test_every_method_s_base_is_loaded_where_it_trains(
     base = Base.of_recipe(recipe)
     monkeypatch.setattr(base.task.find_auto_class(base.config), "from_pretrained", load_nothing)
     with pytest.raises(Loaded) as told:
-        setup.load_recipe_base(recipe, base)
+        adapted_base.load_recipe_base(recipe, base)
     wanted = {"": torch.device(device)} if device else None
     assert told.value.args[0] == wanted
 
@@ -80,10 +80,12 @@ def test_what_is_trained_whole_is_float32_beside_a_float16_base(write_recipe) ->
     )
     base = Base.of_recipe(recipe)
     recipe, _ = auto.settle(recipe, base.config, hardware.parse_gpu("T4"))
-    network = setup.load_recipe_base(recipe, base)
+    network = adapted_base.load_recipe_base(recipe, base)
     inputs = SimpleNamespace(reader=base.load_tokenizer(), new_ids=[], parent=None)
     inputs.train_rows = SimpleNamespace(rows=Dataset.from_list([]))
-    adapted = setup.attach_adapter(recipe, base, network, SimpleNamespace(folder=None), inputs)
+    adapted = adapted_base.attach_adapter(
+        recipe, base, network, SimpleNamespace(folder=None), inputs
+    )
     trained = {each.dtype for each in adapted.parameters() if each.requires_grad}
     assert trained == {torch.float32}
     assert network.dtype == torch.float16

@@ -114,7 +114,7 @@ from lora_cli.speed import (  # noqa: E402
     loss_head,
     step_packing,
 )
-from lora_cli.train import setup, trial  # noqa: E402
+from lora_cli.train import adapted_base, collators, trial  # noqa: E402
 from lora_cli.train.task_trainer import find_trainer  # noqa: E402
 
 aten = torch.ops.aten
@@ -297,7 +297,7 @@ def make_recipe(changes: dict, base: Path) -> Recipe:
 
 def attach_to_base(recipe: Recipe, base: Path) -> PeftModel:
     """Return the base with the recipe's adapter, where real weights are read."""
-    network = setup.load_recipe_base(recipe, Base(str(base)))
+    network = adapted_base.load_recipe_base(recipe, Base(str(base)))
     config, _ = targets.make_config(recipe, network, network.config.vocab_size, [], None)
     with attach.quiet_peft():  # PEFT moves adapters by swapping tensors, which fake ones refuse
         return attach.attach_adapter(network, config, recipe.lora.autocast_adapter_dtype)
@@ -316,7 +316,7 @@ def make_step(recipe: Recipe, base: Path, seen: Seen) -> None:
     moved_last = os.environ.get("BROKEN") == "moved last"
     adapted = attach_to_base(recipe, base)
     padded = loss_head.LabelCollator(Padded(pad_token_id=0))
-    batch = (setup.make_collator(recipe, None, 1024) or padded)(make_rows())
+    batch = (collators.make_collator(recipe, None, 1024) or padded)(make_rows())
     if moved_last:
         install_levers(recipe, adapted)
     with FakeTensorMode(allow_non_fake_inputs=True), seen:
@@ -363,7 +363,7 @@ def train_step(recipe: Recipe, base: Path, seen: Seen) -> None:
             args=arguments,
             train_dataset=Dataset.from_list(make_rows()),
             processing_class=tokenizer,
-            data_collator=setup.make_collator(recipe, tokenizer, 1024),
+            data_collator=collators.make_collator(recipe, tokenizer, 1024),
         )
         if recipe.training.packing == "dataset":
             batch = trainer.data_collator([trainer.train_dataset[0]])
