@@ -33,7 +33,7 @@ class WatchState(stored.Stored):
 
 
 class RunState(stored.Stored):
-    """What Trainer's own checkpoint lacks; see `resume.py`."""
+    """What Trainer's own checkpoint lacks; see `saving_trainer.py`."""
 
     epoch_rng: State
     evaluation_due: bool

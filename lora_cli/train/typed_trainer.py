@@ -1,8 +1,8 @@
 """The part of transformers' Trainer that this room builds on, with types.
 
 transformers' own annotations are partial, so mypy does not follow its imports and takes Trainer for
-Any. The mixins of `resume.py` and `trainers.py` derive from `TypedTrainer` instead: a class for
-mypy, `object` when the program runs.
+Any. The mixins of `saving_trainer.py`, `resume.py` and `trainers.py` derive from `TypedTrainer`
+instead: a class for mypy, `object` when the program runs.
 """
 
 from __future__ import annotations
