@@ -1,99 +1,30 @@
-"""Watch a run: show where it is, write metrics.jsonl, stop at a loss that is not finite."""
+"""Watch a run: show where it is, write what is logged, stop at a step that is refused."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_cli.common import LoraError, files, provenance, spell_count, ui
+from lora_cli.common import spell_count, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
 from lora_cli.plan import flops, hardware
 from lora_cli.recipe import PREFERENCE_METRICS, TASKS
-from lora_cli.train import saved_state
+from lora_cli.train.metrics_file import Metrics
 from lora_cli.train.picture import Line, Picture
 from lora_cli.train.samples import Asked, Samples
 from lora_cli.train.saved_state import WatchState
+from lora_cli.train.step_numbers import NonFiniteError, StepNumbers, find_leaving_out
 
 SKIPPED = 20
 """Steps in a row that a loss scaler may skip: it starts at 2^16 and halves, so that from 2^-4 on it
 is not the scale that overflows."""
-
-
-class NonFiniteError(LoraError):
-    """The loss or a gradient is NaN or infinite: nothing more is trained or saved."""
-
-
-class StepNumbers(NamedTuple):
-    """What is looked at of a step, on the device or on the host."""
-
-    number: int
-    """The step's, counted from 1."""
-    loss: torch.Tensor | float
-    gradient_norm: torch.Tensor | float
-    tokens: torch.Tensor | int
-    """Trained on, by those that train together; 0 where Trainer counts them."""
-    lower: str
-    """The hint to a lower learning rate."""
-    copied: torch.Event | None = None
-    """When both are on the host."""
-
-    def sum_up(self) -> StepNumbers:
-        """Return the numbers of the step whose rows are dealt over several processes: each has its
-        share's loss times their number."""
-        if ranks.count() == 1:
-            return self
-        loss = torch.as_tensor(self.loss).double() / ranks.count()
-        loss, tokens = ranks.add_up(torch.stack([loss, torch.as_tensor(self.tokens).to(loss)]))
-        return self._replace(loss=loss, tokens=tokens)
-
-    def judge(self, limit: float | None) -> torch.Tensor:
-        """Return 1 on the device for a step that is to be left out, else 0."""
-        loss, norm = torch.as_tensor(self.loss), torch.as_tensor(self.gradient_norm)
-        fine = torch.isfinite(loss) & torch.isfinite(norm)
-        if limit is not None:
-            fine = fine & (loss <= limit)
-        return (~fine).float()
-
-    def copy_to_host(self) -> StepNumbers:
-        """Begin to copy the numbers to the host, behind what the device has to do before."""
-        numbers = (self.loss, self.gradient_norm, self.tokens)
-        there = torch.stack([torch.as_tensor(each).float() for each in numbers])
-        loss, norm, tokens = there.to("cpu", non_blocking=True)
-        event = None
-        if there.device.type != "cpu":
-            event = torch.Event(there.device)
-            event.record()
-        return self._replace(loss=loss, gradient_norm=norm, tokens=tokens, copied=event)
-
-    def read(self) -> tuple[int, float, float, int, str]:
-        """Return the step's number, loss, gradient norm, tokens and hint, once they are there."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        numbers = float(self.loss), float(self.gradient_norm), int(self.tokens)
-        return self.number, *numbers, self.lower
-
-
-def find_leaving_out(optimizer: Any) -> Any:
-    """Return torch's own optimiser if it leaves out a step on a GPU that it is told to, as its
-    fused AdamW does; None for others, and on a CPU, which has nothing to wait for."""
-    own = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
-    if not isinstance(own, torch.optim.Adam):  # AdamW is one
-        return None
-    fused = all(group.get("fused") for group in own.param_groups)
-    # LoRA+ keeps groups of none
-    first = next((each for group in own.param_groups for each in group["params"]), None)
-    return own if fused and first is not None and first.device.type == "cuda" else None
-
-
 SHOWN = {
     "loss": ".4f",
     "perplexity": ".2f",
@@ -145,7 +76,7 @@ class Watch(TrainerCallback):
         picture: Picture | None = None,
         asked: Asked = Asked(),
     ) -> None:
-        self.metrics = folder / provenance.METRICS
+        self.metrics = Metrics(folder)
         self.progress = ui.Progress()
         self.screen = ui.Screen()
         self.picture = picture or Picture()
@@ -168,20 +99,15 @@ class Watch(TrainerCallback):
         """What is still to be looked at."""
         self.loss_sum = 0.0
         """The losses of all steps of the run."""
-        self.lines = 0
-        """Of metrics.jsonl."""
 
     def capture_state(self) -> WatchState:
-        """Return what a checkpoint keeps; flushes metrics.jsonl to the disk first."""
+        """Return what a checkpoint keeps; brings what is written to the disk first."""
         self.read_step()
-        if self.lines:
-            with self.metrics.open("rb") as file:
-                os.fsync(file.fileno())
         untouched = None if self.untouched is None else sorted(self.untouched)
         return WatchState(
             untouched=untouched,
             loss_sum=self.loss_sum,
-            lines=self.lines,
+            lines=self.metrics.flush(),
             samples=self.samples.flush(),
         )
 
@@ -189,12 +115,9 @@ class Watch(TrainerCallback):
         """Go on from `state`, and drop the lines that were logged after it."""
         self.untouched = None if state.untouched is None else set(state.untouched)
         self.loss_sum = state.loss_sum
-        self.lines = state.lines
         if not ranks.is_first():
             return
-        logged = saved_state.cut_lines(self.metrics, self.lines)
-        self.lines = len(logged)
-        self.picture.recall(logged)
+        self.picture.recall(self.metrics.cut(state.lines))
         self.samples.cut(state.samples)
         self.picture.sample = self.samples.show()
 
@@ -209,7 +132,7 @@ class Watch(TrainerCallback):
         if not ranks.is_first():
             return
         if not state.global_step:
-            files.write_text(self.metrics, "")
+            self.metrics.begin()
         self.picture.step, self.picture.steps = state.global_step, state.max_steps
         self.show_doing("", force=True)
 
@@ -405,14 +328,7 @@ class Watch(TrainerCallback):
         del state.log_history[:-1]  # it grows with the run, in memory and in every checkpoint
         if not ranks.is_first():
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
-            # JSON knows no infinity
-            plain = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in logs.items()
-            }
-            file.write(json.dumps({"step": state.global_step, **plain}) + "\n")
-        self.lines += 1
+        self.metrics.add(state.global_step, logs)
         if "eval_loss" in logs:
             self.picture.add_evaluation(state.global_step, logs)
             self.progress.clear()

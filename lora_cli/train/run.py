@@ -64,8 +64,8 @@ from lora_cli.train import (
     zero3,
 )
 from lora_cli.train.inputs import Inputs, add_references, prepare_inputs
-from lora_cli.train.progress import NonFiniteError
 from lora_cli.train.run_folder import Run
+from lora_cli.train.step_numbers import NonFiniteError
 from lora_cli.train.trainers import Watched
 
 

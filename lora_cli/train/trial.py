@@ -45,7 +45,7 @@ from lora_cli.recipe import DEFAULT_TASK, Recipe, upstream
 from lora_cli.speed import install
 from lora_cli.train import collators, pair_batches, setup
 from lora_cli.train.options import RunOptions
-from lora_cli.train.progress import NonFiniteError
+from lora_cli.train.step_numbers import NonFiniteError
 from lora_cli.train.task_trainer import find_trainer
 
 WORDS = 16

@@ -162,5 +162,5 @@ def test_a_step_is_made_on_apples_gpu(tiny: Path) -> None:
     assert not [each for each in found.values() if "breaks" in each or each["for_cpu"]]
     # the base is tried there in its own type, and the step's numbers are read at once
     assert {case: each["waits"] for case, each in found.items() if each["waits"]} == dict.fromkeys(
-        ("sft", "trainer"), {f"{READ} lora_cli/train/progress.py in read": 2}
+        ("sft", "trainer"), {f"{READ} lora_cli/train/step_numbers.py in read": 2}
     )

@@ -33,8 +33,9 @@ from lora_cli.speed import step_packing
 from lora_cli.train import checkpoints, disk_space, out_of_memory, progress
 from lora_cli.train import run as train
 from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
-from lora_cli.train.progress import NonFiniteError, Watch
+from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Resumable
+from lora_cli.train.step_numbers import NonFiniteError
 from tests.units import STEADY_ADAM, assert_same_training
 
 SAVING = "save_strategy: steps, save_steps: 1"
