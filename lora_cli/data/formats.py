@@ -329,21 +329,22 @@ def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conve
 
 
 ANSWERS = ("chosen", "rejected")
-PROMPTS = ("question", "instruction", "input", "query", "problem")
+PROMPTS = ("question", "instruction", "input", "query", "problem", "conversations")
 """Other names of the column prompt, beside chosen and rejected."""
 
 
 def convert_preference(row: Mapping[str, Any]) -> Preference:
     """Return a row with the columns chosen and rejected as two conversations.
 
-    With a prompt, a text or a list of turns, they are what follows it, a text or a list of turns;
-    else, or where they repeat it, whole conversations that have their beginning in common.
+    With a prompt, a text or a list of turns, they are what follows it, a text, a turn or a list of
+    turns; else, or where they repeat it, whole conversations that have their beginning in common.
     """
     prompt, answers = row.get("prompt"), [get_value(row, name) for name in ANSWERS]
-    if prompt is None and any(isinstance(answer, str) for answer in answers):
+    if prompt is None and any(isinstance(answer, str) or _is_turn(answer) for answer in answers):
         known = next((name for name in PROMPTS if row.get(name)), None)
         hint = suggest_columns(prompt=known) if known else MEND
-        raise BadRow("there is no prompt", "chosen and rejected are texts without a prompt", hint)
+        are = "texts" if isinstance(answers[0], str) else "turns"
+        raise BadRow("there is no prompt", f"chosen and rejected are {are} without a prompt", hint)
     made = [_follow_prompt(prompt, name, row) for name in ANSWERS]
     alike = zip(*(each.messages for each in made))
     shared = next((at for at, (one, other) in enumerate(alike) if one != other), None)
@@ -361,10 +362,7 @@ def convert_preference(row: Mapping[str, Any]) -> Preference:
 
 def _follow_prompt(prompt: Any, name: str, row: Mapping[str, Any]) -> Conversation:
     """Return the conversation of a prompt and what the column `name` has after it."""
-    if isinstance(row[name], str):
-        turns = [{"role": "assistant", "content": get_filled_text(row, name)}]
-    else:
-        turns = get_list(row, name)
+    turns = _list_turns(row, name)
     if prompt is None:
         return _make_conversation(turns, row)
     if isinstance(prompt, str):
@@ -372,8 +370,22 @@ def _follow_prompt(prompt: Any, name: str, row: Mapping[str, Any]) -> Conversati
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         raise BadRow("prompt is neither text nor a list")
+    prompt = [_convert_sharegpt_turn(turn) for turn in prompt]
     repeats = turns[: len(prompt)] == prompt or _find_asked(turns) == _find_asked(prompt) != []
     return _make_conversation(turns if repeats else [*prompt, *turns], row)
+
+
+def _list_turns(row: Mapping[str, Any], name: str) -> list[Any]:
+    """Return an answer as turns: it is a text, one turn, or several."""
+    answer = row[name]
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": get_filled_text(row, name)}]
+    turns = [answer] if _is_turn(answer) else get_list(row, name)
+    return [_convert_sharegpt_turn(turn) for turn in turns]
+
+
+def _is_turn(answer: Any) -> bool:
+    return isinstance(answer, Mapping) and ("role" in answer or "from" in answer)
 
 
 def _find_asked(turns: Sequence[Any]) -> list[Any]:

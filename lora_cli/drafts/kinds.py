@@ -48,7 +48,8 @@ def tell_kind(rows: Sequence[Mapping[str, Any]], config: PretrainedConfig | None
         return Kind((fitting or only)[0], {})
     if _fits("image_classification", columns, rows):
         return Kind("image_classification", {})
-    if _recognise(columns, WRITTEN, formats.COLUMN_SETS):
+    answers = {*formats.ANSWERS, "conversations"}.issubset(columns)  # which end before the answer
+    if not answers and _recognise(columns, WRITTEN, formats.COLUMN_SETS):
         return Kind(DEFAULT_TASK.name, {})
     if _recognise(columns, preferences.PreferenceEncoder.row_formats, TWO_ANSWERS):
         return Kind(DEFAULT_TASK.name, _find_prompt(columns), compares=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from lora_cli.common import LoraError, quote
-from lora_cli.data import encoders, formats, preferences, prepare, readers, sources
-from lora_cli.recipe import Data
+from lora_cli.data import encoders, formats, preferences, prepare, readers, selection, sources
+from lora_cli.recipe import Data, Recipe
 
 BATCH = 1000
 MEASURED = 20_000
@@ -41,6 +41,8 @@ class Seen:
     target_lengths: Counter[int] = field(default_factory=Counter)
     digests: dict[bytes, str] = field(default_factory=dict)
     """Of what each row says, with its place."""
+    counts: selection.Counts = field(default_factory=selection.Counts)
+    """What becomes of the measured rows when they are prepared."""
 
     @property
     def usable(self) -> int:
@@ -113,7 +115,7 @@ def suggest_look(place: str) -> str:
 
 def look(
     source: sources.Source,
-    data: Data,
+    recipe: Recipe,
     encoder: encoders.Encoder,
     style: str,
     names: dict[str, str],
@@ -121,12 +123,16 @@ def look(
     """Return what the rows are. Those that cannot be used are counted, and end nothing."""
     seen = Seen()
     convert = encoder.find_converter(style)
-    most = min(data.max_rows or MOST, MOST)
+    most = min(recipe.data.max_rows or MOST, MOST)
     rows = islice(source.read_rows(), most)
     batches = _convert(rows, convert, names, seen)
+    kept = recipe.data.model_copy(update={"on_long_row": "drop"})  # no length is too much yet
+    recipe = recipe.model_copy(update={"data": kept})
     for batch, made in encoder.encode(islice(batches, MEASURED // BATCH)):
         for (place, _), found in zip(batch, made):
             seen.add_encoded(place, found)
+            if not isinstance(found, formats.BadRow):
+                deque(selection.select_rows(iter([(place, found)]), recipe, seen.counts), maxlen=0)
     for _ in batches:
         pass
     return seen

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from lora_cli.common import LoraError, UsageError, files, find_nearest, quote, spell_count, ui
-from lora_cli.data import formats, load, sources
+from lora_cli.data import formats, load, selection, sources
 from lora_cli.drafts import bad_rows, columns, data_here, fit, kinds, lengths, schedule, templates
 from lora_cli.drafts import rows as rows_of
 from lora_cli.drafts.draft import Draft
@@ -66,7 +66,6 @@ def write_recipe(asked: Asked) -> Path:
     chosen = columns.settle_columns(draft, source, first, questions)
     template = templates.settle_template(draft, base, chosen)
     seen = _look(draft, source, chosen, base)
-    _say_rows(path, seen, chosen, draft.read("objective"))
     _settle_bad_rows(draft, seen, chosen, questions)
     lengths.settle_length(draft, seen, chosen.style, base)
     schedule.settle_holdout(draft, seen, path, questions)
@@ -187,13 +186,16 @@ def _find_free_folder(stem: str) -> str:
 
 
 def _look(draft: Draft, source: sources.Source, chosen: columns.Chosen, base: Base) -> rows_of.Seen:
-    """Return what the rows are, as the base's tokenizer and template make them."""
+    """Return what the rows are, as the base's tokenizer and template make them, and say it."""
     lengths.put_limits(draft, base)
     with ui.hush():
         found = settled.settle_recipe(draft.build())
         reader, _, _ = load_recipe_reader(found.recipe, found.base)
         encoder = load.make_encoder(found.recipe, reader)
-        return rows_of.look(source, found.recipe.data, encoder, chosen.style, chosen.names)
+        seen = rows_of.look(source, found.recipe, encoder, chosen.style, chosen.names)
+    _say_rows(draft.read("data.path"), seen, chosen, draft.read("objective"))
+    selection.warn_of_counts(encoder, seen.counts)
+    return seen
 
 
 def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen, objective: Any) -> None:

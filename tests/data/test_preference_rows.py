@@ -18,6 +18,7 @@ from lora_cli.common import LoraError
 from lora_cli.data import load, prepare
 from lora_cli.data.encode import Renderer
 from lora_cli.data.formats import BadRow, convert_preference, find_converter
+from lora_cli.drafts import kinds
 from lora_cli.models import IGNORED
 from lora_cli.recipe import load_recipe
 
@@ -49,6 +50,15 @@ ROWS: dict[str, dict[str, Any]] = {
         "prompt": [ASKED],
         "chosen": [say("Why?"), {"role": "user", "content": "To swim."}, say("Left.")],
         "rejected": [say("Left.")],
+    },
+    "a turn after turns": {"prompt": [ASKED], "chosen": say("Left."), "rejected": say("No.")},
+    "ShareGPT's turn after turns": {
+        "prompt": [{"from": "human", "value": "Which way?"}],
+        "chosen": {"from": "gpt", "value": "Left."}, "rejected": {"from": "gpt", "value": "No."},
+    },
+    "ShareGPT's conversations": {
+        name: [{"from": "human", "value": "Which way?"}, {"from": "gpt", "value": answer}]
+        for name, answer in (("chosen", "Left."), ("rejected", "No."))
     },
     "a column of the system's": {
         "system": "Be brief.", "prompt": "Which way?", "chosen": "Left.", "rejected": "No.",
@@ -106,6 +116,23 @@ def test_each_shape_is_two_conversations(name: str, load_pairs, tiny: Path) -> N
 def test_earlier_answers_carry_no_loss(load_pairs) -> None:
     made = convert_preference(ROWS["conversations"])
     assert [each.trained for each in made] == [[False, False, False, True]] * 2
+
+
+def test_who_speaks_is_told_by_the_turn_as_lists_of_turns_tell_it() -> None:
+    """LLaMA-Factory's own pairs, and axolotl's for chat_template.default, have a turn each."""
+    wanted = convert_preference(ROWS["turns after turns"])
+    for name in ("a turn after turns", "ShareGPT's turn after turns", "ShareGPT's conversations"):
+        assert convert_preference(ROWS[name]) == wanted, name
+
+
+def test_the_conversation_before_two_turns_is_their_prompt() -> None:
+    row = {**ROWS["ShareGPT's turn after turns"]}
+    row["conversations"] = row.pop("prompt")
+    kind = kinds.tell_kind([row], None)
+    assert (kind.compares, kind.columns) == (True, {"prompt": "conversations"})
+    with pytest.raises(BadRow, match="turns without a prompt") as caught:
+        convert_preference(row)
+    assert caught.value.hint == "--set data.columns='{prompt: conversations}'"
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -258,6 +258,21 @@ def test_bad_rows_are_listed_and_left_out(init, lora, tmp_path: Path) -> None:
     assert not (tmp_path / "other.yaml").exists()
 
 
+def test_what_the_template_does_not_read_is_told_before_training(init, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "red"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": "<|end|>"},
+        {"role": "assistant", "content": "blue"},
+    ]
+    write_lines(tmp_path / "calls.jsonl", [{"messages": turns}] * 5)
+    said = init("calls.jsonl", "--gpu", "24GB").stderr
+    unread = "warning: 5 rows have tool_calls, which the chat template does not read"
+    assert said.index("calls.jsonl: 5 rows; messages") < said.index(unread)
+    assert "warning: 5 rows have control tokens in their text" in said
+
+
 def test_of_several_formats_the_one_that_most_rows_have_is_read(init, tmp_path: Path) -> None:
     """And not the first that lora knows, by which two rows of 22 would be trained on."""
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
