@@ -118,6 +118,28 @@ def watch_loss(draft: Draft, keys: Keys, value: Any) -> None:
     )
 
 
+KERNELS = ("LigerPlugin", "CutCrossEntropyPlugin")
+"""Plugins that make the same training faster."""
+
+
+def plugged(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say that lora has no plugins, and needs none for what is a kernel."""
+    names = value if isinstance(value, list) else [value]
+    if all(str(name).rpartition(".")[2] in KERNELS for name in names):
+        draft.leave(keys, "faster kernels: see training.loss_head and training.use_liger_kernel")
+    else:
+        draft.ask(keys, "lora has none: see training.loss_head and training.use_liger_kernel")
+
+
+def long_rows(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say what becomes of rows that are too long."""
+    known = {"drop": "drop", "truncate": "truncate", "raise": "error"}
+    if isinstance(value, str) and value in known:
+        draft.take(keys, "data.on_long_row", known[value])
+    else:
+        draft.ask(keys, "data.on_long_row: drop, truncate, split or error")
+
+
 def report_to_wandb(draft: Draft, keys: Keys, value: Any) -> None:
     """Say where the run is logged; the project's name is wandb's own to read."""
     draft.values["training.report_to"] = "wandb"
@@ -204,6 +226,28 @@ COLUMNS = {
 }
 
 
+OF_PAIRS = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
+"""axolotl's keys of columns that pairs of answers have alone."""
+PAIRS: Mapping[str, str | None] = {
+    "chat_template.default": "messages",
+    "chat_template.argilla": None,
+    "chat_template.argilla_chat": None,
+    **{
+        f"{template}.{name}": prompt
+        for template in ("chatml", "llama3")
+        for name, prompt in {
+            "argilla_chat": None,
+            "prompt_pairs": None,
+            "ultra": None,
+            "intel": "question",
+            "icr": "input",
+        }.items()
+    },
+}
+"""axolotl's types of pairs, and where each has the prompt, unless that is in the column prompt, or
+in both answers (axolotl/prompt_strategies/dpo)."""
+
+
 def _read_dataset_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> None:
     """Say what a key of a data set becomes."""
     if value in rules.EMPTY:
@@ -216,6 +260,8 @@ def _read_dataset_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> Non
         rows.take(keys, name, value)
     elif name in COLUMNS:
         rows.name_column(keys, COLUMNS[name], value)
+    elif name in OF_PAIRS and _has_pairs(rows):
+        rows.name_column(keys, OF_PAIRS[name], value)
     elif name in ("field_messages", *ROLE_KEYS):
         _read_message_key(rows, keys, name, value)
     else:
@@ -227,14 +273,11 @@ def _read_type(rows: RowsDraft, keys: Keys, value: Any) -> None:
     if isinstance(value, dict):
         for name, inner in value.items():
             _read_dataset_key(rows, (*keys, name), name, inner)
-        rows.values["format"] = "alpaca"
+        if not _has_pairs(rows):
+            rows.values["format"] = "alpaca"
         return
-    if rules.is_on(rows.draft.get("rl")):
-        rows.draft.ask(
-            keys,
-            "lora reads prompt, chosen and rejected, texts or turns; data.columns: {prompt: …} "
-            "says what yours are called",
-        )
+    if _has_pairs(rows):
+        _read_type_of_pairs(rows, keys, str(value))
         return
     kind = str(value).partition(":")[0].partition(".")[0]
     if kind not in TYPES:
@@ -255,6 +298,43 @@ def _read_type(rows: RowsDraft, keys: Keys, value: Any) -> None:
         rows.draft.reasons["model.chat_template"] = f"type: {value} has this prompt"
 
 
+def _has_pairs(rows: RowsDraft) -> bool:
+    return rules.is_on(rows.draft.get("rl"))
+
+
+def _read_type_of_pairs(rows: RowsDraft, keys: Keys, value: str) -> None:
+    """Say where pairs have their prompt, and the template that goes with their type."""
+    if value not in PAIRS:
+        rows.draft.ask(
+            keys,
+            "lora reads prompt, chosen and rejected, texts or turns; data.columns: {prompt: …} "
+            "says what yours are called",
+        )
+        return
+    prompt = PAIRS[value]
+    if prompt is None or "field_messages" in _find_entry(rows, keys):
+        rows.draft.tell(keys, Kind.taken, "as here: pairs, texts or turns")
+    else:
+        rows.name_column(keys, "prompt", prompt)
+    if rows.draft.get("chat_template"):
+        return
+    if value.startswith("chatml."):
+        rows.draft.values["model.chat_template"] = "chatml"
+        rows.draft.reasons["model.chat_template"] = f"type: {value} has this prompt"
+    elif value.startswith("llama3."):
+        rows.draft.ask(
+            keys,
+            "the pairs are read as here; their prompt is that of Llama 3's instruct models: for a "
+            "base without a template, model.chat_template: FILE.jinja",
+        )
+
+
+def _find_entry(rows: RowsDraft, keys: Keys) -> dict[str, Any]:
+    """Return the data set that a key of it belongs to."""
+    entry: dict[str, Any] = rows.draft.source.data[str(keys[0])][int(keys[1])]
+    return entry
+
+
 def _has_its_own_template(draft: Draft, key: str) -> bool:
     """Return whether rows beside those of a fixed prompt are written by the model's template."""
     kinds = (entry.get("type") for entry in draft.get(key) if isinstance(entry, dict))
@@ -270,7 +350,10 @@ def _read_message_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> Non
     """Say how a conversation is written: OpenAI's way or ShareGPT's."""
     draft, said = rows.draft, {"message_field_role": "role", "message_field_content": "content"}
     if name == "field_messages":
-        entry = draft.source.data[str(keys[0])][int(keys[1])]
+        if _has_pairs(rows):
+            rows.name_column(keys, "prompt", value)
+            return
+        entry = _find_entry(rows, keys)
         mapping = entry.get("message_property_mappings")
         role = mapping.get("role") if isinstance(mapping, dict) else None
         sharegpt = SHAREGPT["role"] in (role, entry.get("message_field_role"))
@@ -403,8 +486,37 @@ RULES: Mapping[str, Rule] = {
     "eval_max_new_tokens": leave("training.sample_tokens, for training.sample_prompts"),
     "eval_table_max_new_tokens": leave("training.sample_tokens, for training.sample_prompts"),
     "unfrozen_parameters": leave("an adapter is trained, and nothing of the base"),
-    "plugins": ask("lora has none: see training.loss_head and training.use_liger_kernel"),
+    "plugins": plugged,
     "liger_fused_linear_cross_entropy": leave("training.loss_head does the same without Liger"),
+    "liger_cross_entropy": leave("training.loss_head does the same without Liger"),
+    "cut_cross_entropy": leave("training.loss_head does the same"),
+    **dict.fromkeys(
+        ("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_glu_activation"),
+        leave("training.use_liger_kernel: auto takes Liger's kernels where they help"),
+    ),
+    "cosine_min_lr_ratio": ask(
+        "training.lr_scheduler_type: cosine_with_min_lr, and training.lr_scheduler_kwargs: "
+        "{min_lr_rate: THIS}"
+    ),
+    "curriculum_sampling": turn("training.train_sampling_strategy", "sequential"),
+    "excess_length_strategy": long_rows,
+    "noisy_embedding_alpha": take("training.neftune_noise_alpha"),
+    "torch_dtype": take("model.dtype"),
+    "added_tokens_overrides": ask("lora adds tokens, and renames none: model.add_tokens"),
+    "auto_resume_from_checkpoints": leave("use lora train --resume"),
+    "hf_use_auth_token": leave("lora uses the token of hf auth login, or HF_TOKEN"),
+    "lora_on_cpu": leave("lora merge goes part by part, in little memory"),
+    "skip_prepare_dataset": leave("lora prepares rows once, and keeps them in its cache"),
+    "resize_token_embeddings_to_32x": leave("model.add_tokens grows the embeddings as they must"),
+    **dict.fromkeys(
+        ("tokenizer_use_fast", "tokenizer_legacy"), leave("the model's files say its tokenizer")
+    ),
+    **dict.fromkeys(
+        ("sample_packing_eff_est", "sample_packing_group_size", "sample_packing_bin_size"),
+        leave("it tunes axolotl's own packing"),
+    ),
+    "total_num_tokens": leave("lora counts them"),
+    "fsdp_version": leave("lora shards by FSDP2"),
     **dict.fromkeys(
         ("processor_type", "processor_config", "is_multimodal", "image_size"), rules.PICTURES
     ),

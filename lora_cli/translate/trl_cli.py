@@ -113,6 +113,28 @@ def nested_mixture(draft: Draft, keys: Keys, value: Any) -> None:
             draft.ask(here, "lora has no such key for a mixture")
 
 
+def old_mixture(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the data sets of the alignment handbook's first files, each with its share."""
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value.values())) == 1:
+        draft.take(keys, "data.path", next(iter(value)))
+    else:
+        draft.ask(keys, "data.mix: a list of {path: NAME, weight: SHARE}")
+
+
+def splits(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say the parts of a data set that are trained and evaluated on, as they are listed."""
+    parts: dict[str, list[Any]] = {"train": [], "test": []}
+    for name in value if isinstance(value, list) else ():
+        parts["test" if "test" in str(name) or "eval" in str(name) else "train"].append(name)
+    if len(parts["train"]) != 1 or len(parts["test"]) > 1:
+        draft.ask(keys, "data.split, and data.eval_split")
+        return
+    draft.take(keys, "data.split", parts["train"][0])
+    if parts["test"] and (_evaluates(draft) or rules.is_on(draft.get("do_eval"))):
+        draft.take(keys, "data.eval_split", parts["test"][0])
+        draft.tell(keys, Kind.taken, "data.split, data.eval_split")
+
+
 def answers_only(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that the answers alone are learnt, or all tokens."""
     on = "assistant" if keys[-1] == "assistant_only_loss" else "completion"
@@ -140,6 +162,12 @@ def trains_adapter(draft: Draft, keys: Keys, value: Any) -> None:
 
 OF_OTHERS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight")
 """Keys of GRPO's, RLOO's and KTO's configurations, which have a beta, too."""
+OF_DPO = (
+    *("loss_type", "loss_weights", "label_smoothing", "rpo_alpha", "ld_alpha", "reference_free"),
+    *("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"),
+    *("ref_model_name_or_path", "f_divergence_type", "use_weighting", "force_use_ref_model"),
+)
+"""Keys of DPO's configuration that ORPO's has not."""
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down")
 
 
@@ -151,8 +179,12 @@ def preferred(draft: Draft, keys: Keys, value: Any) -> None:
         draft.take(keys, "preference.beta", value)
     else:
         rules.prefer(draft, keys, "sigmoid")
-        note = "of trl dpo; ORPO's files look the same: objective: orpo"
-        draft.take(keys, "preference.beta", value, note)
+        draft.take(keys, "preference.beta", value)
+        if not draft.source.data.keys() & set(OF_DPO):
+            draft.asked.append(
+                "beta is of trl dpo and of trl orpo, and no other key tells which: objective: dpo "
+                "is written; for trl orpo, write objective: orpo"
+            )
 
 
 def contrast(to: str) -> Rule:
@@ -270,7 +302,16 @@ RULES: Mapping[str, Rule] = {
     "rpo_alpha": take("preference.sft_weight"),
     "cpo_alpha": contrast("preference.sft_weight"),
     "simpo_gamma": contrast("preference.gamma"),
-    "max_prompt_length": leave("max_length is of a prompt with an answer"),
+    **dict.fromkeys(
+        ("max_prompt_length", "max_completion_length"),
+        leave("max_length is of a prompt with an answer"),
+    ),
+    "disable_dropout": leave("lora.lora_dropout says it"),
+    "generate_during_eval": ask("training.sample_prompts shows answers at each evaluation"),
+    "ref_model_name_or_path": ask("pairs are held against the model as training begins"),
+    "dataset_mixer": old_mixture,
+    "dataset_splits": splits,
+    "preprocessing_num_workers": take("training.dataset_num_proc"),
     "precompute_ref_log_probs": leave("lora always computes them before the first step"),
     **dict.fromkeys(OF_OTHERS, refuse("of GRPO, RLOO or KTO")),
 }

@@ -200,6 +200,7 @@ RULES: Mapping[str, Rule] = {
     "random_state": take("training.seed"),
     "loftq_config": ask("lora.init_lora_weights: loftq"),
     "dataset_text_field": text_column,
+    "chat_template": rules.template,
     **{name.rpartition(".")[2]: rule for name, rule in IN_SECTIONS.items()},
     **IN_SECTIONS,
 }

@@ -258,6 +258,66 @@ def test_objectives_without_a_reference(name: str, tmp_path: Path) -> None:
     assert (recipe["objective"], recipe["preference"]) == wanted
 
 
+PAIRS = {
+    "type: chat_template.default, field_messages: talk": {"prompt": "talk"},
+    "type: chat_template.default, field_chosen: good, field_rejected: bad": {
+        "prompt": "messages", "chosen": "good", "rejected": "bad",
+    },
+    "type: chatml.intel": {"prompt": "question"},
+    "type: llama3.argilla_chat": None,
+    "type: {field_prompt: ask, field_chosen: good}": {"prompt": "ask", "chosen": "good"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", PAIRS)
+def test_pairs_are_read_from_the_columns_they_stand_in(entry: str, tmp_path: Path) -> None:
+    """Where each of axolotl's types has them (axolotl/prompt_strategies/dpo)."""
+    text = f"base_model: a\nadapter: lora\nrl: dpo\ndatasets: [{{path: b, {entry}}}]\n"
+    data = recipe_of(tmp_path, text)["data"]
+    assert data.get("columns") == PAIRS[entry]
+    assert "format" not in data
+    kinds = {fate.kind for fate in draft_of("x.yml", tmp_path, text).fates.values()}
+    assert kinds == ({Kind.taken, Kind.hand} if "llama3" in entry else {Kind.taken})
+
+
+def test_dpo_is_not_taken_for_granted(tmp_path: Path, capsys) -> None:
+    """TRL's files for ORPO have no key that those for DPO lack."""
+    text = "model_name_or_path: a\ndataset_name: b\nuse_peft: true\nbeta: 0.1\n"
+    assert recipe_of(tmp_path, text)["objective"] == "dpo"
+    assert "write objective: orpo" in capsys.readouterr().err.partition("needs your hand")[2]
+    assert "write objective: orpo" in (tmp_path / "ours.yaml").read_text()
+    for key in ("loss_type: [sigmoid]", "rpo_alpha: 1.0", "precompute_ref_log_probs: true"):
+        draft = draft_of("x.yaml", tmp_path, f"{text}{key}\n")
+        assert not [each for each in draft.asked if "orpo" in each], key
+
+
+BECOMES: list[tuple[str, str, str, Any]] = [
+    ("axolotl", "curriculum_sampling: true", "training.train_sampling_strategy", "sequential"),
+    ("axolotl", "excess_length_strategy: raise", "data.on_long_row", "error"),
+    ("axolotl", "liger_rms_norm: true", "", Kind.none),
+    ("axolotl", "plugins: [axolotl.integrations.liger.LigerPlugin]", "", Kind.none),
+    ("axolotl", "plugins: [axolotl.integrations.grokfast.GrokfastPlugin]", "", Kind.hand),
+    ("trl", "dataset_mixer: {org/set: 1.0}", "data.path", "org/set"),
+    ("trl", "dataset_mixer: {org/set: 0.5, org/other: 1.0}", "", Kind.hand),
+    ("trl", "dataset_splits: [train_prefs, test_prefs]", "data.split", "train_prefs"),
+    ("trl", "dataset_splits: [one, two]", "", Kind.hand),
+    ("trl", "do_eval: true\ndataset_splits: [train_x, test_x]", "data.eval_split", "test_x"),
+    ("unsloth", "chat_template: llama-3.1", "", Kind.hand),
+    ("unsloth", "chat_template: chatml", "model.chat_template", "chatml"),
+]
+
+
+@pytest.mark.parametrize(("tool", "line", "key", "wanted"), BECOMES, ids=lambda each: str(each))
+def test_what_becomes_of_a_key(tool: str, line: str, key: str, wanted: Any, tmp_path: Path) -> None:
+    draft = draft_of("x.yaml", tmp_path, f"{ASKED[tool]}{line}\n", tool=tool)
+    if key:
+        assert draft.values[key] == wanted
+    else:
+        fate = draft.fates[line.rpartition("\n")[2].partition(":")[0],]
+        assert fate.kind == wanted
+        assert "no key of" not in fate.text
+
+
 def test_pairs_stay_pairs_where_the_base_was_sharded(tmp_path: Path) -> None:
     text = "model_name_or_path: a\nstage: dpo\ndataset: d\ndeepspeed: ds_z3_config.json\n"
     recipe = recipe_of(tmp_path, text + "pref_beta: 0.2\n")
