@@ -64,8 +64,20 @@ def suggest(
     if needed & TEXTS and not needed & OTHERS:
         if not texts:
             return "add a column of texts, from which a model can learn: these have none"
-        return encoder.suggest_columns(texts)
-    return encoder.suggest_columns(columns)
+        columns = texts
+    one_is_read = "completion" in needed or {"text", "label"} <= needed
+    return encoder.suggest_columns(put_longest_first(columns, rows) if one_is_read else columns)
+
+
+def put_longest_first(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns with the longest texts' first, which is rather what is asked than a date
+    or a subject is; the last one, which is rather the answer, stays where it is."""
+    before = columns[:-1]
+    if not before:
+        return list(columns)
+    lengths = {name: sum(len(str(_read(row, name) or "")) for row in rows) for name in before}
+    longest = max(before, key=lambda name: lengths[name])
+    return [longest, *(name for name in columns if name != longest)]
 
 
 def _find_inside(

@@ -342,5 +342,6 @@ def check_threads() -> Iterator[Check]:
     if busy < BUSY:
         yield Check("threads", "ok", said)
         return
-    fix = "OMP_NUM_THREADS=1 lora train …, or end the other work"
-    yield Check("threads", "note", f"{said}; other work takes {busy:.0f}% of them", fix)
+    fewer = "OMP_NUM_THREADS=1 lora train …, or " if num > 1 else ""
+    said = f"{said}; other work takes {busy:.0f}% of them"
+    yield Check("threads", "note", said, f"{fewer}end the other work")

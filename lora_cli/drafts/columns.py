@@ -54,7 +54,9 @@ def settle_columns(
             raise
         ui.say(f"the columns {column_kinds.describe(there, kinds)} match no known format")
         answer = questions.choose("which has the answers to learn", texts, texts[-1])
-        asked = questions.choose("which has what they answer", texts, texts[0])
+        others = [name for name in texts if name != answer] or texts
+        usual = column_kinds.put_longest_first([*others, answer], first)[0]
+        asked = questions.choose("which has what they answer", texts, usual)
         other = {"prompt": asked, "completion": answer}
         draft.put("data.columns", {"text": answer} if asked == answer else other)
         try:

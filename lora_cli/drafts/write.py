@@ -128,7 +128,8 @@ def _find_base(
     if named is None:
         kind = kinds.tell_kind(first, None)
         usual = kinds.find_default_base(draft.read("task") or kind.task)
-        named = questions.ask("base model: a folder, or a name on the hub", usual, str)
+        asked_for = "base model: a folder, or a name on the hub"
+        named = questions.ask(asked_for, usual, lambda text: _name_base(draft, text))
         if not questions.asks:
             ui.say(f"base: {named}, as no --model is given")
     draft.put("model.name_or_path", named)
@@ -151,6 +152,13 @@ def _find_base(
     recipe = draft.build()
     kinds.refuse_unwanted_answers(first, recipe.task, draft.read("data.path"))
     return Base.of_recipe(recipe)
+
+
+def _name_base(draft: Draft, name: str) -> str:
+    """Return the name of a base; LoraError where that cannot be read."""
+    draft.put("model.name_or_path", name)
+    Base.of_recipe(draft.build())
+    return name
 
 
 def _settle_objective(draft: Draft, questions: Questions) -> str:

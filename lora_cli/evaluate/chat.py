@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +10,9 @@ from lora_cli.common import UsageError, ui
 from lora_cli.evaluate.answerers import Answerer, Asked, Messages, Sampling
 from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.models import answering
+
+COMMAND = re.compile(r"/\w+|/\?")
+"""A line that is meant for the program, and not for the model."""
 
 
 def chat(
@@ -25,6 +29,8 @@ def chat(
             return
         if line == "/reset":
             messages = list(opening)
+        elif COMMAND.fullmatch(line):
+            ui.say(f"  {line} is no command, and was not sent: /reset starts over, /quit leaves")
         elif line:
             messages.append({"role": "user", "content": line})
             answer = _answer(

@@ -282,3 +282,15 @@ def test_other_versions_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(checks.check_versions())[0]
     assert (found.name, found.status) == ("peft", "note")
     assert found.said.endswith(", tested with 0.21.99")
+
+
+@pytest.mark.parametrize(("num", "offered"), [(1, False), (2, True)])
+def test_fewer_threads_are_offered_where_there_are_several(
+    num: int, offered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 99.0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: num)
+    (check,) = checks.check_threads()
+    assert check.status == "note"
+    assert check.fix.endswith("end the other work")
+    assert ("OMP_NUM_THREADS=1" in check.fix) == offered

@@ -23,6 +23,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from lora_cli.data import classify, column_kinds
+from lora_cli.data import preferences as preferences_of
 from lora_cli.recipe import load_recipe
 from tests import tasks
 from tests.terminals import Terminal
@@ -457,6 +459,20 @@ def test_columns_that_are_offered_have_texts_and_train(name: str, init, tmp_path
     assert "cannot be used" not in done.stderr
 
 
+def test_the_longest_text_is_offered_as_what_is_asked(init, tmp_path: Path) -> None:
+    mail = {"ticket": "T-1", "mail": "My lamp is broken, and I want another.", "queue": "returns"}
+    write_lines(tmp_path / "r.jsonl", [mail] * 5)
+    hint = "hint: --set data.columns='{prompt: mail, completion: queue}'"
+    assert hint in init("r.jsonl").stderr
+    table = {"ticket": "T-1", "mail": "My lamp is broken.", "sorted": "returns"}
+    encoder = classify.LabelEncoder
+    suggested = column_kinds.suggest(list(table), {}, [table], encoder)
+    assert suggested == "--set data.columns='{text: mail, label: sorted}'"
+    pair = {"asked": "a", "good": "a longer one", "bad": "b"}
+    suggested = column_kinds.suggest(list(pair), {}, [pair], preferences_of.PreferenceEncoder)
+    assert "{prompt: asked, chosen: good, rejected: bad}" in suggested
+
+
 def test_what_columns_have_is_told_where_it_is_no_text(init, tmp_path: Path) -> None:
     write_lines(tmp_path / "r.jsonl", [{"id": 1, "ok": True, "of": {"a": 1}, "t": "", "n": "1,5"}])
     said = init("r.jsonl").stderr
@@ -496,7 +512,8 @@ def test_a_person_is_asked_with_a_default_for_each(warm, tiny: Path, tmp_path: P
         [],
         [
             (r"which rows: 1 a\.csv, 2 b\.csv \[a\.csv\]:", "\r"),
-            (r"base model.*\[HuggingFaceTB/SmolLM2-135M-Instruct\]:", f"{tiny / 'model'}\r"),
+            (r"base model.*\[HuggingFaceTB/SmolLM2-135M-Instruct\]:", "./nowhere\r"),
+            (r"model\.name_or_path: \./nowhere", f"{tiny / 'model'}\r"),
             (r"which has the answers to learn: 1 ask, 2 reply \[reply\]:", "\r"),
             (r"which has what they answer.*\[ask\]:", "1\r"),
             (r"share of the rows to hold out.*\[0\.1\]:", "2\r"),

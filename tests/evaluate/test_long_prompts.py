@@ -62,7 +62,7 @@ def test_a_chat_drops_its_oldest_turns(
             return f"answer {len(heard)}"
 
     monkeypatch.setattr(chat, "open_models", lambda paths, base: {paths[0]: Short()})
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\nthree\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n/help\nthree\n"))
     chat.chat("model", "be brief", 8, 0.0, None)
     assert heard == [
         ["be brief", "one"],
@@ -71,6 +71,7 @@ def test_a_chat_drops_its_oldest_turns(
     ]
     said = capsys.readouterr().err
     assert said.count("the oldest question and answer are left out") == 1
+    assert "/help is no command, and was not sent: /reset starts over, /quit leaves" in said
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
     monkeypatch.setattr(Short, "stream", lambda *given: limit_answer(9, 5, 1))
     with pytest.raises(TooLongError):
