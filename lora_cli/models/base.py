@@ -204,7 +204,7 @@ class Base:
         """Return its name, and how it is quantised already, or was."""
         stored, source = self.quantised, self.made_from
         if stored is None:
-            return f"{self.name}, {source}" if source else self.name
+            return f"{Path(source.file).name} ({source.type}), dequantised" if source else self.name
         loaded = ", dequantised as it is loaded" if stored.is_dequantised else ""
         return f"{self.name}, already quantised ({stored}){loaded}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import LoraError, escape, privacy, provenance, quote, ui
+from lora_cli.common import LoraError, escape, privacy, provenance, ui
 from lora_cli.report import history, metrics, outcome
 from lora_cli.report.seen import SeenRun, number
 
@@ -33,7 +33,7 @@ def list_runs(folder: Path | None, as_json: bool) -> None:
     """
     top = folder or (USUAL if USUAL.is_dir() else Path())
     if not top.is_dir():
-        raise LoraError(f"{top} is not a folder", f"ls -d {quote(top.parent)}")
+        raise LoraError(f"{top} is not a folder", "lora runs lists those of this folder")
     found = sorted(
         (read_listed(each, top) for each in find_runs(top)),
         key=lambda each: (str(each.values.get("started", "")), str(each.folder)),

@@ -136,7 +136,7 @@ def test_an_adapter_is_trained_on_it_and_finds_it_again(
     recipe = write_recipe(f"model: {{name_or_path: {gguf}}}\n")
     done = lora("train", recipe)
     assert done.returncode == 0, done.stderr
-    assert "dequantised from mine.gguf (Q8_0)" in done.stderr
+    assert f"lora on mine.gguf (Q8_0), dequantised -> {tmp_path / 'run'}\n" in done.stderr
     adapter = tmp_path / "run" / "adapter"
     recorded = json.loads((adapter / "lora_record.json").read_text())["base"]
     assert recorded["made_from"] == {
@@ -183,7 +183,7 @@ def test_check_and_plan_take_it(lora, ggufs: dict[str, Path], write_recipe) -> N
     for verb in ("check", "plan"):
         done = lora(verb, recipe)
         assert done.returncode == 0, done.stderr
-        assert "dequantised from model-Q4_K_M.gguf (Q4_K)" in done.stdout + done.stderr
+        assert "lora on model-Q4_K_M.gguf (Q4_K), dequantised\n" in done.stdout + done.stderr
 
 
 def write_header(path: Path, architecture: str, **numbers: int) -> Path:

@@ -121,8 +121,9 @@ def test_no_run_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for folder in (None, tmp_path):
         with pytest.raises(LoraError, match=f"no run is below {tmp_path}"):
             listing.list_runs(folder, False)
-    with pytest.raises(LoraError, match="none is not a folder"):
+    with pytest.raises(LoraError, match="none is not a folder") as caught:
         listing.list_runs(tmp_path / "none", False)
+    assert caught.value.hint == "lora runs lists those of this folder"
 
 
 def test_a_folder_that_may_not_be_read_is_said(
