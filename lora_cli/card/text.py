@@ -114,11 +114,15 @@ def _describe_method(facts: Facts) -> str:
 
 
 def _describe_objective(facts: Facts) -> str:
-    """Return by which loss two answers were compared, with its numbers; empty where none were."""
+    """Return by which loss answers were preferred, with its numbers; empty where none were."""
     given = facts.recipe.get("preference")
     if not isinstance(given, dict):
         return ""
-    numbers = [f"{plain(key)} {code(value)}" for key, value in given.items() if value]
+    numbers = [
+        f"{plain(key)} {code(value)}"
+        for key, value in given.items()
+        if value and (given.get("loss") == "kto" or not key.endswith("desirable_weight"))
+    ]
     return ", ".join([code(facts.recipe.get("objective")), *numbers])
 
 

@@ -12,6 +12,7 @@ Its doors, in the order a reader needs them:
     tables      … of a CSV file, and whether its first line names the columns
     text_files  … of text; how another file is made of one
     preferences … two conversations in a row, of which one is preferred
+    unpaired    … one, with whether its answer is wanted
     pairs       a text that is read and one that is to be written, as token ids
     encode      conversations and texts as token ids with labels
     encoders    … and what makes the rows of each task so
@@ -53,4 +54,5 @@ __all__ = [
     "tables",
     "tag",
     "text_files",
+    "unpaired",
 ]

@@ -122,6 +122,7 @@ def make_key(source: str, names: list[str], recipe: Recipe, reader: Reader, day:
         "options": {name: getattr(recipe.data, name) for name in OPTIONS},
         "task": recipe.task,
         "pairs": recipe.objective_row.compares,
+        "unpaired": recipe.objective_row.unpaired,
         "of_model": {name: getattr(recipe.model, name) for name in OF_MODEL},
         "max_length": recipe.training.max_length,
         "digests": recipe.data.holds_out,

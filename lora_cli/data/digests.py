@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.encode import Encoded
-from lora_cli.data.formats import Preference
+from lora_cli.data.formats import Preference, Unpaired
 from lora_cli.data.offsets import NDArray
 
 DIGEST = "digest"
@@ -44,6 +44,8 @@ def _leave_out_unread(row: Any, unread: Sequence[str]) -> Any:
     """Return a row without what `unread` names: keys of a conversation's turns, and tools."""
     if isinstance(row, Preference):
         return [_leave_out_unread(each, unread) for each in row]
+    if isinstance(row, Unpaired):
+        return [_leave_out_unread(row.answer, unread), row.desirable]
     if not unread:
         return row
     messages = [

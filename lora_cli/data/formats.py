@@ -105,6 +105,13 @@ class Preference(NamedTuple):
     rejected: Conversation
 
 
+class Unpaired(NamedTuple):
+    """A conversation whose last answer carries loss, and whether that answer is wanted."""
+
+    answer: Conversation
+    desirable: bool
+
+
 class Tokens(NamedTuple):
     """A row that is tokenised already; `labels` are -100 where there is no loss."""
 
@@ -222,6 +229,7 @@ def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
         "prompt_completion": _convert_prompt_completion,
         "text": lambda row: get_filled_text(row, "text"),
         "preference": convert_preference,
+        "unpaired": lambda row: convert_unpaired(row, alpaca_prompt),
     }
     return converters[style]
 
@@ -397,6 +405,50 @@ def _find_asked(turns: Sequence[Any]) -> list[Any]:
 
 def _get_role(turn: Any) -> Any:
     return turn.get("role") if isinstance(turn, dict) else None
+
+
+LABELLED = {name: columns for name, columns in FORMATS.items() if name not in ("tokens", "text")}
+"""The formats that an answer with a label may have."""
+
+
+def recognise_labelled(columns: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """Return the format of the answer that a label beside these columns is of, or None, and what
+    its columns are called, as `ours: theirs`."""
+    there = list(columns)
+    names = guess_columns(there, LABELLED)
+    return recognise_format(name_columns(there, names), LABELLED), names
+
+
+def read_switch(value: Any) -> bool | None:
+    """Return a value that is true or false, also written out, as a table has it; else None."""
+    written = {"true": True, "false": False}
+    if isinstance(value, str):
+        return written.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def convert_unpaired(row: Mapping[str, Any], alpaca_prompt: bool = False) -> Unpaired:
+    """Return a row with the column label, and an answer in any format that has one, as the
+    conversation and whether its last answer is wanted."""
+    label = get_value(row, "label")
+    desirable = read_switch(label)
+    if desirable is None:
+        kind = _NAMES.get(type(label), "text" if isinstance(label, str) else type(label).__name__)
+        shown = "" if label is None else f" ({json.dumps(label, default=str)[:40]})"
+        raise BadRow(f"label is {kind}", f"label is {kind}{shown}, but must be true or false")
+    beside = {name: value for name, value in row.items() if name != "label"}
+    style, names = recognise_labelled(beside)
+    if style is None:
+        raise BadRow(
+            "there is no answer",
+            f"there is no answer that the label is of; the columns are {', '.join(row)}",
+            "data.columns: {prompt: THEIRS, completion: THEIRS} names them",
+        )
+    made = find_converter(style, alpaca_prompt)(rename_columns(beside, names))
+    if style == "prompt_completion":
+        return Unpaired(_train_from(made, 0), desirable)
+    asked = [at for at, turn in enumerate(made.messages) if turn["role"] == "user"]
+    return Unpaired(_train_from(made, max(asked, default=0)), desirable)
 
 
 def _train_from(made: Conversation, turn: int) -> Conversation:

@@ -15,13 +15,14 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from lora_cli.common import LoraError, spell_count, ui
-from lora_cli.data import cache, holdout, prepare, selection, sources
+from lora_cli.data import cache, holdout, prepare, selection, sources, unpaired
 from lora_cli.data.digests import DIGEST
 from lora_cli.data.encode import Renderer
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
 from lora_cli.data.preferences import PreferenceEncoder
 from lora_cli.data.selection import Counts
+from lora_cli.data.unpaired import UnpairedEncoder
 from lora_cli.models import Reader
 from lora_cli.recipe import Recipe, Rows, Task
 
@@ -38,7 +39,8 @@ def find_encoder(task: Task) -> type[Encoder]:
 def make_encoder(recipe: Recipe, reader: Reader, day: date | None = None) -> Encoder:
     """Return what makes the rows of a settled recipe ready to train on."""
     if recipe.objective_row.compares:
-        return PreferenceEncoder(reader, recipe, day)
+        compared = UnpairedEncoder if recipe.objective_row.unpaired else PreferenceEncoder
+        return compared(reader, recipe, day)
     if recipe.task_row.writes_next_tokens:
         return Renderer(reader, recipe.data.train_on, day)
     kind: Any = find_encoder(recipe.task_row)
@@ -58,6 +60,9 @@ def load_rows(
     if recipe.task_row.writes_next_tokens and "strftime_now" in str(tokenizer.chat_template):
         ui.say(f"  the chat template writes the date into every conversation: {encoder.day}")
     train, evaluation = _load_both(recipe, encoder)
+    if recipe.objective_row.unpaired:
+        unpaired.refuse_one_kind(train.rows)
+        ui.say(f"  {unpaired.describe_balance(train.rows, recipe.preference)}")
     if (
         isinstance(encoder, Renderer)
         and encoder.adds_bos

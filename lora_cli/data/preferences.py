@@ -124,8 +124,8 @@ class PreferenceEncoder(Renderer):
 
 
 def take_chosen(row: Mapping[str, Any]) -> dict[str, Sequence[int]]:
-    """Return the ids and labels of a row's chosen conversation."""
-    cut = int(row[DOCUMENTS][0])
+    """Return the ids and labels of a row's chosen conversation, or of its only one."""
+    cut = int(row[DOCUMENTS][0]) if DOCUMENTS in row else len(row["input_ids"])
     return {name: row[name][:cut] for name in ("input_ids", "labels")}
 
 

@@ -28,6 +28,7 @@ from lora_cli.data.offsets import NDArray
 from lora_cli.data.preferences import DOCUMENTS
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
+from lora_cli.data.unpaired import DESIRABLE
 from lora_cli.recipe import Column, Data, Recipe
 
 SHOWN = 20
@@ -186,7 +187,7 @@ def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
     made = []
     for place, row in zip(places, shown):
         ids = np.array(row.get("input_ids", [0]), np.int32)
-        beside = {"image": np.uint8, DOCUMENTS: np.int32}
+        beside = {"image": np.uint8, DOCUMENTS: np.int32, DESIRABLE: np.int32}
         others = {name: np.asarray(row[name], kind) for name, kind in beside.items() if name in row}
         made.append(Kept(place, ids, np.array(row["labels"]), others))
     return made

@@ -122,7 +122,7 @@ class Limit(NamedTuple):
 def list_limits(recipe: Recipe) -> list[Limit]:
     """Return the limits of a row's texts."""
     longest = recipe.training.max_length
-    if recipe.objective_row.compares:
+    if recipe.objective_row.has_pairs:
         return [Limit("input_ids", longest, "training.max_length", "pair", texts=2)]
     if not recipe.task_row.has_targets:
         return [Limit("input_ids", longest, "training.max_length")]

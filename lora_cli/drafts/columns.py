@@ -15,6 +15,7 @@ from lora_cli.data import (
     prepare,
     sources,
     tables,
+    unpaired,
 )
 from lora_cli.drafts.draft import Draft
 from lora_cli.drafts.questions import Questions
@@ -95,11 +96,15 @@ def _list_most_common(
 
 def _choose(draft: Draft, there: list[str], first: Sequence[Mapping[str, Any]]) -> Chosen:
     recipe = draft.build()
-    compares = recipe.objective_row.compares
+    compares = recipe.objective_row.has_pairs
     encoder = preferences.PreferenceEncoder if compares else load.find_encoder(recipe.task_row)
+    encoder = unpaired.UnpairedEncoder if recipe.objective_row.unpaired else encoder
     columns = _list_most_common(first, encoder) or there if _is_open(recipe.data) else there
     style, names = prepare.choose_format(recipe.data, columns, encoder, True, first)
     needed = {*encoder.row_formats[style], *EXTRA, *names, *["prompt"] * compares}
+    if style == "unpaired":
+        inner, inside = formats.recognise_labelled(formats.name_columns(there, names))
+        needed |= {*formats.LABELLED.get(inner or "", ()), *inside.values()}
     read = {names.get(each, each).partition(".")[0] for each in needed}
     listed = dict.fromkeys(name.partition(".")[0] for name in there)
     unread = [name for name in listed if name not in read]

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lora_cli.common import LoraError, quote_words
-from lora_cli.data import formats, load, preferences, text_files
+from lora_cli.data import formats, load, preferences, text_files, unpaired
 from lora_cli.recipe import DEFAULT_TASK, TASKS, Task, recognise_task
 
 BASES = {
@@ -37,6 +37,8 @@ class Kind(NamedTuple):
     """Whether the same rows may be meant to teach writing."""
     compares: bool = False
     """Whether a row has two answers, of which one is better."""
+    unpaired: bool = False
+    """Whether a row says of its answer whether it is wanted."""
 
 
 def tell_kind(rows: Sequence[Mapping[str, Any]], config: PretrainedConfig | None) -> Kind:
@@ -48,6 +50,8 @@ def tell_kind(rows: Sequence[Mapping[str, Any]], config: PretrainedConfig | None
         return Kind((fitting or only)[0], {})
     if _fits("image_classification", columns, rows):
         return Kind("image_classification", {})
+    if _has_wanted_answers(columns, rows):
+        return Kind(DEFAULT_TASK.name, {}, unpaired=True)
     answers = {*formats.ANSWERS, "conversations"}.issubset(columns)  # which end before the answer
     if not answers and _recognise(columns, WRITTEN, formats.COLUMN_SETS):
         return Kind(DEFAULT_TASK.name, {})
@@ -99,6 +103,18 @@ def _has_labels(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> bool:
     found = [row.get(names.get("label", "label")) for row in rows]
     texts = [len(value.split()) for value in found if isinstance(value, str)]
     return not texts or mean(texts) <= LABEL_WORDS
+
+
+def _has_wanted_answers(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether rows have an answer each that is said to be wanted, or not to be, and both are
+    there."""
+    encoder = unpaired.UnpairedEncoder
+    names = formats.guess_columns(columns, encoder.row_formats, encoder.column_sets)
+    label = names.get("label", "label")
+    beside = [name for name in columns if name != label]
+    if label not in columns or formats.recognise_labelled(beside)[0] is None:
+        return False
+    return {True, False} <= {formats.read_switch(row.get(label)) for row in rows}
 
 
 def _find_prompt(columns: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from lora_cli.drafts.columns import Chosen
 from lora_cli.drafts.draft import Draft
 from lora_cli.models import Base
 
-STYLES = ("messages", "sharegpt", "alpaca", "prompt_completion", "preference")
+STYLES = ("messages", "sharegpt", "alpaca", "prompt_completion", "preference", "unpaired")
 """Formats of rows that a template renders."""
 KEY = "model.chat_template"
 
@@ -39,6 +39,7 @@ def _converse(rows: Sequence[Mapping[str, Any]], chosen: Chosen) -> bool:
         except formats.BadRow:
             continue
         made = made.chosen if chosen.style == "preference" else made
+        made = made.answer if chosen.style == "unpaired" else made
         roles = [message["role"] for message in made.messages]
         if roles != ["user", "assistant"] or made.tools:
             return True

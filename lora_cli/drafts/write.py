@@ -147,10 +147,13 @@ def _find_base(
     if kind.compares and draft.read("task") in (None, DEFAULT_TASK.name):
         is_better_alone = _settle_objective(draft, questions) == "sft"
         names = kinds.find_better(first[0], names) if is_better_alone else names
+    if kind.unpaired and draft.read("task") in (None, DEFAULT_TASK.name):
+        draft.put("objective", "kto", "each answer is wanted or not")
     if names and draft.read("task") in (None, kind.task):
         draft.put("data.columns", names)
     recipe = draft.build()
-    kinds.refuse_unwanted_answers(first, recipe.task, draft.read("data.path"))
+    if not recipe.objective_row.unpaired:
+        kinds.refuse_unwanted_answers(first, recipe.task, draft.read("data.path"))
     return Base.of_recipe(recipe)
 
 
@@ -217,6 +220,8 @@ def _say_rows(path: str, seen: rows_of.Seen, chosen: columns.Chosen, objective: 
         ui.say(f"  not read: {', '.join(chosen.unread)}")
     if chosen.style == "preference":
         ui.say(f"  which of two answers is better is learnt (objective: {objective})")
+    if chosen.style == "unpaired":
+        ui.say(f"  what makes an answer wanted is learnt (objective: {objective})")
     if seen.first_repeated:
         place, earlier = seen.first_repeated
         ui.say(

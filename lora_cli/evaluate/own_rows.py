@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.common import LoraError, UsageError, provenance, quote, ui
-from lora_cli.data import formats, load
+from lora_cli.data import formats, load, unpaired
 from lora_cli.evaluate import held_out
 from lora_cli.evaluate.held_out import HeldOut
 from lora_cli.evaluate.scored_models import Scored
@@ -34,6 +34,9 @@ def read_own_rows(
     adapter, recipe = found
     data = recipe.data
     columns = given or _name_columns(recipe)
+    if recipe.objective_row.unpaired and not data.holds_out and data.eval_path:
+        said = f"{adapter} was evaluated on {data.eval_path}, where not all answers are wanted"
+        raise UsageError(f"{said}: which rows have those that are, --data says", ELSEWHERE)
     if isinstance(data.eval_path, str) and (data.eval_split or "train") == "train":
         ui.say(f"rows: {data.eval_path}, which {adapter} was evaluated on")
         return held_out.read_held_out(data.eval_path, given, columns, max_rows)
@@ -72,9 +75,12 @@ def _read_held(
             f"--data FILE; {quote(_find_record(adapter))} says which data that was",
         )
     rows = held.rows[:max_rows]
-    if recipe.objective_row.compares:
+    if recipe.objective_row.has_pairs:
         rows, columns = [(place, _take_chosen(row, recipe)) for place, row in rows], {}
         ui.say("  of each pair the chosen answer")
+    elif recipe.objective_row.unpaired:
+        rows, columns = _take_wanted(held.rows, recipe)[:max_rows], {}
+        ui.say(f"  those whose answer is wanted, {len(rows)} of {len(held.rows)}")
     content = json.dumps([row for _, row in rows], sort_keys=True, default=repr)
     name = f"held out of {_name_data(recipe)}"
     ui.say(f"rows: {len(rows)} {name}, which {adapter} was not trained on")
@@ -96,10 +102,32 @@ def _name_columns(recipe: Recipe) -> dict[str, str]:
 def _take_chosen(row: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return the prompt of a pair and its chosen answer, as turns."""
     ours = formats.rename_columns(row, recipe.data.columns)
-    chosen = formats.convert_preference(ours).chosen
-    first = chosen.trained.index(True)
-    turns = {"prompt": chosen.messages[:first], "completion": chosen.messages[first:]}
-    return turns | ({"tools": chosen.tools} if chosen.tools else {})
+    return _split_turns(formats.convert_preference(ours).chosen)
+
+
+def _take_wanted(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], recipe: Recipe
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows whose answer is wanted, as prompts and answers in turns. Raises LoraError
+    where there is none."""
+    known = unpaired.UnpairedEncoder
+    found = []
+    for place, row in rows:
+        guessed = formats.guess_columns(row, known.row_formats, known.column_sets)
+        ours = formats.rename_columns(row, recipe.data.columns or guessed)
+        made = formats.convert_unpaired(ours)
+        if made.desirable:
+            found.append((place, _split_turns(made.answer)))
+    if not found:
+        raise LoraError("label is false in all rows that were held out", "--data FILE")
+    return found
+
+
+def _split_turns(made: formats.Conversation) -> dict[str, Any]:
+    """Return a conversation as what is asked and what is answered."""
+    first = made.trained.index(True)
+    turns = {"prompt": made.messages[:first], "completion": made.messages[first:]}
+    return turns | ({"tools": made.tools} if made.tools else {})
 
 
 def _find_record(adapter: Adapter) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.common import files, spell_count, ui
-from lora_cli.data import encoders, load, preferences, prepare, selection
+from lora_cli.data import encoders, load, preferences, prepare, selection, unpaired
 from lora_cli.models import IGNORED, PictureProcessor, Reader, load_recipe_reader
 from lora_cli.plan import settled, sizes
 from lora_cli.recipe import Recipe, Task
@@ -179,6 +179,9 @@ def _split_texts(
     there is one."""
     if isinstance(encoder, preferences.PreferenceEncoder):
         return list(zip(("chosen", "rejected"), encoder.split_pair(row)))
+    if isinstance(encoder, unpaired.UnpairedEncoder):
+        wanted = bool(row.read(unpaired.DESIRABLE)[0])
+        return [("desirable" if wanted else "undesirable", encoder.split_by_loss(row))]
     return [("", encoder.split_by_loss(row))]
 
 

@@ -15,6 +15,7 @@ Its doors, in the order a reader needs them:
     recipe_table                  … with their bases, rows, memory and time
     TASKS, DEFAULT_TASK, Task     what a model does with its input
     PREFERENCE_METRICS            what is measured of pairs of answers
+    UNPAIRED_METRICS              … of answers that are each wanted or not
     find_task, recognise_task     … found by PEFT's name of it, by a model's class
     find_initialisation           the table of values of lora.init_lora_weights
     INITIALISATION_SETTINGS       the fields of LoraConfig that hold an initialisation's settings
@@ -48,6 +49,7 @@ from lora_cli.recipe.tasks import (
     DEFAULT_TASK,
     PREFERENCE_METRICS,
     TASKS,
+    UNPAIRED_METRICS,
     Task,
     find_task,
     recognise_task,
@@ -72,6 +74,7 @@ __all__ = [
     "TASKS",
     "Task",
     "Training",
+    "UNPAIRED_METRICS",
     "build_recipe",
     "find_initialisation",
     "find_task",

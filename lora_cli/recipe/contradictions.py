@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.recipe import initialisations
 from lora_cli.recipe.keys import Recipe, TrainingFields
-from lora_cli.recipe.tasks import OBJECTIVES, TASKS, WRITTEN_METRICS
+from lora_cli.recipe.tasks import DPO_LOSSES, OBJECTIVES, TASKS, WRITTEN_METRICS
 
 Problem = tuple[str, str | None]
 """A message and its hint."""
@@ -185,6 +185,14 @@ AGAINST_PAIRS: dict[tuple[str, str], tuple[Any, ...]] = {
 
 SMOOTHED = ("sigmoid", "simpo", "robust")
 """Losses that take some pairs to be the wrong way round."""
+NUMBERS_OF_LOSSES = {
+    "label_smoothing": SMOOTHED,
+    "gamma": ("simpo",),
+    "sft_weight": (*DPO_LOSSES, "odds_ratio", "simpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Numbers that some losses alone take."""
 
 
 def _check_preference(recipe: Recipe) -> Iterator[Problem]:
@@ -196,9 +204,7 @@ def _check_preference(recipe: Recipe) -> Iterator[Problem]:
     if not given.compares:
         if recipe.find_place("preference"):
             yield f"{recipe.where('preference')} has no effect", "add objective: dpo, or remove it"
-        if recipe.data.format == "preference":
-            place = recipe.where("data", "format")
-            yield f"{place}: preference is for objective: dpo", "add objective: dpo"
+        yield from _check_format_of_answers(recipe)
         return
     if recipe.trainer == "sft":
         yield f"{recipe.where('trainer')}: SFTTrainer does not compare answers", "trainer: auto"
@@ -206,10 +212,20 @@ def _check_preference(recipe: Recipe) -> Iterator[Problem]:
         place = recipe.where("data", "streaming")
         yield (
             f"{place}: how likely each answer is at the start is computed before the first step",
-            "leave it out, or take objective: orpo",
+            "leave it out, or take objective: orpo" if given.has_pairs else "leave it out",
         )
+    yield from _check_format_of_answers(recipe)
     yield from _check_pairs(recipe)
     yield from _check_loss_of_pairs(recipe)
+
+
+def _check_format_of_answers(recipe: Recipe) -> Iterator[Problem]:
+    """Rows with two answers are for some objectives, those with a label for another."""
+    given, style = recipe.objective_row, recipe.data.format
+    unpaired, pairs = style == "unpaired", style == "preference"
+    if (unpaired and not given.unpaired) or (pairs and not given.has_pairs):
+        place, owner = recipe.where("data", "format"), "kto" if unpaired else "dpo"
+        yield f"{place}: {style} is for objective: {owner}", f"add objective: {owner}"
 
 
 def _check_pairs(recipe: Recipe) -> Iterator[Problem]:
@@ -239,8 +255,9 @@ def _check_loss_of_pairs(recipe: Recipe) -> Iterator[Problem]:
             f"objective: {owner}, or leave it out",
         )
         return  # numbers that are filled in are for the objective's own losses
-    for key, fine in (("label_smoothing", SMOOTHED), ("gamma", ("simpo",))):
-        if getattr(preference, key) and preference.loss not in fine:
+    for key, fine in NUMBERS_OF_LOSSES.items():
+        usual = type(preference).model_fields[key].default
+        if getattr(preference, key) != usual and preference.loss not in fine:
             place, more = recipe.where("preference", key), {*fine} & {*losses}
             yield (
                 f"{place} has no effect with loss: {preference.loss}",

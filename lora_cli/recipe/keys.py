@@ -203,7 +203,7 @@ class Distributed(Section):
 Paths = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 Format = Literal[
     "alpaca", "prompt_completion", "messages", "sharegpt", "text", "tokens", "labelled", "tagged",
-    "squad", "pairs", "images", "preference",
+    "squad", "pairs", "images", "preference", "unpaired",
 ]  # fmt: skip
 Column = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "text",
@@ -266,7 +266,8 @@ class Data(Section):
     instruction/context/response (Dolly), question/answer, query/response, problem/solution,
     input/output and the like, which is said. Of pictures (images), image/label: a file beside the
     table, or, in Parquet, the picture itself. Of preference, prompt/chosen/rejected, as texts or
-    as lists of turns, or chosen/rejected that are conversations with the same beginning."""
+    as lists of turns, or chosen/rejected that are conversations with the same beginning. Of
+    unpaired, label (true or false) beside an answer in any of the formats for answers."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """Names of this data set's columns, as `ours: theirs` (`prompt: question`); a dot leads into a
     column of mappings (`source: translation.de`)."""
@@ -321,18 +322,21 @@ class Data(Section):
 class Preference(Section):
     """What is made of the two answers of a row, with `objective: dpo`, `orpo`, `simpo` or `cpo`. h
     is how much more likely the chosen answer is than the rejected one, in nats; with dpo less what
-    it was at the start, so that h begins at 0."""
+    it was at the start, so that h begins at 0. Or of its one answer, with `objective: kto`."""
 
     loss: Literal[
         "sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "odds_ratio",
-        "simpo",
+        "simpo", "kto",
     ] = "sigmoid"  # fmt: skip
     """sigmoid: -log σ(βh), with label_smoothing conservative DPO; ipo: (h - 1/2β)², h by mean over
     tokens; hinge: max(0, 1 - βh); robust: DPO made right on average for pairs of which
     label_smoothing are the wrong way round; sigmoid_norm: sigmoid, h by mean over tokens; apo_zero:
     chosen answers more likely, rejected ones less; apo_down: both less, rejected ones more so.
     cpo has sigmoid, ipo and hinge. orpo has odds_ratio: -β log σ of the difference of both answers'
-    log odds, by mean over tokens; simpo has simpo: -log σ(βh - γ), h by mean over tokens."""
+    log odds, by mean over tokens; simpo has simpo: -log σ(βh - γ), h by mean over tokens. kto has
+    kto: 1 - σ(β(h - z)) of a desirable answer, 1 - σ(β(z - h)) of another, h being how much
+    likelier it is than at the start, and z the same of answers to other prompts, the mean over the
+    step's rows and at least 0."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """β: the higher, the closer the model stays to its start; with orpo how much the odds weigh
     (λ in its paper). With simpo it is 2 where the recipe does not say."""
@@ -343,6 +347,11 @@ class Preference(Section):
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     """Adds so many times the chosen answer's own loss, the mean over its tokens. With orpo and cpo
     it is 1 where the recipe does not say, as it is a part of theirs."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """With kto: how much a desirable answer counts. Times their number it should be 1 to 4/3 of
+    the same of the others, as its authors say."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """With kto: how much an undesirable answer counts."""
 
 
 class TrainingFields(Section):
@@ -562,11 +571,12 @@ class Recipe(Section):
     """What the model is trained to do: write text, tell which labels a text has, or which each of
     its words has, find answers in a text, or tell which labels a picture has; or, with an encoder
     and a decoder, read a text and write another."""
-    objective: Auto | Literal["sft", "dpo", "orpo", "simpo", "cpo"] = "auto"
+    objective: Auto | Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"] = "auto"
     """What training minimises, with task: causal_lm: the loss of the answers (sft), or what makes
     one of two answers likelier than the other (rows have prompt, chosen, rejected): dpo, held
-    against the model as it was at the start; orpo, simpo, cpo, without that. `auto`: the task's own
-    loss."""
+    against the model as it was at the start; orpo, simpo, cpo, without that. kto makes answers
+    likelier that are wanted, and others less so (rows have prompt, completion, label), held against
+    the start as well. `auto`: the task's own loss."""
     model: Model
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization)

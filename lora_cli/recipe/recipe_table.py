@@ -82,8 +82,10 @@ def list_rows() -> Iterator[tuple[str, ...]]:
 def describe_rows(recipe: Recipe) -> str:
     """Return what a row of the recipe's data has, by its columns' names."""
     data = recipe.data
-    if recipe.objective_row.compares:
+    if recipe.objective_row.has_pairs:
         return "prompt, chosen, rejected"
+    if recipe.objective_row.unpaired:
+        return "prompt, completion, label"
     if data.columns:
         return ", ".join(data.columns.values())
     return BY_FORMAT.get(data.format) or BY_TASK[recipe.task]

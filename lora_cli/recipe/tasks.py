@@ -118,14 +118,20 @@ class Objective:
     """What `preference.loss` may be; the first where a recipe does not say."""
     needs_reference: bool = False
     """Whether its losses are of how much likelier answers have become since the start."""
+    unpaired: bool = False
+    """Whether its rows have one answer each, and whether it is wanted; and not two answers."""
     usual: Mapping[str, float] = field(default_factory=dict)
     """Numbers that are others than with most objectives where a recipe does not say them."""
 
     @property
     def compares(self) -> bool:
-        """Whether its rows are pairs of answers, of which one is preferred; lora trains it
-        itself."""
+        """Whether its rows say which answers are preferred; lora trains it itself."""
         return bool(self.losses)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its rows are pairs of answers, of which one is preferred."""
+        return self.compares and not self.unpaired
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -261,6 +267,11 @@ PREFERENCE_METRICS = (
     *("logps_chosen", "logps_rejected"),
 )
 """What is measured of pairs, beside the loss."""
+UNPAIRED_METRICS = (
+    *("rewards_margin", "rewards_desirable", "rewards_undesirable"),
+    *("logps_desirable", "logps_undesirable", "kl"),
+)
+"""… and of answers that are each wanted or not."""
 OF_ONE_ANSWER = "SFTTrainer", "SFTConfig", SFT_CONFIG
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down")
 OBJECTIVES = (
@@ -272,6 +283,7 @@ OBJECTIVES = (
     Objective("simpo", *OF_ONE_ANSWER, ("simpo",), usual={"beta": 2.0, "gamma": 1.0}),
     # eq. 5 of Xu et al. 2024
     Objective("cpo", *OF_ONE_ANSWER, ("sigmoid", "ipo", "hinge"), usual={"sft_weight": 1.0}),
+    Objective("kto", *OF_ONE_ANSWER, ("kto",), needs_reference=True, unpaired=True),
 )
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
 

@@ -21,7 +21,8 @@ MOST_EVALUATIONS = 40
 LOSSES = {"loss": "Training loss", "eval_loss": "Evaluation loss"}
 CURVES = {
     **{name: (title, "nats per trained token") for name, title in LOSSES.items()},
-    "rewards_margin": ("Margin of rewards", "chosen answers above rejected ones"),
+    "rewards_margin": ("Margin of rewards", "better answers above worse ones"),
+    "kl": ("Likelier by training", "nats, answers to other prompts"),
     "rewards_accuracy": ("Pairs told apart right", "share"),
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -164,7 +165,7 @@ def _gather_curves(metrics: Metrics, recipe: Mapping[str, Any]) -> list[dict[str
 def find_loss_unit(recipe: Mapping[str, Any]) -> str:
     """Return what the loss of a run by this recipe is a mean over."""
     if recipe.get("objective", "sft") != "sft":
-        return "a mean over pairs"
+        return f"a mean over {'answers' if recipe['objective'] == 'kto' else 'pairs'}"
     others = {task.name for task in TASKS if not task.writes_text}
     return "a mean over labels" if recipe.get("task") in others else CURVES["loss"][1]
 

@@ -14,7 +14,7 @@ from lora_cli.models import PictureProcessor, Reader, decoder
 from lora_cli.recipe import Recipe
 from lora_cli.scoring import losses
 from lora_cli.speed import step_packing
-from lora_cli.train import pair_batches
+from lora_cli.train import pair_batches, unpaired_batches
 
 
 def make_collator(
@@ -40,9 +40,11 @@ def make_collator(
             load.find_encoder(recipe.task_row).beside,
         )
     if recipe.objective_row.compares:
+        steps, padded = pair_batches.PairSteps, pair_batches.PaddedPairs
+        if recipe.objective_row.unpaired:
+            steps, padded = unpaired_batches.Steps, unpaired_batches.PaddedRows
         packed = recipe.training.packing == "step"
-        padded = pair_batches.PaddedPairs(find_pad_id(reader), multiple)
-        return pair_batches.PairSteps(sequence) if packed else padded
+        return steps(sequence) if packed else padded(find_pad_id(reader), multiple)
     if recipe.training.packing == "step":
         return step_packing.StepCollator(sequence)
     if not recipe.uses_trl:

@@ -75,7 +75,7 @@ def _try_packing(recipe: Recipe, base: PreTrainedModel, apart: bool) -> str | No
     """
     try:
         longest = max(each.total for each in selection.list_limits(recipe))
-        pair = longest if recipe.objective_row.compares else 0  # it is not parted
+        pair = longest if recipe.objective_row.has_pairs else 0  # it is not parted
         return step_packing.find_unsuitable(base, max(pair, memory.find_packed_length(recipe)))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         if not apart:

@@ -2,7 +2,8 @@
 
 Beside a model's inputs a batch names what its loss is made of: `answers`, for each of its sequences
 the numbers of labels of the answers in it, chosen and rejected in turn; and, of rows that have it,
-`reference` (1, answers of all), how likely each was at the start (`reference.py`).
+`reference` (1, answers of all), how likely each was at the start (`reference.py`). A row may have
+one answer as well; `desirable` (1, answers of all) then says of each whether it is wanted.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from lora_cli.data import preferences
+from lora_cli.data import preferences, unpaired
 from lora_cli.models import IGNORED
 from lora_cli.speed import step_packing
 
 ANSWERS = "answers"
 REFERENCE = "reference"
 """The column of a row, and the key of a batch, with log-probabilities at the start."""
+BY_ANSWER = (REFERENCE, unpaired.DESIRABLE)
+"""… and all columns with a number for each answer."""
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -72,30 +75,38 @@ def _describe_answers(grouped: Sequence[Rows]) -> dict[str, Any]:
     pairs = [[row for row in rows if preferences.DOCUMENTS in row] for rows in grouped]
     answers = [[count_labels(labels) for row in rows for _, labels in _cut(row)] for rows in pairs]
     every = [row for rows in pairs for row in rows]
-    if every and REFERENCE not in every[0]:
-        return {ANSWERS: answers}
-    reference = [number for row in every for number in row[REFERENCE]]
-    return {ANSWERS: answers, REFERENCE: torch.tensor([reference], dtype=torch.float32)}
+    found: dict[str, Any] = {ANSWERS: answers}
+    for name in BY_ANSWER:
+        if not every or name in every[0]:
+            numbers = [number for row in every for number in row[name]]
+            found[name] = torch.tensor([numbers], dtype=torch.float32)
+    return found
 
 
 def split(batch: dict[str, Any], parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the sequences of a batch, which are these inputs of a model, each with its answers."""
     answers = batch[ANSWERS]
     found = [
-        {name: value for name, value in part.items() if name not in (ANSWERS, REFERENCE)}
+        {name: value for name, value in part.items() if name not in (ANSWERS, *BY_ANSWER)}
         | {ANSWERS: own}
         for part, own in zip(parts, answers)
     ]
-    if REFERENCE in batch:
-        references = batch[REFERENCE][0].split([len(each) for each in answers])
-        for part, reference in zip(found, references):
-            part[REFERENCE] = reference
+    for name in BY_ANSWER:
+        if name in batch:
+            numbers = batch[name][0].split([len(each) for each in answers])
+            for part, each in zip(found, numbers):
+                part[name] = each
     return found
 
 
 def count_pairs(batch: Mapping[str, Any]) -> int:
     """Return how many pairs a batch has."""
-    return sum(len(each) for each in batch[ANSWERS]) // 2
+    return count_answers(batch) // 2
+
+
+def count_answers(batch: Mapping[str, Any]) -> int:
+    """Return how many answers a batch has."""
+    return sum(len(each) for each in batch[ANSWERS])
 
 
 class ComparedPairs(torch.utils.data.Dataset[dict[str, Any]]):

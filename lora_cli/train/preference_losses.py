@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from lora_cli.recipe import PREFERENCE_METRICS, Preference
 from lora_cli.speed import loss_head
-from lora_cli.train.pair_batches import ANSWERS, REFERENCE
+from lora_cli.train.pair_batches import ANSWERS, BY_ANSWER, REFERENCE
 
 
 class Pairs(NamedTuple):
@@ -114,13 +114,21 @@ def average(sums: list[float]) -> dict[str, float]:
 
 
 def score_answers(model: Any, part: dict[str, Any], has_loss_head: bool) -> Pairs:
-    """Return how likely a model takes the answers in one sequence of a batch (`pair_batches`) to
-    be.
+    """Return how likely a model takes the pairs of answers in one sequence of a batch
+    (`pair_batches`) to be; see `score_each`."""
+    logps, tokens = score_each(model, part, has_loss_head)
+    reference: Tensor | None = part.get(REFERENCE)
+    known = None if reference is None else reference.view(-1, 2)
+    return Pairs(logps.view(-1, 2), known, tokens.view(-1, 2))
+
+
+def score_each(model: Any, part: dict[str, Any], has_loss_head: bool) -> tuple[Tensor, Tensor]:
+    """Return how likely a model takes each answer in one sequence of a batch (`pair_batches`) to
+    be, and how many tokens it has (answers).
 
     With `has_loss_head` the model computes it at the answers' tokens (`speed/loss_head.py`).
     """
-    inputs = {name: value for name, value in part.items() if name not in (ANSWERS, REFERENCE)}
-    reference: Tensor | None = part.get(REFERENCE)
+    inputs = {name: value for name, value in part.items() if name not in (ANSWERS, *BY_ANSWER)}
     if has_loss_head:
         losses = model(**inputs, each=True).loss
     else:
@@ -129,6 +137,4 @@ def score_answers(model: Any, part: dict[str, Any], has_loss_head: bool) -> Pair
     sums = [-each.sum() for each in losses.split(part[ANSWERS])]
     # without an answer, as a process may be, nothing that the others' gradients wait for is lost
     logps = torch.stack(sums) if sums else losses[:0]
-    tokens = logps.new_tensor(part[ANSWERS])
-    known = None if reference is None else reference.view(-1, 2)
-    return Pairs(logps.view(-1, 2), known, tokens.view(-1, 2))
+    return logps, logps.new_tensor(part[ANSWERS])

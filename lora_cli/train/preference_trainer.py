@@ -89,8 +89,7 @@ class PreferenceTrainer(WatchedTrainer):
         return loss
 
     def _judge_start(self, begun: list[tuple[Pairs, torch.Tensor]]) -> None:
-        """Say the loss before anything is learnt. LoraError where the model is not the one that
-        the reference was computed of, and no dropout says why."""
+        """Say the loss before anything is learnt; see `judge_start`."""
         pairs = Pairs(*(torch.cat(each) for each in zip(*(pairs for pairs, _ in begun))))
         if not len(pairs.logps):
             return
@@ -99,18 +98,7 @@ class PreferenceTrainer(WatchedTrainer):
         same = pairs._replace(logps=pairs.reference)
         wanted = float(preference_losses.compute_losses(same, self.preference).mean())
         off = float(pairs.ratios.abs().sum() / pairs.tokens.sum())
-        dtype = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 else None
-        near = max(NEAR, EPSILONS * torch.finfo(dtype or self.model.dtype).eps)
-        at_start = f"{wanted:.6f}" + (" (log 2)" if abs(wanted - math.log(2)) < 1e-6 else "")
-        drops = _find_dropout(self.model)
-        if off > near and drops is None:
-            raise LoraError(
-                f"the first step's loss is {found:.6f}, and {at_start} where the model is the one "
-                f"that the reference was computed of: answers are {off:.2g} nats a token from it",
-                f"rm -r {quote(reference.find_folder())}",
-            )
-        why = f", with dropout ({drops})" if drops else ""
-        ui.say(f"  the first pairs' loss is {found:.6f}{why}; of the start it is {at_start}")
+        judge_start(self, "pairs", found, wanted, off)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -143,6 +131,26 @@ class PreferenceTrainer(WatchedTrainer):
         for name, value in found.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
+
+
+def judge_start(
+    trainer: WatchedTrainer, what: str, found: float, wanted: float, off: float
+) -> None:
+    """Say the loss of the first pairs, or answers, and what it is where the model is the one that
+    the reference was computed of. Raises LoraError where it is not: answers are `off` nats a token
+    from it, and no dropout says why."""
+    dtype = torch.get_autocast_dtype(trainer.args.device.type) if trainer.args.bf16 else None
+    near = max(NEAR, EPSILONS * torch.finfo(dtype or trainer.model.dtype).eps)
+    at_start = f"{wanted:.6f}" + (" (log 2)" if abs(wanted - math.log(2)) < 1e-6 else "")
+    drops = _find_dropout(trainer.model)
+    if off > near and drops is None:
+        raise LoraError(
+            f"the first step's loss is {found:.6f}, and {at_start} where the model is the one "
+            f"that the reference was computed of: answers are {off:.2g} nats a token from it",
+            f"rm -r {quote(reference.find_folder())}",
+        )
+    why = f", with dropout ({drops})" if drops else ""
+    ui.say(f"  the first {what}' loss is {found:.6f}{why}; of the start it is {at_start}")
 
 
 def _find_dropout(model: Any) -> str | None:

@@ -30,6 +30,7 @@ SHOWN = {
     "perplexity": ".2f",
     **dict.fromkeys((name for task in TASKS for name in task.shown), ".3f"),
     **dict.fromkeys(PREFERENCE_METRICS[:2], ".3f"),
+    "kl": ".3f",
 }
 """The metrics that the screen shows of an evaluation, and how."""
 

@@ -1,5 +1,4 @@
-"""How likely each answer of a pair is before the first step: what a model that prefers is held
-against.
+"""How likely each answer is before the first step: what a model that prefers is held against.
 
 The model is asked as training starts it, with its adapter: a new one that changes nothing, one that
 has moved a part of the base into itself, or `model.adapter`. So no second model is held, and a step
@@ -27,12 +26,12 @@ from safetensors.torch import save_file
 
 from lora_cli import __version__
 from lora_cli.common import LoraError, files, plain_files, spell_count, ui
-from lora_cli.data import preferences
+from lora_cli.data import preferences, unpaired
 from lora_cli.distributed import ranks
 from lora_cli.models import Base, attach
 from lora_cli.recipe import Recipe
 from lora_cli.speed import document_attention, dora_norms, loss_head, step_packing
-from lora_cli.train import pair_batches, preference_losses
+from lora_cli.train import pair_batches, preference_losses, unpaired_batches
 
 PACKAGES = ("torch", "transformers", "peft")
 NAME, DIGEST = "logps", "sha256"
@@ -52,9 +51,10 @@ def find_reference(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> torch.Tensor:
     """Return the log-probabilities (rows, 2; float32) of the chosen and the rejected answers of all
-    rows under the adapted model as it is now; from the cache if they were computed before.
+    rows under the adapted model as it is now; from the cache if they were computed before. Of rows
+    with one answer, of that and of the one that it is held against.
 
-    `collate` puts pairs together as training does. Of several processes each computes a share.
+    `collate` puts answers together as training does. Of several processes each computes a share.
     """
     file = find_folder() / f"{_make_key(recipe, base, adapted, rows)}.safetensors"
     kept = ranks.share(_read(file, len(rows)) if ranks.is_first() else None)
@@ -62,13 +62,18 @@ def find_reference(
         ui.say(f"  reference: computed before, in {file}")
         return torch.tensor(kept)
     began = time.monotonic()
-    found = _compute(recipe, adapted, rows, collate)
+    if recipe.objective_row.unpaired:
+        every = unpaired_batches.EachAnswer(rows, recipe.training.max_length)
+        found = _compute(recipe, adapted, every, collate).view(2, len(rows)).T.contiguous()
+    else:
+        found = _compute(recipe, adapted, rows, collate)
     if ranks.is_first():
         _write(file, found)
     took = ui.format_duration(time.monotonic() - began)
+    what = "row" if recipe.objective_row.unpaired else "pair"
     ui.say(
         "  reference: how likely each answer is before the first step, "
-        f"{spell_count(len(rows), 'pair')}, {took}"
+        f"{spell_count(len(rows), what)}, {took}"
     )
     return found
 
@@ -76,9 +81,10 @@ def find_reference(
 def _compute(
     recipe: Recipe,
     adapted: PeftModel,
-    rows: Dataset,
+    rows: Dataset | unpaired_batches.EachAnswer,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> torch.Tensor:
+    """Return the log-probabilities of the answers of all rows (rows, as many as each has)."""
     network = adapted.get_base_model()
     wanted = recipe.training.loss_head == "trained_tokens"
     has_loss_head = wanted and loss_head.install(network) is None
@@ -86,24 +92,26 @@ def _compute(
     size = recipe.training.per_device_train_batch_size
     if recipe.training.packing == "step":
         size = recipe.count_step_rows()
-    found = torch.zeros(len(rows), 2, dtype=torch.float64)
+    answers = len(rows[0][preferences.DOCUMENTS])
+    found = torch.zeros(len(rows), answers, dtype=torch.float64)
     starts = range(size * ranks.number(), len(rows), size * ranks.count())
     progress = ui.Progress()
     with _as_in_training(recipe, adapted):
         for start in starts:
             places = range(start, min(start + size, len(rows)))
             # in place of numbers that are not known, each row's place comes through the collator
-            given = [{**rows[at], pair_batches.REFERENCE: [at - start] * 2} for at in places]
+            marks = [[at - start] * answers for at in places]
+            given = [{**rows[at], pair_batches.REFERENCE: mark} for at, mark in zip(places, marks)]
             batch = collate(given)
             parts = [batch]
             if step_packing.CUTS in batch:
                 parts = step_packing.split_sequences(batch, has_loss_head, takes_bounds)
             for part in pair_batches.split(batch, parts):
                 there = {name: _move(value, adapted.device) for name, value in part.items()}
-                pairs = preference_losses.score_answers(adapted, there, has_loss_head)
-                own = there[pair_batches.REFERENCE].view(-1, 2)[:, 0].long()
-                found[start + own.cpu()] = pairs.logps.double().cpu()
-            progress.update(f"reference {places[-1] + 1}/{len(rows)} pairs")
+                logps, _ = preference_losses.score_each(adapted, there, has_loss_head)
+                own = there[pair_batches.REFERENCE].view(-1, answers)[:, 0].long()
+                found[start + own.cpu()] = logps.view(-1, answers).double().cpu()
+            progress.update(f"reference {places[-1] + 1}/{len(rows)}")
     progress.clear()
     return ranks.add_up(found).float()
 
@@ -142,6 +150,9 @@ def _make_key(recipe: Recipe, base: Base, adapted: PeftModel, rows: Dataset) -> 
         "batches": [training.packing, training.packed_length, recipe.count_step_rows()],
         "size": training.per_device_train_batch_size,
     }
+    if recipe.objective_row.unpaired:  # who lends whom an answer, and where it is cut
+        matched = unpaired.match_answers(rows).tobytes()
+        decides["matched"] = [hashlib.sha256(matched).hexdigest(), training.max_length]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -158,7 +169,8 @@ def _hash_adapter(adapted: PeftModel) -> str:
 def _hash_rows(rows: Dataset) -> str:
     """Return a hash of the rows in their order."""
     found = hashlib.sha256()
-    columns = ["input_ids", "labels", preferences.DOCUMENTS]
+    known = ("input_ids", "labels", preferences.DOCUMENTS)
+    columns = [name for name in known if name in rows.column_names]
     for batch in rows.select_columns(columns).with_format("arrow").iter(BATCH):
         for name in columns:
             found.update(batch[name].combine_chunks().flatten().to_numpy().tobytes())
@@ -176,7 +188,7 @@ def _read(file: Path, number: int) -> list[list[float]] | None:
         with safe_open(file, framework="pt") as opened:
             kept, written = opened.get_tensor(NAME), (opened.metadata() or {}).get(DIGEST)
         if kept.shape != (number, 2) or kept.dtype != torch.float32 or not kept.isfinite().all():
-            raise ValueError(f"it has not two numbers for each of {number} pairs")
+            raise ValueError(f"it has not two numbers for each of {number} rows")
         if _hash_numbers(kept) != written:
             raise ValueError("it differs from what was written")
         os.utime(file)

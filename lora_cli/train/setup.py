@@ -8,13 +8,21 @@ import torch
 from peft import PeftModel
 
 from lora_cli.common import ui
-from lora_cli.data import prepare
+from lora_cli.data import prepare, unpaired
 from lora_cli.models import find_picture_shape
 from lora_cli.plan import flops, hardware, rehearsal
 from lora_cli.recipe import Recipe, strict_yaml, upstream
 from lora_cli.scoring import make_scorer
 from lora_cli.speed import dora_norms
-from lora_cli.train import dealing, out_of_memory, pair_batches, picture, samples, sharding
+from lora_cli.train import (
+    dealing,
+    out_of_memory,
+    pair_batches,
+    picture,
+    samples,
+    sharding,
+    unpaired_batches,
+)
 from lora_cli.train.collators import make_collator
 from lora_cli.train.inputs import Inputs
 from lora_cli.train.options import RunOptions
@@ -26,6 +34,7 @@ from lora_cli.train.trainers import Watched
 def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -> Watched:
     """Return the trainer the recipe names, around the adapted model."""
     train_rows, eval_rows = inputs.train_rows, inputs.eval_rows
+    longest = recipe.training.max_length
     pieces = out_of_memory.read_pieces(recipe, run)
     arguments = upstream.build_training_arguments(out_of_memory.apply_pieces(recipe, pieces))
     arguments.save_total_limit = None  # Trainer would also delete checkpoints of other runs
@@ -40,8 +49,8 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
         make_options(recipe, adapted, inputs, run, batches),
         model=adapted,
         args=arguments,
-        train_dataset=_give_rows(train_rows, inputs.references[0]),
-        eval_dataset=_give_rows(eval_rows, inputs.references[1]) if eval_rows else None,
+        train_dataset=_give_rows(train_rows, inputs.references[0], longest),
+        eval_dataset=_give_rows(eval_rows, inputs.references[1], longest) if eval_rows else None,
         processing_class=inputs.reader,
         data_collator=make_collator(
             recipe, inputs.reader, pieces.sequence, adapted.get_base_model()
@@ -49,8 +58,10 @@ def make_trainer(recipe: Recipe, adapted: PeftModel, inputs: Inputs, run: Run) -
     )
 
 
-def _give_rows(rows: prepare.Prepared, reference: torch.Tensor | None) -> Any:
-    """Return rows as a trainer takes them."""
+def _give_rows(rows: prepare.Prepared, reference: torch.Tensor | None, longest: int) -> Any:
+    """Return rows, of up to so many tokens, as a trainer takes them."""
+    if reference is not None and unpaired.DESIRABLE in rows.rows.column_names:
+        return unpaired_batches.HeldAgainst(rows.rows, reference, longest)
     if reference is not None:
         return pair_batches.ComparedPairs(rows.rows, reference)
     return rows.rows if rows.stream is None else rows.stream

@@ -20,6 +20,7 @@ from lora_cli.train.objectives import WatchedSFTTrainer, WatchedTrainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.preference_trainer import PreferenceTrainer
 from lora_cli.train.trainers import Watched
+from lora_cli.train.unpaired_trainer import UnpairedTrainer
 
 
 class TaskTrainer(WatchedTrainer):
@@ -147,5 +148,5 @@ def find_trainer(recipe: Recipe) -> type[Watched]:
     if not recipe.task_row.writes_next_tokens:
         return TaskTrainer
     if recipe.objective_row.compares:
-        return PreferenceTrainer
+        return UnpairedTrainer if recipe.objective_row.unpaired else PreferenceTrainer
     return TRAINERS[recipe.objective_row.name] if recipe.uses_trl else WatchedTrainer

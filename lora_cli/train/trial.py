@@ -38,12 +38,12 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from lora_cli.common import UsageError, files, find_nearest, library_errors, ui
-from lora_cli.data import preferences
+from lora_cli.data import preferences, unpaired
 from lora_cli.models import attach
 from lora_cli.plan import auto, flops
 from lora_cli.recipe import DEFAULT_TASK, Recipe, upstream
 from lora_cli.speed import install
-from lora_cli.train import collators, pair_batches, setup
+from lora_cli.train import collators, pair_batches, setup, unpaired_batches
 from lora_cli.train.options import RunOptions
 from lora_cli.train.step_numbers import NonFiniteError
 from lora_cli.train.task_trainer import find_trainer
@@ -218,10 +218,13 @@ def _make_tokenizer() -> LlamaTokenizer:
     return LlamaTokenizer(vocab=vocabulary, merges=[], **special)
 
 
-def _make_rows(recipe: Recipe) -> Dataset:
+def _make_rows(recipe: Recipe) -> Any:
     """Return ROWS rows of LENGTH tokens, all with loss; pairs of halves where rows have two."""
     ids = [list(range(3, 3 + LENGTH))] * ROWS
     rows: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    if recipe.objective_row.unpaired:
+        wanted = Dataset.from_dict(rows | {unpaired.DESIRABLE: [[1], [0]] * (ROWS // 2)})
+        return unpaired_batches.HeldAgainst(wanted, torch.full((ROWS, 2), -1.0), LENGTH)
     if recipe.objective_row.compares:
         rows |= {preferences.DOCUMENTS: [[LENGTH // 2] * 2] * ROWS}
     if recipe.objective_row.needs_reference:

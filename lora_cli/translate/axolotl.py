@@ -159,10 +159,10 @@ def preferred(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that pairs of answers are compared; other ways to train on preferences are refused."""
     if value in ("dpo", "ipo"):
         rules.prefer(draft, keys, "sigmoid" if value == "dpo" else "ipo")
-    elif value in ("orpo", "simpo"):
+    elif value in ("orpo", "simpo", "kto"):
         rules.prefer(draft, keys, value, rules.ANSWER_ALONE if value == "orpo" else "")
     else:
-        refuse("a training on preferences or rewards, and not on pairs")(draft, keys, value)
+        refuse("a training on rewards, and not on answers")(draft, keys, value)
 
 
 def weigh_odds(draft: Draft, keys: Keys, value: Any) -> None:
@@ -226,8 +226,14 @@ COLUMNS = {
 }
 
 
-OF_PAIRS = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-"""axolotl's keys of columns that pairs of answers have alone."""
+OF_PAIRS = {
+    "field_prompt": "prompt",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_completion": "completion",
+    "field_label": "label",
+}
+"""axolotl's keys of columns that pairs of answers, and answers with a label, have alone."""
 PAIRS: Mapping[str, str | None] = {
     "chat_template.default": "messages",
     "chat_template.argilla": None,
@@ -246,6 +252,15 @@ PAIRS: Mapping[str, str | None] = {
 }
 """axolotl's types of pairs, and where each has the prompt, unless that is in the column prompt, or
 in both answers (axolotl/prompt_strategies/dpo)."""
+
+
+LABELLED: Mapping[str, str | None] = {
+    f"{template}.{name}": "question" if name == "intel" else None
+    for template in ("chatml", "llama3")
+    for name in ("argilla", "intel", "prompt_pairs", "ultra")
+}
+"""… and the same of its types of answers with a label (axolotl/prompt_strategies/kto); that of
+argilla is in the column instruction, which is read as here."""
 
 
 def _read_dataset_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> None:
@@ -304,16 +319,20 @@ def _has_pairs(rows: RowsDraft) -> bool:
 
 def _read_type_of_pairs(rows: RowsDraft, keys: Keys, value: str) -> None:
     """Say where pairs have their prompt, and the template that goes with their type."""
-    if value not in PAIRS:
+    unpaired = rows.draft.get("rl") == "kto"
+    known = LABELLED if unpaired else PAIRS
+    if value not in known:
+        read = "prompt, completion and label" if unpaired else "prompt, chosen and rejected"
         rows.draft.ask(
             keys,
-            "lora reads prompt, chosen and rejected, texts or turns; data.columns: {prompt: …} "
-            "says what yours are called",
+            f"lora reads {read}, texts or turns; data.columns: {{prompt: …}} says what yours are "
+            "called",
         )
         return
-    prompt = PAIRS[value]
+    prompt = known[value]
     if prompt is None or "field_messages" in _find_entry(rows, keys):
-        rows.draft.tell(keys, Kind.taken, "as here: pairs, texts or turns")
+        what = "answers with a label" if unpaired else "pairs"
+        rows.draft.tell(keys, Kind.taken, f"as here: {what}, texts or turns")
     else:
         rows.name_column(keys, "prompt", prompt)
     if rows.draft.get("chat_template"):
@@ -324,7 +343,7 @@ def _read_type_of_pairs(rows: RowsDraft, keys: Keys, value: str) -> None:
     elif value.startswith("llama3."):
         rows.draft.ask(
             keys,
-            "the pairs are read as here; their prompt is that of Llama 3's instruct models: for a "
+            "the rows are read as here; their prompt is that of Llama 3's instruct models: for a "
             "base without a template, model.chat_template: FILE.jinja",
         )
 
@@ -529,6 +548,8 @@ RULES: Mapping[str, Rule] = {
     "simpo_gamma": take("preference.gamma"),
     "cpo_alpha": take("preference.sft_weight"),
     "rpo_alpha": take("preference.sft_weight"),
+    "kto_desirable_weight": take("preference.desirable_weight"),
+    "kto_undesirable_weight": take("preference.undesirable_weight"),
     "max_prompt_len": leave("training.max_length is of a prompt with an answer"),
     "reward_model": refuse("training of a reward model"),
     "process_reward_model": refuse("training of a reward model"),

@@ -21,6 +21,7 @@ COLUMNS = {
     "response": "output",
     "system": "system",
     "tools": "tools",
+    "kto_tag": "label",
 }
 
 
@@ -106,7 +107,9 @@ def _read_entry(rows: RowsDraft, entry: dict[str, Any], folder: str) -> None:
         if entry.get(theirs) is not None:
             values[ours] = entry[theirs]
     formatting = entry.get("formatting", "alpaca")
-    if formatting in FORMATS and rows.draft.get("stage") not in ("pt", "dpo"):
+    if rows.draft.get("stage") == "kto":
+        values["format"] = "unpaired"
+    elif formatting in FORMATS and rows.draft.get("stage") not in ("pt", "dpo"):
         values["format"] = FORMATS[formatting]
     names = {**COLUMNS, "messages": "messages" if formatting == "openai" else "conversations"}
     if rows.draft.get("stage") == "pt":

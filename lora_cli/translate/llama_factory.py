@@ -33,8 +33,10 @@ def stage(draft: Draft, keys: Keys, value: Any) -> None:
         rules.prefer(draft, keys, draft.get("pref_loss") or "sigmoid")
     elif value == "dpo":
         refuse("a loss of pairs")(draft, ("pref_loss",), draft.get("pref_loss"))
+    elif value == "kto":
+        rules.prefer(draft, keys, "kto")
     else:
-        refuse("a training on preferences or rewards, and not on pairs")(draft, keys, value)
+        refuse("a training on rewards, and not on answers")(draft, keys, value)
 
 
 PAIRED = (None, "sigmoid", "hinge", "ipo", "orpo", "simpo")
@@ -160,6 +162,8 @@ RULES: Mapping[str, Rule] = {
     "pref_ftx": own_loss,
     "simpo_gamma": take("preference.gamma"),
     "dpo_label_smoothing": take("preference.label_smoothing"),
+    "kto_chosen_weight": take("preference.desirable_weight"),
+    "kto_rejected_weight": take("preference.undesirable_weight"),
     "ref_model": ask("lora compares with the model as training starts it"),
     "finetuning_type": method,
     "lora_rank": take("lora.r"),

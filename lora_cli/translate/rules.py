@@ -108,8 +108,8 @@ def refuse(what: str, instead: str | None = None) -> Rule:
             f"{draft.source.show_place(keys)}: {keys[-1]}: {value} is {what}, which lora does not "
             "do",
             instead
-            or f"take a file of {draft.tool}'s for answers, or for DPO or ORPO; such a training "
-            "can go on with what lora trains: a plain PEFT adapter",
+            or f"take a file of {draft.tool}'s for answers, or for DPO, ORPO or KTO; such a "
+            "training can go on with what lora trains: a plain PEFT adapter",
         )
 
     return rule
@@ -119,8 +119,8 @@ ANSWER_ALONE = "its loss is of the answer, as in the paper; TRL's is of the prom
 
 
 def prefer(draft: Draft, keys: Keys, name: str, note: str = "") -> None:
-    """Say that the better of two answers is made likelier, by an objective or a loss of DPO's."""
-    if name in FREE:
+    """Say that better answers are made likelier, by an objective or a loss of DPO's."""
+    if name in OWN_LOSS:
         draft.take(keys, "objective", name, note)
         return
     draft.take(keys, "objective", "dpo", note)
@@ -129,13 +129,13 @@ def prefer(draft: Draft, keys: Keys, name: str, note: str = "") -> None:
         draft.reasons["preference.loss"] = f"{keys[-1]}: {name}"
 
 
-FREE = ("orpo", "simpo", "cpo")
-"""Objectives without a reference."""
+OWN_LOSS = ("orpo", "simpo", "cpo", "kto")
+"""Objectives with a loss of their own."""
 
 
 def compares(draft: Draft) -> bool:
-    """Return whether pairs of answers are compared."""
-    return draft.values.get("objective") in ("dpo", *FREE)
+    """Return whether rows say which answers are better."""
+    return draft.values.get("objective") in ("dpo", *OWN_LOSS)
 
 
 def set_apart(draft: Draft, sft_weight: float) -> None:
@@ -150,12 +150,13 @@ def set_apart(draft: Draft, sft_weight: float) -> None:
 
 def drop_long_pairs(draft: Draft) -> None:
     """Say that pairs that are too long are left out, where the other tool cuts them."""
+    rows = "rows" if draft.values.get("objective") == "kto" else "pairs"
     draft.asked.append(
-        f"pairs over training.max_length are left out: {draft.tool} cuts them, and an answer "
+        f"{rows} over training.max_length are left out: {draft.tool} cuts them, and an answer "
         "without its end teaches no end"
     )
     draft.values["data.on_long_row"] = "drop"
-    draft.reasons["data.on_long_row"] = "of a pair, no answer is cut"
+    draft.reasons["data.on_long_row"] = "no answer is cut"
 
 
 def precision(draft: Draft, keys: Keys, value: Any) -> None:

@@ -160,8 +160,10 @@ def trains_adapter(draft: Draft, keys: Keys, value: Any) -> None:
         draft.ask(keys, "TRL trains the whole model here, and lora an adapter: method: lora")
 
 
-OF_OTHERS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight")
-"""Keys of GRPO's, RLOO's and KTO's configurations, which have a beta, too."""
+OF_OTHERS = ("num_generations", "reward_funcs", "reward_model_path")
+"""Keys of GRPO's and RLOO's configurations, which have a beta, too."""
+OF_KTO = ("desirable_weight", "undesirable_weight")
+"""Keys of KTO's configuration alone, and of `preference`."""
 OF_DPO = (
     *("loss_type", "loss_weights", "label_smoothing", "rpo_alpha", "ld_alpha", "reference_free"),
     *("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"),
@@ -174,17 +176,36 @@ LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_
 def preferred(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that pairs of answers are compared, and how close the model stays to its start."""
     if draft.source.data.keys() & set(OF_OTHERS):
-        refuse("of GRPO, RLOO or KTO")(draft, keys, value)
-    if draft.source.data.keys() & {"cpo_alpha", "simpo_gamma"} or draft.get("loss_type") == "simpo":
+        refuse("of GRPO or RLOO")(draft, keys, value)
+    if _is_kto(draft):
+        rules.prefer(draft, keys, "kto")
+        draft.take(keys, "preference.beta", value)
+    elif (
+        draft.source.data.keys() & {"cpo_alpha", "simpo_gamma"} or draft.get("loss_type") == "simpo"
+    ):
         draft.take(keys, "preference.beta", value)
     else:
         rules.prefer(draft, keys, "sigmoid")
         draft.take(keys, "preference.beta", value)
         if not draft.source.data.keys() & set(OF_DPO):
             draft.asked.append(
-                "beta is of trl dpo and of trl orpo, and no other key tells which: objective: dpo "
-                "is written; for trl orpo, write objective: orpo"
+                "beta is of trl dpo, orpo and kto, and no other key tells which: objective: dpo is "
+                "written; for trl orpo, write objective: orpo, for trl kto, objective: kto"
             )
+
+
+def _is_kto(draft: Draft) -> bool:
+    return bool(draft.source.data.keys() & set(OF_KTO)) or draft.get("loss_type") == "kto"
+
+
+def weigh(name: str) -> Rule:
+    """Return the rule for a key of KTO's configuration alone."""
+
+    def rule(draft: Draft, keys: Keys, value: Any) -> None:
+        rules.prefer(draft, keys, "kto")
+        draft.take(keys, f"preference.{name}", value)
+
+    return rule
 
 
 def contrast(to: str) -> Rule:
@@ -200,8 +221,10 @@ def contrast(to: str) -> Rule:
 def loss(draft: Draft, keys: Keys, value: Any) -> None:
     """Say the loss: of pairs, where the file has a beta, or of texts."""
     name = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if name == "simpo":
+    if name in ("simpo", "kto"):
         rules.prefer(draft, keys, name)
+    elif _is_kto(draft):
+        refuse("a loss of single answers")(draft, keys, value)
     elif not draft.source.data.keys() & {"beta", "cpo_alpha"}:
         draft.take(keys, "training.loss_type", name)
     elif name in LOSSES:
@@ -313,7 +336,8 @@ RULES: Mapping[str, Rule] = {
     "dataset_splits": splits,
     "preprocessing_num_workers": take("training.dataset_num_proc"),
     "precompute_ref_log_probs": leave("lora always computes them before the first step"),
-    **dict.fromkeys(OF_OTHERS, refuse("of GRPO, RLOO or KTO")),
+    **{name: weigh(name) for name in OF_KTO},
+    **dict.fromkeys(OF_OTHERS, refuse("of GRPO or RLOO")),
 }
 DEFAULTS: Mapping[str, Any] = {
     "lora.lora_dropout": 0.05,

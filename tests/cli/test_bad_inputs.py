@@ -755,7 +755,7 @@ BAD: dict[str, Case] = {
     "import: a recipe": lambda d: [
         written(d / "x.yml", "model: {name_or_path: a}\n"), ["import", "x.yml"]][1],
     "import: for preferences": lambda d: [
-        written(d / "x.yml", "base_model: a\nrl: kto\n"), ["import", "x.yml"]][1],
+        written(d / "x.yml", "base_model: a\nrl: grpo\n"), ["import", "x.yml"]][1],
     "import: into a file that is there": lambda d: [
         written(d / "x.yaml", "base_model: a\nadapter: lora\nmicro_batch_size: 1\n"), written(d / "x-lora.yaml", "mine"),
         ["import", "x.yaml"]][2],

@@ -198,6 +198,20 @@ def test_two_answers_teach_which_is_better(init, lora, tmp_path: Path) -> None:
     assert columns == {"prompt": "question", "completion": "chosen"}
 
 
+def test_answers_with_a_label_teach_what_is_wanted(init, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"a {n}", "completion": "b", "kto_tag": n % 2 == 0, "id": n} for n in range(60)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    done = init("rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(tmp_path / "rows.yaml")
+    assert (recipe.objective, recipe.data.format) == ("kto", "unpaired")
+    assert recipe.data.columns == {"label": "kto_tag"}
+    assert "what makes an answer wanted is learnt (objective: kto)" in done.stderr
+    assert "  not read: id\n" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("family", "write", "task", "columns"),
     [
@@ -408,9 +422,10 @@ def test_what_cannot_be_is_refused_with_what_to_type(
 
 
 def test_answers_that_are_not_wanted_are_left_out_by_the_hint(init, tmp_path: Path) -> None:
+    """Where objective: sft is asked for, which would learn all."""
     rows = [{"prompt": f"a{n}", "completion": "b", "label": n % 2 == 0} for n in range(60)]
     write_lines(tmp_path / "my rows.jsonl", rows)
-    hint = init("my rows.jsonl").stderr.partition("hint: ")[2]
+    hint = init("my rows.jsonl", "--set", "objective=sft").stderr.partition("hint: ")[2]
     command, _, made = hint.strip().partition("; then name ")
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
     done = init(made.strip("'"))

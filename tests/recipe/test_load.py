@@ -287,6 +287,30 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             "r.yaml:4: preference.gamma has no effect with loss: odds_ratio | leave it out",
         ),
         (
+            MINIMAL + "objective: dpo\npreference: {desirable_weight: 2}\n",
+            "r.yaml:4: preference.desirable_weight has no effect with loss: sigmoid | leave it out",
+        ),
+        (
+            MINIMAL + "objective: kto\npreference: {sft_weight: 0.1}\n",
+            "r.yaml:4: preference.sft_weight has no effect with loss: kto | leave it out",
+        ),
+        (
+            MINIMAL + "objective: kto\npreference: {loss: ipo}\n",
+            "r.yaml:4: preference.loss: ipo is not for objective: kto | objective: dpo, or leave it out",
+        ),
+        (
+            "model: {name_or_path: base}\nobjective: kto\ndata: {path: x, format: preference}\n",
+            "r.yaml:3: data.format: preference is for objective: dpo | add objective: dpo",
+        ),
+        (
+            "model: {name_or_path: base}\nobjective: dpo\ndata: {path: x, format: unpaired}\n",
+            "r.yaml:3: data.format: unpaired is for objective: kto | add objective: kto",
+        ),
+        (
+            "model: {name_or_path: base}\ndata: {path: x, format: unpaired}\n",
+            "r.yaml:2: data.format: unpaired is for objective: kto | add objective: kto",
+        ),
+        (
             MINIMAL + "objective: simpo\npreference: {beta: 0}\n",
             "r.yaml:4: preference.beta is 0, but must be greater than 0 | "
             "leave it out for its default, 2.0",

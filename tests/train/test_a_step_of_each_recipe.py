@@ -23,7 +23,7 @@ from tests import pictures, tasks
 NAMES = [recipe.name for recipe in shipped_recipes.list_recipes()]
 REQUIRED = {
     "instruct", "chat", "tools", "classify", "pretrain", "qlora-8b", "qlora-7b-t4", "two-gpus",
-    "new-tokens", "extract", "dpo", "orpo",
+    "new-tokens", "extract", "dpo", "orpo", "kto",
 }  # fmt: skip
 """What the table of recipes is to have at least."""
 TOOLS_TEMPLATE = """\
@@ -68,6 +68,12 @@ def make_pair(number: int) -> dict[str, Any]:
     return {"prompt": f"Copy: tea {number}", "chosen": f"tea {number}", "rejected": "ice"}
 
 
+def make_vote(number: int) -> dict[str, Any]:
+    wanted = number % 2 == 0
+    answer = f"tea {number}" if wanted else "ice"
+    return {"prompt": f"Copy: tea {number}", "completion": answer, "label": wanted}
+
+
 BY_COLUMNS: dict[str, Callable[[int], dict[str, Any]]] = {
     "alpaca": lambda n: {"instruction": f"Copy {n}.", "input": "tea ice", "output": f"tea {n}"},
     "prompt_completion": lambda n: {
@@ -89,7 +95,7 @@ def find_stand_ins(name: str, tiny: Path, folder: Path) -> tuple[Path, Path]:
         family = "t5" if recipe.task == "seq2seq_lm" else "modernbert"
         file, write = tasks.ROWS[recipe.task]
         return tasks.make_base(folder / "base", family), write(folder / file, 40)
-    makers = {"tools": make_call, "dpo": make_pair, "orpo": make_pair}
+    makers = {"tools": make_call, "dpo": make_pair, "orpo": make_pair, "kto": make_vote}
     make = makers.get(name) or BY_COLUMNS[recipe.data.format]
     base = tiny / "model"
     if name == "tools":

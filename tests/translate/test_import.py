@@ -216,7 +216,7 @@ def test_pairs_of_answers_are_compared_as_there(tmp_path: Path) -> None:
         recipe_of(tmp_path, factory.replace("hinge", "kto_pair"), tool="llama-factory")
 
 
-FREE = {
+OWN_LOSS = {
     "axolotl orpo": (
         "base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.2\ndatasets: [{path: b}]\n",
         ("orpo", {"beta": 0.2}),
@@ -247,13 +247,31 @@ FREE = {
         "model_name_or_path: a\ndataset_name: d\nloss_type: hinge\ncpo_alpha: 0.5\n",
         ("cpo", {"beta": 0.1, "loss": "hinge", "sft_weight": 0.5}),
     ),
+    "axolotl kto": (
+        "base_model: a\nadapter: lora\nrl: kto\nrl_beta: 0.2\nkto_desirable_weight: 0.5\n"
+        "kto_undesirable_weight: 2\ndatasets: [{path: b, type: llama3.ultra}]\n",
+        ("kto", {"beta": 0.2, "desirable_weight": 0.5, "undesirable_weight": 2}),
+    ),
+    "factory kto": (
+        "model_name_or_path: a\nstage: kto\ndataset: d\npref_beta: 0.1\nkto_chosen_weight: 2\n"
+        "kto_rejected_weight: 1.5\n",
+        ("kto", {"beta": 0.1, "desirable_weight": 2, "undesirable_weight": 1.5}),
+    ),
+    "trl kto": (
+        "model_name_or_path: a\ndataset_name: d\nbeta: 0.2\nundesirable_weight: 3.0\n",
+        ("kto", {"beta": 0.2, "undesirable_weight": 3.0}),
+    ),
+    "trl kto, by its loss": (
+        "model_name_or_path: a\ndataset_name: d\nbeta: 0.2\nloss_type: kto\n",
+        ("kto", {"beta": 0.2}),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", FREE)
-def test_objectives_without_a_reference(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OWN_LOSS)
+def test_objectives_with_a_loss_of_their_own(name: str, tmp_path: Path) -> None:
     """What a tool takes where its file says nothing is written out where lora takes another."""
-    text, wanted = FREE[name]
+    text, wanted = OWN_LOSS[name]
     recipe = recipe_of(tmp_path, text)
     assert (recipe["objective"], recipe["preference"]) == wanted
 
@@ -324,6 +342,32 @@ def test_pairs_stay_pairs_where_the_base_was_sharded(tmp_path: Path) -> None:
     assert recipe["objective"] == "dpo"
     assert recipe["preference"]["beta"] == 0.2
     assert recipe["distributed"] == {"strategy": "deepspeed-zero3"}
+
+
+def test_rows_with_a_label_keep_their_columns(tmp_path: Path) -> None:
+    """As axolotl's own formats and LLaMA-Factory's register name them."""
+    axolotl = (
+        "base_model: a\nadapter: lora\nrl: kto\ndatasets:\n  - path: b\n    type:\n"
+        "      {field_prompt: ask, field_completion: completion, field_label: good}\n"
+    )
+    data = recipe_of(tmp_path, axolotl)["data"]
+    assert data["columns"] == {"prompt": "ask", "label": "good"}
+    assert "format" not in data
+    (tmp_path / "ours.yaml").unlink()
+    (tmp_path / "data").mkdir()
+    entry = {
+        "file_name": "votes.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "label"},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"votes": entry}))
+    factory = "model_name_or_path: a\nstage: kto\ndataset: votes\n"
+    data = recipe_of(tmp_path, factory)["data"]
+    assert (data["format"], data["path"]) == ("unpaired", "data/votes.json")
+    assert data["columns"] == {"conversations": "messages"}
+    with pytest.raises(LoraError, match="loss_type: apo_zero_unpaired is a loss of single answers"):
+        text = "model_name_or_path: a\ndataset_name: d\ndesirable_weight: 1.0\n"
+        recipe_of(tmp_path, text + "loss_type: apo_zero_unpaired\n", tool="trl")
 
 
 @pytest.mark.parametrize("turned", [False, True])
