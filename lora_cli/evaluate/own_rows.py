@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.common import LoraError, UsageError, provenance, quote, ui
-from lora_cli.data import formats, load, unpaired
+from lora_cli.data import encoders, formats, load, preferences, unpaired
 from lora_cli.evaluate import held_out
 from lora_cli.evaluate.held_out import HeldOut
 from lora_cli.evaluate.scored_models import Scored
@@ -101,8 +101,17 @@ def _name_columns(recipe: Recipe) -> dict[str, str]:
 
 def _take_chosen(row: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return the prompt of a pair and its chosen answer, as turns."""
-    ours = formats.rename_columns(row, recipe.data.columns)
+    ours = _rename(row, recipe, preferences.PreferenceEncoder)
     return _split_turns(formats.convert_preference(ours).chosen)
+
+
+def _rename(
+    row: Mapping[str, Any], recipe: Recipe, encoder: type[encoders.Encoder]
+) -> dict[str, Any]:
+    """Return a row under our names of its columns: those of the recipe, or that its training
+    guessed."""
+    guessed = formats.guess_columns(row, encoder.row_formats, encoder.column_sets)
+    return formats.rename_columns(row, recipe.data.columns or guessed)
 
 
 def _take_wanted(
@@ -110,12 +119,9 @@ def _take_wanted(
 ) -> list[tuple[str, dict[str, Any]]]:
     """Return the rows whose answer is wanted, as prompts and answers in turns. Raises LoraError
     where there is none."""
-    known = unpaired.UnpairedEncoder
     found = []
     for place, row in rows:
-        guessed = formats.guess_columns(row, known.row_formats, known.column_sets)
-        ours = formats.rename_columns(row, recipe.data.columns or guessed)
-        made = formats.convert_unpaired(ours)
+        made = formats.convert_unpaired(_rename(row, recipe, unpaired.UnpairedEncoder))
         if made.desirable:
             found.append((place, _split_turns(made.answer)))
     if not found:

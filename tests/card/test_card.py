@@ -96,6 +96,12 @@ def test_the_card_says_how_answers_were_compared(saved) -> None:
     compared = RECIPE | {"objective": "simpo", "preference": told}
     text = make_card(read_facts(saved(record(recipe=compared)))).text
     assert "| Objective | `simpo`, loss `simpo`, beta `2.0`, gamma `1.0` |" in text
+    votes = {"loss": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 2.0}
+    for objective, given in (("kto", votes), ("simpo", told | {"desirable_weight": 1.0})):
+        compared = RECIPE | {"objective": objective, "preference": given}
+        text = make_card(read_facts(saved(record(recipe=compared), objective))).text
+        # a weight of KTO's has no effect with others
+        assert ("desirable\\_weight `1.0`" in text) == (objective == "kto")
     assert "Objective" not in make_card(read_facts(saved(record(), "other"))).text
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.evaluate import score
+from lora_cli.evaluate import own_rows, score
 from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.score import Request
 from lora_cli.recipe import load
@@ -61,6 +61,23 @@ def evaluate(paths: Sequence[Path], **given: Any) -> dict[str, Any]:
 def find_loss(folder: Path) -> float:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+
+
+def test_better_answers_alone_are_scored_whatever_their_columns_are_called(tmp_path: Path) -> None:
+    """As training found them: of a pair the chosen answer, of answers with a label the wanted."""
+    file = tmp_path / "r.yaml"
+    file.write_text("objective: kto\nmodel: {name_or_path: x}\ndata: {path: rows.jsonl}\n")
+    recipe = load.load_recipe(file, [])
+    rows = [(f"row {n}", {"question": f"q{n}", "answer": "a", "kto_tag": n == 1}) for n in range(3)]
+    wanted = {
+        "prompt": [{"role": "user", "content": "q1"}],
+        "completion": [{"role": "assistant", "content": "a"}],
+    }
+    assert own_rows._take_wanted(rows, recipe) == [("row 1", wanted)]
+    with pytest.raises(LoraError, match="label is false in all rows that were held out"):
+        own_rows._take_wanted(rows[:1], recipe)
+    pair = {"prompt": "q1", "chosen_response": "a", "rejected_response": "b"}
+    assert own_rows._take_chosen(pair, load.load_recipe(file, ["objective=dpo"])) == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -361,6 +361,20 @@ def test_pairs_have_curves_of_their_own(tmp_path: Path) -> None:
     assert "a mean over pairs or nats per trained token" in together
 
 
+def test_answers_with_a_label_have_a_divergence(tmp_path: Path) -> None:
+    recipe = written.make_record()["recipe"] | {"objective": "kto"}
+    run = written.write_run(tmp_path / "votes", recipe=recipe)
+    lines = written.make_metrics()
+    for line in lines:
+        if "loss" in line:
+            line |= {"rewards_margin": 0.5, "kl": line["step"] / 10}
+    written.write_lines(run / "metrics.jsonl", *lines)
+    _, said = check(report.write_report([run], None))
+    curves = {each["name"]: each for each in said["runs"][0]["curves"]}
+    assert curves["loss"]["unit"] == "a mean over answers"
+    assert curves["kl"]["last"] == 10
+
+
 def test_the_loss_of_labels_is_no_token_s(tmp_path: Path) -> None:
     recipe = written.make_record()["recipe"] | {"task": "sequence_classification"}
     run = written.write_run(tmp_path / "labels", recipe=recipe)
