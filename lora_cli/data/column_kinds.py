@@ -56,7 +56,10 @@ def suggest(
     encoder: Encoder | type[Encoder],
 ) -> str:
     """Return the option that names columns which may be what a task reads: inside of a column where
-    a format stands there; of tasks that read texts alone, no others."""
+    a format stands there; of tasks that read texts alone, no others. Or the objective that is for
+    rows of these columns."""
+    if objective := _find_objective(columns, kinds, encoder.row_formats):
+        return f"--set objective={objective}"
     if inside := _find_inside(rows, encoder):
         return formats.suggest_columns(**inside)
     texts = [name for name in columns if not kinds.get(name)]
@@ -78,6 +81,17 @@ def put_longest_first(columns: Sequence[str], rows: Sequence[Mapping[str, Any]])
     lengths = {name: sum(len(str(_read(row, name) or "")) for row in rows) for name in before}
     longest = max(before, key=lambda name: lengths[name])
     return [longest, *(name for name in columns if name != longest)]
+
+
+def _find_objective(
+    columns: Sequence[str], kinds: Mapping[str, str], known: formats.Formats
+) -> str | None:
+    """Return the objective for pairs of answers where these are asked for single ones, and the
+    other way round."""
+    if "unpaired" in known and {*formats.ANSWERS} <= {*columns}:
+        return "dpo"
+    labelled = any(kinds.get(name) == KINDS[bool] for name in ("label", "kto_tag"))
+    return "kto" if "preference" in known and labelled else None
 
 
 def _find_inside(

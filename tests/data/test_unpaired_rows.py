@@ -105,6 +105,21 @@ def test_other_names_of_the_label(load_votes, capsys) -> None:
     assert raised.value.hint == hint
 
 
+@pytest.mark.parametrize(
+    ("row", "objective", "hint"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "kto", "--set objective=dpo"),
+        (OTHER, "dpo", "--set objective=kto"),
+    ],
+)
+def test_rows_of_another_objective_are_told(
+    row: dict[str, Any], objective: str, hint: str, load_votes
+) -> None:
+    with pytest.raises(LoraError, match="match no known format") as raised:
+        load_votes([row], f"objective={objective}")
+    assert raised.value.hint == hint
+
+
 GOOD = {**ROWS["texts"], "label": True}
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no label": (

@@ -273,6 +273,23 @@ def test_an_evaluation_is_the_same_in_any_cutting(train, tmp_path: Path) -> None
         assert found[1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_nothing_is_dropped_for_z(train, monkeypatch) -> None:
+    """An adapter that is trained on with dropout differs from its start, and what z is made of does
+    not, also where it is negative."""
+    own, totals = unpaired_losses.estimate_divergence, []
+
+    def estimate(total: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        totals.append(float(total))
+        return own(total, number)
+
+    start = train("first", "training.max_steps=3", "data.max_rows=6") / "adapter"
+    given = (f"model.adapter={start}", "training.max_steps=1", "lora.lora_dropout=0.5")
+    monkeypatch.setattr(unpaired_losses, "estimate_divergence", estimate)
+    [line] = read_steps(train("second", *given, "preference.beta=1"))
+    assert totals == pytest.approx([0], abs=1e-2)
+    assert abs(line["rewards_desirable"]) > 1
+
+
 def test_another_reference_is_an_error(train, monkeypatch) -> None:
     own = reference._compute
     monkeypatch.setattr(reference, "_compute", lambda *given: own(*given) - 1)
