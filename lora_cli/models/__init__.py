@@ -35,6 +35,7 @@ Its doors, in the order a reader needs them:
     empty, four_bit                models without weights; guards around 4-bit weights
     tensors, Tensors, is_finite, split_rows
                                    safetensors files read and written some rows at a time
+    host_blocks                    the blocks of a base, on the host until they are sharded
     convert_to_float32, to_accelerator, refuse_not_finite, leave_out_cache, count_text_parameters
                                    a loaded model made ready
     make_probes, PROBES, Probe, make_inputs, compute_logits, read_rows, compare_logits, Difference,
@@ -161,6 +162,7 @@ __all__ = [
     "get_checkpoint_dtype",
     "has_linear",
     "gguf_kept",
+    "host_blocks",
     "hub",
     "init_weights",
     "is_finite",

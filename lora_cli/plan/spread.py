@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_cli.common import LoraError, spell_count
 from lora_cli.distributed import shares
-from lora_cli.models import find_statistics
+from lora_cli.models import find_statistics, host_blocks
 from lora_cli.plan.hardware import GIB
 from lora_cli.plan.rehearsal import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from lora_cli.recipe import Recipe
@@ -48,6 +48,9 @@ class Parts(NamedTuple):
     """Bytes of weights that each has whole for a while beside its part."""
     copies: int = 1
     """Of the base, among all processes."""
+    arriving: int | None = None
+    """Bytes of weights that each has whole beside its part while the base is loaded; None where
+    what is cut off makes room for the parts."""
 
     def measure(self, processes: int) -> int:
         """Return what each of so many processes needs."""
@@ -55,8 +58,10 @@ class Parts(NamedTuple):
         if shards == 1 or not self.divided:
             return total
         divided = sum(self.items.get(name, 0) for name in self.divided)
-        # the base is on the device whole before its part is cut off
-        return max(total - divided + divided // shards + self.gathered, self.items[WEIGHTS])
+        loading = weights = self.items[WEIGHTS]
+        if self.arriving is not None:
+            loading = weights // shards + self.arriving
+        return max(total - divided + divided // shards + self.gathered, loading)
 
     def count_gathered(self, processes: int) -> int:
         """Return the bytes that each process gets of the others for a pass, there and back."""
@@ -69,18 +74,18 @@ def take_apart(recipe: Recipe, items: Mapping[str, int], adapted: PeftModel) -> 
     `adapted` may be without weights."""
     if not recipe.distributed.shards:
         return Parts(items)
-    weights = items[WEIGHTS]
+    weights, base = items[WEIGHTS], adapted.get_base_model()
+    outside, layers = host_blocks.measure_outside(base), len(host_blocks.find_blocks(base))
+    inside = max(0, weights - outside)
+    waits = host_blocks.suit(recipe, base)
+    arriving = outside + inside // max(1, layers) if waits else None
     if recipe.distributed.strategy == "deepspeed-zero3":
         size = getattr(torch, recipe.model.dtype).itemsize
-        return Parts(items, (WEIGHTS,), min(weights, LIVE * size))
-    base = adapted.get_base_model()
-    kinds = base._no_split_modules or ()
-    layers = [each for each in base.modules() if type(each).__name__ in kinds]
-    inside = {id(tensor) for layer in layers for tensor in layer.parameters()}
-    outside = sum(each.nbytes for each in base.parameters() if id(each) not in inside)
-    gathered = outside + GATHERED * max(0, weights - outside) // max(1, len(layers))
+        return Parts(items, (WEIGHTS,), min(weights, LIVE * size), arriving=arriving)
+    gathered = outside + GATHERED * inside // max(1, layers)
+    arriving = weights if arriving is None else arriving  # accelerate keeps it until all is sharded
     divided = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER)
-    return Parts(items, divided, gathered, recipe.distributed.replicas)
+    return Parts(items, divided, gathered, recipe.distributed.replicas, arriving)
 
 
 class Spread(NamedTuple):

@@ -16,6 +16,7 @@ from lora_cli.models import (
     Base,
     attach,
     causality,
+    host_blocks,
     init_weights,
     leave_out_cache,
     read_logits,
@@ -34,23 +35,28 @@ from lora_cli.train.run_folder import Run
 
 def load_recipe_base(recipe: Recipe, base: Base) -> PreTrainedModel:
     """Return the base as the recipe wants it stored, on the device that trains it: what looks at it
-    or installs something chooses by where it is."""
+    or installs something chooses by where it is. The blocks of one that is about to be sharded wait
+    on the host."""
     set_seed(recipe.training.seed)
     device = hardware.find_training_device(recipe)
     for line in gpu_faults.describe_choice(device):
         ui.say(f"  {line}")
-    if sharding.find_sharding(recipe) == "fsdp" and recipe.quantized:
+    sharded = sharding.find_sharding(recipe)
+    if sharded == "fsdp" and recipe.quantized:
         recipe = _store_for_sharding(recipe)
+    waits = sharded is not None and host_blocks.suit(recipe, base.build_empty())
     network = base.load(
         getattr(torch, recipe.model.dtype),
         upstream.build_quantization_config(recipe),
-        device,
+        torch.device("cpu") if waits else device,
         **(
             {"attn_implementation": recipe.model.attn_implementation}
             if recipe.model.attn_implementation
             else {}
         ),
     )
+    if waits:
+        host_blocks.keep(network, device)
     refuse_not_finite(network, base.name)
     if base.task.writes_next_tokens:
         causality.refuse_encoder(network, base.name)

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from lora_cli.common import LoraError, files, ui
 from lora_cli.distributed import ranks
-from lora_cli.models import attach
+from lora_cli.models import attach, host_blocks
 from lora_cli.train import checkpoints, random_state, saved_state, sharding, zero3
 from lora_cli.train.options import RunOptions
 from lora_cli.train.progress import Watch
@@ -69,7 +69,12 @@ class SavingTrainer(TypedTrainer):
         if self.options.sharded == "fsdp":
             sharding.turn_on(self, self._network, self.options.replicas)
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self.options.sharded:  # else what shards it moves it, part by part
+            super()._move_model_to_device(model, device)
+
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        host_blocks.release(self._network.get_base_model())
         if self.options.sharded == "deepspeed-zero3" and not sharding.is_on(model):
             zero3.turn_on(model)
         return super()._wrap_model(model, *args, **kwargs)

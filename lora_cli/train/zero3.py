@@ -63,8 +63,9 @@ def measure_bytes(tensor: Tensor) -> tuple[int, int]:
 def turn_on(network: PeftModel) -> None:
     """Let each process keep a part of each frozen weight of a network, and gather them as they are
     computed with. All processes have to do this at once."""
-    on_gpu = network.device.type == "cuda"
-    os.environ["DS_ACCELERATOR"] = network.device.type
+    device = network.device
+    on_gpu = device.type == "cuda"
+    os.environ["DS_ACCELERATOR"] = device.type
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -75,7 +76,7 @@ def turn_on(network: PeftModel) -> None:
         "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
     assert deepspeed.comm.get_world_size() == ranks.count()
-    trained = {name: tensor.data for name, tensor in attach.walk_trainable(network)}
+    trained = {name: tensor.data.to(device) for name, tensor in attach.walk_trainable(network)}
     hooks = DeepSpeedZeRoOffload(network, None, None, param_persistence_threshold=0)
     for name, tensor in attach.walk_trainable(network):
         _keep_whole(tensor, trained[name])

@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from lora_cli.distributed import place, ranks  # noqa: E402
+from lora_cli.models import host_blocks  # noqa: E402
 from lora_cli.recipe import load  # noqa: E402
 from lora_cli.train import run, sharding, trial, zero3  # noqa: E402
 from lora_cli.train.trainers import Watched  # noqa: E402
@@ -62,6 +63,18 @@ def check_passes(network: Any, allowed: bool) -> None:
     own_let_gather(network, allowed)
 
 
+def note_blocks(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the list of networks whose blocks wait on the host from now on."""
+    own, kept = host_blocks.keep, list[Any]()
+
+    def keep(network: Any, device: Any) -> None:
+        kept.append(network)
+        own(network, device)
+
+    patch.setattr(host_blocks, "keep", keep)
+    return kept
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     trial.try_training = lambda recipe: None  # it is for recipes of strangers
@@ -76,7 +89,11 @@ def main() -> None:
                 patch.setattr(Watched, "training_step", noting)
                 if recipe.training.eval_strategy == "no":
                     patch.setattr(zero3, "_let_gather", check_passes)
+                kept = note_blocks(patch)
                 run.train(recipe)
+            plain = not recipe.quantized and recipe.lora.init_lora_weights is True
+            assert bool(kept) == (sharded and plain)
+            assert not any(network in host_blocks._visits for network in kept)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,12 @@ def test_what_each_holds_of_a_sharded_base(write_recipe, tiny: Path) -> None:
     by_deepspeed = recipe.replace("sft", {"distributed": {"strategy": "deepspeed-zero3"}})
     parts = spread.take_apart(by_deepspeed, items, adapted)
     assert parts.measure(4) == whole - items["weights"] * 3 // 4 + items["weights"]
+    assert parts.arriving is None  # what is quantised is loaded whole
+    assert spread.take_apart(recipe, items, adapted).arriving == items["weights"]
+    in_16_bits, _ = auto.settle(load.load_recipe(write_recipe(settings.replace("qlora", "lora"))))
+    again = rehearsal.build_adapted(in_16_bits, network.config)
+    parts = spread.take_apart(in_16_bits, items, again)
+    assert parts.arriving == parts.gathered - 6000 // network.config.num_hidden_layers
 
 
 def test_copies_that_do_not_divide_the_processes(write_recipe) -> None:
@@ -104,6 +110,14 @@ def test_a_base_is_loaded_whole_before_it_is_cut() -> None:
     parts = spread.Parts({"weights": 800, "activations": 7}, ("weights",), 100)
     assert parts.measure(4) == 800
     assert parts._replace(items={"weights": 800, "activations": 507}).measure(4) == 807
+
+
+def test_a_base_whose_blocks_wait_on_the_host_arrives_block_by_block() -> None:
+    parts = spread.Parts({"weights": 800, "activations": 7}, ("weights",), 100, arriving=90)
+    assert parts.measure(4) == 7 + 200 + 100
+    assert (
+        parts._replace(arriving=150).measure(4) == 200 + 150
+    )  # of DeepSpeed, whose step needs less
 
 
 def test_copies_divide_what_is_shared() -> None:
