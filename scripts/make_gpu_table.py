@@ -20,7 +20,7 @@ from typing import NamedTuple
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from lora_cli.common import ui
-from lora_cli.plan import auto, hardware, memory
+from lora_cli.plan import auto, hardware, memory, outlook
 from lora_cli.recipe import Recipe, load_recipe
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "how-to" / "gpu.md"
@@ -88,7 +88,7 @@ def make_recipe(method: str, checkpointing: bool, length: int) -> Recipe:
             "method": method,
             "lora.r": "16",
             "training.gradient_checkpointing": str(checkpointing).lower(),
-            "training.optim": auto.FASTEST_OPTIMIZER,
+            "training.optim": outlook.FASTEST_OPTIMIZER,
             "training.max_length": str(length),
             "training.packed_length": str(LENGTHS[0]),  # `auto` would fill the card
         }

@@ -24,7 +24,7 @@ from peft import PeftModel
 
 from lora_cli.common import ui
 from lora_cli.models import Base
-from lora_cli.plan import auto, flops, hardware, memory, rehearsal, show, spread
+from lora_cli.plan import auto, flops, hardware, memory, outlook, rehearsal, show, spread
 from lora_cli.recipe import Recipe, load_recipe, recipe_table, shipped_recipes
 from tests import pictures, shapes
 
@@ -65,7 +65,7 @@ def load(name: str, base: Path, checkpointing: bool | None) -> Recipe:
     """Return a shipped recipe on this base, with what `auto` would take from the card's room
     settled."""
     recipe = load_recipe(Path(name))
-    given = {"model.name_or_path": str(base), "training.optim": auto.FASTEST_OPTIMIZER}
+    given = {"model.name_or_path": str(base), "training.optim": outlook.FASTEST_OPTIMIZER}
     if recipe.task_row.writes_next_tokens:
         given["training.packed_length"] = str(recipe.training.max_length)
     if recipe.task in HEADS:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_cli.common import UsageError
 from lora_cli.models import find_convolutions, has_linear, shorten_names
-from lora_cli.plan.auto import Choice
+from lora_cli.plan.auto_choices import Choice
 from lora_cli.recipe import Recipe
 
 ALL_LINEAR = "all-linear"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import provenance
 from lora_cli.models import Base, Parent, TrainingRecord, take_over
-from lora_cli.plan import auto, hardware, task_settings
+from lora_cli.plan import auto, auto_choices, configurations, hardware, task_settings
 from lora_cli.plan.hardware import Hardware
 from lora_cli.recipe import Distributed, Recipe
 from lora_cli.speed import step_packing
@@ -21,7 +21,7 @@ class Settled(NamedTuple):
     parent: Parent | None
     """The adapter that it trains on."""
     device: Hardware
-    choices: list[auto.Choice]
+    choices: list[auto_choices.Choice]
 
     def list_lines(self) -> list[str]:
         """Say what was found and chosen, a line each."""
@@ -73,7 +73,7 @@ def settle_recipe(
     if run is not None and (run / provenance.RUN_RECORD).is_file():
         file = run / provenance.RUN_RECORD
         recipe = auto.take_recorded(recipe, read_recorded(run), file)
-    auto.try_configurations(recipe, device)
+    configurations.try_configurations(recipe, device)
     recipe, of_task = task_settings.settle_labels(recipe)
     base = Base.of_recipe(recipe)
     recipe = task_settings.settle_head(recipe, base, of_task)
@@ -84,5 +84,5 @@ def settle_recipe(
         parent.refuse_other_base(base)
         if asked_base == "auto":
             reason = f"the base that {parent} names"
-            choices.insert(0, auto.Choice("model.name_or_path", base.name, reason))
+            choices.insert(0, auto_choices.Choice("model.name_or_path", base.name, reason))
     return Settled(recipe, base, parent, device, choices)

@@ -14,7 +14,7 @@ from lora_cli.common import LoraError, UsageError, find_nearest, spell_count
 from lora_cli.data import labels, load
 from lora_cli.models import Base, find_alike, find_statistics, shorten_names
 from lora_cli.plan import picture_settings
-from lora_cli.plan.auto import Choice
+from lora_cli.plan.auto_choices import Choice
 from lora_cli.recipe import Recipe
 from lora_cli.scoring import measures
 

@@ -11,7 +11,7 @@ from lora_cli.common import LoraError, ui
 from lora_cli.data import load, prepare, selection
 from lora_cli.distributed import ranks
 from lora_cli.models import Base, Parent, Reader, load_recipe_reader
-from lora_cli.plan import auto, hardware, memory, sizes
+from lora_cli.plan import hardware, memory, outlook, sizes
 from lora_cli.recipe import Recipe
 from lora_cli.train import disk_space, reference
 from lora_cli.train.collators import make_collator
@@ -71,7 +71,7 @@ def _foresee_memory(recipe: Recipe, base: Base, rows: prepare.Prepared) -> int |
     """Return how many bytes this process has at most as it trains, if the memory plan can say it,
     and it is more than a small part of the device's."""
     device = hardware.detect_device(hardware.find_training_device(recipe))
-    if recipe.distributed.shards or auto.is_far_below(recipe, base.config, device):
+    if recipe.distributed.shards or outlook.is_far_below(recipe, base.config, device):
         return None
     batch = memory.largest_batch(recipe, None if rows.stream is not None else rows)
     try:

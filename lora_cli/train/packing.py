@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from lora_cli.common import ui
 from lora_cli.data import selection
 from lora_cli.models import Base, find_positions
-from lora_cli.plan import auto, memory
+from lora_cli.plan import auto_choices, memory
 from lora_cli.recipe import Recipe
 from lora_cli.speed import document_attention, step_packing
 from lora_cli.train.run_folder import Run
@@ -62,7 +62,7 @@ def _shorten(recipe: Recipe, run: Run, length: int, reason: str) -> Recipe:
     chosen = run.has_choice("training.packed_length")
     if not chosen or memory.find_packed_length(recipe) <= length:
         return recipe
-    choice = auto.Choice("training.packed_length", length, reason)
+    choice = auto_choices.Choice("training.packed_length", length, reason)
     run.replace_choice(choice)
     ui.say(f"  {choice}")
     return recipe.replace(recipe.trainer, {"training": {"packed_length": length}})
@@ -90,6 +90,8 @@ def _say_attention(base: PreTrainedModel, run: Run, apart: bool) -> None:
         if apart
         else "what the model has"
     )
-    choice = auto.Choice("model.attn_implementation", base.config._attn_implementation, reason)
+    choice = auto_choices.Choice(
+        "model.attn_implementation", base.config._attn_implementation, reason
+    )
     run.replace_choice(choice)
     ui.say(f"  {choice}")

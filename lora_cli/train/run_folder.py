@@ -23,7 +23,7 @@ from lora_cli.common import (
     write_text,
 )
 from lora_cli.models import PARENT_COPY, TrainingRecord
-from lora_cli.plan import auto, settled
+from lora_cli.plan import auto_choices, settled
 from lora_cli.recipe import Recipe, strict_yaml
 from lora_cli.train import checkpoints
 
@@ -118,7 +118,7 @@ class Run:
         """Return whether `auto` chose the value of a key."""
         return any(made.name == name for made in self.record.choices)
 
-    def replace_choice(self, choice: auto.Choice) -> None:
+    def replace_choice(self, choice: auto_choices.Choice) -> None:
         """Put a choice in the place of an earlier one for its key, without writing the record."""
         others = [made.to_data() for made in self.record.choices if made.name != choice.name]
         self.add(choices=[*others, choice._asdict()])

@@ -40,7 +40,7 @@ from transformers.trainer_utils import SchedulerType
 from lora_cli.common import UsageError, files, find_nearest, library_errors, ui
 from lora_cli.data import preferences, unpaired
 from lora_cli.models import attach
-from lora_cli.plan import auto, flops
+from lora_cli.plan import auto, configurations, flops
 from lora_cli.recipe import DEFAULT_TASK, Recipe, upstream
 from lora_cli.speed import install
 from lora_cli.train import collators, pair_batches, setup, unpaired_batches
@@ -94,7 +94,7 @@ def try_training(recipe: Recipe) -> None:
     A recipe that sets none of those which only the libraries can judge costs nothing. What goes
     wrong whichever key is left out is none of the recipe's, and the run itself will say it.
     """
-    auto.try_configurations(recipe)
+    configurations.try_configurations(recipe)
     given = recipe.list_untried()
     error = _find_refusal(recipe) if given else None
     if isinstance(error, UsageError):

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from lora_cli.common import devices
 from lora_cli.models import Base
 from lora_cli.plan import auto, hardware
+from lora_cli.plan.auto_choices import Situation, choose_dtype
 from lora_cli.recipe import load, upstream
 from lora_cli.train import adapted_base, random_state, run
 from tests.cards import pretend
@@ -120,7 +121,7 @@ def test_two_visible_gpus_are_no_other_run(
 
 def test_a_card_without_bfloat16_trains_in_float16() -> None:
     found = {
-        name: auto.choose_dtype(auto.Situation(None, hardware.parse_gpu(name), None))[0]
+        name: choose_dtype(Situation(None, hardware.parse_gpu(name), None))[0]
         for name in ("T4", "V100", "L4", "24GB")
     }
     assert found == {"T4": "float16", "V100": "float16", "L4": "bfloat16", "24GB": "bfloat16"}

@@ -11,7 +11,14 @@ import pytest
 from transformers import LlamaConfig
 
 from lora_cli.common.errors import LoraError
-from lora_cli.plan import auto, memory
+from lora_cli.plan import auto, memory, outlook
+from lora_cli.plan.auto_choices import (
+    Situation,
+    choose_attention,
+    choose_compilation,
+    choose_dtype,
+    choose_liger,
+)
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.recipe import keys, load
 
@@ -21,30 +28,30 @@ HOPPER = AMPERE._replace(name="H100", capability=(9, 0))
 TURING = Hardware("cuda", "T4", 15 * GIB, (7, 5), flash_attention=(2,))
 
 
-def situation(device: Hardware, on_disk: str = "float32", dtype: str = "auto") -> auto.Situation:
+def situation(device: Hardware, on_disk: str = "float32", dtype: str = "auto") -> Situation:
     model = keys.Model(name_or_path="x", dtype=dtype)
     recipe = keys.Recipe(model=model, data=keys.Data(path="x"), output_dir="x")
-    return auto.Situation(recipe, device, LlamaConfig(dtype=on_disk))
+    return Situation(recipe, device, LlamaConfig(dtype=on_disk))
 
 
 def test_types_follow_device_and_checkpoint() -> None:
-    assert auto.choose_dtype(situation(HOPPER, "float32"))[0] == "bfloat16"
-    assert auto.choose_dtype(situation(TURING, "bfloat16"))[0] == "float16"
+    assert choose_dtype(situation(HOPPER, "float32"))[0] == "bfloat16"
+    assert choose_dtype(situation(TURING, "bfloat16"))[0] == "float16"
     pascal = TURING._replace(capability=(6, 1))
-    assert auto.choose_dtype(situation(pascal, "bfloat16"))[0] == "float32"
-    assert auto.choose_dtype(situation(CPU, "bfloat16"))[0] == "float32"
-    assert auto.choose_dtype(situation(CPU._replace(bf16=True), "bfloat16"))[0] == "bfloat16"
-    assert auto.choose_dtype(situation(CPU._replace(bf16=True), "float16"))[0] == "float32"
+    assert choose_dtype(situation(pascal, "bfloat16"))[0] == "float32"
+    assert choose_dtype(situation(CPU, "bfloat16"))[0] == "float32"
+    assert choose_dtype(situation(CPU._replace(bf16=True), "bfloat16"))[0] == "bfloat16"
+    assert choose_dtype(situation(CPU._replace(bf16=True), "float16"))[0] == "float32"
 
 
 def test_flash_attention_where_it_is_installed_and_works() -> None:
-    assert auto.choose_attention(situation(HOPPER, dtype="bfloat16"))[0] == "flash_attention_3"
-    assert auto.choose_attention(situation(AMPERE, dtype="bfloat16"))[0] == "flash_attention_2"
-    assert auto.choose_attention(situation(TURING, dtype="float16"))[0] is None
-    assert auto.choose_attention(situation(HOPPER, dtype="float32"))[0] is None
+    assert choose_attention(situation(HOPPER, dtype="bfloat16"))[0] == "flash_attention_3"
+    assert choose_attention(situation(AMPERE, dtype="bfloat16"))[0] == "flash_attention_2"
+    assert choose_attention(situation(TURING, dtype="float16"))[0] is None
+    assert choose_attention(situation(HOPPER, dtype="float32"))[0] is None
     bare = HOPPER._replace(flash_attention=())
-    assert auto.choose_attention(situation(bare, dtype="bfloat16"))[0] is None
-    assert auto.choose_attention(situation(CPU, dtype="bfloat16"))[0] is None
+    assert choose_attention(situation(bare, dtype="bfloat16"))[0] is None
+    assert choose_attention(situation(CPU, dtype="bfloat16"))[0] is None
 
 
 @pytest.mark.parametrize(
@@ -59,8 +66,8 @@ def test_flash_attention_where_it_is_installed_and_works() -> None:
 def test_a_paged_optimizer_only_where_it_makes_the_run_fit(
     device: Hardware, missing: int, expected: str
 ) -> None:
-    outlook = auto.Outlook(True, "", state=4 * GIB, missing=missing)
-    assert auto.choose_optimizer(device, outlook)[0] == expected
+    foreseen = outlook.Outlook(True, "", state=4 * GIB, missing=missing)
+    assert outlook.choose_optimizer(device, foreseen)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -79,9 +86,9 @@ def test_a_base_is_sharded_where_it_fits_no_gpu(
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")
-    given = auto.Situation(load.load_recipe(path, list(more)), device, None, 2)
-    outlook = auto.Outlook(True, "", state=4 * GIB, missing=missing)
-    chosen, reason = auto.choose_strategy(given, outlook)
+    given = Situation(load.load_recipe(path, list(more)), device, None, 2)
+    foreseen = outlook.Outlook(True, "", state=4 * GIB, missing=missing)
+    chosen, reason = outlook.choose_strategy(given, foreseen)
     assert chosen == expected
     assert ("GiB more than" in reason) is (expected == "fsdp")
     assert ("compiled" in reason) is bool(more and "compile" in more[0])
@@ -104,7 +111,7 @@ def test_how_work_is_shared_is_open_where_one_trains_alone(tmp_path: Path) -> No
 
 def test_options_without_a_measured_gain_are_off_and_say_why() -> None:
     for device in (CPU, TURING, AMPERE, HOPPER):
-        for choose in (auto.choose_compilation, auto.choose_liger):
+        for choose in (choose_compilation, choose_liger):
             value, reason = choose(situation(device))
             assert value is False
             assert reason

@@ -31,7 +31,7 @@ from transformers import (
 
 from lora_cli.models import attach, leave_out_cache
 from lora_cli.models.base import Base
-from lora_cli.plan import auto, flops, hardware, memory, show
+from lora_cli.plan import auto, auto_choices, flops, hardware, memory, outlook, show
 from lora_cli.plan.hardware import GIB, Hardware
 from lora_cli.plan.rehearsal import (
     ACTIVATIONS,
@@ -338,11 +338,11 @@ def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
     still_open = chosen.replace("sft", {"training": {"gradient_checkpointing": "auto"}})
     for room, expected in ((need, False), (need - 1, True)):
         device = LARGE_CPU._replace(memory=room)
-        outlook = auto.foresee_memory(auto.Situation(still_open, device, config()))
-        assert outlook.checkpointing is expected
-        assert "MiB" in outlook.reason
-    outlook = auto.foresee_memory(auto.Situation(still_open, LARGE_CPU, config()))
-    assert outlook == auto.Outlook(False, "needs a small part of a processor, 64.0 GiB")
+        foreseen = outlook.foresee_memory(auto_choices.Situation(still_open, device, config()))
+        assert foreseen.checkpointing is expected
+        assert "MiB" in foreseen.reason
+    foreseen = outlook.foresee_memory(auto_choices.Situation(still_open, LARGE_CPU, config()))
+    assert foreseen == outlook.Outlook(False, "needs a small part of a processor, 64.0 GiB")
 
 
 def test_an_eight_bit_optimizer_is_taken_where_it_makes_the_difference() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common.errors import UsageError
-from lora_cli.plan import auto, hardware
+from lora_cli.plan import auto, configurations, hardware
 from lora_cli.recipe import keys, strict_yaml, upstream
 from lora_cli.recipe.load import load_recipe
 
@@ -29,7 +29,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> keys.Recipe:
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     """What is said, the temporary folder left out of the paths."""
     with pytest.raises(UsageError) as caught:
-        auto.try_configurations(load(tmp_path, text, *overrides))
+        configurations.try_configurations(load(tmp_path, text, *overrides))
     return f"{caught.value} | {caught.value.hint}".replace(f"{tmp_path}/", "")
 
 
@@ -462,7 +462,7 @@ def test_shipped_recipes_load_and_are_accepted_upstream() -> None:
     for path in recipes:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), path
         device = hardware.parse_gpu("T4") if "t4" in path.stem else None
-        auto.try_configurations(load_recipe(path), device)
+        configurations.try_configurations(load_recipe(path), device)
 
 
 def test_a_byte_order_mark_and_a_home_folder_are_understood(

@@ -47,7 +47,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lora_cli.data import load
-from lora_cli.plan import auto
+from lora_cli.plan import configurations
 
 ROOT = Path(__file__).parent.parent.parent
 COUNTS = {"recipes": 10_000, "data": 2_000, "adapters": 2_000}
@@ -203,7 +203,7 @@ class Recipes:
         self.folder, self.load, self.check, self.dump = (
             folder,
             load_recipe,
-            auto.try_configurations,
+            configurations.try_configurations,
             strict_yaml.dump,
         )
         self.valid = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
