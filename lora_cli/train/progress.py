@@ -286,6 +286,20 @@ class Watch(TrainerCallback):
         used = self.work.used(speed)
         return found if used is None else found | {"mfu": round(used, 4)}
 
+    def complete(self, logs: dict[str, float], state: TrainerState) -> None:
+        """Put into what Trainer logs what it does not know: speed and memory, and the mean loss of
+        all steps, since its own is of those since the run was resumed."""
+        if "loss" in logs:
+            logs.update(self.measure_effort(state))
+        if "train_loss" in logs:
+            logs["train_loss"] = self.loss_sum / max(1, state.global_step)
+
+    def list_receipt(self, state: TrainerState) -> dict[str, float]:
+        """Return the numbers of the receipt that no line of the log has for the whole run."""
+        found = {self.work.unit: int(state.num_input_tokens_seen), **self.measure_effort(state)}
+        planned = self.picture.planned
+        return found if planned is None else found | {"planned_memory_gb": round(planned / 1e9, 3)}
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -322,10 +336,6 @@ class Watch(TrainerCallback):
     ) -> None:
         """Append to metrics.jsonl, and show an evaluation on the screen too."""
         logs = logs or {}
-        if "loss" in logs:
-            logs = logs | self.measure_effort(state)
-        if "train_loss" in logs:  # Trainer's counts the steps since it was resumed only
-            logs["train_loss"] = self.loss_sum / max(1, state.global_step)
         del state.log_history[:-1]  # it grows with the run, in memory and in every checkpoint
         if not ranks.is_first():
             return

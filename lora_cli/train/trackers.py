@@ -2,7 +2,7 @@
 
 transformers has a callback for each, which gets what Trainer logs. Here each is kept from ending
 the run when it fails, and four of them get more: the settled recipe, the answers to sample prompts,
-and at the end which step was best.
+and at the end which step was best and the numbers of the receipt.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from lora_cli.common import library_errors, provenance, ui
 
 COLUMNS = ("prompt", "answer")
 Sample = Mapping[str, Any]
+ListReceipt = Callable[[TrainerState], Mapping[str, float]]
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
 class Tracker(TrainerCallback):
     """One tracker, by the callback that transformers has for it."""
 
-    def __init__(self, callback: TrainerCallback, recipe: str, folder: Path) -> None:
+    def __init__(
+        self, callback: TrainerCallback, recipe: str, folder: Path, list_receipt: ListReceipt
+    ) -> None:
         self.callback = callback
+        self.list_receipt = list_receipt
         self.recipe = recipe
         """The settled recipe, as YAML."""
         self.samples = folder / provenance.SAMPLES
@@ -44,7 +48,7 @@ class Tracker(TrainerCallback):
         try:
             if state.is_world_process_zero and event == "on_train_end":
                 self._tell_samples()
-                self._tell("final", describe_end(args, state))
+                self._tell("final", describe_end(args, state, self.list_receipt(state)))
             getattr(self.callback, event)(args, state, **given)
             if state.is_world_process_zero and event == "on_train_begin":
                 self._tell("recipe", self.recipe)
@@ -91,15 +95,18 @@ for _name in EVENTS:
     setattr(Tracker, _name, _make_event(_name))
 
 
-def guard(callback: Any, recipe: str, folder: Path) -> Any:
+def guard(callback: Any, recipe: str, folder: Path, list_receipt: ListReceipt) -> Any:
     """Return a tracker's callback as a Tracker, any other as it is."""
     its_own = type(callback).__module__.startswith("transformers.integrations")
-    return Tracker(callback, recipe, folder) if its_own else callback
+    return Tracker(callback, recipe, folder, list_receipt) if its_own else callback
 
 
-def describe_end(args: TrainingArguments, state: TrainerState) -> dict[str, float]:
+def describe_end(
+    args: TrainingArguments, state: TrainerState, receipt: Mapping[str, float]
+) -> dict[str, float]:
     """Return what the end of a run tells beside what Trainer logs."""
     found: dict[str, float] = {"final/step": state.global_step}
+    found |= {f"final/{name}": value for name, value in receipt.items()}
     if state.best_global_step and state.best_metric is not None:
         metric = str(args.metric_for_best_model).removeprefix("eval_")
         found |= {"final/best_step": state.best_global_step}

@@ -82,7 +82,8 @@ class Watched(Resumable):
         self.remove_callback(PrinterCallback)
         folder = Path(self.args.output_dir)
         self.callback_handler.callbacks = [
-            trackers.guard(each, options.recipe, folder) for each in self.callback_handler.callbacks
+            trackers.guard(each, options.recipe, folder, self.watch.list_receipt)
+            for each in self.callback_handler.callbacks
         ]
         self.add_callback(self.watch)
         if self.options.patience is not None:
@@ -143,6 +144,11 @@ class Watched(Resumable):
             if self.args.eval_strategy == "no":
                 self.sample()
             return ended
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log for trackers, too, what metrics.jsonl has: they are told before it is written."""
+        self.watch.complete(logs, self.state)
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self.watch.gradient_norm = super()._get_grad_norm(*args, **kwargs)

@@ -45,12 +45,36 @@ def text(events: EventAccumulator, name: str) -> list[str]:
 def test_a_tracker_gets_recipe_and_end(recipe, tmp_path: Path) -> None:
     train.train(recipe)
     events = read(tmp_path / "run")
-    kept = json.loads((tmp_path / "run" / "record.json").read_text())["kept"]
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    kept = record["kept"]
     assert events.Scalars("final/best_step")[0].value == kept["step"]
     assert events.Scalars("final/best_loss")[0].value == pytest.approx(kept["value"], rel=1e-6)
     [said] = text(events, "recipe")
     assert "max_rows: 24" in said and "learning_rate: 0.0002" in said
-    assert len(events.Scalars("train/loss")) == 4
+    for name in ("loss", "tokens_per_second", "peak_memory_gb"):
+        told = [each.value for each in events.Scalars(f"train/{name}")]
+        assert told == pytest.approx([line[name] for line in lines if name in line], rel=1e-6)
+        assert len(told) == 4
+    # what the receipt says, of which the last steps may have taken more
+    [peak] = events.Scalars("final/peak_memory_gb")
+    assert (
+        told[-1] <= peak.value * 1.001 and peak.value <= record["results"]["peak_memory_gb"] * 1.001
+    )
+    assert events.Scalars("final/tokens")[0].value == lines[-1]["num_input_tokens_seen"]
+
+
+def test_a_tracker_gets_the_mean_loss_of_a_resumed_run(recipe, tmp_path: Path) -> None:
+    """Of all its steps: Trainer's own is that of the steps since it was resumed."""
+    train.train(recipe)
+    again = recipe.replace(recipe.trainer, {"training": {"max_steps": 6}})
+    train.train(again, resume=True, allowed=["training.max_steps"])
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    folders = sorted((tmp_path / "run" / "runs").iterdir())
+    events = EventAccumulator(str(folders[-1]))
+    events.Reload()
+    told = events.Scalars("train/train_loss")[-1].value
+    assert told == pytest.approx(record["results"]["train_loss"], rel=1e-6)
 
 
 def test_samples_are_told_once_and_as_text(recipe, tmp_path: Path, monkeypatch) -> None:
