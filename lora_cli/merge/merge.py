@@ -60,6 +60,9 @@ from lora_cli.models import (
 ROUTED_KL = 1e-4
 """The mean KL up to which a merged model of experts counts as the right one although single tokens
 went to another expert."""
+ROUNDED_KL = 0.5
+"""The mean KL up to which rounding is believed of a merged model that was exact before it, and
+whose files hold each weight rounded once: beyond it, its settings are not the base's."""
 # Tokens of each probe prompt that are enough to compare a merged model with what it was made from
 SHORT = 32
 
@@ -129,7 +132,7 @@ def merge_adapter(
         ui.say(f"  {modules} of {spell_count(modules, 'module')} merged")
         if check:
             weights = _check_files(way, adapter, staging, original)
-            rounded = _check_rounded(adapter, way, probes, expected, staging)
+            rounded = _check_rounded(adapter, way, probes, expected, staging, exact is not None)
             checked = Checked(exact, weights, rounded, trained)
         add_reader_and_record(adapter, reader, staging, original, checked)
         write_card(staging, files.name_artefact(out))
@@ -161,15 +164,16 @@ def _check_rounded(
     probes: Sequence[Probe],
     expected: Sequence[torch.Tensor] | None,
     folder: Path,
+    was_exact: bool,
 ) -> Difference | None:
     """Return how far the model that was written lies from base with adapter, None where that cannot
-    be computed. Raise RejectedError for another function."""
+    be computed; before it was rounded it `was_exact`. Raise RejectedError for another function."""
     dtype = adapter.base.dtype
     given = None if expected is None else way.compute_merged(folder, dtype, probes)
     if expected is None or given is None:
         return None
     when = "" if dtype == torch.float32 else "rounded, "
-    return refuse_different(adapter, given, expected, dtype, when)
+    return refuse_different(adapter, given, expected, dtype, when, was_exact)
 
 
 def _check_files(
@@ -329,13 +333,14 @@ def refuse_different(
     expected: Sequence[torch.Tensor],
     dtype: torch.dtype,
     when: str = "",
+    was_exact: bool = False,
 ) -> Difference:
     """Return how far a merged model, its weights of type `dtype`, lies from base with adapter, and
     say it.
 
     Raise RejectedError where float32 lies further than the order of sums explains; or 16 bits
-    further than any arithmetic in them would: what rounding does is what a user will see, and no
-    measure of whether the merge is right, which has been seen before rounding.
+    further than most arithmetic in them would. What rounding does is what a user will see, and no
+    measure of whether the merge is right: of one that `was_exact` before, it is a warning.
     """
     difference = compare_logits(expected, given)
     layers = num_layers(adapter.base.config)
@@ -347,6 +352,12 @@ def refuse_different(
         ui.say(
             "  over the limit at a few tokens only, as the mean KL shows: rounding sends those to "
             "another expert"
+        )
+    elif over and was_exact and difference.mean_kl <= ROUNDED_KL:
+        ui.warn(
+            f"rounding the merged weights to {str(dtype).removeprefix('torch.')} changes what the "
+            "model says: lora evaluate ADAPTER MERGED tells how much, and serving the adapter "
+            "beside its base rounds nothing"
         )
     elif over:
         raise RejectedError(

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lora_cli.common.errors import RejectedError
 from lora_cli.merge import in_memory, streaming
-from lora_cli.merge.merge import Checked, merge, merge_adapter
+from lora_cli.merge.merge import Checked, merge, merge_adapter, refuse_different
 from lora_cli.models import tensors
-from lora_cli.models.adapter_folder import read_adapter
+from lora_cli.models.adapter_folder import Adapter, read_adapter
 from tests.networks import random_model
 
 MODULE = "model.layers.17.self_attn.q_proj"
@@ -181,3 +183,35 @@ def test_a_file_that_is_not_what_was_merged_in_memory_is_caught(
     monkeypatch.setattr(in_memory.Whole, "write", wrong)
     with pytest.raises(RejectedError, match="in the merged model's files is not what was written"):
         merge(deep / "adapter", tmp_path / "out", stream=False)
+
+
+@pytest.mark.parametrize(
+    ("moved", "was_exact", "outcome"),
+    [
+        (0.25, False, "refused"),
+        (0.25, True, "warned"),
+        (0.01, True, "kept"),
+        (3.0, True, "refused"),
+        (float("nan"), True, "refused"),
+    ],
+)
+def test_rounding_is_no_reason_to_refuse_what_was_exact_before(
+    moved: float, was_exact: bool, outcome: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SmolLM2-135M's bfloat16, trained 12 steps, moved by a mean KL of 0.026 as it was rounded."""
+    generator = torch.Generator().manual_seed(0)
+    expected = [torch.randn(1, 16, 64, generator=generator)]
+    given = [expected[0] + moved * torch.randn(1, 16, 64, generator=generator)]
+    adapter = cast(Adapter, SimpleNamespace(base=SimpleNamespace(config=LlamaConfig())))
+
+    def compare() -> float:
+        found = refuse_different(adapter, given, expected, torch.bfloat16, "rounded, ", was_exact)
+        return found.mean_kl
+
+    if outcome == "refused":
+        with pytest.raises(RejectedError, match="rounded, the merged model differs"):
+            compare()
+    else:
+        assert (compare() > 2e-2) == (outcome == "warned")
+    warned = "warning: rounding the merged weights to bfloat16" in capsys.readouterr().err
+    assert warned == (outcome == "warned")
