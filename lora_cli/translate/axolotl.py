@@ -329,9 +329,8 @@ def _read_type_of_pairs(rows: RowsDraft, keys: Keys, value: str) -> None:
             "called",
         )
         return
-    prompt = known[value]
+    prompt, what = known[value], "answers" if unpaired else "pairs"
     if prompt is None or "field_messages" in _find_entry(rows, keys):
-        what = "answers with a label" if unpaired else "pairs"
         rows.draft.tell(keys, Kind.taken, f"as here: {what}, texts or turns")
     else:
         rows.name_column(keys, "prompt", prompt)
@@ -343,8 +342,8 @@ def _read_type_of_pairs(rows: RowsDraft, keys: Keys, value: str) -> None:
     elif value.startswith("llama3."):
         rows.draft.ask(
             keys,
-            "the rows are read as here; their prompt is that of Llama 3's instruct models: for a "
-            "base without a template, model.chat_template: FILE.jinja",
+            f"the {what} are read as here; their prompt is that of Llama 3's instruct models: for "
+            "a base without a template, model.chat_template: FILE.jinja",
         )
 
 

@@ -354,6 +354,11 @@ def test_rows_with_a_label_keep_their_columns(tmp_path: Path) -> None:
     assert data["columns"] == {"prompt": "ask", "label": "good"}
     assert "format" not in data
     (tmp_path / "ours.yaml").unlink()
+    intel = "base_model: a\nadapter: lora\nrl: kto\ndatasets: [{path: b, type: chatml.intel}]\n"
+    recipe = recipe_of(tmp_path, intel)
+    assert recipe["data"]["columns"] == {"prompt": "question"}
+    assert recipe["model"]["chat_template"] == "chatml"
+    (tmp_path / "ours.yaml").unlink()
     (tmp_path / "data").mkdir()
     entry = {
         "file_name": "votes.json",
