@@ -23,6 +23,7 @@ Its doors, in the order a reader needs them:
     plain_files                            the door for files and folders of others
     lock, endings, children                one process a place; ends in order; programs end with it
     confined                               strangers' programs in a process with limits
+    gguf_values                            the types of values in a GGUF file
     devices                                the device that models train and answer on
     gpu_faults                             what keeps torch from a GPU, and what one is too old for
     gpu_memory                             how torch's allocator asks a GPU for memory
@@ -54,6 +55,7 @@ __all__ = [
     "files",
     "find_nearest",
     "format_duration",
+    "gguf_values",
     "gpu_faults",
     "gpu_memory",
     "join_errors",

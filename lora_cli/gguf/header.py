@@ -11,25 +11,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lora_cli.common import gguf_values
+
 VERSION = 3
 ALIGNMENT = 32
 """GGUF_DEFAULT_ALIGNMENT, in bytes; llama-quantize writes files of no other."""
-
-# Values: the number that stands for a type in a file -> how `struct` reads it.
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-UINT32, STRING, ARRAY = 4, 8, 9
 
 
 class Tensor(NamedTuple):
@@ -68,12 +54,12 @@ def read_header(view: memoryview) -> Header:
 
 def text(value: bytes) -> bytes:
     """Encode a string as a value of the metadata."""
-    return struct.pack("<I", STRING) + _sized(value)
+    return struct.pack("<I", gguf_values.TEXT) + _sized(value)
 
 
 def uint32(value: int) -> bytes:
     """Encode a whole number as a value of the metadata."""
-    return struct.pack("<II", UINT32, value)
+    return struct.pack("<II", gguf_values.UINT32, value)
 
 
 def header(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> bytes:
@@ -140,14 +126,14 @@ def _read_text(view: memoryview, at: int) -> tuple[bytes, int]:
 
 def _end(view: memoryview, at: int, kind: int) -> int:
     """Return where the value that begins at `at` ends."""
-    if kind == STRING:
+    if kind == gguf_values.TEXT:
         return _read_text(view, at)[1]
-    if kind != ARRAY:
-        return at + struct.calcsize(SCALARS[kind])
+    if kind != gguf_values.ARRAY:
+        return at + struct.calcsize(gguf_values.SCALARS[kind])
     inner, num = struct.unpack_from("<IQ", view, at)
     at += 12
-    if inner != STRING:
-        return at + num * struct.calcsize(SCALARS[inner])
+    if inner != gguf_values.TEXT:
+        return at + num * struct.calcsize(gguf_values.SCALARS[inner])
     for _ in range(num):
         at = _read_text(view, at)[1]
     return at
@@ -155,13 +141,13 @@ def _end(view: memoryview, at: int, kind: int) -> int:
 
 def _decode(value: bytes) -> Any:
     (kind,) = struct.unpack_from("<I", value)
-    if kind == STRING:
+    if kind == gguf_values.TEXT:
         return value[12:].decode()
-    if kind != ARRAY:
-        return struct.unpack_from(f"<{SCALARS[kind]}", value, 4)[0]
+    if kind != gguf_values.ARRAY:
+        return struct.unpack_from(f"<{gguf_values.SCALARS[kind]}", value, 4)[0]
     inner, num = struct.unpack_from("<IQ", value, 4)
-    if inner in SCALARS:
-        return list(struct.unpack_from(f"<{num}{SCALARS[inner]}", value, 16))
+    if inner in gguf_values.SCALARS:
+        return list(struct.unpack_from(f"<{num}{gguf_values.SCALARS[inner]}", value, 16))
     texts, at, view = [], 16, memoryview(value)
     for _ in range(num):
         item, at = _read_text(view, at)

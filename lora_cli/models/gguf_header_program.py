@@ -1,5 +1,5 @@
 """Look through a stranger's GGUF file up to its weights: the program that `gguf_reading.py` runs in
-a process of its own, before a library believes any of it. gguf's table of types and the standard
+a process of its own, before a library believes any of it. Two tables of types and the standard
 library only.
 
 The layout is that of ggml/include/gguf.h, versions 2 and 3; all numbers are little-endian.
@@ -15,21 +15,8 @@ from typing import IO, Any, NoReturn
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-"""How `struct` reads the values of a type; 8 is a text, 9 an array."""
-TEXT, ARRAY = 8, 9
+from lora_cli.common import gguf_values
+
 MOST_VALUES, MOST_TENSORS = 2**16, 2**17
 """Entries of a header; known files have some fifty values, and 20,000 tensors at most."""
 MOST_ITEMS = 2**22
@@ -99,13 +86,13 @@ class Header:
         if key in self.values:
             refuse(f"it has {key[:80]!r} twice")
         (kind,) = self._take_numbers("I")
-        if kind == ARRAY:
+        if kind == gguf_values.ARRAY:
             self.values[key] = self._skip_array(key)
-        elif kind == TEXT:
+        elif kind == gguf_values.TEXT:
             most = LONGEST_TEMPLATE if key.startswith("tokenizer.chat_template") else None
             self.values[key] = self._take_text(key[:80], most)
-        elif kind in SCALARS:
-            (self.values[key],) = self._take_numbers(SCALARS[kind])
+        elif kind in gguf_values.SCALARS:
+            (self.values[key],) = self._take_numbers(gguf_values.SCALARS[kind])
         else:
             refuse(f"{key[:80]!r} is of a type {kind} that GGUF has not")
 
@@ -115,12 +102,12 @@ class Header:
         self.items += num
         if self.items > MOST_ITEMS:
             refuse(f"{key[:80]!r} claims {num:,} items, and at most {MOST_ITEMS:,} are read")
-        if kind == TEXT:
+        if kind == gguf_values.TEXT:
             most = LONGEST_TOKEN if key == TOKENS else None
             for _ in range(num):
                 self._take_text(f"an item of {key[:80]}", most)
-        elif kind in SCALARS:
-            self._take(num * struct.calcsize(SCALARS[kind]))
+        elif kind in gguf_values.SCALARS:
+            self._take(num * struct.calcsize(gguf_values.SCALARS[kind]))
         else:
             refuse(f"{key[:80]!r} holds items of type {kind}, which no model has")
         return int(num)
