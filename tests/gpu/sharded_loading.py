@@ -210,6 +210,9 @@ def main() -> None:
         adapted, found = load(recipe, base, counted)
         shard(recipe, base, adapted, folder, counted)
         own, _ = sharding.measure(adapted)
+        found["elsewhere"] = sum(
+            each.device != GPU for each in (*adapted.parameters(), *adapted.buffers())
+        )
     print(json.dumps(found | {"own": own} | counted.phases), file=sys.__stdout__, flush=True)
     os._exit(0)  # as fake_cuda.main does
 

@@ -78,6 +78,7 @@ def test_a_gpu_never_has_more_than_its_part_and_a_block(
         passed = whole[name][1] - whole[name][0]  # what passes need beside the weights
         assert now <= outside + small, name
         assert most <= outside + block + passed + small, name
+    assert found["elsewhere"] == 0  # tensors that did not come to the GPU
     now, most = found["sharded"]
     part = found["own"]
     assert now <= part + adapters * LAYERS // WORLD + small
