@@ -136,19 +136,23 @@ class Forecast:
     def largest(self, grown: Callable[[int], Batch], start: int, limit: int) -> int:
         """Return the largest n up to `limit` for which `grown(n)` fits; 0 if not even 1 does.
 
-        Memory is at most quadratic in n, so a few rehearsed steps suffice.
+        Memory is about quadratic in n, so a few rehearsed steps suffice; where it is not, as it
+        grows by stairs, the middle is tried. It is found exactly: were it near the largest only,
+        more memory could offer less.
         """
-        low = 0
-        high = limit + 1
+        low, high, width = 0, limit + 1, 2 * limit
         guess = max(1, min(start, limit))
         tried: dict[int, int] = {}
-        while low + max(1, low // 64) < high and len(tried) < 10:
+        while low + 1 < high:
             tried[guess] = self.need(grown(guess)).total
             if tried[guess] <= self.device.memory:
                 low = guess
             else:
                 high = guess
-            guess = min(max(_find_crossing(tried, self.device.memory), low + 1), high - 1)
+            is_slow, width = 2 * (high - low) > width, high - low
+            middle = math.isqrt(max(low, 1) * high)
+            asked = middle if is_slow else _find_crossing(tried, self.device.memory)
+            guess = min(max(asked, low + 1), high - 1)
         return low
 
 

@@ -330,6 +330,26 @@ def test_the_largest_that_fits_is_the_last_that_does() -> None:
     assert plan.largest(lambda n: Batch(2, n, waiting=False), 128, 1000) == 0
 
 
+@pytest.mark.parametrize("limit", [2048, 131_072])
+@pytest.mark.parametrize(
+    "grow",
+    [lambda n: 400_000 * n, lambda n: 300_000 * n + 40 * n * n]
+    + [lambda n: 400_000 * -(-n // 64) * 64, lambda n: max(2 * 10**9, 500_000 * n)],
+    ids=["line", "parabola", "stairs", "the head's level"],
+)
+def test_more_memory_never_offers_less(monkeypatch, grow, limit: int) -> None:
+    """By stairs the search ended after ten small steps, and offered as little as a 63rd."""
+    plan = memory.make_forecast(settled(), config(num_hidden_layers=1), LARGE_CPU)
+    tried: list[int] = []
+    monkeypatch.setattr(plan, "need", lambda n: tried.append(n) or memory.Need({"all": grow(n)}))
+    for gigabytes in range(1, 60, 4):
+        plan.device = LARGE_CPU._replace(memory=gigabytes * 10**9)
+        tried.clear()
+        found = plan.largest(lambda n: n, 500, limit)  # type: ignore[arg-type, return-value]
+        fit = [0, *(n for n in range(1, limit + 1) if grow(n) <= plan.device.memory)]
+        assert found == fit[-1] and len(tried) <= 35
+
+
 def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
     chosen = settled(packing="step", optim="adamw_torch_fused")
     need = (
