@@ -24,7 +24,7 @@ from peft import PeftModel
 
 from lora_cli.common import ui
 from lora_cli.models import Base
-from lora_cli.plan import auto, flops, hardware, memory, outlook, rehearsal, show, spread
+from lora_cli.plan import auto, flops, hardware, memory, outlook, show, spread, weightless
 from lora_cli.recipe import Recipe, load_recipe, recipe_table, shipped_recipes
 from tests import pictures, shapes
 
@@ -86,14 +86,14 @@ def build(name: str, checkpointing: bool | None) -> tuple[Recipe, PeftModel]:
     """Return a recipe as it is settled, and its whole network without weights."""
     with open_base(load_recipe(Path(name)).model.name_or_path, None) as base:
         recipe, config = settle(name, base, checkpointing)
-        return recipe, rehearsal.build_adapted(recipe, config, *_find_new_rows(recipe, config))
+        return recipe, weightless.build_adapted(recipe, config, *_find_new_rows(recipe, config))
 
 
 def rehearse(name: str, depth: int | None, checkpointing: bool | None) -> dict[str, int]:
     """Return the bytes of a step by item, of a base of so many layers, or of all."""
     with open_base(load_recipe(Path(name)).model.name_or_path, depth) as base:
         recipe, config = settle(name, base, checkpointing)
-        adapted = rehearsal.build_adapted(recipe, config, *_find_new_rows(recipe, config))
+        adapted = weightless.build_adapted(recipe, config, *_find_new_rows(recipe, config))
         forecast = memory.Forecast(recipe, adapted, hardware.parse_gpu(CARDS.get(name, CARD)))
         return dict(forecast.need(memory.largest_batch(recipe)).items)
 

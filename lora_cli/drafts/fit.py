@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lora_cli.common import LoraError, ui
 from lora_cli.drafts.draft import Draft
 from lora_cli.models import Base
-from lora_cli.plan import hardware, memory, rehearsal, settled
+from lora_cli.plan import hardware, memory, settled, weightless
 
 SAFE = 0.9
 """Of the device's memory, what is planned to be used."""
@@ -105,11 +105,11 @@ def _foresee(draft: Draft, device: hardware.Hardware | None) -> tuple[Fit, memor
     found = settled.settle_recipe(draft.build(), device)
     trained = total = 0
     try:
-        adapted = rehearsal.build_adapted(found.recipe, found.base.config)
+        adapted = weightless.build_adapted(found.recipe, found.base.config)
         trained, total = adapted.get_nb_trainable_parameters()
         forecast = memory.Forecast(found.recipe, adapted, found.device)
         need = forecast.need(memory.largest_batch(found.recipe))
-    except rehearsal.Unforeseen:
+    except weightless.Unforeseen:
         return Fit(found, total, trained, None), None
     return Fit(found, total, trained, need), forecast
 

@@ -8,7 +8,7 @@ Its doors, in the order a reader needs them:
     sizes      the adapter's size, the steps, how full the batches are
     memory     what a recipe needs of a device's memory, item by item
     outlook    … said before it is looked at closely
-    rehearsal  a recipe's network without weights, and a step of it
+    weightless a recipe's network without weights
     spread     what several processes need and lose
     flops      operations of training on a token, and the share of a device's peak
     check      `lora check`: what a recipe would train on
@@ -27,9 +27,9 @@ __all__ = [
     "hardware",
     "memory",
     "outlook",
-    "rehearsal",
     "settled",
     "show",
     "sizes",
     "spread",
+    "weightless",
 ]

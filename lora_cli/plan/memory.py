@@ -21,18 +21,9 @@ from lora_cli.data import prepare, selection
 from lora_cli.models import Base
 from lora_cli.plan import hardware
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.plan.rehearsal import (
-    ACTIVATIONS,
-    BACKWARD,
-    GRADIENTS,
-    HEAD,
-    ITEMS,
-    Batch,
-    Peaks,
-    Rehearsal,
-    Unforeseen,
-    build_adapted,
-)
+from lora_cli.plan.live_bytes import ACTIVATIONS, BACKWARD, GRADIENTS, HEAD, ITEMS, Peaks
+from lora_cli.plan.rehearsal import Batch, Rehearsal
+from lora_cli.plan.weightless import Unforeseen, build_adapted
 from lora_cli.recipe import Recipe
 from lora_cli.speed import step_packing
 

@@ -12,7 +12,7 @@ from lora_cli.models import num_experts
 from lora_cli.plan import memory
 from lora_cli.plan.auto_choices import Chosen, Situation
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.plan.rehearsal import OPTIMIZER
+from lora_cli.plan.live_bytes import OPTIMIZER
 from lora_cli.recipe import Recipe
 from lora_cli.speed import document_attention, step_packing
 

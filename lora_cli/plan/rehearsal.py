@@ -1,65 +1,40 @@
 """Rehearse one training step on tensors without storage, to see which bytes are alive when.
 
-The recipe's own network is built: transformers' model from its configuration, bitsandbytes' 4-bit
-weights, PEFT's adapters, DoRA's norms, checkpointing, autocast, the loss head and the optimiser. It
-then runs forward and backward on torch's fake tensors, which have shapes, types and lifetimes but
-no content, while every storage is counted from when it is made until it is freed. So nothing here
-knows how large an activation is: what autograd keeps is what is counted.
-
-A fake tensor cannot show memory that a kernel takes and gives back inside one operation. One such
-case is known and added: the weight that a product with a 4-bit one dequantises.
+The recipe's own network is built, with checkpointing, autocast, the loss head and the optimiser. It
+then runs forward and backward on torch's fake tensors. So nothing here knows how large an
+activation is: what autograd keeps is what is counted.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-import math
-import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel, Trainer
-from transformers.quantizers.auto import AutoHfQuantizer
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import Trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from lora_cli.common import LoraError
-from lora_cli.models import (
-    Parent,
-    attach,
-    empty,
-    find_picture_shape,
-    leave_out_cache,
-    quantised,
-    read_logits,
-    targets,
+from lora_cli.models import attach, find_picture_shape, leave_out_cache, quantised, read_logits
+from lora_cli.plan.live_bytes import (
+    ACTIVATIONS,
+    ADAPTERS,
+    BACKWARD,
+    GRADIENTS,
+    HEAD,
+    OPTIMIZER,
+    Live,
+    Peaks,
 )
+from lora_cli.plan.weightless import Unforeseen, materialise, translate_unforeseen
 from lora_cli.recipe import Recipe, upstream
 from lora_cli.scoring import make_scorer
 from lora_cli.speed import dora_norms, install, loss_head
 
-WEIGHTS = "weights"
-ADAPTERS = "adapters"
-OPTIMIZER = "optimizer"
-GRADIENTS = "gradients"
-ACTIVATIONS = "activations"
-HEAD = "head and loss"
-BACKWARD = "backward pass"
-ITEMS = (WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, HEAD, BACKWARD)
-GROUPED = torch.ops.aten._grouped_mm.default
-GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
-LARGE = 32 << 20
-"""Bytes from which glibc gives memory back as soon as it is freed."""
 OFFLOADED = 1024
 """Bytes from which TRL offloads what is kept for the backward pass."""
 MOST_OPERATIONS = 100_000
@@ -70,16 +45,6 @@ modules), whatever the length of the rows, but in a network that goes through th
 as Mamba's does on a CPU."""
 LENGTHS = (8, 16)
 """Tokens of the rows from which longer ones are foreseen in such a network."""
-UNFORESEEN = (
-    RuntimeError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-)
-
-
 CHANNELS = 3
 """Of a picture: red, green and blue."""
 
@@ -98,190 +63,6 @@ class Batch(NamedTuple):
 
 class TooManyOperations(Exception):
     """A step takes more operations than are followed."""
-
-
-class Unforeseen(LoraError):
-    """The network depends on its tensors' content, so that it cannot be rehearsed."""
-
-
-@contextmanager
-def translate_unforeseen() -> Iterator[None]:
-    """Turn what the libraries raise for tensors without content into Unforeseen, in their words."""
-    logger = logging.getLogger(
-        "torch._subclasses.fake_tensor"
-    )  # repeats the error, with a traceback
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except UNFORESEEN as error:
-        words = " ".join(str(error).split())[:200] or type(error).__name__
-        message = f"the memory of this recipe cannot be foreseen: {words}"
-        raise Unforeseen(message, "train, and watch it") from error
-    finally:
-        logger.setLevel(level)
-
-
-class _Packed(FakeTensor):
-    """A 4-bit weight, with the class name by which PEFT recognises one."""
-
-
-_Packed.__name__ = Params4bit.__name__
-
-
-class Peaks(NamedTuple):
-    """Bytes by item, each field at the moment when its sum is highest."""
-
-    all: Counter[str]
-    small: Counter[str]
-    """Storages of less than `LARGE` bytes."""
-    large: Counter[str]
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of every storage that operations inside make, until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.item = WEIGHTS
-        """What new storages count as."""
-        self.now = Peaks(Counter(), Counter(), Counter())
-        """Bytes that are alive."""
-        self.most = Peaks(Counter(), Counter(), Counter())
-        """The highest of each field so far."""
-        self.owner: dict[int, tuple[str, int]] = {}
-        """The item and the bytes of each storage."""
-        self.operations = 0
-        """Of the step that is rehearsed."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        if func is GROUPED and args[0].dtype == torch.float32:
-            # torch's fake version of this operation takes bfloat16 only
-            first, second, *others = args
-            made = func(first.bfloat16(), second.bfloat16(), *others, **(kwargs or {})).float()
-        else:
-            made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        inside = math.prod(args[2]) * args[0].element_size() if func is GEMM_4BIT else 0
-        self._add(self.item, inside)
-        for now, most in zip(self.now, self.most):
-            if now.total() > most.total():
-                most.clear()
-                most.update(now)
-        self._add(self.item, -inside)
-        return made
-
-    def _add(self, item: str, change: int) -> None:
-        """Add the bytes of a new storage, or, below zero, take off those of one that is freed."""
-        self.now.all[item] += change
-        (self.now.small if abs(change) < LARGE else self.now.large)[item] += change
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.owner:
-            self.owner[key] = (self.item, storage.nbytes())
-            self._add(self.item, storage.nbytes())
-            weakref.finalize(storage, self._freed, key).atexit = False
-
-    def _freed(self, key: int) -> None:
-        item, size = self.owner.pop(key)
-        self._add(item, -size)
-
-    def reassign(self, tensor: torch.Tensor, item: str) -> None:
-        """Count a tensor's storage as another item from now on."""
-        key = tensor.untyped_storage()._cdata
-        before, size = self.owner[key]
-        self.owner[key] = (item, size)
-        self._add(before, -size)
-        self._add(item, size)
-
-    def reset_peaks(self) -> None:
-        """Look for new peaks, from now on."""
-        for most in self.most:
-            most.clear()
-
-
-def build_adapted(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    vocabulary: int = 0,
-    new_ids: Sequence[int] = (),
-    parent: Parent | None = None,
-) -> PeftModel:
-    """Return the settled recipe's base with its adapter on the `meta` device.
-
-    Where there are `new_ids`, the embeddings have at least `vocabulary` rows; `parent` is the
-    adapter that is trained on. UsageError where the recipe's names match nothing in the base.
-    """
-    config = copy.deepcopy(config)
-    config.dtype = getattr(torch, recipe.model.dtype)
-    if recipe.model.attn_implementation == "eager":
-        config._attn_implementation = "eager"
-    base = empty.build_empty(config, recipe.task_row)
-    folder = parent.folder if parent else None
-    lora_config, _ = targets.make_config(recipe, base, vocabulary, new_ids, folder)
-    lora_config.init_lora_weights = True  # other initialisations need the base's weights
-    with translate_unforeseen(), torch.device("meta"), attach.quiet_peft():
-        if recipe.quantized:
-            _quantize_modules(recipe, base)
-        return attach.attach_adapter(base, lora_config, recipe.lora.autocast_adapter_dtype)
-
-
-def _quantize_modules(recipe: Recipe, base: PreTrainedModel) -> None:
-    """Replace what transformers would quantise by bitsandbytes' modules, on the `meta` device."""
-    quantizer = AutoHfQuantizer.from_config(
-        upstream.build_quantization_config(recipe), pre_quantized=False
-    )
-    quantizer.preprocess_model(model=base, device_map=None)
-    base.is_loaded_in_4bit = True  # PEFT looks at it
-    # bitsandbytes keeps the first table it makes for the whole process, so that one needs content
-    with torch.device("cpu"):
-        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            # as it is read from the base: what it is dequantised to
-            module.weight.data = module.weight.data.to(getattr(torch, recipe.model.dtype))
-            module.weight._quantize("meta")
-            module.support_avx512bf16_for_cpu = False
-
-
-def _materialise(network: nn.Module) -> None:
-    """Replace `meta` tensors by fake ones; tensors that are shared stay so."""
-    known: dict[int, nn.Parameter] = {}
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in known:
-                    known[id(parameter)] = _fake_tensor(module, parameter)
-                module._parameters[name] = known[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _fake_tensor(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
-    if not isinstance(parameter, Params4bit):
-        return nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad
-        )
-    whole = torch.empty(parameter.quant_state.shape, dtype=parameter.quant_state.dtype)
-    packed, state = functional.quantize_4bit(
-        whole,
-        None,
-        None,
-        parameter.blocksize,
-        parameter.compress_statistics,
-        parameter.quant_type,
-        parameter.quant_storage,
-    )
-    made: Any = nn.Parameter(packed, requires_grad=False)
-    made.__class__ = _Packed
-    made.quant_state = state
-    module.quant_state = state
-    return made
 
 
 class Rehearsal:
@@ -320,7 +101,7 @@ class Rehearsal:
 
     def _prepare(self) -> None:
         """Make what lives as long as the run: weights, adapters, the optimiser's state."""
-        _materialise(self.adapted)
+        materialise(self.adapted)
         packed = [module for module in self.adapted.modules() if isinstance(module, Linear4bit)]
         size = getattr(torch, self.recipe.model.dtype).itemsize
         if quantised.find_quantised(self.base.config) is None:

@@ -19,7 +19,7 @@ from peft import PeftModel
 from lora_cli.common import spell_count, threads, ui
 from lora_cli.data import cache, load, prepare, selection, sources
 from lora_cli.models import Base, Reader, attach, find_picture_shape, load_recipe_reader
-from lora_cli.plan import flops, hardware, memory, rehearsal, settled, sizes, spread
+from lora_cli.plan import flops, hardware, memory, settled, sizes, spread, weightless
 from lora_cli.plan.hardware import Hardware
 from lora_cli.plan.rehearsal import Batch
 from lora_cli.recipe import Recipe, Task
@@ -121,7 +121,7 @@ def _build_adapted(found: settled.Settled, vocabulary: int, new_ids: list[int]) 
     """Return the base with its adapter, without weights; LoraError where the adapter that is
     trained on does not fit it."""
     config, parent = found.base.config, found.parent
-    adapted = rehearsal.build_adapted(found.recipe, config, vocabulary, new_ids, parent)
+    adapted = weightless.build_adapted(found.recipe, config, vocabulary, new_ids, parent)
     if parent is not None:
         parent.refuse_unfit(adapted)
     return adapted

@@ -20,7 +20,7 @@ from lora_cli.common import LoraError, spell_count
 from lora_cli.distributed import shares
 from lora_cli.models import find_statistics, host_blocks
 from lora_cli.plan.hardware import GIB
-from lora_cli.plan.rehearsal import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
+from lora_cli.plan.live_bytes import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from lora_cli.recipe import Recipe
 
 STEPS = 100

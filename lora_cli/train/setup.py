@@ -10,7 +10,7 @@ from peft import PeftModel
 from lora_cli.common import ui
 from lora_cli.data import prepare, unpaired
 from lora_cli.models import find_picture_shape
-from lora_cli.plan import flops, hardware, rehearsal
+from lora_cli.plan import flops, hardware, weightless
 from lora_cli.recipe import Recipe, strict_yaml, upstream
 from lora_cli.scoring import make_scorer
 from lora_cli.speed import dora_norms
@@ -130,7 +130,7 @@ def count_work(recipe: Recipe, adapted: PeftModel, train_rows: prepare.Prepared)
     peak = flops.find_peak(device.name, recipe.model.dtype) if device.kind == "cuda" else None
     if recipe.task_row.reads_pictures:
         shape = find_picture_shape(recipe.model.name_or_path, recipe.model.revision)
-        empty = rehearsal.build_adapted(recipe, adapted.get_base_model().config)
+        empty = weightless.build_adapted(recipe, adapted.get_base_model().config)
         return flops.Work(flops.count_per_picture(empty, shape), peak, recipe.task_row.unit)
     context = counts.tokens / max(len(train_rows.rows), 1)
     each = flops.count_per_token(adapted, context, counts.trained_tokens / max(counts.tokens, 1))

@@ -104,7 +104,7 @@ from lora_cli.common import devices  # noqa: E402
 from lora_cli.common.files import scratch_folder  # noqa: E402
 from lora_cli.evaluate import answerers, hf_answerers, loaded_bases  # noqa: E402
 from lora_cli.models import Base, attach, targets  # noqa: E402
-from lora_cli.plan import auto, hardware, rehearsal  # noqa: E402
+from lora_cli.plan import auto, hardware, weightless  # noqa: E402
 from lora_cli.recipe import Recipe, upstream  # noqa: E402
 from lora_cli.speed import (  # noqa: E402
     document_attention,
@@ -261,7 +261,7 @@ def move(network: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in known:
                 with torch.device(DEVICE):
-                    known[id(parameter)] = rehearsal._fake_tensor(module, parameter)
+                    known[id(parameter)] = weightless._fake_tensor(module, parameter)
             if parameter is not None:
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():

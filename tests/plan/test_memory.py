@@ -33,18 +33,9 @@ from lora_cli.models import attach, leave_out_cache
 from lora_cli.models.base import Base
 from lora_cli.plan import auto, auto_choices, flops, hardware, memory, outlook, show
 from lora_cli.plan.hardware import GIB, Hardware
-from lora_cli.plan.rehearsal import (
-    ACTIVATIONS,
-    ADAPTERS,
-    MOST_BY_MODULE,
-    OPTIMIZER,
-    WEIGHTS,
-    Batch,
-    Peaks,
-    Rehearsal,
-    Unforeseen,
-    build_adapted,
-)
+from lora_cli.plan.live_bytes import ACTIVATIONS, ADAPTERS, OPTIMIZER, WEIGHTS, Peaks
+from lora_cli.plan.rehearsal import MOST_BY_MODULE, Batch, Rehearsal
+from lora_cli.plan.weightless import Unforeseen, build_adapted
 from lora_cli.recipe import keys, load, upstream
 from lora_cli.scoring.texts import TextScorer
 from lora_cli.speed import install, loss_head

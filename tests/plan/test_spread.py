@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_cli.common import LoraError
-from lora_cli.plan import auto, rehearsal, spread
+from lora_cli.plan import auto, spread, weightless
 from lora_cli.recipe import load
 
 WHOLE = spread.Parts({"weights": 10})
@@ -73,7 +73,7 @@ def test_what_each_holds_of_a_sharded_base(write_recipe, tiny: Path) -> None:
     outside = sum(
         tensor.nbytes for name, tensor in network.named_parameters() if ".layers." not in name
     )
-    adapted = rehearsal.build_adapted(recipe, network.config)
+    adapted = weightless.build_adapted(recipe, network.config)
     items = {"weights": outside + 6000, "adapters": 400, "optimizer": 800, "activations": 7}
     parts = spread.take_apart(recipe, items, adapted)
     assert parts.gathered == outside + 2 * 6000 // network.config.num_hidden_layers

@@ -28,7 +28,7 @@ from lora_cli.evaluate.predictors import Reading
 from lora_cli.evaluate.verify import verify
 from lora_cli.merge.merge import merge
 from lora_cli.models import Base, load_tokenizer, read_adapter
-from lora_cli.plan import rehearsal, settled
+from lora_cli.plan import rehearsal, settled, weightless
 from lora_cli.recipe import load_recipe, upstream
 from lora_cli.train import run
 from tests import tasks
@@ -246,7 +246,7 @@ def test_the_plan_foresees_its_memory(tmp_path: Path) -> None:
     base = tasks.make_base(tmp_path / "base", "bert")
     recipe = load_recipe(tasks.write_recipe(tmp_path, TASK, base))
     found = settled.settle_recipe(recipe)
-    adapted = rehearsal.build_adapted(found.recipe, found.base.config, len(tasks.VOCABULARY), [])
+    adapted = weightless.build_adapted(found.recipe, found.base.config, len(tasks.VOCABULARY), [])
     peaks = rehearsal.Rehearsal(found.recipe, adapted).step(rehearsal.Batch(4, 24, False))
     assert peaks.all["activations"] > 4 * 24 * 64 * 4
 
