@@ -63,24 +63,29 @@ def verify(first: str, second: str, base: str | None) -> str:
     if limit is None:
         return f"{said} (reported: {' and '.join(sorted({one.type, other.type}))} has no limit)"
     said = f"{said} ({limit})"
-    if not limit.kept:
+    may_be_rounding = limit.what == "mean KL" and difference.mean_kl <= merge.ROUNDED_KL
+    weights = _compare_weights(kinds, base) if limit.kept or may_be_rounding else None
+    if not limit.kept and weights is None:
         raise RejectedError(
             f"not the same function: {said}", "merge or export again; lora generate shows answers"
         )
-    return said + _compare_weights(kinds, base)
+    if not limit.kept:
+        ui.warn("their logits lie further apart than 16 bits mostly do: rounding, by the weights")
+    if weights is None and "adapter" in kinds.values() and {"model", "hub"} & {*kinds.values()}:
+        weights = "the weights cannot be compared one by one"
+    return f"{said}; {weights}" if weights else said
 
 
-def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str:
-    """Compare the weights of an adapter and a merged model, which logits may hide. Raises
-    RejectedError."""
+def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str | None:
+    """Compare the weights of an adapter and a merged model, which logits may hide; None where it is
+    not these, or where they cannot be compared. Raises RejectedError."""
     adapters = [path for path in kinds if kinds[path] == "adapter"]
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
-        return ""
-    found = compare_weights.compare_weights(
+        return None
+    return compare_weights.compare_weights(
         read_adapter(Path(adapters[0]), base), Base.of_model(models[0])
     )
-    return f"; {found}" if found else "; the weights cannot be compared one by one"
 
 
 def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) -> Limit | None:

@@ -164,3 +164,20 @@ def test_a_weight_that_no_adapter_changes_must_be_the_bases(
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(RejectedError, match="model.norm.weight in .* differs from the base"):
         verify.verify(forms["adapter"], str(tmp_path / "other"), None)
+
+
+def test_rounding_is_told_from_another_model_by_the_weights(
+    forms: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A merge in bfloat16 may move a small model by a mean KL of over 0.02."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 16, 64, generator=generator)
+    moved = logits + 0.25 * torch.randn(1, 16, 64, generator=generator)
+    made = iter([logits, moved] * 2)
+    monkeypatch.setattr(
+        verify, "_load_form", lambda *given: verify.Form([next(made)], "bfloat16", 4)
+    )
+    assert "mean KL 3." in verify.verify(forms["adapter"], forms["merged"], None)
+    assert "rounding, by the weights" in capsys.readouterr().err
+    with pytest.raises(RejectedError, match="not the same function"):
+        verify.verify(forms["merged"], forms["base"], None)
