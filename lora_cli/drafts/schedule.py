@@ -50,6 +50,8 @@ def settle_holdout(draft: Draft, seen: Seen, path: str, questions: Questions) ->
     """Put into the draft what is evaluated on: a file beside the rows, or some of them."""
     if any(draft.is_given(f"data.{key}") for key in (*EVALUATIONS, "streaming")):
         return
+    if draft.read("training.eval_strategy") in ("no", False):
+        return
     beside = data_here.find_evaluation(path)
     if beside and questions.confirm(f"evaluate on {beside}"):
         draft.put("data.eval_path", beside, "evaluated on, never trained on")

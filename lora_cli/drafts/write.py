@@ -160,8 +160,22 @@ def _find_base(
 def _name_base(draft: Draft, name: str) -> str:
     """Return the name of a base; LoraError where that cannot be read."""
     draft.put("model.name_or_path", name)
-    Base.of_recipe(draft.build())
+    Base.of_recipe(_leave_out_the_rest(draft).build())
     return name
+
+
+OF_THE_BASE = ("model.name_or_path", "model.revision", "method")
+"""Keys that a base is read by."""
+
+
+def _leave_out_the_rest(draft: Draft) -> Draft:
+    """Return what the draft says of its base alone: what else is set may belong to a task or an
+    objective that is not told yet."""
+    set_ones = [each for each in draft.overrides if each.partition("=")[0] in OF_THE_BASE]
+    plain = Draft(draft.path, set_ones)
+    for key in ("data.path", "model.name_or_path"):
+        plain.put(key, draft.read(key))
+    return plain
 
 
 def _settle_objective(draft: Draft, questions: Questions) -> str:
@@ -181,7 +195,7 @@ def _read_base(draft: Draft, is_chosen: bool) -> Base:
     """Return the draft's base; LoraError where it cannot be read, with how to name another where
     that one `is_chosen` here."""
     try:
-        return Base.of_recipe(draft.build())
+        return Base.of_recipe(_leave_out_the_rest(draft).build())
     except LoraError as error:
         if not is_chosen:
             raise

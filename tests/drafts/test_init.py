@@ -192,6 +192,10 @@ def test_two_answers_teach_which_is_better(init, lora, tmp_path: Path) -> None:
     odds = init("rows.jsonl", "--set", "objective=orpo", "--out", "odds.yaml")
     assert "is learnt (objective: orpo)" in odds.stderr, odds.stderr
     assert load_recipe(tmp_path / "odds.yaml").preference.loss == "odds_ratio"
+    words = ["--set", "preference.beta=0.3", "--gpu", "24GB", "--out", "closer.yaml"]
+    closer = init("rows.jsonl", *words)
+    assert closer.returncode == 0, closer.stderr
+    assert load_recipe(tmp_path / "closer.yaml").preference.beta == 0.3
     better = init("rows.jsonl", "--set", "objective=sft", "--out", "better.yaml")
     assert better.returncode == 0, better.stderr
     columns = load_recipe(tmp_path / "better.yaml").data.columns
@@ -342,6 +346,13 @@ def test_no_recipe_is_written_over(init, lora, tiny: Path, tmp_path: Path) -> No
             "error: rows.yaml already exists\n\nhint: lora train rows.yaml "
         )
         assert (tmp_path / "rows.yaml").read_text() == "mine"
+
+
+def test_nothing_is_held_out_where_nobody_evaluates(init, tmp_path: Path) -> None:
+    write_table(tmp_path / "mine.csv", ("prompt", "completion"))
+    done = init("mine.csv", "--set", "training.eval_strategy=no", "--gpu", "24GB")
+    assert done.returncode == 0, done.stderr
+    assert not load_recipe(tmp_path / "mine.yaml").data.evaluates
 
 
 def test_what_is_set_is_in_the_recipe_and_never_chosen(init, tmp_path: Path) -> None:
