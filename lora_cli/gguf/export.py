@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from lora_cli.common import LoraError, UsageError, files, privacy, provenance, ui
+from lora_cli.common import LoraError, UsageError, files, privacy, provenance, quote, ui
 from lora_cli.gguf import check, ggml, imatrix, mixture, modelfile, parity, preflight, quantize
 from lora_cli.gguf.tools import CONVERTER_TYPES, EXACT, VERSION, Found, convert, find_converter
 from lora_cli.merge import merge
@@ -112,6 +112,11 @@ def _merge_on_the_way(
 def _classify(path: Path) -> str:
     """Return `adapter` or `model`; raise UsageError for anything else."""
     kind = names.classify(str(path))
+    if kind == "hub":
+        raise UsageError(
+            f"{path} is not a folder here, and of the hub adapters alone are exported",
+            f"lora merge ADAPTER {quote(path)} makes one; lora runs lists what was trained",
+        )
     if kind not in ("adapter", "model"):
         raise UsageError(f"{path} is neither a merged model nor an adapter", "give a folder")
     return kind

@@ -436,3 +436,13 @@ def test_the_base_s_own_cost_may_be_left_out(
         assert "in llama.cpp: mean KL" in said
         assert ("the base as q8_0" in said) == base_cost
     assert asked == [["q8_0", "f32", "f32", "q8_0"], ["q8_0", "f32"]], "room on the disk"
+
+
+def test_a_folder_that_is_not_there_is_told_from_one_that_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="^merged is not a folder here") as caught:
+        export(Path("merged"), ["f16"], tmp_path / "out", None, None)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("lora merge ADAPTER merged makes one")
