@@ -106,8 +106,8 @@ def settle_rate(draft: Draft, recipe: Recipe, parameters: int) -> None:
     known."""
     task = recipe.task_row
     rate = SMALL if parameters < 1e9 else LARGE
-    rate = rate / 10 if recipe.objective_row.compares else rate
-    draft.put("training.learning_rate", OF_PAIRS if task.has_targets else rate)
+    rate = OF_PAIRS if task.has_targets else rate / recipe.objective_row.slower
+    draft.put("training.learning_rate", rate)
     known = measures.list_metrics(task, recipe.model.problem_type)
     wanted = METRICS[1:] if task.places_labels else METRICS
     best = next((name for name in wanted if name in known), None)

@@ -122,6 +122,8 @@ class Objective:
     """Whether its rows have one answer each, and whether it is wanted; and not two answers."""
     usual: Mapping[str, float] = field(default_factory=dict)
     """Numbers that are others than with most objectives where a recipe does not say them."""
+    slower: float = 1.0
+    """By how much its learning rate is below that of answers alone, as a first try."""
 
     @property
     def compares(self) -> bool:
@@ -276,14 +278,16 @@ OF_ONE_ANSWER = "SFTTrainer", "SFTConfig", SFT_CONFIG
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down")
 OBJECTIVES = (
     Objective("sft", *OF_ONE_ANSWER),
-    Objective("dpo", *OF_ONE_ANSWER, DPO_LOSSES, needs_reference=True),
+    Objective("dpo", *OF_ONE_ANSWER, DPO_LOSSES, needs_reference=True, slower=10),
     # eq. 6 of Hong et al. 2024, who take 0.1 (Mistral) to 0.25 for preference.beta
-    Objective("orpo", *OF_ONE_ANSWER, ("odds_ratio",), usual={"sft_weight": 1.0}),
+    Objective("orpo", *OF_ONE_ANSWER, ("odds_ratio",), usual={"sft_weight": 1.0}, slower=2),
     # where its authors' README says to begin: https://github.com/princeton-nlp/SimPO
-    Objective("simpo", *OF_ONE_ANSWER, ("simpo",), usual={"beta": 2.0, "gamma": 1.0}),
+    Objective("simpo", *OF_ONE_ANSWER, ("simpo",), usual={"beta": 2.0, "gamma": 1.0}, slower=10),
     # eq. 5 of Xu et al. 2024
-    Objective("cpo", *OF_ONE_ANSWER, ("sigmoid", "ipo", "hinge"), usual={"sft_weight": 1.0}),
-    Objective("kto", *OF_ONE_ANSWER, ("kto",), needs_reference=True, unpaired=True),
+    Objective(
+        "cpo", *OF_ONE_ANSWER, ("sigmoid", "ipo", "hinge"), usual={"sft_weight": 1.0}, slower=10
+    ),
+    Objective("kto", *OF_ONE_ANSWER, ("kto",), needs_reference=True, unpaired=True, slower=10),
 )
 DEFAULT_TASK, DEFAULT_OBJECTIVE = TASKS[0], OBJECTIVES[0]
 

@@ -189,9 +189,12 @@ def test_two_answers_teach_which_is_better(init, lora, tmp_path: Path) -> None:
     assert re.search(r"\n  \d+ steps, about ", done.stderr)
     trained = lora("train", "rows.yaml", "--set", "training.max_steps=2", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    odds = init("rows.jsonl", "--set", "objective=orpo", "--out", "odds.yaml")
-    assert "is learnt (objective: orpo)" in odds.stderr, odds.stderr
-    assert load_recipe(tmp_path / "odds.yaml").preference.loss == "odds_ratio"
+    said = init("rows.jsonl", "--set", "objective=orpo", "--out", "odds.yaml").stderr
+    assert "is learnt (objective: orpo)" in said, said
+    odds = load_recipe(tmp_path / "odds.yaml")
+    assert odds.preference.loss == "odds_ratio"
+    rates = [each.training.learning_rate for each in (recipe, odds)]
+    assert rates == [5e-5, 2.5e-4]  # a tenth and a half of what answers alone get
     words = ["--set", "preference.beta=0.3", "--gpu", "24GB", "--out", "closer.yaml"]
     closer = init("rows.jsonl", *words)
     assert closer.returncode == 0, closer.stderr

@@ -89,7 +89,7 @@ def test_what_each_holds_of_a_sharded_base(write_recipe, tiny: Path) -> None:
     assert parts.arriving is None  # what is quantised is loaded whole
     assert spread.take_apart(recipe, items, adapted).arriving == items["weights"]
     in_16_bits, _ = auto.settle(load.load_recipe(write_recipe(settings.replace("qlora", "lora"))))
-    again = rehearsal.build_adapted(in_16_bits, network.config)
+    again = weightless.build_adapted(in_16_bits, network.config)
     parts = spread.take_apart(in_16_bits, items, again)
     assert parts.arriving == parts.gathered - 6000 // network.config.num_hidden_layers
 
