@@ -52,13 +52,7 @@ from lora_cli.models.adapter_folder import (
     Adapter,
     read_adapter,
 )
-from lora_cli.models.base import (
-    Base,
-    convert_to_float32,
-    leave_out_cache,
-    refuse_not_finite,
-    to_accelerator,
-)
+from lora_cli.models.base import Base
 from lora_cli.models.config import (
     get_checkpoint_dtype,
     num_active_experts,
@@ -73,6 +67,12 @@ from lora_cli.models.head import (
     find_task_of,
     save_head_config,
     shorten_names,
+)
+from lora_cli.models.loaded import (
+    convert_to_float32,
+    leave_out_cache,
+    refuse_not_finite,
+    to_accelerator,
 )
 from lora_cli.models.parent import PARENT_COPY, Parent, take_over
 from lora_cli.models.positions import find_positions

@@ -41,8 +41,9 @@ from lora_cli.models import (
     source,
     tokenizer,
 )
-from lora_cli.models.base import Base, is_quantised
+from lora_cli.models.base import Base
 from lora_cli.models.head import CONFIG, HeadSettings, read_settings
+from lora_cli.models.loaded import is_quantised
 from lora_cli.models.probes import TRAINED
 from lora_cli.models.record import GGUFSource, RecordedRecipe, TrainingRecord
 from lora_cli.recipe import DEFAULT_TASK, Task, find_task
