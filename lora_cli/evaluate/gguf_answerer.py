@@ -16,6 +16,7 @@ class GGUFAnswerer:
 
     def __init__(self, path: Path) -> None:
         self.model = engine.GGUFModel(path)
+        self.writer = llama_writer.Writer(path)
 
     @property
     def chat_template(self) -> str | None:
@@ -32,7 +33,7 @@ class GGUFAnswerer:
         likeliest = sampling.is_greedy and self.takes_likeliest
         if len(given) > 1 and likeliest and not llama_api.find_lack():
             prompts, rooms, _ = zip(*given)
-            written = llama_writer.write_likeliest(self.model.path, prompts, rooms)
+            written = self.writer.write_likeliest(prompts, rooms)
             return [decoder.Written(*each) for each in written]
         return [decoder.Written(*self.model.write(*each)) for each in given]
 

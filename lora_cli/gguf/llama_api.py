@@ -299,7 +299,10 @@ def open_gguf(path: Path, longest: int, adapter: Path | None = None) -> Iterator
     settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
     settings.type_k = settings.type_v = F32
     settings.flash_attn_type = NEVER
-    with open_context(path, settings, longest, adapter) as opened:
+    with (
+        load_model(path) as model,
+        open_context(model, settings, longest, adapter) as opened,
+    ):
         yield opened
 
 
@@ -317,33 +320,40 @@ def _silence(lib: Any) -> Iterator[None]:
 
 
 @contextmanager
-def open_context(
-    path: Path, settings: ContextParams, longest: int, adapter: Path | None = None
-) -> Iterator[Opened]:
-    """Load a file that llama.cpp was seen to open, with a context of these settings for texts of up
-    to `longest` tokens together. Inside, llama.cpp prints nothing. Raises LoraError."""
+def load_model(path: Path) -> Iterator[Any]:
+    """Load a file that llama.cpp was seen to open; see `open_context`. Raises LoraError."""
     lib = load_api()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
-    settings.n_threads[:] = [torch.get_num_threads()] * 2
     with _silence(lib):
         model = lib.llama_model_load_from_file(str(path).encode(), params)
-        if not model:
-            raise LoraError(f"llama.cpp cannot load {path}", "export it again")
-        context = None
+    if not model:
+        raise LoraError(f"llama.cpp cannot load {path}", "export it again")
+    try:
+        yield model
+    finally:
+        lib.llama_model_free(model)
+
+
+@contextmanager
+def open_context(
+    model: Any, settings: ContextParams, longest: int, adapter: Path | None = None
+) -> Iterator[Opened]:
+    """Open a loaded model with a context of these settings for texts of up to `longest` tokens
+    together. Inside, llama.cpp prints nothing. Raises LoraError."""
+    lib = load_api()
+    settings.n_threads[:] = [torch.get_num_threads()] * 2
+    with _silence(lib):
+        context = lib.llama_init_from_model(model, settings)
         try:
-            context = lib.llama_init_from_model(model, settings)
             if not context or lib.llama_n_ctx(context) < longest:
-                raise LoraError(
-                    f"llama.cpp cannot run {path} on {longest} tokens", "export it again"
-                )
+                raise LoraError(f"llama.cpp cannot run it on {longest} tokens", "export it again")
             if adapter is not None:
                 _lay_over(lib, model, context, adapter)
             yield Opened(lib, context, lib.llama_model_get_vocab(model))
         finally:
             if context:
                 lib.llama_free(context)
-            lib.llama_model_free(model)
 
 
 def _lay_over(lib: Any, model: Any, context: Any, adapter: Path) -> None:

@@ -8,9 +8,11 @@ values are kept as the server keeps them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,29 +37,40 @@ class Answer(NamedTuple):
     """Whether it ended by itself, and not for want of room."""
 
 
-def write_likeliest(
-    path: Path, prompts: Sequence[Sequence[int]], rooms: Sequence[int]
-) -> list[Answer]:
-    """Return the answer to each prompt (token ids): the likeliest token each time, up to one that
-    ends it or to as many as it has room for.
+class Writer:
+    """A GGUF file that writes; it is loaded at its first batch, and held until this is dropped."""
 
-    Raises LoraError where llama.cpp cannot load or compute the file at `path`, or what it computes
-    is not finite.
-    """
-    longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
-    each = -(-longest // BLOCK) * BLOCK
-    size = max(1, min(CELLS // each, SIDE_BY_SIDE, len(prompts)))
-    opening.refuse_unopenable(path, engine.CONTEXT, False)
-    settings = llama_api.load_api().llama_context_default_params()
-    settings.n_ctx, settings.n_seq_max = size * each, size
-    settings.n_batch = max(*map(len, prompts), size)
-    settings.n_ubatch = min(settings.n_batch, settings.n_ubatch)
-    found: list[Answer] = []
-    with llama_api.open_context(path, settings, size * longest) as opened:
-        for start in range(0, len(prompts), size):
-            some = slice(start, start + size)
-            found += _write_batch(opened, prompts[some], rooms[some])
-    return found
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._model: Any = None
+        self._held = ExitStack()
+        weakref.finalize(self, self._held.close)
+
+    def write_likeliest(
+        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int]
+    ) -> list[Answer]:
+        """Return the answer to each prompt (token ids): the likeliest token each time, up to one
+        that ends it or to as many as it has room for.
+
+        Raises LoraError where llama.cpp cannot load or compute the file, or what it computes is not
+        finite.
+        """
+        longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+        each = -(-longest // BLOCK) * BLOCK
+        size = max(1, min(CELLS // each, SIDE_BY_SIDE, len(prompts)))
+        settings = llama_api.load_api().llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = size * each, size
+        settings.n_batch = max(*map(len, prompts), size)
+        settings.n_ubatch = min(settings.n_batch, settings.n_ubatch)
+        if self._model is None:
+            opening.refuse_unopenable(self.path, engine.CONTEXT, False)
+            self._model = self._held.enter_context(llama_api.load_model(self.path))
+        found: list[Answer] = []
+        with llama_api.open_context(self._model, settings, size * longest) as opened:
+            for start in range(0, len(prompts), size):
+                some = slice(start, start + size)
+                found += _write_batch(opened, prompts[some], rooms[some])
+        return found
 
 
 def _write_batch(

@@ -50,7 +50,7 @@ def asked(gguf: Path) -> tuple[list[list[int]], list[int], list[llama_writer.Ans
 def test_side_by_side_they_are_the_server_s(cells: int, gguf: Path, asked, monkeypatch) -> None:
     prompts, rooms, expected = asked
     monkeypatch.setattr(llama_writer, "CELLS", cells)
-    assert llama_writer.write_likeliest(gguf, prompts, rooms) == expected
+    assert llama_writer.Writer(gguf).write_likeliest(prompts, rooms) == expected
     assert {each.ended for each in expected} == {True, False}
 
 
@@ -59,10 +59,9 @@ def test_an_answer_that_ends_with_its_last_token_has_ended(gguf: Path, asked) ->
     with llama_api.open_gguf(gguf, LONGEST) as opened, engine.GGUFModel(gguf) as model:
         lengths = [len(model.tokenize(each.text, add_special=False)) for each in expected]
         assert opened.read(model.tokenize(expected[0].text, add_special=False)) == expected[0].text
+    writer = llama_writer.Writer(gguf)
     for more in (0, 1):
-        [found, _] = llama_writer.write_likeliest(
-            gguf, prompts[:2], [lengths[0] + more, lengths[1]]
-        )
+        [found, _] = writer.write_likeliest(prompts[:2], [lengths[0] + more, lengths[1]])
         assert found == (expected[0].text, bool(more))
 
 
@@ -75,7 +74,7 @@ def test_numbers_that_are_none_are_refused(gguf: Path, asked, monkeypatch) -> No
 
     monkeypatch.setattr(llama_api.Opened, "decode", decode)
     with pytest.raises(LoraError, match="not finite"):
-        llama_writer.write_likeliest(gguf, prompts, rooms)
+        llama_writer.Writer(gguf).write_likeliest(prompts, rooms)
 
 
 def test_a_text_is_as_the_server_has_it(gguf: Path) -> None:
@@ -150,4 +149,4 @@ def test_a_state_that_cannot_go_back_is_not_shared(
             torch.testing.assert_close(opened.compute(text, places), logits[3:], atol=1e-4, rtol=0)
     with engine.GGUFModel(file) as server:
         expected = [server.write(text, 6) for text in texts]
-    assert llama_writer.write_likeliest(file, texts, [6] * 3) == expected
+    assert llama_writer.Writer(file).write_likeliest(texts, [6] * 3) == expected
