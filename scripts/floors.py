@@ -27,7 +27,7 @@ TESTS = [
     "tests/common",
     "tests/test_design.py",
     "tests/test_portable.py",
-    "tests/train/test_lock.py",
+    "tests/common/test_lock.py",
 ]
 TESTS += [
     "tests/models/test_chat_template.py",

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lora_cli import __version__
+from scripts import floors
 
 ROOT = Path(__file__).parent.parent
 FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
@@ -69,3 +70,17 @@ def test_files_for_others_programs_keep_to_their_schemas(schema: str, files: lis
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
     done = subprocess.run([*command, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_tests_that_run_with_the_lowest_versions_are_there() -> None:
+    """And each file of Python that a script, the Makefile or a workflow names."""
+    assert len(floors.TESTS) == 8
+    gone = [each for each in floors.TESTS if not (ROOT / each).exists()]
+    read = [
+        ROOT / "Makefile",
+        *(ROOT / ".github").rglob("*.yml"),
+        *(ROOT / "scripts").rglob("*.py"),
+    ]
+    named = set(re.findall(r"\b(?:tests|scripts)/[\w/]+\.py\b", "".join(map(Path.read_text, read))))
+    assert len(named) > 20
+    assert gone + sorted(each for each in named if not (ROOT / each).is_file()) == []
