@@ -110,8 +110,12 @@ def _merge_on_the_way(
 
 
 def _classify(path: Path) -> str:
-    """Return `adapter` or `model`; raise UsageError for anything else."""
-    kind = names.classify(str(path))
+    """Return `adapter` or `model`; raise UsageError for anything else.
+
+    OWNER/NAME may be an adapter on the hub, and NAME or a longer path is none.
+    """
+    asked = names.may_be_adapter_on_hub(path) or path.exists() or path.suffix == ".gguf"
+    kind = names.classify(str(path)) if asked else "hub"
     if kind == "hub":
         raise UsageError(
             f"{path} is not a folder here, and of the hub adapters alone are exported",

@@ -33,7 +33,7 @@ from lora_cli.gguf import adapter as export_adapter
 from lora_cli.gguf import check, imatrix, parity, preflight, quantize, tools
 from lora_cli.gguf.export import export
 from lora_cli.gguf.modelfile import find_pieces, say_how, write_modelfile
-from lora_cli.models import adapter_folder, attach, empty
+from lora_cli.models import adapter_folder, attach, empty, names
 from lora_cli.models.base import Base
 from lora_cli.models.config import load_config
 from lora_cli.models.tokenizer import set_chat_template
@@ -438,11 +438,25 @@ def test_the_base_s_own_cost_may_be_left_out(
     assert asked == [["q8_0", "f32", "f32", "q8_0"], ["q8_0", "f32"]], "room on the disk"
 
 
+@pytest.mark.parametrize("name", ["merged", "./merged", "runs/d/merged", "/gone/merged"])
 def test_a_folder_that_is_not_there_is_told_from_one_that_is_no_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="^merged is not a folder here") as caught:
-        export(Path("merged"), ["f16"], tmp_path / "out", None, None)
+    path = Path(name)
+    with pytest.raises(UsageError, match=f"^{re.escape(str(path))} is not a folder here") as caught:
+        export(path, ["f16"], tmp_path / "out", None, None)
     assert caught.value.hint is not None
-    assert caught.value.hint.startswith("lora merge ADAPTER merged makes one")
+    assert caught.value.hint.startswith(f"lora merge ADAPTER {path} makes one")
+
+
+def test_owner_and_name_are_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And, where it has a model of that name, are said to be none of its adapters."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(names, "classify", lambda name: (asked.append(name), "hub")[1])
+    with pytest.raises(UsageError, match="^runs/merged is not a folder here"):
+        export(Path("runs/merged"), ["f16"], tmp_path / "out", None, None)
+    assert asked == ["runs/merged"]
