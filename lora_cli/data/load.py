@@ -62,6 +62,8 @@ def load_rows(
     train, evaluation = _load_both(recipe, encoder)
     if recipe.objective_row.unpaired:
         unpaired.refuse_one_kind(train.rows)
+        if evaluation:
+            unpaired.refuse_evaluation(evaluation.rows, recipe)
         ui.say(f"  {unpaired.describe_balance(train.rows, recipe.preference)}")
     if (
         isinstance(encoder, Renderer)

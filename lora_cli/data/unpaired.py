@@ -127,17 +127,42 @@ def refuse_one_kind(rows: Dataset) -> None:
             "answers as well",
             f"add rows whose label is {'false' if kinds.desirable else 'true'}{alone}",
         )
+    _refuse_one_prompt(rows, "train", "add rows of other prompts")
+
+
+def _refuse_one_prompt(rows: Dataset, purpose: str, hint: str) -> None:
+    """Raise LoraError for rows without a prompt that an answer does not belong to."""
     if len(np.unique(_number_prompts(rows))) == 1:
+        several = f"all of {len(rows):,} rows to {purpose} on have the same prompt"
+        one = f"there is one row to {purpose} on"
         raise LoraError(
-            f"all of {several} to train on have the same prompt: objective: kto holds answers "
-            "against those to other prompts",
-            "add rows of other prompts",
+            f"{several if len(rows) > 1 else one}: objective: kto holds answers against those to "
+            "other prompts",
+            hint,
         )
+
+
+def refuse_evaluation(rows: Dataset, recipe: Recipe) -> None:
+    """Raise LoraError for rows to evaluate on that have one prompt, or that lack the kind of
+    answers of which the metric is that tells the best step: that would be known after training."""
+    held = {"eval_rows": recipe.data.eval_rows, "eval_fraction": recipe.data.eval_fraction}
+    more = [f"a larger data.{key}" for key, number in held.items() if number is not None]
+    _refuse_one_prompt(rows, "evaluate", more[0] if more else "add rows of other prompts")
+    metric = str(getattr(recipe.training, "metric_for_best_model", None)).removeprefix("eval_")
+    for kind, number in count_kinds(rows)._asdict().items():
+        if not number and metric in ("rewards_margin", f"rewards_{kind}", f"logps_{kind}"):
+            place = recipe.where("training", "metric_for_best_model")
+            said = "false" if kind == "desirable" else "true"
+            raise LoraError(
+                f"{place}: {metric} needs {kind} answers, and label is {said} in all of "
+                f"{spell_count(len(rows), 'row')} to evaluate on",
+                "--set training.metric_for_best_model=loss, or evaluate on rows of both kinds",
+            )
 
 
 def match_answers(rows: Dataset) -> NDArray:
     """Return for each row the place of the row whose answer it is held against (rows): one with
-    another prompt.
+    another prompt, of which there are two at least.
 
     Rows stand in the order of their prompts, each prompt where it first comes, and borrow from so
     many rows before them as have the most frequent one. So each answer is lent once, as long as

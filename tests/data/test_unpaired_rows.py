@@ -149,6 +149,38 @@ def test_rows_that_cannot_be_used(name: str, load_votes) -> None:
     assert raised.value.hint
 
 
+MARGIN = "training.metric_for_best_model=rewards_margin"
+OF_UNWANTED = "training.metric_for_best_model=eval_logps_undesirable"
+EVALUATED: dict[str, tuple[list[dict[str, Any]], str, str, str]] = {
+    "one kind": ([GOOD, {**OTHER, "label": True}], MARGIN, "rewards_margin needs undesirable", "=loss"),
+    "no wanted": ([{**GOOD, "label": False}, OTHER], MARGIN, "needs desirable answers, and label is false in all of 2", "=loss"),
+    "of one kind": ([GOOD, {**OTHER, "label": True}], OF_UNWANTED, "logps_undesirable needs", "=loss"),
+    "one prompt": ([GOOD, {**GOOD, "label": False}], MARGIN, "all of 2 rows to evaluate on have the same", "add rows"),
+    "by chance": ([], "data.eval_rows=1", "there is one row to evaluate on: objective", "a larger data.eval_rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_rows_that_cannot_be_evaluated_on(name: str, load_votes, tmp_path: Path) -> None:
+    rows, override, said, hint = EVALUATED[name]
+    given = [override]
+    if rows:
+        (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given.append("data.eval_path=other.jsonl")
+    votes = [{**OTHER, "prompt": f"How {n}?", "label": n % 2 == 0} for n in range(6)]
+    with pytest.raises(LoraError, match=said) as raised:
+        load_votes(votes, *given)
+    assert hint in str(raised.value.hint)
+
+
+def test_one_kind_is_evaluated_on_by_what_it_has(load_votes, tmp_path: Path) -> None:
+    wanted = [GOOD, {**OTHER, "label": True}]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wanted))
+    for metric in ("loss", "eval_rewards_desirable"):
+        given = (f"training.metric_for_best_model={metric}", "data.eval_path=other.jsonl")
+        assert len(load_votes([GOOD, OTHER], *given).rows) == 2
+
+
 def test_rows_that_are_too_long_are_left_out(load_votes) -> None:
     rows = [GOOD, OTHER, {**OTHER, "completion": "Right, " * 80}]
     prepared = load_votes(rows, "training.max_length=64")
