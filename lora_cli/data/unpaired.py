@@ -66,6 +66,13 @@ class UnpairedEncoder(Renderer):
             yield batch, [_mark(row, found) for (_, row), found in zip(batch, made)]
 
 
+def read_label(row: Mapping[str, Any]) -> bool | None:
+    """Return whether a row says of its answer that it is wanted, or is not; None where it says
+    nothing."""
+    names = ("label", *(sets["label"] for sets in UnpairedEncoder.column_sets))
+    return next((formats.read_switch(row[name]) for name in names if name in row), None)
+
+
 def _mark(row: formats.Unpaired, found: list[Encoded] | BadRow) -> list[Encoded] | BadRow:
     """Return an encoded answer with whether it is wanted."""
     if isinstance(found, BadRow):

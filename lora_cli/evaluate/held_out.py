@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.common import LoraError, UsageError, quote, spell_count, ui
-from lora_cli.data import formats, sources
+from lora_cli.data import formats, sources, unpaired
+from lora_cli.evaluate import compared_rows
 from lora_cli.evaluate.generate import Question, make_question
 from lora_cli.evaluate.input_rows import find_source, say_split
+from lora_cli.recipe import DEFAULT_OBJECTIVE, Objective
 
 MEND = "mend or remove the row, or --on-bad-row skip"
 LOSS_ONLY = ("text", "tokens")
@@ -65,10 +67,15 @@ class HeldOut(NamedTuple):
 
 
 def read_held_out(
-    data: str, given: Mapping[str, str], trained: Mapping[str, str], max_rows: int | None
+    data: str,
+    given: Mapping[str, str],
+    trained: Mapping[str, str],
+    max_rows: int | None,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> HeldOut:
     """Read rows, their columns named as on the command line (`given`, ours: theirs), as in
-    training, or as they are known. Raises LoraError where there are none."""
+    training, or as they are known; of those that say which answers are better, for a model of such
+    an `objective`, these. Raises LoraError where there are none."""
     source = find_source(data, given or trained)
     say_split(Path(data), source)
     read = list(islice(source.read_rows(), max_rows))
@@ -83,7 +90,10 @@ def read_held_out(
                 f"--column {quote(f'{ours}={columns[0]}')}" if columns else None,
             )
     there = {ours: name for ours, name in trained.items() if formats.is_column(name, columns)}
-    return list_held(Path(data).name, _hash(source), read, given or there)
+    names = given or there
+    if objective.compares:
+        read, names = compared_rows.take_better(read, objective, names), {}
+    return list_held(Path(data).name, _hash(source), read, names)
 
 
 def list_held(
@@ -98,7 +108,22 @@ def list_held(
             bad.append(made)
         else:
             rows.append(made)
+    _warn_of_unwanted(rows)
     return HeldOut(name, sha256, rows, bad)
+
+
+def _warn_of_unwanted(rows: Sequence[HeldRow]) -> None:
+    """Warn of answers that are expected though a label says that they are not wanted."""
+    unwanted = [
+        row.number
+        for row in rows
+        if row.question and row.has_answer and unpaired.read_label(row.row) is False
+    ]
+    if unwanted:
+        ui.warn(
+            f"label is false in {len(unwanted)} of {spell_count(len(rows), 'row')}, whose answers "
+            f"count as expected all the same: {list_numbers(rows, unwanted)}"
+        )
 
 
 def _make_row(number: int, place: str, row: Any, names: Mapping[str, str]) -> HeldRow | Bad:

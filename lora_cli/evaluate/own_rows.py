@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.common import LoraError, UsageError, provenance, quote, ui
-from lora_cli.data import encoders, formats, load, preferences, unpaired
-from lora_cli.evaluate import held_out
+from lora_cli.data import load
+from lora_cli.evaluate import compared_rows, held_out
 from lora_cli.evaluate.held_out import HeldOut
 from lora_cli.evaluate.scored_models import Scored
 from lora_cli.models import Adapter
@@ -33,19 +33,17 @@ def read_own_rows(
         raise UsageError("there is nothing to score models on", ELSEWHERE)
     adapter, recipe = found
     data = recipe.data
-    columns = given or _name_columns(recipe)
-    if recipe.objective_row.unpaired and not data.holds_out and data.eval_path:
-        said = f"{adapter} was evaluated on {data.eval_path}, where not all answers are wanted"
-        raise UsageError(f"{said}: which rows have those that are, --data says", ELSEWHERE)
+    columns = {str(ours): theirs for ours, theirs in data.columns.items()}
     if isinstance(data.eval_path, str) and (data.eval_split or "train") == "train":
         ui.say(f"rows: {data.eval_path}, which {adapter} was evaluated on")
-        return held_out.read_held_out(data.eval_path, given, columns, max_rows)
+        objective = recipe.objective_row
+        return held_out.read_held_out(data.eval_path, given, columns, max_rows, objective)
     if data.evaluates and not data.holds_out:
         where = f"{data.eval_split} of {data.eval_path or data.path}"
         raise UsageError(f"{adapter} was evaluated on {where}: which rows, --data says", ELSEWHERE)
     if not data.holds_out:
         raise UsageError(f"the run of {adapter} held no rows out of its training", ELSEWHERE)
-    return _read_held(adapter, recipe, columns, max_rows)
+    return _read_held(adapter, recipe, given or columns, max_rows)
 
 
 def _find_recipe(scored: Scored) -> tuple[Adapter, Recipe] | None:
@@ -74,66 +72,14 @@ def _read_held(
             "now may be some that it was trained on",
             f"--data FILE; {quote(_find_record(adapter))} says which data that was",
         )
-    rows = held.rows[:max_rows]
-    if recipe.objective_row.has_pairs:
-        rows, columns = [(place, _take_chosen(row, recipe)) for place, row in rows], {}
-        ui.say("  of each pair the chosen answer")
-    elif recipe.objective_row.unpaired:
-        rows, columns = _take_wanted(held.rows, recipe)[:max_rows], {}
-        ui.say(f"  those whose answer is wanted, {len(rows)} of {len(held.rows)}")
+    rows: Sequence[tuple[str, Any]] = held.rows
+    if recipe.objective_row.compares:
+        rows, columns = compared_rows.take_better(rows, recipe.objective_row, columns), {}
+    rows = rows[:max_rows]
     content = json.dumps([row for _, row in rows], sort_keys=True, default=repr)
     name = f"held out of {_name_data(recipe)}"
     ui.say(f"rows: {len(rows)} {name}, which {adapter} was not trained on")
     return held_out.list_held(name, hashlib.sha256(content.encode()).hexdigest(), rows, columns)
-
-
-def _name_columns(recipe: Recipe) -> dict[str, str]:
-    """Return what the columns of a run's rows are called, as ours: theirs; of pairs, the answer is
-    the chosen one."""
-    names = {str(ours): theirs for ours, theirs in recipe.data.columns.items()}
-    if not recipe.objective_row.compares:
-        return names
-    chosen = names.pop("chosen", "chosen")
-    return {name: theirs for name, theirs in names.items() if name != "rejected"} | {
-        "completion": chosen
-    }
-
-
-def _take_chosen(row: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the prompt of a pair and its chosen answer, as turns."""
-    ours = _rename(row, recipe, preferences.PreferenceEncoder)
-    return _split_turns(formats.convert_preference(ours).chosen)
-
-
-def _rename(
-    row: Mapping[str, Any], recipe: Recipe, encoder: type[encoders.Encoder]
-) -> dict[str, Any]:
-    """Return a row under our names of its columns: those of the recipe, or that its training
-    guessed."""
-    guessed = formats.guess_columns(row, encoder.row_formats, encoder.column_sets)
-    return formats.rename_columns(row, recipe.data.columns or guessed)
-
-
-def _take_wanted(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], recipe: Recipe
-) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows whose answer is wanted, as prompts and answers in turns. Raises LoraError
-    where there is none."""
-    found = []
-    for place, row in rows:
-        made = formats.convert_unpaired(_rename(row, recipe, unpaired.UnpairedEncoder))
-        if made.desirable:
-            found.append((place, _split_turns(made.answer)))
-    if not found:
-        raise LoraError("label is false in all rows that were held out", "--data FILE")
-    return found
-
-
-def _split_turns(made: formats.Conversation) -> dict[str, Any]:
-    """Return a conversation as what is asked and what is answered."""
-    first = made.trained.index(True)
-    turns = {"prompt": made.messages[:first], "completion": made.messages[first:]}
-    return turns | ({"tools": made.tools} if made.tools else {})
 
 
 def _find_record(adapter: Adapter) -> Path:

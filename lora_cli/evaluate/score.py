@@ -121,7 +121,8 @@ def _read_rows(request: Request, scored: Sequence[Scored]) -> HeldOut | None:
     given = parse_columns(request.columns)
     if request.data is not None:
         columns = scored_models.find_columns(scored)
-        held = held_out.read_held_out(request.data, given, columns, request.max_rows)
+        objective = scored_models.find_objective(scored)
+        held = held_out.read_held_out(request.data, given, columns, request.max_rows, objective)
     elif not request.tasks:
         held = own_rows.read_own_rows(scored, given, request.max_rows)
     else:

@@ -27,7 +27,7 @@ from lora_cli.models import (
     read_adapter,
     read_merged_recipe,
 )
-from lora_cli.recipe import Task
+from lora_cli.recipe import DEFAULT_OBJECTIVE, Objective, Task, name_objective
 
 SHORT = 24
 """Characters of a path that stands whole over a column."""
@@ -172,6 +172,13 @@ def find_columns(scored: Sequence[Scored]) -> dict[str, str]:
         if isinstance(columns, dict) and columns:
             return {str(ours): str(theirs) for ours, theirs in columns.items()}
     return {}
+
+
+def find_objective(scored: Sequence[Scored]) -> Objective:
+    """Return the objective of the first model that was trained to tell better answers from others,
+    else that of single ones."""
+    found = (name_objective(each.recipe.objective) for each in scored)
+    return next((each for each in found if each.compares), DEFAULT_OBJECTIVE)
 
 
 class Shelf:

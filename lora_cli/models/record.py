@@ -86,6 +86,7 @@ class RecordedRecipe(stored.Stored):
     lora: dict[str, Any] = {}
     data: dict[str, Any] = {}
     training: RecordedTraining = RecordedTraining()
+    objective: Any = None
 
     @property
     def source_prefix(self) -> str:

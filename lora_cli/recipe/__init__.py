@@ -14,6 +14,8 @@ Its doors, in the order a reader needs them:
     shipped_recipes               the recipes that come with lora
     recipe_table                  … with their bases, rows, memory and time
     TASKS, DEFAULT_TASK, Task     what a model does with its input
+    Objective, DEFAULT_OBJECTIVE, name_objective
+                                  what its training minimises, found by its name
     PREFERENCE_METRICS            what is measured of pairs of answers
     UNPAIRED_METRICS              … of answers that are each wanted or not
     find_task, recognise_task     … found by PEFT's name of it, by a model's class
@@ -46,16 +48,20 @@ from lora_cli.recipe.keys import (
 from lora_cli.recipe.load import build_recipe, list_problems, load_recipe, override_values
 from lora_cli.recipe.not_recipes import list_recipes_in
 from lora_cli.recipe.tasks import (
+    DEFAULT_OBJECTIVE,
     DEFAULT_TASK,
     PREFERENCE_METRICS,
     TASKS,
     UNPAIRED_METRICS,
+    Objective,
     Task,
     find_task,
+    name_objective,
     recognise_task,
 )
 
 __all__ = [
+    "DEFAULT_OBJECTIVE",
     "DEFAULT_TASK",
     "Column",
     "DType",
@@ -65,6 +71,7 @@ __all__ = [
     "Lora",
     "Model",
     "NOT_IN_LORA",
+    "Objective",
     "PREFERENCE_METRICS",
     "Preference",
     "ProblemType",
@@ -83,6 +90,7 @@ __all__ = [
     "list_recipes_in",
     "load_recipe",
     "messages",
+    "name_objective",
     "override_values",
     "recipe_table",
     "recognise_task",

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_cli import recipe
 from lora_cli.common.errors import LoraError, UsageError
-from lora_cli.evaluate import own_rows, score
+from lora_cli.data import formats
+from lora_cli.evaluate import compared_rows, generate, held_out, score
 from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.score import Request
 from lora_cli.recipe import load
-from lora_cli.train import run
+from lora_cli.train import receipt, run
+
+KTO = recipe.name_objective("kto")
 
 KINDS = {
     "one file": "{{path: {one}, eval_rows: 9}}",
@@ -65,19 +70,75 @@ def find_loss(folder: Path) -> float:
 
 def test_better_answers_alone_are_scored_whatever_their_columns_are_called(tmp_path: Path) -> None:
     """As training found them: of a pair the chosen answer, of answers with a label the wanted."""
-    file = tmp_path / "r.yaml"
-    file.write_text("objective: kto\nmodel: {name_or_path: x}\ndata: {path: rows.jsonl}\n")
-    recipe = load.load_recipe(file, [])
     rows = [(f"row {n}", {"question": f"q{n}", "answer": "a", "kto_tag": n == 1}) for n in range(3)]
     wanted = {
         "prompt": [{"role": "user", "content": "q1"}],
         "completion": [{"role": "assistant", "content": "a"}],
     }
-    assert own_rows._take_wanted(rows, recipe) == [("row 1", wanted)]
-    with pytest.raises(LoraError, match="label is false in all rows that were held out"):
-        own_rows._take_wanted(rows[:1], recipe)
+    assert compared_rows.take_better(rows, KTO, {}) == [("row 1", wanted)]
+    with pytest.raises(LoraError, match="label is false in all of 1 row"):
+        compared_rows.take_better(rows[:1], KTO, {})
     pair = {"prompt": "q1", "chosen_response": "a", "rejected_response": "b"}
-    assert own_rows._take_chosen(pair, load.load_recipe(file, ["objective=dpo"])) == wanted
+    dpo = recipe.name_objective("dpo")
+    assert compared_rows.take_better([("", pair)], dpo, {}) == [("", wanted)]
+    named = {"prompt": "q1", "good": "a", "bad": "b"}
+    names = {"chosen": "good", "rejected": "bad"}
+    assert compared_rows.take_better([("", named)], dpo, names) == [("", wanted)]
+
+
+def test_rows_that_compare_nothing_stay_as_they_are() -> None:
+    rows = [("", {"prompt": "q", "completion": "a"}), ("", {"prompt": "q"}), ("", 3)]
+    for name in ("kto", "dpo"):
+        assert compared_rows.take_better(rows, recipe.name_objective(name), {}) == rows
+    [(_, bad)] = compared_rows.take_better([("", {"prompt": "q", "label": 3})], KTO, {})
+    assert isinstance(bad, formats.BadRow)
+
+
+def test_a_wanted_answer_is_asked_for_as_it_was_trained() -> None:
+    """Alpaca's own template has a place for `input`; others have not."""
+    row = {"instruction": "Sum up.", "input": "1, 2", "output": "3", "label": True}
+    [(_, taken)] = compared_rows.take_better([("", row)], KTO, {})
+    question = generate.make_question("", taken)
+    for template in ("{{ x }}", "### Input:"):
+        trained = formats.convert_unpaired(row, formats.uses_alpaca(template)).answer
+        assert question.asked(template).messages == trained.messages[:1]
+        assert question.convert(template).messages == trained.messages
+
+
+def test_a_file_of_votes_is_read_by_who_was_trained_on_such(tmp_path: Path, capsys) -> None:
+    votes = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 3 == 0} for n in range(6)]
+    file = tmp_path / "votes.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in votes))
+    held = held_out.read_held_out(str(file), {}, {}, None, KTO)
+    assert held.expected == ["a0", "a3"]
+    assert "those whose answer is wanted, 2 of 6" in capsys.readouterr().err
+    held = held_out.read_held_out(str(file), {}, {}, None)
+    assert len(held.expected) == 6
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: label is false in 4 of 6 rows, whose answers count as expected" in said
+
+
+def test_the_next_command_after_votes_expects_the_wanted_answers(
+    tiny: Path, tmp_path: Path
+) -> None:
+    votes = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n % 3 == 0} for n in range(6)]
+    file = tmp_path / "votes.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in votes))
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"objective: kto\nmodel: {{name_or_path: {tiny / 'model'}}}\n"
+        f"data: {{path: {file}, eval_path: {file}}}\noutput_dir: {tmp_path / 'run'}\n"
+        "training: {max_steps: 1, per_device_train_batch_size: 6, save_strategy: 'no'}\n"
+    )
+    run.train(load.load_recipe(path, []))
+    adapter = tmp_path / "run" / "adapter"
+    commands = receipt.list_commands(adapter.parent, load.load_recipe(path, []))
+    words = shlex.split(next(line for line in commands if line.startswith("lora evaluate ")))
+    assert words[2:] == [str(adapter), "--data", str(file)]
+    for data in (str(file), None):
+        scored = score.scored_models.list_scored([str(adapter)], None, True, data)
+        held = score._read_rows(Request(data), scored)
+        assert held is not None and held.expected == ["a0", "a3"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
