@@ -66,11 +66,17 @@ class UnpairedEncoder(Renderer):
             yield batch, [_mark(row, found) for (_, row), found in zip(batch, made)]
 
 
+def find_label(row: Mapping[str, Any]) -> str | None:
+    """Return the column in which a row says whether its answer is wanted, or None."""
+    names = ("label", *(names["label"] for names in UnpairedEncoder.column_sets))
+    return next((name for name in names if formats.read_switch(row.get(name)) is not None), None)
+
+
 def read_label(row: Mapping[str, Any]) -> bool | None:
     """Return whether a row says of its answer that it is wanted, or is not; None where it says
     nothing."""
-    names = ("label", *(sets["label"] for sets in UnpairedEncoder.column_sets))
-    return next((formats.read_switch(row[name]) for name in names if name in row), None)
+    column = find_label(row)
+    return None if column is None else formats.read_switch(row[column])
 
 
 def _mark(row: formats.Unpaired, found: list[Encoded] | BadRow) -> list[Encoded] | BadRow:
@@ -128,7 +134,9 @@ def refuse_one_kind(rows: Dataset) -> None:
     kinds, several = count_kinds(rows), spell_count(len(rows), "row")
     if not (kinds.desirable and kinds.undesirable):
         said, lacking = ("true", "undesirable") if kinds.desirable else ("false", "desirable")
-        alone = "; the wanted answers alone are learnt by objective: sft" * bool(kinds.desirable)
+        alone = "; the wanted answers alone are learnt by --set objective=sft" * bool(
+            kinds.desirable
+        )
         raise LoraError(
             f"label is {said} in all of {several} to train on: objective: kto needs {lacking} "
             "answers as well",

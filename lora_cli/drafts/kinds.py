@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from lora_cli.common import LoraError, quote_words
 from lora_cli.data import formats, load, preferences, text_files, unpaired
-from lora_cli.recipe import DEFAULT_TASK, TASKS, Task, recognise_task
+from lora_cli.drafts.rows import Seen
+from lora_cli.recipe import DEFAULT_OBJECTIVE, DEFAULT_TASK, TASKS, Recipe, Task, recognise_task
 
 BASES = {
     "causal_lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -147,27 +148,32 @@ def _find_pair(columns: list[str]) -> dict[str, str]:
     }
 
 
-def refuse_unwanted_answers(rows: Sequence[Mapping[str, Any]], task: str, path: str) -> None:
-    """Raise LoraError for rows of `path` of which some say that their answer is not wanted."""
-    if task != DEFAULT_TASK.name:
+def refuse_unwanted_answers(seen: Seen, style: str, recipe: Recipe, chosen: bool) -> None:
+    """Raise LoraError where answers alone are learnt, and a row says that its answer is not wanted;
+    `chosen` says whether somebody asked for that objective."""
+    learns_all = recipe.objective_row is DEFAULT_OBJECTIVE and recipe.task == DEFAULT_TASK.name
+    if not learns_all or style == "text" or seen.first_unwanted is None:
         return
-    if any(isinstance(row.get("label"), bool) and "completion" in row for row in rows):
-        raise LoraError(
-            "the rows say of each answer whether it is wanted (label: true or false), and all "
-            "would be learnt",
-            _suggest_wanted(Path(path)),
-        )
+    place, column = seen.first_unwanted
+    alone = _suggest_wanted(Path(str(recipe.data.path)), column)
+    kto = "--set objective=kto learns from both kinds"
+    raise LoraError(
+        "the rows say of each answer whether it is wanted, and all would be learnt "
+        f"(objective: sft): {column} is false at {place}",
+        alone if chosen else kto,
+    )
 
 
 READ_ROWS = {".jsonl": "map(json.loads, sys.stdin)", ".json": "json.load(sys.stdin)"}
 
 
-def _suggest_wanted(file: Path) -> str:
+def _suggest_wanted(file: Path, column: str) -> str:
     """Return the hint that keeps the rows whose answer is wanted, without that column."""
     plain = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     rows = READ_ROWS.get(plain.suffix.lower())
     if rows is None or not file.is_file():
-        return "keep the rows whose label is true, without that column, and name that file"
-    code = f"[print(json.dumps(row)) for row in {rows} if row.pop('label', 0)]"
+        return f"keep the rows whose {column} is true, without that column, and name that file"
+    wanted = f"str(row.pop('{column}', 0)).lower() == 'true'"
+    code = f"[print(json.dumps(row)) for row in {rows} if {wanted}]"
     command = quote_words(["python3", "-c", f"import json, sys; {code}"])
     return text_files.suggest_edit(file, command, prefix="wanted-")

@@ -11,7 +11,16 @@ from itertools import islice
 from typing import Any
 
 from lora_cli.common import LoraError, quote
-from lora_cli.data import encoders, formats, preferences, prepare, readers, selection, sources
+from lora_cli.data import (
+    encoders,
+    formats,
+    preferences,
+    prepare,
+    readers,
+    selection,
+    sources,
+    unpaired,
+)
 from lora_cli.recipe import Data, Recipe
 
 BATCH = 1000
@@ -36,6 +45,8 @@ class Seen:
     first_repeated: tuple[str, str] | None = None
     """The places of the first row that says the same as an earlier one, and of that."""
     num_repeated: int = 0
+    first_unwanted: tuple[str, str] | None = None
+    """The place of the first row whose label is false, and the column that says it."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Of rows that were measured, in tokens; of pairs, those of their sources."""
     target_lengths: Counter[int] = field(default_factory=Counter)
@@ -71,6 +82,11 @@ class Seen:
             self.first_repeated = self.first_repeated or (place, self.digests[key])
         else:
             self.digests[key] = place if len(self.digests) < MEASURED else "an earlier row"
+
+    def add_label(self, place: str, row: dict[str, Any]) -> None:
+        """Note a row that says that its answer is not wanted."""
+        if self.first_unwanted is None and unpaired.read_label(row) is False:
+            self.first_unwanted = place, str(unpaired.find_label(row))
 
     def add_encoded(self, place: str, found: list[Any] | formats.BadRow) -> None:
         """Count the lengths of what a row became."""
@@ -152,6 +168,7 @@ def _convert(
             try:
                 if isinstance(row, formats.BadRow):
                     raise row
+                seen.add_label(place, row)
                 made = convert(formats.rename_columns(row, names) if names else row)
             except formats.BadRow as bad:
                 seen.add_bad(place, bad)

@@ -66,6 +66,8 @@ def write_recipe(asked: Asked) -> Path:
     chosen = columns.settle_columns(draft, source, first, questions)
     template = templates.settle_template(draft, base, chosen)
     seen = _look(draft, source, chosen, base)
+    is_asked = draft.is_given("objective")
+    kinds.refuse_unwanted_answers(seen, chosen.style, draft.build(), is_asked)
     _settle_bad_rows(draft, seen, chosen, questions)
     lengths.settle_length(draft, seen, chosen.style, base)
     schedule.settle_holdout(draft, seen, path, questions)
@@ -151,10 +153,7 @@ def _find_base(
         draft.put("objective", "kto", "each answer is wanted or not")
     if names and draft.read("task") in (None, kind.task):
         draft.put("data.columns", names)
-    recipe = draft.build()
-    if not recipe.objective_row.unpaired:
-        kinds.refuse_unwanted_answers(first, recipe.task, draft.read("data.path"))
-    return Base.of_recipe(recipe)
+    return Base.of_recipe(draft.build())
 
 
 def _name_base(draft: Draft, name: str) -> str:

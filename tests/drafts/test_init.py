@@ -409,7 +409,11 @@ def test_rows_are_trained_on_and_leave_their_recipe(lora, tiny: Path, tmp_path: 
         (["init", "none.jsonl"], 1, "error: data.path: none.jsonl is empty"),
         (["init", "bare"], 1, "error: bare holds no file of rows (.json, "),
         (["init", "bad.jsonl"], 1, "error: bad.jsonl:1: the row is 3, not a mapping of columns"),
-        (["init", "wanted.jsonl"], 1, "the rows say of each answer whether it is wanted"),
+        (
+            ["init", "wanted.jsonl"],
+            1,
+            "label is false at wanted.jsonl:101\n\nhint: --set objective=kto",
+        ),
         (["init", "nameless.csv"], 1, "hint: sed -i '1i prompt,completion' nameless.csv"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -424,7 +428,7 @@ def test_what_cannot_be_is_refused_with_what_to_type(
         (tmp_path / "none.jsonl").touch()
         (tmp_path / "bad.jsonl").write_text("3\n4\n")
         asked = {"prompt": "a", "completion": "b", "label": True}
-        write_lines(tmp_path / "wanted.jsonl", [asked] * 30)
+        write_lines(tmp_path / "wanted.jsonl", [asked] * 100 + [{**asked, "label": False}])
         table = (tmp_path / "a.csv").read_text().splitlines()[1:]
         (tmp_path / "nameless.csv").write_text("\n".join(table))
     (tmp_path / "bare").mkdir()
@@ -437,7 +441,7 @@ def test_what_cannot_be_is_refused_with_what_to_type(
 
 def test_answers_that_are_not_wanted_are_left_out_by_the_hint(init, tmp_path: Path) -> None:
     """Where objective: sft is asked for, which would learn all."""
-    rows = [{"prompt": f"a{n}", "completion": "b", "label": n % 2 == 0} for n in range(60)]
+    rows = [{"prompt": f"a{n}", "completion": "b", "kto_tag": n % 2 == 0} for n in range(60)]
     write_lines(tmp_path / "my rows.jsonl", rows)
     hint = init("my rows.jsonl", "--set", "objective=sft").stderr.partition("hint: ")[2]
     command, _, made = hint.strip().partition("; then name ")
@@ -446,6 +450,19 @@ def test_answers_that_are_not_wanted_are_left_out_by_the_hint(init, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     kept = [json.loads(line) for line in (tmp_path / made.strip("'")).open()]
     assert kept == [{"prompt": row["prompt"], "completion": "b"} for row in rows[::2]]
+
+
+@pytest.mark.slow
+def test_wanted_answers_alone_are_learnt_as_answers(init, tmp_path: Path) -> None:
+    """As kto says of such rows; the last of a file that is in order is looked at, too."""
+    rows = [{"prompt": f"a{n}", "completion": "b", "label": n < 110} for n in range(140)]
+    write_lines(tmp_path / "wanted.jsonl", rows[:110])
+    done = init("wanted.jsonl", "--set", "objective=sft")
+    assert done.returncode == 0, done.stderr
+    write_lines(tmp_path / "both.jsonl", rows)
+    done = init("both.jsonl", "--set", "objective=kto")
+    assert done.returncode == 0, done.stderr
+    assert load_recipe(tmp_path / "both.yaml").data.format == "unpaired"
 
 
 NO_ROWS: dict[str, tuple[str, list[dict[str, Any]], str]] = {
