@@ -129,7 +129,7 @@ class Forecast:
 
         Memory is about quadratic in n, so a few rehearsed steps suffice; where it is not, as it
         grows by stairs, the middle is tried. It is found exactly: were it near the largest only,
-        more memory could offer less.
+        more memory could offer less. Where all seems to fit, `limit` itself is tried next.
         """
         low, high, width = 0, limit + 1, 2 * limit
         guess = max(1, min(start, limit))
@@ -141,8 +141,9 @@ class Forecast:
             else:
                 high = guess
             is_slow, width = 2 * (high - low) > width, high - low
-            middle = math.isqrt(max(low, 1) * high)
-            asked = middle if is_slow else _find_crossing(tried, self.device.memory)
+            asked = _find_crossing(tried, self.device.memory)
+            if is_slow and not asked >= high > limit:
+                asked = math.isqrt(max(low, 1) * high)
             guess = min(max(asked, low + 1), high - 1)
         return low
 

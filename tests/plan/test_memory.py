@@ -329,7 +329,8 @@ def test_the_largest_that_fits_is_the_last_that_does() -> None:
     ids=["line", "parabola", "stairs", "the head's level"],
 )
 def test_more_memory_never_offers_less(monkeypatch, grow, limit: int) -> None:
-    """By stairs the search ended after ten small steps, and offered as little as a 63rd."""
+    """By stairs the search ended after ten small steps, and offered as little as a 63rd; where all
+    fits, it then halved its way to the limit, in up to 23."""
     plan = memory.make_forecast(settled(), config(num_hidden_layers=1), LARGE_CPU)
     tried: list[int] = []
     monkeypatch.setattr(plan, "need", lambda n: tried.append(n) or memory.Need({"all": grow(n)}))
@@ -338,7 +339,8 @@ def test_more_memory_never_offers_less(monkeypatch, grow, limit: int) -> None:
         tried.clear()
         found = plan.largest(lambda n: n, 500, limit)  # type: ignore[arg-type, return-value]
         fit = [0, *(n for n in range(1, limit + 1) if grow(n) <= plan.device.memory)]
-        assert found == fit[-1] and len(tried) <= 35
+        assert found == fit[-1]
+        assert len(tried) <= (6 if found == limit else 35), tried
 
 
 def test_checkpointing_is_on_where_the_plan_without_it_does_not_fit() -> None:
