@@ -315,18 +315,19 @@ def _convert_alpaca(row: Mapping[str, Any], alpaca_prompt: bool) -> Conversation
 
 
 def _convert_prompt_completion(row: Mapping[str, Any]) -> Conversation:
-    """Return a prompt and completion, texts or lists of turns, as a conversation whose completion
-    alone carries loss."""
+    """Return a prompt and completion, texts or turns, as a conversation whose completion alone
+    carries loss."""
     prompt, completion = get_value(row, "prompt"), get_value(row, "completion")
-    if isinstance(prompt, list):
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        if not isinstance(completion, list):
-            raise BadRow("prompt is a list, and completion is neither text nor a list")
-        made = _make_conversation([*prompt, *completion], row)
-        earlier = len(made.messages) - len(completion)
-        return made._replace(trained=[False] * earlier + made.trained[earlier:])
-    return _make_two_turns(get_filled_text(row, "prompt"), get_filled_text(row, "completion"), row)
+    is_told = isinstance(completion, list) or _is_turn(completion)
+    if not (is_told or isinstance(prompt, list)):
+        asked = get_filled_text(row, "prompt")
+        return _make_two_turns(asked, get_filled_text(row, "completion"), row)
+    if not (is_told or isinstance(completion, str)):
+        raise BadRow("prompt is a list, and completion is neither text nor a list")
+    turns, asked_turns = _join_prompt(row, _list_turns(row, "completion"))
+    made = _make_conversation(turns, row)
+    earlier = len(made.messages) - len(turns) + asked_turns
+    return made._replace(trained=[False] * earlier + made.trained[earlier:])
 
 
 def _make_two_turns(question: str, answer: str, row: Mapping[str, Any]) -> Conversation:
@@ -353,7 +354,9 @@ def convert_preference(row: Mapping[str, Any]) -> Preference:
         hint = suggest_columns(prompt=known) if known else MEND
         are = "texts" if isinstance(answers[0], str) else "turns"
         raise BadRow("there is no prompt", f"chosen and rejected are {are} without a prompt", hint)
-    made = [_follow_prompt(prompt, name, row) for name in ANSWERS]
+    told = [_list_turns(row, name) for name in ANSWERS]
+    told = told if prompt is None else [_join_prompt(row, turns)[0] for turns in told]
+    made = [_make_conversation(turns, row) for turns in told]
     alike = zip(*(each.messages for each in made))
     shared = next((at for at, (one, other) in enumerate(alike) if one != other), None)
     if shared is None:  # one ends within the other, or they are the same
@@ -368,19 +371,21 @@ def convert_preference(row: Mapping[str, Any]) -> Preference:
     return Preference(*(_train_from(each, shared) for each in made))
 
 
-def _follow_prompt(prompt: Any, name: str, row: Mapping[str, Any]) -> Conversation:
-    """Return the conversation of a prompt and what the column `name` has after it."""
-    turns = _list_turns(row, name)
-    if prompt is None:
-        return _make_conversation(turns, row)
+def _join_prompt(row: Mapping[str, Any], after: list[Any]) -> tuple[list[Any], int]:
+    """Return the turns of a row's prompt and those after it, which may repeat it, and how many of
+    them the prompt has."""
+    prompt = row["prompt"]
     if isinstance(prompt, str):
-        get_filled_text(row, "prompt")
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = [{"role": "user", "content": get_filled_text(row, "prompt")}]
     if not isinstance(prompt, list):
         raise BadRow("prompt is neither text nor a list")
     prompt = [_convert_sharegpt_turn(turn) for turn in prompt]
-    repeats = turns[: len(prompt)] == prompt or _find_asked(turns) == _find_asked(prompt) != []
-    return _make_conversation(turns if repeats else [*prompt, *turns], row)
+    if after[: len(prompt)] == prompt:
+        return after, len(prompt)
+    if _find_asked(after) == _find_asked(prompt) != []:
+        asked = [at for at, turn in enumerate(after, 1) if _get_role(turn) == "user"]
+        return after, asked[: sum(_get_role(turn) == "user" for turn in prompt)][-1]
+    return [*prompt, *after], len(prompt)
 
 
 def _list_turns(row: Mapping[str, Any], name: str) -> list[Any]:

@@ -127,9 +127,17 @@ def _find_prompt(columns: list[str]) -> dict[str, str]:
 
 
 def find_better(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the columns of the better one of a row's two answers, as an answer alone."""
-    asked = names.get("prompt", "prompt")
-    return {"prompt": asked, "completion": "chosen"} if asked in row else {"messages": "chosen"}
+    """Return the columns of the better one of a row's two answers, as an answer alone; `names` are
+    those of the row's columns, where they are no preference format's own, nor guessed."""
+    encoder = preferences.PreferenceEncoder
+    names = names or formats.guess_columns(row, encoder.row_formats, encoder.column_sets)
+    asked, better = names.get("prompt", "prompt"), names.get("chosen", "chosen")
+    if asked in row:
+        return {"prompt": asked, "completion": better}
+    turns = row.get(better)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    is_sharegpt = isinstance(first, Mapping) and "from" in first
+    return {"conversations" if is_sharegpt else "messages": better}
 
 
 def _find_pair(columns: list[str]) -> dict[str, str]:

@@ -80,8 +80,8 @@ def make_question(place: str, row: readers.Row) -> Question:
     ):
         if isinstance(row.get(asked), str):
             question = Question({**row, answer: row.get(answer) or "?"}, style, place, None)
-            question.convert(None)
-            return question._replace(expected=row.get(answer) or None)
+            expected = _read_answer(question)
+            return question._replace(expected=expected if row.get(answer) else None)
     found = formats.recognise_format(row)
     if found not in ("messages", "sharegpt", "prompt_completion"):
         raise UsageError(
@@ -89,12 +89,19 @@ def make_question(place: str, row: readers.Row) -> Question:
             '{"prompt": "…"}',
         )
     question = Question(row, found, place, None)
+    return question._replace(expected=_read_answer(question))
+
+
+def _read_answer(question: Question) -> str | None:
+    """Return the text of a row's last turn, or None where it has none. Raises UsageError where that
+    is no answer."""
     last = question.convert(None).messages[-1]
     if last["role"] != "assistant":
         raise UsageError(
-            f"{place}: the last message is not an answer", "end it with the assistant's turn"
+            f"{question.place}: the last message is not an answer",
+            "end it with the assistant's turn",
         )
-    return question._replace(expected=last["content"] or None)
+    return last["content"] or None
 
 
 def _read_pair(place: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class HeldRow(NamedTuple):
         """Whether it holds something that a model learns to write."""
         if self.question is None or self.expected is not None:
             return True
-        return self.style in ("messages", "sharegpt") or isinstance(self.row.get("prompt"), list)
+        told = self.style in ("messages", "sharegpt")  # else a text, or "?" where there is none
+        return told or not isinstance(self.row.get("completion", ""), str)
 
 
 class Bad(NamedTuple):

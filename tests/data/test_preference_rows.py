@@ -15,10 +15,19 @@ import pytest
 from transformers import AutoTokenizer
 
 from lora_cli.common import LoraError
-from lora_cli.data import load, prepare
+from lora_cli.data import load, preferences, prepare
 from lora_cli.data.encode import Renderer
-from lora_cli.data.formats import BadRow, convert_preference, find_converter
+from lora_cli.data.formats import (
+    BadRow,
+    convert_preference,
+    convert_unpaired,
+    find_converter,
+    guess_columns,
+    recognise_format,
+    rename_columns,
+)
 from lora_cli.drafts import kinds
+from lora_cli.evaluate.generate import make_question
 from lora_cli.models import IGNORED
 from lora_cli.recipe import load_recipe
 
@@ -133,6 +142,48 @@ def test_the_conversation_before_two_turns_is_their_prompt() -> None:
     with pytest.raises(BadRow, match="turns without a prompt") as caught:
         convert_preference(row)
     assert caught.value.hint == "--set data.columns='{prompt: conversations}'"
+
+
+def rename(row: dict[str, Any], **names: str) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+OTHERS = {
+    "the conversation before two turns": rename(
+        ROWS["ShareGPT's turn after turns"], prompt="conversations"
+    ),
+    "a turn after a text": {**ROWS["texts"], "chosen": say("Left."), "rejected": say("No.")},
+    "columns that are guessed": rename(
+        ROWS["turns after turns"], chosen="chosen_response", rejected="rejected_response"
+    ),
+    "conversations in columns that are guessed": rename(
+        ROWS["ShareGPT's conversations"], chosen="chosen_response", rejected="rejected_response"
+    )
+    | {"prompt": "Which way?"},
+    "a prompt of several turns that is repeated": {
+        "prompt": BEFORE, "chosen": [SYSTEM, *BEFORE, say("Left.")],
+        "rejected": [SYSTEM, *BEFORE, say("No.")],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [*ROWS.values(), *OTHERS.values()], ids=[*ROWS, *OTHERS])
+def test_the_better_answer_alone_is_what_the_pair_has(row: dict[str, Any]) -> None:
+    """For `lora init --set objective=sft`, for answers with a label, and for a question to ask."""
+    columns = preferences.PreferenceEncoder.row_formats, preferences.PreferenceEncoder.column_sets
+    told = kinds.tell_kind([row], None).columns
+    pair = convert_preference(rename_columns(row, told or guess_columns(row, *columns)))
+    names = kinds.find_better(row, told)
+    ours = rename_columns(row, names)
+    style = recognise_format(ours)
+    assert style is not None
+    alone = find_converter(style)(ours)
+    assert alone.messages == pair.chosen.messages
+    if "prompt" in names:
+        assert alone.trained == pair.chosen.trained
+        assert convert_unpaired({**ours, "label": True}).answer == pair.chosen
+    question = make_question("", ours)
+    assert question.expected == "Left." and question.asked(None).messages == alone.messages[:-1]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
