@@ -214,6 +214,14 @@ class SavingTrainer(TypedTrainer):
             )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        asked = self.args.metric_for_best_model
+        name = f"eval_{(asked or 'loss').removeprefix('eval_')}"
+        if asked and name not in metrics:  # as of questions without answers where all have some
+            ui.warn(
+                f"the evaluation gives no {name}, by which the best step is told "
+                "(training.metric_for_best_model): this one does not count"
+            )
+            return False
         is_best: bool = super()._determine_best_metric(metrics, trial)
         if is_best and self.options.keeps_best:
             self.state.best_global_step = self.state.global_step

@@ -220,7 +220,20 @@ OTHERWISE: dict[str, Callable[[Path], list[str]]] = {
         f"data.eval_path={rows}",
         "training.metric_for_best_model=exact_match",
     ],
+    "the best by what no row has": lambda rows: [
+        f"data.eval_path={_leave_answered(rows)}",
+        "training.metric_for_best_model=no_answer_accuracy",
+    ],
 }
+
+
+def _leave_answered(rows: Path) -> Path:
+    """A file of those of some questions that have an answer."""
+    lines = [line for line in rows.open() if json.loads(line)["answers"]]
+    assert lines
+    file = rows.with_name("answered.jsonl")
+    file.write_text("".join(lines))
+    return file
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
