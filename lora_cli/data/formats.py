@@ -383,6 +383,8 @@ def _join_prompt(row: Mapping[str, Any], after: list[Any]) -> tuple[list[Any], i
     if after[: len(prompt)] == prompt:
         return after, len(prompt)
     if _find_asked(after) == _find_asked(prompt) != []:
+        if _get_role(after[0]) not in FIRST:  # what the system says is not repeated
+            after = [*itertools.takewhile(lambda turn: _get_role(turn) in FIRST, prompt), *after]
         asked = [at for at, turn in enumerate(after, 1) if _get_role(turn) == "user"]
         return after, asked[: sum(_get_role(turn) == "user" for turn in prompt)][-1]
     return [*prompt, *after], len(prompt)

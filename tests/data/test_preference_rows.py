@@ -55,6 +55,10 @@ ROWS: dict[str, dict[str, Any]] = {
         "prompt": "Which way?", "chosen": [SYSTEM, ASKED, say("Left.")],
         "rejected": [SYSTEM, ASKED, say("No.")],
     },
+    "repeated without its system message": {
+        "prompt": [SYSTEM, ASKED], "chosen": [ASKED, say("Left.")],
+        "rejected": [ASKED, say("No.")],
+    },
     "several turns": {
         "prompt": [ASKED],
         "chosen": [say("Why?"), {"role": "user", "content": "To swim."}, say("Left.")],
@@ -125,6 +129,11 @@ def test_each_shape_is_two_conversations(name: str, load_pairs, tiny: Path) -> N
 def test_earlier_answers_carry_no_loss(load_pairs) -> None:
     made = convert_preference(ROWS["conversations"])
     assert [each.trained for each in made] == [[False, False, False, True]] * 2
+
+
+def test_what_the_system_says_is_kept_where_the_rest_is_repeated() -> None:
+    made = convert_preference(ROWS["repeated without its system message"])
+    assert made == convert_preference(ROWS["texts after turns"])
 
 
 def test_who_speaks_is_told_by_the_turn_as_lists_of_turns_tell_it() -> None:
