@@ -14,9 +14,10 @@ import torch
 
 from lora_cli.common import LoraError, RejectedError, ui
 from lora_cli.gguf import engine, llama_api, parity
-from lora_cli.merge import compare_weights, layerwise_logits, merge
+from lora_cli.merge import compare_weights, layerwise_logits, merge, rounding
 from lora_cli.models import (
     PROBES,
+    Adapter,
     Base,
     Difference,
     Limit,
@@ -56,36 +57,71 @@ def verify(first: str, second: str, base: str | None) -> str:
         if by_model
         else _plain_probes(Path(first))
     )
-    one, other = (_load_form(path, kinds[path], base, probes) for path in (first, second))
+    forms = {path: _load_form(path, kinds[path], base, probes) for path in dict.fromkeys(kinds)}
+    one, other = forms[first], forms[second]
     difference = compare_logits(one.logits, other.logits)
     said = f"{first} ({one.type}) and {second} ({other.type}): {difference}"
+    pair = _find_pair(kinds, base)
+    if pair is not None:
+        rounding.refuse_other_settings(pair.adapter, pair.merged)
     limit = _choose_limit(difference, one, other, "gguf" in kinds.values())
     if limit is None:
         return f"{said} (reported: {' and '.join(sorted({one.type, other.type}))} has no limit)"
     said = f"{said} ({limit})"
     may_be_rounding = limit.what == "mean KL" and difference.mean_kl <= merge.ROUNDED_KL
-    weights = _compare_weights(kinds, base) if limit.kept or may_be_rounding else None
-    if not limit.kept and weights is None:
+    if pair is None or not (limit.kept or may_be_rounding):
+        found = None
+    else:
+        found = _compare_weights(pair, forms[pair.merged.name].logits, probes, limit)
+    if not limit.kept and found is None:
         raise RejectedError(
             f"not the same function: {said}", "merge or export again; lora generate shows answers"
         )
-    if not limit.kept:
-        ui.warn("their logits lie further apart than 16 bits mostly do: rounding, by the weights")
-    if weights is None and "adapter" in kinds.values() and {"model", "hub"} & {*kinds.values()}:
-        weights = "the weights cannot be compared one by one"
-    return f"{said}; {weights}" if weights else said
+    if pair is not None and found is None:
+        found = "the weights cannot be compared one by one"
+    return f"{said}; {found}" if found else said
 
 
-def _compare_weights(kinds: Mapping[str, str], base: str | None) -> str | None:
-    """Compare the weights of an adapter and a merged model, which logits may hide; None where it is
-    not these, or where they cannot be compared. Raises RejectedError."""
+class Pair(NamedTuple):
+    """An adapter, and the model that it was merged into."""
+
+    adapter: Adapter
+    merged: Base
+
+
+def _find_pair(kinds: Mapping[str, str], base: str | None) -> Pair | None:
+    """Return the adapter and the merged model; None where it is not these."""
     adapters = [path for path in kinds if kinds[path] == "adapter"]
     models = [path for path in kinds if kinds[path] in ("model", "hub")]
     if not adapters or not models:
         return None
-    return compare_weights.compare_weights(
-        read_adapter(Path(adapters[0]), base), Base.of_model(models[0])
+    return Pair(read_adapter(Path(adapters[0]), base), Base.of_model(models[0]))
+
+
+def _compare_weights(
+    pair: Pair, given: Sequence[torch.Tensor], probes: Sequence[Probe], limit: Limit
+) -> str | None:
+    """Compare the weights of an adapter and a merged model, whose logits are `given`, and in 16
+    bits, which hide as much, what its configuration makes of them. Return what was found; None
+    where they cannot be compared, or the logits are over the `limit`, and by more than rounding.
+    Raises RejectedError."""
+    adapter, merged = pair
+    weights = compare_weights.compare_weights(adapter, merged)
+    if limit.what == "mean KL":
+        rounding.refuse_other_function(adapter, merged, given, probes)
+    if limit.kept or weights is None:
+        return weights
+    rounded = merge.choose_way(adapter, None, False).compute_rounded(probes, merged.dtype)
+    if rounded is None:
+        return None
+    apart = compare_logits(layerwise_logits.keep_last(merged.task, rounded), given)
+    if not choose_limit(apart, merged.dtype, num_layers(merged.config)).kept:
+        return None
+    ui.warn(
+        "their logits lie further apart than 16 bits mostly do: that is rounding, as the adapter "
+        f"merged anew and rounded once lies this far from {merged}: {apart}"
     )
+    return weights
 
 
 def _choose_limit(difference: Difference, one: Form, other: Form, gguf: bool) -> Limit | None:

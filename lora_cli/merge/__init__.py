@@ -6,6 +6,7 @@ Its doors, in the order a reader needs them:
     combine            several adapters of one base become one
     extract            a LoRA from a fine-tuned model; `convert`: from a DoRA or a larger LoRA
     compare_weights    a merged model's files against its adapter, weight by weight
+    rounding           what rounding did to a merged model, told from other settings
     layerwise_logits   logits of a model that need not fit into memory
 """
 
@@ -15,4 +16,5 @@ __all__ = [
     "extract",
     "layerwise_logits",
     "merge",
+    "rounding",
 ]

@@ -62,6 +62,12 @@ class Whole:
         self.folded = self._fold()
         return compute_logits(self.folded[0], probes)
 
+    def compute_rounded(self, probes: Sequence[Probe], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return the same with each weight rounded once to `dtype`."""
+        plain, _ = self._fold()
+        round_once(plain, dtype)
+        return compute_logits(convert_to_float32(plain), probes)
+
     def _fold(self) -> tuple[PreTrainedModel, int]:
         """Return PEFT's merge_and_unload in float32, and how many modules it merged."""
         adapted = self.adapted or self._load(original=self.original)

@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
+from transformers import PretrainedConfig
 
 from lora_cli.common import ui
 from lora_cli.merge import streaming_plan, unread
@@ -81,21 +82,27 @@ def walk_logits(
 
 
 def walk_logits_of(
-    model: Base, dtype: torch.dtype, probes: Sequence[Probe]
+    model: Base,
+    dtype: torch.dtype,
+    probes: Sequence[Probe],
+    config: PretrainedConfig | None = None,
 ) -> list[torch.Tensor] | None:
     """Return the same for a plain model, on the hub or in a folder, or None where they cannot be
-    computed."""
+    computed; `config`: its weights by another configuration than its own."""
 
     if model.quantised:
         quantised.refuse_undequantisable(model.name, model.quantised)
 
     def load() -> list[torch.Tensor]:
-        return compute_logits(convert_to_float32(model.load_plain(dtype)), probes)
+        loaded = model.load(dtype, config=config) if config else model.load_plain(dtype)
+        return compute_logits(convert_to_float32(loaded), probes)
 
     names = streaming_plan.find_own_names(model)
     if model.tensors is None or not names:
         return keep_last(model.task, load())
-    return walk_or_load(lambda: _walk_files(model, names, probes), load, model.tensors, model.task)
+    return walk_or_load(
+        lambda: _walk_files(model, names, probes, config), load, model.tensors, model.task
+    )
 
 
 def walk_or_load(
@@ -137,12 +144,20 @@ def measure_float32(tensors: Tensors) -> int:
     return 4 * sum(math.prod(entry.shape) for entry in tensors.entries.values())
 
 
-def walk_unrounded(plan: Plan, base: Base, probes: Sequence[Probe]) -> list[torch.Tensor]:
+def walk_unrounded(
+    plan: Plan, base: Base, probes: Sequence[Probe], dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     """Return the logits of the merged model before its weights are rounded: each is merged, in
-    float32, as the forward pass comes to it."""
+    float32, as the forward pass comes to it. `dtype`: each is then rounded once to this."""
     kept: dict[str, torch.Tensor] = {}
 
     def read(name: str, start: int, stop: int | None) -> torch.Tensor:
+        rows = merge_rows(name, start, stop)
+        if not rows.is_floating_point():
+            return rows
+        return rows.to(plan.choose_dtype(name, dtype)).float()
+
+    def merge_rows(name: str, start: int, stop: int | None) -> torch.Tensor:
         changed = plan.layers.get(name)
         if changed is None or changed.by_rows:
             return plan.read_merged(name, start, stop)
@@ -157,9 +172,13 @@ def walk_unrounded(plan: Plan, base: Base, probes: Sequence[Probe]) -> list[torc
 
 
 def _walk_files(
-    model: Base, names: Mapping[str, bool], probes: Sequence[Probe]
+    model: Base,
+    names: Mapping[str, bool],
+    probes: Sequence[Probe],
+    config: PretrainedConfig | None,
 ) -> list[torch.Tensor]:
-    """Return the logits of a plain model whose files name its tensors as it does."""
+    """Return the logits of a plain model whose files name its tensors as it does, by `config` or
+    else its own configuration."""
     tensors = model.tensors
     assert tensors is not None, "walk_logits_of has looked"
 
@@ -167,7 +186,7 @@ def _walk_files(
         rows = tensors.rows(tensor, start, stop)
         return rows.float() if rows.is_floating_point() else rows
 
-    network = model.build_unweighted()
+    network = model.build_unweighted(config)
     fill_buffers(network, names, tensors.rows)
     return walk_logits(network, read, None, probes)
 

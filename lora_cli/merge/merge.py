@@ -10,7 +10,8 @@ fitted to those values, not to the original 16-bit ones (measured mean |Δlogit|
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from lora_cli.merge import (
     in_memory,
     layerwise_logits,
     output,
+    rounding,
     streamed,
     streaming_plan,
 )
@@ -57,12 +59,10 @@ from lora_cli.models import (
     save_reader,
 )
 
-ROUTED_KL = 1e-4
-"""The mean KL up to which a merged model of experts counts as the right one although single tokens
-went to another expert."""
 ROUNDED_KL = 0.5
-"""The mean KL up to which rounding is believed of a merged model that was exact before it, and
-whose files hold each weight rounded once: beyond it, its settings are not the base's."""
+"""The mean KL up to which rounding may move a model of which all else is shown to be right: its
+files hold each weight rounded once, and its settings are the base's (rounding.py). It lets nothing
+pass that these do not; beyond it a model is refused for what rounding has made of it."""
 # Tokens of each probe prompt that are enough to compare a merged model with what it was made from
 SHORT = 32
 
@@ -167,11 +167,17 @@ def _check_rounded(
     was_exact: bool,
 ) -> Difference | None:
     """Return how far the model that was written lies from base with adapter, None where that cannot
-    be computed; before it was rounded it `was_exact`. Raise RejectedError for another function."""
-    dtype = adapter.base.dtype
+    be computed; before it was rounded it `was_exact`. Raise RejectedError for another function, and
+    for settings that are not the base's."""
+    dtype, merged = adapter.base.dtype, Base.of_model(str(folder))
+    with _call_merged(folder):
+        rounding.refuse_other_settings(adapter, merged)
     given = None if expected is None else way.compute_merged(folder, dtype, probes)
     if expected is None or given is None:
         return None
+    if was_exact and is_maybe_rounding(adapter, compare_logits(expected, given), dtype):
+        with _call_merged(folder):
+            rounding.refuse_other_function(adapter, merged, given, probes)
     when = "" if dtype == torch.float32 else "rounded, "
     return refuse_different(adapter, given, expected, dtype, when, was_exact)
 
@@ -182,15 +188,30 @@ def _check_files(
     """Check what was written; merge each tensor again, compare it with the one there, and return
     what that found, which is said."""
     way.check_files(folder, adapter.base.dtype)
-    try:
+    with _call_merged(folder):
         found = compare_weights.compare_weights(
             adapter, Base.of_model(str(folder)), original, repeated=way.is_repeatable
         )
-    except RejectedError as error:
-        raise error.with_message(error.message.replace(str(folder), "the merged model")) from error
     said = f"merged again: {found}" if found else "read again: every weight is the one written"
     ui.say(f"  {said}")
     return said
+
+
+@contextmanager
+def _call_merged(folder: Path) -> Iterator[None]:
+    """Let errors name what stands in `folder`, which has not got its name yet, the merged model."""
+    try:
+        yield
+    except RejectedError as error:
+        raise error.with_message(error.message.replace(str(folder), "the merged model")) from error
+
+
+def is_maybe_rounding(adapter: Adapter, difference: Difference, dtype: torch.dtype) -> bool:
+    """Return whether a merged model of type `dtype` lies further from base with adapter than 16
+    bits mostly do, and no further than rounding may move it."""
+    if dtype == torch.float32 or not difference.mean_kl <= ROUNDED_KL:
+        return False
+    return not choose_limit(difference, dtype, num_layers(adapter.base.config)).kept
 
 
 def _make_probes(adapter: Adapter, reader: Reader) -> list[Probe]:
@@ -340,7 +361,8 @@ def refuse_different(
 
     Raise RejectedError where float32 lies further than the order of sums explains; or 16 bits
     further than most arithmetic in them would. What rounding does is what a user will see, and no
-    measure of whether the merge is right: of one that `was_exact` before, it is a warning.
+    measure of whether the merge is right: of one that `was_exact` before, it is a warning; that its
+    settings are the base's has been seen.
     """
     difference = compare_logits(expected, given)
     layers = num_layers(adapter.base.config)
@@ -348,7 +370,7 @@ def refuse_different(
     distance = f"{difference} ({limit})"
     ui.say(f"  {when}merged against base with adapter: {distance}")
     over = not limit.kept
-    if over and _has_experts(adapter) and difference.mean_kl <= ROUTED_KL:
+    if over and _has_experts(adapter) and difference.mean_kl <= rounding.ROUTED_KL:
         ui.say(
             "  over the limit at a few tokens only, as the mean KL shows: rounding sends those to "
             "another expert"

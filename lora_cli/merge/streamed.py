@@ -63,6 +63,17 @@ class Streamed:
             self.adapter.base.task,
         )
 
+    def compute_rounded(
+        self, probes: Sequence[Probe], dtype: torch.dtype
+    ) -> list[torch.Tensor] | None:
+        """Return the same with each weight rounded once to `dtype`."""
+        return layerwise_logits.walk_or_load(
+            lambda: layerwise_logits.walk_unrounded(self.plan, self.adapter.base, probes, dtype),
+            lambda: in_memory.Whole(self.adapter, self.original).compute_rounded(probes, dtype),
+            self.plan.weights.base,
+            self.adapter.base.task,
+        )
+
     def write(self, folder: Path, dtype: torch.dtype, ends: Sequence[int | None]) -> int:
         """Write the base's files again, merged tensor by tensor; return how many modules were
         merged.

@@ -274,10 +274,10 @@ class Base:
         to be read on."""
         return empty.build_zero(self.config, self.task, self.parted)
 
-    def build_unweighted(self) -> PreTrainedModel:
+    def build_unweighted(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Build it in float32 without parameters, and with the buffers that are computed, for rows
-        to be read in."""
-        return self._part(empty.build_unweighted(self.config, self.task))
+        to be read in; `config`: by another configuration than its own."""
+        return self._part(empty.build_unweighted(config or self.config, self.task))
 
     def load_tokenizer(self, **roles: str | None) -> PreTrainedTokenizerBase:
         """Load its tokenizer, as `tokenizer.load_tokenizer`."""

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lora_cli.common.errors import RejectedError
-from lora_cli.merge import in_memory, streaming
+from lora_cli.merge import in_memory, rounding, streaming
 from lora_cli.merge.merge import Checked, merge, merge_adapter, refuse_different
-from lora_cli.models import tensors
+from lora_cli.merge.streamed import Streamed
+from lora_cli.models import probes, tensors
 from lora_cli.models.adapter_folder import Adapter, read_adapter
 from tests.networks import random_model
 
@@ -215,3 +216,27 @@ def test_rounding_is_no_reason_to_refuse_what_was_exact_before(
         assert (compare() > 2e-2) == (outcome == "warned")
     warned = "warning: rounding the merged weights to bfloat16" in capsys.readouterr().err
     assert warned == (outcome == "warned")
+
+
+@pytest.mark.parametrize("stream", [None, False])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_settings_that_are_not_the_base_s_are_no_rounding(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool, stream: bool | None
+) -> None:
+    """By the name of the field, and by the logits where these lie beyond the type's limit."""
+    check = Streamed.check_files if stream is None else in_memory.Whole.check_files
+
+    def wrong(way, folder, dtype):  # noqa: ANN001, ANN202
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] *= 10
+        (folder / "config.json").write_text(json.dumps(config))
+        check(way, folder, dtype)
+
+    monkeypatch.setattr(Streamed if stream is None else in_memory.Whole, "check_files", wrong)
+    said = "rope_parameters.rope_theta is 100000.0 in config.json of the merged model"
+    if not by_name:
+        monkeypatch.setattr(rounding, "refuse_other_settings", lambda *given: None)
+        monkeypatch.setitem(probes.TRAINED_KL, torch.bfloat16, 1e-12)
+        said = "config.json of the merged model makes another function"
+    with pytest.raises(RejectedError, match=said):
+        merge(deep / "adapter", tmp_path / "out", stream=stream)
