@@ -118,6 +118,20 @@ def test_a_file_of_votes_is_read_by_who_was_trained_on_such(tmp_path: Path, caps
     assert "warning: label is false in 4 of 6 rows, whose answers count as expected" in said
 
 
+@pytest.mark.parametrize("names", [{}, {"prompt": "conversations"}], ids=["guessed", "named"])
+def test_pairs_of_a_turn_each_are_scored_by_the_chosen_one(names, tmp_path: Path) -> None:
+    """Of a file of its own, too: with columns that training guessed no answer was expected."""
+    asked = [{"from": "human", "value": "Which way?"}]
+    told = {name: {"from": "gpt", "value": f"{name} way"} for name in formats.ANSWERS}
+    row = {"conversations": asked} | told
+    if not names:
+        row = {"prompt": asked} | {f"{name}_response": told[name] for name in told}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    dpo = recipe.name_objective("dpo")
+    held = held_out.read_held_out(str(tmp_path / "pairs.jsonl"), {}, names, None, dpo)
+    assert (held.expected, held.bad) == (["chosen way"], [])
+
+
 def test_the_next_command_after_votes_expects_the_wanted_answers(
     tiny: Path, tmp_path: Path
 ) -> None:
