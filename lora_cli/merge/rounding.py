@@ -45,8 +45,10 @@ def refuse_other_settings(adapter: Adapter, merged: Base) -> None:
     """Raise RejectedError naming the first field of a merged model's configuration that is not its
     base's. What only one of the two has is left out: their class does not know it, or it would have
     filled it in."""
-    base = _make_base_config(adapter, merged)
-    for field, wanted, given in _list_differences(base.to_dict(), merged.config.to_dict()):
+    # classes such as BART's, of its decoder alone, change what they are given
+    base = adapter.base.build_unweighted(_make_base_config(adapter, merged)).config
+    given_config = merged.build_unweighted().config
+    for field, wanted, given in _list_differences(base.to_dict(), given_config.to_dict()):
         raise RejectedError(
             f"{field} is {_spell(given)} in config.json of {merged}, and {_spell(wanted)} in that "
             f"of its base {adapter.base}",
