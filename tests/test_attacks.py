@@ -96,6 +96,7 @@ def test_a_planted_fault_is_reported(name: str, found: dict[str, list[str]]) -> 
         assert any(wanted in each for each in found[name]), found[name]
 
 
+@pytest.mark.slow
 def test_the_first_attacks_of_each_kind_are_held_off(tiny: Path) -> None:
     command = [sys.executable, str(PROGRAM), "--short", str(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 TORTURE = ROOT / "tests" / "torture" / "signals.py"
 
 
+@pytest.mark.slow
 def test_signals_and_kills_at_random_instants_leave_nothing(tiny: Path) -> None:
     verbs = ["merge two", "convert", "setup-llama-cpp", "check"]
     command = [sys.executable, TORTURE, "--signals", "24", "--kills", "8", "--verbs", *verbs]

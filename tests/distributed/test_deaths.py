@@ -102,7 +102,8 @@ rank, torch.Tensor.backward = os.environ.get("RANK"), run_out
 """
 
 
-@pytest.mark.parametrize("goes_on", [True, pytest.param(False, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("goes_on", [True, False])
 def test_memory_that_runs_out_in_one_process(goes_on: bool, tiny: Path, tmp_path: Path) -> None:
     """All are started again from the last checkpoint, with the same steps in smaller pieces."""
     text = RUN_OUT.format(done=str(tmp_path / "done"))

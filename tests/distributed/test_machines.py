@@ -184,6 +184,7 @@ def test_a_process_for_each_gpu_where_nobody_says(
             launch.settle_nodes(Nodes(5), rows, on_cpu)
 
 
+@pytest.mark.slow
 def test_an_interface_that_is_none(tiny: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny)
     job = Job(["train", str(recipe), "--nproc", "2"], GLOO_SOCKET_IFNAME="eth9")

@@ -422,6 +422,7 @@ def test_an_fp8_model_is_converted_to_the_values_that_transformers_dequantises(
     assert torch.equal(given, wanted.detach())
 
 
+@pytest.mark.slow
 def test_the_base_s_own_cost_may_be_left_out(
     base: Path, tmp_path: Path, monkeypatch, capfd
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_base_is_sharded_where_it_fits_no_gpu(
     assert ("compiled" in reason) is bool(more and "compile" in more[0])
 
 
+@pytest.mark.slow
 def test_how_work_is_shared_is_open_where_one_trains_alone(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: {name_or_path: x}\ndata: {path: y}\n")

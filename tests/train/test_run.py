@@ -265,6 +265,7 @@ def test_what_never_had_a_gradient_is_named(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_layers_compiled_one_by_one_train_the_same(
     write_recipe, tmp_path: Path, checkpointing: bool, capsys
