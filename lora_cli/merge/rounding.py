@@ -111,10 +111,12 @@ def refuse_other_function(
 
 def _make_base_config(adapter: Adapter, merged: Base) -> PretrainedConfig:
     """Return the configuration of the base for the weights of `merged`: these may have more tokens,
-    and, where the adapter has whole modules, a head of its own where the base ties it."""
+    and a head of their own where the base ties it: the files of some have another one than their
+    embeddings, and whole modules of an adapter are one. That weight is compared as all are."""
     config = quantised.without_quantisation(adapter.base.config)
     tied = read_field(merged.config, "tie_word_embeddings")
-    if tied is not None and attach.read_adapter_config(adapter.folder).modules_to_save:
+    whole = attach.read_adapter_config(adapter.folder).modules_to_save
+    if tied is False or (tied is not None and whole):
         config.tie_word_embeddings = tied
     size = read_field(merged.config.get_text_config(), "vocab_size")
     if size is not None:  # which pictures have none of
