@@ -12,9 +12,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from lora_cli.common import LoraError, quote, ui
 from lora_cli.distributed import ranks
 from lora_cli.models import attach
-from lora_cli.recipe import Preference
 from lora_cli.train import pair_batches, preference_losses, reference
-from lora_cli.train.objectives import WatchedTrainer
+from lora_cli.train.comparing_trainer import ComparingTrainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.preference_losses import NUMBERS, Pairs
 
@@ -24,10 +23,11 @@ step: so many, or so many times the type's epsilon, which a logit of some ten is
 Measured in float32: up to 1e-6 (tiny, SmolLM2-135M)."""
 
 
-class PreferenceTrainer(WatchedTrainer):
+class PreferenceTrainer(ComparingTrainer):
     """Trainer, watched, whose loss is the mean over a step's pairs, however these are dealt and
     cut."""
 
+    count_examples = staticmethod(pair_batches.count_pairs)
     sums: torch.Tensor
     """What is said of the pairs since the last line in metrics.jsonl."""
     eval_sums: torch.Tensor
@@ -36,28 +36,12 @@ class PreferenceTrainer(WatchedTrainer):
 
     def __init__(self, options: RunOptions, **given: Any) -> None:
         super().__init__(options, **given)
-        self.model_accepts_loss_kwargs = True  # the pairs of a step are counted
         self.sums = torch.zeros(NUMBERS, device=self.args.device)
         if options.checks_start:
             self.begun = []
 
-    @property
-    def preference(self) -> Preference:
-        """What is made of two answers."""
-        assert self.options.preference is not None
-        return self.options.preference
-
-    def _settle_stock_loss(self) -> None:
-        """Take the logits of the model where lora's own loss head does not suit it."""
-        self.own_loss = True
-
     def _split_parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         return pair_batches.split(inputs, super()._split_parts(inputs))
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        pairs = [torch.zeros(pair_batches.count_pairs(each)) for each in batch_samples]
-        counted = [{**batch, "shift_labels": each} for batch, each in zip(batch_samples, pairs)]
-        return super()._get_num_items_in_batch(counted, device)
 
     def compute_loss(
         self,
@@ -134,7 +118,7 @@ class PreferenceTrainer(WatchedTrainer):
 
 
 def judge_start(
-    trainer: WatchedTrainer, what: str, found: float, wanted: float, off: float
+    trainer: ComparingTrainer, what: str, found: float, wanted: float, off: float
 ) -> None:
     """Say the loss of the first pairs, or answers, and what it is where the model is the one that
     the reference was computed of. Raises LoraError where it is not: answers are `off` nats a token

@@ -14,20 +14,20 @@ import torch
 from transformers.trainer_utils import EvalLoopOutput
 
 from lora_cli.distributed import ranks
-from lora_cli.recipe import Preference
 from lora_cli.speed import dora_norms
 from lora_cli.train import pair_batches, preference_trainer, unpaired_batches, unpaired_losses
-from lora_cli.train.objectives import WatchedTrainer
+from lora_cli.train.comparing_trainer import ComparingTrainer
 from lora_cli.train.options import RunOptions
 from lora_cli.train.unpaired_losses import Answers
 
 Batch = dict[str, Any]
 
 
-class UnpairedTrainer(WatchedTrainer):
+class UnpairedTrainer(ComparingTrainer):
     """Trainer, watched, whose loss is the mean over a step's answers, however these are dealt and
     cut."""
 
+    count_examples = staticmethod(pair_batches.count_answers)
     sums: torch.Tensor
     """What is said of the answers since the last line in metrics.jsonl."""
     divergence: torch.Tensor
@@ -37,22 +37,11 @@ class UnpairedTrainer(WatchedTrainer):
 
     def __init__(self, options: RunOptions, **given: Any) -> None:
         super().__init__(options, **given)
-        self.model_accepts_loss_kwargs = True  # the answers of a step are counted
         self.sums = torch.zeros(unpaired_losses.NUMBERS, device=self.args.device)
         self.waiting = list[Batch]()  # what the next step's rows are held against
         self.scored, self.held_against = list[Answers](), list[Answers]()
         if options.checks_start:
             self.begun = []
-
-    @property
-    def preference(self) -> Preference:
-        """What is made of an answer."""
-        assert self.options.preference is not None
-        return self.options.preference
-
-    def _settle_stock_loss(self) -> None:
-        """Take the logits of the model where lora's own loss head does not suit it."""
-        self.own_loss = True
 
     def _split_parts(self, inputs: Batch) -> list[Batch]:
         own = unpaired_batches.take_own(inputs)
@@ -60,9 +49,7 @@ class UnpairedTrainer(WatchedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         self.waiting = [batch[unpaired_batches.MISMATCHED] for batch in batch_samples]
-        answers = [torch.zeros(pair_batches.count_answers(each)) for each in batch_samples]
-        counted = [{**batch, "shift_labels": each} for batch, each in zip(batch_samples, answers)]
-        return super()._get_num_items_in_batch(counted, device)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step:
