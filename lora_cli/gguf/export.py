@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from lora_cli.common import LoraError, UsageError, files, privacy, provenance, quote, ui
+from lora_cli.common import (
+    LoraError,
+    UsageError,
+    files,
+    plain_files,
+    privacy,
+    provenance,
+    quote,
+    ui,
+)
 from lora_cli.gguf import check, ggml, imatrix, mixture, modelfile, parity, preflight, quantize
 from lora_cli.gguf.tools import CONVERTER_TYPES, EXACT, VERSION, Found, convert, find_converter
 from lora_cli.merge import merge
@@ -114,7 +123,7 @@ def _classify(path: Path) -> str:
 
     OWNER/NAME may be an adapter on the hub, and NAME or a longer path is none.
     """
-    asked = names.may_be_adapter_on_hub(path) or path.exists() or path.suffix == ".gguf"
+    asked = names.may_be_adapter_on_hub(path) or path.exists() or plain_files.has_gguf_name(path)
     kind = names.classify(str(path)) if asked else "hub"
     if kind == "hub":
         raise UsageError(
