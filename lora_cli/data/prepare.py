@@ -20,7 +20,16 @@ from datasets import Dataset, Features, IterableDataset
 from pyarrow import compute
 
 from lora_cli.common import LoraError, UsageError, find_nearest, quote, spell_count, ui
-from lora_cli.data import cache, column_kinds, digests, formats, readers, selection, tables
+from lora_cli.data import (
+    cache,
+    column_kinds,
+    digests,
+    formats,
+    readers,
+    selection,
+    tables,
+    unpaired,
+)
 from lora_cli.data.encode import Batch, Encoded
 from lora_cli.data.encoders import Encoder
 from lora_cli.data.formats import BadRow
@@ -28,7 +37,6 @@ from lora_cli.data.offsets import NDArray
 from lora_cli.data.preferences import DOCUMENTS
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.data.sources import Source
-from lora_cli.data.unpaired import DESIRABLE
 from lora_cli.recipe import Column, Data, Recipe
 
 SHOWN = 20
@@ -187,7 +195,7 @@ def _show_first_rows(rows: Dataset, places: list[str]) -> list[Kept]:
     made = []
     for place, row in zip(places, shown):
         ids = np.array(row.get("input_ids", [0]), np.int32)
-        beside = {"image": np.uint8, DOCUMENTS: np.int32, DESIRABLE: np.int32}
+        beside = {"image": np.uint8, DOCUMENTS: np.int32, unpaired.DESIRABLE: np.int32}
         others = {name: np.asarray(row[name], kind) for name, kind in beside.items() if name in row}
         made.append(Kept(place, ids, np.array(row["labels"]), others))
     return made
@@ -243,7 +251,8 @@ def _encode_rows(
     except UnknownColumns as error:
         raise (tables.find_lack_of_names(source.files, columns) or error) from None
     convert = encoder.find_converter(style)
-    batches = _convert_rows(chain(first, rows), convert, names, data, counts)
+    answers = style in formats.LABELLED  # all are learned as if wanted
+    batches = _convert_rows(chain(first, rows), convert, names, data, counts, answers)
     for batch, made in encoder.encode(batches):
         for (place, row), found in zip(batch, made):
             if isinstance(found, BadRow):
@@ -262,9 +271,10 @@ def _convert_rows(
     names: Mapping[str, str],
     data: Data,
     counts: Counts,
+    answers: bool,
 ) -> Iterator[Batch]:
     """Yield the usable rows in batches, their columns renamed by `names` (ours: theirs); none any
-    more once a bad row is an error."""
+    more once a bad row is an error. Of `answers`, those are counted that are not wanted."""
     while read := list(islice(rows, readers.BATCH)):
         counts.read += len(read)
         batch: Batch = []
@@ -274,6 +284,7 @@ def _convert_rows(
                     raise row
                 ours = formats.rename_columns(row, names) if names else row
                 batch.append((place, convert(ours)))
+                counts.unwanted += answers and unpaired.read_label(row) is False
             except BadRow as bad:
                 counts.count_bad(place, bad)
         if data.on_bad_row == "skip" or not counts.first_bad:

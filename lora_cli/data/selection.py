@@ -72,6 +72,8 @@ class Counts:
     """Rows whose author wrote control tokens in their text."""
     unread: Tally[str] = field(default_factory=Counter)
     """Rows with something that the chat template does not read, by its name."""
+    unwanted: stored.Count = 0
+    """Rows that say of their answer, which is learned, that it is not wanted."""
     lengths: Tally[stored.Count] = field(default_factory=Counter)
     """Lengths of all encoded rows, in tokens; of pairs, those of their sources."""
     target_lengths: Tally[stored.Count] = field(default_factory=Counter)
@@ -328,6 +330,12 @@ def warn_of_counts(encoder: Encoder, counts: Counts) -> None:
     for name, number in counts.unread.items():
         rows = spell_count(number, "row has", "rows have")
         ui.warn(f"{rows} {name}, which the chat template does not read: it is left out")
+    if counts.unwanted:
+        rows = spell_count(counts.unwanted, "row says", "rows say")
+        ui.warn(
+            f"{rows} that the answer is not wanted, and it is learned like any other: "
+            "--set objective=kto learns from such rows what to avoid"
+        )
     if counts.by_turn:
         ui.say(
             f"  {spell_count(counts.by_turn, 'conversation')} became one row for each answer: the "

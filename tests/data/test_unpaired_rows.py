@@ -120,6 +120,21 @@ def test_rows_of_another_objective_are_told(
     assert raised.value.hint == hint
 
 
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_an_unwanted_answer_is_not_learned_in_silence(column: str, load_votes, capsys) -> None:
+    rows = [{**row, column: wanted} for row in ROWS.values() for wanted in (True, False, "false")]
+    answers = [row for row in rows if "prompt" in row]
+    for _ in range(2):  # prepared, and from the cache
+        assert load_votes(answers, "objective=sft").counts.unwanted == 4
+        said = capsys.readouterr().err
+        assert "4 rows say that the answer is not wanted, and it is learned like any" in said
+    load_votes([row for row in answers if row[column] is True], "objective=sft")
+    assert "not wanted" not in capsys.readouterr().err
+    texts = [{"text": "A review.", "label": False}]
+    load_votes(texts, "objective=sft")  # no answer is marked
+    assert "not wanted" not in capsys.readouterr().err
+
+
 GOOD = {**ROWS["texts"], "label": True}
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no label": (
