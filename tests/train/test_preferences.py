@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +25,14 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from lora_cli.common import LoraError
 from lora_cli.models import IGNORED
-from lora_cli.recipe import PREFERENCE_METRICS, Preference, load_recipe
+from lora_cli.recipe import PREFERENCE_METRICS, Preference, Recipe, load_recipe
 from lora_cli.train import pair_batches, preference_losses, reference, run, trial
 from lora_cli.train.preference_losses import Pairs
 from lora_cli.train.preference_trainer import PreferenceTrainer
-from lora_cli.train.trainers import Watched
-from tests.distributed.jobs import find_packages
+from tests import runs
+from tests.runs import read_adapter, read_metrics, read_steps
 
 NAMES, THINGS = ["Ada", "Bo", "Cem", "Dia", "Eli"], ["lamp", "rope", "kettle", "map"]
-CLOCK = ("runtime", "per_second", "peak_memory")
 
 
 def make_rows(number: int) -> list[dict[str, str]]:
@@ -72,32 +67,9 @@ def train(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     return start
 
 
-def make_recipe(folder: Path, tiny: Path, name: str, *overrides: str) -> Any:
-    path = folder / f"{name}.yaml"
-    path.write_text(
-        f"objective: dpo\noutput_dir: {folder / name}\nmodel: {{name_or_path: {tiny / 'model'}}}\n"
-        f"data: {{path: {folder / 'pairs.jsonl'}}}\nlora: {{r: 4}}\n"
-        "training: {max_steps: 5, per_device_train_batch_size: 4, logging_steps: 1, "
-        "learning_rate: 1e-3, warmup_steps: 0, save_strategy: steps, save_steps: 2}\n"
-    )
-    return load_recipe(path, overrides)
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if not any(word in key for word in CLOCK)}
-        for line in lines
-    ]
-
-
-def read_steps(folder: Path) -> list[dict[str, float]]:
-    return [line for line in read_metrics(folder) if "loss" in line]
-
-
-def read_adapter(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def make_recipe(folder: Path, tiny: Path, name: str, *overrides: str) -> Recipe:
+    rows = folder / "pairs.jsonl"
+    return runs.write_comparing_recipe(folder, tiny, name, "dpo", rows, overrides)
 
 
 # The losses --------------------------------------------------------------------------------------
@@ -452,10 +424,6 @@ def test_a_step_is_the_mean_over_its_pairs_in_any_cutting(objective: str, train)
         assert lines[0]["grad_norm"] == pytest.approx(read_steps(runs[0])[0]["grad_norm"], rel=1e-4)
 
 
-class KilledError(BaseException):
-    """Stands for kill -9: nothing of ours may handle it."""
-
-
 STREAMED = ("data.streaming=true", "data.shuffle_buffer=4")
 
 
@@ -479,21 +447,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
         "training.max_steps=7", "training.save_steps=3", "training.packing=false",
     )  # fmt: skip
     whole = train("whole", *given)
-    own, calls = Watched.training_step, [0]
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 10:  # amid step 5
-            if how == "kill":
-                raise KilledError
-            os.kill(os.getpid(), signal.SIGTERM)
-        return own(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watched, "training_step", stop)
-        with pytest.raises((SystemExit, KilledError)):
-            train("stopped", *given)
-    stopped = train("stopped", *given, resume=True)
+    stopped = runs.stop_once(train, given, how, monkeypatch)
     assert read_adapter(stopped) == read_adapter(whole)
     assert read_metrics(stopped) == read_metrics(whole)
     names = {f"eval_{name}" for name in PREFERENCE_METRICS}
@@ -528,25 +482,10 @@ def test_two_processes_make_the_same_run(
         "training.packed_length=1",
     ]  # fmt: skip
     alone = train("alone", *given)
-    recipe = make_recipe(tmp_path, tiny, "both", *given)
-    file = tmp_path / "both.yaml"
-    given.append(f"distributed.strategy={strategy}")
-    sets = [word for each in given for word in ("--set", each)]
-    done = subprocess.run(
-        [sys.executable, "-m", "lora_cli", "train", str(file), "--nproc", "2", *sets],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **find_packages(strategy)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    one, two = read_metrics(alone), read_metrics(Path(recipe.output_dir))
-    assert len(one) == len(two)
-    for mine, others in zip(one, two):
-        for name in ("loss", "eval_loss", "rewards_margin", "eval_rewards_margin", "logps_chosen"):
-            if name in mine:
-                assert others[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-4)
+    make_recipe(tmp_path, tiny, "both", *given)
+    runs.train_by_two(tmp_path / "both.yaml", strategy, given)
+    names = ("loss", "eval_loss", "rewards_margin", "eval_rewards_margin", "logps_chosen")
+    runs.compare_metrics(alone, tmp_path / "both", names, near=1e-4)
 
 
 def test_the_empty_row_of_a_process_is_no_pair() -> None:

@@ -26,6 +26,7 @@ from lora_cli.train import checkpoints, run, trial
 from lora_cli.train.progress import Watch
 from lora_cli.train.resume import Boundaries
 from lora_cli.train.trainers import Watched
+from tests.runs import KilledError, read_adapter, read_metrics
 
 FACTORS: dict[str, list[str]] = {
     "method": ["qdora", "qlora", "dora", "lora"],
@@ -93,10 +94,6 @@ def recipe_text(row: dict[str, str], tiny: Path, folder: Path) -> str:
     )
 
 
-class KilledError(BaseException):
-    """Stands for kill -9: nothing of ours may handle it."""
-
-
 def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
     """Let the next run be stopped: by SIGTERM amid a step or an evaluation, or killed."""
     patch.setattr(trial, "try_training", lambda recipe: None)  # it makes steps, too
@@ -147,12 +144,7 @@ def interrupt(patch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
 
 def facts(folder: Path) -> tuple[bytes, list[dict[str, float]]]:
     """The adapter's bytes, and metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("runtime", "per_second", "peak_memory")
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), [
-        {key: value for key, value in line.items() if not any(word in key for word in timed)}
-        for line in lines
-    ]
+    return read_adapter(folder), read_metrics(folder)
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(row.values()))

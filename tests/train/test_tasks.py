@@ -30,6 +30,7 @@ from lora_cli.recipe.tasks import name_task
 from lora_cli.train import run, trial
 from lora_cli.train.trainers import Watched
 from tests import tasks
+from tests.runs import KilledError
 
 METHODS = ["lora", "dora", "qlora", "qdora"]
 TABLE = [
@@ -59,10 +60,6 @@ REFUSED = {
     ("seq2seq_lm", "bert"): "transformers has no bert model to read a text and write another",
 }
 """What is refused whatever the method, and with which words."""
-
-
-class KilledError(BaseException):
-    """Stands for kill -9."""
 
 
 def load_as_peft_does(adapter: Path) -> PeftModel:
