@@ -182,18 +182,20 @@ def walk_checkpoints(folder: Path, run_id: str) -> Iterator[Checkpoint | Unusabl
         yield read_checkpoint(found[step], run_id)
 
 
-def find_newest(folder: Path, run_id: str) -> Checkpoint | None:
+def find_newest(folder: Path, run_id: str, keeps_best: bool = True) -> Checkpoint | None:
     """Return the newest checkpoint to resume from, or None; says on the screen which it skips and
-    why."""
+    why. A run that `keeps_best` needs that of its best step as well."""
     for each in walk_checkpoints(folder, run_id):
-        reason = each.reason if isinstance(each, Unusable) else _explain_incomplete(each, run_id)
+        reason = each.reason if isinstance(each, Unusable) else None
+        if isinstance(each, Checkpoint):
+            reason = _explain_incomplete(each, run_id, keeps_best)
         if reason is None and isinstance(each, Checkpoint):
             return each
         ui.say(f"  {each.folder.name} skipped: {reason}")
     return None
 
 
-def _explain_incomplete(checkpoint: Checkpoint, run_id: str) -> str | None:
+def _explain_incomplete(checkpoint: Checkpoint, run_id: str, keeps_best: bool) -> str | None:
     """Why a run cannot resume from a checkpoint that is whole; None if it can."""
     if not checkpoint.resumable:
         return "it was saved without the optimiser's state"
@@ -201,13 +203,15 @@ def _explain_incomplete(checkpoint: Checkpoint, run_id: str) -> str | None:
         best = saved_state.read_states(checkpoint.folder, checkpoint.step).best_global_step
     except LoraError as error:
         return error.message
-    if best and best != checkpoint.step:
-        kept = checkpoint.folder.with_name(f"checkpoint-{best}")
-        if not kept.is_dir():
-            return f"the best model so far, {kept.name}, is missing"
-        found = read_checkpoint(kept, run_id)
-        if isinstance(found, Unusable):
-            return f"of the best model so far, {kept.name}, {found.reason}"
+    if not keeps_best or not best or best == checkpoint.step:
+        return None
+    kept = checkpoint.folder.with_name(f"checkpoint-{best}")
+    without = "--set training.keep=last does without"
+    if not kept.is_dir():
+        return f"the best model so far, {kept.name}, is missing ({without})"
+    found = read_checkpoint(kept, run_id)
+    if isinstance(found, Unusable):
+        return f"of the best model so far, {kept.name}, {found.reason} ({without})"
     return None
 
 

@@ -228,7 +228,8 @@ def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
     parameters = _count_parameters(adapted)
     _say_packed(recipe, trainer, inputs.train_rows)
     began = threads.look()
-    checkpoint = ranks.share(_find_checkpoint(run) if resume and ranks.is_first() else None)
+    checkpoint = _find_checkpoint(run, recipe) if resume and ranks.is_first() else None
+    checkpoint = ranks.share(checkpoint)
     with (
         disk_space.translate_full_disk(run.folder, inputs.disk),
         translate_refusals(passed_on, lambda: trainer.watch.stepped),
@@ -336,9 +337,10 @@ def _say_packed(recipe: Recipe, trainer: Watched, train_rows: rows.Prepared) -> 
         )
 
 
-def _find_checkpoint(run: Run) -> Path | None:
+def _find_checkpoint(run: Run, recipe: Recipe) -> Path | None:
     """Return the newest checkpoint to resume from; None to begin at the first step."""
-    checkpoint = checkpoints.find_newest(run.folder, run.id)
+    keeps_best = recipe.training.keep == "best"
+    checkpoint = checkpoints.find_newest(run.folder, run.id, keeps_best)
     ui.say(
         f"  resuming from {checkpoint.folder}"
         if checkpoint

@@ -173,16 +173,15 @@ class SavingTrainer(TypedTrainer):
             self.name_best(folder)
             self.state.save_to_json(str(staging / saved_state.TRAINER_STATE))
             files.write_json(staging / saved_state.RUN_STATE, self._run_state().to_data())
-        checkpoints.delete_old(
-            folder, run_id, self.options.keep_checkpoints, step, self.state.best_global_step
-        )
+        best = self.state.best_global_step if self.options.keeps_best else None
+        checkpoints.delete_old(folder, run_id, self.options.keep_checkpoints, step, best)
 
     def name_best(self, folder: Path) -> None:
-        """Give the best checkpoint its final name: Trainer noted the folder of its staging."""
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(
-                folder / f"checkpoint-{self.state.best_global_step}"
-            )
+        """Give the best checkpoint its final name: Trainer noted the folder of its staging. Where
+        the last step is kept, Trainer tells a best one that need not have been saved."""
+        best = self.state.best_global_step
+        named = str(folder / f"checkpoint-{best}") if best and self.options.keeps_best else None
+        self.state.best_model_checkpoint = named
 
     def _run_state(self) -> saved_state.RunState:
         losses = [loss for _, loss, _ in self._gathered]

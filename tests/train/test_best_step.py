@@ -144,18 +144,22 @@ def kill_in_step(monkeypatch, number: int) -> None:
     monkeypatch.setattr(objectives.WatchedSFTTrainer, "training_step", step)
 
 
-@pytest.mark.parametrize("at", [4, 5, 7])
+@pytest.mark.parametrize(("at", "keep"), [(4, "best"), (5, "best"), (7, "best"), (6, "last")])
 def test_patience_is_counted_on_after_an_interruption(
-    recipe, scripted, tmp_path: Path, monkeypatch, at: int
+    recipe, scripted, tmp_path: Path, monkeypatch, capsys, at: int, keep: str
 ) -> None:
-    """The step that ends it all counts, too: what was interrupted just then trains no more."""
-    more = ", early_stopping_patience: 2"
+    """The step that ends it all counts, too: what was interrupted just then trains no more. Where
+    the last step is kept, the best one, 4, has no checkpoint."""
+    more = f", early_stopping_patience: 2, keep: {keep}"
     whole = train.train(recipe("whole", more=more))
     with monkeypatch.context() as patch:
         kill_in_step(patch, at)
         with pytest.raises(SystemExit):
             train.train(recipe("stopped", more=more))
+    assert (tmp_path / "stopped" / "checkpoint-4").is_dir() == (keep == "best")
+    capsys.readouterr()
     resumed = train.train(recipe("stopped", more=more), resume=True)
+    assert f"resuming from {tmp_path / 'stopped'}/checkpoint-{at + 1}" in capsys.readouterr().err
     assert weights(resumed) == weights(whole)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert record(tmp_path / "stopped")["kept"] == record(tmp_path / "whole")["kept"]
@@ -195,7 +199,7 @@ def test_a_finished_run_is_continued(recipe, scripted, tmp_path: Path, capsys, s
 
 
 def test_a_damaged_best_step_is_named_and_the_last_one_can_be_taken(
-    recipe, scripted, tmp_path: Path, monkeypatch
+    recipe, scripted, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     load_best = resume.Resumable._load_best_model
 
@@ -209,7 +213,9 @@ def test_a_damaged_best_step_is_named_and_the_last_one_can_be_taken(
             train.train(recipe("run"))
     assert caught.value.hint == "--resume --set training.keep=last takes the last one instead"
     shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    capsys.readouterr()
     adapter = train.train(recipe("run", "training.keep=last"), resume=True)
+    assert f"resuming from {tmp_path / 'run'}/checkpoint-16\n" in capsys.readouterr().err
     assert record(tmp_path / "run")["kept"]["which"] == "last"
     assert adapter.is_dir()
 

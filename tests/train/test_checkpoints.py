@@ -159,9 +159,11 @@ def test_a_whole_checkpoint_of_a_lost_best_model_is_not_taken(
     found = checkpoints.find_newest(folder, run)
     assert found is not None and found.step == 3
     assert (
-        "checkpoint-4 skipped: the best model so far, checkpoint-2, is missing"
-        in capsys.readouterr().err
-    )
+        "checkpoint-4 skipped: the best model so far, checkpoint-2, is missing "
+        "(--set training.keep=last does without)"
+    ) in capsys.readouterr().err
+    found = checkpoints.find_newest(folder, run, keeps_best=False)
+    assert found is not None and found.step == 4
 
 
 def test_rotation_deletes_only_this_run_s_own(trained: Path, tmp_path: Path) -> None:
