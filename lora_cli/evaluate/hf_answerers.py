@@ -20,9 +20,10 @@ from lora_cli.speed import dora_norms
 BATCH = 16
 HARMLESS = frozenset(
     "bos_token_id cache_implementation decoder_start_token_id do_sample eos_token_id "
-    "_from_model_config max_length max_new_tokens min_p output_attentions output_hidden_states "
-    "output_logits output_scores pad_token_id return_dict_in_generate return_legacy_cache "
-    "temperature top_k top_p transformers_version use_cache".split()
+    "_from_model_config max_length max_new_tokens min_p num_beams num_return_sequences "
+    "output_attentions output_hidden_states output_logits output_scores pad_token_id "
+    "prompt_lookup_num_tokens return_dict_in_generate return_legacy_cache temperature top_k top_p "
+    "transformers_version use_cache".split()
 )
 """Settings of a generation config that leave a greedy answer the likeliest token each time."""
 
@@ -168,12 +169,9 @@ class HFAnswerer:
         The prompts are padded on the left, with the pads masked. `kwargs` are generate's. Raises
         TooLongError.
         """
-        weights, tokenizer = self.network, self.tokenizer
+        weights, pad = self.network, answering.find_padding(self.tokenizer)
         width = max(map(len, prompts))
         room = answering.limit_answer(width, self.positions, sampling.max_new_tokens)
-        pad = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
         ids = torch.tensor(
             [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts],
             device=weights.device,
@@ -195,6 +193,8 @@ class HFAnswerer:
                 max_new_tokens=room,
                 eos_token_id=self.list_ends(),
                 pad_token_id=pad,
+                tokenizer=self.tokenizer,  # it finds a generation config's stop strings
+                **answering.ONE_TEXT,
                 **drawing,
                 **kwargs,
             )

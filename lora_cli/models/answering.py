@@ -12,6 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_cli.common import LoraError
 from lora_cli.models import chat_template
 
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "prompt_lookup_num_tokens": None,
+}  # fmt: skip
+"""Options of `generate` by which it returns token ids, a row for each prompt, written one after the
+other, whatever a model's generation config asks for: beams cannot be shown as they come, and of two
+texts of a prompt one would stand in the place of the next prompt's."""
+
 
 class TooLongError(LoraError):
     """A conversation that leaves no room for an answer in what the model can read."""
@@ -57,6 +65,12 @@ def find_ends(
     return sorted({token for token in every if token is not None})
 
 
+def find_padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills short prompts and answers; any will do, since they are masked."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
+
+
 def write_answer(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,16 +86,16 @@ def write_answer(
         room = limit_answer(len(ids), positions, most)
     except TooLongError:
         return ""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     given = torch.tensor([ids], device=network.device)
     made = network.generate(
         input_ids=given,
         attention_mask=torch.ones_like(given),
         max_new_tokens=room,
         eos_token_id=find_ends(network, tokenizer, stops),
-        pad_token_id=pad,
+        pad_token_id=find_padding(tokenizer),
         do_sample=False,
-        num_beams=1,
         use_cache=True,
+        tokenizer=tokenizer,  # by which a generation config's stop strings are found
+        **ONE_TEXT,
     )
     return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))

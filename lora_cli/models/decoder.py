@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_cli.common import LoraError
+from lora_cli.models import answering
 from lora_cli.models.head import find_task_of
 from lora_cli.models.tokenizer import IGNORED
 
@@ -128,7 +129,7 @@ def write_targets(
     room = most if positions is None else min(most, positions - 1)  # the first one is fed
     given = network.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if given is None else given
-    options = {"num_beams": 1, "do_sample": False, "use_cache": True} | begun | drawing
+    options = {**answering.ONE_TEXT, "do_sample": False, "use_cache": True} | begun | drawing
     with torch.inference_mode():
         made = adapted.generate(
             **sources,
@@ -136,6 +137,7 @@ def write_targets(
             decoder_start_token_id=first.start,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
+            tokenizer=tokenizer,
             **options,
         )[:, 1:]
     ids = torch.tensor([] if ends is None else ends, dtype=torch.long, device=made.device)

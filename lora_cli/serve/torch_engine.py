@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ from lora_cli.serve.pieces import Assembler, Drawing, Emit, End, Token, name_tok
 
 UNLIMITED = 2**15
 """Tokens of prompt and answer for a model that has no limit of its own: memory has one."""
+NO_CUTS = {"top_k": 0} | dict.fromkeys(
+    ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+)
+"""Options of `generate` by which no unlikely token is left out but by top_p, whatever a model's
+generation config asks for."""
 
 
 class _Look(LogitsProcessor):
@@ -42,7 +47,8 @@ class _Look(LogitsProcessor):
 
 
 class _Watch(StoppingCriteria):
-    """Sees each token as it comes, and ends the answer at a stop string or when nobody waits."""
+    """Sees each token as it comes, and ends the answer at one of `ends`, at a stop string or when
+    nobody waits."""
 
     def __init__(
         self,
@@ -53,9 +59,7 @@ class _Watch(StoppingCriteria):
         is_wanted: Callable[[], bool],
     ) -> None:
         self.tokenizer, self.drawing, self.assembler = tokenizer, drawing, assembler
-        self.is_wanted, self.look = is_wanted, _Look()
-        known = {tokenizer.convert_tokens_to_ids(stop) for stop in drawing.stop}
-        self.ends = ends | (known & set(tokenizer.all_special_ids))
+        self.is_wanted, self.look, self.ends = is_wanted, _Look(), ends
         self.num_tokens = 0
         self.stopped = False
         self.at_stop = False
@@ -132,16 +136,23 @@ class TorchEngine:
         """Write the answer to a prompt, a piece at a time. Raises TooLongError."""
         model = self.models[name]
         assembler = Assembler(model.tokenizer, drawing.stop, emit)
-        ends = set(model.list_ends())
+        ends = {*model.list_ends(), *_find_special(model, drawing.stop)}
         watch = _Watch(model.tokenizer, ends, drawing, assembler, is_wanted)
         room = answering.limit_answer(len(prompt), self.find_positions(name), drawing.max_tokens)
         sampling = answerers.Sampling(room, drawing.temperature)
         options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([watch])}
         if drawing.top_logprobs is not None:
             options["logits_processor"] = LogitsProcessorList([watch.look])
-        if not sampling.is_greedy:  # by these two alone, whatever the model's own settings are
-            options |= {"top_p": drawing.top_p, "top_k": 0}
+        if not sampling.is_greedy:
+            options |= {"top_p": drawing.top_p, **NO_CUTS}
         torch.manual_seed(secrets.randbits(63) if drawing.seed is None else drawing.seed)
         model.write_ids([prompt], sampling, **options)
         assembler.end(watch.at_stop)
-        return End("stop" if watch.stopped else "length", watch.num_tokens, assembler.text)
+        stopped = watch.stopped or watch.num_tokens < room  # by the model's own stop strings
+        return End("stop" if stopped else "length", watch.num_tokens, assembler.text)
+
+
+def _find_special(model: hf_answerers.HFAnswerer, stops: Sequence[str]) -> list[int]:
+    """Return the special tokens that stop strings name: no text of an answer shows them."""
+    names = {model.tokenizer.convert_ids_to_tokens(each): each for each in model.list_special()}
+    return [names[stop] for stop in stops if stop in names]

@@ -1,5 +1,5 @@
 """`lora generate --file` reads what `lora train` reads: one row, one question, whatever the file;
-a DoRA's norms are computed once an answer.
+a DoRA's norms are computed once an answer; each prompt has one text, whatever a model's settings.
 
 Hermetic: small files, the tiny model. Alone: pytest tests/evaluate/test_generate.py
 """
@@ -22,9 +22,13 @@ from lora_cli.common.errors import LoraError
 from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.evaluate.answerers import Sampling
 from lora_cli.evaluate.generate import read_questions
+from lora_cli.models import answering
 from lora_cli.recipe import load
+from lora_cli.serve.pieces import Drawing
+from lora_cli.serve.torch_engine import TorchEngine
 from lora_cli.speed import dora_norms
 from lora_cli.train import run
+from tests.evaluate import odd_settings
 
 ROWS = [
     {"prompt": "Name a river,\nplease.", "completion": "The Elbe."},
@@ -123,3 +127,29 @@ def test_an_answer_of_a_dora_computes_its_norms_once(
     for layer in layers:
         layer.__class__ = DoraLinearLayer  # PEFT's own
     assert answerer.answer(asked, sampling) == answer
+
+
+ASKED = [answerers.Asked([{"role": "user", "content": text}]) for text in ("Sort: zoo cat", "sky")]
+
+
+@pytest.mark.parametrize("name", ["num_beams", "all"])
+def test_settings_of_the_model_leave_one_text_for_each_prompt(
+    name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Of several beams or texts, those of the first prompt stood in the second's place."""
+    [answerer] = open_answerers.open_models([str(tiny / "model")]).values()
+    settings, sampling = answerer.network.generation_config, Sampling(8, 0.0)
+    answerer.tokenizer.chat_template = "{{ messages[0].content }}"
+    answerer.tokenizer.pad_token = answerer.tokenizer.eos_token = None
+    monkeypatch.setattr(settings, "min_new_tokens", 6)  # for beams to have something to choose
+    expected = answerer.answer(ASKED, sampling)
+    prompt = str(ASKED[0].messages[0]["content"])
+    sampled = answering.write_answer(answerer.network, answerer.tokenizer, prompt, 8, [])
+    for key, value in odd_settings.ODD.items():
+        if name in (key, "all"):
+            monkeypatch.setattr(settings, key, value)
+    assert answerer.answer(ASKED, sampling) == expected
+    assert answerer.stream(ASKED[0], sampling) == capsys.readouterr().out.rstrip("\n") == sampled
+    engine, drawing = TorchEngine({"m": answerer}), Drawing(8, 0.0)
+    end = engine.write("m", answerer.encode(ASKED[0]), drawing, lambda piece: None, lambda: True)
+    assert end.text == expected[0] == sampled

@@ -29,6 +29,7 @@ from lora_cli.merge.merge import merge
 from lora_cli.recipe import load_recipe
 from lora_cli.train import run
 from tests import tasks
+from tests.evaluate import odd_settings
 
 TEXTS = ["glass house", "tree", "river stone paper glass good", "bad sad table"]
 PREFIX = "paper , "
@@ -242,3 +243,15 @@ def test_rows_of_pairs_are_questions(made: Path, tmp_path: Path, capfd) -> None:
     ]
     generate.generate([str(made / "merged")], [], file, 8, 0.0, None, None, False)
     assert "0/2" in capfd.readouterr().out
+
+
+def test_settings_of_the_model_leave_one_text_for_each_source(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [opened] = open_answerers.open_models([str(made / "merged")]).values()
+    asked = [Asked([{"role": "user", "content": text}]) for text in TEXTS]
+    expected = opened.answer(asked, Sampling(12, 0.0))
+    for name in odd_settings.ODD.keys() - {"stop_strings"}:  # transformers' own need letters
+        value = odd_settings.ODD[name]
+        monkeypatch.setattr(opened.network.generation_config, name, value)
+    assert opened.answer(asked, Sampling(12, 0.0)) == expected

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import AddedToken
 
 from lora_cli.common import LoraError, UsageError
 from lora_cli.evaluate import answerers, open_answerers
@@ -202,6 +204,49 @@ def test_tools_are_shown_to_the_template(tiny: Path) -> None:
     assert render(tools=[tool], tool_choice="none") == "bus"
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert render(said, {"role": "tool", "content": " ice", "tool_call_id": "1"}) == "bus sun ice"
+
+
+@pytest.mark.parametrize(
+    "cut", [{"min_p": 1.0}, {"top_h": 0.01}, {"typical_p": 0.01}, {"epsilon_cutoff": 0.9},
+            {"eta_cutoff": 0.9}, {"top_k": 1, "top_p": 0.01}],
+)  # fmt: skip
+def test_answers_are_drawn_by_temperature_and_top_p_alone(
+    cut: dict[str, float], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [model] = open_answerers.open_models([str(tiny / "model")]).values()
+    engine, drawing = TorchEngine({"m": model}), Drawing(8, 2.0, seed=1)
+    settings = model.network.generation_config
+    monkeypatch.setattr(settings, "repetition_penalty", 50.0)  # else it is too sure of its answer
+
+    def draw() -> str:
+        asked = answerers.Asked([{"role": "user", "content": "Sort: zoo cat"}])
+        return engine.write("m", model.encode(asked), drawing, lambda _: None, lambda: True).text
+
+    expected = draw()
+    for name, value in cut.items():
+        monkeypatch.setattr(settings, name, value)
+    assert draw() == expected
+
+
+def test_a_stop_string_may_name_any_special_token(tiny: Path) -> None:
+    """Also one with no part in the tokenizer's settings; and a text that is no token ends nothing
+    at the token for unknown ones."""
+    [model] = open_answerers.open_models([str(tiny / "model")]).values()
+    model.tokenizer.add_tokens([AddedToken("<file>", special=True)])
+    special, unknown = model.tokenizer.convert_tokens_to_ids("<file>"), 0
+    assert special not in model.tokenizer.all_special_ids
+    assert model.tokenizer.convert_tokens_to_ids("no token") == unknown
+    engine, drawing = TorchEngine({"m": model}), Drawing(9, 0.0, stop=("<file>", "no token"))
+
+    def ends_at(token: int) -> bool:
+        found = []
+        model.write_ids = lambda prompts, sampling, stopping_criteria, **_: found.append(
+            bool(stopping_criteria[0](torch.tensor([[token]]), None))
+        )
+        engine.write("m", [1], drawing, lambda _: None, lambda: True)
+        return found[0]
+
+    assert [ends_at(token) for token in (special, unknown, 40)] == [True, False, False]
 
 
 class Letters:
