@@ -142,7 +142,7 @@ def list_cells(listed: Listed) -> list[str]:
     best = values["evaluation"]
     evaluation = ""
     if best:
-        evaluation = f"{best['last']:.4g}"
+        evaluation = "not finite" if best["last"] is None else f"{best['last']:.4g}"
         if best["best"] != best["last"]:
             evaluation += f" (best {best['best']:.4g} at {best['best_step']})"
         if best["metric"] != "loss":

@@ -24,13 +24,15 @@ class Fall(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The evaluation at which the run's own metric was best, and the last one."""
+    """The evaluation at which the run's own metric was best, and the last one; `last` is None
+    where that was not finite, and `gaps` of the evaluations were not."""
 
     metric: str
     step: int
     value: float
     last_step: int
-    last: float
+    last: float | None
+    gaps: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -67,10 +69,11 @@ def find_best(record: SeenRun, evaluations: Sequence[Mapping[str, Any]]) -> Best
     None without evaluations."""
     metric, less = name_metric(record)
     for name, is_less in ((metric, less), ("loss", True)):
-        found = [(each["step"], each[name]) for each in evaluations if each.get(name) is not None]
-        if found:
-            step, value = (min if is_less else max)(found, key=lambda each: each[1])
-            return Best(name, step, value, *found[-1])
+        found = [(each["step"], each[name]) for each in evaluations if name in each]
+        finite = [each for each in found if each[1] is not None]
+        if finite:
+            step, value = (min if is_less else max)(finite, key=lambda each: each[1])
+            return Best(name, step, value, *found[-1], len(found) - len(finite))
     return None
 
 

@@ -81,10 +81,18 @@ def _judge_loss(run: History) -> Iterator[Sentence]:
     losses = run.metrics.get("loss")
     fall = outcome.measure_fall(losses)
     if fall is None:
+        was = "finite" if losses.gaps else "logged"
         yield Sentence(
-            "open", "Whether the training loss fell is not known: it was logged once at most."
+            "open", f"Whether the training loss fell is not known: it was {was} once at most."
         )
-        return
+    else:
+        yield _compare_ends(fall)
+    if losses.gaps:
+        steps = spell_count(format(losses.gaps, ","), "logged step")
+        yield Sentence("look", f"The loss was not finite at {steps}.")
+
+
+def _compare_ends(fall: outcome.Fall) -> Sentence:
     of = (
         "first and last logged step"
         if fall.points == 1
@@ -92,11 +100,8 @@ def _judge_loss(run: History) -> Iterator[Sentence]:
     )
     said = f"from {fall.first:.4f} to {fall.last:.4f} ({of})"
     if fall.last < fall.first:
-        yield Sentence("yes", f"The training loss fell {said}.")
-    else:
-        yield Sentence("look", f"The training loss did not fall: {said}.")
-    if losses.gaps:
-        yield Sentence("look", f"The loss was not finite at {losses.gaps:,} logged steps.")
+        return Sentence("yes", f"The training loss fell {said}.")
+    return Sentence("look", f"The training loss did not fall: {said}.")
 
 
 def _judge_evaluation(run: History) -> Iterator[Sentence]:
@@ -105,26 +110,32 @@ def _judge_evaluation(run: History) -> Iterator[Sentence]:
     if best is None:
         unknown = "whether it learnt more than its own rows is not known."
         if evaluations:
-            times = "evaluation was" if len(evaluations) == 1 else "evaluations were"
-            yield Sentence("look", f"{len(evaluations):,} {times} not finite: {unknown}")
+            yield Sentence("look", f"{_count_gaps(len(evaluations))}: {unknown}")
         else:
             yield Sentence("open", f"Not evaluated during the run: {unknown}")
         return
-    name = "loss" if best.metric == "loss" else best.metric
+    name = best.metric
     if len(evaluations) == 1:
         text = f"Evaluated once, at step {best.step:,}: {name} {best.value:.4f}."
         yield Sentence("open", f"{text} Whether it was better before is not known.")
     elif best.is_last:
-        text = f"Evaluation was best where it stopped: {name} {best.last:.4f} at step"
+        text = f"Evaluation was best where it stopped: {name} {best.value:.4f} at step"
         yield Sentence("yes", f"{text} {best.last_step:,}.")
     else:
+        last = "not finite" if best.last is None else f"{best.last:.4f}"
         both = (
             f"Evaluation was best at step {best.step:,} ({name} {best.value:.4f}), not where it "
-            f"stopped (step {best.last_step:,}: {best.last:.4f})"
+            f"stopped (step {best.last_step:,}: {last})"
         )
         kept = outcome.keeps_best(run.record)
         which = "the best step is what was kept" if kept else "the last step is what was kept"
         yield Sentence("yes" if kept else "look", f"{both}; {which}.")
+    if best.gaps:
+        yield Sentence("look", f"{_count_gaps(best.gaps)}.")
+
+
+def _count_gaps(number: int) -> str:
+    return f"{spell_count(format(number, ','), 'evaluation was', 'evaluations were')} not finite"
 
 
 def _judge_scores(run: History) -> Iterator[Sentence]:

@@ -114,6 +114,9 @@ def test_what_the_run_judges_itself_by_is_named(
     written.write_lines(run / "metrics.jsonl", *lines)
     listing.list_runs(tmp_path, False)
     assert "  accuracy 0 (best 0.2 at 20)  " in capsys.readouterr().out
+    written.write_lines(run / "metrics.jsonl", *lines, {"step": 40, "eval_accuracy": None})
+    listing.list_runs(tmp_path, False)
+    assert "  accuracy not finite (best 0.2 at 20)  " in capsys.readouterr().out
 
 
 def test_no_run_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

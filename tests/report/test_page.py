@@ -169,6 +169,10 @@ def test_a_run_of_which_no_evaluation_was_finite(tmp_path: Path) -> None:
     read, _ = check(report.write_report([run], None))
     assert "2 evaluations were not finite" in " ".join(read.texts)
     assert " ".join(read.texts).count("not finite") >= 3
+    written.write_lines(run / "metrics.jsonl", {"step": 5, "eval_loss": 0.5}, *lines)
+    read, said = check(report.write_report([run], None))
+    assert "; last not finite" in " ".join(read.texts)
+    assert "evaluation_last" not in said["runs"][0]["summary"]
 
 
 def test_a_fault_of_the_page_is_none_of_a_chat_template() -> None:
