@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def escape(text: str, keep: str = "") -> str:
         ),
         text,
     )
+
+
+def count_columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for a wide character, such as those
+    of Chinese, none for a mark on the one before it."""
+    return len(text) if text.isascii() else sum(map(_count_columns, text))
+
+
+def _count_columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
 
 
 _names: dict[str, str] = {}

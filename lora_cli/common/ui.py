@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli.common import privacy
 from lora_cli.common.errors import LoraError
-from lora_cli.common.shown import HIDDEN, escape, name_given
+from lora_cli.common.shown import HIDDEN, count_columns, escape, name_given
 
 if TYPE_CHECKING:  # rich is for terminals
     from lora_cli.common.screen import Line, Region
@@ -193,7 +193,7 @@ def report_file(text: str) -> None:
 def report_texts(parts: Sequence[tuple[str, str]]) -> None:
     """Print texts of several lines to stdout, indented, each in the colour before it where stdout
     is a terminal."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not (_is_colourless() or _is_dumb())
     shown = [
         f"{code}{text}{PLAIN}" if colour else text
         for code, text in ((code, _clean(text, KEPT)) for code, text in parts)
@@ -232,13 +232,16 @@ def _clean(text: str, keep: str = "") -> str:
 
 
 def _write(stream: Any, text: Any) -> None:
-    """Write to stdout or stderr at once, above what a `Screen` shows there. One that fails gets no
-    more: Python would try again at the end."""
+    """Write to stdout or stderr at once, above what a `Screen` shows there and in place of the line
+    of a `Progress`. One that fails gets no more: Python would try again at the end."""
+    global _line
     region = _find_region(stream) if isinstance(text, str) else None
+    over_line = _line and isinstance(text, str) and _is_ours(stream)
     with _silenced_where_it_fails(stream):
         if stream is not sys.stderr:
             sys.stdout.flush()
-        shown = f"{ERASE}{text}" if region else text
+        shown = f"{ERASE}{text}" if region or over_line else text
+        _line = _line and not over_line
         try:
             stream.write(shown)
             stream.flush()
@@ -274,13 +277,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     """Return lines: columns aligned with spaces under an underlined header, the first to the left,
     the others to the right."""
     header, *rows = [[escape(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(count_columns, column)) for column in zip(header, *rows)]
 
     def line(row: Sequence[str]) -> str:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
-        ]
+        room = [" " * (width - count_columns(cell)) for cell, width in zip(row, widths)]
+        cells = [f"{row[0]}{room[0]}", *map("".join, zip(room[1:], row[1:]))]
         return "  ".join(cells).rstrip()
 
     return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
@@ -314,23 +315,31 @@ class Progress:
             return
         if width := _measure_line():
             shown = [_clean(part) for part in parts]
-            while len("  ".join(shown)) > width and len(shown) > 2:
+            while count_columns("  ".join(shown)) > width and len(shown) > 2:
                 del shown[-2]
-            self._rewrite("  ".join(shown)[:width])
+            line = "  ".join(shown)[:width]
+            while count_columns(line) > width:
+                line = line[:-1]
+            self._rewrite(line)
         elif force or time.monotonic() - self.last_plain >= self.plain_interval:
             self.last_plain = time.monotonic()
             say("  ".join(parts))
 
     def clear(self) -> None:
         """Clear the line, to make room for prose."""
-        if _region is None and _measure_line():
+        if _region is None and _line and _measure_line():
             self._rewrite("")
 
     def _rewrite(self, text: str) -> None:
+        global _line
+        _line = True  # whatever is there goes
         with suppress(OSError):
-            _write(sys.stderr, f"\r\x1b[2K{text}")
+            _write(sys.stderr, text)
+        _line = bool(text)
 
 
+_line = False
+"""Whether the terminal's last line is that of a `Progress`."""
 ERASE = "\r\x1b[J"
 """Back to the line's beginning, and nothing from there on."""
 _region: Region | None = None
@@ -386,14 +395,28 @@ def _clean_line(line: Line) -> Line:
 
 def _find_region(stream: Any) -> Region | None:
     """Return what is shown on the terminal that a stream goes to, if that is ours to draw on."""
-    shown = _region is not None and stream.isatty() and not _is_background(stream.fileno())
-    return _region if shown else None
+    return _region if _region is not None and _is_ours(stream) else None
+
+
+def _is_ours(stream: Any) -> bool:
+    """Return whether a stream goes to a terminal that is ours to draw on."""
+    return bool(stream.isatty()) and not _is_background(stream.fileno())
+
+
+def _is_dumb() -> bool:
+    """Return whether the terminal shows codes instead of obeying them."""
+    return os.environ.get("TERM") in ("dumb", "unknown")
+
+
+def _is_colourless() -> bool:
+    """Return whether the user wants no colours: see no-color.org."""
+    return bool(os.environ.get("NO_COLOR"))
 
 
 def _open_region() -> Region:
     from lora_cli.common.screen import Region
 
-    region = Region(sys.stderr, ERASE, bool(os.environ.get("NO_COLOR")))
+    region = Region(sys.stderr, ERASE, _is_colourless())
     region.begin()
     atexit.register(remove_picture)
     return region
@@ -428,9 +451,7 @@ def _measure_window() -> tuple[int, int]:
     """Return columns and rows of the terminal that stderr is, (0, 0) where it is none of ours, or
     cannot go back."""
     try:
-        if _hushed or not sys.stderr.isatty() or _is_background(sys.stderr.fileno()):
-            return 0, 0
-        if os.environ.get("TERM") in ("dumb", "unknown"):
+        if _hushed or _is_dumb() or not _is_ours(sys.stderr):
             return 0, 0
         columns, rows = os.get_terminal_size(sys.stderr.fileno())
         return columns or 80, rows or 24  # one that nobody has given a size says 0

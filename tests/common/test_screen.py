@@ -132,10 +132,29 @@ def test_there_is_no_picture_where_there_is_no_place(
         assert lines == [("step 1  " + "x" * 60)[: columns - 1]]
 
 
+def test_what_is_said_takes_the_place_of_a_line_of_progress() -> None:
+    """A warning, an error or a result while one stands there; and none wraps, of whatever text."""
+    code = """
+progress = ui.Progress()
+for words in ("step 1/2", "日本" * 30, "a  " * 9 + "日本" * 9):
+    progress.update(words, "x")
+    ui.warn("a library")
+    progress.update(words)
+    ui.report("found")
+progress.clear()
+progress.update("step 2/2")
+"""
+    assert start(code).end() == ["warning: a library", "found"] * 3 + ["step 2/2"]
+
+
 def test_colours_are_left_out_where_nobody_wants_them() -> None:
     code = "step = 0\nscreen.show(draw)\nscreen.close()"
     assert b"\x1b[36m" in ended(start(code))
     assert b"\x1b[36m" not in ended(start(code, NO_COLOR="1"))
+    texts = "ui.report_texts([('\x1b[1m', 'learnt')])"
+    assert b"\x1b[1m" in ended(start(texts, NO_COLOR=""))
+    assert b"\x1b" not in ended(start(texts, NO_COLOR="1"))
+    assert b"\x1b" not in ended(start(texts, TERM="dumb"))
 
 
 def ended(terminal: Terminal) -> bytes:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.common import ui
+
 ROOT = Path(__file__).parent.parent.parent
 MARKS = "⟦answer⟧ |Δlogit| 3 × 4 … 東 🙂"
 
@@ -67,6 +69,12 @@ def test_a_line_is_one_line_whoever_wrote_what_is_in_it() -> None:
     assert shown("ui.Progress().update('x\\n\\x1b[2Jerror: lost', 'y')") == f"{FORGED}  y\n"
     table = shown("ui.report(*ui.format_table(['a'], [['x\\n']]))")
     assert table == "a\n---\nx\\n\n"
+
+
+def test_columns_stand_below_each_other_whatever_is_in_them() -> None:
+    rows = [["好评", "1.5"], ["e\u0301", "10"], ["plain", "好"]]
+    table = ui.format_table(["label", "n"], rows)
+    assert table[1:] == ["-----  ---", "好评   1.5", "e\u0301       10", "plain   好"]
 
 
 def test_a_text_keeps_its_lines_and_tabs_and_an_answer_too() -> None:
@@ -160,5 +168,5 @@ def test_a_program_in_the_background_draws_no_line(monkeypatch) -> None:
         except OSError:  # how Linux says that the other end is closed
             pass
         os.waitpid(child, 0)
-        assert (b"\x1b[2K" in said) == drawn
+        assert (b"\x1b[J" in said) == drawn
         assert b"a\\x1bb" in said
