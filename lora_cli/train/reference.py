@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -159,11 +159,18 @@ def _make_key(recipe: Recipe, base: Base, adapted: PeftModel, rows: Dataset) -> 
 
 def _hash_adapter(adapted: PeftModel) -> str:
     """Return a hash of what is trained, as it is now, and of how it is put on the base."""
-    found = hashlib.sha256(repr(sorted(adapted.peft_config["default"].to_dict().items())).encode())
+    found = hashlib.sha256(_describe_config(adapted.peft_config["default"]).encode())
     for name, parameter in attach.walk_trainable(adapted):
         found.update(name.encode())
         found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _describe_config(config: PeftConfig) -> str:
+    """Return an adapter's configuration as text, the same in each process: sets have another order
+    in each."""
+    settings = sorted(config.to_dict().items())
+    return repr([(key, sorted(v) if isinstance(v, set) else v) for key, v in settings])
 
 
 def _hash_rows(rows: Dataset) -> str:

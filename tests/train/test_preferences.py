@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -385,6 +385,21 @@ def test_the_reference_is_kept(train, monkeypatch, capsys) -> None:
         again = train("again")
     assert "reference: computed before, in" in capsys.readouterr().err
     assert read_steps(again)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+class Backwards(set[str]):
+    """A set as another process may order it."""
+
+    def __repr__(self) -> str:
+        return repr(list(reversed(sorted(self))))
+
+
+def test_what_a_reference_is_kept_under_is_the_same_in_each_process() -> None:
+    """PEFT keeps target_modules as a set."""
+    config, other = LoraConfig(target_modules=["q_proj", "k_proj"]), LoraConfig()
+    other.target_modules = Backwards(["q_proj", "k_proj"])
+    assert isinstance(config.target_modules, set)
+    assert reference._describe_config(config) == reference._describe_config(other)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", "rows", "nan", "number"])
