@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -58,6 +59,9 @@ class HeldOut(NamedTuple):
     name: str
     """Of a file no more than its name."""
     sha256: str
+    key: str
+    """A hash of their content and of how it is read: by which names of columns, and of rows that
+    say which answers are better, whether these alone."""
     rows: list[HeldRow]
     bad: list[Bad]
 
@@ -91,18 +95,24 @@ def read_held_out(
                 f"--column {quote(f'{ours}={columns[0]}')}" if columns else None,
             )
     there = {ours: name for ours, name in trained.items() if formats.is_column(name, columns)}
-    names = given or there
-    if objective.compares:
-        read, names = compared_rows.take_better(read, objective, names), {}
-    return list_held(Path(data).name, _hash(source), read, names)
+    return list_held(Path(data).name, _hash(source), read, given or there, objective)
 
 
 def list_held(
-    name: str, sha256: str, read: Sequence[tuple[Any, Any]], names: Mapping[str, str]
+    name: str,
+    sha256: str,
+    read: Sequence[tuple[Any, Any]],
+    names: Mapping[str, str],
+    objective: Objective,
 ) -> HeldOut:
     """Return rows that were read, with their places, as models are scored on them; `names` are
-    those of their columns, as ours: theirs."""
+    those of their columns, as ours: theirs. Of rows that say which answers are better, for a model
+    of such an `objective`, these."""
     rows, bad = [], []
+    said = [sha256, sorted(names.items()), objective.compares, objective.unpaired]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    if objective.compares:
+        read, names = compared_rows.take_better(read, objective, names), {}
     for number, (place, row) in enumerate(read, 1):
         made = _make_row(number, str(place), row, names)
         if isinstance(made, Bad):
@@ -110,7 +120,7 @@ def list_held(
         else:
             rows.append(made)
     _warn_of_unwanted(rows)
-    return HeldOut(name, sha256, rows, bad)
+    return HeldOut(name, sha256, key, rows, bad)
 
 
 def _warn_of_unwanted(rows: Sequence[HeldRow]) -> None:

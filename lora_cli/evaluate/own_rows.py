@@ -14,7 +14,7 @@ from lora_cli.evaluate import compared_rows, held_out
 from lora_cli.evaluate.held_out import HeldOut
 from lora_cli.evaluate.scored_models import Scored
 from lora_cli.models import Adapter
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe import DEFAULT_OBJECTIVE, Recipe, load_recipe
 
 ELSEWHERE = "--data FILE names rows; --tasks NAMES lm-eval's tasks"
 
@@ -79,7 +79,8 @@ def _read_held(
     content = json.dumps([row for _, row in rows], sort_keys=True, default=repr)
     name = f"held out of {_name_data(recipe)}"
     ui.say(f"rows: {len(rows)} {name}, which {adapter} was not trained on")
-    return held_out.list_held(name, hashlib.sha256(content.encode()).hexdigest(), rows, columns)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return held_out.list_held(name, sha256, rows, columns, DEFAULT_OBJECTIVE)
 
 
 def _find_record(adapter: Adapter) -> Path:

@@ -229,8 +229,7 @@ class Run:
             {
                 "model": scored.identity,
                 "reader": reader,
-                "data": self.held.sha256 if self.held else None,
-                "columns": list(self.request.columns),
+                "data": self.held.key if self.held else None,
                 "train_on": self.wanted.train_on,
                 "sampling": list(self.request.sampling),
                 "general": forgetting.read_passages(),

@@ -62,13 +62,16 @@ class Scored:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of all by which it answers: weights, template and tokens, the kind of device."""
+        """A hash of all by which it answers: weights, template and tokens, the settings by which it
+        writes, the kind of device."""
         said: dict[str, Any] = {"device": devices.find_device().type}
         if self.base is None:
             said["file"] = _hash_file(Path(self.path))
         else:
             said |= {"base": self.base.fingerprint, "reader": hash_reader(self.tokenizer)}
+            said["settings"] = self.base.generation_settings
         if self.adapter is not None:
+            said["stops"] = self.adapter.stop_token_ids
             said["type"] = str(self.adapter.trained_dtype)
             said["quantization"] = str(self.adapter.quantization)
         if self.adapter is not None and self.kind == "adapter":

@@ -52,6 +52,7 @@ PACKED = 16
 """A number in a file may hold so many weights: an int32 holds 16 of two bits."""
 
 
+GENERATION_CONFIG = "generation_config.json"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -219,6 +220,12 @@ class Base:
     def fingerprint(self) -> dict[str, Any]:
         """What tells it from another base: its configuration, and a short hash of each tensor."""
         return fingerprint.fingerprint_model(self.name, self.revision, self.stored)
+
+    @cached_property
+    def generation_settings(self) -> dict[str, Any]:
+        """What its generation_config.json asks of those who write with it; nothing without one."""
+        found = settings.read_settings(self.name, self.revision, GENERATION_CONFIG)
+        return {key: value for key, value in found.items() if key not in fingerprint.VOLATILE}
 
     def is_at_hand(self) -> bool:
         """Return whether its configuration and weights are on this machine."""
@@ -397,7 +404,7 @@ class Base:
     def refuse_odd_generation(self) -> None:
         """Raise LoraError where generation_config.json is there and cannot be read, or names tokens
         by what is no number."""
-        file = "generation_config.json"
+        file = GENERATION_CONFIG
         if settings.read_settings(self.name, self.revision, file):
             with library_errors.translate_file_errors(
                 f"transformers cannot read {file} of {self.name}", "copy it again"

@@ -35,7 +35,7 @@ from lora_cli.evaluate.score import Request
 from lora_cli.gguf import tools
 from lora_cli.merge import merge
 from lora_cli.models import decoder
-from lora_cli.recipe import load
+from lora_cli.recipe import load, name_objective
 from lora_cli.train import run
 from tests.conftest import ROOT
 
@@ -324,6 +324,44 @@ def test_what_is_finished_is_not_computed_again(
     evaluate([made.adapter, made.merged], out, **given, sampling=Sampling(3, 0.0))
     assert len(opened) == 3
     assert "is not as it was written" in capsys.readouterr().err
+
+
+def test_what_is_read_or_written_otherwise_is_computed_again(made: Made, tmp_path: Path) -> None:
+    """In the folder of an evaluation of the same file and weights: rows under other names, those
+    alone whose answer is wanted, and a model whose settings have changed."""
+    base = tmp_path / "base"
+    shutil.copytree(made.base, base)
+    texts = ["Copy: sun", "Sort: zoo cat", "Reverse: red dog", "Copy: bus"]
+    rows = [
+        {"prompt": text, "completion": "sun", "question": text[::-1], "label": at > 1}
+        for at, text in enumerate(texts)
+    ]
+    given = {
+        "data": str(write_rows(tmp_path / "rows.jsonl", rows)),
+        "general": False, "metrics": ["exact"],
+    }  # fmt: skip
+
+    def ask(out: str) -> list[tuple[str, str]]:
+        evaluate([base], tmp_path / out, **given)
+        return [(each["prompt"], each["answer"]) for each in read_answers(tmp_path / out)]
+
+    asked = ask("out")
+    with pytest.MonkeyPatch.context() as patch:
+        objective = name_objective("kto")
+        patch.setattr(scored_models, "find_objective", lambda scored: objective)
+        assert ask("out") == asked[2:]
+    assert ask("out") == asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scored_models, "find_columns", lambda scored: {"prompt": "question"})
+        assert [prompt for prompt, _ in ask("out")] == [text[::-1] for text in texts]
+        assert ask("out") == ask("fresh") != asked
+    assert ask("out") == asked
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"min_new_tokens": 9}))
+    longer = ask("out")
+    assert [len(answer) > len(short) for (_, answer), (_, short) in zip(longer, asked)] == [
+        True
+    ] * 4
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
