@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.card.markdown import code, plain, table
 from lora_cli.card.portable import is_public_name, name_file
-from lora_cli.common import provenance, read_json, spell_count, stored
+from lora_cli.common import files, provenance, spell_count, stored
 
 FILE = "evaluation.json"
 
@@ -46,6 +46,13 @@ class Evaluation(stored.Stored):
     models: list[Judged]
 
 
+class Known(stored.Stored):
+    """What a run's record says of which adapter is in its folder."""
+
+    id: str | None = None
+    resumed: list[str] = []
+
+
 def find_evaluations(artefact: Path, training: Mapping[str, Any]) -> list[Path]:
     """Return the evaluations in the folder of the run that an artefact came from, where that is
     the folder around it; `training` is that run's record when the artefact was made.
@@ -54,11 +61,11 @@ def find_evaluations(artefact: Path, training: Mapping[str, Any]) -> list[Path]:
     """
     run = artefact.resolve().parent
     record = run / provenance.RUN_RECORD
-    known = read_json(record) if record.is_file() else {}
-    if not training.get("id") or known.get("id") != training["id"]:
+    known = Known.read(record) if record.is_file() else Known()
+    if known.id is None or known.id != training.get("id"):
         return []
     resumed = training.get("resumed") or []
-    since = (known.get("resumed") or [])[len(resumed) :]
+    since = known.resumed[len(resumed) :]
     first, end = (resumed[-1] if resumed else ""), (since[0] if since else None)
     found = sorted(run.glob(f"evaluations/*/{FILE}"))
     return [each for each in found if _is_within(each, first, end)]
@@ -66,8 +73,7 @@ def find_evaluations(artefact: Path, training: Mapping[str, Any]) -> list[Path]:
 
 def _is_within(evaluation: Path, first: str, end: str | None) -> bool:
     """Return whether an evaluation was begun from `first` on and before `end`, in ISO 8601, UTC."""
-    found = read_json(evaluation)
-    started = found.get("started") if isinstance(found, dict) else None
+    started = files.read_mapping(evaluation).get("started")
     if not isinstance(started, str):
         return True
     return first <= started and (end is None or started < end)

@@ -15,7 +15,6 @@ from lora_cli.common import (
     library_errors,
     plain_files,
     provenance,
-    read_json,
     ui,
 )
 from lora_cli.models import MadeRecord, TrainingRecord, adapter_contents, names
@@ -110,7 +109,7 @@ def _read(path: Path, base_name: str | None, commit: str | None) -> Facts:
 
 
 def _read_adapter(folder: Path, base_name: str | None, commit: str | None) -> Facts:
-    config = read_json(folder / "adapter_config.json")
+    config = files.read_mapping(folder / "adapter_config.json")
     file = folder / provenance.ARTEFACT_RECORD
     training = TrainingRecord.read(file).to_data() if file.is_file() else {}
     named = str((training.get("base") or config).get(_base_key(training)) or "")
@@ -137,7 +136,7 @@ def _base_key(training: dict[str, Any]) -> str:
 def _read_merged(folder: Path, base_name: str | None, commit: str | None) -> Facts:
     file = folder / provenance.ARTEFACT_RECORD
     made = MadeRecord.read(file).to_data() if file.is_file() else {}
-    config = read_json(folder / "config.json")
+    config = files.read_mapping(folder / "config.json")
     shapes = config.get("architectures")
     task = recognise_task(shapes if isinstance(shapes, list) else None)
     facts = Facts(
@@ -206,7 +205,7 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(read_json(file).get("chat_template"))
+    return file.is_file() and bool(files.read_mapping(file).get("chat_template"))
 
 
 def read_license(base: str, commit: str | None) -> dict[str, str]:

@@ -50,6 +50,7 @@ def list_data(facts: Facts) -> list[tuple[str, bool]]:
     data = data if isinstance(data, dict) else {}
     mixed = data.get("mix")
     parts = mixed if isinstance(mixed, list) else [data]
-    paths = [part.get("path") for part in parts if isinstance(part, dict)]
+    given = [part.get("path") for part in parts if isinstance(part, dict)]
+    paths = [path for each in given for path in (each if isinstance(each, list) else [each])]
     on_hub = bool(facts.part("data").get("commit"))
     return [(path, on_hub and is_public_name(path)) for path in paths if isinstance(path, str)]

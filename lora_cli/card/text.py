@@ -14,6 +14,8 @@ from lora_cli.common import quote, quote_words, spell_count
 from lora_cli.recipe import strict_yaml
 
 HUB = "https://huggingface.co"
+MOST = 8
+"""Names of data that are listed."""
 DISTANCES = {"max_abs": "largest |Δlogit|", "mean_kl": "mean KL", "top1": "top-1 agreement"}
 """How the screen calls what a merge measures."""
 
@@ -108,7 +110,7 @@ def _describe_method(facts: Facts) -> str:
     for key in ("r", "lora_alpha", "lora_dropout", "target_modules"):
         if lora.get(key) is not None:
             value = lora[key]
-            shown = ", ".join(map(str, sorted(value))) if isinstance(value, list) else value
+            shown = ", ".join(sorted(map(str, value))) if isinstance(value, list) else value
             said.append(f"{key} {code(shown)}")
     return ", ".join(said)
 
@@ -135,7 +137,8 @@ def _describe_data(facts: Facts) -> str:
         f"[{plain(name)}]({HUB}/datasets/{name})" if is_public else code(name)
         for name, is_public in list_data(facts)
     ]
-    said = [", ".join(named)]
+    more = [f"{_count(len(named) - MOST)} more"] if len(named) > MOST else []
+    said = [", ".join([*named[:MOST], *more])]
     for key, words in (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "with loss")):
         if isinstance(found.get(key), int):
             said.append(f"{_count(found[key])} {words}")

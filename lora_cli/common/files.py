@@ -288,6 +288,15 @@ def read_json(path: Path) -> Any:
     return parse_json(read_small(path), path)
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; LoraError where it holds anything else, or as by
+    `read_json`."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise LoraError(f"{path} is not a mapping", f"copy it again; less {quote(path)} shows it")
+    return found
+
+
 def parse_json(text: str | bytes, source: object) -> Any:
     """Return the value of a JSON text that `source` holds.
 

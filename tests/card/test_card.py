@@ -134,6 +134,31 @@ def test_an_adapter_made_elsewhere_gets_what_is_known(saved) -> None:
     assert "recipe in full" not in text
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"path": ["/home/canary/a.jsonl", "b/c.jsonl"]}, "`a.jsonl`, `c.jsonl`, 4,000 rows"),
+        ({"mix": [{"path": ["a.json", "b.json"]}, {"path": "c.json"}]}, "`a.json`, `b.json`, `c.json`"),
+        ({"path": [f"{number}.csv" for number in range(10)]}, "`7.csv`, 2 more, 4,000 rows"),
+    ],
+)  # fmt: skip
+def test_every_file_of_the_data_is_named(saved, data: dict, said: str) -> None:
+    text = make_card(read_facts(saved(record(recipe=RECIPE | {"data": data})))).text
+    assert said in next(line for line in text.splitlines() if line.startswith("| Data |"))
+
+
+def test_what_is_no_mapping_is_named(saved) -> None:
+    folder = saved(record(recipe=RECIPE | {"lora": {"target_modules": ["q_proj", 1]}}))
+    assert "target_modules `1, q_proj`" in make_card(read_facts(folder)).text
+    (folder.parent / "record.json").write_text('{"id": "abc", "resumed": [1]}')
+    with pytest.raises(LoraError, match=r"record\.json is damaged or not ours: resumed\.0"):
+        find_evaluations(folder, record())
+    for name in ("tokenizer_config.json", "adapter_config.json"):
+        (folder / name).write_text("[]")
+        with pytest.raises(LoraError, match=f"{name} is not a mapping"):
+            read_facts(folder)
+
+
 EVIL = "</details><script>alert(1)</script> ``` | `x` [a](javascript:b)\n# Head\n<!-- end -->"
 
 
