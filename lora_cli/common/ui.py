@@ -207,16 +207,25 @@ class Answer:
     def __init__(self) -> None:
         self.held = ""
         """The beginning of a word, which may be that of a secret."""
+        self.joined = ""
+        """The character that a joiner at the beginning of the next piece would join."""
 
     def add(self, piece: str) -> None:
         """Print a piece, but for a word that may go on."""
         text = self.held + piece
         self.held = text[re.search(r"[!-~]*$", text).start() :][-LONGEST_WORD:]  # type: ignore[union-attr]
-        _write(sys.stdout, _clean(text.removesuffix(self.held), KEPT))
+        self._print(text.removesuffix(self.held))
 
     def end(self) -> None:
         """Print the rest of it, and end the line."""
-        _write(sys.stdout, _clean(self.held, KEPT) + "\n")
+        self._print(self.held, "\n")
+
+    def _print(self, text: str, after: str = "") -> None:
+        shown = _clean(f"{self.joined}{text}", KEPT).removeprefix(self.joined)
+        _write(sys.stdout, shown + after)
+        last = text[-1:]
+        if last and not HIDDEN.match(last):
+            self.joined = "" if last.isascii() else last
 
 
 def _join(lines: Sequence[str]) -> str:

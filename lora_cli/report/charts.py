@@ -11,6 +11,8 @@ from lora_cli.report import curves
 from lora_cli.report.metrics import Series
 
 WIDTH, HEIGHT = 460, 250
+LEAST = 1e-300
+"""The least step between two ticks: smaller numbers lose their digits, and become 0."""
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 40
 """Units of the drawing, which is scaled to the page: margins hold the labels of the axes."""
 
@@ -143,7 +145,7 @@ class Axis(NamedTuple):
             powers = range(math.ceil(self.low), math.floor(self.high) + 1)
             every = max(1, math.ceil(len(powers) / about))
             return [10.0**power for power in powers[::every]]
-        step = _choose_step((self.high - self.low) / about)
+        step = _choose_step(max((self.high - self.low) / about, LEAST))
         step = max(1.0, step) if whole else step
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)

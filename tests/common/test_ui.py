@@ -82,6 +82,9 @@ def test_a_text_keeps_its_lines_and_tabs_and_an_answer_too() -> None:
     pieces = ["so\n", "\x1b", "[2J\tb ", "hf_abcdefgh", "ijklmnopqrst", "uv end"]
     call = f"answer = ui.Answer()\nfor each in {pieces!r}: answer.add(each)\nanswer.end()"
     assert shown(call) == "so\n\\x1b[2J\tb *** end\n"
+    pieces = ["می", "\u200cخو ", "👩", "\u200d", "💻", "a", "\u200d", " é", "\u202e"]
+    call = f"answer = ui.Answer()\nfor each in {pieces!r}: answer.add(each)\nanswer.end()"
+    assert shown(call) == "می\u200cخو 👩\u200d💻a\\u200d é\\u202e\n"
 
 
 def test_json_stays_json_of_the_same_data() -> None:
