@@ -46,11 +46,35 @@ def _list_tags(facts: Facts) -> list[str]:
 def list_data(facts: Facts) -> list[tuple[str, bool]]:
     """Return the names of the data that was trained on, each with whether it is a data set on the
     hub."""
-    data = facts.recipe.get("data")
+    found = []
+    for part, commit in list_parts(facts):
+        path = part.get("path")
+        paths = path if isinstance(path, list) else [path]
+        found += [(each, commit is not None) for each in paths if isinstance(each, str)]
+    return found
+
+
+def list_parts(facts: Facts) -> list[tuple[dict[str, Any], str | None]]:
+    """Return each data set of the recipe with its commit on the hub; None for what is not there,
+    or where it cannot be told.
+
+    A record has the commits in order, without saying whose they are; and what was a folder is
+    called by its last name there.
+    """
+    data, said = facts.recipe.get("data"), facts.part("data").get("commit")
     data = data if isinstance(data, dict) else {}
     mixed = data.get("mix")
-    parts = mixed if isinstance(mixed, list) else [data]
-    given = [part.get("path") for part in parts if isinstance(part, dict)]
-    paths = [path for each in given for path in (each if isinstance(each, list) else [each])]
-    on_hub = bool(facts.part("data").get("commit"))
-    return [(path, on_hub and is_public_name(path)) for path in paths if isinstance(path, str)]
+    given = mixed if isinstance(mixed, list) else [data]
+    parts = [part for part in given if isinstance(part, dict)]
+    commits = said.split(", ") if isinstance(said, str) else []
+    for with_owner in (False, True):
+        there = [_is_set(part.get("path"), with_owner) for part in parts]
+        if sum(there) == len(commits):
+            left = iter(commits)
+            return [(part, next(left) if each else None) for part, each in zip(parts, there)]
+    return [(part, None) for part in parts]
+
+
+def _is_set(path: Any, with_owner: bool) -> bool:
+    """Return whether a path may be the name of a data set, of an OWNER where that is asked for."""
+    return isinstance(path, str) and is_public_name(path) and ("/" in path or not with_owner)

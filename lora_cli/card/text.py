@@ -8,7 +8,8 @@ from typing import Any
 from lora_cli.card.evaluations import list_evaluated
 from lora_cli.card.facts import Facts
 from lora_cli.card.markdown import code, fence, listed, plain, table
-from lora_cli.card.metadata import list_data
+from lora_cli.card.metadata import list_data, list_parts
+from lora_cli.card.portable import is_public_name
 from lora_cli.card.usage import list_usage
 from lora_cli.common import quote, quote_words, spell_count
 from lora_cli.recipe import strict_yaml
@@ -224,12 +225,20 @@ def _list_repetition(facts: Facts) -> Iterator[str]:
 
 def _pin(facts: Facts) -> dict[str, Any]:
     """Return the recipe with the commits of base and data that it was trained on."""
-    recipe, data = facts.recipe, facts.part("data").get("commit")
-    model, rows = recipe.get("model"), recipe.get("data")
+    recipe = facts.recipe
+    model, data = recipe.get("model"), recipe.get("data")
     if isinstance(model, dict) and facts.is_on_hub and facts.base_commit:
         recipe["model"] = model | {"revision": facts.base_commit}
-    if isinstance(rows, dict) and isinstance(data, str) and rows.get("path"):
-        recipe["data"] = rows | {"revision": data}
+    if isinstance(data, dict):
+        parts = [
+            part if commit is None else part | {"revision": commit}
+            for part, commit in list_parts(facts)
+        ]
+        other = data.get("eval_path")
+        if isinstance(data.get("mix"), list):
+            recipe["data"] = data | {"mix": parts}
+        elif other == data.get("path") or not is_public_name(str(other or ".")):
+            recipe["data"] = parts[0]  # the revision would be that of another data set, too
     return recipe
 
 

@@ -147,6 +147,33 @@ def test_every_file_of_the_data_is_named(saved, data: dict, said: str) -> None:
     assert said in next(line for line in text.splitlines() if line.startswith("| Data |"))
 
 
+ONE, OTHER = "c" * 40, "d" * 40
+
+
+@pytest.mark.parametrize(
+    ("data", "commit", "sets", "pinned"),
+    [
+        ({"path": "o/a"}, ONE, ["o/a"], {"path": "o/a", "revision": ONE}),
+        ({"path": "o/a", "eval_path": "o/b"}, ONE, ["o/a"], {"path": "o/a", "eval_path": "o/b"}),
+        ({"path": "o/a", "eval_path": "o/a"}, ONE, ["o/a"], {"path": "o/a", "eval_path": "o/a", "revision": ONE}),
+        ({"mix": [{"path": "/home/canary/photos"}, {"path": "o/b"}]}, ONE, ["o/b"], {"mix": [{"path": "photos"}, {"path": "o/b", "revision": ONE}]}),
+        ({"mix": [{"path": "o/a"}, {"path": "b"}]}, f"{ONE}, {OTHER}", ["o/a", "b"], {"mix": [{"path": "o/a", "revision": ONE}, {"path": "b", "revision": OTHER}]}),
+        ({"mix": [{"path": "o/a"}, {"path": "o/b"}]}, ONE, [], {"mix": [{"path": "o/a"}, {"path": "o/b"}]}),
+        ({"path": "/home/canary/photos"}, None, [], {"path": "photos"}),
+    ],
+)  # fmt: skip
+def test_data_on_the_hub_is_pinned_and_no_other_is_said_to_be_there(
+    saved, data: dict, commit: str | None, sets: list[str], pinned: dict
+) -> None:
+    said = {"fingerprint": "f00d", "rows": 4000, "commit": commit}
+    facts = read_facts(saved(record(recipe=RECIPE | {"data": data}, data=said)))
+    text = make_card(facts).text
+    assert (ModelCard(text).data.to_dict().get("datasets") or []) == sets
+    assert text.count("huggingface.co/datasets/") == len(sets)
+    recipe = re.search(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert strict_yaml.parse(recipe[1], "recipe").data["data"] == pinned
+
+
 def test_what_is_no_mapping_is_named(saved) -> None:
     folder = saved(record(recipe=RECIPE | {"lora": {"target_modules": ["q_proj", 1]}}))
     assert "target_modules `1, q_proj`" in make_card(read_facts(folder)).text
