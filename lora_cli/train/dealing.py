@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from lora_cli.data import prepare
 from lora_cli.distributed import ranks, shares
@@ -94,10 +94,11 @@ class StepBatches(BatchSampler):
 
 class SeededGroups(LengthGroupedSampler):
     """Draws rows of about the same length together, in an order that seed and epoch decide: Trainer
-    draws it from numbers that dropout draws from as well, which each process has others of."""
+    draws it from numbers that dropout draws from as well, which each process has others of. The
+    groups are those of one process, whose steps have so many `rows`."""
 
-    def __init__(self, drawn: LengthGroupedSampler, seed: int) -> None:
-        super().__init__(drawn.batch_size, lengths=drawn.lengths)
+    def __init__(self, drawn: LengthGroupedSampler, seed: int, rows: int) -> None:
+        super().__init__(rows, lengths=drawn.lengths)
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -107,6 +108,37 @@ class SeededGroups(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from super().__iter__()
+
+
+class SeededSteps(Sampler[int]):
+    """The rows in the order of transformers' sampler that balances those of each step, which are so
+    many `rows`, in one process; in several it has parts of them, and here they are dealt."""
+
+    def __init__(self, drawn: BatchRebalanceSampler, rows: int) -> None:
+        self.drawn, number = drawn, len(drawn.lengths)
+        self.number = number - number % rows if drawn.drop_last else number
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch from now on."""
+        self.drawn.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = torch.Generator().manual_seed(self.drawn.seed + self.drawn.epoch)
+        order = torch.randperm(len(self.drawn.lengths), generator=numbers)
+        yield from order[: self.number].tolist()
+
+
+def settle_sampler(drawn: Any, seed: int, batches: Batches | None) -> Any:
+    """Return what draws the rows of each step as in one process, in the place of Trainer's own;
+    `batches` are None where there is one."""
+    if isinstance(drawn, LengthGroupedSampler):
+        return SeededGroups(drawn, seed, batches.step if batches else drawn.batch_size)
+    if isinstance(drawn, BatchRebalanceSampler) and batches:
+        return SeededSteps(drawn, batches.step)
+    return drawn
 
 
 class Dealt(torch.utils.data.Dataset[dict[str, Any]]):

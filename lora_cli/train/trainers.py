@@ -14,7 +14,6 @@ from datasets import IterableDataset
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from lora_cli.common import LoraError, ui
@@ -254,9 +253,8 @@ class Watched(Resumable):
         return dealing.deal_loader(self.args, self.accelerator.device, loader, batches)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        grouped = isinstance(sampler, LengthGroupedSampler)
-        return dealing.SeededGroups(sampler, self.args.seed) if grouped else sampler
+        drawn = super()._get_train_sampler(*args, **kwargs)
+        return dealing.settle_sampler(drawn, self.args.seed, self.options.batches)
 
     def _even_passes(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the sequences of a step, with empty ones before them where another process has

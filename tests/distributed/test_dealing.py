@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from lora_cli.distributed import ranks, shares
 from lora_cli.distributed.place import Place
@@ -85,6 +86,43 @@ def test_a_step_keeps_its_rows(
         )
         streamed = dealing.spread(arguments, NETWORK, stream=True)
         assert arguments.per_device_train_batch_size * streamed.passes == rows * passes
+
+
+@pytest.mark.parametrize(("rows", "passes", "world"), CASES)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_rows_are_drawn_by_their_lengths_as_in_one_process(
+    rows: int, passes: int, world: int, drop_last: bool, monkeypatch
+) -> None:
+    lengths = random.Random(0).choices(range(1, 99), k=300)
+    monkeypatch.setattr(ranks, "count", lambda: world)
+    arguments = Arguments(
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=passes,
+        per_device_eval_batch_size=2,
+        gradient_checkpointing=False,
+    )
+    batches = dealing.spread(arguments, NETWORK, stream=False)
+    size = arguments.per_device_train_batch_size * batches.passes  # as Trainer reckons it
+    alone, several = (LengthGroupedSampler(each, lengths=lengths) for each in (rows * passes, size))
+    groups = dealing.settle_sampler(alone, 7, None), dealing.settle_sampler(several, 7, batches)
+    assert list(groups[0]) == list(groups[1])
+    drawn, parts = (
+        BatchRebalanceSampler(lengths, *given, drop_last=drop_last)
+        for given in ((rows * passes, 1, passes), (size * world, world, batches.passes))
+    )
+    assert dealing.settle_sampler(drawn, 7, None) is drawn
+    settled = dealing.settle_sampler(parts, 7, batches)
+    settled.set_epoch(3)
+    drawn.set_epoch(3)
+    whole, dealt = list(drawn), list(dealing.StepBatches(settled, batches, drop_last))
+    for step in range(300 // (rows * passes)):
+        own, shared = (
+            sorted(chain.from_iterable(listed[step * number : (step + 1) * number]))
+            for listed, number in ((whole, passes), (dealt, batches.passes))
+        )
+        assert own == shared
+        assert len(own) == rows * passes
+    assert drop_last or len(set(chain.from_iterable(dealt))) == 300
 
 
 @pytest.mark.parametrize("stream", [False, True])

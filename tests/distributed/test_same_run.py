@@ -32,7 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "passes": PADDED | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "of the same length": STEP | {"train_sampling_strategy": "group_by_length"},
+    "of the same length": PADDED
+    | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
+    | {"train_sampling_strategy": "group_by_length"},
+    "balanced": STEP | PADDED | {"train_sampling_strategy": "batch_rebalance"},
     "stream": STEP | {"data": {"streaming": True, "shuffle_buffer": 5}},
     "padded stream": STEP | PADDED | {"data": {"streaming": True, "shuffle_buffer": 5}},
     "Trainer": STEP | {"trainer": "trainer"},
