@@ -17,6 +17,7 @@ import pytest
 from lora_cli.common import files
 from lora_cli.gguf import install
 from lora_cli.gguf.tools import find_managed_home
+from tests.terminals import close_left
 from tests.warm import WarmCLI
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +69,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def swept(temporary: None, cache: None) -> Iterator[None]:
     """What a process that this test killed has left is removed, or a later test would be told."""
     yield
+    close_left()
     home = files.find_cache_home()
     for folder in (Path(tempfile.gettempdir()), home, home / "rows", home / "fetched"):
         files.remove_leftovers.__wrapped__(folder)

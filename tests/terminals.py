@@ -12,16 +12,21 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import pyte
 from rich.cells import cell_len
 from rich.text import Text
 
-SECONDS = 40
+SECONDS = 120
+"""For what takes two on a machine with nothing else to do."""
 
 
 class Terminal:
     """Columns and rows that show what `run(path of the terminal)` writes there."""
+
+    left: ClassVar[list[Terminal]] = []
+    """Those whose program has not ended."""
 
     def __init__(self, run: Callable[[str], object], columns: int, rows: int = 24) -> None:
         self.ours, self.theirs = pty.openpty()
@@ -35,6 +40,7 @@ class Terminal:
             target=lambda: setattr(self, "result", run(path)), daemon=True
         )
         self.thread.start()
+        self.left.append(self)
 
     def resize(self, columns: int, rows: int) -> None:
         """Make the window another size; its program hears of it."""
@@ -85,9 +91,14 @@ class Terminal:
             pass
         self.thread.join(5)
         assert not self.thread.is_alive(), "\n".join(self.lines())
+        self.close()
+        return self.lines()
+
+    def close(self) -> None:
+        """Hang up, as a window does that is closed: the program hears of it, and a write fails."""
+        self.left.remove(self)
         os.close(self.theirs)
         os.close(self.ours)
-        return self.lines()
 
     def lines(self) -> list[str]:
         """What is seen, without the empty lines at the end."""
@@ -104,6 +115,15 @@ class Terminal:
         parts = self.written.decode().split("\r\x1b[J\r\n")[1:]
         drawn = [re.split(r"\r(?:\x1b\[\d+A|(?!\n))", part)[0] for part in parts]
         return [[Text.from_ansi(line).plain for line in each.split("\r\n")] for each in drawn]
+
+
+def close_left() -> None:
+    """Close the terminals that a failed test has left, and wait for their programs: one that waits
+    for somebody to read would never end, nor whatever waits for it."""
+    for terminal in list(Terminal.left):
+        terminal.close()
+        terminal.thread.join(SECONDS)
+        assert not terminal.thread.is_alive(), "a program outlives its terminal"
 
 
 def measure(line: str) -> int:
