@@ -86,10 +86,12 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
         settled_recipe = found.recipe.to_data()
         allowed = run_folder.list_allowed(recipe, resume, allowed)
         draft = run_folder.draft_run(folder, settled_recipe, contents, resume, allowed)
+        with ranks.told():
+            _say_settled(found, folder)
+            # what refuses to go on leaves the run's record and recipe as they were
+            inputs = _prepare_inputs(found, draft) if resume else None
         run = run_folder.begin_run(draft)
         with _record_ending(run):
-            with ranks.told():
-                _say_settled(found, folder)
             if found.parent is not None:
                 found.parent.keep(folder)
             ranks.begin(
@@ -100,7 +102,7 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
                     "record": run.record.to_data(),
                 }
             )
-            return _run(found, run, resume)
+            return _run(found, run, resume, inputs)
 
 
 def prepare(recipe: Recipe, resume: bool, allowed: Sequence[str], nodes: place.Nodes) -> None:
@@ -119,7 +121,7 @@ def prepare(recipe: Recipe, resume: bool, allowed: Sequence[str], nodes: place.N
     allowed = run_folder.list_allowed(recipe, resume, allowed)
     run = run_folder.draft_run(folder, found.recipe.to_data(), contents, resume, allowed)
     with translate_refusals(found.recipe.list_passed_on()):
-        prepare_inputs(found.recipe, found.base, found.parent, run)
+        _prepare_inputs(found, run)
 
 
 def change_before_again(recipe: Recipe, asked: dict[str, Any]) -> None:
@@ -211,11 +213,15 @@ def _record_interruption(run: Run) -> None:
     ui.say(f"stopped; from step {step} it goes on with: lora train {quote(resolved)} --resume")
 
 
-def _run(found: settled.Settled, run: Run, resume: bool) -> Path:
+def _prepare_inputs(found: settled.Settled, run: Run) -> Inputs:
+    return prepare_inputs(found.recipe, found.base, found.parent, run)
+
+
+def _run(found: settled.Settled, run: Run, resume: bool, prepared: Inputs | None = None) -> Path:
     recipe, base = found.recipe, found.base
     passed_on = recipe.list_passed_on()
     with ranks.told(), ranks.in_turn():
-        inputs = prepare_inputs(recipe, base, found.parent, run)
+        inputs = prepared or _prepare_inputs(found, run)
     with translate_refusals(passed_on):
         recipe, adapted = load_adapted(recipe, base, run, inputs)
         inputs = add_references(recipe, base, adapted, inputs)

@@ -458,12 +458,15 @@ def test_other_rows_are_not_resumed_with(
         train.train(load.load_recipe(path))
     monkeypatch.undo()
     (tmp_path / "rows.jsonl").write_text("".join(rows[1:41]))
+    written = [tmp_path / "run" / name for name in ("record.json", "recipe.yaml")]
+    before = [file.read_bytes() for file in written]
     with pytest.raises(LoraError, match="began with other rows"):
-        train.train(load.load_recipe(path), resume=True)
+        train.train(load.load_recipe(path, ["training.save_steps=2"]), resume=True)
+    assert [file.read_bytes() for file in written] == before
     (tmp_path / "rows.jsonl").write_text("".join(rows[:40]))
     train.train(load.load_recipe(path), resume=True)
     run = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert len(run["resumed"]) == 2
+    assert len(run["resumed"]) == 1
     assert run["started"] <= run["resumed"][0]
 
 
