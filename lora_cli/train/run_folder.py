@@ -25,7 +25,7 @@ from lora_cli.common import (
 from lora_cli.models import PARENT_COPY, TrainingRecord
 from lora_cli.plan import auto_choices, settled
 from lora_cli.recipe import Recipe, strict_yaml
-from lora_cli.train import checkpoints
+from lora_cli.train import checkpoints, saved_state
 
 EXTENDING = (
     "training.max_steps",
@@ -167,7 +167,7 @@ def draft_run(
             TrainingRecord.read(made)  # which is asked for when the run ends
         found = _list_differences(settled.read_recorded(folder), recipe)
         changes = [each for each in found if not _is_chosen_anew(each, contents)]
-        _refuse_other_run(folder, before, changes, contents, allowed)
+        _refuse_other_run(folder, before, recipe, changes, contents, allowed)
         kept = _keep_from_before(before, changes)
     elif path.is_file():
         _refuse_begun(folder)
@@ -213,19 +213,20 @@ def _saved_nothing(folder: Path) -> bool:
 def _refuse_other_run(
     folder: Path,
     before: TrainingRecord,
+    recipe: dict[str, Any],
     changes: list[Change],
     contents: dict[str, Any],
     allowed: Sequence[str],
 ) -> None:
-    """Raise LoraError unless the run of the record `before` goes on with these changes, and the
-    base and the adapter to train on that `contents` name."""
+    """Raise LoraError unless the run of the record `before` goes on with these changes to its
+    `recipe`, and the base and the adapter to train on that `contents` name."""
     extended = changes and all(change.key in EXTENDING for change in changes)
     if before.status == "finished" and not (extended or (allowed and changes)):
         raise LoraError(
             f"the run in {folder} is finished", f"lora merge {quote(folder / 'adapter')} OUT"
         )
     _check_changes(folder, changes, allowed)
-    _refuse_fewer_steps(folder, before, changes)
+    _refuse_fewer_steps(folder, before, recipe, changes)
     parent = before.parent.sha256 if before.parent else None
     if parent != contents.get("parent", {}).get("sha256"):
         raise LoraError(
@@ -240,13 +241,20 @@ def _refuse_other_run(
         )
 
 
-def _refuse_fewer_steps(folder: Path, before: TrainingRecord, changes: list[Change]) -> None:
+def _refuse_fewer_steps(
+    folder: Path, before: TrainingRecord, recipe: dict[str, Any], changes: list[Change]
+) -> None:
     """Raise LoraError where the run has more behind it than it is now to have in all: its record
     would say less than was trained."""
-    done = checkpoints.find_last_step(folder, before.id) if before.id else 0
-    for change in changes:
-        shorter = change.key == "training.max_steps" and 0 < change.after < done
+    lengths = [change for change in changes if change.key in LENGTHS]
+    done = checkpoints.find_last_step(folder, before.id) if lengths and before.id else 0
+    if not done:
+        return
+    most, passes = (recipe["training"][key.partition(".")[2]] for key in LENGTHS)
+    epoch = saved_state.read_epoch(folder / f"checkpoint-{done}")
+    for change in lengths:
         finished = change.key == "training.num_train_epochs" and before.status == "finished"
+        shorter = done > most if most > 0 else epoch is not None and epoch > passes
         if shorter or (finished and change.after < change.before):
             raise LoraError(
                 f"the run in {folder} has made {spell_count(done, 'step')} already: {change}",

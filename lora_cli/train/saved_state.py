@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 from transformers import TrainerState
 
-from lora_cli.common import files, stored, ui
+from lora_cli.common import LoraError, files, stored, ui
 from lora_cli.train.random_state import State
 
 TRAINER_STATE = "trainer_state.json"
@@ -132,6 +132,15 @@ def read_states(checkpoint: Path, step: int) -> SavedTrainerState:
     for file in sorted(checkpoint.glob("rng_state_*.json")):
         State.read(file)
     return state
+
+
+def read_epoch(checkpoint: Path) -> float | None:
+    """Return how often the run had gone through its rows at a checkpoint; None where that cannot be
+    read, which is said where it is resumed from."""
+    try:
+        return float(SavedTrainerState.read(checkpoint / TRAINER_STATE).epoch)
+    except LoraError:
+        return None
 
 
 def cut_lines(

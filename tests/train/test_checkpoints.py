@@ -299,9 +299,11 @@ def test_a_changed_recipe_is_refused_unless_it_may_change(
     written = json.loads((run / "record.json").read_text())
     assert (written["results"]["steps"], written["changed"]) == (6, ["training.max_steps 4 -> 6"])
     assert sorted(path.name for path in run.glob("adapter*")) == ["adapter", "adapter-4"]
-    fewer = load.load_recipe(path, ["training.max_steps=5"])
-    with pytest.raises(LoraError, match=r"has made 6 steps already: training.max_steps 6 -> 5$"):
-        train.train(fewer, resume=True)
+    for most, *more in (("5",), ("-1", "training.num_train_epochs=0.01")):
+        fewer = load.load_recipe(path, [f"training.max_steps={most}", *more])
+        made = f"has made 6 steps already: training.max_steps 6 -> {most}$"
+        with pytest.raises(LoraError, match=made):
+            train.train(fewer, resume=True)
     assert json.loads((run / "record.json").read_text()) == written
     with pytest.raises(LoraError, match="is finished"):
         train.train(load.load_recipe(path, longer), resume=True)
