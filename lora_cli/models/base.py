@@ -40,7 +40,7 @@ from lora_cli.models import (
     ties,
     tokenizer,
 )
-from lora_cli.models.config import get_checkpoint_dtype, load_config
+from lora_cli.models.config import get_checkpoint_dtype, load_config, read_field
 from lora_cli.models.head import Head, HeadSettings, find_head, list_lacking
 from lora_cli.models.loaded import is_quantised
 from lora_cli.models.quantised import Quantised
@@ -53,6 +53,7 @@ PACKED = 16
 
 
 GENERATION_CONFIG = "generation_config.json"
+TIED = "tie_word_embeddings"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -260,10 +261,18 @@ class Base:
         stored = self.quantised
         return torch.float32 if stored and stored.is_dequantised else self.dtype
 
-    @cached_property
+    @property
     def parted(self) -> tuple[str, ...]:
-        """Parameters beside an encoder's that its class ties and its files hold apart."""
-        if not self.task.has_targets or self.tensors is None:
+        """Parameters of a model that writes which its configuration ties and its files hold apart;
+        none of one without an encoder whose files are not on this machine."""
+        looked_at = self.task.has_targets or (self.task.writes_text and self.is_at_hand())
+        return self._parted if looked_at else ()
+
+    @cached_property
+    def _parted(self) -> tuple[str, ...]:
+        parts = (self.config, self.config.get_text_config())
+        ties_none = not self.task.has_targets and not any(read_field(each, TIED) for each in parts)
+        if ties_none or self.tensors is None:
             return ()
         return ties.find_parted(empty.build_empty(self.config, self.task), self.tensors)
 
@@ -320,6 +329,7 @@ class Base:
         network, report = self._load_and_report(dtype=dtype or self.dtype, **kwargs)
         if self.task.writes_text:
             self._refuse_misfits(report)
+            ties.keep_apart(network, ties.find_left_apart(network))
         else:
             find_head(network, report, self.task, self.name)
         if is_quantised(network):

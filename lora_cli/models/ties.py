@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -63,9 +63,34 @@ def _are_equal(stored: Tensors, name: str, other: str) -> bool:
 
 def part(network: PreTrainedModel, names: Iterable[str]) -> None:
     """Give these parameters of a model without weights a place of their own."""
-    for name in names:
+    apart = list(names)
+    for name in apart:
         module, _, leaf = name.rpartition(".")
         shared = network.get_parameter(name)
         own = nn.Parameter(torch.empty_like(shared), shared.requires_grad)
         setattr(network.get_submodule(module), leaf, own)
-        network.all_tied_weights_keys.pop(name, None)
+    keep_apart(network, apart)
+
+
+def find_left_apart(network: PreTrainedModel) -> list[str]:
+    """Return the parameters of a loaded model that its configuration ties and transformers has left
+    as its files hold them."""
+    meant = network.get_expanded_tied_weights_keys(all_submodels=True)
+    return [name for name in meant if name not in network.all_tied_weights_keys]
+
+
+def keep_apart(network: PreTrainedModel, names: Collection[str]) -> None:
+    """Keep transformers from tying these parameters after all when the embeddings grow, or when the
+    model is loaded from what it is saved as.
+
+    With an encoder the configuration goes on to say that they are tied: T5 scales what goes into
+    its head by that.
+    """
+    if not names:
+        return
+    meant = network.get_expanded_tied_weights_keys(all_submodels=True)
+    kept = {target: source for target, source in meant.items() if target not in names}
+    network._tied_weights_keys, network.all_tied_weights_keys = kept, dict(kept)
+    if not network.config.is_encoder_decoder:
+        for config in (network.config, network.config.get_text_config()):
+            config.tie_word_embeddings = False

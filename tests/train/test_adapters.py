@@ -536,6 +536,26 @@ def test_embeddings_never_shrink(tiny: Path) -> None:
     assert network.get_output_embeddings().weight.shape[0] == VOCAB + 3
 
 
+def test_a_head_that_the_files_hold_apart_is_not_tied_as_tokens_are_added(
+    tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "apart"
+    shutil.copytree(tiny / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    base = Base(str(folder))
+    assert base.parted == ("lm_head.weight",)
+    before, network = AutoModelForCausalLM.from_pretrained(tiny / "model"), base.load()
+    token_rows.grow_embeddings(network, VOCAB + 1)
+    ids = torch.arange(9)[None]
+    assert torch.equal(network(ids).logits[..., :VOCAB], before(ids).logits)
+    for each in (network, base.build_empty()):  # so that the rows of both are trained
+        given = LoraConfig()
+        token_rows.train_rows(each, given, [VOCAB])
+        assert given.trainable_token_indices == {"embed_tokens": [VOCAB], "lm_head": [VOCAB]}
+        assert each.config.tie_word_embeddings is False
+
+
 def test_added_tokens_are_read_trained_and_exported(
     write_recipe, tiny: Path, tmp_path: Path, lora
 ) -> None:

@@ -30,7 +30,7 @@ from lora_cli.merge import compare_weights
 from lora_cli.merge.combine import combine
 from lora_cli.merge.extract import extract
 from lora_cli.merge.merge import choose_way, merge
-from lora_cli.models import Base, decoder, read_adapter, ties
+from lora_cli.models import Base, decoder, read_adapter, ties, token_rows
 from lora_cli.models.probes import make_probes
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.tasks import ENCODER_DECODERS, name_task, recognise_task
@@ -306,6 +306,14 @@ def test_a_head_of_its_own_is_merged_in_constant_memory(tmp_path: Path, capfd) -
     assert merged.lm_head.weight is not merged.shared.weight
     assert table.measure_apart(adapter, table.load_as_peft_does(adapter)) == 0
     assert table.measure_apart(adapter, merged, scale=True) < 2e-5
+
+
+def test_a_head_of_its_own_is_not_tied_as_tokens_are_added(tmp_path: Path) -> None:
+    network = Base(str(make_apart(tmp_path)), task=name_task(TASK)).load()
+    head = network.lm_head.weight.detach().clone()
+    token_rows.grow_embeddings(network, WORDS + 1)
+    assert torch.equal(network.lm_head.weight[:WORDS], head)
+    assert network.encoder.embed_tokens.weight is network.shared.weight
 
 
 def test_equal_copies_of_a_tied_weight_are_tied(tmp_path: Path) -> None:
