@@ -2,19 +2,23 @@
 
 The pieces put together are the text that `lora generate` prints: each token's text is that of all
 tokens so far, decoded at once, less what was there before. What a later token may change is held
-back: half a character, the beginning of a stop string, the last word where a tokenizer moves its
-spaces.
+back: half a character, characters whose bytes are tokens until another token comes (half a one at
+their end makes all of them unreadable), the beginning of a stop string, the last word where a
+tokenizer moves its spaces.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 HALF = "\ufffd"
 """What stands for bytes that are no whole character yet."""
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""What vocabularies with a token for each byte call these."""
 
 
 class Drawing(NamedTuple):
@@ -93,16 +97,22 @@ class Assembler:
         self.ids: list[int] = []
         self.text = ""
         self.sent = ""
+        self.spelt_from: int | None = None
+        """Where the text of the last tokens begins, if these are bytes."""
         self.waiting: list[tuple[int, Token]] = []
         """Tokens that are in no piece yet, with the place of each one's text."""
 
     def add(self, token: int, told: Token | None) -> bool:
         """Take a token; return whether a stop string ends the answer in it."""
-        before = len(self.text)
+        before, text = len(self.text), self.text
         self.ids.append(token)
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))):
+            self.spelt_from = before if self.spelt_from is None else self.spelt_from
+        elif self.text != text:
+            self.spelt_from = None
         if told is not None:
-            self.waiting.append((before, told))
+            self.waiting.append((before if self.spelt_from is None else self.spelt_from, told))
         # what was decoded may have changed by a few characters before its end
         looked = before - max(map(len, self.stops), default=0) - len(HALF) * 4
         cut = find_stop(self.text, self.stops, looked)
@@ -120,6 +130,8 @@ class Assembler:
     def _measure_certain(self) -> int:
         """Return how much of the text no later token can change."""
         certain = len(self.text.rstrip(HALF))
+        if self.spelt_from is not None:
+            certain = min(certain, self.spelt_from)
         if self.moves_spaces:
             certain = min(certain, max(self.text.rfind(" "), 0))
         return min(certain, len(self.text) - measure_open(self.text, self.stops))
@@ -135,7 +147,17 @@ class Assembler:
         self.sent = text
 
 
-def name_token(tokenizer: PreTrainedTokenizerBase, token: int, logprob: float) -> Likely:
-    """Return a token with the text that it stands for alone."""
-    text: Any = tokenizer.decode([token], skip_special_tokens=False)
+def name_token(
+    tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, before: int | None
+) -> Likely:
+    """Return a token with the text that it stands for behind the token `before`: at the beginning
+    of a text some tokenizers leave a space out."""
+
+    def read(*ids: int) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    text = read(token)
+    if before is not None and HALF not in text:
+        first, both = read(before), read(before, token)
+        text = both[len(first) :] if both.startswith(first) else text
     return Likely(text, logprob, None if HALF in text else text.encode())

@@ -82,8 +82,9 @@ class _Watch(StoppingCriteria):
         row = self.look.row
         best = torch.topk(row, min(self.drawing.top_logprobs, len(row)))
         pairs = zip(best.indices.tolist(), best.values.tolist())
-        top = [name_token(self.tokenizer, each, logprob) for each, logprob in pairs]
-        return Token(name_token(self.tokenizer, token, float(row[token])), top)
+        before = next(reversed(self.assembler.ids), None)
+        top = [name_token(self.tokenizer, each, logprob, before) for each, logprob in pairs]
+        return Token(name_token(self.tokenizer, token, float(row[token]), before), top)
 
 
 class TorchEngine:

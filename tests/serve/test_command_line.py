@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders
+from transformers import AutoTokenizer
 
 from lora_cli.common import LoraError, UsageError
 from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.serve import asked, serve
-from lora_cli.serve.pieces import Assembler, Drawing, End, Piece
+from lora_cli.serve.pieces import Assembler, Drawing, End, Piece, Token, name_token
 from lora_cli.serve.torch_engine import TorchEngine
 from tests.serve.serving import make_adapter
 
@@ -259,6 +260,9 @@ class Letters:
         text = "".join(map(chr, ids)).replace("\0", "\ufffd")
         return text.replace(" .", ".") if self.clean_up_tokenization_spaces else text
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(token)
+
 
 @pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize("text", ["one two . three", "a\0\0b . c", "   .", "xx stop yy", "sto"])
@@ -271,3 +275,31 @@ def test_pieces_are_the_text_whatever_moves(text: str, moves: bool) -> None:
     expected = letters.decode([ord(letter) for letter in text]).partition("stop")[0]
     assert "".join(piece.text for piece in pieces) == made.text == expected
     assert End("stop", 1, made.text).text == expected
+
+
+@pytest.mark.parametrize("stop", ["no", "\u2603 d"])
+def test_pieces_of_characters_in_bytes_are_the_text_wherever_it_ends(tiny: Path, stop: str) -> None:
+    """Half a character makes those before it unreadable, too, where each byte is a token."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    ids = tokenizer("a \u00e9\u2603 dog \U0001f642\u00e9", add_special_tokens=False)["input_ids"]
+    assert sum(f"{token}".startswith("<0x") for token in tokenizer.convert_ids_to_tokens(ids)) == 11
+    for length in range(len(ids) + 1):
+        pieces: list[Piece] = []
+        made = Assembler(tokenizer, [stop], pieces.append)
+        told = Token(name_token(tokenizer, ids[0], 0.0, None), [])
+        stopped = any(made.add(token, told) for token in ids[:length])
+        made.end(stopped)
+        expected = tokenizer.decode(ids[:length]).partition(stop)[0]
+        assert "".join(piece.text for piece in pieces) == made.text == expected
+        assert stopped or sum(len(piece.tokens) for piece in pieces) == length
+
+
+def test_tokens_are_told_with_the_spaces_that_they_have_in_the_text(tiny: Path) -> None:
+    """Also where a tokenizer, as Llama 2's, strips the first one of each text that it decodes."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    ids = tokenizer(" red dog sun .", add_special_tokens=False)["input_ids"]
+    told = [name_token(tokenizer, token, 0.0, before) for before, token in zip([None, *ids], ids)]
+    assert "".join(each.text for each in told) == tokenizer.decode(ids) == "red dog sun ."
+    assert b"".join(each.data for each in told) == b"red dog sun ."
