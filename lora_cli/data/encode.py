@@ -111,7 +111,6 @@ class Renderer:
         self.adds_bos = adds_bos(tokenizer)
         self.backend = tokenizer.backend_tokenizer
         self.offsets = OffsetFinder(tokenizer)
-        self.words = dict[bool, frozenset[str]]()
         self.special_tokens = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
         self.added_ids = np.array(sorted(added), np.int64)
@@ -229,14 +228,8 @@ class Renderer:
     def _fit_roles(self, row: Conversation) -> Conversation:
         """Return the conversation with `system` for `developer` where the template has no such
         role."""
-        roles = {message["role"] for message in row.messages}
-        if "developer" not in roles or self._is_read("developer", bool(row.tools)):
-            return row
-        messages = [
-            {**message, "role": "system"} if message["role"] == "developer" else message
-            for message in row.messages
-        ]
-        return row._replace(messages=messages)
+        source = self._find_source(bool(row.tools))
+        return row._replace(messages=chat_template.fit_roles(source, row.messages))
 
     def _find_unread(self, row: Conversation) -> tuple[str, ...]:
         """Return what the template does not read of the conversation: keys of turns, tools."""
@@ -249,12 +242,11 @@ class Renderer:
 
     def _is_read(self, name: str, with_tools: bool) -> bool:
         """Return whether the template has this word."""
-        known = self.words.get(with_tools)
-        if known is None:
-            tools: list[Any] | None = [{}] if with_tools else None
-            source = chat_template.find_template(self.tokenizer, tools) or ""
-            known = self.words[with_tools] = frozenset(re.findall(r"\w+", source))
-        return name in known
+        return name in chat_template.list_words(self._find_source(with_tools))
+
+    def _find_source(self, with_tools: bool) -> str:
+        tools: list[Any] | None = [{}] if with_tools else None
+        return chat_template.find_template(self.tokenizer, tools) or ""
 
     def _label_pieces(self, waiting: Tokenising) -> Made:
         """Return what the rows of a batch became, with its tokenised texts labelled."""

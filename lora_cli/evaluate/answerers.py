@@ -39,6 +39,10 @@ class Answerer(Protocol):
     def chat_template(self) -> str | None:
         """The template, as text."""
 
+    @property
+    def reads_tools(self) -> bool:
+        """Whether its template shows the tools that may be called."""
+
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """One answer each."""
 

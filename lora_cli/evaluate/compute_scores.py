@@ -15,6 +15,7 @@ from transformers import set_seed
 from lora_cli.common import spell_count, ui
 from lora_cli.evaluate import read_rows, token_losses
 from lora_cli.evaluate.computing import Computing, Wanted
+from lora_cli.evaluate.generate import warn_of_unread_tools
 from lora_cli.evaluate.held_out import HeldRow, list_numbers
 from lora_cli.evaluate.kept_scores import GENERAL, Kept
 from lora_cli.evaluate.scored_models import Scored
@@ -48,6 +49,9 @@ def _compute_answers(computing: Computing) -> None:
         )
     if not kept.lacks([row.number for row in rows], "answer"):
         return
+    questions = [row.question for row in rows if row.question]
+    asked = [question.asked(answerer.chat_template) for question in questions]
+    warn_of_unread_tools(computing.scored.label, answerer, asked)
     alone = not wanted.sampling.is_greedy
     batches, done = _batch_answers(computing, rows), 0
     for batch in batches:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from transformers import set_seed
 
-from lora_cli.common import UsageError, quote, ui
+from lora_cli.common import LoraError, UsageError, quote, spell_count, ui
 from lora_cli.data import formats, pairs, readers
-from lora_cli.evaluate.answerers import Asked, Sampling
+from lora_cli.evaluate.answerers import Answerer, Asked, Sampling
 from lora_cli.evaluate.open_answerers import open_models
+from lora_cli.models import answering
 
 
 class Question(NamedTuple):
@@ -136,8 +137,7 @@ def generate(
     set_seed(0)
     answers = {}
     for label, answerer in open_models(list(dict.fromkeys(paths)), base).items():
-        conversations = [question.asked(answerer.chat_template) for question in questions]
-        answers[label] = answerer.answer(conversations, Sampling(max_new_tokens, temperature))
+        answers[label] = _answer(label, answerer, questions, Sampling(max_new_tokens, temperature))
     shown = questions if show is None else questions[:show]
     for index, question in enumerate(shown):
         if as_json:
@@ -155,6 +155,30 @@ def generate(
     if any(answer is not None for answer in expected):
         rows = [[label, *_count_exact_matches(given, expected)] for label, given in answers.items()]
         (ui.say if as_json else ui.report)(*ui.format_table(["exact match", "rows", "share"], rows))
+
+
+def _answer(
+    label: str, answerer: Answerer, questions: Sequence[Question], sampling: Sampling
+) -> list[str]:
+    """Return a model's answers. Raises LoraError naming the question that is too long for it."""
+    asked = [question.asked(answerer.chat_template) for question in questions]
+    warn_of_unread_tools(label, answerer, asked)
+    try:
+        return answerer.answer(asked, sampling)
+    except answering.TooLongError as error:
+        lengths = [len(answerer.encode(each)) for each in asked]
+        place = questions[lengths.index(error.length)].place
+        raise LoraError(f"{place}: {error.message}", error.hint) from None
+
+
+def warn_of_unread_tools(label: str, answerer: Answerer, asked: Sequence[Asked]) -> None:
+    """Warn where there are tools that a model is not shown."""
+    number = sum(bool(each.tools) for each in asked)
+    if number and not answerer.reads_tools:
+        ui.warn(
+            f"{label}: {spell_count(number, 'prompt has', 'prompts have')} tools, which its chat "
+            "template does not read: they are left out"
+        )
 
 
 def _print_answers(question: Question, answers: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_cli.common import ui
 from lora_cli.evaluate.answerers import Asked, Sampling
 from lora_cli.gguf import engine, llama_api, llama_writer
-from lora_cli.models import answering, decoder
+from lora_cli.models import answering, chat_template, decoder
 
 
 class GGUFAnswerer:
@@ -22,6 +22,11 @@ class GGUFAnswerer:
     def chat_template(self) -> str | None:
         """That embedded in the file."""
         return self.model.chat_template
+
+    @property
+    def reads_tools(self) -> bool:
+        """By the template embedded in the file."""
+        return chat_template.reads_tools(self.chat_template)
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """All as one batch."""

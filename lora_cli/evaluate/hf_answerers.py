@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lora_cli.common import LoraError, ui
+from lora_cli.common import LoraError, quote, ui
 from lora_cli.evaluate.answerers import Asked, Sampling
 from lora_cli.evaluate.loaded_bases import Bases, Stored
 from lora_cli.models import answering, chat_template, decoder
@@ -65,6 +65,11 @@ class HFAnswerer:
     def chat_template(self) -> str | None:
         """That of the tokenizer."""
         return chat_template.find_template(self.tokenizer)
+
+    @property
+    def reads_tools(self) -> bool:
+        """By the template for conversations with tools."""
+        return chat_template.reads_tools(chat_template.find_template(self.tokenizer, [{}]))
 
     def answer(self, conversations: Sequence[Asked], sampling: Sampling) -> list[str]:
         """Greedy or sampled answers, `BATCH` conversations at a time."""
@@ -146,9 +151,10 @@ class HFAnswerer:
         no conversation."""
         messages = asked.messages
         if self.chat_template is None and len(messages) > 1:
+            name = self.key.base.name
             raise LoraError(
-                "this model has no chat template: it cannot hold a conversation",
-                "lora generate PATH",
+                f"{name} has no chat template: it cannot hold a conversation",
+                f"lora generate {quote(name)} --prompt TEXT",
             )
         return answering.encode_conversation(self.tokenizer, messages, asked.tools)
 
@@ -227,6 +233,11 @@ class PairAnswerer(HFAnswerer):
         """None: it reads texts."""
         return None
 
+    @property
+    def reads_tools(self) -> bool:
+        """Never: it reads texts."""
+        return False
+
     def _is_cramped(self, conversation: Asked, sampling: Sampling) -> bool:
         return False  # an answer has positions of its own
 
@@ -251,6 +262,7 @@ class PairAnswerer(HFAnswerer):
             raise answering.TooLongError(
                 f"the text has {longest} tokens, and the model reads {positions}",
                 "shorten it, or take a model that reads more",
+                longest,
             )
         sources = decoder.pad_sources(self.tokenizer, prompts, weights.device)
         if not sampling.is_greedy:

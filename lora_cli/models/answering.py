@@ -22,7 +22,12 @@ texts of a prompt one would stand in the place of the next prompt's."""
 
 
 class TooLongError(LoraError):
-    """A conversation that leaves no room for an answer in what the model can read."""
+    """A conversation that leaves no room for an answer in what the model can read: its prompt has
+    `length` tokens."""
+
+    def __init__(self, message: str, hint: str, length: int) -> None:
+        super().__init__(message, hint)
+        self.length = length
 
 
 def limit_answer(longest: int, positions: int | None, wanted: int) -> int:
@@ -37,6 +42,7 @@ def limit_answer(longest: int, positions: int | None, wanted: int) -> int:
         raise TooLongError(
             f"the prompt has {longest} tokens, and prompt and answer together may have {positions}",
             "shorten it, or take a model that reads more",
+            longest,
         )
     return min(wanted, positions - longest)
 
@@ -47,10 +53,12 @@ def encode_conversation(
     tools: list[Any] | None = None,
 ) -> list[int]:
     """Return the tokens after which the model is to answer: of the conversation in its chat
-    template, or without one of the last message."""
+    template, with the roles that training gives it, or without one of the last message."""
     if chat_template.find_template(tokenizer) is None:
         return list(tokenizer(messages[-1]["content"])["input_ids"])
-    text = chat_template.render(tokenizer, messages, tools, add_generation_prompt=True)
+    source = chat_template.find_template(tokenizer, tools) or ""
+    fitted = chat_template.fit_roles(source, messages)
+    text = chat_template.render(tokenizer, fitted, tools, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -6,8 +6,10 @@ ever. So they are compiled and rendered in a process of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +57,27 @@ def find_template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = 
     if tools is not None and "tool_use" in templates:
         return str(templates["tool_use"])
     return templates.get("default")
+
+
+def reads_tools(source: str | None) -> bool:
+    """Return whether a template shows the tools that may be called."""
+    return "tools" in list_words(source or "")
+
+
+@lru_cache(16)
+def list_words(source: str) -> frozenset[str]:
+    """Return the words of a template: a field or a role that is none of them it does not read."""
+    return frozenset(re.findall(r"\w+", source))
+
+
+def fit_roles(source: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with `system` for `developer` where a template has no such role."""
+    if "developer" in list_words(source):
+        return messages
+    return [
+        {**message, "role": "system"} if message["role"] == "developer" else message
+        for message in messages
+    ]
 
 
 def render(

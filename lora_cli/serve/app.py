@@ -29,6 +29,8 @@ from lora_cli.serve.replies import Reply, TextReply, write_event
 
 UNREAD = frozenset({401, 403, 405, 415})
 """Statuses of requests whose body nobody has read."""
+UNKNOWN = "unknown_url"
+"""The code of such another one, whose status a model that there is not has too."""
 Read = Callable[[Mapping[str, Any], int], asked.Wanted]
 
 
@@ -149,9 +151,9 @@ class Service:
         positions = engine.find_positions(name)
         prompt = self._make_prompt(engine, name, wanted)
         if positions is not None and len(prompt) >= positions:
-            raise _refuse_long(f"{len(prompt):,}", positions)
+            raise _refuse_long(f"{len(prompt):,}", positions, wanted.field)
         if not prompt:
-            raise refuse("the prompt has no tokens", "prompt")
+            raise refuse("the prompt has no tokens", wanted.field)
         return wanted._replace(prompt=[]), prompt
 
     def _make_prompt(self, engine: Engine, name: str, wanted: asked.Wanted) -> list[int]:
@@ -166,7 +168,7 @@ class Service:
         positions, length = engine.find_positions(name), sum(map(len, texts))
         least = -(-length // engine.measure_longest_token(name))
         if positions is not None and least > positions:
-            raise _refuse_long(f"at least {least:,}", positions)
+            raise _refuse_long(f"at least {least:,}", positions, wanted.field)
         if isinstance(given, str):
             return engine.tokenize(name, given)
         return self._render(engine, name, wanted)
@@ -177,6 +179,9 @@ class Service:
         if engine.get_template(name) is None and len(conversation.messages) > 1:
             said = f"{name} has no chat template: it takes one message, or POST /v1/completions"
             raise refuse(said, "messages")
+        if conversation.tools and not engine.reads_tools(name):
+            said = f"the chat template of {name} does not read tools: they would be left out"
+            raise refuse(said, "tools", "unsupported_value")
         try:
             return engine.render(name, conversation)
         except (TemplateError, LoraError) as error:
@@ -273,10 +278,10 @@ def _find_text(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _refuse_long(said: str, positions: int) -> ApiError:
+def _refuse_long(said: str, positions: int, field: str) -> ApiError:
     return refuse(
         f"the prompt has {said} tokens, and prompt and answer together may have {positions:,}",
-        "messages",
+        field,
         "context_length_exceeded",
     )
 
@@ -286,7 +291,7 @@ def translate(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, answering.TooLongError):
-        return refuse(error.message, "messages", "context_length_exceeded")
+        return refuse(error.message, None, "context_length_exceeded")
     if isinstance(error, LoraError):
         ui.warn(f"a request failed: {error.message}")
         return ApiError(500, privacy.replace_home(error.message), "failed")
@@ -297,9 +302,10 @@ def translate(error: Exception) -> ApiError:
 async def _tell(request: Request, error: ApiError) -> Response:
     """Return the reply of an error. Where a body may be on its way still, the connection ends."""
     headers = error.list_headers()
-    if request.method == "POST" and error.status in UNREAD:
+    is_unread = error.status in UNREAD or error.code == UNKNOWN
+    if request.method == "POST" and is_unread:
         await drain(request)
-    if error.status in UNREAD | {408, 413, 503}:
+    if is_unread or error.status in {408, 413, 503}:
         headers["Connection"] = "close"
     return JSONResponse(error.to_data(), error.status, headers)
 
@@ -308,4 +314,4 @@ async def _tell_unknown(request: Request, error: Exception) -> Response:
     """Return the reply for a path or method that there is not."""
     assert isinstance(error, HTTPException), "the router's"
     said = f"{request.method} {request.url.path[:80]}: {error.detail}"
-    return await _tell(request, ApiError(error.status_code, said, "unknown_url"))
+    return await _tell(request, ApiError(error.status_code, said, UNKNOWN))

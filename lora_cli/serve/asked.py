@@ -111,6 +111,12 @@ class Wanted(NamedTuple):
     counts: bool
     """Whether the end of a stream tells how many tokens there were."""
 
+    @property
+    def field(self) -> str:
+        """The field that its prompt came in."""
+        has_turns = isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
+        return "messages" if has_turns else "prompt"
+
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """Return the JSON object of a body. Raises ApiError."""

@@ -43,6 +43,9 @@ class Engine(Writer, Protocol):
     def get_template(self, name: str) -> str | None:
         """Return a model's chat template."""
 
+    def reads_tools(self, name: str) -> bool:
+        """Return whether a model's chat template shows the tools that may be called."""
+
     def find_positions(self, name: str) -> int | None:
         """Return how many tokens prompt and answer may have together, None: any."""
 

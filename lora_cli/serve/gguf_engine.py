@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_cli.evaluate import answerers
 from lora_cli.gguf import engine
-from lora_cli.models import answering
+from lora_cli.models import answering, chat_template
 from lora_cli.serve.pieces import Drawing, Emit, End, Likely, Piece, Token
 
 
@@ -26,6 +26,10 @@ class GGUFEngine:
     def get_template(self, name: str) -> str | None:
         """Return the template embedded in the file."""
         return self.model.chat_template
+
+    def reads_tools(self, name: str) -> bool:
+        """Return whether the template shows tools."""
+        return chat_template.reads_tools(self.model.chat_template)
 
     def find_positions(self, name: str) -> int | None:
         """Return how many tokens prompt and answer may have together."""

@@ -104,6 +104,10 @@ class TorchEngine:
         """Return the model's chat template."""
         return self.models[name].chat_template
 
+    def reads_tools(self, name: str) -> bool:
+        """Return whether the model's chat template shows tools."""
+        return self.models[name].reads_tools
+
     def find_positions(self, name: str) -> int | None:
         """Return how many tokens prompt and answer may have together, None: any."""
         limits = [self.models[name].positions, self.context]

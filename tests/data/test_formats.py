@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_cli.data import formats, load
 from lora_cli.data.encode import Renderer
+from lora_cli.models import answering
 from lora_cli.recipe.load import load_recipe
 
 PLAIN = (
@@ -79,6 +80,10 @@ def test_a_developer_is_a_system_where_the_template_knows_no_other(tokenizer) ->
     row = {"messages": [{"role": "developer", "content": "be brief"}, ASKED, ANSWER]}
     assert render(tokenizer, PLAIN, row)[0].startswith("<system>be brief")
     assert render(tokenizer, RICH, row)[0].startswith("<developer>be brief")
+    for template in (PLAIN, RICH):  # what a model is asked is what it was trained to be asked
+        whole, tokenizer.chat_template = render(tokenizer, template, row)[0], template
+        ids = answering.encode_conversation(tokenizer, row["messages"][:-1])
+        assert whole.startswith(tokenizer.decode(ids))
 
 
 def test_the_older_calls_of_openai_are_the_newer_ones() -> None:

@@ -21,7 +21,7 @@ from pyarrow import parquet
 from lora_cli.common.errors import LoraError
 from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.evaluate.answerers import Sampling
-from lora_cli.evaluate.generate import read_questions
+from lora_cli.evaluate.generate import generate, read_questions
 from lora_cli.models import answering
 from lora_cli.recipe import load
 from lora_cli.serve.pieces import Drawing
@@ -104,6 +104,18 @@ def test_what_cannot_be_asked_is_named_by_its_place(
         read_questions([], tmp_path / name)
     assert caught.value.message.startswith(f"{tmp_path / name}{said}")
     assert "--set" not in str(caught.value.hint)
+
+
+def test_tools_that_a_model_is_not_shown_are_told(tiny: Path, tmp_path: Path, capsys) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "sun"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+    given = [{"messages": turns, "tools": [tool]}, {"messages": turns}]
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in given))
+    model = str(tiny / "model")
+    generate([model], [], rows, 2, 0.0, None, None, False)
+    said = f"{model}: 1 prompt has tools, which its chat template does not read: they are left out"
+    assert said in capsys.readouterr().err
 
 
 def test_an_answer_of_a_dora_computes_its_norms_once(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.evaluate import chat
+from lora_cli.common import LoraError
+from lora_cli.evaluate import chat, generate
 from lora_cli.evaluate.answerers import Asked, Sampling
 from lora_cli.evaluate.open_answerers import open_models
 from lora_cli.gguf import tools
@@ -56,6 +57,8 @@ def test_a_chat_drops_its_oldest_turns(
     class Short:
         """Reads four messages."""
 
+        chat_template = "one"
+
         def stream(self, conversation: Asked, sampling: Sampling) -> str:
             limit_answer(len(conversation.messages), 5, 1)
             heard.append([message["content"] for message in conversation.messages])
@@ -76,6 +79,44 @@ def test_a_chat_drops_its_oldest_turns(
     monkeypatch.setattr(Short, "stream", lambda *given: limit_answer(9, 5, 1))
     with pytest.raises(TooLongError):
         chat.chat("model", None, 8, 0.0, None)
+
+
+def test_a_message_that_is_too_long_does_not_end_a_person_s_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard = []
+
+    class Letters:
+        """Reads nine letters."""
+
+        chat_template: str | None = "one"
+
+        def stream(self, conversation: Asked, sampling: Sampling) -> str:
+            said = "".join(message["content"] for message in conversation.messages)
+            limit_answer(len(said), 10, 1)
+            heard.append(said)
+            return "."
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(chat, "open_models", lambda paths, base: {paths[0]: Letters()})
+    monkeypatch.setattr(sys, "stdin", Terminal("one\ntwo\nfar too long\nsix\n"))
+    chat.chat("model", None, 8, 0.0, None)
+    assert heard == ["one", "one.two", "two.six"]
+    assert "it was not sent" in capsys.readouterr().err
+    monkeypatch.setattr(Letters, "chat_template", None)
+    with pytest.raises(LoraError, match="it cannot hold a conversation") as caught:
+        chat.chat("a model", None, 8, 0.0, None)
+    assert caught.value.hint == "lora generate 'a model' --prompt TEXT"
+
+
+def test_the_prompt_that_is_too_long_is_named(tiny: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"prompt": "red"}}\n{{"prompt": "{"red " * 600}"}}\n')
+    with pytest.raises(LoraError, match=r"rows\.jsonl:2: the prompt has 6\d\d tokens, and prompt"):
+        generate.generate([str(tiny / "model")], ["sun"], rows, 4, 0.0, None, None, False)
 
 
 def test_a_long_prompt_beside_it_takes_no_room_from_a_short_one(tiny: Path) -> None:

@@ -222,6 +222,10 @@ REFUSED = {
         "the last message is the assistant's",
     ),
     "long": ({"messages": ask("dog " * 600)}, "prompt and answer together may have 512"),
+    "tools": (
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        "the chat template of plain does not read tools: they would be left out",
+    ),
     "very long": ({"messages": ask("dog " * 10**6)}, "the prompt has at least"),
 }  # fmt: skip
 
@@ -236,6 +240,16 @@ def test_what_would_be_ignored_is_refused(served: Served, case: str) -> None:
     assert set(reply["error"]) == {"message", "type", "param", "code"}
     assert reply["error"]["type"] == "invalid_request_error"
     assert reply["error"]["code"]
+
+
+@pytest.mark.parametrize("times", [600, 10**6])
+def test_the_field_that_is_too_long_is_named(served: Served, times: int) -> None:
+    text = "dog " * times
+    for given in ({"prompt": text}, {"messages": ask(text)}):
+        path = "/v1/completions" if "prompt" in given else "/v1/chat/completions"
+        _, reply, _ = post(served, json.dumps({"model": "plain", **given}).encode(), path)
+        assert reply["error"]["code"] == "context_length_exceeded"
+        assert [reply["error"]["param"]] == list(given)
 
 
 @pytest.mark.parametrize("prompt", [5, None, {}, [], [1, "a"]])
@@ -303,6 +317,11 @@ def test_what_there_is_not(served: Served) -> None:
         complete(served, "plane", "a")
     assert post(served, b"{}", "/v1/embeddings")[1]["error"]["code"] == "unknown_url"
     assert post(served, b"{}", "/v1/models")[0] == 405
+    # without /v1: a body on its way is read, or its client would not see the reply
+    for _ in range(5):
+        status, reply, headers = post(served, b"x" * 2**23, "/chat/completions")
+        assert (status, reply["error"]["code"]) == (404, "unknown_url")
+        assert headers["Connection"] == "close"
 
 
 FIELDS = (
