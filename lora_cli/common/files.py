@@ -67,6 +67,8 @@ DAYS = 30
 """How long the cache keeps what is not used."""
 MADE_HERE = ("record.json", "lora_record.json", "model.onnx.json")
 """A folder that holds one of these files was made by lora, so a hint may suggest removing it."""
+RESULTS = ("adapter", "merged")
+"""What results are called in their run's folder, which says nothing of them elsewhere."""
 LARGEST = 2**128
 """Whole numbers in JSON are smaller; tokenizers write 10^30 for a length without a limit."""
 LEFTOVER = re.compile(r"\.lora-(\d+)-(\d+)-([0-9a-f]{6})-[0-9a-f]{8}\.tmp")
@@ -406,7 +408,7 @@ def name_artefact(folder: Path) -> str:
     """Return the stem for files made from the result in `folder`: its name, or its run's name where
     the folder's says nothing (`adapter`, `merged`)."""
     name = folder.resolve().name
-    return name if name not in ("adapter", "merged") else folder.resolve().parent.name
+    return name if name not in RESULTS else folder.resolve().parent.name
 
 
 @contextmanager

@@ -288,7 +288,7 @@ def _refuse_no_adapter(folder: Path) -> None:
         raise LoraError(f"{folder} does not exist", plain_files.suggest_other(folder))
     if not (folder / "adapter_config.json").is_file():
         inside = names.find_adapter_inside(folder)
-        hint = f"did you mean {inside}?" if inside else "give the adapter's folder"
+        hint = f"did you mean {quote(inside)}?" if inside else "give the adapter's folder"
         raise LoraError(f"{folder} is not an adapter: it has no adapter_config.json", hint)
 
 

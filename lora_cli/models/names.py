@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lora_cli.common import LoraError, UsageError, library_errors, plain_files, quote
+from lora_cli.common import LoraError, UsageError, files, library_errors, plain_files, quote
 from lora_cli.models import gguf_files, hub, reach
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -84,15 +84,20 @@ def find_adapter_commit(name: str) -> str:
 def refuse_unreachable(name: str) -> None:
     """Raise LoraError where the hub's cache has neither a model nor an adapter of this name, and
     the hub cannot be reached."""
-    files = ("config.json", "adapter_config.json")
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+    wanted = ("config.json", "adapter_config.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in wanted):
         return
     try:
         reach.refuse_unreachable(name)
     except LoraError as error:
-        if not Path(name).parent.is_dir():
+        path = Path(name)
+        if path.parent.is_dir() or plain_files.find_near(path):
+            hint = plain_files.suggest_other(path)
+        elif path.name in files.RESULTS:  # a run's folder, which is none here
+            hint = f"lora runs lists what was trained below this folder; {error.hint}"
+        else:
             raise
-        raise LoraError(error.message, plain_files.suggest_other(Path(name))) from error
+        raise LoraError(error.message, hint) from error
 
 
 def _is_adapter_on_hub(name: str) -> bool:

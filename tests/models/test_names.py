@@ -82,6 +82,30 @@ def test_a_hub_that_cannot_be_asked_is_asked_once(monkeypatch, tmp_path: Path) -
     assert asked == ["some/one", "some/one"]
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("run/merged", "did you mean runs/merged?"),
+        ("runs/mine", "ls runs"),
+        ("gone/merged", "lora runs lists what was trained below this folder; curl"),
+        ("gone/adapter", "lora runs lists what was trained below this folder; curl"),
+        ("org/model", "curl"),
+    ],
+)
+def test_a_path_that_is_not_here_is_a_path_where_the_hub_is_silent(
+    monkeypatch, tmp_path: Path, name: str, hint: str
+) -> None:
+    def refuse(name: str) -> None:
+        raise LoraError(f"{name} is not on this machine", "curl")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(names.reach, "refuse_unreachable", refuse)
+    Path("runs/merged").mkdir(parents=True)
+    with pytest.raises(LoraError, match=f"^{name} is not on this machine$") as error:
+        names.classify(name)
+    assert error.value.hint == hint
+
+
 def test_a_failure_of_the_network_is_told_with_the_name(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with (
