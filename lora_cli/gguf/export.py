@@ -55,7 +55,7 @@ def export(
         ui.say(f"exporting {path} with the converter {converter}")
         means = Means(converter, scratch, weighted, parity.find_engine())
         measured = _find_base(path, adapter) if base_cost and means.has_engine else None
-        merged = _merge_on_the_way(path, adapter, targets, means, scratch / stem, measured)
+        merged = _merge_on_the_way(path, adapter, targets, means, measured)
         made = []
         try:
             for file in _make_each(merged, targets, means, measured):
@@ -97,12 +97,11 @@ def _merge_on_the_way(
     adapter: Adapter | None,
     targets: dict[str, Path],
     means: Means,
-    merged: Path,
     measured: Base | None,
 ) -> Path:
     """Refuse what can be refused before weights are read; return the folder of the model to be
-    converted: `path`, or `merged`, where the adapter is merged. `measured`: a base whose own cost
-    is measured, which takes room on the disk."""
+    converted: `path`, or one where the adapter is merged. `measured`: a base whose own cost is
+    measured, which takes room on the disk."""
     config = _check_first(path, adapter, means)
     base = adapter.base if adapter else Base(str(path))
     exact = _choose_exact_type(base.dtype if adapter else base.exact_dtype)
@@ -114,6 +113,8 @@ def _merge_on_the_way(
     preflight.check_disk(folder, config, [*targets, *passing], base.dtype if adapter else None)
     if adapter is None:
         return path
+    # named as what comes of it; a folder of its own, as that may be any name
+    merged = means.scratch / "merged" / files.name_artefact(path)
     merge.merge_adapter(adapter, merged)
     return merged
 

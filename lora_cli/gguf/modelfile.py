@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.common import escape, files, quote, ui
 from lora_cli.gguf import preflight
-from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, chat_template
+from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, attach, chat_template
 
 MADE_BY = "# made by lora export-gguf"
 ROLES = ("system", "user", "assistant")
@@ -249,16 +249,20 @@ def _read_value(text: str, at: int) -> tuple[str, int]:
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[str]:
     """List the tokens that end an answer: the tokenizer's, and those of the model's generation
-    settings."""
+    settings that it has; embeddings may be padded, and settings of another model's."""
     configured = GenerationConfig.from_model_config(Base(str(merged)).config).eos_token_id
     if (merged / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(str(merged)).eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return [
-        tokenizer.convert_ids_to_tokens(i)
-        for i in dict.fromkeys([tokenizer.eos_token_id, *ids])
-        if i is not None
-    ]
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    return [tokens[i] for i in dict.fromkeys([tokenizer.eos_token_id, *ids]) if i in tokens]
+
+
+def _name_in_ollama(gguf: Path) -> str:
+    """Return a name for a file's model that Ollama takes: letters of ASCII, digits, dots, dashes
+    and underscores, of which the first is none of the marks, 80 at most (types/model/name.go)."""
+    spelt = re.sub(r"[^a-z0-9_.-]+", "-", gguf.stem.lower()).lstrip("_.-")
+    return spelt[-80:].lstrip("_.-") or "model"
 
 
 def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None) -> None:
@@ -267,7 +271,7 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
     ui.say("to run it:")
     ui.say(f"  llama-server -m {quote(ggufs[0])}")
     if (modelfile := ggufs[0].with_name("Modelfile")).is_file():
-        ui.say(f"  ollama create {quote(ggufs[0].stem.lower())} -f {quote(modelfile)}")
+        ui.say(f"  ollama create {quote(_name_in_ollama(ggufs[0]))} -f {quote(modelfile)}")
     if merged is not None:
         ui.say(f"  vllm serve {quote(merged)}")
     if adapter is None:
@@ -276,10 +280,10 @@ def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None)
         ui.say(f"  vLLM and llama-server cannot load {adapter}: {', '.join(more)}; merge it:")
         ui.say(f"  lora merge {quote(adapter)} OUT && vllm serve OUT")
         return
-    config = files.read_json(adapter.folder / "adapter_config.json")
-    ranks = config.get("rank_pattern") or {}
-    rank = max(8, config["r"], *ranks.values())
-    if ranks or config.get("alpha_pattern"):
+    config = attach.read_adapter_config(adapter.folder)
+    ranks = config.rank_pattern
+    rank = max(8, config.r, *ranks.values())
+    if ranks or config.alpha_pattern:
         ui.say(
             "  vLLM scales every module by lora_alpha/r, whatever rank_pattern and alpha_pattern "
             f"say: lora convert {quote(adapter)} OUT, and serve OUT"

@@ -173,7 +173,8 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type its weights have on disk (float32 when the configuration does not say)."""
+        """The type its weights have on disk (float32 when the configuration does not say, and for
+        float64)."""
         return get_checkpoint_dtype(self.config)
 
     @property

@@ -142,5 +142,9 @@ def num_active_experts(config: PretrainedConfig) -> int:
 
 
 def get_checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
-    """Return the type the weights have on disk (float32 when the configuration does not say)."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    """Return the type the weights have on disk (float32 when the configuration does not say).
+
+    float32 for float64 as well: nothing here, and no engine, computes in more.
+    """
+    known = isinstance(config.dtype, torch.dtype) and config.dtype != torch.float64
+    return config.dtype if known else torch.float32

@@ -57,9 +57,8 @@ def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_adapter(base: Path, folder: Path, **options) -> Path:
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    adapted = get_peft_model(
-        network, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    )
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    adapted = get_peft_model(network, LoraConfig(**options))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.03 * torch.randn_like(parameter)
@@ -260,6 +259,12 @@ def test_ollama_gets_a_template_only_where_it_is_certain(base: Path, tmp_path: P
     write_modelfile(tmp_path, [tmp_path / "x-f16.gguf"], base)
     assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
     assert "is not ours" in capfd.readouterr().err
+    (tmp_path / "Modelfile").unlink()
+    padded = damaged(base, tmp_path / "padded")
+    settings = {"eos_token_id": [2, 700, -1]}  # rows without a token, and none at all
+    (padded / "generation_config.json").write_text(json.dumps(settings))
+    write_modelfile(tmp_path, [tmp_path / "x-f16.gguf", tmp_path / "x-q8_0.gguf"], padded)
+    assert (tmp_path / "Modelfile").read_text() == modelfile
 
 
 def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Path, capfd) -> None:
@@ -268,13 +273,19 @@ def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Pat
         "dora": {"use_dora": True},
         "scaled": SCALED,
         "wide": {"rank_pattern": {"q_proj": 33}},
+        "bare": {"r": 8},
     }
     for name, options in cases.items():
-        adapter = adapter_folder.read_adapter(make_adapter(base, tmp_path / name, **options))
+        folder = make_adapter(base, tmp_path / name, **options)
+        if name == "bare":  # of a tool that leaves out what is PEFT's default
+            file = folder / "adapter_config.json"
+            kept = {key: each for key, each in json.loads(file.read_text()).items() if key != "r"}
+            file.write_text(json.dumps(kept))
+        adapter = adapter_folder.read_adapter(folder)
         say_how([tmp_path / "x-f16.gguf"], None, adapter)
     said = capfd.readouterr().err
     assert f"llama-server -m {tmp_path / 'x-f16.gguf'}" in said
-    for name, rank in (("plain", 8), ("wide", 64)):
+    for name, rank in (("plain", 8), ("wide", 64), ("bare", 8)):
         assert (
             f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules "
             f"{name}={tmp_path / name}" in said
@@ -282,6 +293,22 @@ def test_how_to_run_it_names_what_a_server_cannot_load(base: Path, tmp_path: Pat
     assert f"vLLM and llama-server cannot load {tmp_path / 'dora'}: DoRA magnitudes; merge" in said
     assert f"lora convert {tmp_path / 'scaled'} OUT" in said
     assert f"lora convert {tmp_path / 'plain'} OUT" not in said
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("mine-Q4_K_M", "mine-q4_k_m"),
+        ("My Run (2)-f16", "my-run-2--f16"),
+        ("_Größe-f16", "gr-e-f16"),
+        ("日本", "model"),
+        (f"{'a' * 90}-f16", f"{'a' * 76}-f16"),
+    ],
+)
+def test_ollama_is_given_a_name_that_it_takes(tmp_path: Path, capfd, stem: str, name: str) -> None:
+    (tmp_path / "Modelfile").touch()
+    say_how([tmp_path / f"{stem}.gguf"], None, None)
+    assert f"ollama create {name} -f " in capfd.readouterr().err
 
 
 def test_an_importance_matrix_weighs_what_the_model_is_for(
@@ -426,7 +453,7 @@ def test_an_fp8_model_is_converted_to_the_values_that_transformers_dequantises(
 def test_the_base_s_own_cost_may_be_left_out(
     base: Path, tmp_path: Path, monkeypatch, capfd
 ) -> None:
-    adapter = make_adapter(base, tmp_path / "plain")
+    adapter = make_adapter(base, tmp_path / "unmerged")  # as a folder on the way is called
     asked: list[list[str]] = []
     monkeypatch.setattr(
         preflight, "check_disk", lambda folder, config, types, merged: asked.append([*types])

@@ -45,11 +45,19 @@ def logits(network: torch.nn.Module) -> torch.Tensor:
         return network(input_ids=torch.arange(8, 72).reshape(2, 32)).logits.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+WAYS: tuple[dict, ...] = ({}, {"use_rslora": True}, {"use_dora": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*((way, dtype) for way in WAYS for dtype in TYPES), ({}, torch.float64)],
+    ids=str,
+)
 def test_a_foreign_adapter_merges_with_one_rounding(
     tiny: Path, tmp_path: Path, options: dict, dtype: torch.dtype
 ) -> None:
+    """Into a model of the base's type; of a base in float64, into one in float32."""
     base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=dtype)
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "base")
@@ -62,6 +70,8 @@ def test_a_foreign_adapter_merges_with_one_rounding(
     exact = adapted.double().merge_and_unload().state_dict()
     merge(tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == str(dtype)[6:]
     assert merged.keys() == exact.keys()
     for name, tensor in merged.items():
         assert tensor.dtype == dtype
