@@ -231,7 +231,28 @@ def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
         "preference": convert_preference,
         "unpaired": lambda row: convert_unpaired(row, alpaca_prompt),
     }
-    return converters[style]
+
+    def convert(row: Mapping[str, Any]) -> Any:
+        _refuse_media(row)
+        return converters[style](row)
+
+    return convert
+
+
+MEDIA = ("image", "video", "audio")
+"""Columns, also in the plural, of what texts with a mark such as `<image>` speak of: LLaVA's and
+LLaMA-Factory's."""
+
+
+def _refuse_media(row: Mapping[str, Any]) -> None:
+    """Raise BadRow for a row of more than texts, whose texts alone would be learnt."""
+    for name in MEDIA:
+        many, one = row.get(f"{name}s"), row.get(name)
+        others = (str(value) for key, value in row.items() if key != name)
+        is_shown = isinstance(many, list) and any(many)
+        if is_shown or (one and any(f"<{name}>" in text for text in others)):
+            said = f"the row has {name}s beside its text, and only text is trained on"
+            raise BadRow(f"a row has {name}s", said)
 
 
 def uses_alpaca(template: str | None) -> bool:

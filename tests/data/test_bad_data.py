@@ -109,6 +109,10 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "assistant first": ("rows.jsonl", turns(ANSWER, USER), ""),
     "content is null": ("rows.jsonl", turns(USER, {"role": "assistant", "content": None}), ""),
     "content in parts": ("rows.jsonl", turns(USER | {"content": [{"type": "text", "text": "ask"}, {"type": "image_url"}]}, ANSWER), ""),
+    "pictures beside the text": (
+        "rows.jsonl", turns(USER, ANSWER)[:-2] + ', "images": ["a.png"]}\n', ""),
+    "a picture in the text": (
+        "rows.jsonl", '{"prompt": "<image> ask", "completion": "answer", "image": "a.png"}\n', ""),
     "empty turn": ("rows.jsonl", turns(USER, {"role": "assistant", "content": ""}), ""),
     "train is text": ("rows.jsonl", turns(USER, ANSWER | {"train": "no"}), ""),
     "nothing to train": ("rows.jsonl", turns(USER, ANSWER | {"train": False}), ""),
