@@ -11,7 +11,7 @@ from lora_cli.common import quote
 from lora_cli.translate import rules
 from lora_cli.translate.draft import Draft, Kind
 from lora_cli.translate.rows import RowsDraft, open_rows, put_rows
-from lora_cli.translate.rules import Rule, ask, leave, refuse, take, turn
+from lora_cli.translate.rules import Rule, ask, expect, leave, refuse, take, turn
 from lora_cli.translate.source import Keys
 
 MARKS = ("base_model", "micro_batch_size", "sequence_len", "num_epochs", "sample_packing")
@@ -31,8 +31,7 @@ PASSED_ON = (
     *("metric_for_best_model", "greater_is_better", "lr_scheduler_kwargs", "torch_compile"),
     *("torch_compile_backend", "torch_compile_mode", "accelerator_config", "warmup_steps"),
     *("ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "hub_strategy"),
-    "activation_offloading",
+    *("gradient_checkpointing_kwargs", "hub_strategy", "activation_offloading"),
 )
 """Keys that reach transformers' arguments, or PEFT's, under their own names."""
 
@@ -87,6 +86,14 @@ def per_epoch(kind: str) -> Rule:
             draft.reasons[f"training.{kind}_strategy"] = str(keys[-1])
 
     return rule
+
+
+def checkpointing(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say whether activations are computed anew; where they are kept meanwhile is another key."""
+    if value in ("offload", "offload_disk"):
+        draft.take(keys, "training.gradient_checkpointing", True, "axolotl's also moves them away")
+    else:
+        rules.pass_on(draft, keys, value)
 
 
 def attention(kernel: str) -> Rule:
@@ -178,6 +185,8 @@ def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
     if keys == ("datasets",) and draft.get("pretraining_dataset"):
         draft.leave(keys, "pretraining_dataset goes before it, as in axolotl")
         return
+    if keys == ("pretraining_dataset",):
+        _stream(draft)
     if keys == ("pretraining_dataset",) and isinstance(value, str):
         draft.take(keys, "data.path", value)
         draft.values["data.format"] = "text"
@@ -193,6 +202,12 @@ def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
             _read_dataset_key(rows, (*keys, index, name), name, inner)
         _name_path(rows, (*keys, index), entry)
     put_rows(draft, drafts, keys)
+
+
+def _stream(draft: Draft) -> None:
+    """Say that rows are read while training, as axolotl reads what is to be pretrained on."""
+    draft.values["data.streaming"] = True
+    draft.reasons["data.streaming"] = "pretraining_dataset is read while training"
 
 
 def _name_path(rows: RowsDraft, keys: Keys, entry: dict[str, Any]) -> None:
@@ -215,6 +230,9 @@ TYPES = {
     "pretrain": ("text", None),
 }
 """axolotl's types of data sets: lora's format, and the template that goes with it."""
+STYLES: Mapping[str, str | None] = {"chatml": "chatml", "chat": None, "phi": None}
+"""What may stand after `alpaca:` beside `instruct`, which is Alpaca's own prompt: the template of
+that prompt, where lora has it (axolotl/prompters.py)."""
 COLUMNS = {
     "field": "text",
     "text_column": "text",
@@ -294,23 +312,33 @@ def _read_type(rows: RowsDraft, keys: Keys, value: Any) -> None:
     if _has_pairs(rows):
         _read_type_of_pairs(rows, keys, str(value))
         return
-    kind = str(value).partition(":")[0].partition(".")[0]
+    kind, _, style = str(value).partition(":")
+    kind = kind.partition(".")[0]
     if kind not in TYPES:
         rows.draft.ask(keys, "lora has no format of this name: data.format, or data.columns")
         return
     form, chat_template = TYPES[kind]
     rows.take(keys, "format", form)
-    if not chat_template or rows.draft.get("chat_template"):
-        return
-    if _has_its_own_template(rows.draft, str(keys[0])):
-        rows.draft.ask(
+    if chat_template and not rows.draft.get("chat_template"):
+        _read_prompt(rows, keys, value, STYLES.get(style, chat_template))
+
+
+def _read_prompt(rows: RowsDraft, keys: Keys, value: Any, chat_template: str | None) -> None:
+    """Say the template of the prompt that a type of data sets has, unless others are beside it."""
+    draft = rows.draft
+    if chat_template is None:
+        draft.ask(
+            keys, "its prompt as a template is yours to write: model.chat_template: FILE.jinja"
+        )
+    elif _has_its_own_template(draft, str(keys[0])):
+        draft.ask(
             keys,
             f"a recipe has one chat template for all its rows: the model's own is kept for the "
             f"chats beside these; model.chat_template: {chat_template} is this prompt",
         )
     else:
-        rows.draft.values["model.chat_template"] = chat_template
-        rows.draft.reasons["model.chat_template"] = f"type: {value} has this prompt"
+        draft.values["model.chat_template"] = chat_template
+        draft.reasons["model.chat_template"] = f"type: {value} has this prompt"
 
 
 def _has_pairs(rows: RowsDraft) -> bool:
@@ -416,6 +444,8 @@ def _read_rare_key(rows: RowsDraft, keys: Keys, name: str, value: Any) -> None:
         draft.tell(keys, Kind.taken, "as here: data.train_on: assistant")
     elif name == "train_on_eos" and value in ("turn", "all"):
         draft.tell(keys, Kind.taken, "as here: the end of each answer is learnt")
+    elif name == "trust_remote_code":
+        rules.TRAINER[name](draft, keys, value)
     elif name == "chat_template":
         rules.template(draft, keys, value)
     elif name == "message_field_training":
@@ -495,7 +525,22 @@ RULES: Mapping[str, Rule] = {
     "loss_watchdog_patience": leave("it belongs to loss_watchdog_threshold"),
     "dataset_processes": take("training.dataset_num_proc"),
     "dataset_prepared_path": leave("lora keeps prepared rows in its cache"),
-    "shuffle_merged_datasets": leave("rows are drawn in random order"),
+    **dict.fromkeys(
+        ("shuffle_merged_datasets", "shuffle_before_merging_datasets"),
+        leave("rows are drawn in random order"),
+    ),
+    "streaming": turn("data.streaming", True),
+    **dict.fromkeys(
+        ("streaming_multipack_buffer_size", "pretrain_multipack_buffer_size"),
+        leave("it tunes axolotl's own packing"),
+    ),
+    "pretrain_multipack_attn": expect((True,), "lora keeps rows that share a sequence apart"),
+    "gradient_checkpointing": checkpointing,
+    **dict.fromkeys(
+        ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"),
+        leave("lora cuts no row over GPUs: each has rows of its own, and the result is the same"),
+    ),
+    "dpo_use_logits_to_keep": leave("lora makes logits at the answers alone"),
     "model_type": leave("the model's config.json says its class"),
     "tokenizer_type": leave("the model's files say its tokenizer"),
     "strict": leave("lora is strict about its base, and has no such switch"),

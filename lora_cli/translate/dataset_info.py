@@ -24,6 +24,9 @@ COLUMNS = {
     "kto_tag": "label",
 }
 
+MEDIA = ("images", "videos", "audios")
+"""Columns of what is no text."""
+
 
 def read_datasets(draft: Draft, keys: Keys, value: Any) -> None:
     """Say which rows are trained on, and what the register knows of them."""
@@ -124,6 +127,12 @@ def _read_entry(rows: RowsDraft, entry: dict[str, Any], folder: str) -> None:
     }
     if columns:
         values["columns"] = columns
+    media = {*MEDIA} & {*(entry.get("columns") or {})}
+    if media:
+        rows.draft.asked.append(
+            f"{REGISTER} gives {values['path']} {' and '.join(sorted(media))}: lora trains on rows "
+            "of texts, and refuses one with any of these"
+        )
     if entry.get("tags"):
         rows.draft.asked.append(
             f"{REGISTER} gives tags for {values['path']}: lora reads from/value with human and "

@@ -70,8 +70,14 @@ def _apply(draft: Draft, tool: Tool, values: dict[str, Any], above: Keys = ()) -
             tool.passes_on(draft, keys, value)
 
 
-OF_THE_OLD_ROWS = {f"data.{key}" for key in ("mix", "name", "revision", "split", "eval_split")}
-"""What is said of rows in the file's place, and not of those of `--data`."""
+OF_THE_OLD_ROWS = [
+    f"data.{key}"
+    for key in (
+        *("path", "mix", "name", "revision", "split", "format", "columns"),
+        *("eval_path", "eval_split"),
+    )
+]
+"""What a file says of rows that it names, and not of those of `--data`."""
 
 
 def _evaluates(draft: Draft) -> bool:
@@ -90,12 +96,13 @@ def _name_model_and_data(draft: Draft, model: str | None, data: str | None) -> N
         raise UsageError(
             f"{path} names no model", f"lora import {quote(path)} --model NAME_OR_FOLDER"
         )
+    names_rows = bool({"data.path", "data.mix"} & draft.values.keys())
     if data:
-        for key in OF_THE_OLD_ROWS & draft.values.keys():
+        for key in [each for each in OF_THE_OLD_ROWS if names_rows and each in draft.values]:
             draft.replace(key, None, "--data")
             del draft.values[key], draft.reasons[key]
         draft.replace("data.path", data, "--data")
-    if not {"data.path", "data.mix"} & draft.values.keys():
+    elif not names_rows:
         draft.values["data.path"] = PLACEHOLDER
         draft.reasons["data.path"] = "the file names no rows"
         draft.asked.append(f"no rows are named: data.path: {PLACEHOLDER} stands for yours")

@@ -22,9 +22,9 @@ def stage(draft: Draft, keys: Keys, value: Any) -> None:
     if value == "sft":
         draft.tell(keys, Kind.taken, "as here: answers are learnt")
     elif value == "pt":
-        draft.take(keys, "data.format", "text", "whole texts are learnt")
-        draft.values["data.train_on"] = "all"
-        draft.reasons["data.train_on"] = "stage: pt"
+        draft.take(keys, "data.train_on", "all", "whole texts are learnt")
+        draft.values["data.format"] = "text"
+        draft.reasons["data.format"] = "stage: pt"
         if draft.get("packing") is not False:
             for name, packed in (("packing", "dataset"), ("packing_strategy", "wrapped")):
                 draft.values[f"training.{name}"] = packed
@@ -39,6 +39,7 @@ def stage(draft: Draft, keys: Keys, value: Any) -> None:
         refuse("a training on rewards, and not on answers")(draft, keys, value)
 
 
+APART = "rows are kept apart in a sequence"
 PAIRED = (None, "sigmoid", "hinge", "ipo", "orpo", "simpo")
 """What `pref_loss` may be; the last two have no reference."""
 
@@ -131,6 +132,14 @@ def adapters(draft: Draft, keys: Keys, value: Any) -> None:
         draft.ask(keys, "lora merge puts them into the base first; then name that base")
 
 
+def packing(draft: Draft, keys: Keys, value: Any) -> None:
+    """Say whether whole sequences are filled, which `neat_packing` turns on as well."""
+    if rules.is_on(draft.get("neat_packing")) and not rules.is_on(value):
+        draft.leave(keys, "neat_packing turns it on")
+    else:
+        rules.pack(APART)(draft, keys, value)
+
+
 def streaming(draft: Draft, keys: Keys, value: Any) -> None:
     """Say that rows are prepared while training."""
     turn("data.streaming", True)(draft, keys, value)
@@ -192,8 +201,8 @@ RULES: Mapping[str, Rule] = {
     "max_samples": count_rows,
     "train_on_prompt": turn("data.train_on", "all"),
     "mask_history": history,
-    "packing": rules.pack("rows are kept apart in a sequence"),
-    "neat_packing": turn("training.packing", "dataset", "rows are kept apart in a sequence"),
+    "packing": packing,
+    "neat_packing": turn("training.packing", "dataset", APART),
     "streaming": streaming,
     "buffer_size": take("data.shuffle_buffer"),
     "val_size": rules.held_out,
@@ -231,9 +240,14 @@ RULES: Mapping[str, Rule] = {
         (
             *("image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels"),
             *("video_fps", "video_maxlen", "image_do_pan_and_scan", "crop_to_patches"),
+            *("audio_sampling_rate", "use_audio_in_video"),
         ),
-        rules.PICTURES,
+        leave("it is of pictures and sounds, and lora trains the model's part for texts, on texts"),
     ),
+    "shift_attn": leave("lora has no shifted attention"),
+    "upcast_layernorm": leave("lora keeps the adapter in float32, and the base in model.dtype"),
+    "upcast_lmhead_output": leave("lora computes the loss in float32"),
+    "enable_thinking": ask("the chat template says whether answers have a thought: lora check"),
     "use_galore": refuse("training of the whole model"),
     "use_badam": refuse("training of the whole model"),
     "use_apollo": refuse("training of the whole model"),

@@ -315,6 +315,16 @@ BECOMES: list[tuple[str, str, str, Any]] = [
     ("axolotl", "liger_rms_norm: true", "", Kind.none),
     ("axolotl", "plugins: [axolotl.integrations.liger.LigerPlugin]", "", Kind.none),
     ("axolotl", "plugins: [axolotl.integrations.grokfast.GrokfastPlugin]", "", Kind.hand),
+    ("axolotl", "gradient_checkpointing: offload", "training.gradient_checkpointing", True),
+    ("axolotl", "gradient_checkpointing: false", "training.gradient_checkpointing", False),
+    ("axolotl", "pretraining_dataset: org/set", "data.streaming", True),
+    ("axolotl", "pretraining_dataset: [{path: b, name: en}]", "data.streaming", True),
+    ("axolotl", "streaming: true", "data.streaming", True),
+    ("axolotl", "pretrain_multipack_attn: false", "", Kind.hand),
+    ("axolotl", "context_parallel_size: 2", "", Kind.none),
+    ("llama-factory", "image_max_pixels: 262144", "", Kind.none),
+    ("llama-factory", "neat_packing: true\npacking: false", "training.packing", "dataset"),
+    ("llama-factory", "packing: false\nneat_packing: true", "training.packing", "dataset"),
     ("trl", "dataset_mixer: {org/set: 1.0}", "data.path", "org/set"),
     ("trl", "dataset_mixer: {org/set: 0.5, org/other: 1.0}", "", Kind.hand),
     ("trl", "dataset_splits: [train_prefs, test_prefs]", "data.split", "train_prefs"),
@@ -449,7 +459,7 @@ def test_registered_data_sets_are_looked_up(tmp_path: Path) -> None:
 def test_a_value_that_lora_refuses_needs_a_hand(tmp_path: Path, capsys) -> None:
     text = (
         "base_model: a\nadapter: lora\ndatasets: [{path: b, type: alpaca}]\n"
-        "gradient_checkpointing: offload\nlora_r: '16'\nnum_epochs: yes please\nlora_alpha: 8\n"
+        "gradient_checkpointing: at times\nlora_r: '16'\nnum_epochs: yes please\nlora_alpha: 8\n"
         "eval_strategy: steps\n"
     )
     recipe = recipe_of(tmp_path, text)
@@ -457,7 +467,7 @@ def test_a_value_that_lora_refuses_needs_a_hand(tmp_path: Path, capsys) -> None:
     assert "gradient_checkpointing" not in recipe["training"]
     assert "eval_strategy" not in recipe["training"]
     shown = capsys.readouterr().err.partition("needs your hand")[2]
-    assert "gradient_checkpointing: offload  training.gradient_checkpointing is 'offload'" in shown
+    assert "gradient_checkpointing: at times  training.gradient_checkpointing is" in shown
     assert "num_epochs: yes please" in shown
     assert "eval_strategy: steps" in shown
     assert "needs evaluation data" in shown
@@ -512,6 +522,47 @@ def test_options_go_before_the_file(tmp_path: Path) -> None:
     draft = draft_of(name, tmp_path, model="mine", data="rows.csv")
     assert draft.fates["base_model",].text == "--model goes before it"
     assert draft.fates["datasets", 0, "path"].text == "--data goes before it"
+
+
+def test_other_rows_are_read_by_their_own_columns(tmp_path: Path) -> None:
+    """What a file says of rows that it names is not said of those of --data; what it says of rows
+    that it does not name is."""
+    text = (
+        "base_model: a\nadapter: lora\ndatasets:\n  - {path: b, split: x, type: chat_template,\n"
+        "     field_messages: talk, message_property_mappings: {role: from, content: value}}\n"
+    )
+    assert recipe_of(tmp_path, text, data="rows.csv")["data"] == {"path": "rows.csv"}
+    (tmp_path / "ours.yaml").unlink()
+    draft = draft_of("x.yml", tmp_path, text, data="rows.csv")
+    assert {
+        draft.fates["datasets", 0, key].text for key in ("path", "split", "field_messages")
+    } == {"--data goes before it"}
+    factory = "model_name_or_path: a\nstage: pt\ndataset: d\neval_dataset: e\n"
+    data = recipe_of(tmp_path, factory, data="rows.csv")["data"]
+    assert data == {"path": "rows.csv", "train_on": "all", "on_long_row": "split"}
+    (tmp_path / "ours.yaml").unlink()
+    unsloth = "model: a\ndata: {format_type: alpaca}\ntraining: {batch_size: 1}\n"
+    data = recipe_of(tmp_path, unsloth, data="rows.csv")["data"]
+    assert (data["path"], data["format"]) == ("rows.csv", "alpaca")
+
+
+def test_a_prompt_of_another_style_is_not_alpacas(tmp_path: Path) -> None:
+    for style, template in (("", "alpaca"), (":instruct", "alpaca"), (":chatml", "chatml")):
+        text = f"base_model: a\nadapter: lora\ndatasets: [{{path: b, type: 'alpaca{style}'}}]\n"
+        draft = draft_of("x.yml", tmp_path, text)
+        assert draft.values["model.chat_template"] == template
+    draft = draft_of("x.yml", tmp_path, text.replace("chatml", "phi"))
+    assert "model.chat_template" not in draft.values
+    assert draft.fates["datasets", 0, "type"].kind == Kind.hand
+
+
+def test_registered_pictures_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    entry = {"file_name": "m.json", "formatting": "sharegpt", "columns": {"images": "images"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mllm": entry}))
+    text = "model_name_or_path: a\nstage: sft\ndataset: mllm\nimage_max_pixels: 9\n"
+    asked = draft_of("x.yaml", tmp_path, text).asked
+    assert [each for each in asked if "gives data/m.json images" in each]
 
 
 def test_texts_of_others_stay_in_their_comments(tmp_path: Path) -> None:
@@ -721,7 +772,7 @@ def test_of_two_keys_for_rows_the_one_that_axolotl_reads_is_taken(
     "text",
     [
         f"{AXOLOTL}processor_type: AutoProcessor\n",
-        "model_name_or_path: a\nstage: sft\ndataset: d\nimage_max_pixels: 262144\n",
+        f"{AXOLOTL}image_size: 512\n",
     ],
 )
 def test_pictures_in_conversations_are_refused(text: str, tmp_path: Path) -> None:
