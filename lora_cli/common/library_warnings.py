@@ -39,7 +39,11 @@ class _Handler(logging.Handler):
     """Hears the loggers of the libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _hear(record.name.partition(".")[0], record.getMessage())
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # values that do not fit: logging ends nothing
+            text = str(record.msg)
+        _hear(record.name.partition(".")[0], text)
 
 
 _handler = _Handler(logging.WARNING)

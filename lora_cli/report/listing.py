@@ -14,7 +14,8 @@ from lora_cli.report.seen import SeenRun, number
 USUAL = Path("runs")
 INSIDE = ("adapter_config.json", "config.json", provenance.ARTEFACT_RECORD)
 """A folder with one of these is a model or an adapter: no run is below it."""
-LONGEST_NAME = 60
+LONGEST = 60
+"""Characters of a cell."""
 
 
 class Listed(NamedTuple):
@@ -155,4 +156,8 @@ def list_cells(listed: Listed) -> list[str]:
         state = f"running: {values['owner']}"
     cells = [values["name"], values["short_base"], values["method"], f"{values['steps']:,}"]
     shown = [*cells, evaluation, exact, values["took"], state]
-    return [escape(each)[:LONGEST_NAME] for each in shown]
+    return [_cut(escape(each)) for each in shown]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -47,6 +47,17 @@ def test_a_warning_is_one_line_said_once(heard) -> None:
     assert len(said) == 2
 
 
+def test_a_warning_whose_values_do_not_fit_ends_nothing(heard) -> None:
+    """transformers has one: warning_once("…", FutureWarning). Not by way of a logger, on which
+    pytest has a handler that raises."""
+    for said, value in (("old", FutureWarning), ("%d rows", "x"), ("%(a)s is", 3)):
+        record = {"name": "transformers.planted", "msg": said, "args": (value,)}
+        library_warnings._handler.emit(logging.makeLogRecord(record))
+    assert heard().splitlines() == [
+        f"warning: transformers: {said}" for said in ("old", "%d rows", "%(a)s is")
+    ]
+
+
 def test_a_handler_of_a_library_s_own_writes_a_line_of_ours_too(heard, tmp_path: Path) -> None:
     logger, log = logging.getLogger("datasets.planted"), tmp_path / "log"
     logger.propagate = False

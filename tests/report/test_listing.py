@@ -119,6 +119,14 @@ def test_what_the_run_judges_itself_by_is_named(
     assert "  accuracy not finite (best 0.2 at 20)  " in capsys.readouterr().out
 
 
+def test_a_name_that_is_cut_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (60, 61):
+        written.write_run(tmp_path / ("r" * number))
+    listing.list_runs(tmp_path, False)
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["r" * 60, "r" * 59 + "…"]
+
+
 def test_no_run_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in (None, tmp_path):
