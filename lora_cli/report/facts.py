@@ -12,7 +12,14 @@ from lora_cli import __version__
 from lora_cli.common import escape, privacy, provenance
 from lora_cli.recipe import TASKS
 from lora_cli.report import answers, differences, outcome, verdict
-from lora_cli.report.history import Evaluation, History, Made, describe_path, write_command
+from lora_cli.report.history import (
+    Evaluation,
+    History,
+    Made,
+    describe_path,
+    name_runs,
+    write_command,
+)
 from lora_cli.report.metrics import Metrics
 from lora_cli.report.seen import number, parse_time
 
@@ -41,18 +48,18 @@ def gather(runs: Sequence[History]) -> dict[str, Any]:
         "command": "report",
         "made": show_time(provenance.now()),
         "version": __version__,
-        "runs": [gather_run(run) for run in runs],
+        "runs": [gather_run(run, name) for run, name in zip(runs, name_runs(runs), strict=True)],
         "differences": differences.compare([run.record for run in runs]) if len(runs) > 1 else [],
     }
     made: dict[str, Any] = privacy.make_portable(found)
     return privacy.map_texts(made, lambda text: escape(text, "\n\t"))
 
 
-def gather_run(run: History) -> dict[str, Any]:
-    """Return what a report says of one run."""
+def gather_run(run: History, name: str) -> dict[str, Any]:
+    """Return what a report says of one run, which is called `name` there."""
     evaluations = run.metrics.list_evaluations()
     return {
-        "name": answers.show(run.name),
+        "name": answers.show(name),
         "folder": describe_path(run.folder),
         "state": answers.show(run.state),
         "verdict": [sentence._asdict() for sentence in verdict.judge(run)],

@@ -76,10 +76,18 @@ class History:
     made: list[Made] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        """What the run is called: its folder's name."""
-        return self.folder.resolve().name
+
+def name_runs(runs: Sequence[History]) -> list[str]:
+    """Return what runs are called beside each other: the names of their folders, and for those of
+    one name as many of the folders around them as tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+
+    def name(path: tuple[str, ...]) -> str:
+        ends = (path[-length:] for length in range(1, len(path)))
+        found = (end for end in ends if [each[-len(end) :] for each in paths].count(end) == 1)
+        return str(Path(*next(found, path)))
+
+    return list(map(name, paths))
 
 
 def find_state(folder: Path, record: SeenRun) -> tuple[str, str | None]:

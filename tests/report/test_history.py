@@ -259,9 +259,9 @@ def test_a_base_that_was_a_gguf_file_is_told(tmp_path: Path) -> None:
     run = written.write_run(tmp_path / "run", base={"name": "~/.cache/x", "made_from": made})
     said = "dequantised from x.gguf (Q4_K) to bfloat16"
     runs = [history.read_run(run)]
-    found = facts.gather_run(runs[0])
+    found = facts.gather_run(runs[0], "run")
     assert found["summary"]["base_made_from"] == said
     assert found["provenance"]["names"]["base_gguf_sha256"] == "ab" * 32
     assert f"x, {said} ·" in page.render(runs, facts.gather(runs))
-    plain = facts.gather_run(history.read_run(written.write_run(tmp_path / "other")))
+    plain = facts.gather_run(history.read_run(written.write_run(tmp_path / "other")), "other")
     assert "base_made_from" not in plain["summary"]

@@ -142,6 +142,17 @@ def test_three_runs_are_compared(run: Path, tmp_path: Path) -> None:
     ]
     assert (tmp_path / "all.json").is_file()
     assert "How their recipes differ" in " ".join(read.texts)
+    assert [each["name"] for each in said["runs"]] == ["one", "other", "third"]
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    """By the folders around them, in the legends of charts too."""
+    more = [written.write_run(tmp_path / place) for place in ("a/x/run", "b/x/run", "c/run")]
+    read, said = check(report.write_report([run, *more], tmp_path / "all.html"))
+    names = [each["name"] for each in said["runs"]]
+    assert names == ["one", "a/x/run", "b/x/run", "c/run"]
+    for name in names:
+        assert sum(text.strip() == name for text in read.texts) > 4
 
 
 def test_runs_with_nothing_but_a_record(tmp_path: Path) -> None:
