@@ -35,6 +35,7 @@ from lora_cli.common import (
     endings,
     library_errors,
     privacy,
+    streams,
     threads,
     ui,
 )
@@ -112,7 +113,7 @@ def main() -> NoReturn:
     """Run the command line: exit 0, 1 for a failed run, 2 for wrong usage, 70 for a bug, 129 by
     SIGHUP, 130 when interrupted, 143 by SIGTERM."""
     endings.listen()
-    ui.open_streams()
+    streams.open_streams()
     threading.excepthook = lambda ended: ui.say(
         *_list_traceback(ended.exc_value or ended.exc_type())
     )

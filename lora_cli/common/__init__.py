@@ -14,6 +14,7 @@ Its doors, in the order a reader needs them:
     refuse_link, refuse_occupied           folders that must not be written into
     translate_refusals                     a library's complaint about a recipe as a LoraError
     files, ui, library_errors              the rest of these three
+    streams                                stdout, stderr and stdin, which take any text
     missing_packages                       the package that an error says is not installed
     library_warnings                       what the libraries warn of, as lines of ours
     stored                                 files of ours read back through a model of what we write
@@ -75,6 +76,7 @@ __all__ = [
     "say",
     "spell_count",
     "stored",
+    "streams",
     "show_as",
     "threads",
     "translate_refusals",

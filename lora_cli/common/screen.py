@@ -121,7 +121,7 @@ class _Unended:
 
 
 def spell(text: str, stream: TextIO) -> str:
-    """Return a text as the stream's encoding shows it; see `ui.TWINS`."""
+    """Return a text as the stream's encoding shows it; see `streams.TWINS`."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, stream.errors or "strict").decode(encoding)
 

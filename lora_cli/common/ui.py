@@ -8,14 +8,12 @@ written out, and secrets are ***.
 from __future__ import annotations
 
 import atexit
-import codecs
 import io
 import json
 import os
 import re
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,74 +27,12 @@ from lora_cli.common.shown import HIDDEN, count_columns, escape, name_given
 if TYPE_CHECKING:  # rich is for terminals
     from lora_cli.common.screen import Line, Region
 
-TWINS = {
-    "…": "...",
-    "·": "*",
-    "×": "x",
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "→": "->",
-    "≠": "!=",
-    "≤": "<=",
-    "≥": ">=",
-    "⟦": "[[",
-    "⟧": "]]",
-    "Δ": "delta ",
-    "‖": "||",
-    "²": "^2",
-    "▁": "_",
-    "▂": ".",
-    "▃": "-",
-    "▄": "=",
-    "▅": "+",
-    "▆": "*",
-    "▇": "%",
-    "█": "#",
-    "━": "=",
-    "─": "-",
-}
-"""What our own marks become where the output's encoding has none of them."""
-
-
 KEPT = "\n\t"
 """What a text of several lines may have of the characters that are written out elsewhere."""
 PLAIN = "\x1b[0m"
 LONGEST_WORD = 2**12
 LONGEST_LINE = 2**14
 """Characters of a line, with a path of the longest kind in it: more is a stranger's."""
-
-
-def open_streams() -> None:
-    """Let stdout and stderr take any text, whatever their encoding: our marks as their twins, other
-    characters as escapes; and stdin give one, whatever is typed.
-
-    A stream that was closed is opened on nothing, or the next file that is opened would get its
-    place and what a library writes to it.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    codecs.register_error("twins", _replace)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="twins")
-
-
-def _replace(error: UnicodeError) -> tuple[str, int]:
-    """Return what stands for the characters that cannot be encoded, and where to go on."""
-    assert isinstance(error, UnicodeEncodeError), "it is for output alone"
-    failed = error.object[error.start : error.end]
-    spelled = (
-        TWINS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in failed
-    )
-    return "".join(spelled), error.end
 
 
 _hushed = False
@@ -111,39 +47,6 @@ def hush() -> Iterator[None]:
         yield
     finally:
         _hushed = before
-
-
-_silence = threading.RLock()
-
-
-@contextmanager
-def silence_libraries() -> Iterator[None]:
-    """Let what is written to stderr's descriptor past Python, as a panic of Rust's is, go nowhere
-    inside; what is said here is still seen. For one thread at a time: the others wait."""
-    with _silence:
-        said, kept = sys.stderr, os.dup(2)
-        try:
-            if _writes_to_descriptor(said):
-                said.flush()
-                sys.stderr = os.fdopen(
-                    kept, "w", encoding=said.encoding, errors=said.errors, closefd=False
-                )
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-            yield
-        finally:
-            sys.stderr = said
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _writes_to_descriptor(stream: Any) -> bool:
-    """Return whether it is the process's own stderr, and none that stands in for it."""
-    try:
-        return bool(stream.fileno() == 2)
-    except (AttributeError, OSError, ValueError):  # none, or one in memory
-        return False
 
 
 def say(*lines: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from lora_cli.common import LoraError, files, library_errors, missing_packages, quote_words, ui
+from lora_cli.common import LoraError, files, library_errors, missing_packages, quote_words, streams
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
 READERS = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
@@ -31,7 +31,7 @@ COPY = "its files are damaged: copy them again"
 def explain_faults(name: str, revision: str | None) -> Iterator[None]:
     """Raise LoraError for whatever reading the tokenizer of `name` raises, of the file, the field
     or the package that it is due to. Exceptions that are known by themselves pass through."""
-    with ui.silence_libraries():
+    with streams.silence_libraries():
         try:
             with library_errors.translate_file_errors(
                 f"the tokenizer of {name} cannot be read", COPY, but=(LoraError,)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from lora_cli.common import LoraError, RejectedError, library_errors, ui
+from lora_cli.common import LoraError, RejectedError, library_errors, streams
 from lora_cli.onnx_export.feeds import Feed
 from lora_cli.onnx_export.graph import keep_model, shorten
 
@@ -67,7 +67,7 @@ def run_torch(network: PreTrainedModel, feeds: Sequence[Feed], name: str) -> lis
 def run_onnx(file: Path, feeds: Sequence[Feed], names: Sequence[str]) -> list[Outputs]:
     """Return what onnxruntime gives for each feed, on the CPU and optimised as it does by itself.
     Raises RejectedError where it refuses the file, or fails."""
-    with ui.silence_libraries():
+    with streams.silence_libraries():
         import onnxruntime
 
     onnxruntime.disable_telemetry_events()  # of Windows' builds

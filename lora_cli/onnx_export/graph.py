@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lora_cli.common import LoraError, RejectedError, library_errors, ui
+from lora_cli.common import LoraError, RejectedError, library_errors, streams, ui
 from lora_cli.onnx_export.feeds import Feed
 
 FILE = "model.onnx"
@@ -130,7 +130,7 @@ def shorten(error: BaseException) -> str:
 def _hushed() -> Iterator[None]:
     """Keep off the screen what the exporter says of its own work, and the graphs that torch prints
     where it fails."""
-    with ui.hush(), ui.silence_libraries(), warnings.catch_warnings():
+    with ui.hush(), streams.silence_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             yield

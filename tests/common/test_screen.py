@@ -19,8 +19,8 @@ from tests.terminals import Terminal, measure
 ROOT = Path(__file__).parent.parent.parent
 BEGIN = """
 import os, sys, time
-from lora_cli.common import ui
-ui.open_streams()
+from lora_cli.common import streams, ui
+streams.open_streams()
 screen = ui.Screen()
 LONG = "日本 long " * 30
 def draw(columns, rows):

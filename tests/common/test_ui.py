@@ -31,7 +31,7 @@ MARKS = "⟦answer⟧ |Δlogit| 3 × 4 … 東 🙂"
     ],
 )
 def test_marks_have_twins_and_the_rest_is_escaped(encoding: str, shown: str) -> None:
-    code = f"import sys\nfrom lora_cli.common import ui\nui.open_streams()\nui.report({MARKS!r})\nui.say({MARKS!r})"
+    code = f"import sys\nfrom lora_cli.common import streams, ui\nstreams.open_streams()\nui.report({MARKS!r})\nui.say({MARKS!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -49,7 +49,7 @@ def test_check_shows_its_rows(lora, write_recipe) -> None:
 
 def shown(call: str, **given: str) -> str:
     """What a program that makes this call of ui prints, stdout and stderr as one."""
-    code = f"from lora_cli.common import ui\nui.open_streams()\n{call}"
+    code = f"from lora_cli.common import streams, ui\nstreams.open_streams()\n{call}"
     done = subprocess.run(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -101,7 +101,7 @@ def test_a_result_s_path_is_there_for_a_program_byte_for_byte() -> None:
 
 
 def test_prose_that_cannot_be_written_ends_nothing() -> None:
-    code = "from lora_cli.common import ui\nui.open_streams()\nui.say('x')\nui.say('y')\nui.report('done')"
+    code = "from lora_cli.common import streams, ui\nstreams.open_streams()\nui.say('x')\nui.say('y')\nui.report('done')"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, cwd=ROOT
@@ -113,7 +113,7 @@ def test_what_a_library_writes_past_python_is_not_seen_while_it_is_silenced() ->
     """Also one in the other, and where an exception ends it."""
     code = """
 import os, sys
-from lora_cli.common import ui
+from lora_cli.common import streams, ui
 
 def speak(name):
     os.write(2, b"a library\\n")
@@ -123,9 +123,9 @@ def speak(name):
 before = sys.stderr, len(os.listdir("/dev/fd"))
 for outer in range(2):
     try:
-        with ui.silence_libraries():
+        with streams.silence_libraries():
             speak("outer")
-            with ui.silence_libraries():
+            with streams.silence_libraries():
                 speak("inner")
             speak("outer")
             raise KeyError
@@ -148,7 +148,7 @@ speak("after")
 @pytest.mark.parametrize("closed", ["0<&-", "2>&-", "0<&- 2>&-", "1>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams_are_no_place_for_other_files(closed: str, tmp_path: Path) -> None:
     code = (
-        "from lora_cli.common import ui\nui.open_streams()\nui.say('x')\nimport os\n"
+        "from lora_cli.common import streams, ui\nstreams.open_streams()\nui.say('x')\nimport os\n"
         f"assert os.open({str(tmp_path / 'f')!r}, os.O_CREAT) > 2"
     )
     words = f"{sys.executable} -c {shlex.quote(code)} {closed}"
@@ -157,7 +157,7 @@ def test_closed_streams_are_no_place_for_other_files(closed: str, tmp_path: Path
 
 def test_a_program_in_the_background_draws_no_line(monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    code = "from lora_cli.common import ui\nui.open_streams()\nui.Progress().update('a\\x1bb')"
+    code = "from lora_cli.common import streams, ui\nstreams.open_streams()\nui.Progress().update('a\\x1bb')"
     command = f"{sys.executable} -c {shlex.quote(code)}"
     for words, drawn in ((command, True), (f"set -m; {command} & wait", False)):
         child, terminal = pty.fork()
