@@ -4,6 +4,7 @@ in a process."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,13 @@ ENCODER = ROOT / "build" / "minilm"
 LONG = {"test_same_run.py": 1000, "test_stopping.py": 150, "test_deaths.py": 150}
 """Files of one to six tests, each of which starts several processes that train, and after which file
 of so many tests of the usual kind they begin: not side by side, and not last."""
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C be heard: a shell ignores it for what it starts in the background, and so would
+    every command of the tests that are about it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
