@@ -103,8 +103,10 @@ def end(number: int, _frame: FrameType | None = None) -> None:
     for words in reversed(_last_words):
         with suppress(Exception):  # the disk may be full, the terminal gone
             words()
-    for worker in getattr(sys.modules.get("multiprocessing.process"), "active_children", list)():
-        worker.kill()
+    list_workers = getattr(sys.modules.get("multiprocessing.process"), "active_children", list)
+    with suppress(NameError):  # amid that module's import, before it has any
+        for worker in list_workers():
+            worker.kill()
     undo_all()
     with suppress(OSError, RuntimeError, ValueError):  # or gone, or amid a line
         ui.say(SAID.get(signal.Signals(number), "hung up"))

@@ -50,6 +50,17 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
     return process.returncode, said
 
 
+def test_a_signal_may_come_amid_an_import(tmp_path: Path) -> None:
+    """multiprocessing lists its workers before it has what they stand in."""
+    code = """
+from multiprocessing import process
+del process._children
+print("in", flush=True)
+time.sleep(60)
+"""
+    assert end(start(code, tmp_path), signal.SIGTERM) == (128 + signal.SIGTERM, "terminated\n")
+
+
 @pytest.mark.parametrize("number", ENDED)
 def test_a_signal_is_not_lost_where_an_exception_would_be(number: int, tmp_path: Path) -> None:
     """In a destructor, and where a library catches everything."""
