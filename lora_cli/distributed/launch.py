@@ -222,8 +222,9 @@ def _raise_failure(folder: Path, failures: dict[int, Any]) -> NoReturn:
     how = f"status {ended.exitcode}"
     if ended.exitcode < 0:
         how = signal.Signals(-ended.exitcode).name
+    given = [word for word in sys.argv[1:] if word != "--resume"]
     raise LoraError(
         f"process {rank} of this run ended by {how}, and the others with it",
         "SIGKILL is the system's where memory runs out (dmesg | tail); --resume goes on from the "
-        f"last checkpoint: {quote_words(['lora', *sys.argv[1:]])} --resume",
+        f"last checkpoint: {quote_words(['lora', *given])} --resume",
     )

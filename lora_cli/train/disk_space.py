@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.common import LoraError, quote
+from lora_cli.common import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.train import checkpoints
+from lora_cli.train import checkpoints, receipt
 
 TOKEN = 150
 """About as many bytes does tokenizer.json take for a token."""
@@ -99,7 +99,7 @@ def translate_full_disk(folder: Path, needed: Need) -> Iterator[None]:
             f"the disk is full: the next {_format_mb(size)} MB do not fit in {folder}, "
             f"{_format_mb(free)} MB are free, {_format_mb(max(1, size - free))} MB are missing; "
             "what was saved before is whole",
-            f"make room, then: lora train {quote(folder / 'recipe.yaml')} --resume",
+            f"make room, then: {receipt.write_resumption(folder)}",
         ) from error
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_cli.common import quote, remote_code, ui
+from lora_cli.common import provenance, quote, remote_code, ui
+from lora_cli.distributed import ranks
 from lora_cli.models import TrainingRecord
 from lora_cli.recipe import Recipe
 
@@ -44,7 +45,7 @@ def _list_numbers(record: TrainingRecord, unit: str, seen: int) -> Iterator[tupl
 def list_commands(folder: Path, recipe: Recipe) -> Iterator[str]:
     """Return commands that work as pasted, for an adapter of the recipe's task in the folder of its
     run."""
-    trust = ["--trust-remote-code"] if remote_code.is_allowed() else []
+    trust = _list_trust()
     adapter, task = quote(folder / "adapter"), recipe.task_row
     commands = [["merge", adapter, quote(folder / "merged"), *trust], ["report", quote(folder)]]
     if task.writes_next_tokens and recipe.data.holds_out:
@@ -58,6 +59,19 @@ def list_commands(folder: Path, recipe: Recipe) -> Iterator[str]:
         asked = ["generate", adapter, "--prompt", quote(first)] if short else ["chat", adapter]
         commands.insert(0, [*asked, *trust])
     return (" ".join(["lora", *words]) for words in commands)
+
+
+def write_resumption(folder: Path) -> str:
+    """Return the command by which the run in a folder goes on as it was started here: in as many
+    processes, and with its base's own code."""
+    words = ["lora", "train", quote(folder / provenance.RESOLVED_RECIPE), "--resume"]
+    if ranks.may_start_again():
+        words += ["--nproc", str(ranks.count())]
+    return " ".join([*words, *_list_trust()])
+
+
+def _list_trust() -> list[str]:
+    return [remote_code.FLAG] if remote_code.is_allowed() else []
 
 
 def _find_rows(recipe: Recipe) -> str | None:

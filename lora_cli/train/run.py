@@ -28,7 +28,6 @@ from lora_cli.common import (
     lock,
     plain_files,
     provenance,
-    quote,
     spell_count,
     threads,
     translate_refusals,
@@ -85,8 +84,8 @@ def train(recipe: Recipe, resume: bool = False, allowed: Sequence[str] = ()) -> 
         files.remove_leftovers(folder)
         settled_recipe = found.recipe.to_data()
         allowed = run_folder.list_allowed(recipe, resume, allowed)
-        draft = run_folder.draft_run(folder, settled_recipe, contents, resume, allowed)
         with ranks.told():
+            draft = run_folder.draft_run(folder, settled_recipe, contents, resume, allowed)
             _say_settled(found, folder)
             # what refuses to go on leaves the run's record and recipe as they were
             inputs = _prepare_inputs(found, draft) if resume else None
@@ -209,8 +208,7 @@ def _record_ending(run: Run) -> Iterator[None]:
 def _record_interruption(run: Run) -> None:
     run.update(status="interrupted")
     step = checkpoints.find_last_step(run.folder, run.id)
-    resolved = run.folder / provenance.RESOLVED_RECIPE
-    ui.say(f"stopped; from step {step} it goes on with: lora train {quote(resolved)} --resume")
+    ui.say(f"stopped; from step {step} it goes on with: {receipt.write_resumption(run.folder)}")
 
 
 def _prepare_inputs(found: settled.Settled, run: Run) -> Inputs:

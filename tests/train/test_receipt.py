@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.common import remote_code
+from lora_cli.distributed import ranks
 from lora_cli.models import TrainingRecord
 from lora_cli.recipe import load
 from lora_cli.train import receipt
@@ -92,6 +93,10 @@ def test_code_of_a_repository_is_allowed_where_it_was(
     monkeypatch.setattr(remote_code, "is_allowed", lambda: True)
     commands = list(receipt.list_commands(tmp_path, load.load_recipe(write_recipe())))
     assert [line.endswith(" --trust-remote-code") for line in commands] == [True, True, False]
+    monkeypatch.setattr(ranks, "may_start_again", lambda: True)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    again = f"lora train {tmp_path}/recipe.yaml --resume --nproc 2 --trust-remote-code"
+    assert receipt.write_resumption(tmp_path) == again
 
 
 def test_numbers_are_those_of_the_record(write_recipe, tmp_path: Path) -> None:
