@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from gguf import GGUFReader
 
 from lora_cli.common import LoraError, RejectedError
-from lora_cli.models import gguf_tokenizer, gguf_weights
+from lora_cli.models import gguf_rope, gguf_tokenizer, gguf_weights
 
 LONGEST = 1000
 """Characters of an error's text that are passed on."""
@@ -39,7 +40,8 @@ def handle(shared: None, job: list[Any]) -> dict[str, Any]:
     try:
         reader = GGUFReader(alone / gguf_weights.ALONE)
         dtype = gguf_weights.choose_dtype(reader)
-        gguf_weights.write_weights(shown, alone, folder, dtype, job[3])
+        mend = partial(gguf_rope.put_scaling, shown, reader)
+        gguf_weights.write_weights(shown, alone, folder, dtype, job[3], mend)
         gguf_tokenizer.write_tokenizer(alone, reader, folder)
         matrices = gguf_weights.check_weights(shown, reader, folder, dtype)
     except LoraError as error:

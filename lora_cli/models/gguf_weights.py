@@ -6,7 +6,7 @@ It runs where the file is read: in the process of `gguf_program.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,9 +58,16 @@ def _fits_bfloat16(data: np.ndarray[Any, Any]) -> bool:
     return torch.equal(values.float(), values.bfloat16().float())
 
 
-def write_weights(shown: Path, alone: Path, folder: Path, dtype: torch.dtype, most: int) -> None:
+def write_weights(
+    shown: Path,
+    alone: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    most: int,
+    mend: Callable[[PretrainedConfig], None],
+) -> None:
     """Write the model of the GGUF file in the folder `alone`, which holds so many numbers at most;
-    errors call it `shown`."""
+    errors call it `shown`. `mend` puts into its configuration what transformers does not read."""
     given = {"pretrained_model_name_or_path": str(alone), "gguf_file": ALONE}
     config = AutoConfig.from_pretrained(**given, trust_remote_code=False)
     _refuse_larger(shown, config, most)
@@ -81,6 +88,7 @@ def write_weights(shown: Path, alone: Path, folder: Path, dtype: torch.dtype, mo
     # transformers takes the dequantised model for a quantised one, which it would not save
     network.config.__dict__.pop("quantization_config", None)
     network.is_quantized, network.hf_quantizer = False, None
+    mend(network.config)
     with without_progress_bars():
         network.save_pretrained(folder)
 

@@ -10,13 +10,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_cli.common import LoraError, RejectedError, files
 from lora_cli.models import (
@@ -24,6 +26,7 @@ from lora_cli.models import (
     gguf_in_llama,
     gguf_kept,
     gguf_reading,
+    gguf_rope,
     gguf_weights,
     read_adapter,
 )
@@ -102,15 +105,87 @@ def test_it_is_the_model_that_the_file_was_made_from(
         assert read.decode(read(text)["input_ids"]) == own.decode(own(text)["input_ids"])
 
 
-def test_digits_are_split_where_the_file_says_so(tmp_path: Path) -> None:
-    """transformers knows no `smollm`, and splits its digits as GPT-2 does."""
+def test_what_transformers_does_not_read_is_put_right(tmp_path: Path) -> None:
+    """It knows no `smollm`, and splits its digits as GPT-2 does; and no scaling of positions."""
     raw = gguf_bases.sound()
     raw.put("tokenizer.ggml.tokens", gguf_bases.texts([*gguf_bases.TOKENS[:-1], "12"]))
     raw.put("tokenizer.ggml.merges", gguf_bases.texts(["h e", "1 2"]))
     raw.put("tokenizer.ggml.pre", gguf_bases.value(gguf_bases.TEXT, "smollm"))
-    folder = gguf_base.dequantise(raw.write(tmp_path / "x.gguf"))  # llama.cpp's tokens
+    raw.put("llama.rope.scaling.type", gguf_bases.value(gguf_bases.TEXT, "linear"))
+    raw.put("llama.rope.scaling.factor", gguf_bases.value(gguf_bases.FLOAT32, 8.0))
+    # llama.cpp's tokens, and its logits
+    folder = gguf_base.dequantise(raw.write(tmp_path / "x.gguf"))
+    assert Base(str(folder)).config.rope_parameters["factor"] == 8
     read = AutoTokenizer.from_pretrained(folder)
     assert read.tokenize("he12 12") == ["he", "1", "2", "\u0120", "1", "2"]
+
+
+def write_scaled(path: Path, scaling: dict[str, str | float], divisors: list[float]) -> Path:
+    """A GGUF file that scales its positions: by these keys, or by what divides its frequencies."""
+    raw = gguf_bases.sound()
+    kinds = {str: gguf_bases.TEXT, float: gguf_bases.FLOAT32, int: gguf_bases.UINT32}
+    for key, given in scaling.items():
+        raw.put(f"llama.rope.scaling.{key}", gguf_bases.value(kinds[type(given)], given))
+    if divisors:
+        data = torch.tensor(divisors).numpy().tobytes()
+        shape = (len(divisors),)
+        raw.tensors.append(gguf_bases.Tensor(b"rope_freqs.weight", shape, gguf_bases.F32, data))
+    return raw.write(path)
+
+
+def divide_frequencies(rope: dict[str, Any]) -> list[float]:
+    """What transformers divides the frequencies by, of a head of 16."""
+    config = LlamaConfig(head_dim=16, max_position_embeddings=128, rope_parameters=rope)
+    plain = 10_000.0 ** (-torch.arange(8) / 8)
+    return (plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]).tolist()
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+SCALED: dict[str, tuple[dict[str, str | float], dict[str, Any]]] = {
+    "linear": ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "yarn": (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 32, "attn_factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "llama3": ({}, LLAMA3),
+    "none": ({"type": "none"}, {"rope_type": "default"}),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_positions_are_scaled_as_the_file_says(kind: str, tmp_path: Path) -> None:
+    """transformers leaves the scaling out: its model passed as Llama 3.1's, 0.03 nats off."""
+    keys, wanted = SCALED[kind]
+    divisors = divide_frequencies(LLAMA3 | {"rope_theta": 1e4}) if kind == "llama3" else []
+    reader = GGUFReader(write_scaled(tmp_path / "x.gguf", keys, divisors))
+    config = LlamaConfig()
+    gguf_rope.put_scaling(tmp_path, reader, config)
+    assert config.rope_parameters == wanted | {"rope_theta": 10_000.0}
+    if kind != "llama3":  # of Gemma's theta, no such divisors are Llama 3's
+        windowed = Gemma3TextConfig()
+        gguf_rope.put_scaling(tmp_path, reader, windowed)
+        assert windowed.rope_parameters["sliding_attention"]["rope_type"] == "default"
+        assert windowed.rope_parameters["full_attention"].items() >= wanted.items()
+
+
+@pytest.mark.parametrize(
+    ("keys", "divisors", "said"),
+    [
+        ({"type": "longrope"}, [], "its positions are scaled by longrope"),
+        ({"type": "yarn", "factor": 4.0}, [], "scaled by yarn, and it does not say how far"),
+        ({"type": "linear", "factor": 4.0, "attn_factor": 2.0}, [], "scaled by linear, attn_factor"),
+        ({}, [1.0, 1, 1, 1, 1, 5, 3, 8], "its rope_freqs.weight is none of Llama 3's"),
+    ],
+)  # fmt: skip
+def test_another_scaling_is_refused(
+    keys: dict[str, str | float], divisors: list[float], said: str, tmp_path: Path
+) -> None:
+    reader = GGUFReader(write_scaled(tmp_path / "x.gguf", keys, divisors))
+    with pytest.raises(LoraError, match=f"x cannot be a base: .*{said}"):
+        gguf_rope.put_scaling(Path("x"), reader, LlamaConfig())
 
 
 def test_it_is_made_once_and_known_by_its_contents(ggufs: dict[str, Path], tmp_path: Path) -> None:
