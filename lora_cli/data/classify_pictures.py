@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from lora_cli.data import formats, pictures
 from lora_cli.data.classify import NUMBERS, LabelEncoder
 from lora_cli.data.encode import Batch, Encoded, Made
 from lora_cli.data.formats import BadRow
-from lora_cli.data.readers import Place
+from lora_cli.data.readers import Place, Row
 from lora_cli.data.selection import Kept
 from lora_cli.models import PictureProcessor
 from lora_cli.recipe import Recipe
@@ -107,6 +108,19 @@ class PictureEncoder(LabelEncoder):
                 seen=f"{seen.kind}, {seen.width}x{seen.height}",
             )
         ]
+
+
+def find_named(place: str, row: Row, names: Mapping[Any, str]) -> tuple[Path, str] | None:
+    """Return the folder of the table that a row is from, and the name in it of the row's picture;
+    None of a row that has the picture itself, or none. `names` are its columns': ours, theirs."""
+    if isinstance(row, BadRow) or not isinstance(place, Place):
+        return None
+    try:
+        found = convert_picture({"label": None, **formats.rename_columns(row, names)})
+    except BadRow:
+        return None
+    named = found.name is not None and found.content is None
+    return (place.file.parent, str(found.name)) if named else None
 
 
 def convert_picture(row: Mapping[str, Any]) -> Picture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from lora_cli.common import LoraError, spell_count
@@ -142,14 +141,9 @@ def _walk_values(recipe: Recipe, encoder: type[Encoder]) -> Iterator[Any]:
     column = "tags" if encoder.by_token else "label"
     for data, field, path in _list_parts(recipe):
         source = sources.find_source(data, field, path, data.split)
-        rows = islice(source.read_rows(), data.max_rows)
-        first = list(islice(rows, prepare.COLUMNS_FROM))
-        names = dict.fromkeys(
-            name for _, row in first if not isinstance(row, BadRow) for name in row
-        )
-        _, columns = prepare.choose_format(data, list(names), encoder, quiet=True)
-        for _, row in chain(first, rows):
-            value = _read_value(row, columns, column)
+        opened = prepare.open_rows(source, data, encoder, quiet=True)
+        for _, row in opened.rows:
+            value = _read_value(row, opened.names, column)
             if value is not None:
                 yield value
 

@@ -5,8 +5,10 @@ By Pillow alone, and by its decoders of a few formats: others of its formats sta
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,6 +76,19 @@ def read_file(folder: Path, name: str) -> bytes:
         said = error.message if isinstance(error, LoraError) else f"{file}: {error.strerror}"
         raise BadRow("a picture cannot be read", f"the picture cannot be read: {said}") from None
     return content
+
+
+def hash_files(named: Iterable[tuple[Path, str]]) -> str:
+    """Return a hash of the content of files, each in a folder by its name; of one that cannot be
+    read, of why."""
+    total = hashlib.sha256()
+    for folder, name in named:
+        try:
+            content = read_file(folder, name)
+        except BadRow as bad:
+            content = bad.said.encode("utf-8", "surrogatepass")
+        total.update(hashlib.sha256(content).digest())
+    return total.hexdigest()[:32]
 
 
 def look(content: bytes, name: str) -> Seen:

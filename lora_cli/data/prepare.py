@@ -22,9 +22,11 @@ from pyarrow import compute
 from lora_cli.common import LoraError, UsageError, find_nearest, quote, spell_count, ui
 from lora_cli.data import (
     cache,
+    classify_pictures,
     column_kinds,
     digests,
     formats,
+    pictures,
     readers,
     selection,
     tables,
@@ -112,9 +114,8 @@ def prepare(source: Source, recipe: Recipe, encoder: Encoder) -> Prepared:
     Raise LoraError when a row cannot be used (unless `data.on_bad_row: skip`), or nothing is left
     to learn from. Warn of what is worth knowing.
     """
-    key = cache.make_key(
-        source.hash_content(), source.names, recipe, encoder.tokenizer, encoder.day
-    )
+    content = _hash_content(source, recipe, encoder)
+    key = cache.make_key(content, source.names, recipe, encoder.tokenizer, encoder.day)
     entry = cache.find_folder() / key
     found = cache.read(entry, encoder, recipe.data)
     if found:
@@ -230,14 +231,27 @@ def _select_rows(
     return selection.select_rows(_encode_rows(source, recipe, encoder, counts), recipe, counts)
 
 
-def _encode_rows(
-    source: Source, recipe: Recipe, encoder: Encoder, counts: Counts
-) -> Iterator[tuple[str, list[Encoded]]]:
-    """Yield the usable rows with their places, and count the bad ones.
+class Opened(NamedTuple):
+    """The rows of a source, of which the first have told what they are."""
 
-    Once a bad row is an error, the rest is only read and counted.
-    """
-    data = recipe.data
+    first: list[tuple[str, readers.Row]]
+    others: Iterator[tuple[str, readers.Row]]
+    style: str
+    """Their format."""
+    names: Mapping[str, str]
+    """Those of its columns that are called otherwise: ours, theirs."""
+
+    @property
+    def rows(self) -> Iterator[tuple[str, readers.Row]]:
+        """All of them, with their places."""
+        return chain(self.first, self.others)
+
+
+def open_rows(
+    source: Source, data: Data, encoder: Encoder | type[Encoder], quiet: bool = False
+) -> Opened:
+    """Return the rows that are read of a source. Raises LoraError where no format has their
+    columns."""
     rows: Iterator[tuple[str, readers.Row]] = islice(source.read_rows(), data.max_rows)
     first = list[tuple[str, readers.Row]]()
     readable = 0
@@ -247,12 +261,36 @@ def _encode_rows(
     seen = [row for _, row in first if not isinstance(row, BadRow)]
     columns = formats.list_columns(seen)
     try:
-        style, names = choose_format(data, columns, encoder, rows=seen)
+        return Opened(first, rows, *choose_format(data, columns, encoder, quiet, seen))
     except UnknownColumns as error:
-        raise (tables.find_lack_of_names(source.files, columns) or error) from None
-    convert = encoder.find_converter(style)
-    answers = style in formats.LABELLED  # all are learned as if wanted
-    batches = _convert_rows(chain(first, rows), convert, names, data, counts, answers)
+        known = encoder.row_formats
+        raise (tables.find_lack_of_names(source.files, columns, known) or error) from None
+
+
+def _hash_content(source: Source, recipe: Recipe, encoder: Encoder) -> str:
+    """Return a hash of all that is read: of the source, and of the pictures that its rows name."""
+    own = source.hash_content()
+    if not recipe.task_row.reads_pictures or source.is_of_pictures:
+        return own
+    opened = open_rows(source, recipe.data, encoder, quiet=True)
+    if not any(classify_pictures.find_named(*row, opened.names) for row in opened.first):
+        return own
+    named = (classify_pictures.find_named(*row, opened.names) for row in opened.rows)
+    return f"{own} {pictures.hash_files(filter(None, named))}"
+
+
+def _encode_rows(
+    source: Source, recipe: Recipe, encoder: Encoder, counts: Counts
+) -> Iterator[tuple[str, list[Encoded]]]:
+    """Yield the usable rows with their places, and count the bad ones.
+
+    Once a bad row is an error, the rest is only read and counted.
+    """
+    data = recipe.data
+    opened = open_rows(source, data, encoder)
+    convert = encoder.find_converter(opened.style)
+    answers = opened.style in formats.LABELLED  # all are learned as if wanted
+    batches = _convert_rows(opened.rows, convert, opened.names, data, counts, answers)
     for batch, made in encoder.encode(batches):
         for (place, row), found in zip(batch, made):
             if isinstance(found, BadRow):

@@ -51,9 +51,14 @@ class Source(NamedTuple):
     @property
     def name(self) -> str:
         """What is read, for messages."""
-        if len(self.files) > 1 and readers.guess_kind(self.files[0]) == "picture":
+        if len(self.files) > 1 and self.is_of_pictures:
             return str(self.files[0].parent.parent)
         return str(self.files[0]) if self.files else "the data set"
+
+    @property
+    def is_of_pictures(self) -> bool:
+        """Whether the files are the pictures themselves, and not of rows."""
+        return bool(self.files) and readers.guess_kind(self.files[0]) == "picture"
 
     @property
     def names(self) -> list[str]:

@@ -10,20 +10,21 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lora_cli.common import LoraError, quote, spell_count, ui
-from lora_cli.data.formats import BadRow
+from lora_cli.data.formats import FORMATS, BadRow, Formats
 from lora_cli.data.text_files import is_fetched, suggest_edit
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 """What may stand between two columns, in words; the earlier one where a first line has as many."""
 NAMES = {1: ("text",), 2: ("prompt", "completion"), 3: ("instruction", "input", "output")}
-"""The columns that a table without names most likely has, by their number."""
+"""The columns that a table without names most likely has, by their number, where texts are learnt
+to be written."""
 LONGEST_NAME = 40
 LONGEST = 2**22
 """Characters of a value, which may have many lines."""
@@ -95,9 +96,11 @@ def _refuse_strange_names(file: Path, header: list[str]) -> None:
     refuse_equal_names(file, [name for name in header if name])
 
 
-def find_lack_of_names(files: list[Path], columns: list[str]) -> LoraError | None:
+def find_lack_of_names(
+    files: list[Path], columns: list[str], known: Formats = FORMATS
+) -> LoraError | None:
     """Return the error for a table whose first line is a row, where what stands for the names of
-    its `columns`, which are none that are known, looks like text; else None."""
+    its `columns`, which are none of the `known` formats', looks like text; else None."""
     strange = [name for name in columns if _looks_like_text(name)]
     if not strange or not files or {".csv", ".tsv"}.isdisjoint(files[0].suffixes):
         return None
@@ -106,14 +109,21 @@ def find_lack_of_names(files: list[Path], columns: list[str]) -> LoraError | Non
     return LoraError(
         f"{files[0]}: the first line must name the columns, and {strange[0][:LONGEST_NAME]!r} "
         "looks like a row's",
-        _suggest_header(files[0], len(columns), separator),
+        _suggest_header(files[0], _name_likely(len(columns), known), separator),
     )
 
 
-def _suggest_header(file: Path, columns: int, separator: str) -> str:
+def _name_likely(columns: int, known: Formats) -> Sequence[str]:
+    """Return what so many columns are most likely called; nothing where that is not known."""
+    if known is FORMATS:
+        return NAMES.get(columns, ())
+    return next((needed for needed in known.values() if len(needed) == columns), ())
+
+
+def _suggest_header(file: Path, likely: Sequence[str], separator: str) -> str:
     """Return the command that puts a line of the likeliest names above the rows, where there is
     one."""
-    names = separator.join(NAMES.get(columns, ()))
+    names = separator.join(likely)
     if not names or file.suffix.lower() == ".gz" or is_fetched(file):
         return "write a line of names above the rows"
     return f"sed -i {quote(f'1i {names}')} {quote(file)}"

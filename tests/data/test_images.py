@@ -248,17 +248,26 @@ def test_what_is_large_is_written_some_at_a_time(
     ]
 
 
-def test_kept_rows_are_trained_on_whatever_becomes_of_the_files(
-    tmp_path: Path, processor: PictureProcessor, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_kept_rows_are_those_of_the_files_as_they_are(
+    kind: str, tmp_path: Path, processor: PictureProcessor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_folder(tmp_path / "photos", 2)
-    first, _ = prepare(tmp_path, processor, folder)
-    again, _ = prepare(tmp_path, processor, folder)
+    """A picture that was drawn anew is trained on, also where a table names it that is as it was:
+    its rows were kept with the old one."""
+    if kind == "folder":
+        rows = write_folder(tmp_path / "photos", 2)
+    else:
+        rows = write_table(tmp_path, TWO)
+    changed = rows / "red" / "0.png" if kind == "folder" else tmp_path / "red.png"
+    first, _ = prepare(tmp_path, processor, rows)
+    again, _ = prepare(tmp_path, processor, rows)
     assert "prepared before" in capsys.readouterr().err
     assert again.fingerprint == first.fingerprint
-    draw("red", 77).save(folder / "red" / "0.png")
-    other, _ = prepare(tmp_path, processor, folder)
+    draw("red", 77).save(changed)
+    other, _ = prepare(tmp_path, processor, rows)
     assert other.fingerprint != first.fingerprint
+    kept = [np.asarray(row["image"], np.uint8).tobytes() for row in other.rows]
+    assert changed.read_bytes() in kept
 
 
 def test_a_stream_of_pictures(tmp_path: Path, processor: PictureProcessor) -> None:
