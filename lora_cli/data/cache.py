@@ -26,7 +26,7 @@ from pydantic import Field
 from lora_cli.common import LoraError, files, plain_files, stored, ui
 from lora_cli.data.digests import DIGEST
 from lora_cli.data.encoders import Encoder
-from lora_cli.data.offsets import NDArray
+from lora_cli.data.offsets import NDArray, count_ids
 from lora_cli.data.preferences import DOCUMENTS, are_pairs
 from lora_cli.data.selection import Counts, Kept
 from lora_cli.models import PictureProcessor, Reader
@@ -185,7 +185,8 @@ def give_format(rows: Dataset, encoder: Encoder) -> Dataset:
 
 def _refuse_foreign_ids(rows: Dataset, encoder: Encoder) -> None:
     """Raise ValueError where an id is no word's, or a label none that the encoder gives."""
-    first, words = next(iter(encoder.columns)), len(encoder.tokenizer)
+    first, reader = next(iter(encoder.columns)), encoder.tokenizer
+    words = 0 if isinstance(reader, PictureProcessor) else count_ids(reader)
     for batch in rows.data.table.to_batches():
         ids, labels = (batch.column(name) for name in (first, "labels"))
         tokens, trained = ids.values.to_numpy(), labels.values.to_numpy()

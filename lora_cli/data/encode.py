@@ -368,7 +368,7 @@ class Renderer:
 
     def _check_tokens(self, row: Tokens) -> Encoded:
         """Return a row that is tokenised already; raise BadRow where its numbers are impossible."""
-        size = len(self.tokenizer)
+        size = len(self.offsets.lengths)
         wrong = next((number for number in row.input_ids if not 0 <= number < size), None)
         if wrong is not None:
             raise BadRow(

@@ -9,13 +9,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 NDArray = np.ndarray[Any, Any]
+FAR = 2**40
+"""The length of what stands for any text, so that no sum of lengths is a text's."""
 
 
 class OffsetFinder:
     """Finds the offsets of one tokenizer's tokens.
 
     The tokenizer can give them itself, but then takes half again as long. Where it leaves the text
-    as it is, the tokens' own lengths in bytes add up to the text, and so give the offsets.
+    as it is, the tokens' own lengths in bytes add up to the text, and so give the offsets: not of
+    WordPiece, whose words may by chance have as many marks (##) as there are blanks between them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,13 +53,15 @@ def _convert_to_characters(raw: bytes, ends: NDArray) -> tuple[NDArray, NDArray]
 
 
 def _measure_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray:
-    """Return how many bytes of text each token stands for.
+    """Return how many bytes of text each token stands for; 0 where no sum of them tells.
 
     A token of a byte-level vocabulary has one letter for each byte. One of SentencePiece's is the
     text itself with ▁ for spaces, or a single byte (`<0x0A>`).
     """
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-    lengths = np.zeros(len(tokenizer), np.int64)
+    lengths = np.zeros(count_ids(tokenizer), np.int64)
+    if "WordPiece" in str(tokenizer.backend_tokenizer.decoder):
+        return lengths
     for token, number in tokenizer.get_vocab().items():
         if byte_level:
             lengths[number] = len(token)
@@ -66,4 +71,12 @@ def _measure_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray:
             lengths[number] = len(token.replace("▁", " ").encode())
     for number, added in tokenizer.added_tokens_decoder.items():
         lengths[number] = len(added.content.encode())
+    if not byte_level and tokenizer.unk_token_id is not None:
+        lengths[tokenizer.unk_token_id] = FAR
     return lengths
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number over all ids of a tokenizer: more than it has tokens where its numbers have
+    gaps, as in vocabularies that were trimmed."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1

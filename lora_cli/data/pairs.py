@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data import formats
 from lora_cli.data.encode import Batch, Encoded, Made, match_control, refuse_half_characters
 from lora_cli.data.formats import BadRow
-from lora_cli.data.offsets import NDArray
+from lora_cli.data.offsets import NDArray, count_ids
 from lora_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class PairEncoder:
 
     def are_labels(self, ids: NDArray, labels: NDArray, lengths: NDArray) -> bool:
         """Return whether these may be the labels of rows, all rows one after another."""
-        return bool(((labels >= 0) & (labels < len(self.tokenizer))).all())
+        return bool(((labels >= 0) & (labels < count_ids(self.tokenizer))).all())
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Made]]:
         """Yield each batch of rows with the ids of their sources, and as labels those of their

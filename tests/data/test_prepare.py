@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import (
@@ -417,8 +417,31 @@ def pieces(tiny: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(str(tiny / "model"))
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "pieces", "normalised"])
+@pytest.fixture(scope="module")
+def gaps(byte_level: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same with a number left out, as in vocabularies that were trimmed."""
+    described = json.loads(byte_level.backend_tokenizer.to_str())
+    words = described["model"]["vocab"]
+    words[max(words, key=words.__getitem__)] += 1
+    made = Tokenizer.from_str(json.dumps(described))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def word_pieces() -> PreTrainedTokenizerFast:
+    """Letters and letters within words (##e), as BERT's: blanks between words are no token's."""
+    letters = [f"{mark}{letter}" for mark in ("", "##") for letter in "aethéöß"]
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "[UNK]", *letters])}
+    fast = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "pieces", "normalised", "gaps", "word_pieces"])
 @settings(max_examples=150, deadline=None)
+@example(text="ae a a", cut=6)  # as many marks as blanks: ## twice over, two spaces
 @given(
     text=st.text(
         st.sampled_from("aet h\n▁éöß你好😀\u0301ﬁ\u00a0") | st.characters(codec="utf-8"),
