@@ -137,7 +137,7 @@ def select_rows(
 ) -> Iterator[Kept]:
     """Yield the rows to train on: those with something to learn, with long ones treated as
     data.on_long_row says."""
-    limits, policy = list_limits(recipe), recipe.data.on_long_row
+    limits = list_limits(recipe)
     for place, found in encoded:
         if recipe.task_row.writes_next_tokens:
             counts.by_turn += len(found) > 1
@@ -155,13 +155,13 @@ def select_rows(
             over = [each for each in limits if len(kept.read(each.column)) > each.total]
             if reason := BEGINS_INSIDE if row.begins_inside else row.dropped:
                 counts.left_out[reason] += 1
-            elif not learned.any():
+            elif not _teaches(recipe, row.labels):
                 counts.left_out["dropped: nothing to learn"] += 1
             elif not over:
                 _count_labels(recipe, row, learned, counts)
                 yield _count_row(recipe, kept, learned, counts)
             else:
-                for piece in _fit_row(kept, over[0], policy, counts):
+                for piece in _fit_row(recipe, kept, over[0], counts):
                     yield _count_row(recipe, piece, piece.labels != IGNORED, counts)
 
 
@@ -223,9 +223,16 @@ def recount(counts: Counts, rows: Dataset, recipe: Recipe) -> Counts:
     )
 
 
-def _fit_row(row: Kept, over: Limit, policy: str, counts: Counts) -> list[Kept]:
+def _teaches(recipe: Recipe, labels: NDArray) -> bool:
+    """Return whether there is something to learn by a row's labels: where tokens are foretold from
+    those before, the first is foretold from none."""
+    own = labels[1:] if recipe.task_row.writes_next_tokens else labels
+    return bool((own != IGNORED).any())
+
+
+def _fit_row(recipe: Recipe, row: Kept, over: Limit, counts: Counts) -> list[Kept]:
     """Return what is left of a row that is too long, with something to learn in each piece."""
-    limit, length = over.tokens, len(row.read(over.column))
+    limit, length, policy = over.tokens, len(row.read(over.column)), recipe.data.on_long_row
     which = f"the {over.name} has " if over.name else ""
     if policy == "error":
         raise LoraError(
@@ -243,7 +250,7 @@ def _fit_row(row: Kept, over: Limit, policy: str, counts: Counts) -> list[Kept]:
         )
         for start in starts
     ]
-    taught = [piece for piece in pieces if (piece.labels != IGNORED).any()]
+    taught = [piece for piece in pieces if _teaches(recipe, piece.labels)]
     if not taught:
         counts.left_out["dropped: the whole answer was cut off"] += 1
     elif policy == "split":

@@ -194,6 +194,22 @@ def test_long_rows_are_dropped_cut_or_an_error(prepare, tokenizer) -> None:
         prepare(rows, "on_long_row: error", "max_length: 12")
 
 
+def test_a_token_alone_teaches_nothing(prepare) -> None:
+    """The first token of a row is foretold from none: without another there is no loss to divide,
+    which a step of such rows alone ended as not a number."""
+    rows = [
+        {"text": "one two more one"},
+        {"input_ids": [1]},
+        {"input_ids": [1, 2], "labels": [1, -100]},
+    ]
+    assert [
+        len(ids)
+        for ids in prepare(rows[:1], "on_long_row: split", "max_length: 5").rows["input_ids"]
+    ] == [5]
+    one = prepare([*rows[1:], {"input_ids": [1, 2]}])
+    assert (len(one.rows), one.counts.left_out["dropped: nothing to learn"]) == (1, 2)
+
+
 def test_a_row_whose_answer_is_cut_off_is_dropped_and_counted(prepare) -> None:
     rows = [{"prompt": "ask", "completion": "one"}, {"prompt": "more " * 20, "completion": "one"}]
     cut = prepare(rows, "on_long_row: truncate", "max_length: 12")
