@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-from lora_cli.common import LoraError, spell_count, ui
+from lora_cli.common import LoraError, UsageError, spell_count, ui
 from lora_cli.data import cache, holdout, prepare, selection, sources, unpaired
 from lora_cli.data.digests import DIGEST
 from lora_cli.data.encode import Renderer
@@ -192,6 +192,13 @@ def _mix(
     seed = recipe.training.seed
     weights = [rows.weight for rows in mix]
     streams = [part.stream for part in parts if part.stream is not None]
+    for part, rows in zip(parts, mix):
+        if streams and not len(part.rows):
+            raise UsageError(
+                f"data.mix: all that is looked at of {rows.path} is held out to evaluate on, and "
+                "nothing is left to draw",
+                "--set data.streaming=false, or leave it out of the mix",
+            )
     if not streams:
         parts = [
             _repeat_by_weight(part, weight, [seed, number], recipe)
