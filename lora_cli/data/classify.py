@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.common import find_nearest, spell_count
 from lora_cli.data import formats
-from lora_cli.data.encode import Batch, Encoded, Made
+from lora_cli.data.encode import Batch, Encoded, Made, refuse_half_characters
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
 from lora_cli.models import IGNORED
@@ -208,12 +208,15 @@ def convert_labelled(row: Mapping[str, Any]) -> Labelled:
 def convert_unlabelled(row: Mapping[str, Any]) -> Labelled:
     """Return a row's text, or its two texts, without a label."""
     pair = formats.get_filled_text(row, "text_pair") if "text_pair" in row else None
-    return Labelled(formats.get_filled_text(row, "text"), pair, UNTOLD)
+    text = formats.get_filled_text(row, "text")
+    refuse_half_characters(text + (pair or ""))
+    return Labelled(text, pair, UNTOLD)
 
 
 def name_label(label: Any) -> str:
     """Return a label's name; raise BadRow for a value that names none."""
     if isinstance(label, str) and label.strip():
+        refuse_half_characters(label)
         return label.strip()
     if isinstance(label, bool):
         return str(label).lower()

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.classify import Labelled
 from lora_cli.data.encode import Encoded
 from lora_cli.data.formats import Preference, Unpaired
 from lora_cli.data.offsets import NDArray
+from lora_cli.data.tag import Tagged
 
 DIGEST = "digest"
 """The column that holds it, where rows are to be held out."""
@@ -22,8 +24,9 @@ def add_digest(row: Any, found: Sequence[Encoded]) -> list[Encoded]:
     """Return what a row became with the row's digest beside it, int64 of shape (1,).
 
     `row` is what an encoder takes: neither where it was read nor what its columns were called is
-    part of it, nor what the chat template does not read, as an id of each turn. Of a picture, it is
-    the file's bytes and the label.
+    part of it, nor what the chat template does not read, as an id of each turn. Labels are those
+    that the row became, whether it gives their names or their numbers; of a picture, it is the
+    file's bytes and these.
     """
     return [
         each._replace(others={**each.others, DIGEST: _make_digest(row, each)}) for each in found
@@ -34,10 +37,20 @@ def _make_digest(row: Any, encoded: Encoded) -> NDArray:
     if "image" in encoded.others:
         content = encoded.others["image"].tobytes() + encoded.labels.tobytes()
     else:
-        read = _leave_out_unread(row, encoded.unread)
+        read = _take_said(row, encoded)
         content = json.dumps(read, sort_keys=True, default=repr).encode()
     number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
     return np.array([number % LARGEST], np.int64)
+
+
+def _take_said(row: Any, encoded: Encoded) -> Any:
+    """Return what a row says: its texts, and the labels that it became; of conversations, without
+    what the template does not read."""
+    if isinstance(row, Labelled):
+        return row._replace(label=encoded.labels.tolist())
+    if isinstance(row, Tagged):
+        return row._replace(tags=encoded.labels.tolist())
+    return _leave_out_unread(row, encoded.unread)
 
 
 def _leave_out_unread(row: Any, unread: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from lora_cli.data.formats import BadRow
 from lora_cli.recipe import Recipe
 
 ONE = "single_label_classification"
+WHOLE = re.compile(r"-?[0-9]{1,18}")
+"""A number by which labels are sorted; of other signs that are digits to Python, as ², none is
+made."""
 MOST = 10_000
 """Labels from which they are taken for texts or measurements."""
 
@@ -130,7 +134,7 @@ def _order(name: str) -> tuple[Any, ...]:
     """Return what labels are sorted by: `O` first, then what tags mark, numbers by their size."""
     if name == "O":
         return (0,)
-    if name.lstrip("-").isdigit():
+    if WHOLE.fullmatch(name):
         return (1, int(name), name)
     marked = name[2:] if name[:2] in ("B-", "I-") else name
     return (2, marked, name)

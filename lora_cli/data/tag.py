@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.common import LoraError, spell_count
 from lora_cli.data import formats
 from lora_cli.data.classify import LabelEncoder
-from lora_cli.data.encode import Batch, Encoded, Made
+from lora_cli.data.encode import Batch, Encoded, Made, refuse_half_characters
 from lora_cli.data.formats import BadRow
 from lora_cli.data.offsets import NDArray
 from lora_cli.models import IGNORED
@@ -142,6 +142,7 @@ def read_words(row: Mapping[str, Any]) -> list[str]:
     for word in words:
         if not isinstance(word, str):
             raise BadRow("a word is no text", f"the word {str(word)[:40]} is no text")
+        refuse_half_characters(word)
     return words
 
 

@@ -34,6 +34,12 @@ BAD: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     # name: (task, name of the rows' file, its content, options)
     "no labels": (CLASSES, "r.csv", "text\nglass\n", ()),
     "other columns": (CLASSES, "r.csv", "what,which\nglass,good\ntree,bad\n", ()),
+    "a table without names": (CLASSES, "r.csv", "Glass is not a house.,good\nno tree,bad\n", ()),
+    "half a character": (CLASSES, "r.jsonl", '{"text": "a\\ud800", "label": "x"}\n'
+                         '{"text": "b", "label": "y"}\n', ()),
+    "a label of half a character": (CLASSES, "r.jsonl", '{"text": "a", "label": "\\ud800"}\n'
+                                    '{"text": "b", "label": "²"}\n{"text": "c", "label": "--5"}\n',
+                                    ()),
     "a column that is not there": (CLASSES, "r.csv", TWO, ("data.columns={text: txt}",)),
     "one label in all": (CLASSES, "r.csv", "text,label\nglass,good\ntree,good\n", ()),
     "an empty label": (CLASSES, "r.csv", TWO + "stone,\n", ()),
@@ -95,6 +101,8 @@ BAD: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
                               + WORDS, ()),
     "a word without tokens": (TAGS, "r.jsonl", WORDS + '{"tokens": ["glass", ""], '
                               '"tags": ["O", "O"]}\n', ()),
+    "half a character in a word": (TAGS, "r.jsonl", WORDS + '{"tokens": ["\\ud800"], "tags": '
+                                   '["O"]}\n', ()),
     "a word that is a number": (TAGS, "r.jsonl", WORDS + '{"tokens": [3], "tags": ["O"]}\n', ()),
     "an entity not begun": (TAGS, "r.jsonl", WORDS + '{"tokens": ["glass", "tree"], '
                             '"tags": ["O", "I-GOOD"]}\n', ()),

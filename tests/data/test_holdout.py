@@ -112,6 +112,22 @@ def test_rows_that_differ_in_what_is_not_read_are_equal(tmp_path: Path, tokenize
     assert not set(texts(train)) & set(texts(held))
 
 
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
+def test_labels_by_name_and_by_number_say_the_same(task: str, tmp_path: Path, tokenizer) -> None:
+    names = ["O", "B-x"]
+    files = []
+    for file, labels in (("a", names), ("b", range(2))):
+        rows = [{"text": f"w{n}", "label": labels[n % 2]} for n in range(60)]
+        if task == "token_classification":
+            rows = [{"tokens": [row["text"]], "tags": [row["label"]]} for row in rows]
+        files.append(write(tmp_path / f"{file}.jsonl", rows))
+    mix = f"{{mix: [{{path: {files[0]}}}, {{path: {files[1]}}}], eval_rows: 20}}"
+    kind = "model.problem_type=single_label_classification"
+    train, held = read(tmp_path, tokenizer, mix, f"task={task}", "model.labels=[O, B-x]", kind)
+    assert held is not None and len(held.rows) == 40
+    assert not set(texts(train)) & set(texts(held))
+
+
 def test_what_a_stream_holds_out_never_comes(tmp_path: Path, tokenizer) -> None:
     """Also not when the data are read again, and where it stands beyond the first rows."""
     file = write(tmp_path / "a.jsonl", [pair(n) for n in range(100)])
@@ -133,6 +149,14 @@ def test_a_mix_of_streams_holds_out(tmp_path: Path, tokenizer) -> None:
     drawn = {tuple(row["input_ids"]) for row in islice(train.stream, 300)}
     assert not drawn & set(texts(held))
     assert len(drawn) > 70
+
+
+def test_a_stream_of_a_mix_that_is_held_out_whole_is_refused(tmp_path: Path, tokenizer) -> None:
+    """Nothing would ever be drawn of it: the run waited for it without end."""
+    files = [write(tmp_path / f"{n}.jsonl", [pair(n)]) for n in range(2)]
+    mix = f"{{mix: [{{path: {files[0]}}}, {{path: {files[1]}}}], eval_rows: 1, streaming: true}}"
+    with pytest.raises(LoraError, match="held out to evaluate on, and nothing is left to draw"):
+        read(tmp_path, tokenizer, mix, "training.max_steps=5")
 
 
 def test_pieces_of_a_row_stay_together(tmp_path: Path, tokenizer) -> None:
