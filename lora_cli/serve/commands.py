@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lora_cli.common import UsageError, files, quote, quote_words, ui
 from lora_cli.evaluate import open_answerers
 from lora_cli.models import Adapter, Base, adapter_contents, names, read_adapter
-from lora_cli.serve.adapters import name_model, read_names
+from lora_cli.serve.adapters import name_model, name_served, refuse_other_bases
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be."""
@@ -33,27 +33,22 @@ class Laid(NamedTuple):
 def show(path: str, adapters: Sequence[str], base: str | None, engine: str) -> None:
     """Print the commands to stdout, a line each, and to stderr what they leave out. Raises
     LoraError where the engine has no way to serve it."""
-    kind = names.classify(path)
+    kind, given = names.classify(path), name_served(path, adapters, base)
     if kind == "gguf":
-        if adapters:
-            raise UsageError(f"{path} is a GGUF file, on which no adapter is laid", _MERGE)
         ui.report(*_serve_gguf(Path(path), engine))
         return
-    given = read_names(adapters)
+    on = base if kind == "adapter" else path
+    read = {name: read_adapter(Path(each), on) for name, each in given.items()}
     if kind == "adapter":
-        given = {name_model(path): path, **given}
-        base = base or str(read_adapter(Path(path), base).base)
-    model = Base.of_model(base or path)
-    open_answerers.refuse_other_task(path, model.task)
-    base = base or path
-    laid = [_judge(name, read_adapter(Path(each), base), engine) for name, each in given.items()]
+        refuse_other_bases({name: adapter.base for name, adapter in read.items()})
+        on = base or str(read[name_model(path)].base)
+    assert on is not None, "PATH, or the base of an adapter"
+    open_answerers.refuse_other_task(path, Base.of_model(on).task)
+    laid = [_judge(name, adapter, engine) for name, adapter in read.items()]
     for each in laid:
         for reason in each.reasons:
             ui.warn(f"{TITLES[engine]} does not lay {each.name} over its base: {reason}")
-    ui.report(*_list_commands(base, laid, engine))
-
-
-_MERGE = "merge the adapter, and export that: lora merge ADAPTER OUT && lora export-gguf OUT"
+    ui.report(*_list_commands(on, laid, engine))
 
 
 def _serve_gguf(path: Path, engine: str) -> list[str]:

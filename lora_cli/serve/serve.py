@@ -17,7 +17,7 @@ from lora_cli.common import LoraError, UsageError, quote, ui
 from lora_cli.evaluate import answerers, hf_answerers, loaded_bases, open_answerers
 from lora_cli.gguf import engine
 from lora_cli.models import Base, names, read_adapter
-from lora_cli.serve.adapters import name_model, read_names, refuse_twice
+from lora_cli.serve.adapters import name_model, name_served, refuse_other_bases
 from lora_cli.serve.desk import Engine
 from lora_cli.serve.gguf_engine import GGUFEngine
 from lora_cli.serve.torch_engine import TorchEngine
@@ -149,29 +149,18 @@ def open_engines(
     path: str, adapters: Sequence[str], base: str | None, context: int | None
 ) -> Mapping[str, Engine]:
     """Load what is served; return who writes for each name. Raises LoraError."""
-    kind = names.classify(path)
+    kind, given = names.classify(path), name_served(path, adapters, base)
     if kind == "gguf":
-        if adapters or base:
-            raise UsageError(
-                f"{path} is a GGUF file, on which no adapter is laid",
-                f"serve the base it was made from: lora serve BASE --adapter {quote('NAME=PATH')}",
-            )
         name, size = Path(path).stem, context or engine.CONTEXT
         return {name: GGUFEngine(name, engine.GGUFModel(Path(path), n_ctx=size), size)}
-    given = read_names(adapters)
     if kind == "adapter":
-        refuse_twice(name_model(path), given)
-        given = {name_model(path): path, **given}
         found = _open_torch(given, base)
         if len(found) == len(given):
             ui.say(
                 "the base itself is not served: its adapters have it in another form, or its name"
             )
     else:
-        if base:
-            raise UsageError("--base is for an adapter", f"lora serve {quote(base)}")
-        refuse_twice(name_model(path), given)
-        found = _open_torch(given, path)
+        found = _open_torch(given, path) if given else {}
         if name_model(path) not in found:
             opened = open_answerers.open_models([path])[path]
             found = {name_model(path): _require_conversing(path, opened), **found}
@@ -188,18 +177,10 @@ def _open_torch(given: Mapping[str, str], base: str | None) -> dict[str, hf_answ
         open_answerers.refuse_other_task(path, adapter.base.task)
         adapter.refuse_other_base()
         bases[name] = adapter.base
-    first = next(iter(bases.items()), None)
-    for name, other in bases.items():
-        if first and other.name != first[1].name:
-            raise UsageError(
-                f"{name} is an adapter on {other}, and {first[0]} on {first[1]}",
-                "serve each by a server of its own",
-            )
-    if first is None:
-        return {}
+    refuse_other_bases(bases)
     opened = open_answerers.open_models(list(dict.fromkeys(given.values())), base)
     found = {name: _require_conversing(path, opened[path]) for name, path in given.items()}
-    return found | _share_base(first[1], found)
+    return found | _share_base(next(iter(bases.values())), found)
 
 
 def _share_base(

@@ -54,12 +54,16 @@ def test_what_is_not_served(lora, tiny: Path, adapters, tmp_path: Path) -> None:
     gguf = tmp_path / "a.gguf"
     gguf.write_bytes(b"GGUF")
     plain = adapters["plain"]
-    said = refuse(lora, gguf, "--adapter", f"a={plain}", "--port", 0)
-    assert "on which no adapter is laid" in said
+    for engine in ((), ("--print", "llama.cpp")):  # the commands of others are not others
+        for given in (("--adapter", f"a={plain}"), ("--base", tiny / "model")):
+            said = refuse(lora, gguf, *given, "--port", 0, *engine)
+            assert "on which no adapter is laid" in said
+        said = refuse(lora, plain, "--adapter", f"plain={adapters['dora']}", "--port", 0, *engine)
+        assert "two models are called plain" in said
+        given = (tiny / "model", "--base", plain)
+        assert "--base is for an adapter" in refuse(lora, *given, "--port", 0, *engine)
     teller = write_config(tmp_path / "teller", "bert", "BertForSequenceClassification")
     assert "writes no text" in refuse(lora, teller, "--port", 0, status=1)
-    said = refuse(lora, plain, "--adapter", f"plain={adapters['dora']}", "--port", 0)
-    assert "two models are called plain" in said
     assert "it is NAME=PATH" in refuse(lora, plain, "--adapter", adapters["dora"], "--port", 0)
     said = refuse(lora, plain, "--adapter", f"a={tiny / 'model'}", "--port", 0)
     assert "is not an adapter" in said
@@ -77,8 +81,9 @@ def test_adapters_of_two_bases_are_not_served_together(lora, adapters, tmp_path:
     (other / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": str(base)})
     )
-    said = refuse(lora, adapters["plain"], "--adapter", f"other={other}", "--port", 0)
-    assert "serve each by a server of its own" in said
+    for engine in ((), ("--print", "vllm")):
+        said = refuse(lora, adapters["plain"], "--adapter", f"other={other}", "--port", 0, *engine)
+        assert "serve each by a server of its own" in said
 
 
 def test_adapters_lie_on_one_base_which_is_served_too(adapters, tiny: Path) -> None:
