@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from lora_cli.scoring import regexes
@@ -84,7 +84,7 @@ def find_number(text: str) -> Decimal | None:
     chosen = found[0] if mark else found[-1]
     number = Decimal(chosen["digits"].replace(",", "") + (chosen["power"] or ""))
     negative = (chosen["sign"] or chosen["inner"]) in ("-", "\u2212")
-    return -number if negative else number
+    return number.copy_negate() if negative else number  # as long as it is: `-` rounds
 
 
 def score_json_valid(answer: str, expected: str) -> Score:
@@ -108,9 +108,18 @@ def _parse(text: str) -> Any:
     """Return the JSON value of a text, or _NotJson. NaN and Infinity are none, and what is nested
     or long beyond what Python reads is none either."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=Decimal)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_read_number)
     except (ValueError, RecursionError):
         return _NotJson()
+
+
+def _read_number(text: str) -> Decimal | tuple[str]:
+    """Return a number with a fraction or a power; one that is beyond what decimals hold as its
+    text, which is like no other value."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return (text,)
 
 
 def _refuse_constant(name: str) -> None:

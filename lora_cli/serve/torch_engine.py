@@ -96,6 +96,7 @@ class TorchEngine:
         """`context`: tokens of prompt and answer together, where fewer than the positions of a
         model."""
         self.models, self.context = models, context
+        self.longest = dict[str, int]()
         self.readers = {name: copy.copy(model) for name, model in models.items()}
         for reader in self.readers.values():  # prompts are made while another thread decodes
             reader.tokenizer = copy.deepcopy(reader.tokenizer)
@@ -115,7 +116,9 @@ class TorchEngine:
 
     def measure_longest_token(self, name: str) -> int:
         """Return how many characters the longest token has."""
-        return max(map(len, self.readers[name].tokenizer.get_vocab()))
+        if name not in self.longest:  # of 49,152 tokens it takes 60 ms
+            self.longest[name] = max(map(len, self.readers[name].tokenizer.get_vocab()))
+        return self.longest[name]
 
     def render(self, name: str, asked: answerers.Asked) -> list[int]:
         """Return the prompt of a conversation, as token ids."""

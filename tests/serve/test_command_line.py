@@ -98,6 +98,7 @@ def test_adapters_lie_on_one_base_which_is_served_too(adapters, tiny: Path) -> N
         models = engine.models.values()
         assert len({id(each) for model in models for each in model.bases.loaded.values()}) == 1
         assert {engine.find_positions(name) for name in names} == {100}
+        assert [engine.measure_longest_token(name) for name in names * 2] == [13] * 2 * len(names)
         said = set()
         for name in [*names, *names]:
             prompt = engine.render(name, answerers.Asked([{"role": "user", "content": "red dog"}]))
