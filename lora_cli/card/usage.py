@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_cli.card.facts import Facts
 from lora_cli.card.markdown import fence, listed
-from lora_cli.common import quote, quote_words
+from lora_cli.common import name_in_ollama, quote, quote_words
 
 ASKED = "What is LoRA?"
 
@@ -188,7 +188,7 @@ def _list_gguf_usage(facts: Facts) -> list[str]:
         if local
         else f"hf download {quote(facts.place)} {quote(first)} Modelfile --local-dir .\n"
     )
-    create = f"{fetch}ollama create {quote(Path(first).stem.lower())} -f Modelfile"
+    create = f"{fetch}ollama create {quote(name_in_ollama(Path(first).stem))} -f Modelfile"
     return [*asked, fence("sh", create)]
 
 

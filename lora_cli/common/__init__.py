@@ -6,6 +6,7 @@ Its doors, in the order a reader needs them:
     LoraError, UsageError, RejectedError   what is raised where a user can do something about it
     join_errors, find_nearest              several problems as one error; "did you mean …?"
     quote, quote_words                     a path, or all words, in a command line that is shown
+    name_in_ollama                         a name for a GGUF file's model that Ollama takes
     spell_count                            a number with what it is of: 1 row, 2 rows
     escape                                 others' text as one line
     show_as                                what messages call a copy by
@@ -40,7 +41,7 @@ from lora_cli.common.errors import (
 )
 from lora_cli.common.files import read_json, refuse_link, refuse_occupied, write_json, write_text
 from lora_cli.common.library_errors import translate_refusals
-from lora_cli.common.shown import escape, quote, quote_words, show_as, spell_count
+from lora_cli.common.shown import escape, name_in_ollama, quote, quote_words, show_as, spell_count
 from lora_cli.common.ui import Progress, format_duration, say, warn
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "library_errors",
     "lock",
     "missing_packages",
+    "name_in_ollama",
     "plain_files",
     "library_warnings",
     "privacy",

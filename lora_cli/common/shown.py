@@ -59,6 +59,13 @@ def name_given(text: str) -> str:
     return text
 
 
+def name_in_ollama(stem: str) -> str:
+    """Return a name for the model of a GGUF file that Ollama takes: letters of ASCII, digits, dots,
+    dashes and underscores, 80 at most, of which the first is no mark (types/model/name.go)."""
+    spelt = re.sub(r"[^a-z0-9_.-]+", "-", stem.lower()).lstrip("_.-")
+    return spelt[-80:].lstrip("_.-") or "model"
+
+
 def quote(path: object) -> str:
     """Quote a path, or another value, for a command line that is shown: pasted into a shell it is
     one word, and no option."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_cli.common import escape, files, quote, ui
+from lora_cli.common import escape, files, name_in_ollama, quote, ui
 from lora_cli.gguf import preflight
 from lora_cli.models import Adapter, Base, adapter_contents, adds_bos, attach, chat_template
 
@@ -185,8 +185,17 @@ def is_of(path: Path, gguf: Path) -> bool:
     """Return whether a file that exists is a Modelfile of ours for this GGUF."""
     if not _is_ours(path):
         return False
-    text = path.read_text(encoding="utf-8")
-    return dict(reversed(list(read_modelfile(text)))).get("FROM") == f"./{gguf.name}"
+    return reads_from(path, gguf)
+
+
+def reads_from(path: Path, gguf: Path) -> bool:
+    """Return whether Ollama would take the model of a Modelfile, anybody's, from the GGUF beside
+    it."""
+    try:
+        said = dict(reversed(list(read_modelfile(path.read_text(encoding="utf-8")))))
+    except ValueError:  # of the text's encoding, too
+        return False
+    return said.get("FROM") in (gguf.name, f"./{gguf.name}")
 
 
 def _is_ours(path: Path) -> bool:
@@ -258,20 +267,13 @@ def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, merged: Path) -> list[s
     return [tokens[i] for i in dict.fromkeys([tokenizer.eos_token_id, *ids]) if i in tokens]
 
 
-def _name_in_ollama(gguf: Path) -> str:
-    """Return a name for a file's model that Ollama takes: letters of ASCII, digits, dots, dashes
-    and underscores, of which the first is none of the marks, 80 at most (types/model/name.go)."""
-    spelt = re.sub(r"[^a-z0-9_.-]+", "-", gguf.stem.lower()).lstrip("_.-")
-    return spelt[-80:].lstrip("_.-") or "model"
-
-
 def say_how(ggufs: Sequence[Path], merged: Path | None, adapter: Adapter | None) -> None:
     """Print how to run the files with llama.cpp and Ollama, and the model they came from with
     vLLM."""
     ui.say("to run it:")
     ui.say(f"  llama-server -m {quote(ggufs[0])}")
     if (modelfile := ggufs[0].with_name("Modelfile")).is_file():
-        ui.say(f"  ollama create {quote(_name_in_ollama(ggufs[0]))} -f {quote(modelfile)}")
+        ui.say(f"  ollama create {quote(name_in_ollama(ggufs[0].stem))} -f {quote(modelfile)}")
     if merged is not None:
         ui.say(f"  vllm serve {quote(merged)}")
     if adapter is None:

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.common import UsageError, files, quote, quote_words, ui
+from lora_cli.common import UsageError, files, name_in_ollama, quote, quote_words, ui
 from lora_cli.evaluate import open_answerers
+from lora_cli.gguf import modelfile
 from lora_cli.models import Adapter, Base, adapter_contents, names, read_adapter
 from lora_cli.serve.adapters import name_model, name_served, refuse_other_bases
 
@@ -64,11 +65,14 @@ def _serve_gguf(path: Path, engine: str) -> list[str]:
 
 
 def _create_ollama(path: Path) -> list[str]:
-    """Return how Ollama gets a GGUF file: by the Modelfile beside it, or by one of a line."""
-    modelfile = path.with_name("Modelfile")
-    made = [] if modelfile.is_file() else [f"echo FROM ./{quote(path.name)} > {quote(modelfile)}"]
-    create = f"ollama create {quote(path.stem.lower())} -f {quote(modelfile)}"
-    return [*made, create, f"ollama run {quote(path.stem.lower())}"]
+    """Return how Ollama gets a GGUF file: by the Modelfile beside it, or by one of a line, where
+    there is none or it is of another file."""
+    file, made = path.with_name("Modelfile"), []
+    if not (file.is_file() and modelfile.reads_from(file, path)):
+        file = path.with_name(f"{path.stem}.Modelfile") if file.exists() else file
+        made = [f"echo FROM ./{quote(path.name)} > {quote(file)}"]
+    name = name_in_ollama(path.stem)
+    return [*made, f"ollama create {quote(name)} -f {quote(file)}", f"ollama run {quote(name)}"]
 
 
 def _judge(name: str, adapter: Adapter, engine: str) -> Laid:
@@ -94,7 +98,7 @@ def _list_scalings(config: Mapping[str, Any], engine: str) -> list[str]:
 
 
 def _find_rank(config: Mapping[str, Any]) -> int:
-    return max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
+    return max(config.get("r", 8), *(config.get("rank_pattern") or {}).values(), 1)
 
 
 def _list_commands(base: str, laid: Sequence[Laid], engine: str) -> list[str]:
@@ -125,9 +129,13 @@ def _serve_folder(path: str, name: str, engine: str) -> list[str]:
     made = f"lora export-gguf {quote(path)} --quantize q8_0 --output {quote(folder)}"
     if engine == "llama.cpp":
         return [made, f"llama-server -m {quote(file)}"]
-    modelfile = Path(folder) / "Modelfile"  # written by export-gguf
-    create = f"ollama create {quote(name.lower())} -f {quote(modelfile)}"
-    return [made, create, f"ollama run {quote(name.lower())}"]
+    called = name_in_ollama(name)
+    written = Path(folder) / "Modelfile"  # by export-gguf
+    return [
+        made,
+        f"ollama create {quote(called)} -f {quote(written)}",
+        f"ollama run {quote(called)}",
+    ]
 
 
 def _lay_over(base: str, laid: Sequence[Laid], engine: str) -> list[str]:

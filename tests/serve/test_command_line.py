@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from lora_cli.common import LoraError, UsageError
 from lora_cli.evaluate import answerers, open_answerers
-from lora_cli.serve import asked, serve
+from lora_cli.serve import asked, commands, serve
 from lora_cli.serve.pieces import Assembler, Drawing, End, Piece, Token, name_token
 from lora_cli.serve.torch_engine import TorchEngine
 from tests.serve.serving import make_adapter
@@ -161,6 +161,26 @@ def test_commands_of_other_engines(lora, adapters, tiny: Path) -> None:
         lines = lora("serve", *words, engine).stdout.splitlines()
         assert lines[0] == f"lora merge {adapters['plain']} plain-merged"
         assert lines[-1].startswith(last)
+
+
+def test_ollama_reads_the_modelfile_of_the_file_that_is_served(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "My run-Q4_K_M.gguf"
+    file.touch()
+
+    def show() -> list[str]:
+        commands.show(str(file), [], None, "ollama")
+        return capsys.readouterr().out.splitlines()
+
+    made, run = f"echo FROM ./'{file.name}' > ", "ollama run my-run-q4_k_m"
+    beside = tmp_path / "Modelfile"
+    created = "ollama create my-run-q4_k_m -f "
+    assert show() == [f"{made}{beside}", f"{created}{beside}", run]
+    beside.write_text(f"# mine\nFROM {file.name}\n")
+    assert show() == [f"{created}{beside}", run]
+    for other in ("FROM ./other.gguf\n", 'FROM """\n'):
+        beside.write_text(other)
+        own = f"'{tmp_path / file.stem}.Modelfile'"
+        assert show() == [f"{made}{own}", f"{created}{own}", run]
 
 
 def test_what_an_engine_scales_otherwise_is_merged(
