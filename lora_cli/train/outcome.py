@@ -37,10 +37,9 @@ def describe_end(trainer: Any, steps: int, mean_loss: float) -> Trained:
         why = f"{number} evaluations in a row were no better than the best before them"
         if number == 1:
             why = "an evaluation was no better than the best before it"
-    metric = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
     seen = int(state.num_input_tokens_seen)
     effort = trainer.watch.measure_effort(state)
-    return Trained(steps, mean_loss, effort, f"eval_{metric}", best, why, seen)
+    return Trained(steps, mean_loss, effort, trainer.name_best_metric(), best, why, seen)
 
 
 def find_kept(folder: Path, trained: Trained) -> RecordedKept | None:

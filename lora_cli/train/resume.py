@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GreedyLR,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lora_cli.common import ui
 from lora_cli.distributed import ranks
@@ -22,6 +28,9 @@ from lora_cli.train.early_stopping import EarlyStopping
 from lora_cli.train.options import RunOptions
 from lora_cli.train.saving_trainer import SavingTrainer
 from lora_cli.train.signals import Signals
+
+BY_METRIC = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)
+"""Schedules that go by what evaluations say."""
 
 
 class StoppedError(Exception):
@@ -48,13 +57,19 @@ class Resumable(SavingTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _evaluate(
+        self, trial: Any, ignored: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
         before = random_state.capture_state()
         try:
             answers = self._answer_samples() if self.state.global_step else None
-            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+            metrics: dict[str, float] = super()._evaluate(trial, ignored, skip_scheduler=True)
         finally:
             random_state.restore_state(before)
+        name = self.name_best_metric()
+        # Trainer's own step ends a run whose evaluation lacks the metric
+        if isinstance(self.lr_scheduler, BY_METRIC) and name in metrics and not skip_scheduler:
+            self.lr_scheduler.step(metrics[name])
         self.evaluation_due = False
         if answers is not None:  # once all is done that would be done again
             self.watch.show_samples(answers)

@@ -212,10 +212,16 @@ class SavingTrainer(TypedTrainer):
                 "otherwise, and dropout draws other numbers"
             )
 
+    def name_best_metric(self) -> str:
+        """Return what evaluations call the metric that tells the best step, the loss where none is
+        asked for."""
+        return f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        asked = self.args.metric_for_best_model
-        name = f"eval_{(asked or 'loss').removeprefix('eval_')}"
-        if asked and name not in metrics:  # as of questions without answers where all have some
+        name = self.name_best_metric()
+        if (
+            self.args.metric_for_best_model and name not in metrics
+        ):  # as of questions without answers where all have some
             ui.warn(
                 f"the evaluation gives no {name}, by which the best step is told "
                 "(training.metric_for_best_model): this one does not count"

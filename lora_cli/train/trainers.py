@@ -91,12 +91,11 @@ class Watched(Resumable):
 
     def _make_picture(self) -> Picture:
         """Return the picture of a run that has not begun."""
-        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         return Picture(
             self.options.subject,
             self.options.work.unit,
             self.options.planned,
-            f"eval_{metric}",
+            self.name_best_metric(),
             bool(self.args.greater_is_better),
         )
 

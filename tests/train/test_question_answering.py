@@ -223,6 +223,7 @@ OTHERWISE: dict[str, Callable[[Path], list[str]]] = {
     "the best by what no row has": lambda rows: [
         f"data.eval_path={_leave_answered(rows)}",
         "training.metric_for_best_model=no_answer_accuracy",
+        "training.lr_scheduler_type=reduce_lr_on_plateau",
     ],
 }
 
