@@ -86,7 +86,7 @@ def convert(folder: Path, out: Path, r: int | None, base: str | None) -> None:
     linear updates.
     """
     adapter = read_adapter(folder, base)
-    adapter_contents.refuse_beyond(adapter.folder, [adapter_contents.DORA])
+    adapter_contents.refuse_beyond(adapter.folder, [adapter_contents.DORA, adapter_contents.BLOCKS])
     adapter.refuse_other_base()
     with files.staged_folder(out) as staging:
         tokenizer = adapter.load_tokenizer()

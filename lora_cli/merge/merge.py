@@ -45,6 +45,7 @@ from lora_cli.models import (
     Difference,
     Probe,
     Reader,
+    adapter_contents,
     attach,
     check_trained,
     choose_limit,
@@ -396,8 +397,9 @@ def _has_experts(adapter: Adapter) -> bool:
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
-    """Raise LoraError for a base whose files hold weights in a form that nothing can be added
-    to."""
+    """Raise LoraError for an adapter of which no plain model can be made, and for a base whose
+    files hold weights in a form that nothing can be added to."""
+    adapter_contents.refuse_unmergeable(adapter.folder)
     if adapter.base.quantised:
         quantised.refuse_unmergeable(adapter.base.name, adapter.base.quantised)
 

@@ -139,15 +139,16 @@ def find_packed(
 
 
 def _check_config(config: PeftConfig) -> None:
-    """Raise Unstreamable for an adapter whose start is computed again, or that repeats layers."""
+    """Raise Unstreamable for an adapter whose start is computed again, or whose layers change their
+    base's weights."""
     assert isinstance(config, LoraConfig), "read_adapter has refused others"
     start = find_initialisation(config.init_lora_weights)
     if start and start.repeated_at_load:
         raise Unstreamable(
             f"PEFT computes its start, {config.init_lora_weights}, from the base's weights again"
         )
-    if config.layer_replication:
-        raise Unstreamable("it repeats layers of the base")
+    if config.kasa_config:
+        raise Unstreamable("a KaSA takes part of each weight out the first time that it is used")
 
 
 def find_own_names(model: Base) -> dict[str, bool]:

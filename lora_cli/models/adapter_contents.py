@@ -12,6 +12,22 @@ from lora_cli.common import LoraError, files, quote
 from lora_cli.recipe import find_initialisation
 
 DORA = "DoRA magnitudes"
+BLOCKS = "blocks in A or B (use_bdlora)"
+UNMERGEABLE = {
+    "alora_invocation_tokens": "tokens from which on alone it applies (alora_invocation_tokens)",
+    "layer_replication": "layers of the base that it repeats (layer_replication)",
+}
+"""What no plain model can be made of, by the field of the configuration: a model's weights apply to
+every token, and repeated layers share theirs, so that each one's change would fall to all."""
+AS_IT_IS = "PEFT runs it as it is: lora generate"
+
+
+def refuse_unmergeable(folder: Path) -> None:
+    """Raise LoraError where no plain model can be made of the adapter in `folder` and its base."""
+    config = files.read_json(folder / "adapter_config.json")
+    for field, words in UNMERGEABLE.items():
+        if config.get(field):
+            raise LoraError(f"{folder} cannot be merged: it has {words}", AS_IT_IS)
 
 
 def list_beyond(folder: Path) -> list[str]:
@@ -23,6 +39,9 @@ def list_beyond(folder: Path) -> list[str]:
     whole = [key for key in keys if not any(part.startswith("lora_") for part in key.split("."))]
     start = find_initialisation(config.get("init_lora_weights"))
     found = {
+        **{words: config.get(field) for field, words in UNMERGEABLE.items()},
+        BLOCKS: config.get("use_bdlora"),
+        "what it takes out of the base's weights (kasa_config)": config.get("kasa_config"),
         DORA: config.get("use_dora") or any("lora_magnitude_vector" in key for key in keys),
         "modules trained whole (modules_to_save)": config.get("modules_to_save"),
         "embedding rows (trainable_token_indices)": config.get("trainable_token_indices"),
@@ -42,9 +61,9 @@ def refuse_beyond(folder: Path, accepted: Sequence[str] = ()) -> None:
     `accepted`."""
     more = [what for what in list_beyond(folder) if what not in accepted]
     if more:
-        hint = (
-            f"lora convert {quote(folder)} OUT"
-            if more == [DORA]
-            else f"merge it instead: lora merge {quote(folder)} OUT"
-        )
+        hint = f"merge it instead: lora merge {quote(folder)} OUT"
+        if {*more} <= {DORA, BLOCKS}:
+            hint = f"lora convert {quote(folder)} OUT"
+        elif {*more} & {*UNMERGEABLE.values()}:
+            hint = AS_IT_IS
         raise LoraError(f"{folder} holds more than LoRA on linear weights: {', '.join(more)}", hint)

@@ -381,6 +381,7 @@ def _changes_base(config: dict[str, Any]) -> bool:
     return (
         config.get("bias", "none") != "none"
         or starts_otherwise
+        or bool(config.get("kasa_config"))
         or bool(config.get("trainable_token_indices"))
     )
 

@@ -557,6 +557,7 @@ BAD: dict[str, Case] = {
     "adapter: a task of another kind": claiming(task_type="SEQ_CLS"),
     "adapter: code to import": claiming(megatron_config={"a": 1}, megatron_core="os.path"),
     "adapter: replicated layers": claiming(layer_replication=[[0, 2], [0, 2]]),
+    "adapter: an aLoRA": claiming(alora_invocation_tokens=[5, 6]),
     "adapter: unknown start": claiming(init_lora_weights="magic"),
     "adapter: pickled as .bin": merging(lambda f: renamed(f)),
     "adapter: pickled as .pt": merging(lambda f: renamed(f, "adapter.pt")),

@@ -111,6 +111,12 @@ def test_a_plain_adapter_is_converted_as_it_is(base: Path, tmp_path: Path) -> No
     ({"modules_to_save": ["lm_head"]}, "modules trained whole", "merge it instead"),
     ({"trainable_token_indices": [5]}, "embedding rows", "merge it instead"),
     ({"lora_bias": True}, "biases in the adapter", "merge it instead"),
+    ({"kasa_config": {"beta": 1e-4}}, "takes out of the base's weights", "merge it instead"),
+    ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}, "target_modules": ["q_proj"]},
+     "blocks in A or B", "lora convert "),
+    ({"alora_invocation_tokens": [5, 6]}, "tokens from which on alone it applies", "PEFT runs it"),
+    ({"layer_replication": [[0, 2], [1, 2]], "target_modules": ["q_proj"]}, "layers of the base",
+     "PEFT runs it"),
 ])  # fmt: skip
 def test_what_llama_cpp_cannot_hold_is_refused_with_the_way_out(
     base: Path, tmp_path: Path, options: dict, said: str, hint: str

@@ -91,6 +91,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "whole tied ends": ("tied", {"modules_to_save": ["embed_tokens"]}, "tied"),
     "a start of the weights": ("llama", {"init_lora_weights": "pissa"}, "pissa"),
+    "kasa": ("llama", {"kasa_config": {"beta": 1e-4}}, "a KaSA takes part of each weight out"),
 }
 TINY: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 SIZES = {
@@ -234,6 +235,8 @@ def test_what_cannot_be_streamed_says_why_and_is_merged_whole(
     name, options, reason = WHOLE[shape]
     base, adapter = made(name, torch.float32), tmp_path / "adapter"
     save_adapter(base, adapter, torch.float32, options)
+    leaves_base = shape not in ("a start of the weights", "kasa")
+    assert adapter_folder.read_adapter(adapter).shares_base == leaves_base
     with pytest.raises(LoraError, match=f"cannot be merged in constant memory: .*{reason}"):
         merge.merge(adapter, tmp_path / "out", stream=True)
     if shape != "a start of the weights":  # which is another adapter at each load
