@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lora_cli.common import ui
 from lora_cli.evaluate.answerers import Asked, Sampling
 from lora_cli.gguf import engine, llama_api, llama_writer
@@ -37,7 +39,7 @@ class GGUFAnswerer:
         given = [self._make_prompt(asked, sampling) for asked in conversations]
         likeliest = sampling.is_greedy and self.takes_likeliest
         if len(given) > 1 and likeliest and not llama_api.find_lack():
-            prompts, rooms, _ = zip(*given)
+            prompts, rooms, *_ = zip(*given)
             written = self.writer.write_likeliest(prompts, rooms)
             return [decoder.Written(*each) for each in written]
         return [decoder.Written(*self.model.write(*each)) for each in given]
@@ -69,8 +71,11 @@ class GGUFAnswerer:
         shown.end()
         return "".join(pieces)
 
-    def _make_prompt(self, asked: Asked, sampling: Sampling) -> tuple[list[int], int, float]:
-        """Return the prompt's tokens, how many tokens its answer may have, and the temperature."""
+    def _make_prompt(self, asked: Asked, sampling: Sampling) -> tuple[list[int], int, float, int]:
+        """Return the prompt's tokens, how many tokens its answer may have, the temperature, and a
+        seed for what is drawn, the next of torch's own, as a transformers model draws."""
         prompt = self.encode(asked)
         room = answering.limit_answer(len(prompt), self.positions, sampling.max_new_tokens)
-        return prompt, room, 0.0 if sampling.is_greedy else sampling.temperature
+        if sampling.is_greedy:
+            return prompt, room, 0.0, 0
+        return prompt, room, sampling.temperature, int(torch.randint(2**31, ()))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 
 from lora_cli.evaluate import answerers, open_answerers
 from lora_cli.gguf import tools
@@ -57,6 +58,20 @@ def test_answers_are_those_of_lora_generate(served: Served, gguf: Path) -> None:
         assert given.usage.completion_tokens == MOST
         chunks = complete(served, prompt, stream=True)
         assert "".join(each.choices[0].delta.content or "" for each in chunks) == said
+
+
+def test_each_answer_is_drawn_by_a_seed_of_its_own(gguf: Path) -> None:
+    """And the same again from one seed of the program's."""
+    opened = open_answerers.open_models([str(gguf)])[str(gguf)]
+    asked = [answerers.Asked([{"role": "user", "content": PROMPTS[0]}])] * 2
+
+    def draw() -> list[str]:
+        torch.manual_seed(7)
+        return opened.answer(asked, answerers.Sampling(MOST, 1.0))
+
+    first, second = draw()
+    assert first != second
+    assert draw() == [first, second]
 
 
 def test_log_probabilities_and_stop_strings(served: Served, gguf: Path) -> None:
