@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.recipe import initialisations
-from lora_cli.recipe.keys import Recipe, TrainingFields
+from lora_cli.recipe.keys import BY_METRIC, Recipe, TrainingFields
 from lora_cli.recipe.tasks import DPO_LOSSES, OBJECTIVES, TASKS, WRITTEN_METRICS
 
 Problem = tuple[str, str | None]
@@ -23,6 +23,7 @@ def list_contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_trainer(recipe)
     yield from _check_preference(recipe)
     yield from _check_steps(recipe)
+    yield from _check_schedule(recipe)
     yield from _check_data(recipe)
     yield from _check_targets(recipe)
     yield from _check_checkpointing(recipe)
@@ -287,6 +288,23 @@ def _check_steps(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+WITHOUT_WARM_UP = {"constant": "constant_with_warmup", **dict.fromkeys(BY_METRIC, "cosine")}
+"""Schedules that transformers begins at the peak, whatever is said of a warm-up, and one beside
+each that it does not."""
+
+
+def _check_schedule(recipe: Recipe) -> Iterator[Problem]:
+    """Some schedules have no warm-up."""
+    training, kind = recipe.training, recipe.training.lr_scheduler_type
+    usual = type(training).model_fields["warmup_steps"].default
+    if kind in WITHOUT_WARM_UP and training.warmup_steps not in (0, usual):
+        place = recipe.where("training", "warmup_steps")
+        yield (
+            f"{place} has no effect with lr_scheduler_type: {kind}",
+            f"warmup_steps: 0, or lr_scheduler_type: {WITHOUT_WARM_UP[kind]}",
+        )
+
+
 def _check_checkpointing(recipe: Recipe) -> Iterator[Problem]:
     """transformers' old and new name of one setting exclude each other."""
     if {"gradient_checkpointing", "activation_checkpointing"} <= recipe.training.model_fields_set:
@@ -340,7 +358,7 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
         ("keep", training.keep == "best"),
         ("early_stopping_patience", training.early_stopping_patience is not None),
         ("save_strategy", _read(recipe, "save_strategy") == "best"),
-        ("lr_scheduler_type", training.lr_scheduler_type == "reduce_lr_on_plateau"),
+        ("lr_scheduler_type", training.lr_scheduler_type in BY_METRIC),
         ("metric_for_best_model", _read(recipe, "metric_for_best_model") is not None),
         ("generate_at_evaluation", training.generate_at_evaluation),
     ):

@@ -458,6 +458,8 @@ class TrainingFields(Section):
         return self.keep == "best" or self.early_stopping_patience is not None
 
 
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Values of lr_scheduler_type that go by what evaluations measure."""
 JUDGED_LATE = {"lr_scheduler_type", "optim", "use_liger_kernel"}
 """Of the keys that are declared here, those that a library only judges when it uses them."""
 

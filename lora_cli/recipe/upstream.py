@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from lora_cli.common import UsageError, devices, find_nearest, missing_packages
 from lora_cli.recipe import initialisations, upstream_fields
-from lora_cli.recipe.keys import Recipe
+from lora_cli.recipe.keys import BY_METRIC, Recipe
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig:
@@ -164,11 +164,18 @@ def _take_newer_names(values: dict[str, Any]) -> None:
 
 
 def _settle_best(recipe: Recipe, values: dict[str, Any]) -> None:
-    """Say in the arguments by what evaluations are compared, where they are."""
+    """Say in the arguments by what evaluations are compared, and which is the better one."""
     if recipe.training.tells_best:
         values.setdefault("metric_for_best_model", "loss")
     if str(values.get("metric_for_best_model")).endswith("perplexity"):
         values.setdefault("greater_is_better", False)  # transformers' guess is by the name `loss`
+    options = values.get("lr_scheduler_kwargs") or {}
+    if recipe.training.lr_scheduler_type in BY_METRIC and isinstance(options, dict):
+        metric = str(values.get("metric_for_best_model") or "loss")
+        greater = values.get("greater_is_better")
+        rises = not metric.endswith("loss") if greater is None else greater
+        # both take every metric for one that is better where it is smaller
+        values["lr_scheduler_kwargs"] = {"mode": "max" if rises else "min", **options}
 
 
 def _use_one_gpu(arguments: TrainingArguments) -> TrainingArguments:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    GreedyLR,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -29,8 +28,8 @@ from lora_cli.train.options import RunOptions
 from lora_cli.train.saving_trainer import SavingTrainer
 from lora_cli.train.signals import Signals
 
-BY_METRIC = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)
-"""Schedules that go by what evaluations say."""
+BY_METRIC = ("ReduceLROnPlateau", "GreedyLR")
+"""torch's and transformers' classes of schedules that go by what is measured."""
 
 
 class StoppedError(Exception):
@@ -58,22 +57,27 @@ class Resumable(SavingTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(
-        self, trial: Any, ignored: list[str] | None, skip_scheduler: bool = False
+        self, trial: Any, ignore_keys: Any, skip_scheduler: bool = False
     ) -> dict[str, float]:
         before = random_state.capture_state()
         try:
             answers = self._answer_samples() if self.state.global_step else None
-            metrics: dict[str, float] = super()._evaluate(trial, ignored, skip_scheduler=True)
+            metrics: dict[str, float] = super()._evaluate(trial, ignore_keys, skip_scheduler=True)
+            if not skip_scheduler:
+                self._step_by_metric(metrics)
         finally:
             random_state.restore_state(before)
-        name = self.name_best_metric()
-        # Trainer's own step ends a run whose evaluation lacks the metric
-        if isinstance(self.lr_scheduler, BY_METRIC) and name in metrics and not skip_scheduler:
-            self.lr_scheduler.step(metrics[name])
         self.evaluation_due = False
         if answers is not None:  # once all is done that would be done again
             self.watch.show_samples(answers)
         return metrics
+
+    def _step_by_metric(self, metrics: dict[str, float]) -> None:
+        """Tell a schedule that goes by evaluations what was measured, as Trainer does; but where
+        that is not defined (a correlation with what is constant), nothing, as for the best step."""
+        name = self.name_best_metric()
+        if type(self.lr_scheduler).__name__ in BY_METRIC and name in metrics:
+            self.lr_scheduler.step(metrics[name])
 
     def sample(self) -> None:
         """Answer the sample prompts before or after all steps, if that is not done."""

@@ -47,6 +47,22 @@ def test_upstream_fields_are_taken_over_only_where_set(tmp_path: Path) -> None:
     assert upstream.build_lora_config(settled).use_rslora is True
 
 
+@pytest.mark.parametrize(
+    ("metric", "mode"), [("loss", "min"), ("perplexity", "min"), ("accuracy", "max")]
+)
+def test_a_schedule_goes_by_metrics_the_way_they_are_better(
+    metric: str, mode: str, tmp_path: Path
+) -> None:
+    """transformers' schedules take every metric for one that is to fall."""
+    text = MINIMAL.replace("data: {", "data: {eval_rows: 2, ")
+    text += f"training: {{lr_scheduler_type: reduce_lr_on_plateau, metric_for_best_model: {metric}"
+    settled, _ = auto.settle(load(tmp_path, text + ", keep: last}\n"))
+    assert upstream.build_training_arguments(settled).lr_scheduler_kwargs == {"mode": mode}
+    settled, _ = auto.settle(load(tmp_path, text + ", lr_scheduler_kwargs: {patience: 3}}\n"))
+    found = upstream.build_training_arguments(settled).lr_scheduler_kwargs
+    assert found == {"mode": mode, "patience": 3}
+
+
 def test_the_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + "method: qdora\ntraining: {max_steps: 3, adam_beta2: 0.95}\n")
     (tmp_path / "again.yaml").write_text(strict_yaml.dump(loaded.to_data()))
@@ -153,6 +169,16 @@ def test_the_quick_typo(tmp_path: Path) -> None:
             MINIMAL + "lora: {lora_alpha: .inf}\n",
             "r.yaml:3: lora.lora_alpha is inf, but must be a finite number | "
             "leave it out for its default, 32",
+        ),
+        (
+            MINIMAL + "training: {lr_scheduler_type: constant, warmup_steps: 10}\n",
+            "r.yaml:3: training.warmup_steps has no effect with lr_scheduler_type: constant | "
+            "warmup_steps: 0, or lr_scheduler_type: constant_with_warmup",
+        ),
+        (
+            MINIMAL + "training: {lr_scheduler_type: greedy}\n",
+            "r.yaml:3: training.lr_scheduler_type needs evaluation data | "
+            "set data.eval_fraction, data.eval_path or data.eval_split",
         ),
         (
             MINIMAL + "training: {loraplus_lr_embedding: 1e-5}\n",

@@ -94,6 +94,29 @@ def test_the_best_step_is_what_is_kept_and_merged(recipe, scripted, tmp_path: Pa
     assert told["kept"]["step"] == 10
 
 
+def test_a_metric_that_is_not_defined_once_ends_no_run(
+    recipe, scripted, monkeypatch, tmp_path: Path, capsys
+) -> None:
+    """As a correlation where all values are one: neither the best step nor a schedule that goes by
+    evaluations looks at that one. The loss is 9, undefined, 6, 7: after 6 is a plateau."""
+    evaluate = objectives.WatchedSFTTrainer.evaluation_loop
+
+    def loop(self, *args, **kwargs):
+        output = evaluate(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            del output.metrics["eval_loss"]
+        return output
+
+    monkeypatch.setattr(objectives.WatchedSFTTrainer, "evaluation_loop", loop)
+    more = ", lr_scheduler_kwargs: {patience: 0, factor: 0.5}, metric_for_best_model: loss"
+    train.train(recipe("run", epochs=4, schedule="reduce_lr_on_plateau", more=more))
+    assert "this one does not count" in capsys.readouterr().err
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "learning_rate" in line]
+    assert rates[-1] == 0.01
+    kept = record(tmp_path / "run")["kept"]
+    assert (kept["step"], kept["value"]) == (6, 6.0)
+
+
 def test_a_run_that_ends_before_its_first_evaluation_says_so(
     recipe, tmp_path: Path, capsys
 ) -> None:
