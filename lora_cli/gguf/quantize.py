@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -82,6 +82,8 @@ def quantize(
         made.replace(target)
     if announced:
         _announce_narrower(choices, kind)
+        if weights:
+            _announce_unweighted(choices, by_tensor)
     return digests
 
 
@@ -90,6 +92,19 @@ def _announce_narrower(choices: list[Choice], kind: str) -> None:
         warn(
             f"{narrower} of {len(choices)} tensors take a larger type: their rows do not fit "
             f"{kind}'s blocks"
+        )
+
+
+def _announce_unweighted(choices: list[Choice], by_tensor: Mapping[str, np.ndarray]) -> None:
+    """Warn of tensors that are rounded without the importance matrix, but for embeddings, which
+    have no columns in it, and a head, which llama.cpp's may lack."""
+    rounded = [choice.tensor.name for choice in choices if choice.type not in (None, *EXACT)]
+    ends = (*mixture.EMBEDDINGS, "output.weight")
+    bare = [name for name in rounded if name not in by_tensor and name not in ends]
+    if bare:
+        warn(
+            f"{len(bare)} of {len(rounded)} rounded tensors are not in the importance matrix, such "
+            f"as {bare[0]}: all their columns weigh alike"
         )
 
 
@@ -206,11 +221,13 @@ def _find_columns(
                 "it is another model's: --imatrix DATA.jsonl measures one",
             )
         elif mixture.needs_weights(tensor.name, type_name, kind):
+            way = "--imatrix DATA.jsonl measures one"
+            if weights:  # lora's own is of linear modules, and transformers' experts are none
+                way = "it is another model's, or lacks experts, which llama.cpp's llama-imatrix has"
             raise LoraError(
                 f"{kind} needs an importance matrix that says how much the columns of "
                 f"{tensor.name} matter",
-                "--imatrix DATA.jsonl measures one; Q2_K, Q3_K_M, IQ3_S, IQ4_XS and Q4_K_M need "
-                "none",
+                f"{way}; Q2_K, Q3_K_M, IQ3_S, IQ4_XS and Q4_K_M need none",
             )
     return found
 

@@ -169,7 +169,10 @@ def test_threads_and_pieces_do_not_change_a_byte(
     )
 
 
-def test_each_expert_has_its_own_weights(tmp_path: Path) -> None:
+def test_each_expert_has_its_own_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where the matrix lacks experts, as lora's own does, that is said."""
     path, name = (
         made(tmp_path, "Q4_K_M", "eight experts", weighted=True),
         "blk.3.ffn_up_exps.weight",
@@ -183,6 +186,16 @@ def test_each_expert_has_its_own_weights(tmp_path: Path) -> None:
         assert not np.array_equal(
             alone, ggml.quantize(given[expert], "Q4_K", columns[(expert + 1) % 8])
         )
+    assert "importance matrix" not in capsys.readouterr().err
+    model, file = tmp_path / "model.gguf", tmp_path / "old.dat"
+    ggufs.write_dat(file, "eight experts", 1, b"")
+    quantize.quantize(model, tmp_path / "x.gguf", "Q4_K_M", file)
+    said = "24 of 66 rounded tensors are not in the importance matrix, such as blk.0.ffn_down_exps"
+    assert sum("_exps." in name for name in read(model)) == 24
+    assert said in capsys.readouterr().err
+    with pytest.raises(LoraError, match="matter$") as error:
+        quantize.quantize(model, tmp_path / "y.gguf", "IQ2_XS", file)
+    assert str(error.value.hint).startswith("it is another model's, or lacks experts, ")
 
 
 def test_rows_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
