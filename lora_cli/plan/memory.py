@@ -113,6 +113,9 @@ class Forecast:
         self.device = device
         self.rehearsal = Rehearsal(recipe, adapted, device.kind)
         self.known: dict[Batch, Need] = {}
+        resting = add_surroundings(self.rehearsal, self.rehearsal.resting, device)
+        self.rest = sum(resting.values())
+        """Bytes that any step needs: weights, adapters, the optimiser's state."""
 
     def need(self, batch: Batch) -> Need:
         """Bytes by item for a forward and backward pass of this shape."""
@@ -129,8 +132,11 @@ class Forecast:
 
         Memory is about quadratic in n, so a few rehearsed steps suffice; where it is not, as it
         grows by stairs, the middle is tried. It is found exactly: were it near the largest only,
-        more memory could offer less. Where all seems to fit, `limit` itself is tried next.
+        more memory could offer less. Where all seems to fit, `limit` itself is tried next. Nothing
+        is tried where what lives as long as the run has no room.
         """
+        if self.rest > self.device.memory:
+            return 0
         low, high, width = 0, limit + 1, 2 * limit
         guess = max(1, min(start, limit))
         tried: dict[int, int] = {}

@@ -93,6 +93,8 @@ class Rehearsal:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake():
             self._prepare()
+        self.resting = Peaks(*(Counter(now) for now in self.live.now))
+        """Bytes of what lives as long as the run."""
 
     @contextmanager
     def _fake(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -319,6 +320,14 @@ def test_the_largest_that_fits_is_the_last_that_does() -> None:
     assert plan.largest(lambda n: Batch(2, n, waiting=False), 128, 5) == 5
     plan.device = LARGE_CPU._replace(memory=fixed - 1)
     assert plan.largest(lambda n: Batch(2, n, waiting=False), 128, 1000) == 0
+    assert plan.rest < fixed
+    assert tuple(map(Counter.total, plan.rehearsal.resting)) == tuple(
+        map(Counter.total, plan.rehearsal.live.now)
+    )  # what steps leave behind
+    plan.known.clear()
+    plan.device = LARGE_CPU._replace(memory=plan.rest - 1)
+    assert plan.largest(lambda n: Batch(2, n, waiting=False), 128, 1000) == 0
+    assert not plan.known  # a step of 80 layers takes seconds, and none would fit
 
 
 @pytest.mark.parametrize("limit", [2048, 131_072])
