@@ -45,7 +45,7 @@ GUARDED = {
     "gguf/opening.py": {"signal.ITIMER_PROF", "signal.setitimer"},
     "models/llama_program.py": {"resource"},  # ImportError is caught
     "train/reference.py": {"os.getuid"},  # hasattr is asked
-    "common/ui.py": {"os.getpgrp", "os.tcgetpgrp"},  # AttributeError is caught
+    "common/terminal.py": {"os.getpgrp", "os.tcgetpgrp"},  # AttributeError is caught
     "plan/hardware.py": {"resource"},  # after the branch for Windows
 }
 """Where such a name stands in the source all the same, and what keeps it from Windows."""

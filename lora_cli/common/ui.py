@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.common import privacy
+from lora_cli.common import privacy, terminal
 from lora_cli.common.errors import LoraError
 from lora_cli.common.shown import HIDDEN, count_columns, escape, name_given
 
@@ -96,7 +96,7 @@ def report_file(text: str) -> None:
 def report_texts(parts: Sequence[tuple[str, str]]) -> None:
     """Print texts of several lines to stdout, indented, each in the colour before it where stdout
     is a terminal."""
-    colour = sys.stdout.isatty() and not (_is_colourless() or _is_dumb())
+    colour = sys.stdout.isatty() and not (terminal.is_colourless() or terminal.is_dumb())
     shown = [
         f"{code}{text}{PLAIN}" if colour else text
         for code, text in ((code, _clean(text, KEPT)) for code, text in parts)
@@ -148,7 +148,7 @@ def _write(stream: Any, text: Any) -> None:
     of a `Progress`. One that fails gets no more: Python would try again at the end."""
     global _line
     region = _find_region(stream) if isinstance(text, str) else None
-    over_line = _line and isinstance(text, str) and _is_ours(stream)
+    over_line = _line and isinstance(text, str) and terminal.is_ours(stream)
     with _silenced_where_it_fails(stream):
         if stream is not sys.stderr:
             sys.stdout.flush()
@@ -307,28 +307,13 @@ def _clean_line(line: Line) -> Line:
 
 def _find_region(stream: Any) -> Region | None:
     """Return what is shown on the terminal that a stream goes to, if that is ours to draw on."""
-    return _region if _region is not None and _is_ours(stream) else None
-
-
-def _is_ours(stream: Any) -> bool:
-    """Return whether a stream goes to a terminal that is ours to draw on."""
-    return bool(stream.isatty()) and not _is_background(stream.fileno())
-
-
-def _is_dumb() -> bool:
-    """Return whether the terminal shows codes instead of obeying them."""
-    return os.environ.get("TERM") in ("dumb", "unknown")
-
-
-def _is_colourless() -> bool:
-    """Return whether the user wants no colours: see no-color.org."""
-    return bool(os.environ.get("NO_COLOR"))
+    return _region if _region is not None and terminal.is_ours(stream) else None
 
 
 def _open_region() -> Region:
     from lora_cli.common.screen import Region
 
-    region = Region(sys.stderr, ERASE, _is_colourless())
+    region = Region(sys.stderr, ERASE, terminal.is_colourless())
     region.begin()
     atexit.register(remove_picture)
     return region
@@ -360,20 +345,6 @@ def _measure_line() -> int:
 
 
 def _measure_window() -> tuple[int, int]:
-    """Return columns and rows of the terminal that stderr is, (0, 0) where it is none of ours, or
-    cannot go back."""
-    try:
-        if _hushed or _is_dumb() or not _is_ours(sys.stderr):
-            return 0, 0
-        columns, rows = os.get_terminal_size(sys.stderr.fileno())
-        return columns or 80, rows or 24  # one that nobody has given a size says 0
-    except OSError:  # it has just been closed
-        return 0, 0
-
-
-def _is_background(terminal: int) -> bool:
-    """Return whether a shell has another program in the foreground of this terminal."""
-    try:
-        return os.tcgetpgrp(terminal) != os.getpgrp()
-    except (AttributeError, OSError):  # Windows, or not the terminal that this was started from
-        return False
+    """Return columns and rows of the terminal that stderr is, (0, 0) where nothing is to be drawn
+    there."""
+    return (0, 0) if _hushed else terminal.measure_window(sys.stderr)
