@@ -175,8 +175,7 @@ def test_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
     code += "for step in range(50):\n  screen.show(draw)\n  ui.say('said')\nassert not screen.show(draw)\n"
     terminal = start(f"{code}open({str(done)!r}, 'w')")
     terminal.wait_for("title")
-    os.close(terminal.theirs)
-    os.close(terminal.ours)
+    terminal.close()
     go.touch()
     terminal.thread.join(60)
     assert done.is_file()
