@@ -101,10 +101,11 @@ def _find_start(process: int) -> int:
     number."""
     if platform.system() == "Linux":
         try:
-            state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            stat = Path(f"/proc/{process}/stat").read_bytes()  # in which its name is no text
         except (FileNotFoundError, ProcessLookupError):
             return -1
-        return -1 if state in "ZX" else int(fields[18])
+        state, *fields = stat.rpartition(b")")[2].split()
+        return -1 if state in b"ZX" else int(fields[18])
     import psutil  # 20 ms, which light commands need not spend
 
     try:

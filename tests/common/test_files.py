@@ -250,6 +250,18 @@ def test_what_a_killed_process_left_goes_at_the_next_start(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of processes are Linux's")
+def test_a_process_may_be_called_anything(tmp_path: Path) -> None:
+    named = tmp_path / os.fsdecode(b"x\xff) 1 \xe9")
+    named.symlink_to(shutil.which("sleep") or "")
+    with subprocess.Popen([named, "60"]) as process:
+        try:
+            assert files._find_start(process.pid) >= files._find_start(os.getpid()) > 0
+        finally:
+            process.kill()
+    assert files._find_start(process.pid) == -1
+
+
 def test_only_folders_that_stay_empty_go_again(tmp_path: Path) -> None:
     for name in ("new/below", "old", "filled/below"):
         if name == "old":
