@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -168,7 +169,8 @@ def read(entry: Path, encoder: Encoder, data: Data) -> Entry | None:
         if _hash_rows(rows) != kept.digest:
             raise ValueError("they differ from what was written")
         _refuse_foreign_ids(rows, encoder)
-        os.utime(entry / COUNTS)
+        with suppress(OSError):  # of a cache that may only be read, nothing is removed either
+            os.utime(entry / COUNTS)
     # ArrowInvalid is a ValueError; columns may be missing, or of another type
     except (LoraError, OSError, ValueError, KeyError, AttributeError) as error:
         ui.warn(f"the rows kept in {entry} are damaged ({error}): they are prepared anew")

@@ -180,13 +180,14 @@ def _find_files(field: str, name: str) -> list[Path]:
     a folder or a hub name."""
     if stores.is_address(name):
         return remote.fetch_all(field, name)
-    if glob.has_magic(name) and not Path(name).is_file():
+    if glob.has_magic(name) and not Path(name).exists():
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207 – absolute patterns too
-        if not found:
+        files = [file for file in found if file.is_file()]
+        if not files:
             raise LoraError(
                 f"data.{field}: no file matches {name}", plain_files.suggest_other(Path(name))
             )
-        return [file for file in found if file.is_file()]
+        return files
     path = Path(name)
     if path.is_file() or (readers.guess_kind(path) is not None and not path.is_dir()):
         return [path]
@@ -310,6 +311,8 @@ def _read_folder(data: Data, folder: Path, split: str, refused: str, hint: str) 
             part.data.table.validate(full=True)  # or damaged offsets end the process
         table = _select_split(folder, parts.with_format(None), split)
         return Source([], _keep_packed(table), split)
+    if glob.has_magic(str(folder.resolve())):
+        raise LoraError(f"{refused}: `datasets` takes its brackets for a pattern", hint)
     try:
         rebuilt = None if data.streaming else DownloadMode.REUSE_CACHE_IF_EXISTS
         table = load_dataset(

@@ -7,6 +7,7 @@ tests/data/test_cache.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -65,6 +66,20 @@ def test_the_same_rows_are_not_prepared_twice(load, monkeypatch: pytest.MonkeyPa
     assert [row.place for row in again.first] == [row.place for row in once.first]
     assert again.counts.left_out["dropped: over 64 tokens"] > 0
     assert len(again.first) == prepare.FIRST or len(again.rows) < prepare.FIRST
+
+
+def test_a_cache_that_may_only_be_read_is_read(
+    load, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """As one that is part of an image: its times stay as they are."""
+    once = load()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert load().rows[:] == once.rows[:]
+    assert "prepared before" in (said := capfd.readouterr().err) and "damaged" not in said
 
 
 @pytest.mark.parametrize(
