@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.common import escape, find_nearest, quote
 from lora_cli.data.json_text import RepeatedKey, parse
+from lora_cli.recipe import strict_yaml
 
 # The columns each format needs, most specific first. Further ones: alpaca `input`; `system`;
 # `tools`; `labels`.
@@ -209,8 +210,9 @@ def suggest_columns(**columns: str) -> str:
 
 
 def _spell(name: str) -> str:
-    """Return a name as it is written in YAML."""
-    return name if re.fullmatch(r"[A-Za-z_]\w*", name) else json.dumps(name)
+    """Return a name as it is written in YAML: `null`, for one, in quotation marks."""
+    plain = re.fullmatch(r"[A-Za-z_]\w*", name) and strict_yaml.spell(name) == name
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 def find_converter(style: str, alpaca_prompt: bool = False) -> Converter:
@@ -408,6 +410,13 @@ def _join_prompt(row: Mapping[str, Any], after: list[Any]) -> tuple[list[Any], i
             after = [*itertools.takewhile(lambda turn: _get_role(turn) in FIRST, prompt), *after]
         asked = [at for at, turn in enumerate(after, 1) if _get_role(turn) == "user"]
         return after, asked[: sum(_get_role(turn) == "user" for turn in prompt)][-1]
+    follows = next((role for role in map(_get_role, after) if role not in FIRST), None)
+    if _get_role(prompt[-1]) == follows == "user":
+        raise BadRow(
+            "the answer begins with another question than the prompt's",
+            "the prompt ends with a turn of the user, and what follows begins with another one",
+            f"let it repeat the prompt word for word or not at all, or {SKIP}",
+        )
     return [*prompt, *after], len(prompt)
 
 
@@ -426,9 +435,10 @@ def _is_turn(answer: Any) -> bool:
 
 def _find_asked(turns: Sequence[Any]) -> list[Any]:
     """Return the texts of the turns before the first that is not the system's or the user's, but
-    for the system's."""
+    for the system's, without the blanks around them."""
     before = itertools.takewhile(lambda turn: _get_role(turn) in (*FIRST, "user"), turns)
-    return [turn.get("content") for turn in before if _get_role(turn) == "user"]
+    asked = [turn.get("content") for turn in before if _get_role(turn) == "user"]
+    return [text.strip() if isinstance(text, str) else text for text in asked]
 
 
 def _get_role(turn: Any) -> Any:
@@ -645,9 +655,8 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 def _convert_tokens(row: Mapping[str, Any]) -> Tokens:
     """Return the ids and labels of a row that is tokenised already, with its masks applied."""
     ids = get_list(row, "input_ids")
-    labels = row.get("labels")
-    labels = list(ids) if labels is None else labels
-    if not isinstance(labels, list) or len(labels) != len(ids):
+    labels = list(ids) if row.get("labels") in (None, "") else get_list(row, "labels")
+    if len(labels) != len(ids):
         raise BadRow("labels and input_ids differ in length")
     for name, values in (("input_ids", ids), ("labels", labels)):
         if not all(type(value) is int for value in values):

@@ -59,6 +59,9 @@ ROWS: dict[str, dict[str, Any]] = {
         "prompt": [SYSTEM, ASKED], "chosen": [ASKED, say("Left.")],
         "rejected": [ASKED, say("No.")],
     },
+    "repeated but for blanks": {
+        "prompt": "Which way? ", "chosen": [ASKED, say("Left.")], "rejected": [ASKED, say("No.")],
+    },
     "several turns": {
         "prompt": [ASKED],
         "chosen": [say("Why?"), {"role": "user", "content": "To swim."}, say("Left.")],
@@ -136,6 +139,11 @@ def test_what_the_system_says_is_kept_where_the_rest_is_repeated() -> None:
     assert made == convert_preference(ROWS["texts after turns"])
 
 
+def test_a_prompt_that_is_repeated_but_for_blanks_is_asked_once() -> None:
+    made = convert_preference(ROWS["repeated but for blanks"])
+    assert made == convert_preference(ROWS["a prompt that is repeated"])
+
+
 def test_who_speaks_is_told_by_the_turn_as_lists_of_turns_tell_it() -> None:
     """LLaMA-Factory's own pairs, and axolotl's for chat_template.default, have a turn each."""
     wanted = convert_preference(ROWS["turns after turns"])
@@ -196,6 +204,10 @@ def test_the_better_answer_alone_is_what_the_pair_has(row: dict[str, Any]) -> No
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "another question than the prompt's": (
+        {"prompt": "How?", "chosen": [ASKED, say("Left.")], "rejected": [ASKED, say("No.")]},
+        "the prompt ends with a turn of the user, and what follows begins with another one",
+    ),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "texts without a prompt"),
     "no prompt, but a question": (
         {"question": "q", "chosen": "a", "rejected": "b"}, "texts without a prompt",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from lora_cli.data.offsets import OffsetFinder
 from lora_cli.data.prepare import Prepared
 from lora_cli.evaluate import generate
 from lora_cli.models.tokenizer import IGNORED, TEMPLATES, load_tokenizer, set_chat_template
+from lora_cli.recipe import Data
 from lora_cli.recipe.load import load_recipe
 
 TURNS = (
@@ -598,10 +600,27 @@ def test_masks_of_tokenised_rows_are_kept_to(prepare) -> None:
                 "assistant_masks": [0, 0, 0, 1],
                 "attention_mask": [0, 1, 1, 1],
             },
+            {"input_ids": "[5, 6]", "labels": "[-100, 6]"},  # as a table has them
+            {"input_ids": "[5, 6]", "labels": ""},
         ]
     ).rows
-    assert made["input_ids"] == [[1, 5, 6, 2], [1, 5, 6, 2], [1, 5, 6]]
-    assert made["labels"] == [[1, 5, 6, 2], [-100, -100, 6, 2], [-100, -100, 6]]
+    assert made["input_ids"] == [[1, 5, 6, 2], [1, 5, 6, 2], [1, 5, 6], [5, 6], [5, 6]]
+    assert made["labels"] == [
+        *([1, 5, 6, 2], [-100, -100, 6, 2], [-100, -100, 6]),
+        *([-100, 6], [5, 6]),
+    ]
+
+
+def test_brackets_in_a_folder_s_name_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "my [data]"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"text": "one"}\n')
+    data = Data(path=str(folder))
+    with pytest.raises(LoraError, match="takes its brackets for a pattern") as refused:
+        sources.find_source(data, "path", str(folder), "train")
+    assert shlex.split(str(refused.value.hint)) == ["--set", f"data.path={folder}/rows.jsonl"]
+    with pytest.raises(LoraError, match="no file matches"):
+        sources.find_source(data, "path", f"{tmp_path}/*", "train")  # a folder is all there is
 
 
 def test_tables_do_not_invent_arguments(tmp_path: Path) -> None:

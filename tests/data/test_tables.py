@@ -125,7 +125,16 @@ def test_a_hint_that_is_pasted_mends_the_file(name: str, tmp_path: Path, heard: 
 
 
 @pytest.mark.parametrize(
-    "header", ["foo,bar", "answer,ask", 'What is asked?,It\'s "so": a {b}', "only", "Größe,数"]
+    "header",
+    [
+        "foo,bar",
+        "answer,ask",
+        'What is asked?,It\'s "so": a {b}',
+        "only",
+        "Größe,数",
+        "null,true",
+        "😀,no",
+    ],
 )
 def test_the_hint_for_unknown_columns_can_be_pasted(header: str, tmp_path: Path) -> None:
     """As `--set` in a shell: the same columns are then known, so that other things are wrong."""
