@@ -365,6 +365,8 @@ def _find_replaced(
     """Return the quantised base that an adapter was trained on where `given`, which is not
     quantised, is to take its place; of one made elsewhere, if that base is at hand."""
     name = privacy.expand_home(config.get("base_model_name_or_path") or "")
+    if not name:  # which as a path would be the current folder
+        return None
     if record:
         before = Base(name, record.base.commit)
         settings = record.base.fingerprint.config if record.base.fingerprint else {}

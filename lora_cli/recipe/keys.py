@@ -475,6 +475,7 @@ NOT_IN_LORA = {
     "megatron_core": "Megatron's layers are not what lora loads",
     "arrow_config": "Arrow routes between adapters that are trained already",
     "alora_invocation_tokens": "an aLoRA can be trained but not merged",
+    "kasa_config": "KaSA's regularizers, which PEFT leaves to its callers, are in no loss here",
     "monteclora_config": "its sampler is not part of a checkpoint: a resumed run would differ",
     "layer_replication": "replicated layers share weights, so their adapters would merge into each "
     "other",

@@ -12,7 +12,6 @@ from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.config import (
     BdLoraConfig,
     CordaConfig,
-    KasaConfig,
     LoraGAConfig,
     VeloraConfig,
 )
@@ -47,7 +46,6 @@ VARIANT_CONFIGS: dict[str, Any] = {
     "lora_ga_config": LoraGAConfig,
     "velora_config": VeloraConfig,
     "use_bdlora": BdLoraConfig,
-    "kasa_config": KasaConfig,
 }
 
 

@@ -125,3 +125,12 @@ def test_fields_of_a_newer_peft_are_told_where_they_are_set(
         adapter_config.check_fields(file, {"r": 8, "brand_new": 3, "unset": None, "off": False})
     said = capsys.readouterr().err
     assert said.count("the installed PEFT does not know brand_new: ") == 1
+
+
+def test_no_name_of_a_base_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, folder, base = random_model("llama"), tmp_path / "a", tmp_path / "base"
+    network.save_pretrained(base)
+    get_peft_model(network, LoraConfig(target_modules=Q)).save_pretrained(folder)
+    (tmp_path / "config.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)  # the adapter names no base, which is not the current folder
+    assert adapter_folder.read_adapter(folder, str(base)).base.name == str(base)
