@@ -234,6 +234,7 @@ class Service:
                 event = await anext(events)
             if event.text != text:
                 raise LoraError("the tokenizer changes a text that was sent already")
+            end()  # whoever has read all of it may ask again
             yield reply.write_last(event, counts)
         except ClientDisconnect:
             return

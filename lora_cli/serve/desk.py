@@ -123,7 +123,7 @@ class Desk:
     def take(self, job: Job) -> None:
         """Let a job wait for its turn. Raises ApiError where all places are taken."""
         with self.changed:
-            taken = len(self.waiting) + (self.doing is not None)
+            taken = len(self.waiting) + (self.doing is not None and not self.doing.is_gone)
             if self.is_closed:
                 raise ApiError(503, "the server is about to end", "shutting_down", None, 5)
             if taken >= self.places:

@@ -6,6 +6,7 @@ Hermetic: sockets of this machine. Alone: pytest tests/serve/test_connections.py
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 import pytest
 
 from lora_cli.serve import app, connections, limits
-from lora_cli.serve.pieces import End, Piece
+from lora_cli.serve.desk import Desk, Job
+from lora_cli.serve.errors import ApiError
+from lora_cli.serve.pieces import Drawing, End, Piece
 
 BIG = "x" * 4096
 
@@ -304,3 +307,28 @@ def test_the_end_sends_away_who_waits_and_stops_who_is_answered(
         assert (status, reply["error"]["message"]) == (503, said)
         client.close()
     wait_for(lambda: engine.writing == 0)
+
+
+def test_a_place_is_free_at_once_when_its_job_is_left() -> None:
+    """Also while the model is at its last token: who has read an answer may ask again."""
+    go_on = threading.Event()
+
+    class Slow:
+        def write(self, *given: object) -> End:
+            go_on.wait(20)
+            return End("stop", 1, "")
+
+    async def ask_twice() -> None:
+        desk = Desk(Slow(), 1)
+        jobs = [Job("m", [1], Drawing(1), 30.0) for _ in range(2)]
+        desk.take(jobs[0])
+        while desk.doing is not jobs[0]:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ApiError, match="1 requests wait already"):
+            desk.take(jobs[1])
+        desk.leave(jobs[0])
+        desk.take(jobs[1])
+        go_on.set()
+        assert [event.reason async for event in jobs[1].read()] == ["stop"]
+
+    asyncio.run(ask_twice())
