@@ -31,10 +31,14 @@ of so many tests of the usual kind they begin: not side by side, and not last.""
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C be heard: a shell ignores it for what it starts in the background, and so would
-    every command of the tests that are about it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let Ctrl-C and a hang-up be heard: a shell ignores the one for what it starts in the
+    background, `nohup` the other, and so would every command of the tests that are about them."""
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
