@@ -54,6 +54,15 @@ NETWORK = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace
 CASES = [(8, 1, 2), (4, 3, 2), (1, 16, 8), (3, 3, 2), (2, 3, 4), (5, 1, 5), (1, 5, 2), (2, 7, 3)]
 
 
+def make_arguments(rows: int, passes: int) -> Arguments:
+    return Arguments(
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=passes,
+        per_device_eval_batch_size=2,
+        gradient_checkpointing=False,
+    )
+
+
 @pytest.mark.parametrize(("rows", "passes", "world"), CASES)
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_a_step_keeps_its_rows(
@@ -61,12 +70,7 @@ def test_a_step_keeps_its_rows(
 ) -> None:
     monkeypatch.setattr(ranks, "count", lambda: world)
     for number in (1, 7, 31, 45):
-        arguments = Arguments(
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=passes,
-            per_device_eval_batch_size=2,
-            gradient_checkpointing=False,
-        )
+        arguments = make_arguments(rows, passes)
         batches = dealing.spread(arguments, NETWORK, stream=False)
         made = dealing.StepBatches(range(number), batches, drop_last)
         listed = list(made)
@@ -95,12 +99,7 @@ def test_rows_are_drawn_by_their_lengths_as_in_one_process(
 ) -> None:
     lengths = random.Random(0).choices(range(1, 99), k=300)
     monkeypatch.setattr(ranks, "count", lambda: world)
-    arguments = Arguments(
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=passes,
-        per_device_eval_batch_size=2,
-        gradient_checkpointing=False,
-    )
+    arguments = make_arguments(rows, passes)
     batches = dealing.spread(arguments, NETWORK, stream=False)
     size = arguments.per_device_train_batch_size * batches.passes  # as Trainer reckons it
     alone, several = (LengthGroupedSampler(each, lengths=lengths) for each in (rows * passes, size))
